@@ -21,7 +21,8 @@ NEURON_TP = {2: (1, 2), 32: (1, 2, 4, 8, 32)}
 class Topology:
     """One process among `world`. Consecutive ranks form a tensor-parallel group, as in NxD and Megatron.
 
-    With world 4 and tp 2 the TP groups are (0, 1) and (2, 3), the data-parallel groups (0, 2) and (1, 3).
+    With world 4 and tp 2 the TP groups are (0, 1) and (2, 3), the data-parallel groups (0, 2) and (1, 3). The one
+    exception is tp 4 on trn1, where NxD takes every eighth rank of a node: see `stride` and `neuron_stride`.
     """
 
     rank: int = 0
@@ -32,11 +33,15 @@ class Topology:
     """Number of processes."""
     tp: int = 1
     """Processes that share one copy of the model."""
+    stride: int = 1
+    """Distance between the ranks of a tensor-parallel group."""
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.world < 1 or self.world % self.tp:
-            fits = ", ".join(str(tp) for tp in divisors(self.world)) if self.world > 0 else "none"
+            fits = _or(divisors(max(self.world, 1)))
             raise ConfigError(f"tp={self.tp} does not divide the world of {self.world} processes; use tp={fits}")
+        if self.stride < 1 or self.dp % self.stride:
+            raise ConfigError(f"stride {self.stride} does not divide the data-parallel degree {self.dp}; use 1")
         if not 0 <= self.rank < self.world:
             raise ConfigError(
                 f"rank {self.rank} is outside a world of {self.world}; start all processes by one launcher"
@@ -50,38 +55,54 @@ class Topology:
     @property
     def dp_rank(self) -> int:
         """Which copy of the model this process belongs to; it reads the rows of this index."""
-        return self.rank // self.tp
+        block, place = divmod(self.rank, self.tp * self.stride)
+        return block * self.stride + place % self.stride
 
     @property
     def tp_rank(self) -> int:
         """Which shard of the model this process holds."""
-        return self.rank % self.tp
+        return self.rank // self.stride % self.tp
 
     @property
     def is_main(self) -> bool:
         """True for the one process that prints and writes."""
         return self.rank == 0
 
+    def rank_of(self, dp_rank: int, tp_rank: int) -> int:
+        """The process that holds shard `tp_rank` of copy `dp_rank`."""
+        block, place = divmod(dp_rank, self.stride)
+        return (block * self.tp + tp_rank) * self.stride + place
+
     def tp_groups(self) -> list[list[int]]:
         """Ranks of every tensor-parallel group, in order."""
-        return [list(range(first, first + self.tp)) for first in range(0, self.world, self.tp)]
+        return [[self.rank_of(copy, shard) for shard in range(self.tp)] for copy in range(self.dp)]
 
     def dp_groups(self) -> list[list[int]]:
         """Ranks of every data-parallel group (equal shards of the model), in order."""
-        return [list(range(shard, self.world, self.tp)) for shard in range(self.tp)]
+        return [[self.rank_of(copy, shard) for copy in range(self.dp)] for shard in range(self.tp)]
 
     @classmethod
-    def from_env(cls, tp: int = 1, env: Mapping[str, str] | None = None) -> Topology:
-        """The place that torchrun (RANK, LOCAL_RANK, WORLD_SIZE) gave this process; alone where it gave none.
+    def from_env(cls, tp: int = 1, *, neuron: bool = False, env: Mapping[str, str] | None = None) -> Topology:
+        """The place that torchrun (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE) gave this process, or alone.
+
+        Args:
+            tp: the value of `parallel.tp`.
+            neuron: lay out the tensor-parallel groups as NxD does on trn1.
+            env: the environment; None is this process's.
 
         Raises:
             ConfigError: tp does not divide the world, or a variable is no number.
         """
         env = os.environ if env is None else env
+        world = _integer(env, "WORLD_SIZE", 1)
+        local_world = _integer(env, "LOCAL_WORLD_SIZE", world)
         return cls(
-            rank=_integer(env, "RANK", 0), local_rank=_integer(env, "LOCAL_RANK", 0),
-            world=_integer(env, "WORLD_SIZE", 1), tp=tp,
-        )  # fmt: skip
+            rank=_integer(env, "RANK", 0),
+            local_rank=_integer(env, "LOCAL_RANK", 0),
+            world=world,
+            tp=tp,
+            stride=neuron_stride(tp, local_world) if neuron else 1,
+        )
 
     def validate(self, heads: int, hidden: int, intermediate: int, model: str, pad_heads: bool = False) -> None:
         """Check that `tp` cuts the model's linears evenly.
@@ -133,6 +154,14 @@ class Topology:
             fits = [tp for tp in NEURON_TP[cores] if local_world % tp == 0]
             raise ConfigError(f"tp={self.tp} does not lie on the links of {name} with {local_world} processes; "
                               f"use tp={_or(fits)}")  # fmt: skip
+
+
+def neuron_stride(tp: int, local_world: int) -> int:
+    """Distance between ranks of a TP group on trn1: 1, but at tp 4 a quarter of the node's processes.
+
+    NxD's `initialize_model_parallel` does so to put the four on one ring of links: (0, 8, 16, 24) of 32.
+    """
+    return max(local_world // 4, 1) if tp == 4 else 1
 
 
 def divisors(number: int) -> list[int]:
