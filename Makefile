@@ -1,0 +1,86 @@
+# Everything a user or a developer runs. The first target that needs them installs uv and the packages into .venv,
+# with the hashes of constraints/ checked; later ones find the stamp files and start at once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first interpreter that runs and can make a virtual environment (a pyenv shim may exist and do neither).
+PYTHON ?= $(shell for p in python3.11 python3.10 python3.12; do \
+	$$p -c 'import ensurepip, venv' >/dev/null 2>&1 && command -v $$p && break; done)
+UV_PIP = VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
+	--custom-compile-command "make lock" --upgrade
+EXTRAS := --extra xla --extra dev
+SOURCES := esm_neuron tests $(wildcard benchmarks)
+DEMO := runs/demo
+PYTEST = $(BIN)/python -m pytest
+
+.PHONY: help install demo test test-nxd test-gpu test-trn1 test-hub lint type format bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## set up .venv: Python 3.10, 3.11 or 3.12 (PYTHON=...), uv, all packages, hashes checked
+
+$(VENV)/.uv: constraints/uv.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 with venv found; install one or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r constraints/uv.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.uv pyproject.toml constraints/general.txt
+	$(UV_PIP) install --quiet -c constraints/general.txt -r pyproject.toml $(EXTRAS)
+	$(UV_PIP) install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.nxd-tests: $(VENV)/.installed
+	$(UV_PIP) install --quiet -c constraints/general.txt -r pyproject.toml $(EXTRAS) --extra nxd-tests
+	touch $@
+
+demo: $(VENV)/.installed ## fine-tune on real proteins with LoRA on the CPU, then predict: about 10 minutes on 2 cores
+	rm -rf $(DEMO)
+	$(BIN)/esm-neuron train --config configs/demo.yaml --output $(DEMO)
+	$(BIN)/esm-neuron predict --model $(DEMO) --input examples/demo/unknown.fasta --output $(DEMO)/predictions.csv
+	@printf '%-12s %s\n' results $(DEMO)/result.json log $(DEMO)/metrics.jsonl checkpoints $(DEMO)/checkpoints \
+		adapter $(DEMO)/adapter predictions $(DEMO)/predictions.csv config $(DEMO)/config.yaml
+
+test: $(VENV)/.installed ## test on the CPU and on XLA:CPU; suites that need more are skipped and say so
+	$(PYTEST)
+
+test-nxd: $(VENV)/.nxd-tests ## test the real neuronx-distributed on gloo: NXD_SRC=<its source folder>
+	$(PYTEST) -m nxd
+
+test-gpu: $(VENV)/.installed ## test on a CUDA GPU
+	$(PYTEST) -m gpu
+
+test-trn1: ## test on a trn1 instance, in the active environment (constraints/neuron.txt)
+	python -m pytest -m trn1
+
+test-hub: $(VENV)/.installed ## test with real checkpoints downloaded from the Hugging Face hub
+	HF_HUB_OFFLINE=0 $(PYTEST) -m hub
+
+lint: $(VENV)/.installed ## ruff and the one-way import rules
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports
+
+type: $(VENV)/.installed ## mypy, strict
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## rewrite the code in the house style
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.installed ## residues per second against HF Trainer + PEFT on the same rows
+	$(BIN)/python benchmarks/throughput.py
+
+lock: $(VENV)/.uv ## resolve constraints/general.txt and constraints/uv.txt anew
+	$(LOCK) pyproject.toml --extra xla --extra cuda --extra sagemaker --extra dev --extra nxd-tests -o constraints/general.txt
+	$(LOCK) constraints/uv.in -o constraints/uv.txt
+
+clean: ## remove the environment, caches and demo runs
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

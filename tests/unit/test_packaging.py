@@ -1,0 +1,170 @@
+"""The package as people get it: versions, pins, the demo's data, and the commands of the Makefile."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import esm_neuron
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "demo"
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    """Package -> the versions a constraints file pins it to (several where they differ by Python)."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / "constraints" / name).read_text().splitlines():
+        match = re.match(r"([A-Za-z0-9._-]+)==([^\s;\\]+)", line)
+        if match:
+            found.setdefault(match[1].lower().replace("_", "-"), set()).add(match[2])
+    return found
+
+
+def demo_table() -> pd.DataFrame:
+    return pd.read_csv(DEMO / "localization.tsv.gz", sep="\t", dtype=str, keep_default_na=False)
+
+
+def fasta(path: Path) -> dict[str, str]:
+    records = [record.split("\n", 1) for record in path.read_text().split(">")[1:]]
+    return {header: body.replace("\n", "") for header, body in records}
+
+
+def test_version_is_the_installed_one() -> None:
+    assert importlib.metadata.version("esm-neuron") == esm_neuron.__version__
+
+
+def test_every_requirement_is_pinned_within_its_range() -> None:
+    """General packages in general.txt, the Neuron wheels in neuron.txt."""
+    general, neuron = pins("general.txt"), pins("neuron.txt")
+    requirements = [Requirement(text) for text in importlib.metadata.requires("esm-neuron") or []]
+    assert len(requirements) > 20
+    for requirement in requirements:
+        extra = "neuron" if requirement.marker and requirement.marker.evaluate({"extra": "neuron"}) else ""
+        versions = (neuron if extra else general).get(requirement.name.lower().replace("_", "-"))
+        assert versions, f"{requirement} has no pin"
+        assert all(requirement.specifier.contains(version) for version in versions), (
+            f"{requirement} is pinned to {versions}"
+        )
+
+
+def test_the_two_constraints_files_agree() -> None:
+    general, neuron = pins("general.txt"), pins("neuron.txt")
+    shared = general.keys() & neuron.keys()
+    assert {"torch", "torch-xla", "transformers", "peft", "numpy", "pandas", "optimum-neuron"} <= shared
+    assert {name: neuron[name] for name in shared} == {name: general[name] for name in shared}
+
+
+def test_neuron_pins_refuse_placeholders() -> None:
+    """The general index has empty packages of these names, at versions 0.1 and 1.0."""
+    neuron = pins("neuron.txt")
+    for name in ("torch-neuronx", "neuronx-cc", "libneuronxla", "neuronx-distributed"):
+        (version,) = neuron[name]
+        assert Version(version) not in (Version("0.1"), Version("1.0"))
+        assert name not in pins("general.txt")
+
+
+@pytest.mark.parametrize("name", ["general.txt", "uv.txt"])
+def test_constraints_are_hashed_and_name_no_index(name: str) -> None:
+    text = (ROOT / "constraints" / name).read_text()
+    blocks = re.split(r"\n(?=[a-z0-9])", text.split("make lock\n", 1)[1])
+    assert all("--hash=sha256:" in block for block in blocks)
+    assert "://" not in text
+    assert "find-links" not in text
+
+
+def test_demo_data() -> None:
+    assert (DEMO / "localization.tsv.gz").stat().st_size <= 3_000_000
+    table = demo_table()
+    assert list(table.columns) == ["entry", "sequence", "label", "split", "cluster30", "leaky"]
+    assert len(table) == 7183
+    assert table.entry.is_unique
+    assert table.label.value_counts().to_dict() == {"Membrane": 4718, "Cytoplasm": 2465}
+    clean = table[table.leaky == "false"]
+    assert clean.split.value_counts().to_dict() == {"train": 5759, "test": 862, "valid": 396}
+    assert set(table.leaky) == {"true", "false"}
+    assert set("".join(table.sequence)) <= set("ACDEFGHIKLMNPQRSTUVWXY")
+
+
+def test_clean_rows_share_no_cluster_with_training() -> None:
+    table = demo_table()
+    training = set(table.cluster30[table.split == "train"])
+    held_out = table[(table.split != "train") & (table.leaky == "false")]
+    assert len(held_out) == 1258
+    assert not held_out.cluster30.isin(training).any()
+
+
+def test_demo_data_is_a_reproducible_gzip() -> None:
+    """No time stamp and no file name in the header: the same rows give the same bytes."""
+    data = (DEMO / "localization.tsv.gz").read_bytes()
+    assert data[3:8] == bytes(5)
+    assert gzip.decompress(data).endswith(b"\n")
+
+
+def test_unknown_proteins_are_clean_test_rows_without_labels() -> None:
+    unknown = fasta(DEMO / "unknown.fasta")
+    table = demo_table().set_index("entry")
+    rows = table.loc[list(unknown)]
+    assert list(rows.sequence) == list(unknown.values())
+    assert set(rows.split) == {"test"}
+    assert set(rows.leaky) == {"false"}
+    assert rows.label.value_counts().to_dict() == {"Cytoplasm": 6, "Membrane": 6}
+
+
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {t for line in re.findall(r"^\.PHONY: (.*)", makefile, re.M) for t in line.split()}
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[0] for line in shown.splitlines()} == targets
+    assert {"install", "demo", "test", "lint", "type", "bench", "test-nxd", "test-gpu", "test-trn1"} <= targets
+
+
+def test_make_names_the_cure_without_a_python(tmp_path: Path) -> None:
+    """In a copy of the Makefile, so that nothing is installed."""
+    (tmp_path / "constraints").mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints/general.txt", "constraints/uv.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    done = subprocess.run(["make", "install", "PYTHON="], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "make PYTHON=" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+SUITE_TESTS = """
+import pytest
+@pytest.mark.{suite}
+def test_in_the_suite():
+    pass
+def test_everywhere():
+    pass
+"""
+
+
+@pytest.mark.parametrize("suite", ["nxd", "trn1"])
+def test_a_suite_skips_unasked_and_fails_where_it_cannot_run(suite: str, tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_suite.py").write_text(SUITE_TESTS.format(suite=suite))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+        command += ["-p", "no:cacheprovider", *arguments, str(tmp_path)]
+        environment = {key: value for key, value in os.environ.items() if key != "NXD_SRC"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    unasked = run()
+    assert unasked.returncode == 0
+    assert "1 passed, 1 skipped" in unasked.stdout
+    assert f"make test-{suite}" in unasked.stdout
+    asked = run("-m", suite)
+    assert asked.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"make test-{suite}" in asked.stderr
