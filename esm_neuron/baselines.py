@@ -1,0 +1,91 @@
+"""What a network has to beat: the commonest class, and a logistic regression on amino-acid composition.
+
+Both are scored on the same records by the same `ClassificationState` as the model, so their figures and intervals stand
+beside the model's.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from esm_neuron.metrics import ClassificationState, Value
+
+if TYPE_CHECKING:
+    from esm_neuron.data.batch import ExampleTable
+
+FIRST_AMINO_ACID, AMINO_ACIDS = 4, 20
+"""The standard amino acids are tokens 4 to 23 of the ESM alphabet (L A G V S E R T I D P K Q N F Y M H W C)."""
+SPECIALS = 4
+"""Tokens below are specials: <cls>, <pad>, <eos>, <unk>."""
+END = 50
+"""Residues at each terminus that get a composition of their own: sorting signals sit there."""
+
+
+def majority_baseline(train_labels: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Value]:
+    """Always answer the commonest training class.
+
+    Args:
+        train_labels: int64 [m], class indices of the training records.
+        labels: int64 [n], class indices of the records to score.
+        classes: number of classes.
+
+    Returns:
+        n, class (the index answered) and accuracy (None for no records).
+    """
+    answer = int(np.bincount(train_labels, minlength=classes).argmax())
+    accuracy = float((np.asarray(labels) == answer).mean()) if len(labels) else None
+    return {"n": len(labels), "class": answer, "accuracy": accuracy}
+
+
+def composition_features(table: ExampleTable) -> np.ndarray:
+    """float64 [records, 61]: amino-acid frequencies of the protein, its first and its last 50 residues, log length.
+
+    What is counted is what the model is given: the cropped sequence, or the windows of a record one after the other.
+    """
+    features = np.zeros((len(table.labels), 3 * AMINO_ACIDS + 1))
+    order = np.argsort(table.record, kind="stable")
+    bounds = np.searchsorted(table.record[order], np.arange(len(features) + 1))
+    for row, (start, stop) in enumerate(pairwise(bounds)):
+        tokens = np.concatenate([table.sequence(example) for example in order[start:stop]])
+        residues = tokens[tokens >= SPECIALS]
+        parts = (residues, residues[:END], residues[-END:])
+        features[row] = np.concatenate([*(_frequencies(part) for part in parts), [np.log(max(len(residues), 1))]])
+    return features
+
+
+def _frequencies(tokens: np.ndarray) -> np.ndarray:
+    """float64 [20]: share of each standard amino acid among `tokens`."""
+    counts = np.bincount(tokens, minlength=FIRST_AMINO_ACID + AMINO_ACIDS)
+    return counts[FIRST_AMINO_ACID : FIRST_AMINO_ACID + AMINO_ACIDS] / max(len(tokens), 1)
+
+
+def composition_baseline(
+    train: ExampleTable, test: ExampleTable, classes: int, intervals: bool = True
+) -> dict[str, Value]:
+    """Standardised logistic regression on `composition_features`, fit on `train` and scored on `test`.
+
+    Args:
+        train: training records, at least two classes among them.
+        test: records to score.
+        classes: number of classes.
+        intervals: also give 95 % bootstrap intervals.
+
+    Returns:
+        The figures of `ClassificationState.compute`.
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    model.fit(composition_features(train), train.labels)
+    state = ClassificationState(classes)
+    if len(test.labels):
+        log_probabilities = model.predict_log_proba(composition_features(test))
+        logits = np.full((len(test.labels), classes), -np.inf)  # a class without training rows has probability 0
+        logits[:, model.classes_] = log_probabilities
+        # A finite floor keeps the cross entropy of such a class a number.
+        state.update(np.arange(len(logits)), np.ones(len(logits)), np.maximum(logits, -50.0), test.labels)
+    return state.compute(intervals)

@@ -1,0 +1,246 @@
+"""What watches a run: console progress, metrics.jsonl, TensorBoard; and early stopping, which is plain state.
+
+Callbacks run on rank 0 only and get values that are already on the host. Every line is one write: log capture on
+clusters splits a line that arrives in pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from esm_neuron.errors import CheckpointError
+
+Record = Mapping[str, Any]
+"""Named values: numbers, None where undefined, strings such as the split, intervals [low, high]."""
+
+
+class Callback(Protocol):
+    """What the trainer tells its watchers."""
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Optimizer step `step` of `total` is done; `record` has loss, lr, grad_norm, residues_per_second, ..."""
+        ...
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """An evaluation after `step` is done; `record` has the split and its metrics."""
+        ...
+
+    def on_end(self, result: Record) -> None:
+        """Training is over, also when it stopped early; `result` is what result.json gets."""
+        ...
+
+
+class ProgressConsole:
+    """A bar with the time left on a terminal, one plain line a record elsewhere.
+
+    Plain lines suit regular expressions such as SageMaker's metric definitions:
+    `step=120/500 loss=0.6123 lr=3.0e-04 grad_norm=1.23 residues_per_second=1234 eta=00:12:34` and
+    `eval step=120 split=valid accuracy=0.7100 mcc=0.3500`.
+    """
+
+    def __init__(
+        self, start: int = 0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Watch a run that begins after step `start`, writing to `stream` (stderr); `clock` gives seconds."""
+        self.stream = stream if stream is not None else sys.stderr
+        self.clock = clock
+        self.start = start
+        self.origin = (start, clock())
+        self.bar: tqdm[Any] | None = None
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Move the bar, or write one line."""
+        if not self.stream.isatty():
+            self._write(f"step={step}/{total} {format_record(record)} eta={format_seconds(self._eta(step, total))}")
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=total, initial=self.start, file=self.stream, unit="step", dynamic_ncols=True)
+        self.bar.set_postfix_str(format_record(record), refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """Write one line, above the bar where there is one."""
+        self._write(f"eval step={step} {format_record(record)}")
+
+    def on_end(self, result: Record) -> None:
+        """Close the bar. The summary is the command's to print."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _write(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=self.stream)
+            return
+        self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def _eta(self, step: int, total: int) -> float:
+        """Seconds left. The first interval holds compilation, so later estimates leave it out."""
+        now = self.clock()
+        first_step, first_time = self.origin
+        rate = (now - first_time) / max(step - first_step, 1)
+        if first_step == self.start:
+            self.origin = (step, now)
+        return rate * (total - step)
+
+
+class JsonlLogger:
+    """One JSON object a line in metrics.jsonl, each written and flushed at once; NaN and infinity become null."""
+
+    def __init__(self, path: Path) -> None:
+        """Append to `path`, made if it is not there (with its folder)."""
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Append `{"step": ..., **record}`."""
+        self._append({"step": step, **record})
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """Append `{"step": ..., **record}`; the record's `split` tells it from a training line."""
+        self._append({"step": step, **record})
+
+    def on_end(self, result: Record) -> None:
+        """Nothing: every line is on disk already."""
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines of steps above `step`, so that a run resumed there writes no step twice.
+
+        A last line that a kill cut short is dropped too. The file is replaced whole.
+
+        Raises:
+            CheckpointError: another line is not JSON with a step.
+        """
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
+        aside = self.path.with_name(self.path.name + ".tmp")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def _step(self, number: int, line: str) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            raise CheckpointError(
+                f"{self.path}:{number}: not a JSON object with a step; delete the line (or the file) to resume"
+            ) from None
+
+    def _append(self, record: Record) -> None:
+        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(line.encode())
+
+
+class TensorBoardLogger:
+    """Scalars for TensorBoard: `train/<name>` a logged step, `<split>/<name>` an evaluation."""
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        """Write event files under `folder`; a viewer hides what an earlier run wrote there after step `start`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Write the training scalars."""
+        self._scalars("train", step, record)
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """Write the scalars of one split."""
+        self._scalars(str(record["split"]), step, record)
+
+    def on_end(self, result: Record) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+    def _scalars(self, group: str, step: int, record: Record) -> None:
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+        self.writer.flush()
+
+
+@dataclass
+class EarlyStopping:
+    """The best value so far and how long it has stood. Plain numbers, kept in checkpoints."""
+
+    patience: int
+    """Validations without improvement after which `stop` is true; 0: never."""
+    greater_is_better: bool
+    """Whether the watched metric is to rise (MCC) or to fall (loss)."""
+    best: float | None = None
+    """Best value so far."""
+    best_step: int | None = None
+    """Step of the best value."""
+    bad: int = 0
+    """Validations since then."""
+
+    def update(self, value: float | None, step: int) -> bool:
+        """Take in a validation; True when it is the best so far. An undefined value (None, NaN) never is."""
+        if value is not None and not math.isnan(value) and self._better(value):
+            self.best, self.best_step, self.bad = value, step, 0
+            return True
+        self.bad += 1
+        return False
+
+    def _better(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        return value > self.best if self.greater_is_better else value < self.best
+
+    @property
+    def stop(self) -> bool:
+        """Whether patience has run out."""
+        return 0 < self.patience <= self.bad
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint, valid JSON."""
+        return {name: value for name, value in asdict(self).items() if name in ("best", "best_step", "bad")}
+
+    def load_state_dict(self, state: Record) -> None:
+        """Go on from `state`; patience and direction stay those of the present config."""
+        self.best, self.best_step, self.bad = state["best"], state["best_step"], state["bad"]
+
+
+FORMATS = {"lr": ".1e", "grad_norm": ".2f", "residues_per_second": ".0f"}
+"""How a value is printed on the console; other floats get 4 decimals."""
+
+
+def format_record(record: Record) -> str:
+    """`name=value` of every number and string; undefined values and intervals are left to metrics.jsonl."""
+    parts = []
+    for name, value in record.items():
+        if isinstance(value, float):
+            parts.append(f"{name}={value:{FORMATS.get(name, '.4f')}}")
+        elif isinstance(value, (int, str)):
+            parts.append(f"{name}={value}")
+    return " ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """HH:MM:SS; hours go beyond 99 where needed."""
+    whole = round(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity inside replaced by None, which JSON can say."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,137 @@
+"""Callbacks: lines a log scraper can read, a metrics file without doubles, early stopping that survives a resume."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from esm_neuron.callbacks import EarlyStopping, JsonlLogger, ProgressConsole, TensorBoardLogger
+from esm_neuron.errors import CheckpointError
+
+RECORD = {"loss": 0.61234, "lr": 3e-4, "grad_norm": 1.234, "residues_per_second": 1234.4, "graphs": 0}
+
+
+class Stream(io.StringIO):
+    """A text stream that keeps every write apart and may call itself a terminal."""
+
+    def __init__(self, tty: bool) -> None:
+        super().__init__()
+        self.tty = tty
+        self.writes: list[str] = []
+
+    def isatty(self) -> bool:
+        return self.tty
+
+    def write(self, text: str) -> int:
+        self.writes.append(text)
+        return super().write(text)
+
+
+def test_plain_lines_are_one_write_each_and_match_metric_regexes() -> None:
+    stream = Stream(tty=False)
+    console = ProgressConsole(stream=stream, clock=iter([0.0, 60.0]).__next__)
+    console.on_log(120, 500, RECORD)
+    console.on_eval(120, {"split": "valid", "n": 300, "accuracy": 0.71, "accuracy_ci": [0.6, 0.8], "auroc": None})
+    console.on_end({})
+    assert stream.writes == [
+        "step=120/500 loss=0.6123 lr=3.0e-04 grad_norm=1.23 residues_per_second=1234 graphs=0 eta=00:03:10\n",
+        "eval step=120 split=valid n=300 accuracy=0.7100\n",
+    ]
+    assert re.search(r"lr=([0-9.e+-]+)", stream.writes[0]).group(1) == "3.0e-04"  # type: ignore[union-attr]
+
+
+def test_the_time_left_leaves_compilation_out_once_it_can() -> None:
+    stream = Stream(tty=False)
+    console = ProgressConsole(start=100, stream=stream, clock=iter([0.0, 100.0, 110.0, 130.0]).__next__)
+    for step in (110, 120, 140):  # the first ten steps take 100 s, every later one 1 s
+        console.on_log(step, 200, {})
+    assert [line.rsplit("eta=")[1].strip() for line in stream.writes] == ["00:15:00", "00:01:20", "00:01:00"]
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left_that_starts_where_the_run_does() -> None:
+    stream = Stream(tty=True)
+    console = ProgressConsole(start=40, stream=stream)
+    console.on_log(50, 100, RECORD)
+    console.on_eval(50, {"split": "valid", "mcc": 0.35})
+    console.on_log(100, 100, RECORD)
+    console.on_end({})
+    text = stream.getvalue()
+    assert "100/100" in text
+    assert "40/100" in text
+    assert "loss=0.6123" in text
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", text), "elapsed<left"
+    assert "eval step=50 split=valid mcc=0.3500\n" in text
+
+
+def test_metrics_file_has_one_json_line_a_record_and_null_for_nan(tmp_path: Path) -> None:
+    log = JsonlLogger(tmp_path / "new" / "metrics.jsonl")
+    log.on_log(10, 20, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
+    log.on_eval(10, {"split": "valid", "mcc": None, "mcc_ci": [float("-inf"), 1.0]})
+    log.on_end({})
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert lines == [
+        {"step": 10, "loss": None, "grad_norm": None, "lr": 0.1},
+        {"step": 10, "split": "valid", "mcc": None, "mcc_ci": [None, 1.0]},
+    ]
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlLogger(path)
+    first.truncate_after(0)  # nothing there yet
+    assert not path.exists()
+    for step in (10, 20, 30):
+        first.on_log(step, 50, {"loss": 1.0})
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')  # killed here
+    resumed = JsonlLogger(path)
+    resumed.truncate_after(20)
+    for step in (30, 40, 50):
+        resumed.on_log(step, 50, {"loss": 0.5})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30, 40, 50]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("damaged", ["not json\n", '["step"]\n', '{"loss": 1}\n', '{"step": null}\n'])
+def test_a_damaged_metrics_file_is_named_by_line(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + damaged)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: not a JSON object with a step"):
+        JsonlLogger(path).truncate_after(5)
+
+
+def test_tensorboard_gets_scalars_by_group(tmp_path: Path) -> None:
+    log = TensorBoardLogger(tmp_path)
+    log.on_log(10, 20, RECORD)
+    log.on_eval(10, {"split": "valid", "mcc": 0.35, "mcc_ci": [0.3, 0.4], "auroc": None})
+    log.on_end({})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in RECORD} | {"valid/mcc"}
+    assert [(e.step, e.value) for e in events.Scalars("valid/mcc")] == [(10, pytest.approx(0.35))]
+
+
+def test_early_stopping_keeps_the_best_and_stops_after_its_patience() -> None:
+    stopping = EarlyStopping(patience=2, greater_is_better=True)
+    seen = [(0.3, 10), (0.5, 20), (0.5, 30), (float("nan"), 40)]
+    assert [stopping.update(value, step) for value, step in seen] == [True, True, False, False]
+    assert (stopping.best, stopping.best_step, stopping.stop) == (0.5, 20, True)
+    falling = EarlyStopping(patience=0, greater_is_better=False)
+    assert [falling.update(v, 0) for v in (None, 2.0, 3.0, 1.0, 1.5)] == [False, True, False, True, False]
+    assert not falling.stop
+
+
+def test_early_stopping_goes_on_where_a_checkpoint_left_it() -> None:
+    before = EarlyStopping(patience=2, greater_is_better=True)
+    before.update(0.5, 10)
+    before.update(0.4, 20)
+    after = EarlyStopping(patience=2, greater_is_better=True)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after == before
+    assert [before.stop, after.update(0.1, 30), after.stop, after.best_step] == [False, False, True, 10]
