@@ -1,4 +1,4 @@
-"""What every test process shares: few threads, no network, caches of its own, and who runs the suites that need more."""
+"""What all tests share: few threads, no network, caches of their own; and who runs the suites that need more."""
 
 from __future__ import annotations
 
