@@ -1,0 +1,68 @@
+"""How fast, how lean and how tight packing is: `python benchmarks/packing.py --sequences 50000000`.
+
+Lengths are drawn from a log-normal law close to UniProt's (median 300 residues) and cropped, or read from the sequence
+column of a TSV file. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+
+import numpy as np
+import pandas as pd
+
+from esm_neuron.data.packing import plan_epoch
+
+
+def drawn_lengths(sequences: int, row_tokens: int, rng: np.random.Generator) -> np.ndarray:
+    """int32 [sequences]: tokens of each, specials included; drawn a million at a time to keep memory for the plan."""
+    lengths = np.empty(sequences, np.int32)
+    for start in range(0, sequences, 1_000_000):
+        part = lengths[start : start + 1_000_000]
+        part[:] = np.clip(rng.lognormal(np.log(300), 0.7, len(part)), 20, row_tokens - 2) + 2
+    return lengths
+
+
+def read_lengths(path: str, column: str, row_tokens: int) -> np.ndarray:
+    """int64 [rows]: tokens of each sequence of a TSV file, cropped to the row."""
+    residues = pd.read_csv(path, sep="\t", usecols=[column])[column].str.len()
+    return residues.clip(upper=row_tokens - 2).to_numpy() + 2
+
+
+def main() -> None:
+    """Plan one epoch and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, default=1_000_000, help="how many lengths to draw")
+    parser.add_argument("--tsv", help="read sequences from this file instead")
+    parser.add_argument("--column", default="sequence", help="the TSV file's sequence column")
+    parser.add_argument("--row_lengths", type=int, nargs="+", default=[1024], help="row lengths in tokens")
+    parser.add_argument("--max_segments", type=int, default=32, help="most sequences in a row")
+    parser.add_argument("--rows_per_step", type=int, default=64, help="rows of a step")
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    longest = max(args.row_lengths)
+    lengths = read_lengths(args.tsv, args.column, longest) if args.tsv else drawn_lengths(args.sequences, longest, rng)
+    before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = time.perf_counter()
+    plan = plan_epoch(lengths, args.row_lengths, args.max_segments, args.rows_per_step, rng)
+    seconds = time.perf_counter() - start
+    result = {
+        "sequences": len(lengths),
+        "seconds": round(seconds, 3),
+        "sequences_per_second": round(len(lengths) / seconds),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mib_before_planning": round(before_mib),
+        "rows": {pack.row_tokens: pack.rows for pack in plan.packs},
+        "steps": len(plan),
+        "efficiency": round(plan.efficiency(lengths), 4),
+        "efficiency_unpacked": round(float(lengths.mean()) / longest, 4),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

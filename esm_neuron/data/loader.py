@@ -1,0 +1,344 @@
+"""From plan to batches: any optimizer step of any rank can be asked for directly, so a resumed run jumps to its step.
+
+Nothing is remembered between steps but the plan of one epoch. The rows of a step do not depend on how many devices
+share them nor on how many passes they take, and an example's randomness does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.batch import PAD_SEGMENT, Batch, ExampleTable, TargetMaker
+from esm_neuron.data.packing import EpochPlan, attention_cost, bucket_candidates, choose_buckets, plan_epoch
+from esm_neuron.data.tokenizer import PAD
+from esm_neuron.errors import ConfigError
+
+SPECIALS = 2
+"""Tokens of an example that are no residues: <cls> and <eos>."""
+
+_EVALUATION = -1
+"""Stands for the epoch in the seeds of evaluation."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """How much one optimizer step holds, for the log."""
+
+    residues: int
+    """Residues of this data-parallel rank, specials left out."""
+    global_residues: int
+    """Residues of all ranks."""
+    slots: int
+    """Places for tokens in the plan's rows of this rank, filler rows included."""
+    global_slots: int
+    """The same of all ranks."""
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One rank's share of an optimizer step."""
+
+    step: int
+    """Optimizer step from 0, over all epochs."""
+    batches: list[Batch]
+    """One batch for each accumulated pass."""
+    stats: StepStats
+    """What the batches hold."""
+
+
+def select_row_lengths(cfg: TrainConfig, lengths: np.ndarray, hidden_size: int = 640) -> tuple[int, ...]:
+    """The row lengths of a run: `data.row_tokens`, and with `data.max_buckets` > 1 shorter ones that pay.
+
+    Args:
+        cfg: the run's configuration.
+        lengths: integers [examples]: tokens of each training example, specials included.
+        hidden_size: width of the model; the wider, the less attention weighs and the less a short row saves.
+
+    Returns:
+        Row lengths in tokens, ascending; the last is `data.row_tokens`.
+
+    Raises:
+        DataError: there is no example, or one does not fit a row.
+    """
+    if cfg.data.max_buckets == 1:
+        return (cfg.data.row_tokens,)
+    return choose_buckets(
+        lengths,
+        bucket_candidates(cfg.data.row_tokens),
+        cfg.data.max_buckets,
+        _segments(cfg),
+        attention_cost(hidden_size),
+        cfg.loop.rows_per_step,
+    )
+
+
+class TrainLoader:
+    """The training batches of one data-parallel rank, by optimizer step.
+
+    A step of a bucket shorter than `data.row_tokens` has `data.row_tokens // length` times the rows, so that all steps
+    hold about the same number of tokens. A bucket's last step of an epoch is filled up with rows of weight 0.
+
+    Args:
+        table: the training examples.
+        task: makes inputs and targets.
+        cfg: the run's configuration.
+        dp: data-parallel degree.
+        dp_rank: this process's place among them, 0 to dp - 1.
+        static_shapes: True: every batch of a bucket has one shape. False: filler rows and the columns that are padding
+            in every row are left out of a batch, which is less work where a new shape costs nothing.
+        row_lengths: row lengths in tokens, the longest `data.row_tokens`; None: `select_row_lengths`.
+
+    Raises:
+        ConfigError: `loop.rows_per_step` is not a multiple of `loop.rows_per_device` times `dp`.
+        DataError: there is no example, or one does not fit a row.
+    """
+
+    def __init__(
+        self,
+        table: ExampleTable,
+        task: TargetMaker,
+        cfg: TrainConfig,
+        dp: int = 1,
+        dp_rank: int = 0,
+        *,
+        static_shapes: bool = True,
+        row_lengths: Sequence[int] | None = None,
+    ) -> None:
+        self.passes = _accumulated_passes(cfg, dp)
+        """Forward passes of this rank in one optimizer step."""
+        self._cfg, self._dp, self._dp_rank = cfg, dp, dp_rank
+        self._lengths = table.lengths.astype(np.int32)
+        chosen = select_row_lengths(cfg, self._lengths) if row_lengths is None else row_lengths
+        self.row_lengths: tuple[int, ...] = tuple(sorted(chosen))
+        """Row lengths in tokens, ascending."""
+        self._collator = _Collator(table, task, _segments(cfg), cfg.seed, static_shapes)
+        self._planned = (0, self._plan(0))
+        self.steps_per_epoch: int = len(self._planned[1])
+        """Optimizer steps in one pass over the examples, the same in every epoch."""
+        self.padding_efficiency: float = self._planned[1].efficiency(self._lengths)
+        """Share of an epoch's slots, filler rows included, that hold tokens."""
+
+    def total_steps(self, epochs: float, max_steps: int | None) -> int:
+        """Optimizer steps of a run: `max_steps`, or else those of `epochs` passes, at least 1."""
+        return max_steps if max_steps is not None else max(1, math.ceil(epochs * self.steps_per_epoch))
+
+    def batches(self, step: int) -> list[Batch]:
+        """The accumulated passes of this rank in optimizer step `step`, counted from 0 over all epochs."""
+        return self.load(step).batches
+
+    def load(self, step: int) -> StepData:
+        """`batches` with what they hold, made in one go: `prefetch(map(loader.load, range(first, last)), 2)`."""
+        epoch, local = divmod(step, self.steps_per_epoch)
+        row_tokens, rows = self.plan(epoch).step(local)
+        count = len(rows) // self.passes
+        # Pass by pass, then rank by rank: two passes of one rank hold what one pass of each of two ranks holds.
+        share = [_share(rows[n * count : (n + 1) * count], self._dp, self._dp_rank) for n in range(self.passes)]
+        batches = [self._collator(part, row_tokens, epoch) for part in share]
+        stats = StepStats(
+            residues=sum(self._residues(part) for part in share),
+            global_residues=self._residues(rows),
+            slots=len(rows) * row_tokens // self._dp,
+            global_slots=len(rows) * row_tokens,
+        )
+        return StepData(step, batches, stats)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The plan of `epoch`, made from (seed, epoch) alone; the last one asked for is kept."""
+        known, plan = self._planned
+        if known != epoch:
+            plan = self._plan(epoch)
+            self._planned = (epoch, plan)
+        return plan
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        loop = self._cfg.loop
+        rng = _rng(self._cfg.seed, epoch)
+        return plan_epoch(self._lengths, self.row_lengths, _segments(self._cfg), loop.rows_per_step, rng)
+
+    def _residues(self, rows: Sequence[np.ndarray]) -> int:
+        members = np.concatenate(rows)
+        return int(self._lengths[members].sum()) - SPECIALS * len(members)
+
+
+class EvalLoader:
+    """One rank's batches that together, over all ranks, hold every example exactly once.
+
+    Every rank gives the same number of batches, filled up with rows of weight 0. Plan and randomness depend on the seed
+    and the table alone, so two evaluations answer the same questions. Can be iterated any number of times.
+
+    Args:
+        table, task, cfg, dp, dp_rank, static_shapes: as for `TrainLoader`.
+        row_lengths: row lengths in tokens, such as `TrainLoader.row_lengths`; None: `data.row_tokens` alone.
+
+    Raises:
+        DataError: there is no example, or one does not fit a row.
+    """
+
+    def __init__(
+        self,
+        table: ExampleTable,
+        task: TargetMaker,
+        cfg: TrainConfig,
+        dp: int = 1,
+        dp_rank: int = 0,
+        *,
+        static_shapes: bool = True,
+        row_lengths: Sequence[int] | None = None,
+    ) -> None:
+        lengths = table.lengths.astype(np.int32)
+        self._dp, self._dp_rank = dp, dp_rank
+        self._collator = _Collator(table, task, _segments(cfg), cfg.seed, static_shapes)
+        self._plan = plan_epoch(
+            lengths,
+            (cfg.data.row_tokens,) if row_lengths is None else row_lengths,
+            _segments(cfg),
+            cfg.loop.eval_rows_per_device * dp,
+            _rng(cfg.seed, _EVALUATION),
+        )
+        self.padding_efficiency: float = self._plan.efficiency(lengths)
+        """Share of the slots, filler rows included, that hold tokens."""
+
+    def __len__(self) -> int:
+        """Batches of this rank, the same on every rank."""
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches in order."""
+        for step in range(len(self)):
+            row_tokens, rows = self._plan.step(step)
+            yield self._collator(_share(rows, self._dp, self._dp_rank), row_tokens, _EVALUATION)
+
+
+class _Collator:
+    """Lays the examples of some rows into tensors."""
+
+    def __init__(self, table: ExampleTable, task: TargetMaker, segments: int, seed: int, static_shapes: bool) -> None:
+        self._table, self._task, self._segments, self._seed = table, task, segments, seed
+        self._static_shapes = static_shapes
+        # A batch of filler rows alone must have the label type of all others, so it is learnt from an example.
+        self._label_type = task.target(table, 0, _rng(seed, _EVALUATION, 0)).label.dtype
+
+    def __call__(self, rows: Sequence[np.ndarray], row_tokens: int, epoch: int) -> Batch:
+        """Rows of examples, filler rows last, as a batch; `epoch` seeds the examples' randomness."""
+        if not self._static_shapes:
+            rows = [row for row in rows if len(row)] or rows[:1]
+        size = (len(rows), row_tokens)
+        answers = size if self._task.per_token else (len(rows), self._segments)
+        input_ids = np.full(size, PAD, np.int64)
+        segment_ids = np.full(size, PAD_SEGMENT, np.int64)
+        positions = np.zeros(size, np.int64)
+        labels = np.zeros(answers, self._label_type)
+        weights = np.zeros(answers, np.float32)
+        members = np.full((len(rows), self._segments), -1, np.int64)
+        count = np.arange(row_tokens)
+        longest = 1
+        for r, row in enumerate(rows):
+            members[r, : len(row)] = row
+            end = 0
+            for s, example in enumerate(row.tolist()):
+                target = self._task.target(self._table, example, _rng(self._seed, epoch, example))
+                start, end = end, end + len(target.tokens)
+                input_ids[r, start:end] = target.tokens
+                segment_ids[r, start:end] = s
+                positions[r, start:end] = count[: end - start]
+                answer = slice(start, end) if self._task.per_token else s
+                labels[r, answer] = target.label
+                weights[r, answer] = target.weight * self._table.weight[example]
+            longest = max(longest, end)
+        width = row_tokens if self._static_shapes else longest
+        answered = width if self._task.per_token else self._segments
+        return Batch(
+            input_ids=_tensor(input_ids, width),
+            segment_ids=_tensor(segment_ids, width),
+            positions=_tensor(positions, width),
+            labels=_tensor(labels, answered),
+            weights=_tensor(weights, answered),
+            members=members,
+            max_segments=self._segments,
+        )
+
+
+def prefetch(iterable: Iterable[T], depth: int) -> Iterator[T]:
+    """The items of `iterable`, made ahead by a thread: the same items in the same order.
+
+    Args:
+        iterable: consumed in the thread from the first item asked for.
+        depth: most items made and not yet taken, at least 1.
+
+    Raises:
+        ValueError: `depth` is below 1.
+        Exception: whatever `iterable` raises, at the place of the item that it failed to give.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth} is below 1: nothing could ever be made; use 2")
+    room = threading.Semaphore(depth)
+    ready: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            source = iter(iterable)
+            while room.acquire() and not stopped.is_set():
+                ready.put(([next(source)], None))
+        except BaseException as error:  # the consumer raises it: StopIteration is the end, all else a failure
+            ready.put(([], error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            made, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            room.release()
+            yield from made
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()
+
+
+def _accumulated_passes(cfg: TrainConfig, dp: int) -> int:
+    rows, per_device = cfg.loop.rows_per_step, cfg.loop.rows_per_device
+    unit = per_device * dp
+    if rows % unit:
+        below, above = rows // unit * unit, (rows // unit + 1) * unit
+        cure = f"{below} or {above}" if below else f"{above}, or fewer rows per device"
+        raise ConfigError(
+            f"loop.rows_per_step={rows} is not a multiple of {unit} (loop.rows_per_device={per_device} on {dp} "
+            f"data-parallel ranks); use loop.rows_per_step={cure}"
+        )
+    return rows // unit
+
+
+def _segments(cfg: TrainConfig) -> int:
+    return cfg.data.max_segments if cfg.data.packing else 1
+
+
+def _share(rows: Sequence[np.ndarray], dp: int, dp_rank: int) -> Sequence[np.ndarray]:
+    """The rows of one rank: equal runs in rank order."""
+    count = len(rows) // dp
+    return rows[dp_rank * count : (dp_rank + 1) * count]
+
+
+def _rng(seed: int, epoch: int, *example: int) -> np.random.Generator:
+    """The generator of a plan (no example) or of one example; evaluation counts as epoch -1."""
+    # numpy seeds [a, b] and [a, b, 0] alike, so examples count from 1 here.
+    return np.random.default_rng([seed % 2**64, epoch + 1, *(number + 1 for number in example)])
+
+
+def _tensor(array: np.ndarray, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array[:, :width]))
