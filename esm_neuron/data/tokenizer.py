@@ -1,0 +1,99 @@
+"""The ESM-2 alphabet without a network: 33 tokens that never change, and a table from characters to token ids.
+
+The order is that of `vocab.txt` in the ESM-2 repositories of the Hugging Face hub and of fair-esm's alphabet "ESM-1b".
+Lower-case residues (soft-masked regions) count as their upper-case letters.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from esm_neuron.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import EsmTokenizer
+
+RESIDUES = "LAGVSERTIDPKQNFYMHWCXBUZO"
+"""Letters of a sequence: the 20 amino acids in the order of the vocabulary, then X (any), B, U, Z and O."""
+
+VOCABULARY: tuple[str, ...] = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES, ".", "-", "<null_1>", "<mask>")
+"""Token i of ESM-2."""
+
+CLS, PAD, EOS, UNK, X, MASK = (VOCABULARY.index(token) for token in ("<cls>", "<pad>", "<eos>", "<unk>", "X", "<mask>"))
+
+AMINO_ACIDS = np.arange(4, 24, dtype=np.uint8)
+"""uint8 [20]: ids of the standard amino acids."""
+
+_BAD = re.compile(f"[^{RESIDUES}{RESIDUES.lower()}]")
+_TABLE = np.full(256, UNK, dtype=np.uint8)
+for _id, _letter in enumerate(RESIDUES, start=4):
+    _TABLE[[ord(_letter), ord(_letter.lower())]] = _id
+
+
+def encode(sequence: str) -> np.ndarray:
+    """Tokens of one protein: <cls>, its residues, <eos>.
+
+    Returns:
+        uint8 [residues + 2].
+
+    Raises:
+        DataError: a character is no residue.
+    """
+    return encode_many([sequence])[0]
+
+
+def encode_many(sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of many proteins end to end.
+
+    Returns:
+        tokens: uint8 [total], <cls>, residues and <eos> of each protein.
+        offsets: int64 [proteins + 1]; protein i is `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Raises:
+        DataError: a character is no residue (rows that went through `validate.check_rows` have none).
+    """
+    offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
+    np.cumsum([len(sequence) + 2 for sequence in sequences], out=offsets[1:])
+    # "replace" writes one "?" for one character outside ASCII, so positions hold.
+    residues = _TABLE[np.frombuffer("".join(sequences).encode("ascii", "replace"), dtype=np.uint8)]
+    if (residues == UNK).any():
+        position, character = next(bad[0] for bad in map(bad_residues, sequences) if bad)
+        raise DataError(f"{character!r} at residue {position} is not one of the residues {RESIDUES}; correct it")
+    tokens = np.empty(offsets[-1], dtype=np.uint8)
+    inside = np.ones(len(tokens), dtype=bool)
+    for positions, token in ((offsets[:-1], CLS), (offsets[1:] - 1, EOS)):
+        tokens[positions] = token
+        inside[positions] = False
+    tokens[inside] = residues
+    return tokens, offsets
+
+
+def bad_residues(sequence: str) -> list[tuple[int, str]]:
+    """Characters that are no residue, each with its position from 1. Gaps (. -) and stop codons (*) are among them."""
+    return [(match.start() + 1, match.group()) for match in _BAD.finditer(sequence)]
+
+
+def replace_bad_residues(sequence: str) -> str:
+    """The sequence with X for every character that is no residue."""
+    return _BAD.sub("X", sequence)
+
+
+def decode(tokens: np.ndarray) -> str:
+    """The text of token ids, such as `<cls>MKV<eos>`."""
+    return "".join(VOCABULARY[token] for token in tokens)
+
+
+def hf_tokenizer() -> EsmTokenizer:
+    """The same alphabet as a transformers tokenizer, to be saved beside an exported model."""
+    from transformers import EsmTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder, "vocab.txt")
+        vocabulary.write_text("\n".join(VOCABULARY), encoding="utf-8")
+        return EsmTokenizer(str(vocabulary))

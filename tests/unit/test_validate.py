@@ -1,0 +1,92 @@
+"""Bad rows: named by file and line in one error, or counted as the configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from esm_neuron.config import DataConfig
+from esm_neuron.data.sources import make_rows
+from esm_neuron.data.validate import Report, check_rows
+from esm_neuron.errors import DataError
+
+
+def check(sequences: Sequence[str], ids: Sequence[str] = (), labels: Sequence[str] = (), **fields):
+    names = ids or [f"P{i}" for i in range(len(sequences))]
+    columns = {"line": list(range(2, 2 + len(sequences))), "id": names, "sequence": sequences}
+    rows = make_rows(columns | ({"label": labels} if labels else {}))
+    return check_rows(rows, DataConfig(**fields), "x.csv")
+
+
+def test_good_rows_pass_in_upper_case() -> None:
+    rows, report = check(["MKV", "mkvx", "AUZBO"], labels=["NA", "None", "0"])
+    assert rows["sequence"][:] == ["MKV", "MKVX", "AUZBO"]
+    assert rows["line"][:] == [2, 3, 4]
+    assert rows["label"][:] == ["NA", "None", "0"]
+    assert report == Report(name="x.csv", rows=3)
+    assert report.summary() == "x.csv: 3 rows"
+
+
+@pytest.mark.parametrize(
+    ("sequence", "what"),
+    [
+        ("MKJ", r"'J' \(leucine or isoleucine\) at residue 3,"),
+        ("MKV*", r"'\*' \(a stop codon\) at residue 4,"),
+        ("M-K-V", r"'-' \(a gap\) at residue 2 and 1 more,"),
+        ("M\nV", r"'\\n' at residue 2,"),
+        ("МKV", "'М' at residue 1,"),  # Cyrillic
+    ],
+)
+def test_strict_names_the_first_bad_character(sequence: str, what: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"^x.csv:3: the sequence of 'P1' has {what} .*; correct it, or use "
+    ) as caught:
+        check(["MKV", sequence])
+    assert "\n" not in str(caught.value)
+
+
+def test_skip_leaves_rows_out_and_counts_them() -> None:
+    rows, report = check(["MK*", "MKV", "J"], labels=["a", "b", "c"], on_bad_residue="skip")
+    assert rows.to_dict() == {"line": [3], "id": ["P1"], "sequence": ["MKV"], "label": ["b"]}
+    assert report == Report(name="x.csv", rows=3, skipped=2)
+    assert report.summary() == "x.csv: 3 rows; 2 skipped for characters that are no residues"
+    with pytest.raises(DataError, match="x.csv: all 1 rows have characters that are no residues; "):
+        check(["*"], on_bad_residue="skip")
+
+
+def test_replace_writes_x_and_counts() -> None:
+    rows, report = check(["m*K-", "MKV", "J"], on_bad_residue="replace")
+    assert rows["sequence"][:] == ["MXKX", "MKV", "X"]
+    assert report == Report(name="x.csv", rows=3, replaced=2, replaced_residues=3)
+    assert report.summary() == "x.csv: 3 rows; 2 with 3 characters replaced by X"
+
+
+@pytest.mark.parametrize("mode", ["strict", "skip", "replace"])
+def test_other_faults_are_errors_in_every_mode(mode: str) -> None:
+    with pytest.raises(DataError, match="^x.csv:4: id 'P1' was used in line 2 already; make ids unique$"):
+        check(["A", "A", "A"], ids=["P1", "P2", "P1"], on_bad_residue=mode)
+    with pytest.raises(DataError, match="^x.csv:2: the id is empty; "):
+        check(["A"], ids=[""], on_bad_residue=mode)
+    with pytest.raises(DataError, match="^x.csv:3: the sequence of 'P1' is empty; "):
+        check(["A", ""], on_bad_residue=mode)
+    for label in ("", "nan", "NaN"):
+        with pytest.raises(DataError, match="^x.csv:2: column 'loc' of 'P0' is empty; "):
+            check(["A"], labels=[label], on_bad_residue=mode, label_column="loc")
+
+
+def test_many_problems_are_counted_and_the_first_twenty_listed() -> None:
+    with pytest.raises(DataError) as caught:
+        check(["MK*"] * 30)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "x.csv: 30 problems (the first 20):"
+    assert len(lines) == 21
+    assert lines[20].startswith("  x.csv:21: the sequence of 'P19'")
+    with pytest.raises(DataError, match=r"^x.csv: 2 problems \(all listed\):"):
+        check(["MK*", ""])
+
+
+def test_long_values_are_shortened() -> None:
+    with pytest.raises(DataError) as caught:
+        check(["*"], ids=["P" * 10_000 + "\n"])
+    assert len(str(caught.value)) < 300
