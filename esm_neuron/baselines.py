@@ -14,15 +14,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from esm_neuron.data.tokenizer import AMINO_ACIDS, UNK, VOCABULARY
 from esm_neuron.metrics import ClassificationState, Value
 
 if TYPE_CHECKING:
     from esm_neuron.data.batch import ExampleTable
 
-FIRST_AMINO_ACID, AMINO_ACIDS = 4, 20
-"""The standard amino acids are tokens 4 to 23 of the ESM alphabet (L A G V S E R T I D P K Q N F Y M H W C)."""
-SPECIALS = 4
-"""Tokens below are specials: <cls>, <pad>, <eos>, <unk>."""
 END = 50
 """Residues at each terminus that get a composition of their own: sorting signals sit there."""
 
@@ -48,12 +45,12 @@ def composition_features(table: ExampleTable) -> np.ndarray:
 
     What is counted is what the model is given: the cropped sequence, or the windows of a record one after the other.
     """
-    features = np.zeros((len(table.labels), 3 * AMINO_ACIDS + 1))
+    features = np.zeros((len(table.labels), 3 * len(AMINO_ACIDS) + 1))
     order = np.argsort(table.record, kind="stable")
     bounds = np.searchsorted(table.record[order], np.arange(len(features) + 1))
     for row, (start, stop) in enumerate(pairwise(bounds)):
         tokens = np.concatenate([table.sequence(example) for example in order[start:stop]])
-        residues = tokens[tokens >= SPECIALS]
+        residues = tokens[tokens > UNK]  # the specials come first in the alphabet
         parts = (residues, residues[:END], residues[-END:])
         features[row] = np.concatenate([*(_frequencies(part) for part in parts), [np.log(max(len(residues), 1))]])
     return features
@@ -61,8 +58,7 @@ def composition_features(table: ExampleTable) -> np.ndarray:
 
 def _frequencies(tokens: np.ndarray) -> np.ndarray:
     """float64 [20]: share of each standard amino acid among `tokens`."""
-    counts = np.bincount(tokens, minlength=FIRST_AMINO_ACID + AMINO_ACIDS)
-    return counts[FIRST_AMINO_ACID : FIRST_AMINO_ACID + AMINO_ACIDS] / max(len(tokens), 1)
+    return np.bincount(tokens, minlength=len(VOCABULARY))[AMINO_ACIDS] / max(len(tokens), 1)
 
 
 def composition_baseline(

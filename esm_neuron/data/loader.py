@@ -197,6 +197,8 @@ class EvalLoader:
         row_lengths: Sequence[int] | None = None,
     ) -> None:
         lengths = table.lengths.astype(np.int32)
+        self.table = table
+        """The examples that are given."""
         self._dp, self._dp_rank = dp, dp_rank
         self._collator = _Collator(table, task, _segments(cfg), cfg.seed, static_shapes)
         self._plan = plan_epoch(

@@ -1,0 +1,104 @@
+"""What is trained: the whole model, the head alone, or LoRA adapters and the head."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from esm_neuron.config import AdapterConfig, require
+
+BLOCK = r"(?:.*\.)?encoder\.layer\.\d+\."
+"""A block's name in a transformers ESM-2, whatever wraps the model."""
+
+NEVER_TRAINED = re.compile(r"(?:.*\.)?(contact_head|pooler)\..*")
+"""Parts of a transformers ESM-2 that no task here uses; kept for whoever loads the result."""
+
+
+def adapt(model: nn.Module, cfg: AdapterConfig, head: Collection[str], lora_modules: Mapping[type, type]) -> nn.Module:
+    """Freeze what is not trained and add adapters.
+
+    Args:
+        model: with its real weights.
+        head: names of the modules that belong to the task and not to ESM-2; always trained.
+        lora_modules: linear class -> LoRA layer class, for devices whose linears PEFT does not know.
+
+    Returns:
+        The model itself, or a `PeftModel` around it.
+
+    Raises:
+        ConfigError: a target names no linear layer of the model, or nothing is left to train.
+    """
+    for name, parameter in model.named_parameters():
+        in_head = any(name == part or name.startswith(f"{part}.") for part in head)
+        parameter.requires_grad_((cfg.kind == "none" or in_head) and not NEVER_TRAINED.fullmatch(name))
+    if cfg.kind == "lora":
+        return _add_lora(model, cfg, head, lora_modules)
+    require(
+        any(p.requires_grad for p in model.parameters()),
+        "adapter.kind=head leaves nothing to train: this task has no head of its own; use lora or none",
+    )
+    return model
+
+
+def _add_lora(
+    model: nn.Module, cfg: AdapterConfig, head: Collection[str], lora_modules: Mapping[type, type]
+) -> PeftModel:
+    for target in cfg.targets:
+        check_target(model, target)
+    pattern = BLOCK + "(?:" + "|".join(re.escape(t) for t in cfg.targets) + ")"
+    lora = LoraConfig(
+        r=cfg.r,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=pattern,
+        modules_to_save=sorted(head) or None,
+    )
+    if lora_modules:
+        lora._register_custom_module(dict(lora_modules))
+    return get_peft_model(model, lora)
+
+
+def check_target(model: nn.Module, target: str) -> None:
+    """Raise ConfigError unless `target` names a layer within a block of `model`."""
+    pattern = re.compile(BLOCK + re.escape(target))
+    names = [n for n, _ in model.named_modules()]
+    block = re.compile(BLOCK + r"(.+\.)?(query|key|value|dense)")
+    known = sorted({re.sub(f"^{BLOCK}", "", n) for n in names if block.fullmatch(n)})
+    require(
+        any(pattern.fullmatch(n) for n in names),
+        f"adapter.targets: {target!r} is no linear layer of a block; the layers are {', '.join(known)}",
+    )
+
+
+def store_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of frozen linears to `dtype`; norms, embeddings and whatever is trained keep their own."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters()):
+            module.to(dtype)
+
+
+def draw_lora(model: nn.Module, seed: int) -> None:
+    """Draw every LoRA `A` from a generator of its own, so that its values depend on its name alone.
+
+    PEFT draws them one after the other from the global generator, which would tie them to the order of layers and, under
+    tensor parallelism, to the sharding. Same distribution: uniform within 1 / sqrt(inputs), as PEFT's kaiming_uniform.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+            bound = parameter.shape[1] ** -0.5
+            drawn = generator.uniform(-bound, bound, tuple(parameter.shape)).astype(np.float32)
+            with torch.no_grad():
+                parameter.copy_(torch.from_numpy(drawn))
+
+
+def saved_key(parameter: str) -> str:
+    """Name in a PEFT adapter file of a trained parameter of a `PeftModel` with the adapter `default`."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")

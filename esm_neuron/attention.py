@@ -1,0 +1,137 @@
+"""Attention over packs: rotary positions that restart at each segment, and segments that do not see each other.
+
+Two forms of the same sum. `segments` runs torch's fused attention once a segment and never touches padding or pairs across
+segments: for eager devices. `masked` is one block-diagonal product of a static shape: for devices that compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esm_neuron.data.tokenizer import CLS, EOS
+
+ROTARY_BASE = 10_000.0
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of every position, in float32 whatever the model is cast to.
+
+    A bfloat16 table is off by up to 1.68 at position 1,022, and transformers' lazy cache makes a second graph of every
+    shape on XLA; this one is made once and only ever moves between devices. Formula: RoFormer, arXiv:2104.09864, eq. 34.
+    """
+
+    def __init__(self, head_dim: int, positions: int) -> None:
+        super().__init__()
+        with torch.device("cpu"):  # real values even while the model around is built on meta
+            exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+            angles = torch.outer(torch.arange(positions, dtype=torch.float32), 1.0 / ROTARY_BASE**exponent)
+        self.register_buffer("table", torch.cat((angles.cos(), angles.sin()), dim=-1), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
+        self.table = self.table.to(fn(self.table[:1]).device)
+        return self
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each float32 [R, L, 1, D / 2], of `positions` int64 [R, L]."""
+        cos, sin = F.embedding(positions, self.table).unsqueeze(-2).chunk(2, dim=-1)
+        return cos, sin
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of `x` [R, L, H, D] by its position's angle, in float32."""
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(query, key, value, dropout), each [R, L, H, D] with the query already scaled -> [R, L, H, D]."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What a forward pass knows of its rows; made once and shared by all blocks."""
+
+    membership: Tensor
+    """float32 [R, S, L]: 1 where a token belongs to a segment."""
+    residues: Tensor
+    """float32 [R, S, L]: the same without <cls> and <eos>."""
+    first: Tensor
+    """float32 [R, S, L]: 1 at the first token (<cls>) of each segment."""
+    cos: Tensor
+    sin: Tensor
+    attend: Attention
+
+    @classmethod
+    def of(
+        cls, input_ids: Tensor, segment_ids: Tensor, positions: Tensor, segments: int, rotary: RotaryTable, attention: str
+    ) -> Pack:
+        """Derive everything from `input_ids`, `segment_ids` and `positions`, each int64 [R, L]."""
+        slots = torch.arange(segments, device=segment_ids.device)
+        membership = (segment_ids.unsqueeze(1) == slots.view(1, -1, 1)).float()
+        residue = ((input_ids != CLS) & (input_ids != EOS)).float().unsqueeze(1)
+        cos, sin = rotary(positions)
+        return cls(
+            membership=membership,
+            residues=membership * residue,
+            first=membership * (positions == 0).float().unsqueeze(1),
+            cos=cos,
+            sin=sin,
+            attend=ATTENTIONS[attention](segment_ids),
+        )
+
+
+def mean_over(membership: Tensor, hidden: Tensor) -> Tensor:
+    """float32 [R, S, H]: mean of `hidden` [R, L, H] over the tokens of each segment; 0 for an empty one."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        total = membership @ hidden.float()
+        return total / membership.sum(-1, keepdim=True).clamp_min(1.0)
+
+
+def masked_attention(segment_ids: Tensor) -> Attention:
+    """One product a row with everything outside a token's own segment masked away; static shapes."""
+    same = segment_ids.unsqueeze(1).unsqueeze(-1) == segment_ids.unsqueeze(1).unsqueeze(-2)
+    bias = torch.where(same, 0.0, torch.finfo(torch.float32).min)
+    return partial(_attend_masked, bias)
+
+
+def _attend_masked(bias: Tensor, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)).float() + bias
+    weights = F.dropout(scores.softmax(dim=-1).to(value.dtype), p=dropout, training=dropout > 0)
+    return torch.matmul(weights, value).transpose(1, 2)
+
+
+def segment_attention(segment_ids: Tensor) -> Attention:
+    """torch's fused attention, segment by segment; reads the segment bounds on the host once a pass."""
+    flat = segment_ids.cpu()
+    starts = torch.ones_like(flat, dtype=torch.bool)
+    starts[:, 1:] = flat[:, 1:] != flat[:, :-1]
+    begin = starts.flatten().nonzero().flatten()
+    sizes = torch.diff(begin, append=torch.tensor([flat.numel()])).tolist()
+    real = (flat.flatten()[begin] >= 0).tolist()
+    return partial(_attend_segments, sizes, real)
+
+
+def _attend_segments(
+    sizes: list[int], real: list[bool], query: Tensor, key: Tensor, value: Tensor, dropout: float
+) -> Tensor:
+    # split of the flat tokens, not a slice of the rows: its backward pass is one concatenation
+    pieces = zip(*(x.flatten(0, 1).split(sizes) for x in (query, key, value)), real, strict=True)
+    out = [_attend_one(q, k, v, dropout) if used else torch.zeros_like(v) for q, k, v, used in pieces]
+    return torch.cat(out).view(query.shape)
+
+
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
+    return attended.squeeze(0).transpose(0, 1)
+
+
+ATTENTIONS: dict[str, Callable[[Tensor], Attention]] = {"masked": masked_attention, "segments": segment_attention}
+"""Name (`Backend.attention`) -> from `segment_ids` int64 [R, L] to the attention of one pass."""

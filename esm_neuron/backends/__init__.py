@@ -1,0 +1,21 @@
+"""Devices behind one protocol (`base.Backend`). A backend is a file here and a row in `_BACKENDS`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from esm_neuron.backends.base import Backend
+from esm_neuron.config import TrainConfig
+
+_BACKENDS = {"cpu": ("esm_neuron.backends.cpu", "CpuBackend"), "xla": ("esm_neuron.backends.xla", "XlaBackend")}
+
+
+def create_backend(cfg: TrainConfig) -> Backend:
+    """The backend that `cfg.backend` names; its vendor packages are imported only now.
+
+    Raises:
+        ConfigError: a package or device it needs is missing, or the world does not fit it.
+    """
+    module, name = _BACKENDS[cfg.backend]
+    backend: Backend = getattr(import_module(module), name)(cfg)
+    return backend

@@ -1,0 +1,127 @@
+"""What the training loop asks of a device. The loop knows this protocol and nothing of any vendor package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from esm_neuron.config import OptimConfig
+from esm_neuron.parallel.topology import Topology
+
+T = TypeVar("T")
+
+
+class Backend(Protocol):
+    """One process's view of its device and of its peers.
+
+    Call order: `shard` (model on meta), weights, adapters, `prepare`, `optimizer`, then for every optimizer step one
+    `seed` a pass, forward and backward, `sync`, and one `step`, `sync`.
+    """
+
+    name: str
+    device: torch.device
+    topology: Topology
+    static_shapes: bool
+    """True where a new shape means a new compiled program."""
+    attention: str
+    """Which attention of `esm_neuron.attention` fits the device: "segments" or "masked"."""
+
+    lora_modules: Mapping[type, type]
+    """Linear class -> LoRA layer class, for linears that PEFT does not know."""
+
+    def shard(self, model: nn.Module) -> None:
+        """Swap or mark the linears of the tensor-parallel plan, before weights and adapters come."""
+        ...
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move to the device and give every trainable parameter a zeroed gradient buffer that stays."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass: mixed precision, or nothing."""
+        ...
+
+    def checkpoint_fn(self) -> Callable[..., Any]:
+        """The function that recomputes a block in the backward pass (torch's, or a device's own)."""
+        ...
+
+    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        """AdamW over `groups` with its state already made and its learning rate a tensor on the device."""
+        ...
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Write a new learning rate into the tensor that the update graph reads."""
+        ...
+
+    def seed(self, *numbers: int) -> None:
+        """Seed the device's generator from `numbers` (run seed, step, pass): equal on TP ranks, different on DP ranks."""
+        ...
+
+    def step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: torch.Tensor, max_norm: float
+    ) -> torch.Tensor:
+        """Sum gradients over data-parallel ranks, divide by the global weight, clip, update, zero the gradients.
+
+        Args:
+            weight: scalar on the device: this rank's summed loss weight since the last step.
+            max_norm: clip to this norm of the normalised gradient; 0 for no clipping.
+
+        Returns:
+            The norm before clipping, a scalar on the device.
+        """
+        ...
+
+    def sync(self) -> None:
+        """End of a graph: run what has been recorded (nothing to do on eager devices)."""
+        ...
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over data-parallel ranks, on the device."""
+        ...
+
+    def on_host(self, fn: Callable[..., None], *tensors: torch.Tensor) -> None:
+        """Run `fn` with the tensors' values once they are there; never blocks the graph."""
+        ...
+
+    def gather_host(self, value: T) -> list[T]:
+        """One value of every rank, in rank order, on every rank; over the host, not the device."""
+        ...
+
+    def gather_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Whole tensors on the host, by parameter name: trained parameters, and optimizer state (`name/exp_avg`...).
+
+        Called by all ranks; complete on rank 0.
+        """
+        ...
+
+    def load_state(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weights: Mapping[str, torch.Tensor],
+        moments: Mapping[str, torch.Tensor],
+    ) -> None:
+        """The inverse of `gather_state`, from whole tensors at any world size.
+
+        Raises:
+            CheckpointError: names or shapes differ from the model's.
+        """
+        ...
+
+    def load_weights(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        """The trained parameters alone, as `load_state` does."""
+        ...
+
+    def graphs(self) -> int:
+        """Programs compiled so far; 0 on eager devices."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group."""
+        ...

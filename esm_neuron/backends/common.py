@@ -1,0 +1,116 @@
+"""The arithmetic of an optimizer step that every backend shares, and what they do alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esm_neuron.config import OptimConfig
+from esm_neuron.errors import CheckpointError
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained, in the model's order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def make_gradient_buffers(model: nn.Module) -> None:
+    """Give every trainable parameter a zero gradient that stays, so that the first pass traces like all others."""
+    for parameter in trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def adamw(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig, device: torch.device, **kind: bool) -> torch.optim.AdamW:
+    """AdamW with its state made before the first step and its learning rate a tensor: neither makes another graph."""
+    named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+    lr = torch.tensor(cfg.lr, dtype=torch.float32, device=device)
+    optimizer = torch.optim.AdamW(named, lr=lr, betas=cfg.betas, eps=cfg.eps, **kind)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    return optimizer
+
+
+def normalise_clip_update(
+    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float
+) -> Tensor:
+    """Turn summed gradients into the mean's, clip them, update, and zero the buffers in place.
+
+    Args:
+        parameters: whose `grad` holds the gradient of the loss summed over the whole step.
+        weight: scalar, the step's global loss weight; 0 (nothing to learn from) leaves zero gradients.
+        max_norm: as in `Backend.step`.
+
+    Returns:
+        The norm of the mean's gradient before clipping, a scalar.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    scale = 1.0 / torch.where(weight > 0, weight, torch.ones_like(weight))
+    norm = torch.nn.utils.get_total_norm(grads) * scale
+    if max_norm > 0:
+        scale = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale)
+    optimizer.step()
+    for grad in grads:
+        grad.zero_()
+    return norm
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers; unlike a sum, no two lists of numbers are alike."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trained parameters and optimizer state as copies on the host, named as in `checkpoint.Snapshot`."""
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+            for kind, value in optimizer.state[parameter].items():
+                moments[f"{name}/{kind}"] = value.detach().to("cpu", copy=True).contiguous()
+    return weights, moments
+
+
+def load_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+) -> None:
+    """Put what `gather_state` gave back into place, without making new tensors.
+
+    Raises:
+        CheckpointError: names or shapes differ from the model's.
+    """
+    load_weights(model, weights)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for kind, value in optimizer.state[parameter].items():
+                value.copy_(moments[f"{name}/{kind}"])
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy trained parameters by name.
+
+    Raises:
+        CheckpointError: names or shapes differ from the model's.
+    """
+    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    different = sorted(set(mine) ^ set(weights)) or [n for n, p in mine.items() if p.shape != weights[n].shape]
+    if different:
+        raise CheckpointError(
+            f"the saved weights do not fit the model: {len(different)} parameters differ, the first is {different[0]}; "
+            "use the configuration they were trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(weights[name])

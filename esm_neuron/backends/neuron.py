@@ -1,0 +1,269 @@
+"""Trainium by torch-neuronx: linears of neuronx_distributed (NxD) on every block, its ZeRO-1, optimum-neuron's LoRA.
+
+NxD and torch_xla's ZeRO-1 each divide reduced gradients by the data-parallel degree; the loss is normalised by the
+global weight instead, so `step` multiplies by that degree first. Sequence parallelism stays off: with LoRA it leaves
+out an all-reduce of some gradients (optimum-neuron 0.4.5). Programs of a run with one row length: as in `xla.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.models.esm.modeling_esm import EsmSelfAttention
+
+from esm_neuron.backends.common import make_gradient_buffers, mix_seed, trainable
+from esm_neuron.backends.neuron_env import CURE, apply_settings, check_packages, neuron_cores
+from esm_neuron.backends.neuron_state import ShardedState, host_groups
+from esm_neuron.config import OptimConfig, TrainConfig
+from esm_neuron.errors import ConfigError
+from esm_neuron.parallel.plan import HEADED, PLAN, Style, in_block, padded_heads
+from esm_neuron.parallel.slices import Shard, shard_of
+from esm_neuron.parallel.topology import Topology
+
+T = TypeVar("T")
+
+TRUNK = re.compile(r"(?:.*\.)?(esm|lm_head)\.(?!.*\.lora_).*")
+"""Parameters of ESM-2 itself: stored in bfloat16 under `loop.precision` bf16; LoRA matrices and task heads are not."""
+
+
+class NeuronBackend:
+    """See `base.Backend`."""
+
+    name = "neuron"
+    static_shapes = True
+    attention = "masked"
+    lora_modules: Mapping[type, type] = {}
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        self.topology = Topology.from_env(cfg.parallel.tp, neuron=True)
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        apply_settings(cfg, nodes=self.topology.world > local_world)
+        check_packages()
+        self._import_vendor(lora=cfg.adapter.kind == "lora")
+        if not self._nxd.utils.cpu_mode():  # NXD_CPU_MODE: NxD's own switch, for machines without the chip
+            self.topology.validate_neuron(neuron_cores(), local_world)
+        self._parallel, self._bf16, self._model_name = cfg.parallel, cfg.loop.precision == "bf16", cfg.model.name
+        self._join_world()
+        self.device = self._torch_xla.device()
+        self._whole_world = dist.new_group(backend="gloo")
+        self._groups = host_groups(self.topology)
+        self._heads = 0
+
+    def _import_vendor(self, lora: bool) -> None:
+        try:
+            import neuronx_distributed as nxd
+            import neuronx_distributed.optimizer
+            import neuronx_distributed.parallel_layers.grads
+            import neuronx_distributed.utils.model_utils
+            import torch_xla
+            import torch_xla.core.xla_model as xm
+            import torch_xla.debug.metrics as met
+            from torch_xla.utils import checkpoint
+
+            if lora:
+                from optimum.neuron.peft.tuners.lora.layer import NEURON_LORA_MODULES
+
+                self.lora_modules = NEURON_LORA_MODULES
+        except ImportError as error:
+            raise ConfigError(f"backend neuron needs a package that is missing ({error}); {CURE}") from error
+        self._nxd, self._torch_xla, self._xm, self._met, self._checkpoint = nxd, torch_xla, xm, met, checkpoint
+        self._state = nxd.parallel_layers.parallel_state
+
+    def _join_world(self) -> None:
+        if not dist.is_initialized():
+            importlib.import_module("torch_xla.distributed.xla_backend")  # registers the process group's kind
+            dist.init_process_group("xla")
+        self._state.initialize_model_parallel(tensor_model_parallel_size=self.topology.tp)
+        theirs = self._state.get_data_parallel_rank(), self._state.get_tensor_model_parallel_rank()
+        ours = self.topology.dp_rank, self.topology.tp_rank
+        if theirs != ours:
+            raise ConfigError(
+                f"neuronx_distributed puts rank {self.topology.rank} at (dp, tp) {theirs}, not {ours}; {CURE}"
+            )
+
+    def shard(self, model: nn.Module) -> None:
+        config: Any = model.config
+        self._heads = config.num_attention_heads
+        tp, pad = self.topology.tp, self._parallel.pad_heads
+        self.topology.validate(self._heads, config.hidden_size, config.intermediate_size, self._model_name, pad)
+        for name, module in list(model.named_modules()):
+            style = PLAN.get(in_block(name) or "")
+            if style is not None and isinstance(module, nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, self._parallel_linear(module, name, style))
+            elif isinstance(module, EsmSelfAttention):
+                module.num_attention_heads = padded_heads(self._heads, tp) // tp
+                module.all_head_size = module.num_attention_heads * module.attention_head_size
+
+    def _parallel_linear(self, linear: nn.Linear, name: str, style: Style) -> nn.Module:
+        inputs, outputs = linear.in_features, linear.out_features
+        common = {"bias": True, "dtype": linear.weight.dtype, "device": torch.device("meta")}
+        layers = self._nxd.parallel_layers.layers
+        padded = padded_heads(self._heads, self.topology.tp)
+        if style == "column":
+            if in_block(name) in HEADED:
+                outputs = outputs // self._heads * padded
+            column: nn.Module = layers.ColumnParallelLinear(inputs, outputs, gather_output=False, **common)
+            return column
+        if in_block(name) in HEADED:
+            inputs = inputs // self._heads * padded
+        row: nn.Module = layers.RowParallelLinear(inputs, outputs, input_is_parallel=True, **common)
+        return row
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Shard:
+        """What this rank reads of the whole parameter `name` of `shape`; for `weights.load_into`."""
+        return shard_of(name, shape, self._heads, self.topology.tp, self.topology.tp_rank)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if self._bf16:
+            for name, parameter in model.named_parameters():
+                if TRUNK.fullmatch(name):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        self._mark_parallel(model)
+        # NxD's own: a plain .to() makes new parameters on XLA, without the marks and with ties cut
+        self._nxd.utils.model_utils.move_model_to_device(model, self.device)
+        make_gradient_buffers(model)
+        self.sync()
+        return model
+
+    def _mark_parallel(self, model: nn.Module) -> None:
+        """Mark the cut parameters for NxD's gradient norm: loading by assignment may have made new ones."""
+        layers = self._nxd.parallel_layers.layers
+        for module in model.modules():
+            if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
+                column = isinstance(module, layers.ColumnParallelLinear)
+                cut = [module.weight, module.bias] if column else [module.weight]
+                for parameter in (p for p in cut if p is not None and not hasattr(p, "tensor_model_parallel")):
+                    self._nxd.parallel_layers.utils.set_tensor_model_parallel_attributes(
+                        parameter, True, 0 if column else 1, 1, self.topology.tp
+                    )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        # bf16 is in the weights: NxD's linears ask only CUDA's autocast, and their backward pass would mix dtypes
+        return nullcontext()
+
+    def checkpoint_fn(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = self._checkpoint.checkpoint
+        return function
+
+    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+        lr = torch.tensor(cfg.lr, dtype=torch.float32).to(self.device)
+        options: dict[str, Any] = {"lr": lr, "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
+        options["capturable"] = self.device.type == "xla"
+        if self._parallel.zero1:
+            optimizer: torch.optim.Optimizer = self._nxd.optimizer.NeuronZero1Optimizer(
+                named,
+                torch.optim.AdamW,
+                optimizer_dtype=torch.float32,
+                pin_layout=False,
+                save_master_weights=True,
+                **options,
+            )
+        else:
+            optimizer = torch.optim.AdamW(named, **options)
+        self._make_state(getattr(optimizer, "base_optimizer", optimizer))
+        self.sync()
+        return optimizer
+
+    def _make_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """AdamW's state before its first step, which then traces like all others."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=self.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        value = torch.tensor(lr, dtype=torch.float32).to(self.device)
+        for group in optimizer.param_groups:
+            group["lr"] = value
+
+    def seed(self, *numbers: int) -> None:
+        self._xm.set_rng_state(mix_seed(*numbers, self.topology.dp_rank) >> 1, device=str(self.device))
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float) -> Tensor:
+        parameters = trainable(model)
+        total = self.all_reduce(weight)
+        scale = self.topology.dp / torch.where(total > 0, total, torch.ones_like(total))
+        for p in parameters:
+            _gradient(p).mul_(scale)
+        limit = max_norm if max_norm > 0 else float("inf")
+        if self._parallel.zero1:
+            zero: Any = optimizer
+            zero.max_norm = limit
+            zero.step()
+            norm = zero.grad_norm
+        else:
+            grads = self._nxd.parallel_layers.grads
+            grads.bucket_allreduce_gradients([_gradient(p) for p in parameters])
+            norm = grads.clip_grad_norm(parameters, limit)
+            optimizer.step()
+        for p in parameters:
+            _gradient(p).zero_()
+        return norm.squeeze()
+
+    def sync(self) -> None:
+        self._torch_xla.sync()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self._state.get_data_parallel_group())
+        return tensor
+
+    def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
+        def with_values(*values: Tensor) -> None:
+            fn(*(v.cpu() for v in values))
+
+        self._xm.add_step_closure(with_values, args=tensors)
+
+    def gather_host(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.topology.world
+        dist.all_gather_object(values, value, group=self._whole_world)
+        return values
+
+    def gather_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self._sharded().gather(model, optimizer)
+
+    def load_state(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+    ) -> None:
+        self._sharded().load(model, optimizer, weights, moments)
+        self.sync()
+
+    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self._sharded().load_weights(model, weights)
+        self.sync()
+
+    def _sharded(self) -> ShardedState:
+        return ShardedState(self.topology, self._heads, self._groups)
+
+    def graphs(self) -> int:
+        compiled = self._met.metric_data("CompileTime")
+        return compiled[0] if compiled else 0
+
+    def close(self) -> None:
+        self._xm.wait_device_ops()
+        self._state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        raise RuntimeError("a trained parameter has no gradient buffer: NeuronBackend.prepare was not called")
+    return parameter.grad

@@ -1,0 +1,105 @@
+"""What a trn1 process needs around it: real packages instead of placeholders, devices, and one table of settings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from esm_neuron.config import TrainConfig
+from esm_neuron.errors import ConfigError
+
+PACKAGES = ("torch-neuronx", "neuronx-cc", "libneuronxla", "neuronx-distributed")
+"""Packages of the Neuron SDK's own index."""
+PLACEHOLDERS = ("0.1", "1.0")
+"""Versions under which the general package index holds empty packages of these names."""
+CURE = "install the Neuron SDK's wheels: pip install -r constraints/neuron.txt"
+CORES_A_DEVICE = 2
+"""NeuronCores of a Trainium1 chip (/dev/neuron*)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable that the backend sets unless the user has."""
+
+    name: str
+    value: Callable[[TrainConfig, bool], str | None]
+    """(configuration, several nodes) -> value; None where it does not apply."""
+    meaning: str
+    flags: bool = False
+    """The value is a list of compiler flags: those that the user has not given are added to the user's."""
+
+
+def _stochastic(cfg: TrainConfig, value: str) -> str | None:
+    # with ZeRO-1 the weights have float32 masters, and rounding to nearest is right
+    return value if cfg.loop.precision == "bf16" and not cfg.parallel.zero1 else None
+
+
+SETTINGS = (
+    Setting(
+        "NEURON_CC_FLAGS",
+        lambda cfg, nodes: (
+            "--model-type=transformer --auto-cast=none --enable-saturate-infinity --retry_failed_compilation"
+        ),
+        "Fuse for transformers; never change a precision silently; infinities saturate, as bf16 masks need; compile "
+        "again what failed before, since failures are cached.",
+        flags=True,
+    ),
+    Setting("NEURON_FUSE_SOFTMAX", lambda cfg, nodes: "1", "One kernel for the softmax of attention."),
+    Setting(
+        "NEURON_RT_STOCHASTIC_ROUNDING_EN",
+        lambda cfg, nodes: _stochastic(cfg, "1"),
+        "loop.precision bf16 without parallel.zero1: small updates to bf16 weights survive on average.",
+    ),
+    Setting(
+        "NEURON_RT_STOCHASTIC_ROUNDING_SEED",
+        lambda cfg, nodes: _stochastic(cfg, str(cfg.seed)),
+        "Its seed, the run's, so that tensor-parallel copies round alike.",
+    ),
+    Setting("FI_PROVIDER", lambda cfg, nodes: "efa" if nodes else None, "Several nodes: the EFA network."),
+    Setting("FI_EFA_USE_DEVICE_RDMA", lambda cfg, nodes: "1" if nodes else None, "Several nodes: device to device."),
+    Setting("FI_EFA_FORK_SAFE", lambda cfg, nodes: "1" if nodes else None, "Several nodes: old kernels need it."),
+)
+"""Every variable the backend sets. NEURON_COMPILE_CACHE_URL is the user's alone: where compiled programs are kept."""
+
+
+def apply_settings(cfg: TrainConfig, nodes: bool, env: MutableMapping[str, str] | None = None) -> dict[str, str]:
+    """Write the settings that the user has not made into `env` (None: this process's); returns what was written."""
+    env = os.environ if env is None else env
+    written = {}
+    for setting in SETTINGS:
+        value = setting.value(cfg, nodes)
+        if value is not None and setting.flags:
+            given = env.get(setting.name, "").split()
+            names = {flag.partition("=")[0] for flag in given}
+            missing = [flag for flag in value.split() if flag.partition("=")[0] not in names]
+            value = " ".join([*given, *missing]) if missing else None
+        elif setting.name in env:
+            value = None
+        if value is not None:
+            written[setting.name] = value
+    env.update(written)
+    return written
+
+
+def check_packages() -> None:
+    """Raise ConfigError where a Neuron package is the general index's empty placeholder."""
+    found = {name: installed_version(name) for name in PACKAGES}
+    empty = [f"{name} {version}" for name, version in found.items() if version in PLACEHOLDERS]
+    if empty:
+        raise ConfigError(f"{', '.join(empty)}: empty placeholder of the general package index; {CURE}")
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def neuron_cores(devices: Path = Path("/dev")) -> int:
+    """NeuronCores of this node."""
+    return CORES_A_DEVICE * sum(1 for device in devices.glob("neuron*") if device.name[6:].isdigit())

@@ -1,0 +1,131 @@
+"""Any torch_xla device driven by one process: XLA:CPU (what CI runs), or a TPU.
+
+Programs a run compiles, with one row length: moving the model and making the optimizer state (set-up), one pass of
+training (forward and backward), one update, one pass of evaluation. Nothing in a step reads a value back to the host.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from esm_neuron.adapters import store_frozen_linears
+from esm_neuron.backends import common
+from esm_neuron.backends.common import adamw, make_gradient_buffers, mix_seed, normalise_clip_update, trainable
+from esm_neuron.config import OptimConfig, TrainConfig, require
+from esm_neuron.errors import ConfigError
+from esm_neuron.parallel.topology import Topology
+
+T = TypeVar("T")
+
+
+class XlaBackend:
+    """See `base.Backend`."""
+
+    name = "xla"
+    static_shapes = True
+    attention = "masked"
+    lora_modules: Mapping[type, type] = {}
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        require(
+            world == 1,
+            f"backend xla in a world of {world} processes: torch_xla has no collectives between processes on the CPU, they "
+            f"would train {world} separate models; start one process, or use --backend cpu for data parallelism on gloo",
+        )
+        require(
+            cfg.parallel.tp == 1, f"parallel.tp={cfg.parallel.tp}: the xla backend shards nothing yet; use parallel.tp=1"
+        )
+        try:
+            import torch_xla
+            import torch_xla.core.xla_model as xm
+            import torch_xla.debug.metrics as met
+            from torch_xla.utils.checkpoint import checkpoint
+        except ImportError as error:
+            raise ConfigError(f"backend xla needs torch_xla ({error}); pip install 'esm-neuron[xla]'") from error
+        self._torch_xla, self._xm, self._met, self._checkpoint = torch_xla, xm, met, checkpoint
+        self.device = torch_xla.device()
+        self.topology = Topology()
+        self._bf16 = cfg.loop.precision == "bf16"
+
+    def shard(self, model: nn.Module) -> None:
+        """Nothing is sharded: tp is 1."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if self._bf16:
+            store_frozen_linears(model, torch.bfloat16)
+        model.to(self.device)
+        make_gradient_buffers(model)
+        self.sync()
+        return model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("xla", dtype=torch.bfloat16) if self._bf16 else nullcontext()
+
+    def checkpoint_fn(self) -> Callable[..., Any]:
+        # torch's own would be undone: XLA merges the second forward pass with the first unless a barrier is between
+        return self._checkpoint
+
+    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        optimizer = adamw(groups, cfg, self.device, capturable=True, foreach=False)
+        self.sync()
+        return optimizer
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        # through a device buffer: a Python number would be compiled into the program, a new one each step
+        value = torch.tensor(lr, dtype=torch.float32).to(self.device)
+        for group in optimizer.param_groups:
+            group["lr"] = value
+
+    def seed(self, *numbers: int) -> None:
+        self._xm.set_rng_state(mix_seed(*numbers) >> 1, device=str(self.device))
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float) -> Tensor:
+        return normalise_clip_update(trainable(model), optimizer, weight, max_norm)
+
+    def sync(self) -> None:
+        self._torch_xla.sync()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
+        def with_values(*values: Tensor) -> None:
+            fn(*(v.cpu() for v in values))
+
+        self._xm.add_step_closure(with_values, args=tensors)
+
+    def gather_host(self, value: T) -> list[T]:
+        return [value]
+
+    def gather_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return common.gather_state(model, optimizer)
+
+    def load_state(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+    ) -> None:
+        common.load_state(model, optimizer, weights, moments)
+        self.sync()
+
+    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        common.load_weights(model, weights)
+        self.sync()
+
+    def graphs(self) -> int:
+        compiled = self._met.metric_data("CompileTime")
+        return compiled[0] if compiled else 0
+
+    def close(self) -> None:
+        self._xm.wait_device_ops()

@@ -1,0 +1,60 @@
+"""From a configuration to a model ready to train or to answer, in one visible order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import EsmConfig, PreTrainedModel
+
+from esm_neuron.adapters import adapt, draw_lora
+from esm_neuron.backends.base import Backend
+from esm_neuron.config import ModelConfig, TrainConfig
+from esm_neuron.model import set_attention
+from esm_neuron.tasks import Task
+from esm_neuron.weights import Draw, LoadReport, WeightSource, load_into, open_weights
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model and where it came from."""
+
+    model: nn.Module
+    """On its device; `PeftModel` where adapters were added."""
+    config: EsmConfig
+    source: WeightSource
+    """Its base weights, still readable."""
+    report: LoadReport
+
+
+def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
+    """Build on meta, shard, load slices, adapt, prepare.
+
+    Raises:
+        ConfigError: the model cannot be found, or does not fit the adapter or the parallel plan.
+        CheckpointError: its weights are damaged, or do not match the architecture.
+    """
+    pretrained, source = open_weights(cfg.model, cfg.seed)
+    config = _with_dropout(task.configure(pretrained, cfg.model), cfg.model)
+    backend.topology.validate(
+        config.num_attention_heads, config.hidden_size, config.intermediate_size, cfg.model.name
+    )
+    with torch.device("meta"):
+        model: PreTrainedModel = task.build(config)
+    set_attention(model.base_model, cfg.data.max_residues + 2, backend.attention)
+    backend.shard(model)
+    head = task.head(config)
+    draw = Draw(cfg.seed, config.initializer_range)
+    report = load_into(model, source, draw, lambda name: name.startswith(tuple(f"{part}." for part in head)))
+    if cfg.model.gradient_checkpointing:
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=backend.checkpoint_fn())
+    adapted = adapt(model, cfg.adapter, head, backend.lora_modules)
+    draw_lora(adapted, cfg.seed)
+    return Built(backend.prepare(adapted), config, source, report)
+
+
+def _with_dropout(config: EsmConfig, cfg: ModelConfig) -> EsmConfig:
+    config.hidden_dropout_prob = cfg.dropout
+    config.attention_probs_dropout_prob = cfg.dropout
+    return config

@@ -1,0 +1,160 @@
+"""Step folders that are complete or invisible: weights, optimizer and counters, with a manifest of their hashes.
+
+What is *not* stored is as deliberate: the learning rate, the order of rows, the masks and the dropout of every step are
+functions of the seed and the step, so a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from esm_neuron.errors import CheckpointError
+from esm_neuron.files import new_folder, sha256, write_json
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+MANIFEST = "manifest.json"
+TENSORS = ("model", "optimizer")
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class TrainState:
+    """Counters of a run, all that a checkpoint keeps beside tensors."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    residues: int = 0
+    """True residues trained on, over all ranks."""
+    seconds: float = 0.0
+    """Time in training steps, evaluation and saving left out."""
+    stopper: dict[str, Any] = field(default_factory=dict)
+    """State of early stopping: best value, its step, validations since."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """What a continued run must share with this one (configuration and data), see `run.identity`."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a checkpoint holds: whole tensors on the host, by parameter name."""
+
+    state: TrainState
+    model: dict[str, Tensor]
+    """Trained parameters."""
+    optimizer: dict[str, Tensor]
+    """Optimizer state: `<parameter>/exp_avg`, `/exp_avg_sq`, `/step`."""
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return root / f"step-{step:08d}"
+
+
+def save(root: Path, snapshot: Snapshot) -> Path:
+    """Write a checkpoint: aside, flushed, then renamed, so that a crash leaves the old ones and no half of this one.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    folder = step_folder(root, snapshot.state.step)
+    try:
+        with new_folder(folder) as aside:
+            for name in TENSORS:
+                save_file(getattr(snapshot, name), aside / f"{name}.safetensors")
+            write_json(aside / "state.json", asdict(snapshot.state))
+            files = {f.name: {"sha256": sha256(f), "bytes": f.stat().st_size} for f in sorted(aside.iterdir())}
+            write_json(aside / MANIFEST, {"version": VERSION, "step": snapshot.state.step, "files": files})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot write the checkpoint ({error}); free space or fix permissions, then go on with "
+            "--checkpoint.resume auto"
+        ) from error
+    return folder
+
+
+def load(folder: Path) -> Snapshot:
+    """Read a checkpoint back after checking every file against the manifest.
+
+    Raises:
+        CheckpointError: something is missing, changed, or of another version; names the file.
+    """
+    verify(folder)
+    tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
+    state = TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    return Snapshot(state=state, **tensors)
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file of the manifest is there and has its hash."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["version"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: not a readable manifest ({error}); delete the folder") from error
+    if version != VERSION:
+        raise CheckpointError(
+            f"{folder}: checkpoint version {version}, this package reads {VERSION}; use the release that wrote it"
+        )
+    wanted = {"state.json", *(f"{name}.safetensors" for name in TENSORS)}
+    if set(files) != wanted:
+        raise CheckpointError(f"{folder / MANIFEST}: lists {sorted(files)}, expected {sorted(wanted)}; delete the folder")
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
+        if sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path}: content differs from its manifest; the checkpoint is damaged, delete its folder")
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the checkpoints under `root`, oldest first."""
+    names = (STEP_FOLDER.fullmatch(p.name) for p in root.iterdir()) if root.is_dir() else ()
+    return sorted(int(m.group(1)) for m in names if m)
+
+
+def newest(root: Path, say: Callable[[str], None] = log.warning) -> Snapshot | None:
+    """The newest whole checkpoint under `root`, None when there is none; says which damaged ones it passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints and not one is whole.
+    """
+    found = steps(root)
+    for step in reversed(found):
+        try:
+            return load(step_folder(root, step))
+        except CheckpointError as error:
+            say(f"passed over a damaged checkpoint: {error}")
+    if found:
+        raise CheckpointError(f"{root}: none of its {len(found)} checkpoints is whole; start again with another --output")
+    return None
+
+
+def prune(root: Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    for step in steps(root)[:-keep]:
+        if step != best:
+            shutil.rmtree(step_folder(root, step))
+
+
+def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """Raise CheckpointError when a checkpoint belongs to another run, naming the first values that differ."""
+    names = sorted(set(found) | set(wanted))
+    differing = [f"{n} was {found.get(n)!r}, is {wanted.get(n)!r}" for n in names if found.get(n) != wanted.get(n)]
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{where}: its checkpoints come from another run: {'; '.join(differing[:3])}{more}; "
+            "use the same settings and data, or another --output"
+        )

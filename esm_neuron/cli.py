@@ -1,0 +1,140 @@
+"""The command line: `esm-neuron COMMAND ...`. Known errors are one line and an exit code; there is no traceback to read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from esm_neuron.config import BackendName
+from esm_neuron.errors import EsmNeuronError
+from esm_neuron.signals import EXIT_STOPPED
+
+
+def train(argv: Sequence[str]) -> int:
+    """Fine-tune a model: --config FILE and --section.field VALUE."""
+    from esm_neuron import settings
+
+    cfg = settings.parse(argv)
+    from esm_neuron.run import train as run_training
+
+    outcome = run_training(cfg, say)
+    if outcome.stopped_by:
+        say(f"stopped by {outcome.stopped_by}; the state is saved, go on with --checkpoint.resume auto")
+        return EXIT_STOPPED
+    for split in ("valid", "test"):
+        if outcome.result.get(split):
+            say(f"{split}: {json.dumps(outcome.result[split])}")
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Figures of a finished run on a labelled file, as JSON."""
+    parser = _parser("evaluate", evaluate)
+    parser.add_argument("--input", required=True, type=Path, help="labelled FASTA, CSV or TSV; columns as in training")
+    parser.add_argument("--output", type=Path, help="JSON file; printed as well")
+    args = parser.parse_args(argv)
+    from esm_neuron.run import evaluate as run_evaluation
+
+    print(json.dumps(run_evaluation(args.model, args.input, args.output, args.backend), indent=2))
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """Label and class probabilities of every record of a file."""
+    parser = _parser("predict", predict)
+    parser.add_argument("--input", required=True, type=Path, help="FASTA, CSV or TSV")
+    parser.add_argument("--output", required=True, type=Path, help="CSV file to write")
+    args = parser.parse_args(argv)
+    from esm_neuron.predict import predict as run_prediction
+
+    table = run_prediction(args.model, args.input, args.output, args.backend)
+    say(f"{len(table)} records answered in {args.output}")
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    """Merge a run's adapter into its base and write a Hugging Face folder."""
+    parser = _parser("export", export)
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    args = parser.parse_args(argv)
+    from esm_neuron.export import export as run_export
+
+    run_export(args.model, args.output)
+    say(f"Hugging Face folder written to {args.output}")
+    return 0
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Turn a folder of PyTorch pickle shards into sharded safetensors."""
+    parser = ArgumentParser(prog="esm-neuron convert", description=convert.__doc__)
+    parser.add_argument("source", type=Path, help="folder with pytorch_model*.bin and config.json")
+    parser.add_argument("target", type=Path, help="folder to write")
+    args = parser.parse_args(argv)
+    from esm_neuron.convert import convert as run_conversion
+
+    run_conversion(args.source, args.target)
+    say(f"safetensors written to {args.target}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "convert": convert,
+}
+"""Command -> function of the words after it, returning the exit code."""
+
+
+def say(line: str) -> None:
+    """One line for a person, in one write."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _parser(name: str, command: Callable[..., int]) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"esm-neuron {name}", description=command.__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
+    parser.add_argument("--backend", choices=get_args(BackendName), help="where to run; default: where it was trained")
+    return parser
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: esm-neuron COMMAND ...", "", *lines, "", "esm-neuron COMMAND --help tells more."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from esm_neuron import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        say(f"esm-neuron: error: unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # accelerate (under peft) would import torch_xla, seconds and a device, wherever it is installed; our backends import it
+    os.environ.setdefault("USE_TORCH_XLA", "0")
+    try:
+        return COMMANDS[words[0]](words[1:])
+    except EsmNeuronError as error:
+        say(f"esm-neuron: error: {error}")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

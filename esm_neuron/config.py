@@ -1,0 +1,274 @@
+"""The configuration tree: frozen dataclasses, one a section, each field with its meaning and unit.
+
+This module imports no torch, so that `esm-neuron --help` and a launcher on a login node answer at once. Files are read
+and flags are parsed by jsonargparse (`cli.py`); what a single field cannot know is checked by `TrainConfig.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from esm_neuron.errors import ConfigError
+
+BackendName = Literal["cpu", "xla"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which ESM-2, and how it is read."""
+
+    name: str = "esm2_t6_8M"
+    """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `esm2_t6_8M`,
+    `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs `init: random`."""
+    revision: str | None = None
+    """Hub revision: a branch, a tag or, best, a commit hash. None is the hub's main branch."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`pretrained` reads weights; `random` draws them from `seed` and keeps only the shape of `name`."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """How the residues of a protein become one vector: their mean (specials left out) or the <cls> position. `cls` is
+    what transformers' EsmForSequenceClassification does."""
+    dropout: float = 0.0
+    """Dropout probability of hidden states, attention and classification head (ESM-2 was trained with 0)."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in the backward pass: less memory, about a third slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is learnt."""
+
+    name: Literal["sequence_classification", "masked_lm"] = "sequence_classification"
+    """What is learnt: one label a protein, or the residues hidden from the model."""
+    labels: tuple[str, ...] | None = None
+    """Class names in the order of the outputs. None takes the sorted labels of the training rows."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread evenly over the classes, 0 to 1."""
+    mask_probability: float = 0.15
+    """masked_lm: share of residues chosen as targets; 80 % become <mask>, 10 % a random residue, 10 % stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Files, columns, splits, filters, and how sequences are laid in rows."""
+
+    train: str | None = None
+    """Training file: CSV, TSV or FASTA, plain or .gz. With `split_column`, the one file that holds all splits."""
+    valid: str | None = None
+    """Validation file. None: taken from `split_column`, or sampled from `train` by `valid_fraction`."""
+    test: str | None = None
+    """Test file. None: taken from `split_column` where there is one, else there is no test."""
+    id_column: str = "id"
+    """Column with the record's name. In FASTA the name is the header's first word and this is ignored."""
+    sequence_column: str = "sequence"
+    """Column with the amino-acid sequence. Ignored in FASTA."""
+    label_column: str = "label"
+    """Column with the label. In FASTA the key of a `key=value` header field."""
+    split_column: str | None = None
+    """Column (or FASTA header key) that says which split a row belongs to. None: splits are files or sampled."""
+    split_names: tuple[str, str, str] = ("train", "valid", "test")
+    """The values of `split_column` for training, validation and test rows."""
+    valid_fraction: float = 0.1
+    """Share of training rows sampled for validation, by `seed`, where neither file nor column gives any, 0 to 1."""
+    keep: dict[str, list[str]] = field(default_factory=dict)
+    """Row filter for every split: column -> values to keep; the rest is counted and left out."""
+    keep_heldout: dict[str, list[str]] = field(default_factory=dict)
+    """Row filter for validation and test rows only, such as `{leaky: ["False"]}` for the clean rows."""
+    on_bad_residue: Literal["strict", "skip", "replace"] = "strict"
+    """A character outside the ESM alphabet: stop, leave the row out, or write X. The latter two are counted."""
+    max_residues: int = 1022
+    """Longest sequence given to the model, in residues; <cls> and <eos> come on top."""
+    long_sequences: Literal["refuse", "crop", "crop_ends", "window"] = "crop"
+    """A longer sequence: an error, its first residues, its first and last halves (sorting signals sit at the termini),
+    or overlapping windows whose outputs are averaged. Counted and printed in every case."""
+    window_overlap: int = 128
+    """Residues shared by neighbouring windows."""
+    packing: bool = True
+    """Several sequences end to end in a row (almost no padding). False: one sequence a row."""
+    row_tokens: int = 1024
+    """Length of a row in tokens, residues and specials. At least `max_residues` + 2."""
+    max_segments: int = 32
+    """Most sequences in one row; a static number so that pooling has one shape."""
+    max_buckets: int = 1
+    """Most row lengths, chosen from the training lengths to cost least; each is one more compiled program. 1: every row
+    is `row_tokens` long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which parameters are trained."""
+
+    kind: Literal["none", "head", "lora"] = "lora"
+    """What is trained: everything, the head alone, or low-rank adapters and the head."""
+    r: int = 8
+    """LoRA rank."""
+    alpha: float = 16.0
+    """LoRA scale: the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout probability on a LoRA layer's input."""
+    targets: tuple[str, ...] = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+    """Linear layers of a block that get an adapter: names within the block. The default is all six."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over devices."""
+
+    tp: int = 1
+    """Tensor-parallel degree: how many devices share one copy of the model. The rest of the world is data-parallel."""
+    pad_heads: bool = False
+    """Add zero heads until `tp` divides their number (20 -> 24 at tp 8): same outputs, some wasted work."""
+    zero1: bool = True
+    """neuron: each data-parallel rank keeps its share of the optimizer state only (ZeRO stage 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its learning rate and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """AdamW weight decay; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's denominator term."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises linearly from 0."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of the schedule, as a share of `lr`."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Steps, batches, precision, validation."""
+
+    epochs: float = 1.0
+    """Passes over the training rows, when `max_steps` is not given."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides `epochs`."""
+    rows_per_step: int = 8
+    """Rows (packs) in one optimizer step over all devices: the same on any number of devices."""
+    rows_per_device: int = 8
+    """Rows in one forward pass of one device. `rows_per_step` must be a multiple of this times the data-parallel
+    degree; the factor is the number of accumulated passes."""
+    eval_rows_per_device: int = 8
+    """Rows in one forward pass of one device during evaluation and prediction."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: matrix products in bfloat16 by autocast and frozen linears stored so; trained weights stay float32."""
+    eval_every: int = 0
+    """Optimizer steps between validations; 0: once an epoch."""
+    patience: int = 0
+    """Validations without improvement after which training stops; 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is saved and which saves are kept."""
+
+    every: int = 0
+    """Optimizer steps between checkpoints; 0: at each validation."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+    resume: Literal["no", "auto"] = "no"
+    """`auto` continues from the newest complete checkpoint in `output`, or starts when there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard event files under `output`/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A fine-tuning run of ESM-2."""
+
+    output: str = "out"
+    """Folder for everything the run writes."""
+    backend: BackendName = "cpu"
+    """Where to run: the plain CPU, or any torch_xla device (XLA:CPU, TPU). Never chosen silently."""
+    seed: int = 42
+    """Seed of weights, splits, order, masks and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def validate(self) -> None:
+        """Check what one field cannot know alone.
+
+        Raises:
+            ConfigError: a value is out of its range or two values do not fit; the message has the cure.
+        """
+        require(self.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
+        fits = self.data.max_residues + 2 <= self.data.row_tokens
+        require(
+            fits,
+            f"data.max_residues={self.data.max_residues} and 2 specials do not fit a row of "
+            f"data.row_tokens={self.data.row_tokens}; use data.max_residues <= {self.data.row_tokens - 2}",
+        )
+        require(
+            0 <= self.data.window_overlap < self.data.max_residues,
+            f"data.window_overlap={self.data.window_overlap} must be 0 to {self.data.max_residues - 1} "
+            "(less than data.max_residues)",
+        )
+        for name, value, low, high in self._ranges():
+            require(low <= value <= high, f"{name}={value} is outside {low} to {high}")
+        require(self.loop.epochs > 0, f"loop.epochs={self.loop.epochs} must be above 0")
+        require(self.optim.lr > 0, f"optim.lr={self.optim.lr} must be above 0")
+
+    def _ranges(self) -> list[tuple[str, float, float, float]]:
+        most = float("inf")
+        return [
+            ("model.dropout", self.model.dropout, 0, 0.99),
+            ("task.label_smoothing", self.task.label_smoothing, 0, 0.99),
+            ("task.mask_probability", self.task.mask_probability, 0.001, 0.99),
+            ("data.valid_fraction", self.data.valid_fraction, 0, 0.9),
+            ("data.max_residues", self.data.max_residues, 1, most),
+            ("data.max_segments", self.data.max_segments, 1, most),
+            ("data.max_buckets", self.data.max_buckets, 1, 8),
+            ("adapter.r", self.adapter.r, 1, most),
+            ("adapter.dropout", self.adapter.dropout, 0, 0.99),
+            ("parallel.tp", self.parallel.tp, 1, most),
+            ("optim.weight_decay", self.optim.weight_decay, 0, most),
+            ("optim.warmup_steps", self.optim.warmup_steps, 0, most),
+            ("optim.min_lr_ratio", self.optim.min_lr_ratio, 0, 1),
+            ("optim.max_grad_norm", self.optim.max_grad_norm, 0, most),
+            ("loop.max_steps", self.loop.max_steps if self.loop.max_steps is not None else 1, 1, most),
+            ("loop.rows_per_step", self.loop.rows_per_step, 1, most),
+            ("loop.rows_per_device", self.loop.rows_per_device, 1, most),
+            ("loop.eval_rows_per_device", self.loop.eval_rows_per_device, 1, most),
+            ("loop.eval_every", self.loop.eval_every, 0, most),
+            ("loop.patience", self.loop.patience, 0, most),
+            ("checkpoint.every", self.checkpoint.every, 0, most),
+            ("checkpoint.keep", self.checkpoint.keep, 1, most),
+            ("log.every", self.log.every, 1, most),
+        ]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,72 @@
+"""Forward passes without gradients: the one way validation, test figures and predictions are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from esm_neuron.backends.base import Backend
+from esm_neuron.data.batch import Batch
+from esm_neuron.data.loader import EvalLoader, prefetch
+from esm_neuron.metrics import MetricState
+from esm_neuron.tasks import Task
+
+
+AHEAD = 2
+"""Batches made before the device asks for them."""
+
+
+def forward(model: nn.Module, batch: Batch) -> ModelOutput:
+    """The model's outputs for a batch on its device."""
+    outputs: ModelOutput = model(
+        input_ids=batch.input_ids,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        max_segments=batch.max_segments,
+    )
+    return outputs
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, moved to `device`."""
+    for batch in batches:
+        yield batch.to(device)
+
+
+def run_passes(
+    model: nn.Module,
+    task: Task,
+    backend: Backend,
+    batches: Iterable[Batch],
+    take: Callable[[np.ndarray, list[np.ndarray]], None],
+) -> None:
+    """Hand `task.answers` of every batch to `take(members, answers)`, as numpy on the host and in order."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in on_device(prefetch(batches, AHEAD), backend.device):
+            with backend.autocast():
+                outputs = forward(model, batch)
+                answers = task.answers(outputs, batch)
+
+            def deliver(*values: Tensor, members: np.ndarray = batch.members) -> None:
+                take(members, [v.numpy() for v in values])
+
+            backend.on_host(deliver, *answers)
+            backend.sync()
+    model.train(was_training)
+
+
+def evaluate(model: nn.Module, task: Task, backend: Backend, loader: EvalLoader) -> MetricState:
+    """The metric state of a loader's table over all ranks, the same on each of them."""
+    state = task.metrics()
+    run_passes(model, task, backend, loader, partial(task.observe, state, loader.table))
+    first, *others = backend.gather_host(state)
+    for other in others:
+        first.merge(other)
+    return first

@@ -1,0 +1,207 @@
+"""ESM-2 as transformers has it, with the few classes swapped that packs and compilers need, and the order of building.
+
+Swapped: the embeddings (transformers 4.57.6 takes the token-dropout ratio over the padded length; here it is each
+sequence's own), the rotary tables (float32, made once), attention (over packs) and the activation (one fused kernel of
+the same erf formula). Parameter names do not change, so every Hugging Face checkpoint and PEFT adapter fits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSequenceClassification, EsmConfig, EsmForMaskedLM
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.models.esm.modeling_esm import (
+    EsmClassificationHead,
+    EsmEmbeddings,
+    EsmIntermediate,
+    EsmLMHead,
+    EsmModel,
+    EsmPreTrainedModel,
+    EsmSelfAttention,
+)
+
+from esm_neuron.attention import Pack, RotaryTable, mean_over, rotate
+
+MASK_RATIO_TRAIN = 0.15 * 0.8
+"""Share of <mask> tokens in ESM-2's pretraining; embeddings are rescaled to it (fair-esm 2.0.0, `ESM2.forward`)."""
+
+
+class PackedEmbeddings(EsmEmbeddings):
+    """Word embeddings with ESM-2's token dropout, its ratio taken per segment."""
+
+    def forward(self, input_ids: Tensor, pack: Pack) -> Tensor:  # type: ignore[override]
+        """[R, L, H] embeddings of `input_ids` int64 [R, L]; padding is 0."""
+        x = self.word_embeddings(input_ids)
+        scale = pack.membership.sum(1)
+        if self.token_dropout:
+            masked = input_ids == self.mask_token_id
+            length = pack.membership.sum(-1).clamp_min(1.0)
+            ratio = (pack.membership * masked.unsqueeze(1)).sum(-1) / length
+            per_segment = (1 - MASK_RATIO_TRAIN) / (1 - ratio)
+            scale = (pack.membership * per_segment.unsqueeze(-1)).sum(1) * ~masked
+        return (x * scale.unsqueeze(-1)).to(x.dtype)
+
+
+class PackedSelfAttention(EsmSelfAttention):
+    """Self-attention whose positions and neighbours come from the pack."""
+
+    def forward(self, hidden_states: Tensor, *, pack: Pack, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[R, L, H] in, [R, L, H] out; the heads are counted from the data, so a shard of them works as well."""
+        rows, length = hidden_states.shape[:-1]
+        heads = (rows, length, -1, self.attention_head_size)
+        query = self.query(hidden_states).view(heads) * self.attention_head_size**-0.5
+        key = self.key(hidden_states).view(heads)
+        value = self.value(hidden_states).view(heads)
+        query, key = rotate(query, pack.cos, pack.sin), rotate(key, pack.cos, pack.sin)
+        attended = pack.attend(query, key, value, self.dropout if self.training else 0.0)
+        return attended.reshape(rows, length, -1), None
+
+
+class FusedIntermediate(EsmIntermediate):
+    """The feed-forward's first half with torch's fused GELU (the exact erf form that transformers spells out)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden_states))
+
+
+class FusedLMHead(EsmLMHead):
+    """The LM head with torch's fused GELU."""
+
+    def forward(self, features: Tensor, **_: Any) -> Tensor:
+        x = self.layer_norm(F.gelu(self.dense(features)))
+        return self.decoder(x) + self.bias
+
+
+class PackedEsmModel(EsmModel):
+    """The encoder over packs."""
+
+    rotary: RotaryTable
+    attention: str
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        max_segments: int = 1,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Pack]:
+        """Encode rows.
+
+        Args:
+            input_ids: int64 [R, L].
+            segment_ids: int64 [R, L]; None for one sequence a row, as a tokenizer pads them.
+            positions: int64 [R, L], from 0 within each segment.
+            max_segments: S, the most segments in a row.
+            attention_mask: [R, L], 1 for tokens and 0 for padding; read only where `segment_ids` is None.
+
+        Returns:
+            Hidden states [R, L, H] and the pack they were computed with.
+        """
+        if segment_ids is None or positions is None:
+            segment_ids, positions = one_segment(input_ids, attention_mask)
+        pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, self.attention)
+        embedded = self.embeddings(input_ids=input_ids, pack=pack)
+        encoded: BaseModelOutput = self.encoder(embedded, pack=pack)
+        return encoded.last_hidden_state, pack
+
+
+def one_segment(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`segment_ids` and `positions`, int64 [R, L], of rows with a single sequence each."""
+    used = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return used - 1, positions * used
+
+
+_PACKED: dict[type[nn.Module], type[nn.Module]] = {
+    EsmModel: PackedEsmModel,
+    EsmEmbeddings: PackedEmbeddings,
+    EsmSelfAttention: PackedSelfAttention,
+    EsmIntermediate: FusedIntermediate,
+    EsmLMHead: FusedLMHead,
+}
+
+
+def pack_modules(model: EsmPreTrainedModel) -> None:
+    """Give the modules of a transformers ESM-2 their packed classes, in place; parameters stay as they are."""
+    for module in list(model.modules()):
+        packed = _PACKED.get(type(module))
+        if packed is not None:
+            module.__class__ = packed
+        if isinstance(module, EsmSelfAttention):
+            module.rotary_embeddings = None  # its inverse frequencies live in the one table
+        if isinstance(module, PackedEsmModel):
+            set_attention(module, module.config.max_position_embeddings, "segments")
+
+
+def set_attention(encoder: EsmModel, max_positions: int, attention: str) -> None:
+    """Choose the attention (a name of `attention.ATTENTIONS`) and the longest sequence, in tokens with its specials."""
+    cfg = encoder.config
+    encoder.rotary = RotaryTable(cfg.hidden_size // cfg.num_attention_heads, max_positions)
+    encoder.attention = attention
+
+
+class PooledEsmConfig(EsmConfig):
+    """Configuration of a classifier whose pooling transformers does not have.
+
+    Its own model type, so that plain transformers refuses it instead of answering from the <cls> token.
+    """
+
+    model_type = "esm_neuron"
+
+
+def head_name(config: EsmConfig) -> str:
+    """Attribute of the classification head; transformers' own name only where transformers would compute the same."""
+    return "classifier" if config.pooling == "cls" else f"{config.pooling}_classifier"
+
+
+class PackedForSequenceClassification(EsmPreTrainedModel):
+    """One answer a segment: the encoder, a pooling, and transformers' classification head."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(config)
+        self.esm = EsmModel(config, add_pooling_layer=False)
+        setattr(self, head_name(config), EsmClassificationHead(config))
+        self.post_init()
+        pack_modules(self)
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> SequenceClassifierOutput:
+        """Logits [R, S, classes], or [R, classes] for rows without `segment_ids`; arguments as in `PackedEsmModel`."""
+        hidden, pack = self.esm(input_ids, segment_ids, **pack_args)
+        pooled = mean_over(pack.first if self.config.pooling == "cls" else pack.residues, hidden)
+        head = getattr(self, head_name(self.config))
+        logits = head(pooled.flatten(0, 1).unsqueeze(1))
+        return SequenceClassifierOutput(logits=logits if segment_ids is None else logits.view(*pooled.shape[:2], -1))
+
+
+class PackedForPooledClassification(PackedForSequenceClassification):
+    """The same with a pooling that is this package's own; what `AutoModelForSequenceClassification` makes of such a folder."""
+
+    config_class = PooledEsmConfig
+
+
+class PackedForMaskedLM(EsmForMaskedLM):
+    """One distribution over the 33 tokens a position."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(config)
+        pack_modules(self)
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> MaskedLMOutput:  # type: ignore[override]
+        """Logits [R, L, 33]; arguments as in `PackedEsmModel`."""
+        hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
+        return MaskedLMOutput(logits=self.lm_head(hidden))
+
+
+AutoConfig.register(PooledEsmConfig.model_type, PooledEsmConfig)
+AutoModelForSequenceClassification.register(PooledEsmConfig, PackedForPooledClassification)
+
+
+def parameter_count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)

@@ -1,0 +1,42 @@
+"""Parameter groups and the learning-rate schedule: pure functions of the model and of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from esm_neuron.config import OptimConfig
+
+
+def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters in two AdamW groups: matrices with weight decay; biases, norms and other vectors without.
+
+    Returns:
+        Groups with `params`, `names` (of the parameters, in the same order) and `weight_decay`; empty ones left out.
+    """
+    groups: list[dict[str, Any]] = []
+    for decays in (True, False):
+        chosen = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (p.ndim > 1) == decays]
+        if chosen:
+            names, params = zip(*chosen, strict=True)
+            decay = cfg.weight_decay if decays else 0.0
+            groups.append({"params": list(params), "names": list(names), "weight_decay": decay})
+    return groups
+
+
+def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
+    """Learning rate of the optimizer step `step` (from 0) of `total_steps`.
+
+    Warm-up: `lr * (step + 1) / warmup_steps`, so that no step is wasted at rate 0. Then the schedule falls from `lr` to
+    `lr * min_lr_ratio` at the last step: half a cosine (Loshchilov & Hutter 2017, eq. 5), a line, or not at all.
+    """
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "constant":
+        return cfg.lr
+    progress = (step - cfg.warmup_steps) / max(1, total_steps - 1 - cfg.warmup_steps)
+    progress = min(1.0, progress)
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share)

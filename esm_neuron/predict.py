@@ -1,0 +1,65 @@
+"""Answers for new proteins: a table with a row for each record of the input, in its order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from esm_neuron.backends import create_backend
+from esm_neuron.config import require
+from esm_neuron.data.loader import EvalLoader
+from esm_neuron.data.splits import load_inputs
+from esm_neuron.evaluate import run_passes
+from esm_neuron.export import build_trained, read_run
+from esm_neuron.files import write_text
+from esm_neuron.metrics import log_softmax
+from esm_neuron.tasks import SequenceClassification
+
+
+def predict(run: Path, source: Path, target: Path, backend_name: str | None = None) -> pd.DataFrame:
+    """Classify every record of `source` with a finished run and write `target` as CSV.
+
+    The windows of a long sequence are averaged by probability, as in evaluation.
+
+    Args:
+        run: output folder of a training run.
+        source: FASTA, CSV or TSV; columns as the run's configuration names them, labels not needed.
+        target: columns `id`, `label`, and the probability of each class.
+        backend_name: where to run; None: where it was trained.
+
+    Raises:
+        EsmNeuronError: the run, the weights or a record cannot be used; `target` is then not written.
+    """
+    cfg, task = read_run(run, backend_name)
+    require(
+        isinstance(task, SequenceClassification),
+        f"--model {run}: predict needs a task with labels, this run was trained for {cfg.task.name}",
+    )
+    assert isinstance(task, SequenceClassification)
+    backend = create_backend(cfg)
+    try:
+        table, report = load_inputs(source, cfg.data)
+        built = build_trained(cfg, task, backend)
+        where = (backend.topology.dp, backend.topology.dp_rank)
+        loader = EvalLoader(table, task, cfg, *where, static_shapes=backend.static_shapes)
+        probabilities = np.zeros((len(table.ids), len(task.labels)))
+
+        def take(members: np.ndarray, answers: list[np.ndarray]) -> None:
+            used = members >= 0
+            example = members[used]
+            weighted = np.exp(log_softmax(answers[0][used].astype(np.float64))) * table.weight[example, None]
+            np.add.at(probabilities, table.record[example], weighted)
+
+        run_passes(built.model, task, backend, loader, take)
+        probabilities = np.sum(backend.gather_host(probabilities), axis=0)
+    finally:
+        backend.close()
+    probabilities /= probabilities.sum(1, keepdims=True)  # window weights are float32 and sum to 1 only nearly
+    frame = pd.DataFrame({"id": list(table.ids), "label": [task.labels[i] for i in probabilities.argmax(1)]})
+    frame = pd.concat([frame, pd.DataFrame(probabilities, columns=list(task.labels))], axis=1)
+    if backend.topology.is_main:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, frame.to_csv(index=False, float_format="%.6f"))
+    return frame

@@ -1,0 +1,265 @@
+"""The composition root: the one file that knows everyone. Each function is a command of the CLI."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from esm_neuron import checkpoint, settings
+from esm_neuron.backends import create_backend
+from esm_neuron.backends.base import Backend
+from esm_neuron.build import Built, build_model
+from esm_neuron.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
+from esm_neuron.data.splits import Splits, load_inputs, load_splits
+from esm_neuron.errors import ConfigError, EsmNeuronError
+from esm_neuron.evaluate import evaluate as evaluate_table
+from esm_neuron.export import CONFIG, build_trained, read_run, write_results
+from esm_neuron.files import claimed, write_json, write_text
+from esm_neuron.model import parameter_count
+from esm_neuron.tasks import TASKS, Task, create_task
+from esm_neuron.trainer import Fit, Trainer
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RESULT, METRICS, SAMPLED = "result.json", "metrics.jsonl", "valid_ids.txt"
+"""Names within a run's folder."""
+
+FREE = {"output", "backend", "parallel", "checkpoint", "log"}
+"""Sections that a resumed run may change: they decide where and how, not what is computed."""
+FREE_FIELDS = {
+    "data.train", "data.valid", "data.test", "model.gradient_checkpointing", "loop.rows_per_device",
+    "loop.eval_rows_per_device", "loop.eval_every", "loop.patience",
+}  # fmt: skip
+"""The same for single fields; the data itself is compared by its fingerprint."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended."""
+
+    result: dict[str, Any]
+    """What result.json holds; empty when the run was stopped."""
+    stopped_by: str | None
+    """Name of the signal that stopped it, None when it finished."""
+
+
+def train(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> Outcome:
+    """Fine-tune as `cfg` says and write everything under `cfg.output`.
+
+    Raises:
+        EsmNeuronError: settings, data or checkpoints that cannot be used; nothing half-written is left.
+    """
+    cfg.validate()
+    backend = create_backend(cfg)
+    try:
+        with _claimed_output(cfg, backend):
+            return _train(cfg, backend, say if backend.topology.is_main else _say_nothing)
+    finally:
+        backend.close()
+
+
+def _train(cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> Outcome:
+    splits = load_splits(cfg, TASKS[cfg.task.name].needs_labels)
+    say(splits.summary())
+    cfg = replace(cfg, task=replace(cfg.task, labels=splits.labels or None))
+    task = create_task(cfg.task, splits.labels)
+    built = build_model(cfg, task, backend)
+    say(describe(cfg, built))
+    loaders = Loaders.of(cfg, splits, task, backend)
+    trainer = Trainer(
+        cfg, built.model, task, backend, loaders.train, loaders.valid, [], identity(cfg, splits.fingerprint)
+    )
+    begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
+    if begin:
+        say(f"resumed after step {begin} of {trainer.total_steps}")
+    if backend.topology.is_main:
+        _write_settings(cfg, splits)
+        trainer.callbacks = _callbacks(cfg, begin)
+    fit = trainer.fit()
+    if fit.stopped_by:
+        return Outcome({}, fit.stopped_by)
+    return Outcome(_finish(cfg, task, built, trainer, fit, loaders, say), None)
+
+
+def _say_nothing(_: str) -> None:
+    """What every rank but the main one prints."""
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of each split."""
+
+    train: TrainLoader
+    valid: EvalLoader | None
+    test: EvalLoader | None
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend) -> Loaders:
+        """The loaders of this rank, all with the row lengths that the training data chose."""
+        lengths = select_row_lengths(cfg, splits.train.lengths)
+        where = (backend.topology.dp, backend.topology.dp_rank)
+
+        def held_out(table: ExampleTable | None) -> EvalLoader | None:
+            if table is None:
+                return None
+            return EvalLoader(
+                table, task, cfg, *where, static_shapes=backend.static_shapes, row_lengths=lengths
+            )
+
+        train = TrainLoader(
+            splits.train, task, cfg, *where, static_shapes=backend.static_shapes, row_lengths=lengths
+        )
+        return cls(train, held_out(splits.valid), held_out(splits.test))
+
+
+def _finish(
+    cfg: TrainConfig, task: Task, built: Built, trainer: Trainer, fit: Fit, loaders: Loaders, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Evaluate the best weights, write them and the result."""
+    backend = trainer.backend
+    chosen = trainer.load_best()
+    valid = trainer.evaluate(loaders.valid, intervals=True) if loaders.valid else None
+    test = trainer.evaluate(loaders.test, intervals=True) if loaders.test else None
+    weights, _ = backend.gather_state(built.model, trainer.optimizer)
+    trainable, total = parameter_count(built.model)
+    state = fit.state
+    result = finite({
+        "task": cfg.task.name,
+        "model": cfg.model.name,
+        "init": cfg.model.init,
+        "backend": cfg.backend,
+        "adapter": cfg.adapter.kind,
+        "parameters": {"trainable": trainable, "total": total},
+        "chosen_step": chosen,
+        "train": {
+            "steps": state.step,
+            "residues": state.residues,
+            "seconds": state.seconds,
+            "residues_per_second": state.residues / state.seconds if state.seconds else None,
+            "padding_efficiency": loaders.train.padding_efficiency,
+            "graphs": backend.graphs(),
+        },
+        "valid": valid,
+        "test": test,
+    })  # fmt: skip
+    out = Path(cfg.output)
+    weights_folder = agree(backend, lambda: write_results(cfg, task, built, weights))
+    agree(backend, lambda: write_json(out / RESULT, result))
+    for callback in trainer.callbacks:
+        callback.on_end(result)
+    say(f"weights of step {chosen} in {weights_folder}, result in {out / RESULT}, checkpoints in {out / 'checkpoints'}")
+    return dict(result)
+
+
+def evaluate(run: Path, source: Path, target: Path | None, backend_name: str | None = None) -> dict[str, Any]:
+    """Figures, with 95 % bootstrap intervals, of a finished run on every row of a labelled file.
+
+    Args:
+        run: output folder of a training run.
+        source: FASTA, CSV or TSV with labels; row filters and split column of the training are not applied.
+        target: JSON file to write besides; None for none.
+        backend_name: where to run; None: where it was trained.
+
+    Raises:
+        EsmNeuronError: the run, its weights or a record cannot be used.
+    """
+    cfg, task = read_run(run, backend_name)
+    backend = create_backend(cfg)
+    try:
+        table, report = load_inputs(source, cfg.data, cfg.task.labels)
+        built = build_trained(cfg, task, backend)
+        where = (backend.topology.dp, backend.topology.dp_rank)
+        loader = EvalLoader(table, task, cfg, *where, static_shapes=backend.static_shapes)
+        values = finite(evaluate_table(built.model, task, backend, loader).compute(intervals=True))
+        if target is not None:
+            agree(backend, lambda: write_json(target, values))
+    finally:
+        backend.close()
+    return dict(values)
+
+
+def agree(backend: Backend, act: Callable[[], T]) -> T | None:
+    """Do `act` on the main rank; if it fails there, every rank raises the same error and none waits forever."""
+    value, failure = None, None
+    if backend.topology.is_main:
+        try:
+            value = act()
+        except EsmNeuronError as error:
+            failure = error
+    failure = next((e for e in backend.gather_host(failure) if e is not None), None)
+    if failure is not None:
+        raise failure
+    return value
+
+
+@contextmanager
+def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
+    """Hold the output folder for this run; all ranks learn when it cannot be had."""
+    with ExitStack() as held:
+        agree(backend, lambda: _claim(cfg, held))
+        yield
+
+
+def _claim(cfg: TrainConfig, held: ExitStack) -> None:
+    out = Path(cfg.output)
+    held.enter_context(claimed(out))
+    used = checkpoint.steps(out / "checkpoints") or (out / RESULT).exists()
+    if used and cfg.checkpoint.resume == "no":
+        raise ConfigError(
+            f"output={out} already holds a run; go on with --checkpoint.resume auto, or choose another --output"
+        )
+
+
+def identity(cfg: TrainConfig, fingerprint: str) -> dict[str, Any]:
+    """What two runs must share for one to continue the other: dotted settings and the data's fingerprint."""
+    values: dict[str, Any] = {"data": fingerprint}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping) and not prefix.startswith("data.keep"):
+            for key, item in value.items():
+                flatten(f"{prefix}.{key}" if prefix else key, item)
+        elif prefix not in FREE_FIELDS:
+            values[prefix] = list(value) if isinstance(value, tuple) else value
+
+    flatten("", {key: value for key, value in asdict(cfg).items() if key not in FREE})
+    return values
+
+
+def describe(cfg: TrainConfig, built: Built) -> str:
+    """What is trained, in a line or two for a person."""
+    trainable, total = parameter_count(built.model)
+    lines = [f"{cfg.model.name} on {cfg.backend}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})"]
+    if cfg.model.init == "random":
+        lines.append("NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect figures of a small network")
+    drawn = [name for name in built.report.drawn if "contact_head" not in name]
+    if drawn:
+        lines.append(f"new in this task, drawn from seed {cfg.seed}: {', '.join(drawn)}")
+    return "\n".join(lines)
+
+
+def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
+    """Save the resolved configuration, and prove that it reads back as itself."""
+    out = Path(cfg.output)
+    write_text(out / CONFIG, settings.dump(cfg))
+    if settings.read_config(out / CONFIG) != cfg:
+        raise ConfigError(f"{out / CONFIG}: does not read back as the configuration of this run; please report it")
+    if splits.sampled_valid:
+        write_text(out / SAMPLED, "\n".join(splits.sampled_valid) + "\n")
+
+
+def _callbacks(cfg: TrainConfig, begin: int) -> list[Callback]:
+    out = Path(cfg.output)
+    jsonl = JsonlLogger(out / METRICS)
+    jsonl.truncate_after(begin)
+    callbacks: list[Callback] = [jsonl, ProgressConsole(begin)]
+    if cfg.log.tensorboard:
+        callbacks.append(TensorBoardLogger(out / "tensorboard", begin))
+    return callbacks

@@ -1,0 +1,120 @@
+"""From YAML and flags to a `TrainConfig` and back, by jsonargparse; strict, with the nearest known name in the error."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from esm_neuron.config import TrainConfig
+from esm_neuron.errors import ConfigError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_UNKNOWN = (
+    re.compile(r"unrecognized arguments: -*(?P<option>[^\s=]+)", re.IGNORECASE),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<option>[^']+)'"),
+    re.compile(r"Option '(?P<option>[^']+)' is not accepted"),
+)
+
+
+def make_parser(command: str = "train") -> ArgumentParser:
+    """The parser of `--section.field value` flags and `--config FILE` for every field of `TrainConfig`."""
+    parser = ArgumentParser(prog=f"esm-neuron {command}", exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it overrule it.")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
+    """The configuration that `argv` describes.
+
+    Raises:
+        ConfigError: an unknown or repeated key, a value of the wrong type, an unreadable file.
+    """
+    for path in _config_files(argv):
+        _check_yaml(path)
+    parser = make_parser(command)
+    try:
+        values = parser.instantiate(parser.parse_args(list(argv)))
+    except argparse.ArgumentError as error:
+        raise ConfigError(_explain(str(error))) from error
+    return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration saved in a YAML file. Raises ConfigError as `parse` does."""
+    return parse(["--config", str(path)])
+
+
+def dump(cfg: TrainConfig) -> str:
+    """`cfg` as YAML with every field, in the order of the classes."""
+    return yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False, allow_unicode=True)
+
+
+def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields, such as `optim.lr`."""
+    for f in fields(cls):
+        section = f.default_factory if isinstance(f.default_factory, type) else None
+        if section is not None and is_dataclass(section):
+            yield from known_keys(section, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
+
+
+def _config_files(argv: Sequence[str]) -> Iterator[Path]:
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            yield Path(argv[i + 1])
+        elif word.startswith("--config="):
+            yield Path(word.partition("=")[2])
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key twice is an error: otherwise the first of two `lr` lines would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(f"{self.name}:{key.start_mark.line + 1}: key {key.value!r} comes twice; keep one of them")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        with path.open(encoding="utf-8") as file:
+            value = yaml.load(file, _StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"--config {path}: holds {type(value).__name__}, must be sections such as `optim:`; see --help")
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's message on one line, with the nearest known key where one is unknown."""
+    message = " ".join(message.split())
+    found = next(filter(None, (pattern.search(message) for pattern in _UNKNOWN)), None)
+    if found is None:
+        return re.sub(r"Parser key \"([\w.]+)\"", r"\1", re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", message))
+    unknown = ".".join(filter(None, (found.groupdict().get("group"), found["option"])))
+    near = difflib.get_close_matches(unknown, list(known_keys()), n=1, cutoff=0.5)
+    leaf = [k for k in known_keys() if k.rpartition(".")[2] == unknown.rpartition(".")[2]]
+    hint = f"did you mean {(near or leaf)[0]}?" if near or leaf else "see esm-neuron train --help"
+    return f"unknown setting {unknown}; {hint}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

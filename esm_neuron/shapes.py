@@ -1,0 +1,115 @@
+"""The sizes of ESM-2 by name, and the parameters of each. No torch: plans and help texts need only numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import EsmConfig
+
+VOCABULARY = 33
+"""Tokens of the ESM alphabet."""
+PAD_TOKEN = 1
+MASK_TOKEN = 32
+MAX_POSITIONS = 1026
+"""`max_position_embeddings` of the hub's ESM-2: 1,024 tokens and the two numbers that fairseq kept free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EsmShape:
+    """What decides the parameters of an ESM-2."""
+
+    layers: int
+    """Transformer blocks."""
+    hidden: int
+    """Width of a token's vector."""
+    heads: int
+    """Attention heads of a block."""
+    intermediate: int
+    """Width of a block's feed-forward layer."""
+    hub_id: str | None = None
+    """Repository of the pretrained weights; None where there are none."""
+
+    @classmethod
+    def of(cls, config: EsmConfig) -> EsmShape:
+        """The shape that a transformers configuration describes."""
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            intermediate=config.intermediate_size,
+        )
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter of transformers' EsmForMaskedLM, the tied decoder left out."""
+        encoder, head = "esm.encoder", "lm_head"
+        sizes: dict[str, tuple[int, ...]] = {"esm.embeddings.word_embeddings.weight": (VOCABULARY, self.hidden)}
+        for layer in range(self.layers):
+            block = f"{encoder}.layer.{layer}"
+            for linear in ("self.query", "self.key", "self.value", "output.dense"):
+                sizes |= _linear(f"{block}.attention.{linear}", self.hidden, self.hidden)
+            sizes |= _norm(f"{block}.attention.LayerNorm", self.hidden)
+            sizes |= _linear(f"{block}.intermediate.dense", self.intermediate, self.hidden)
+            sizes |= _linear(f"{block}.output.dense", self.hidden, self.intermediate)
+            sizes |= _norm(f"{block}.LayerNorm", self.hidden)
+        sizes |= _norm(f"{encoder}.emb_layer_norm_after", self.hidden)
+        sizes |= _linear("esm.contact_head.regression", 1, self.layers * self.heads)
+        sizes |= _linear(f"{head}.dense", self.hidden, self.hidden)
+        sizes |= _norm(f"{head}.layer_norm", self.hidden)
+        return sizes | {f"{head}.bias": (VOCABULARY,)}
+
+    def parameter_count(self) -> int:
+        """Parameters of transformers' EsmForMaskedLM, the tied decoder counted once."""
+        return sum(math.prod(size) for size in self.parameters().values())
+
+
+def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _released(name: str, layers: int, hidden: int, heads: int) -> EsmShape:
+    hub_id = f"facebook/{name}_UR50D"
+    return EsmShape(layers=layers, hidden=hidden, heads=heads, intermediate=4 * hidden, hub_id=hub_id)
+
+
+SHAPES: dict[str, EsmShape] = {
+    "tiny": EsmShape(layers=2, hidden=32, heads=4, intermediate=128),
+    "esm2_t6_8M": _released("esm2_t6_8M", 6, 320, 20),
+    "esm2_t12_35M": _released("esm2_t12_35M", 12, 480, 20),
+    "esm2_t30_150M": _released("esm2_t30_150M", 30, 640, 20),
+    "esm2_t33_650M": _released("esm2_t33_650M", 33, 1280, 20),
+    "esm2_t36_3B": _released("esm2_t36_3B", 36, 2560, 40),
+    "esm2_t48_15B": _released("esm2_t48_15B", 48, 5120, 40),
+}
+"""Name -> shape: `tiny` for tests, and the six of Lin et al. 2023 (Science 379:1123)."""
+
+
+def esm_config(shape: EsmShape) -> EsmConfig:
+    """The configuration that the hub's ESM-2 of this shape has in its config.json."""
+    from transformers import EsmConfig
+
+    return EsmConfig(
+        vocab_size=VOCABULARY,
+        mask_token_id=MASK_TOKEN,
+        pad_token_id=PAD_TOKEN,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        hidden_act="gelu",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        classifier_dropout=None,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.02,
+        layer_norm_eps=1e-5,
+        position_embedding_type="rotary",
+        emb_layer_norm_before=False,
+        token_dropout=True,
+    )

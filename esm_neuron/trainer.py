@@ -1,0 +1,189 @@
+"""The training loop: the same on every device, readable on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esm_neuron import checkpoint
+from esm_neuron.backends.base import Backend
+from esm_neuron.callbacks import Callback, EarlyStopping
+from esm_neuron.checkpoint import Snapshot, TrainState
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch
+from esm_neuron.errors import CheckpointError, EsmNeuronError
+from esm_neuron.evaluate import evaluate, forward, on_device
+from esm_neuron.metrics import Value
+from esm_neuron.optim import learning_rate, parameter_groups
+from esm_neuron.signals import StopSignal
+from esm_neuron.tasks import Task
+
+AHEAD = 2
+"""Steps whose batches are made before the device asks for them."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How training ended."""
+
+    state: TrainState
+    stopped_by: str | None
+    """Name of the signal that ended it early, None otherwise."""
+
+
+class Trainer:
+    """Trains one model on one process's device, in step with its peers."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        model: nn.Module,
+        task: Task,
+        backend: Backend,
+        train: TrainLoader,
+        valid: EvalLoader | None,
+        callbacks: Sequence[Callback],
+        identity: Mapping[str, Any],
+    ) -> None:
+        """Make the optimizer; `identity` is what a resumed checkpoint must agree with."""
+        self.cfg, self.model, self.task, self.backend = cfg, model, task, backend
+        self.train_loader, self.valid_loader, self.callbacks = train, valid, callbacks
+        self.optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
+        self.total_steps = train.total_steps(cfg.loop.epochs, cfg.loop.max_steps)
+        self.eval_every = cfg.loop.eval_every or train.steps_per_epoch
+        self.save_every = cfg.checkpoint.every or self.eval_every
+        self.stopper = EarlyStopping(cfg.loop.patience, task.greater_is_better)
+        self.state = TrainState(run=dict(identity))
+        self.folder = Path(cfg.output) / "checkpoints"
+        self._totals = torch.zeros(2, device=backend.device)  # loss sum and weight of the step, on the device
+        self._began = self._logged_seconds = 0.0
+        self._logged_residues = 0
+
+    def restore(self) -> int:
+        """Go on from the newest whole checkpoint of the run's folder, if there is one; returns its step.
+
+        Raises:
+            CheckpointError: the checkpoints belong to another run, or none of them is whole.
+        """
+        snapshot = checkpoint.newest(self.folder)
+        if snapshot is None:
+            return 0
+        checkpoint.check_identity(snapshot.state.run, self.state.run, self.folder)
+        self.backend.load_state(self.model, self.optimizer, snapshot.model, snapshot.optimizer)
+        self.state = snapshot.state
+        self.stopper.load_state_dict(self.state.stopper)
+        self._logged_seconds, self._logged_residues = self.state.seconds, self.state.residues
+        return self.state.step
+
+    def fit(self) -> Fit:
+        """Train from the present step to the last one, evaluating and saving on the way."""
+        self.model.train()
+        over = self.stopper.stop  # a resumed run that had already stopped early
+        steps = range(self.state.step, self.state.step if over else self.total_steps)
+        with StopSignal() as stop, closing(prefetch(map(self.train_loader.load, steps), AHEAD)) as ahead:
+            self._start_clock()
+            for data in ahead:
+                self._train_step(data)
+                done = self.state.step
+                last = done == self.total_steps
+                if done % self.eval_every == 0 or last:
+                    self._validate()
+                stopped_by = next(filter(None, self.backend.gather_host(stop.received)), None)
+                ends = last or self.stopper.stop or stopped_by is not None
+                if done % self.save_every == 0 or self.stopper.best_step == done or ends:
+                    self._save()
+                if ends:
+                    return Fit(self.state, None if last else stopped_by)
+        return Fit(self.state, None)
+
+    def _train_step(self, data: StepData) -> None:
+        """One optimizer step: a pass a batch, then the update. Nothing here waits for a value from the device."""
+        step = data.step
+        rate = learning_rate(step, self.total_steps, self.cfg.optim)
+        self.backend.set_lr(self.optimizer, rate)
+        for number, batch in enumerate(on_device(data.batches, self.backend.device)):
+            self.backend.seed(self.cfg.seed, step, number)
+            with self.backend.autocast():
+                loss, weight = self.task.loss(forward(self.model, batch), batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._totals += torch.stack((loss.detach(), weight))
+            self.backend.sync()
+        norm = self.backend.step(self.model, self.optimizer, self._totals[1].clone(), self.cfg.optim.max_grad_norm)
+        totals = self.backend.all_reduce(self._totals.clone())
+        self._totals.zero_()
+        self.state.residues += data.stats.global_residues
+        self.state.step = step + 1
+        if (step + 1) % self.cfg.log.every == 0 or step + 1 == self.total_steps:
+            self.backend.on_host(partial(self._log, step + 1, rate), totals, norm)
+        self.backend.sync()
+
+    def _log(self, step: int, rate: float, totals: Tensor, norm: Tensor) -> None:
+        self._stop_clock()
+        seconds, residues = self.state.seconds - self._logged_seconds, self.state.residues - self._logged_residues
+        self._logged_seconds, self._logged_residues = self.state.seconds, self.state.residues
+        loss_sum, weight = totals.tolist()
+        record = {
+            "loss": loss_sum / weight if weight else None,
+            "lr": rate,
+            "grad_norm": float(norm),
+            "residues_per_second": residues / seconds,
+            "graphs": self.backend.graphs(),
+        }
+        for callback in self.callbacks:
+            callback.on_log(step, self.total_steps, record)
+        self._start_clock()
+
+    def _validate(self) -> None:
+        if self.valid_loader is None:
+            return
+        self._stop_clock()
+        values = self.evaluate(self.valid_loader)
+        watched = values[self.task.metric]
+        self.stopper.update(watched if isinstance(watched, (int, float)) else None, self.state.step)
+        for callback in self.callbacks:
+            callback.on_eval(self.state.step, {"split": "valid", **values})
+        self._start_clock()
+
+    def evaluate(self, loader: EvalLoader, intervals: bool = False) -> dict[str, Value]:
+        """The figures of a loader's table over all ranks, with 95 % bootstrap intervals if asked for."""
+        return evaluate(self.model, self.task, self.backend, loader).compute(intervals=intervals)
+
+    def load_best(self) -> int:
+        """Put the weights of the best validated step back, where there is one; returns the step of the weights."""
+        best = self.stopper.best_step
+        if best is None or best == self.state.step:
+            return self.state.step
+        snapshot = checkpoint.load(checkpoint.step_folder(self.folder, best))
+        self.backend.load_weights(self.model, snapshot.model)
+        return best
+
+    def _save(self) -> None:
+        """Write a checkpoint from rank 0; every rank learns whether it worked."""
+        self._stop_clock()
+        self.state.stopper = self.stopper.state_dict()
+        weights, moments = self.backend.gather_state(self.model, self.optimizer)
+        failure = None
+        if self.backend.topology.is_main:
+            try:
+                checkpoint.save(self.folder, Snapshot(self.state, weights, moments))
+                checkpoint.prune(self.folder, self.cfg.checkpoint.keep, self.stopper.best_step)
+            except EsmNeuronError as error:
+                failure = str(error)
+        failure = next(filter(None, self.backend.gather_host(failure)), None)
+        if failure:
+            raise CheckpointError(failure)
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._began = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        self.state.seconds += time.perf_counter() - self._began
