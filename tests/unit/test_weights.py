@@ -1,0 +1,507 @@
+"""Weights: what is read is what was written, by slice as well; what does not fit is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import EsmConfig, EsmForMaskedLM, EsmForSequenceClassification, EsmModel
+
+from esm_neuron.config import ModelConfig
+from esm_neuron.errors import CheckpointError, ConfigError, EsmNeuronError
+from esm_neuron.parallel.slices import join, shard_of
+from esm_neuron.shapes import SHAPES, EsmShape, esm_config
+from esm_neuron.weights import (
+    Draw,
+    RandomWeights,
+    SafetensorsFolder,
+    load_into,
+    open_weights,
+    read_config,
+    write_safetensors_folder,
+)
+
+QUERY = "esm.encoder.layer.0.attention.self.query.weight"
+WORDS = "esm.embeddings.word_embeddings.weight"
+DECODER = "lm_head.decoder.weight"
+
+
+def nothing_new(_: str) -> bool:
+    return False
+
+
+def tiny() -> EsmConfig:
+    return esm_config(SHAPES["tiny"])
+
+
+def on_meta(kind: Callable[[EsmConfig], torch.nn.Module], config: EsmConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return kind(config)
+
+
+def state_of(kind: Callable[[EsmConfig], torch.nn.Module] = EsmForMaskedLM) -> dict[str, torch.Tensor]:
+    """A model's state with no value left at an initial constant, so that a tensor in the wrong place shows."""
+    model, generator = kind(tiny()), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return dict(model.state_dict())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_safetensors_folder(state_of().items(), tiny(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def one_line_of(caught: pytest.ExceptionInfo[EsmNeuronError]) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- shapes
+
+
+@pytest.mark.parametrize("name", ["tiny", "esm2_t6_8M", "esm2_t33_650M"])
+def test_the_parameter_table_is_that_of_transformers(name: str) -> None:
+    model = on_meta(EsmForMaskedLM, esm_config(SHAPES[name]))
+    expected = {k: tuple(p.shape) for k, p in model.named_parameters()}
+    assert SHAPES[name].parameters() == expected
+    assert SHAPES[name].parameter_count() == sum(math.prod(shape) for shape in expected.values())
+
+
+def test_shapes_are_the_published_ones() -> None:
+    nominal = {"8M": 8e6, "35M": 35e6, "150M": 150e6, "650M": 650e6, "3B": 3e9, "15B": 15e9}
+    counts = {name.rpartition("_")[2]: shape.parameter_count() for name, shape in SHAPES.items() if shape.hub_id}
+    assert counts == pytest.approx(nominal, rel=0.07)
+    assert SHAPES["esm2_t36_3B"].hub_id == "facebook/esm2_t36_3B_UR50D"
+    assert EsmShape.of(tiny()) == SHAPES["tiny"]
+
+
+# --- random weights
+
+
+def test_a_draw_does_not_depend_on_order_head_or_slice() -> None:
+    source = RandomWeights(tiny(), 7)
+    backwards = {key: source.read(key) for key in sorted(source.keys(), reverse=True)}
+    again = RandomWeights(tiny(), 7)
+    for key in again.keys():  # noqa: SIM118
+        assert torch.equal(again.read(key), backwards[key])
+    index = (slice(8, 16), slice(0, 32))
+    assert torch.equal(source.read(QUERY, index), backwards[QUERY][8:16])
+
+    bare = on_meta(partial(EsmModel, add_pooling_layer=False), tiny())
+    load_into(bare, source, source.draw, nothing_new)
+    assert torch.equal(bare.get_parameter(QUERY.removeprefix("esm.")), backwards[QUERY])
+
+
+def test_draws_follow_transformers_initialisation() -> None:
+    source = RandomWeights(esm_config(SHAPES["esm2_t6_8M"]), 0)
+    query, words = source.read(QUERY), source.read(WORDS)
+    assert query.dtype == torch.float32
+    assert query.std().item() == pytest.approx(0.02, rel=0.02)
+    assert query.mean().abs().item() < 5 * 0.02 / math.sqrt(query.numel())
+    assert not words[1].any() and words[[0, *range(2, 33)]].abs().amin(dim=1).gt(0).all()
+    assert not source.read(QUERY.replace("weight", "bias")).any()
+    for norm in ("esm.encoder.layer.0.LayerNorm", "esm.encoder.emb_layer_norm_after", "lm_head.layer_norm"):
+        assert source.read(f"{norm}.weight").eq(1).all() and not source.read(f"{norm}.bias").any()
+
+
+def test_seeds_and_names_give_different_draws() -> None:
+    draw = Draw(0, 0.02)
+    assert not torch.equal(draw("a.weight", (4, 4)), draw("b.weight", (4, 4)))
+    assert not torch.equal(draw("a.weight", (4, 4)), Draw(1, 0.02)("a.weight", (4, 4)))
+    assert RandomWeights(tiny(), 0).reference != RandomWeights(tiny(), 1).reference
+    assert RandomWeights(tiny(), 0).reference == RandomWeights(tiny(), 0).reference
+
+
+# --- folders
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
+def test_a_folder_reads_back_whole_and_by_slice(tmp_path: Path, max_shard_bytes: int) -> None:
+    state = state_of()
+    write_safetensors_folder(state.items(), tiny(), tmp_path / "base", max_shard_bytes)
+    files = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
+    sharded = max_shard_bytes < 10**9
+    assert (files == ["model.safetensors"]) != sharded
+    source = SafetensorsFolder(tmp_path / "base")
+    assert source.keys() == set(state)
+    for key, tensor in state.items():
+        assert source.shape(key) == tuple(tensor.shape)
+        assert torch.equal(source.read(key), tensor)
+    for index in [(slice(8, 16), slice(0, 32)), (slice(0, 32), slice(8, 16)), (slice(4, 4), slice(0, 32))]:
+        piece = source.read(QUERY, index)
+        assert torch.equal(piece, state[QUERY][index])
+        assert piece.untyped_storage().nbytes() == piece.nbytes, "a slice must not keep the whole tensor"
+    # and transformers reads the same folder
+    loaded = EsmForMaskedLM.from_pretrained(tmp_path / "base")
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
+def test_the_content_sum_does_not_depend_on_place_and_changes_with_a_weight(folder: Path, tmp_path: Path) -> None:
+    state = state_of()
+    write_safetensors_folder(state.items(), tiny(), tmp_path / "copy")
+    state[QUERY][0, 0] += 1
+    write_safetensors_folder(state.items(), tiny(), tmp_path / "other")
+    sums = [SafetensorsFolder(tmp_path / name).reference.sha256 for name in ("base", "copy", "other")]
+    assert sums[0] == sums[1] != sums[2]
+    reference = SafetensorsFolder(folder, "facebook/x", "abc").reference
+    assert (reference.name, reference.revision) == ("facebook/x", "abc")
+
+
+def test_writing_is_all_or_nothing(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exists"):
+        write_safetensors_folder(state_of().items(), tiny(), folder)
+
+    def breaks_off():
+        yield "a", torch.zeros(100)
+        yield "b", torch.zeros(100)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_safetensors_folder(breaks_off(), tiny(), tmp_path / "new", max_shard_bytes=400)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def sharded(tmp_path: Path) -> Path:
+    write_safetensors_folder(state_of().items(), tiny(), tmp_path / "sharded", max_shard_bytes=20_000)
+    return tmp_path / "sharded"
+
+
+def test_a_missing_shard_names_the_file(tmp_path: Path) -> None:
+    base = sharded(tmp_path)
+    victim = sorted(base.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=f"{victim.name} is missing") as caught:
+        SafetensorsFolder(base)
+    one_line_of(caught)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10])
+def test_a_truncated_file_is_refused(folder: Path, keep: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged") as caught:
+        SafetensorsFolder(folder)
+    one_line_of(caught)
+
+
+@pytest.mark.parametrize(
+    "evil", ["../outside.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin", 3, ".."]
+)
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, evil: object) -> None:
+    base = sharded(tmp_path)
+    save_file({QUERY: torch.zeros(2, 2)}, tmp_path / "outside.safetensors")
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][QUERY] = evil
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="a shard is a file beside it") as caught:
+        SafetensorsFolder(base)
+    one_line_of(caught)
+
+
+def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> None:
+    base = sharded(tmp_path)
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"][QUERY]
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"unlisted {QUERY}"):
+        SafetensorsFolder(base)
+    for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"index\.json (is no index|lists no)") as caught:
+            SafetensorsFolder(base)
+        one_line_of(caught)
+
+
+# --- open_weights
+
+
+def test_a_bare_shape_needs_random_weights() -> None:
+    with pytest.raises(ConfigError, match="facebook/esm2_t33_650M_UR50D or model.init=random"):
+        open_weights(ModelConfig(name="esm2_t33_650M"), 0)
+    with pytest.raises(ConfigError, match="use model.init=random"):
+        open_weights(ModelConfig(name="tiny"), 0)
+    config, source = open_weights(ModelConfig(name="tiny", init="random"), 0)
+    assert config.to_dict() == tiny().to_dict()
+    assert source.shape(QUERY) == (32, 32)
+
+
+def test_a_folder_gives_its_config_and_weights(folder: Path) -> None:
+    config, source = open_weights(ModelConfig(name=str(folder)), 0)
+    assert EsmShape.of(config) == SHAPES["tiny"]
+    assert torch.equal(source.read(QUERY), state_of()[QUERY])
+    assert source.reference.name == str(folder)
+    (folder / "model.safetensors").unlink()
+    _, drawn = open_weights(ModelConfig(name=str(folder), init="random"), 3)
+    assert torch.equal(drawn.read(QUERY), RandomWeights(tiny(), 3).read(QUERY))
+
+
+def test_a_classifier_of_this_package_is_a_base_too(folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text()) | {"model_type": "esm_neuron", "pooling": "mean"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert read_config(folder).model_type == "esm"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "bert"),
+        ("model_type", None),
+        ("position_embedding_type", "absolute"),
+        ("vocab_size", 34),
+        ("is_folding_model", True),
+        ("emb_layer_norm_before", True),
+    ],
+)
+def test_what_is_no_esm2_is_refused(folder: Path, key: str, value: object) -> None:
+    raw = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=f"not of an ESM-2: {key} is") as caught:
+        open_weights(ModelConfig(name=str(folder)), 0)
+    one_line_of(caught)
+
+
+def test_a_config_cannot_name_code(folder: Path) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    raw = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert not hasattr(read_config(folder), "auto_map")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_an_unreadable_config_is_named(folder: Path, content: str | None) -> None:
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read") as caught:
+        open_weights(ModelConfig(name=str(folder)), 0)
+    one_line_of(caught)
+
+
+def test_pickle_only_folders_point_at_convert(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"esm-neuron convert {folder} NEW_FOLDER"):
+        open_weights(ModelConfig(name=str(folder)), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("esm2_t33_650m", "did you mean esm2_t33_650M"), ("/no/such/folder", "the shapes are tiny")]
+)
+def test_an_unknown_name_gets_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        open_weights(ModelConfig(name=name, init="random"), 0)
+    with pytest.raises(ConfigError, match="belongs to a hub id"):
+        open_weights(ModelConfig(name="tiny", init="random", revision="main"), 0)
+
+
+def test_the_hub_is_asked_for_config_and_safetensors_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def snapshot(name: str, **how: object) -> str:
+        asked.append({"name": name, **how})
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    _, source = open_weights(ModelConfig(name="facebook/esm2_t6_8M_UR50D", revision="abc"), 0)
+    assert source.reference.name == "facebook/esm2_t6_8M_UR50D" and source.reference.revision == folder.name
+    open_weights(ModelConfig(name="facebook/esm2_t6_8M_UR50D", init="random"), 0)
+    wanted = ["config.json", "model*.safetensors", "model*.safetensors.index.json"]
+    assert asked[0] == {"name": "facebook/esm2_t6_8M_UR50D", "revision": "abc", "allow_patterns": wanted}
+    assert asked[1]["allow_patterns"] == ["config.json"]
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="hf download facebook/esm2_t36_3B_UR50D .* esm-neuron convert"):
+        open_weights(ModelConfig(name="facebook/esm2_t36_3B_UR50D"), 0)
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="the hub did not give it .* hf download nobody/nothing") as caught:
+        open_weights(ModelConfig(name="nobody/nothing", revision="v1"), 0)
+    assert "at revision v1" in one_line_of(caught)
+
+
+# --- load_into
+
+
+def classifier(config: EsmConfig) -> EsmForSequenceClassification:
+    config.num_labels = 3
+    return EsmForSequenceClassification(config)
+
+
+def in_head(name: str) -> bool:
+    return name.startswith("classifier.")
+
+
+def test_a_masked_lm_is_filled_and_stays_tied(folder: Path) -> None:
+    model, state = on_meta(EsmForMaskedLM, tiny()), state_of()
+    report = load_into(model, SafetensorsFolder(folder), Draw(0, 0.02), nothing_new)
+    assert dict.fromkeys(state, True) == {k: torch.equal(v, state[k]) for k, v in model.state_dict().items()}
+    assert model.lm_head.decoder.weight is model.esm.embeddings.word_embeddings.weight
+    assert set(report.loaded) == {n for n, _ in model.named_parameters()}
+    assert report.drawn == ()
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    # the computed buffers are those of a model that transformers builds off meta
+    reference = EsmForMaskedLM(tiny())
+    reference.load_state_dict(state)
+    tokens = torch.tensor([[0, 5, 6, 32, 7, 2]])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens).logits, reference.eval()(tokens).logits)
+
+
+def test_a_real_model_is_filled_in_place(folder: Path) -> None:
+    model = EsmForMaskedLM(tiny())
+    before = model.get_parameter(QUERY)
+    load_into(model, SafetensorsFolder(folder), Draw(0, 0.02), nothing_new)
+    assert model.get_parameter(QUERY) is before
+    assert torch.equal(before, state_of()[QUERY])
+
+
+@pytest.mark.parametrize("drop_decoder", [True, False])
+def test_the_decoder_may_be_left_out_but_not_differ(tmp_path: Path, drop_decoder: bool) -> None:
+    state = state_of()
+    state[DECODER] = state[DECODER] + 1
+    if drop_decoder:
+        del state[DECODER]
+    write_safetensors_folder(state.items(), tiny(), tmp_path / "base")
+    model = on_meta(EsmForMaskedLM, tiny())
+    if drop_decoder:
+        load_into(model, SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new)
+        assert torch.equal(model.lm_head.decoder.weight, state[WORDS])
+    else:
+        with pytest.raises(CheckpointError, match="are one tensor in the model, but differ"):
+            load_into(model, SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new)
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_both_prefixes_load_and_a_new_head_is_drawn(tmp_path: Path, prefixed: bool) -> None:
+    state = state_of(partial(EsmModel, add_pooling_layer=True))
+    stored = {f"esm.{key}" if prefixed else key: value for key, value in state.items()}
+    del stored[next(key for key in stored if "contact_head.regression.weight" in key)]
+    stored["esm.embeddings.position_embeddings.weight"] = torch.zeros(1026, 32)
+    write_safetensors_folder(stored.items(), tiny(), tmp_path / "base")
+    model, draw = on_meta(classifier, tiny()), Draw(5, 0.02)
+    report = load_into(model, SafetensorsFolder(tmp_path / "base"), draw, in_head)
+    loaded = {f"esm.{key}" for key in state if not key.startswith("pooler.") and "inv_freq" not in key}
+    assert set(report.loaded) == loaded - {"esm.contact_head.regression.weight"}
+    for name in report.loaded:
+        assert torch.equal(model.get_parameter(name), state[name.removeprefix("esm.")])
+    heads = {f"classifier.{part}.{leaf}" for part in ("dense", "out_proj") for leaf in ("weight", "bias")}
+    assert set(report.drawn) == heads | {"esm.contact_head.regression.weight"}
+    assert torch.equal(model.get_parameter("classifier.dense.weight"), draw("classifier.dense.weight", (32, 32)))
+    assert {key.removeprefix("esm.").split(".")[0] for key in report.ignored} == {"pooler", "embeddings", "encoder"}
+
+
+def test_an_encoder_takes_a_masked_lm_checkpoint(folder: Path) -> None:
+    model = on_meta(partial(EsmModel, add_pooling_layer=False), tiny())
+    report = load_into(model, SafetensorsFolder(folder), Draw(0, 0.02), nothing_new)
+    assert torch.equal(model.get_parameter(QUERY.removeprefix("esm.")), state_of()[QUERY])
+    assert report.drawn == () and {k.split(".")[0] for k in report.ignored if "inv_freq" not in k} == {"lm_head"}
+
+
+def damaged(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    state = state_of() | {k: v for k, v in changes.items() if v is not None}
+    return {k: v for k, v in state.items() if changes.get(k, v) is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({QUERY: None}, f"lacks 1 of the model's parameters: {QUERY};"),
+        ({"lm_head.bias": None}, "lacks 1 .* lm_head.bias"),
+        ({QUERY: torch.zeros(32, 16)}, rf"{QUERY} is \[32, 16\].* the model wants \[32, 32\]"),
+        ({QUERY: torch.zeros(32, 32, dtype=torch.int8)}, f"{QUERY} is torch.int8, no float"),
+        ({"esm.encoder.layer.2.output.dense.bias": torch.zeros(32)}, "has 1 tensors .* esm.encoder.layer.2.output"),
+        ({"trunk.x": torch.zeros(1)}, "has 1 tensors that the model does not: trunk.x"),
+        ({"lm_head.extra": torch.zeros(1)}, "has 1 tensors .* lm_head.extra"),
+        ({QUERY.removeprefix("esm."): torch.zeros(32, 32)}, "has both"),
+    ],
+)
+def test_a_checkpoint_that_does_not_match_is_refused(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    write_safetensors_folder(damaged(**changes).items(), tiny(), tmp_path / "base")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_into(on_meta(EsmForMaskedLM, tiny()), SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new)
+    one_line_of(caught)
+
+
+def test_many_missing_keys_are_counted(tmp_path: Path) -> None:
+    config = tiny()
+    config.num_hidden_layers = 3
+    write_safetensors_folder(state_of().items(), tiny(), tmp_path / "base")
+    with pytest.raises(CheckpointError, match="lacks 16 of .* and 13 more"):
+        load_into(on_meta(EsmForMaskedLM, config), SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new)
+
+
+def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
+    state = EsmForSequenceClassification(tiny()).state_dict()  # 2 classes
+    write_safetensors_folder(state.items(), tiny(), tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"classifier.out_proj.weight is \[2, 32\].* wants \[3, 32\]"):
+        load_into(on_meta(classifier, tiny()), SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), in_head)
+
+
+def test_the_dtype_is_the_models(folder: Path) -> None:
+    model = on_meta(EsmForMaskedLM, tiny()).to(torch.bfloat16)
+    load_into(model, SafetensorsFolder(folder), Draw(0, 0.02), nothing_new)
+    assert torch.equal(model.get_parameter(QUERY), state_of()[QUERY].bfloat16())
+
+
+class Recorder:
+    """A source that notes how many numbers each read brought."""
+
+    def __init__(self, source: SafetensorsFolder) -> None:
+        self.source, self.name, self.reference, self.read_sizes = source, source.name, source.reference, {}
+        self.keys, self.shape = source.keys, source.shape
+
+    def read(self, key: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
+        tensor = self.source.read(key, index)
+        self.read_sizes[key] = tensor.numel()
+        return tensor
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])  # 8 pads the 4 heads with 4 zero ones
+def test_ranks_read_their_slices_and_the_slices_make_the_whole(folder: Path, tp: int) -> None:
+    state, heads = state_of(), tiny().num_attention_heads
+    parts: dict[str, list[torch.Tensor]] = {}
+    for rank in range(tp):
+        model, source = on_meta(EsmForMaskedLM, tiny()), Recorder(SafetensorsFolder(folder))
+        for name, parameter in list(model.named_parameters()):
+            local = shard_of(name, parameter.shape, heads, tp, rank).shape
+            if local != tuple(parameter.shape):
+                owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                shrunk = torch.nn.Parameter(torch.empty(local, device="meta"))
+                shrunk.tensor_model_parallel = True
+                setattr(owner, leaf, shrunk)
+        load_into(model, source, Draw(0, 0.02), nothing_new, partial(shard_of, heads=heads, tp=tp, tp_rank=rank))
+        for name, parameter in model.named_parameters():
+            parts.setdefault(name, []).append(parameter.detach())
+        assert source.read_sizes["esm.encoder.layer.1.intermediate.dense.weight"] == 128 * 32 // tp
+        assert model.get_parameter(QUERY).tensor_model_parallel, "the marks of a parallel layer must stay"
+    for name, pieces in parts.items():
+        assert torch.equal(join(name, pieces, heads), state[name])
+    query = torch.cat(parts[QUERY])
+    assert query.shape[0] == max(32, 8 * tp) and not query[32:].any()
+
+
+def test_every_source_gives_equal_random_shards() -> None:
+    source = RandomWeights(tiny(), 0)
+    whole = source.read(QUERY)
+    halves = [shard_of(QUERY, (32, 32), 4, 2, rank).read(partial(source.read, QUERY)) for rank in range(2)]
+    assert torch.equal(torch.cat(halves), whole)
+
+
+def test_files_are_plain_safetensors(folder: Path) -> None:
+    assert set(load_file(folder / "model.safetensors")) == set(state_of())
