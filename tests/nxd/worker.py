@@ -1,0 +1,44 @@
+"""One rank of a torchrun world: the real neuronx_distributed and optimum-neuron on gloo, driven through our backend.
+
+torchrun starts it with a file of cases; every case is a function of `cases.py` and its arguments. All cases share one
+process, because importing NxD takes longer than training a tiny model, and each has process groups of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PEER_TIMEOUT = timedelta(seconds=60)
+"""A rank that waits longer for a peer gives up: the peer has failed."""
+
+
+def main(cases_file: str) -> None:
+    """Run the cases in order; each leaves its results in the folder that it names."""
+    warnings.filterwarnings("ignore")
+    sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+    from standins import vendor
+
+    vendor.install()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    import cases
+    from standins import collectives
+
+    for number, case in enumerate(json.loads(Path(cases_file).read_text(encoding="utf-8"))):
+        dist.init_process_group("gloo", timeout=PEER_TIMEOUT)
+        print(f"case {number}: {case}", flush=True)
+        if number == 0:
+            collectives.install()
+        collectives.forget_groups()
+        getattr(cases, case["run"])(**case["with"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
