@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from optimum.neuron.peft.tuners.lora.layer import NeuronLoraLayer
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from esm_neuron.adapters import adapt
+from esm_neuron.adapters import adapt, saved_key
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.backends.neuron import NeuronBackend
+from esm_neuron.build import Built
 from esm_neuron.config import (
     AdapterConfig,
     DataConfig,
@@ -26,16 +30,19 @@ from esm_neuron.config import (
     TaskConfig,
     TrainConfig,
 )
-from esm_neuron.data.batch import ExampleTable
-from esm_neuron.data.loader import EvalLoader, TrainLoader
+from esm_neuron.data.batch import Batch, ExampleTable
+from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS
+from esm_neuron.errors import ConfigError
 from esm_neuron.evaluate import forward
-from esm_neuron.model import set_attention
+from esm_neuron.export import plain_model, read_adapter, write_results
+from esm_neuron.model import encoder_of, set_attention
 from esm_neuron.parallel.slices import whole_shape
 from esm_neuron.tasks import Task, create_task
 from esm_neuron.trainer import Trainer
 from esm_neuron.weights import Draw, load_into, open_weights
 
+RESULTS = "results.safetensors"
 LABELS = ("a", "b", "c")
 ROWS, ROW_TOKENS = 4, 48
 
@@ -75,6 +82,11 @@ def examples(count: int = 24) -> ExampleTable:
     )
 
 
+def evaluation_batch(cfg: TrainConfig, task: Task) -> Batch:
+    """The first rows of an evaluation in one process."""
+    return next(iter(EvalLoader(examples(), task, cfg)))
+
+
 @dataclass
 class Run:
     """A model on its backend with its data."""
@@ -82,8 +94,13 @@ class Run:
     cfg: TrainConfig
     backend: CpuBackend | NeuronBackend
     task: Task
-    model: nn.Module
+    built: Built
     trainer: Trainer
+
+    @property
+    def model(self) -> nn.Module:
+        """On its device, with its adapters."""
+        return self.built.model
 
     @classmethod
     def start(cls, cfg: TrainConfig) -> Run:
@@ -94,11 +111,11 @@ class Run:
         config = task.configure(pretrained, cfg.model)
         with torch.device("meta"):
             bare = task.build(config)
-        set_attention(bare.base_model, cfg.data.max_residues + 2, backend.attention)
+        set_attention(encoder_of(bare), cfg.data.max_residues + 2, backend.attention)
         backend.shard(bare)
         head = task.head(config)
         part = backend.part if isinstance(backend, NeuronBackend) else None
-        load_into(bare, source, Draw(cfg.seed, 0.02), lambda name: name.startswith(head), part)
+        report = load_into(bare, source, Draw(cfg.seed, 0.02), lambda name: name.startswith(head), part)
         if cfg.model.gradient_checkpointing:
             bare._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=backend.checkpoint_fn())
         model = backend.prepare(adapt(bare, cfg.adapter, head, backend.lora_modules))
@@ -108,15 +125,34 @@ class Run:
             backend.load_weights(model, {name: draw(name, shape) for name, shape in trained.items()})
         table, where = examples(), (backend.topology.dp, backend.topology.dp_rank)
         loader = TrainLoader(table, task, cfg, *where)
-        return cls(cfg, backend, task, model, Trainer(cfg, model, task, backend, loader, None, [], {}))
+        trainer = Trainer(cfg, model, task, backend, loader, None, [], {})
+        return cls(cfg, backend, task, Built(model, config, source, report), trainer)
 
     def outputs(self) -> Tensor:
-        """Logits of all rows of the first evaluation batch, the same on every rank."""
-        batch = next(iter(EvalLoader(examples(), self.task, self.cfg)))
+        """Logits of `evaluation_batch`, the same on every rank."""
         with torch.no_grad():
-            logits: Tensor = forward(self.model.eval(), batch).logits
+            logits = forward(self.model.eval(), evaluation_batch(self.cfg, self.task))
         self.model.train()
         return logits.float()
+
+    def train(self) -> dict[str, Tensor]:
+        """Loss and gradient norm of every step until the last."""
+        log: list[tuple[float, float]] = []
+
+        def keep(step: int, rate: float, totals: Tensor, norm: Tensor) -> None:
+            log.append((float(totals[0] / totals[1]), float(norm)))
+
+        self.trainer._log = keep
+        self.trainer.fit()
+        losses, norms = zip(*log, strict=True)
+        return {"losses": torch.tensor(losses), "norms": torch.tensor(norms)}
+
+    def leave(self, results: dict[str, Tensor]) -> None:
+        """Write what a test compares, from rank 0, and leave the world."""
+        if self.backend.topology.is_main:
+            save_file({k: v.contiguous() for k, v in results.items()}, Path(self.cfg.output) / RESULTS)
+        self.backend.close()
+        assert not dist.is_initialized()
 
     def first_step(self) -> dict[str, Tensor]:
         """Loss and whole gradients of the mean loss of step 0; the buffers are zero again afterwards."""
@@ -145,14 +181,70 @@ def parity(output: str, **options: Any) -> None:
     """Logits, loss and gradients of step 0, the norms of all steps, and the weights and moments after the last."""
     run = Run.start(configuration(output, **options))
     results = {"logits": run.outputs(), **run.first_step()}
-    norms: list[float] = []
-    run.trainer._log = lambda step, rate, totals, norm: norms.append(float(norm))
-    run.trainer.fit()
+    results |= run.train()
     weights, moments = run.backend.gather_state(run.model, run.trainer.optimizer)
     results |= {f"weight/{name}": value for name, value in weights.items()}
     results |= {f"moment/{name}": value for name, value in moments.items()}
-    results["norms"] = torch.tensor(norms)
+    run.leave(results)
+
+
+def resume(output: str, **options: Any) -> None:
+    """Losses and norms of the steps after the newest checkpoint of `output`/checkpoints, if there is one."""
+    run = Run.start(configuration(output, **options))
+    begin = run.trainer.restore()
+    run.leave({"begin": torch.tensor(begin), **run.train()})
+
+
+def export(output: str, **options: Any) -> None:
+    """Train, write the plain PEFT adapter as a finished run does, and keep the logits."""
+    run = Run.start(configuration(output, **options))
+    run.train()
+    weights, _ = run.backend.gather_state(run.model, run.trainer.optimizer)
     if run.backend.topology.is_main:
-        save_file({k: v.contiguous() for k, v in results.items()}, Path(output) / "results.safetensors")
-    run.backend.close()
-    assert not dist.is_initialized()
+        write_results(run.cfg, run.task, run.built, weights)
+    run.leave({"logits": run.outputs()})
+
+
+def load_plain(output: str, adapter: str) -> None:
+    """Logits of plain PEFT's `from_pretrained` on the whole model: no backend, no NxD."""
+    cfg = configuration(output)
+    task = create_task(cfg.task, LABELS)
+    model, _ = plain_model(cfg, task)
+    set_attention(encoder_of(model), cfg.data.max_residues + 2, "segments")
+    plain = PeftModel.from_pretrained(model, adapter).eval()
+    assert not any(isinstance(module, NeuronLoraLayer) for module in plain.modules())
+    with torch.no_grad():
+        logits = forward(plain, evaluation_batch(cfg, task))
+    save_file({"logits": logits}, Path(output) / RESULTS)
+    dist.destroy_process_group()
+
+
+def load_sharded(output: str, adapter: str, **options: Any) -> None:
+    """Logits of the sharded model with a plain PEFT adapter."""
+    run = Run.start(configuration(output, **options))
+    names = {saved_key(name): name for name, p in run.model.named_parameters() if p.requires_grad}
+    run.backend.load_weights(run.model, {names[key]: value for key, value in read_adapter(Path(adapter)).items()})
+    run.leave({"logits": run.outputs()})
+
+
+def die(output: str, **options: Any) -> None:
+    """Rank 1 vanishes in the fourth step, as after a hardware fault."""
+    run = Run.start(configuration(output, **options))
+    load = run.trainer.train_loader.load
+
+    def until_the_fault(step: int) -> StepData:
+        if step == 3 and run.backend.topology.rank == 1:
+            os._exit(13)
+        return load(step)
+
+    run.trainer.train_loader.load = until_the_fault
+    run.trainer.fit()
+
+
+def refuse(output: str, **options: Any) -> None:
+    """The message with which building ends."""
+    try:
+        Run.start(configuration(output, **options))
+    except ConfigError as error:
+        Path(output, "message.txt").write_text(str(error), encoding="utf-8")
+    dist.destroy_process_group()

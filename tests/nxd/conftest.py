@@ -1,0 +1,96 @@
+"""Real torchrun worlds on gloo with the real neuronx_distributed, whose sources NXD_SRC names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+WORLD_TIMEOUT = 1200
+"""Seconds for a world of up to 8 processes, most of them imports: NxD takes 8 to 20 s a process."""
+
+Case = tuple[str, str, dict[str, Any]]
+"""Name, function of `cases.py`, its arguments without `output`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder but the tests of the stand-ins' source needs the real NxD."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.nxd)
+            if not os.environ.get("NXD_SRC"):
+                item.add_marker(pytest.mark.skip(reason="NXD_SRC names no folder with neuronx_distributed's sources"))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a world ended."""
+
+    code: int
+    output: str
+
+
+@pytest.fixture(scope="session")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, list[dict[str, Any]]], Ended]:
+    """(processes, cases for `worker.py`) -> how the world ended; a world that hangs fails the test."""
+
+    def start(processes: int, cases: list[dict[str, Any]]) -> Ended:
+        folder = tmp_path_factory.mktemp("world")
+        file = folder / "cases.json"
+        file.write_text(json.dumps(cases), encoding="utf-8")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.environ["NXD_SRC"],
+            "NXD_CPU_MODE": "1",
+            "PJRT_DEVICE": "CPU",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(HERE / "worker.py"), str(file)]
+        with (folder / "log").open("w+") as log:
+            ended = subprocess.run(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=WORLD_TIMEOUT, check=False
+            )
+            log.seek(0)
+            return Ended(ended.returncode, log.read())
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def world(
+    torchrun: Callable[[int, list[dict[str, Any]]], Ended], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, list[Case]], dict[str, Path]]:
+    """(processes, cases) -> folder of each case; all cases of a size share one torchrun, started when first asked."""
+    done: dict[int, dict[str, Path]] = {}
+
+    def folders(processes: int, cases: list[Case]) -> dict[str, Path]:
+        if processes not in done:
+            root = tmp_path_factory.mktemp(f"world-of-{processes}")
+            runs = []
+            for name, function, arguments in cases:
+                (root / name).mkdir()
+                runs.append({"run": function, "with": {"output": str(root / name), **arguments}})
+            ended = torchrun(processes, runs)
+            if ended.code:
+                pytest.fail(f"a world of {processes} ended with {ended.code}:\n{ended.output[-6000:]}", pytrace=False)
+            done[processes] = {name: root / name for name, _, _ in cases}
+        return done[processes]
+
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tensors() -> Callable[[Path], dict[str, Tensor]]:
+    """What a case left in its folder."""
+    return lambda folder: load_file(folder / "results.safetensors")

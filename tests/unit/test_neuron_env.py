@@ -1,0 +1,70 @@
+"""What the neuron backend checks and sets before it touches a device; no Neuron package is needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from esm_neuron.backends import neuron_env
+from esm_neuron.backends.neuron_env import SETTINGS, apply_settings, check_packages, neuron_cores
+from esm_neuron.config import LoopConfig, ParallelConfig, TrainConfig
+from esm_neuron.errors import ConfigError
+
+FP32 = TrainConfig()
+BF16 = replace(FP32, loop=LoopConfig(precision="bf16"))
+BF16_PLAIN = replace(BF16, parallel=ParallelConfig(zero1=False))
+
+
+@pytest.mark.parametrize("version", ["0.1", "1.0"])
+def test_placeholder_packages_are_named_with_the_cure(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    found = {"torch-neuronx": version, "neuronx-cc": "2.21.33363.0", "neuronx-distributed": version}
+    monkeypatch.setattr(neuron_env, "installed_version", found.get)
+    with pytest.raises(ConfigError) as error:
+        check_packages()
+    assert str(error.value) == (
+        f"torch-neuronx {version}, neuronx-distributed {version}: empty placeholder of the general package index; "
+        "install the Neuron SDK's wheels: pip install -r constraints/neuron.txt"
+    )
+
+
+def test_real_or_missing_packages_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neuron_env, "installed_version", {"neuronx-cc": "2.21.33363.0"}.get)
+    check_packages()
+
+
+def test_stochastic_rounding_is_for_bf16_without_masters() -> None:
+    names = {"NEURON_RT_STOCHASTIC_ROUNDING_EN", "NEURON_RT_STOCHASTIC_ROUNDING_SEED"}
+    assert not names & set(apply_settings(FP32, nodes=False, env={}))
+    assert not names & set(apply_settings(BF16, nodes=False, env={}))
+    written = apply_settings(BF16_PLAIN, nodes=False, env={})
+    assert {name: written[name] for name in names} == {
+        "NEURON_RT_STOCHASTIC_ROUNDING_EN": "1",
+        "NEURON_RT_STOCHASTIC_ROUNDING_SEED": str(BF16_PLAIN.seed),
+    }
+
+
+def test_the_network_is_set_for_several_nodes_only() -> None:
+    assert "FI_PROVIDER" not in apply_settings(FP32, nodes=False, env={})
+    assert apply_settings(FP32, nodes=True, env={})["FI_PROVIDER"] == "efa"
+
+
+def test_the_users_settings_win() -> None:
+    env = {"NEURON_FUSE_SOFTMAX": "0", "NEURON_CC_FLAGS": "--auto-cast=all --verbose=info"}
+    written = apply_settings(FP32, nodes=False, env=env)
+    assert env["NEURON_FUSE_SOFTMAX"] == "0" and "NEURON_FUSE_SOFTMAX" not in written
+    assert env["NEURON_CC_FLAGS"] == (
+        "--auto-cast=all --verbose=info --model-type=transformer --enable-saturate-infinity --retry_failed_compilation"
+    )
+    assert apply_settings(FP32, nodes=False, env=env) == {}
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    assert all(setting.meaning.endswith(".") for setting in SETTINGS)
+
+
+def test_cores_are_counted_by_device(tmp_path: Path) -> None:
+    for name in ("neuron0", "neuron1", "neuron15", "neuron_shm", "null"):
+        (tmp_path / name).touch()
+    assert neuron_cores(tmp_path) == 6
