@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from esm_neuron.config import AdapterConfig, require
 
@@ -20,7 +21,9 @@ NEVER_TRAINED = re.compile(r"(?:.*\.)?(contact_head|pooler)\..*")
 """Parts of a transformers ESM-2 that no task here uses; kept for whoever loads the result."""
 
 
-def adapt(model: nn.Module, cfg: AdapterConfig, head: Collection[str], lora_modules: Mapping[type, type]) -> nn.Module:
+def adapt(
+    model: PreTrainedModel, cfg: AdapterConfig, head: Collection[str], lora_modules: Mapping[type, type]
+) -> nn.Module:
     """Freeze what is not trained and add adapters.
 
     Args:
@@ -47,8 +50,8 @@ def adapt(model: nn.Module, cfg: AdapterConfig, head: Collection[str], lora_modu
 
 
 def _add_lora(
-    model: nn.Module, cfg: AdapterConfig, head: Collection[str], lora_modules: Mapping[type, type]
-) -> PeftModel:
+    model: PreTrainedModel, cfg: AdapterConfig, head: Collection[str], lora_modules: Mapping[type, type]
+) -> nn.Module:
     for target in cfg.targets:
         check_target(model, target)
     pattern = BLOCK + "(?:" + "|".join(re.escape(t) for t in cfg.targets) + ")"
@@ -86,7 +89,7 @@ def store_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
 def draw_lora(model: nn.Module, seed: int) -> None:
     """Draw every LoRA `A` from a generator of its own, so that its values depend on its name alone.
 
-    PEFT draws them one after the other from the global generator, which would tie them to the order of layers and, under
+    PEFT draws them one after the other from the global generator, which would tie them to the order of layers and under
     tensor parallelism, to the sharding. Same distribution: uniform within 1 / sqrt(inputs), as PEFT's kaiming_uniform.
     """
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 """Attention over packs: rotary positions that restart at each segment, and segments that do not see each other.
 
-Two forms of the same sum. `segments` runs torch's fused attention once a segment and never touches padding or pairs across
-segments: for eager devices. `masked` is one block-diagonal product of a static shape: for devices that compile.
+Two forms of the same sum. `segments` runs torch's fused attention once a segment and never touches padding or pairs
+across segments: for eager devices. `masked` is one block-diagonal product of a static shape: for devices that compile.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ ROTARY_BASE = 10_000.0
 class RotaryTable(nn.Module):
     """Cosines and sines of every position, in float32 whatever the model is cast to.
 
-    A bfloat16 table is off by up to 1.68 at position 1,022, and transformers' lazy cache makes a second graph of every
-    shape on XLA; this one is made once and only ever moves between devices. Formula: RoFormer, arXiv:2104.09864, eq. 34.
+    A bfloat16 table is off by up to 1.68 at position 1,022, and transformers' lazy cache makes a second graph of each
+    shape on XLA; this one is made once and only moves between devices. Formula: RoFormer, arXiv:2104.09864, eq. 34.
     """
+
+    table: Tensor
+    """float32 [positions, D]: cosines, then sines."""
 
     def __init__(self, head_dim: int, positions: int) -> None:
         super().__init__()
@@ -69,7 +72,13 @@ class Pack:
 
     @classmethod
     def of(
-        cls, input_ids: Tensor, segment_ids: Tensor, positions: Tensor, segments: int, rotary: RotaryTable, attention: str
+        cls,
+        input_ids: Tensor,
+        segment_ids: Tensor,
+        positions: Tensor,
+        segments: int,
+        rotary: RotaryTable,
+        attention: str,
     ) -> Pack:
         """Derive everything from `input_ids`, `segment_ids` and `positions`, each int64 [R, L]."""
         slots = torch.arange(segments, device=segment_ids.device)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import EsmConfig, PreTrainedModel
+from transformers import EsmConfig
 
 from esm_neuron.adapters import adapt, draw_lora
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import ModelConfig, TrainConfig
-from esm_neuron.model import set_attention
+from esm_neuron.model import encoder_of, set_attention
 from esm_neuron.tasks import Task
 from esm_neuron.weights import Draw, LoadReport, WeightSource, load_into, open_weights
 
@@ -37,12 +37,10 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     """
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = _with_dropout(task.configure(pretrained, cfg.model), cfg.model)
-    backend.topology.validate(
-        config.num_attention_heads, config.hidden_size, config.intermediate_size, cfg.model.name
-    )
+    backend.topology.validate(config.num_attention_heads, config.hidden_size, config.intermediate_size, cfg.model.name)
     with torch.device("meta"):
-        model: PreTrainedModel = task.build(config)
-    set_attention(model.base_model, cfg.data.max_residues + 2, backend.attention)
+        model = task.build(config)
+    set_attention(encoder_of(model), cfg.data.max_residues + 2, backend.attention)
     backend.shard(model)
     head = task.head(config)
     draw = Draw(cfg.seed, config.initializer_range)

@@ -109,13 +109,17 @@ def verify(folder: Path) -> None:
         )
     wanted = {"state.json", *(f"{name}.safetensors" for name in TENSORS)}
     if set(files) != wanted:
-        raise CheckpointError(f"{folder / MANIFEST}: lists {sorted(files)}, expected {sorted(wanted)}; delete the folder")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: lists {sorted(files)}, expected {sorted(wanted)}; delete the folder"
+        )
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
         if sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path}: content differs from its manifest; the checkpoint is damaged, delete its folder")
+            raise CheckpointError(
+                f"{path}: content differs from its manifest; the checkpoint is damaged, delete its folder"
+            )
 
 
 def steps(root: Path) -> list[int]:
@@ -137,7 +141,9 @@ def newest(root: Path, say: Callable[[str], None] = log.warning) -> Snapshot | N
         except CheckpointError as error:
             say(f"passed over a damaged checkpoint: {error}")
     if found:
-        raise CheckpointError(f"{root}: none of its {len(found)} checkpoints is whole; start again with another --output")
+        raise CheckpointError(
+            f"{root}: none of its {len(found)} checkpoints is whole; start again with another --output"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""The command line: `esm-neuron COMMAND ...`. Known errors are one line and an exit code; there is no traceback to read."""
+"""The command line: `esm-neuron COMMAND ...`. A known error is one line and an exit code, without a traceback."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def evaluate(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from esm_neuron.run import evaluate as run_evaluation
 
-    print(json.dumps(run_evaluation(args.model, args.input, args.output, args.backend), indent=2))
+    print(json.dumps(run_evaluation(args.model, args.input, args.output, args.backend, say), indent=2))
     return 0
 
 
@@ -53,7 +53,7 @@ def predict(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from esm_neuron.predict import predict as run_prediction
 
-    table = run_prediction(args.model, args.input, args.output, args.backend)
+    table = run_prediction(args.model, args.input, args.output, args.backend, say)
     say(f"{len(table)} records answered in {args.output}")
     return 0
 
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"esm-neuron: error: unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # accelerate (under peft) would import torch_xla, seconds and a device, wherever it is installed; our backends import it
+    # accelerate, under peft, would import torch_xla wherever it is installed: seconds, and a device nobody asked for
     os.environ.setdefault("USE_TORCH_XLA", "0")
     try:
         return COMMANDS[words[0]](words[1:])

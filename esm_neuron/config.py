@@ -31,7 +31,7 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout probability of hidden states, attention and classification head (ESM-2 was trained with 0)."""
     gradient_checkpointing: bool = False
-    """Keep only each block's input and compute the rest again in the backward pass: less memory, about a third slower."""
+    """Keep only each block's input and compute the rest again in the backward pass: less memory, a third slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class DataConfig:
     keep: dict[str, list[str]] = field(default_factory=dict)
     """Row filter for every split: column -> values to keep; the rest is counted and left out."""
     keep_heldout: dict[str, list[str]] = field(default_factory=dict)
-    """Row filter for validation and test rows only, such as `{leaky: ["False"]}` for the clean rows."""
+    """Row filter for validation and test rows only, such as `{leaky: ["false"]}` for the clean rows."""
     on_bad_residue: Literal["strict", "skip", "replace"] = "strict"
     """A character outside the ESM alphabet: stop, leave the row out, or write X. The latter two are counted."""
     max_residues: int = 1022
@@ -102,7 +102,7 @@ class AdapterConfig:
     """What is trained: everything, the head alone, or low-rank adapters and the head."""
     r: int = 8
     """LoRA rank."""
-    alpha: float = 16.0
+    alpha: int = 16
     """LoRA scale: the update is multiplied by alpha / r."""
     dropout: float = 0.0
     """Dropout probability on a LoRA layer's input."""

@@ -1,4 +1,4 @@
-"""What can go wrong, in three kinds. The CLI prints each as one line and exits with its code; nothing else is caught."""
+"""What can go wrong, in three kinds. The CLI prints each as one line and exits with its code; all else is a bug."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import ModelOutput
 
 from esm_neuron.backends.base import Backend
 from esm_neuron.data.batch import Batch
@@ -16,20 +15,19 @@ from esm_neuron.data.loader import EvalLoader, prefetch
 from esm_neuron.metrics import MetricState
 from esm_neuron.tasks import Task
 
-
 AHEAD = 2
 """Batches made before the device asks for them."""
 
 
-def forward(model: nn.Module, batch: Batch) -> ModelOutput:
-    """The model's outputs for a batch on its device."""
-    outputs: ModelOutput = model(
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits for a batch on its device: [R, S, classes], or [R, L, tokens]."""
+    logits: Tensor = model(
         input_ids=batch.input_ids,
         segment_ids=batch.segment_ids,
         positions=batch.positions,
         max_segments=batch.max_segments,
-    )
-    return outputs
+    ).logits
+    return logits
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -51,8 +49,7 @@ def run_passes(
     with torch.no_grad():
         for batch in on_device(prefetch(batches, AHEAD), backend.device):
             with backend.autocast():
-                outputs = forward(model, batch)
-                answers = task.answers(outputs, batch)
+                answers = task.answers(forward(model, batch), batch)
 
             def deliver(*values: Tensor, members: np.ndarray = batch.members) -> None:
                 take(members, [v.numpy() for v in values])

@@ -18,7 +18,7 @@ from esm_neuron.adapters import saved_key
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, build_model
-from esm_neuron.config import ParallelConfig, TrainConfig, require
+from esm_neuron.config import BackendName, ParallelConfig, TrainConfig, require
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import new_folder, write_json
@@ -40,7 +40,12 @@ def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
     config = task.configure(pretrained, cfg.model)
     with torch.device("meta"):
         model = task.build(config)
-    load_into(model, source, Draw(cfg.seed, config.initializer_range), lambda name: name.startswith(task.head(config)))
+    load_into(
+        model,
+        source,
+        Draw(cfg.seed, config.initializer_range),
+        lambda name: name.startswith(tuple(f"{part}." for part in task.head(config))),
+    )
     return model, config
 
 
@@ -58,7 +63,9 @@ def write_model(model: nn.Module, config: EsmConfig, folder: Path) -> None:
     with new_folder(folder) as aside:
         write_shards(state(), aside)
         saved = config.__class__.from_dict(config.to_dict())
-        saved.architectures = [type(model).__name__.replace("Packed", "Esm") if saved.model_type == "esm" else type(model).__name__]
+        saved.architectures = [
+            type(model).__name__.replace("Packed", "Esm") if saved.model_type == "esm" else type(model).__name__
+        ]
         saved.dtype = "float32"
         saved.to_json_file(aside / "config.json", use_diff=False)
         hf_tokenizer().save_pretrained(str(aside))
@@ -75,7 +82,7 @@ def write_results(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[s
     """
     out = Path(cfg.output)
     if isinstance(built.model, PeftModel):
-        return _write_adapter(cfg, task, built, trained, out)
+        return _write_adapter(cfg, task, built.model, trained, out)
     model, config = plain_model(cfg, task)
     with torch.no_grad():
         for name, value in trained.items():
@@ -84,15 +91,14 @@ def write_results(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[s
     return out / MODEL
 
 
-def _write_adapter(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor], out: Path) -> Path:
-    base = replace(cfg.model)
+def _write_adapter(cfg: TrainConfig, task: Task, adapted: PeftModel, trained: Mapping[str, Tensor], out: Path) -> Path:
+    base = cfg.model
     if cfg.model.init == "random":
         model, config = plain_model(cfg, task)
         write_model(model, config, out / BASE)
         base = replace(cfg.model, name=str(out / BASE), init="pretrained", revision=None)
     reference = open_weights(base, cfg.seed)[1].reference
-    assert isinstance(built.model, PeftModel)
-    lora = built.model.peft_config["default"]
+    lora = adapted.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
     lora.inference_mode = True
     with new_folder(out / ADAPTER) as aside:
@@ -102,7 +108,7 @@ def _write_adapter(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[
     return out / ADAPTER
 
 
-def read_run(folder: Path, backend: str | None = None) -> tuple[TrainConfig, Task]:
+def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:
     """Configuration and task of a finished run, ready for `build_trained`.
 
     Raises:
@@ -112,7 +118,10 @@ def read_run(folder: Path, backend: str | None = None) -> tuple[TrainConfig, Tas
     require(path.is_file(), f"--model {folder}: no {CONFIG} there; name the output folder of a training run")
     cfg = read_config(path)
     found = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
-    require(bool(found), f"--model {folder}: no adapter and no model there; let its training finish (--checkpoint.resume auto)")
+    require(
+        bool(found),
+        f"--model {folder}: no adapter and no model there; let its training finish (--checkpoint.resume auto)",
+    )
     model = cfg.model
     if found == [MODEL]:
         model = replace(model, name=str(folder / MODEL), init="pretrained", revision=None)

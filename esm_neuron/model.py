@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, EsmConfig, EsmForMaskedLM
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 from transformers.models.esm.modeling_esm import (
     EsmClassificationHead,
     EsmEmbeddings,
@@ -82,7 +82,7 @@ class PackedEsmModel(EsmModel):
     rotary: RotaryTable
     attention: str
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         segment_ids: Tensor | None = None,
@@ -106,8 +106,8 @@ class PackedEsmModel(EsmModel):
             segment_ids, positions = one_segment(input_ids, attention_mask)
         pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, self.attention)
         embedded = self.embeddings(input_ids=input_ids, pack=pack)
-        encoded: BaseModelOutput = self.encoder(embedded, pack=pack)
-        return encoded.last_hidden_state, pack
+        hidden: Tensor = self.encoder(embedded, pack=pack).last_hidden_state
+        return hidden, pack
 
 
 def one_segment(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def pack_modules(model: EsmPreTrainedModel) -> None:
             set_attention(module, module.config.max_position_embeddings, "segments")
 
 
-def set_attention(encoder: EsmModel, max_positions: int, attention: str) -> None:
+def set_attention(encoder: PackedEsmModel, max_positions: int, attention: str) -> None:
     """Choose the attention (a name of `attention.ATTENTIONS`) and the longest sequence, in tokens with its specials."""
     cfg = encoder.config
     encoder.rotary = RotaryTable(cfg.hidden_size // cfg.num_attention_heads, max_positions)
@@ -169,7 +169,9 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
         self.post_init()
         pack_modules(self)
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> SequenceClassifierOutput:
+    def forward(
+        self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any
+    ) -> SequenceClassifierOutput:
         """Logits [R, S, classes], or [R, classes] for rows without `segment_ids`; arguments as in `PackedEsmModel`."""
         hidden, pack = self.esm(input_ids, segment_ids, **pack_args)
         pooled = mean_over(pack.first if self.config.pooling == "cls" else pack.residues, hidden)
@@ -179,7 +181,7 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
 
 
 class PackedForPooledClassification(PackedForSequenceClassification):
-    """The same with a pooling that is this package's own; what `AutoModelForSequenceClassification` makes of such a folder."""
+    """The same for the poolings of this package; what `AutoModelForSequenceClassification` makes of such a folder."""
 
     config_class = PooledEsmConfig
 
@@ -191,7 +193,7 @@ class PackedForMaskedLM(EsmForMaskedLM):
         super().__init__(config)
         pack_modules(self)
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> MaskedLMOutput:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> MaskedLMOutput:
         """Logits [R, L, 33]; arguments as in `PackedEsmModel`."""
         hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
         return MaskedLMOutput(logits=self.lm_head(hidden))
@@ -199,6 +201,11 @@ class PackedForMaskedLM(EsmForMaskedLM):
 
 AutoConfig.register(PooledEsmConfig.model_type, PooledEsmConfig)
 AutoModelForSequenceClassification.register(PooledEsmConfig, PackedForPooledClassification)
+
+
+def encoder_of(model: nn.Module) -> PackedEsmModel:
+    """The one encoder within a task's model, whatever wraps it."""
+    return next(module for module in model.modules() if isinstance(module, PackedEsmModel))
 
 
 def parameter_count(model: nn.Module) -> tuple[int, int]:

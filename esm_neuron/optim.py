@@ -11,7 +11,7 @@ from esm_neuron.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
-    """The trainable parameters in two AdamW groups: matrices with weight decay; biases, norms and other vectors without.
+    """The trainable parameters in two AdamW groups: matrices with weight decay; biases, norms, other vectors without.
 
     Returns:
         Groups with `params`, `names` (of the parameters, in the same order) and `weight_decay`; empty ones left out.

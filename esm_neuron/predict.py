@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from esm_neuron.backends import create_backend
-from esm_neuron.config import require
+from esm_neuron.config import BackendName
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import load_inputs
+from esm_neuron.errors import ConfigError
 from esm_neuron.evaluate import run_passes
 from esm_neuron.export import build_trained, read_run
 from esm_neuron.files import write_text
 from esm_neuron.metrics import log_softmax
 from esm_neuron.tasks import SequenceClassification
 
+log = logging.getLogger(__name__)
 
-def predict(run: Path, source: Path, target: Path, backend_name: str | None = None) -> pd.DataFrame:
+
+def predict(
+    run: Path,
+    source: Path,
+    target: Path,
+    backend_name: BackendName | None = None,
+    say: Callable[[str], None] = log.info,
+) -> pd.DataFrame:
     """Classify every record of `source` with a finished run and write `target` as CSV.
 
     The windows of a long sequence are averaged by probability, as in evaluation.
@@ -28,19 +39,18 @@ def predict(run: Path, source: Path, target: Path, backend_name: str | None = No
         source: FASTA, CSV or TSV; columns as the run's configuration names them, labels not needed.
         target: columns `id`, `label`, and the probability of each class.
         backend_name: where to run; None: where it was trained.
+        say: told what was read, left out or cut.
 
     Raises:
         EsmNeuronError: the run, the weights or a record cannot be used; `target` is then not written.
     """
     cfg, task = read_run(run, backend_name)
-    require(
-        isinstance(task, SequenceClassification),
-        f"--model {run}: predict needs a task with labels, this run was trained for {cfg.task.name}",
-    )
-    assert isinstance(task, SequenceClassification)
+    if not isinstance(task, SequenceClassification):
+        raise ConfigError(f"--model {run}: predict needs a task with labels, this run was trained for {cfg.task.name}")
     backend = create_backend(cfg)
     try:
         table, report = load_inputs(source, cfg.data)
+        say(report.summary())
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, static_shapes=backend.static_shapes)

@@ -14,7 +14,7 @@ from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, build_model
 from esm_neuron.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
 from esm_neuron.data.splits import Splits, load_inputs, load_splits
@@ -110,13 +110,9 @@ class Loaders:
         def held_out(table: ExampleTable | None) -> EvalLoader | None:
             if table is None:
                 return None
-            return EvalLoader(
-                table, task, cfg, *where, static_shapes=backend.static_shapes, row_lengths=lengths
-            )
+            return EvalLoader(table, task, cfg, *where, static_shapes=backend.static_shapes, row_lengths=lengths)
 
-        train = TrainLoader(
-            splits.train, task, cfg, *where, static_shapes=backend.static_shapes, row_lengths=lengths
-        )
+        train = TrainLoader(splits.train, task, cfg, *where, static_shapes=backend.static_shapes, row_lengths=lengths)
         return cls(train, held_out(splits.valid), held_out(splits.test))
 
 
@@ -159,7 +155,13 @@ def _finish(
     return dict(result)
 
 
-def evaluate(run: Path, source: Path, target: Path | None, backend_name: str | None = None) -> dict[str, Any]:
+def evaluate(
+    run: Path,
+    source: Path,
+    target: Path | None,
+    backend_name: BackendName | None = None,
+    say: Callable[[str], None] = log.info,
+) -> dict[str, Any]:
     """Figures, with 95 % bootstrap intervals, of a finished run on every row of a labelled file.
 
     Args:
@@ -167,6 +169,7 @@ def evaluate(run: Path, source: Path, target: Path | None, backend_name: str | N
         source: FASTA, CSV or TSV with labels; row filters and split column of the training are not applied.
         target: JSON file to write besides; None for none.
         backend_name: where to run; None: where it was trained.
+        say: told what was read, left out or cut.
 
     Raises:
         EsmNeuronError: the run, its weights or a record cannot be used.
@@ -175,6 +178,7 @@ def evaluate(run: Path, source: Path, target: Path | None, backend_name: str | N
     backend = create_backend(cfg)
     try:
         table, report = load_inputs(source, cfg.data, cfg.task.labels)
+        say(report.summary())
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, static_shapes=backend.static_shapes)
@@ -236,9 +240,13 @@ def identity(cfg: TrainConfig, fingerprint: str) -> dict[str, Any]:
 def describe(cfg: TrainConfig, built: Built) -> str:
     """What is trained, in a line or two for a person."""
     trainable, total = parameter_count(built.model)
-    lines = [f"{cfg.model.name} on {cfg.backend}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})"]
+    lines = [
+        f"{cfg.model.name} on {cfg.backend}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
+    ]
     if cfg.model.init == "random":
-        lines.append("NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect figures of a small network")
+        lines.append(
+            "NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect a small network's figures"
+        )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
     if drawn:
         lines.append(f"new in this task, drawn from seed {cfg.seed}: {', '.join(drawn)}")

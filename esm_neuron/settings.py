@@ -1,4 +1,4 @@
-"""From YAML and flags to a `TrainConfig` and back, by jsonargparse; strict, with the nearest known name in the error."""
+"""From YAML and flags to a `TrainConfig` and back, by jsonargparse; an error names the nearest known setting."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise ConfigError(f"{self.name}:{key.start_mark.line + 1}: key {key.value!r} comes twice; keep one of them")
+                raise ConfigError(
+                    f"{self.name}:{key.start_mark.line + 1}: key {key.value!r} comes twice; keep one of them"
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -92,13 +94,15 @@ class _StrictLoader(yaml.SafeLoader):
 def _check_yaml(path: Path) -> None:
     try:
         with path.open(encoding="utf-8") as file:
-            value = yaml.load(file, _StrictLoader)
+            value = _StrictLoader(file).get_single_data()
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"--config {path}: holds {type(value).__name__}, must be sections such as `optim:`; see --help")
+        raise ConfigError(
+            f"--config {path}: holds {type(value).__name__}, must be sections such as `optim:`; see --help"
+        )
 
 
 def _explain(message: str) -> str:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EsmConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
 from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.data.batch import Batch, ExampleTable, Target
@@ -52,11 +51,11 @@ class Task(Protocol):
         """See `data.batch.TargetMaker`."""
         ...
 
-    def loss(self, outputs: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of weighted losses, sum of weights), scalars: sums, so that passes and ranks add up exactly."""
         ...
 
-    def answers(self, outputs: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """What an evaluation keeps of a batch, float32 [R, S, ...] a tensor, on the device."""
         ...
 
@@ -106,16 +105,16 @@ class SequenceClassification:
         label = table.labels[table.record[example]] if known else 0
         return Target(table.sequence(example), np.asarray(label, np.int64), np.asarray(known, np.float32))
 
-    def loss(self, outputs: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Task.loss`."""
-        logits = outputs.logits.float().flatten(0, 1)
-        losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none", label_smoothing=self._smoothing)
+        flat = logits.float().flatten(0, 1)
+        losses = F.cross_entropy(flat, batch.labels.flatten(), reduction="none", label_smoothing=self._smoothing)
         weights = batch.weights.flatten()
         return (losses * weights).sum(), weights.sum()
 
-    def answers(self, outputs: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Logits [R, S, classes]."""
-        return (outputs.logits.float(),)
+        return (logits.float(),)
 
     def metrics(self) -> MetricState:
         """See `Task.metrics`."""
@@ -168,21 +167,21 @@ class MaskedLM:
         shown = np.where(chosen & (fate >= 0.8) & (fate < 0.9), random, shown)
         return Target(shown, original.astype(np.int64), chosen.astype(np.float32))
 
-    def loss(self, outputs: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Task.loss`."""
-        return (self._losses(outputs, batch) * batch.weights).sum(), batch.weights.sum()
+        return (self._losses(logits, batch) * batch.weights).sum(), batch.weights.sum()
 
     @staticmethod
-    def _losses(outputs: ModelOutput, batch: Batch) -> Tensor:
-        logits = outputs.logits.float().flatten(0, 1)
-        return F.cross_entropy(logits, batch.labels.flatten(), reduction="none").view_as(batch.weights)
+    def _losses(logits: Tensor, batch: Batch) -> Tensor:
+        flat = logits.float().flatten(0, 1)
+        return F.cross_entropy(flat, batch.labels.flatten(), reduction="none").view_as(batch.weights)
 
-    def answers(self, outputs: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Per segment [R, S]: summed loss, number of targets, number of these answered right."""
-        right = outputs.logits.argmax(-1) == batch.labels
+        right = logits.argmax(-1) == batch.labels
         slots = torch.arange(batch.max_segments, device=batch.segment_ids.device).view(1, -1, 1)
         member = (batch.segment_ids.unsqueeze(1) == slots).float()
-        per_token = (self._losses(outputs, batch) * batch.weights, batch.weights, right * batch.weights)
+        per_token = (self._losses(logits, batch) * batch.weights, batch.weights, right * batch.weights)
         return tuple((member @ values.unsqueeze(-1)).squeeze(-1) for values in per_token)
 
     def metrics(self) -> MetricState:

@@ -113,7 +113,7 @@ class Trainer:
             self.backend.seed(self.cfg.seed, step, number)
             with self.backend.autocast():
                 loss, weight = self.task.loss(forward(self.model, batch), batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._totals += torch.stack((loss.detach(), weight))
             self.backend.sync()
         norm = self.backend.step(self.model, self.optimizer, self._totals[1].clone(), self.cfg.optim.max_grad_norm)

@@ -58,7 +58,7 @@ class Backend(Protocol):
         ...
 
     def seed(self, *numbers: int) -> None:
-        """Seed the device's generator from `numbers` (run seed, step, pass): equal on TP ranks, different on DP ranks."""
+        """Seed the device's generator from (run seed, step, pass): equal on TP ranks, different on DP ranks."""
         ...
 
     def step(

@@ -24,7 +24,9 @@ def make_gradient_buffers(model: nn.Module) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def adamw(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig, device: torch.device, **kind: bool) -> torch.optim.AdamW:
+def adamw(
+    groups: Sequence[Mapping[str, Any]], cfg: OptimConfig, device: torch.device, **kind: bool
+) -> torch.optim.AdamW:
     """AdamW with its state made before the first step and its learning rate a tensor: neither makes another graph."""
     named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
     lr = torch.tensor(cfg.lr, dtype=torch.float32, device=device)

@@ -31,7 +31,7 @@ class CpuBackend:
     def __init__(self, cfg: TrainConfig) -> None:
         require(
             cfg.parallel.tp == 1,
-            f"parallel.tp={cfg.parallel.tp}: the cpu backend has no tensor parallelism; use parallel.tp=1 or backend xla",
+            f"parallel.tp={cfg.parallel.tp}: the cpu backend has no tensor parallelism; use parallel.tp=1",
         )
         self.device = torch.device("cpu")
         self.topology = Topology.from_env(tp=1)

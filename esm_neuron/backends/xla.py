@@ -36,11 +36,12 @@ class XlaBackend:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         require(
             world == 1,
-            f"backend xla in a world of {world} processes: torch_xla has no collectives between processes on the CPU, they "
-            f"would train {world} separate models; start one process, or use --backend cpu for data parallelism on gloo",
+            f"backend xla in a world of {world} processes: on the CPU torch_xla has no collectives between them, they "
+            f"would train {world} models apart; start one process, or use --backend cpu for data parallelism on gloo",
         )
         require(
-            cfg.parallel.tp == 1, f"parallel.tp={cfg.parallel.tp}: the xla backend shards nothing yet; use parallel.tp=1"
+            cfg.parallel.tp == 1,
+            f"parallel.tp={cfg.parallel.tp}: the xla backend shards nothing yet; use parallel.tp=1",
         )
         try:
             import torch_xla

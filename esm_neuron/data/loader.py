@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
@@ -271,7 +271,7 @@ class _Collator:
         )
 
 
-def prefetch(iterable: Iterable[T], depth: int) -> Iterator[T]:
+def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
     """The items of `iterable`, made ahead by a thread: the same items in the same order.
 
     Args:

@@ -89,7 +89,7 @@ def shard_of(parameter: str, shape: Sequence[int], heads: int, tp: int, tp_rank:
 
 
 def whole_shape(parameter: str, local: Sequence[int], heads: int, tp: int) -> tuple[int, ...]:
-    """Shape of the whole parameter, zero heads left out, from the shape of one rank's part; the inverse of `shard_of`."""
+    """Shape of the whole parameter, zero heads left out, from that of one rank's part; the inverse of `shard_of`."""
     linear, style, leaf = _parse(parameter)
     dim = None if style is None else _DIM[style].get(leaf)
     shape = list(local)

@@ -12,7 +12,7 @@ from esm_neuron.parallel.plan import padded_heads
 NEURON_CORES = {"trn1.2xlarge": 2, "trn1.32xlarge": 32}
 """NeuronCores of an instance."""
 NEURON_WORKERS = {2: (1, 2), 32: (1, 2, 8, 32)}
-"""Cores of an instance -> processes a node that its runtime can form collectives over (Neuron documentation, torchrun)."""
+"""Cores of an instance -> processes a node that its runtime can form collectives over (Neuron documentation)."""
 NEURON_TP = {2: (1, 2), 32: (1, 2, 4, 8, 32)}
 """Cores of an instance -> tensor-parallel degrees that lie well on its links (NxD developer guide)."""
 
