@@ -1,0 +1,140 @@
+"""One setting of Hugging Face Trainer + PEFT, measured in a process of its own; prints one JSON line.
+
+What a careful user of Trainer would write: EsmForSequenceClassification, LoRA on all six linears of a block, AdamW, and
+batches padded to the cap, to their longest member, or grouped by length first. What counts is residues of proteins that
+went through an optimizer step, never padding and never <cls> or <eos>.
+
+torch_xla, where installed, makes accelerate choose the XLA device even under `use_cpu=True`, and there Trainer's
+default fused AdamW raises. `USE_TORCH_XLA=0`, which accelerate and transformers read while they are imported, gives a
+true CPU run; the device of the parameters is checked before anything is measured. On both devices the optimizer is
+plain `adamw_torch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from typing import Any
+
+SETTINGS = ("padded", "dynamic", "group_by_length")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; throughput.py gives the same rows and figures to every contestant."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="TSV with sequence and label; every row is trained on once")
+    parser.add_argument("--setting", choices=SETTINGS, required=True)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--backend", choices=("cpu", "xla"), default="cpu", help="xla is XLA:CPU, compilation included")
+    parser.add_argument("--shape", default="esm2_t6_8M", help="ESM-2 shape, with random weights")
+    parser.add_argument("--batch", type=int, default=8, help="proteins in an optimizer step")
+    parser.add_argument("--max-residues", type=int, default=1022, help="longer proteins are cut here")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps that are not timed")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after these optimizer steps; -1: all rows")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Train and return the figures of the steps after the warm-up."""
+    import pandas as pd
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import DataCollatorWithPadding, EsmForSequenceClassification, Trainer, TrainingArguments
+
+    from esm_neuron.config import AdapterConfig
+    from esm_neuron.data.tokenizer import hf_tokenizer
+    from esm_neuron.shapes import SHAPES, esm_config
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = pd.read_csv(args.data, sep="\t")
+    names = sorted(rows["label"].unique())
+    tokenizer = hf_tokenizer()
+    cap = args.max_residues + 2
+    padding = "max_length" if args.setting == "padded" else False
+    tokens = tokenizer(rows["sequence"].tolist(), truncation=True, max_length=cap, padding=padding)
+    dataset = Dataset.from_dict({**tokens, "label": [names.index(label) for label in rows["label"]]})
+
+    config = esm_config(SHAPES[args.shape])
+    config.num_labels = len(names)
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=8,
+        lora_alpha=16,
+        target_modules=rf".*\.layer\.\d+\.({'|'.join(AdapterConfig().targets)})",
+        modules_to_save=["classifier"],
+    )
+    model = get_peft_model(EsmForSequenceClassification(config), lora)
+    adapted = sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters())
+    if adapted != 6 * config.num_hidden_layers:
+        raise SystemExit(f"{adapted} adapted linears instead of {6 * config.num_hidden_layers}")
+
+    class Timed(Trainer):
+        """Counts what every step was given; the time starts when the warm-up steps are done."""
+
+        seen, residues, tokens, slots, began = 0, 0, 0, 0, 0.0
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+            if self.seen == args.warmup:
+                self.began = time.perf_counter()
+            if self.seen >= args.warmup:
+                mask = inputs["attention_mask"]
+                tokens = int(mask.sum())
+                self.residues += tokens - 2 * len(mask)
+                self.tokens += tokens
+                self.slots += mask.numel()
+            self.seen += 1
+            return super().training_step(model, inputs, *rest, **named)
+
+    with tempfile.TemporaryDirectory() as folder:
+        training = TrainingArguments(
+            folder,
+            per_device_train_batch_size=args.batch,
+            learning_rate=args.lr,
+            num_train_epochs=1,
+            max_steps=args.max_steps,
+            optim="adamw_torch",
+            bf16=args.precision == "bf16",
+            use_cpu=args.backend == "cpu",
+            group_by_length=args.setting == "group_by_length",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=0,
+        )
+        trainer = Timed(model, training, train_dataset=dataset, data_collator=DataCollatorWithPadding(tokenizer))
+        device = next(trainer.model.parameters()).device.type
+        if device != args.backend:
+            raise SystemExit(f"Trainer runs on {device}, not on {args.backend}")
+        loss = trainer.train().training_loss  # reading the loss waits for the device
+        seconds = time.perf_counter() - trainer.began
+    return {
+        "loss": loss,
+        "steps": trainer.seen - args.warmup,
+        "residues": trainer.residues,
+        "seconds": seconds,
+        "residues_per_second": trainer.residues / seconds,
+        "padding_efficiency": trainer.tokens / trainer.slots,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def main() -> None:
+    """Choose the device before anything is imported, measure, print."""
+    args = arguments()
+    os.environ["USE_TORCH_XLA"] = "1" if args.backend == "xla" else "0"
+    if args.backend == "xla":
+        os.environ["PJRT_DEVICE"] = "CPU"
+    print(json.dumps(measure(args)))
+
+
+if __name__ == "__main__":
+    main()
