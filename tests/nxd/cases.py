@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +17,7 @@ from optimum.neuron.peft.tuners.lora.layer import NeuronLoraLayer
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from vendor_calls import vendor_calls
 
 from esm_neuron.adapters import adapt, saved_key
 from esm_neuron.backends.cpu import CpuBackend
@@ -53,7 +57,7 @@ def configuration(output: str, **options: Any) -> TrainConfig:
         "model": ModelConfig(name="tiny", init="random"),
         "task": TaskConfig(labels=LABELS),
         "data": DataConfig(train="-", row_tokens=ROW_TOKENS, max_residues=ROW_TOKENS - 2, max_segments=6),
-        "adapter": AdapterConfig(r=4, alpha=8.0),
+        "adapter": AdapterConfig(r=4, alpha=8),
         "parallel": ParallelConfig(),
         "optim": OptimConfig(lr=1e-3, warmup_steps=2, max_grad_norm=0.5),
         "loop": LoopConfig(max_steps=20, rows_per_step=ROWS, rows_per_device=1, eval_rows_per_device=ROWS),
@@ -188,9 +192,11 @@ def parity(output: str, **options: Any) -> None:
     run.leave(results)
 
 
-def resume(output: str, **options: Any) -> None:
-    """Losses and norms of the steps after the newest checkpoint of `output`/checkpoints, if there is one."""
+def resume(output: str, source: str | None = None, **options: Any) -> None:
+    """Losses and norms of the steps after the newest checkpoint of the run in `source`, or of all steps."""
     run = Run.start(configuration(output, **options))
+    if source is not None:
+        run.trainer.folder = Path(source) / "checkpoints"
     begin = run.trainer.restore()
     run.leave({"begin": torch.tensor(begin), **run.train()})
 
@@ -247,4 +253,35 @@ def refuse(output: str, **options: Any) -> None:
         Run.start(configuration(output, **options))
     except ConfigError as error:
         Path(output, "message.txt").write_text(str(error), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def signatures(output: str) -> None:
+    """The parameters of every vendor function that the engine calls."""
+    contract = {}
+    for name in sorted(vendor_calls()):
+        module, _, attribute = name.rpartition(".")
+        target = getattr(importlib.import_module(module), attribute)
+        # a class that hands (*args, **kwargs) on says nothing: its parent has the parameters
+        candidates = target.__mro__ if inspect.isclass(target) else (target,)
+        named = ([str(p) for p in inspect.signature(c).parameters.values()] for c in candidates)
+        parameters = next(found for found in named if found != ["*args", "**kwargs"])
+        contract[name] = [parameter.partition(":")[0].partition("=")[0].strip() for parameter in parameters]
+    Path(output, "contract.json").write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def call_unlisted(output: str) -> None:
+    """The messages of stand-ins that serve nothing."""
+    import torch_neuronx.xla_impl
+    import torch_xla.core.xla_model as xm
+    import torch_xla.runtime as xr
+
+    messages = []
+    for function in (torch_neuronx.xla_impl.compile_graph, xm.all_to_all, xr.process_index):
+        try:
+            function()
+        except AssertionError as error:
+            messages.append(str(error))
+    Path(output, "message.txt").write_text("\n".join(messages), encoding="utf-8")
     dist.destroy_process_group()

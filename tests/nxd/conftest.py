@@ -70,22 +70,30 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, list[di
 @pytest.fixture(scope="session")
 def world(
     torchrun: Callable[[int, list[dict[str, Any]]], Ended], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int, list[Case]], dict[str, Path]]:
-    """(processes, cases) -> folder of each case; all cases of a size share one torchrun, started when first asked."""
-    done: dict[int, dict[str, Path]] = {}
+) -> Callable[[dict[int, list[Case]], int], dict[str, Path]]:
+    """(all worlds, processes) -> folder of each case; a world is one torchrun, started when first asked for.
 
-    def folders(processes: int, cases: list[Case]) -> dict[str, Path]:
-        if processes not in done:
-            root = tmp_path_factory.mktemp(f"world-of-{processes}")
+    `{root}/N/NAME` in an argument is the folder of a case in the world of N processes, which then runs before.
+    """
+    root = tmp_path_factory.mktemp("worlds")
+    started: set[int] = set()
+
+    def folders(worlds: dict[int, list[Case]], processes: int) -> dict[str, Path]:
+        cases = {name: (function, arguments) for name, function, arguments in worlds[processes]}
+        if processes not in started:
+            started.add(processes)
             runs = []
-            for name, function, arguments in cases:
-                (root / name).mkdir()
-                runs.append({"run": function, "with": {"output": str(root / name), **arguments}})
+            for name, (function, arguments) in cases.items():
+                (root / str(processes) / name).mkdir(parents=True)
+                text = json.dumps({"output": f"{{root}}/{processes}/{name}", **arguments})
+                for needed in worlds:
+                    if needed != processes and f"{{root}}/{needed}/" in text:
+                        folders(worlds, needed)
+                runs.append({"run": function, "with": json.loads(text.replace("{root}", str(root)))})
             ended = torchrun(processes, runs)
             if ended.code:
                 pytest.fail(f"a world of {processes} ended with {ended.code}:\n{ended.output[-6000:]}", pytrace=False)
-            done[processes] = {name: root / name for name, _, _ in cases}
-        return done[processes]
+        return {name: root / str(processes) / name for name in cases}
 
     return folders
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Case = tuple[str, str, dict[str, Any]]
+World = Callable[[dict[int, list[Case]], int], dict[str, Path]]
 
 STEP_1 = 1e-5
 """Largest difference of logits, loss and gradients in step 1, as a share of the tensor's largest value."""
@@ -29,6 +30,7 @@ def _parity(name: str, tp: int, **settings: Any) -> Case:
 MLM, FULL, PLAIN = {"task__name": "masked_lm"}, {"adapter__kind": "none"}, {"parallel__zero1": False}
 PADDED = {"parallel__pad_heads": True}
 STEPS = {"optim.schedule": "constant", "optim.warmup_steps": 0}
+SECOND_HALF = {**STEPS, "parallel.tp": 1, "loop.max_steps": 10}
 
 WORLDS: dict[int, list[Case]] = {
     1: [
@@ -36,6 +38,9 @@ WORLDS: dict[int, list[Case]] = {
         _parity("mlm", 0, **MLM),
         _parity("full", 0, **FULL),
         ("whole run", "resume", {"backend": "cpu", "set": {**STEPS, "loop.max_steps": 10}}),
+        ("plain", "load_plain", {"adapter": "{root}/2/adapter/adapter"}),
+        ("signatures", "signatures", {}),
+        ("unlisted", "call_unlisted", {}),
     ],
     2: [
         _parity("cls tp2", 2, **PLAIN),
@@ -47,6 +52,7 @@ WORLDS: dict[int, list[Case]] = {
         _parity("full tp2 bf16", 2, **FULL, loop__precision="bf16"),
         _parity("cls tp2 bf16", 2, loop__precision="bf16"),
         ("first half", "resume", {"backend": "neuron", "set": {**STEPS, "parallel.tp": 2, "loop.max_steps": 6}}),
+        ("second half", "resume", {"backend": "neuron", "set": SECOND_HALF, "source": "{root}/2/first half"}),
         ("adapter", "export", {"backend": "neuron", "set": {"parallel.tp": 2}}),
     ],
     4: [
@@ -56,6 +62,11 @@ WORLDS: dict[int, list[Case]] = {
         _parity("cls tp2 dp2 zero1", 2),
         _parity("mlm tp2 dp2 zero1", 2, **MLM),
         _parity("full tp2 dp2 zero1", 2, **FULL),
+        (
+            "sharded",
+            "load_sharded",
+            {"backend": "neuron", "set": {"parallel.tp": 4}, "adapter": "{root}/2/adapter/adapter"},
+        ),
     ],
     8: [
         _parity("cls tp8 padded", 8, **PADDED, **PLAIN),
@@ -84,11 +95,11 @@ def difference(got: Tensor, expected: Tensor, least: float = 0.0) -> float:
 def test_equals_one_plain_process(
     size: int,
     name: str,
-    world: Callable[[int, list[Case]], dict[str, Path]],
+    world: World,
     tensors: Callable[[Path], dict[str, Tensor]],
 ) -> None:
-    expected = tensors(world(1, WORLDS[1])[name.split()[0]])
-    got = tensors(world(size, WORLDS[size])[name])
+    expected = tensors(world(WORLDS, 1)[name.split()[0]])
+    got = tensors(world(WORLDS, size)[name])
     assert {key: value.shape for key, value in got.items()} == {key: value.shape for key, value in expected.items()}
     largest = max(float(value.abs().max()) for key, value in expected.items() if key.startswith("gradient/"))
     for key, value in expected.items():
@@ -98,75 +109,68 @@ def test_equals_one_plain_process(
         assert difference(got[key], value, least) <= allowed, key
 
 
-def test_the_reference_clips_and_moves(
-    world: Callable[[int, list[Case]], dict[str, Path]], tensors: Callable[[Path], dict[str, Tensor]]
-) -> None:
+def test_the_reference_clips_and_moves(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:
     """Parity would prove little if nothing were clipped or nothing were learnt."""
-    reference = tensors(world(1, WORLDS[1])["cls"])
+    reference = tensors(world(WORLDS, 1)["cls"])
     assert (reference["norms"] > 0.5).any()
     assert reference["losses"][-1] < reference["losses"][0]
     assert all(value.any() for key, value in reference.items() if key.startswith("gradient/"))
 
 
-def test_bf16_keeps_float32_masters(
-    world: Callable[[int, list[Case]], dict[str, Path]], tensors: Callable[[Path], dict[str, Tensor]]
-) -> None:
+def test_bf16_keeps_float32_masters(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:
     """Full fine-tuning: the saved weights are finer than bf16, and the losses go where those of float32 go."""
-    expected, got = tensors(world(1, WORLDS[1])["full"]), tensors(world(2, WORLDS[2])["full tp2 bf16"])
+    expected, got = tensors(world(WORLDS, 1)["full"]), tensors(world(WORLDS, 2)["full tp2 bf16"])
     key = "weight/esm.encoder.layer.0.intermediate.dense.weight"
     assert got[key].dtype == torch.float32
     assert (got[key].bfloat16().float() != got[key]).float().mean() > 0.9
     torch.testing.assert_close(got["losses"], expected["losses"], rtol=0.02, atol=0.02)
 
 
-def test_bf16_with_lora_trains_float32_matrices(
-    world: Callable[[int, list[Case]], dict[str, Path]], tensors: Callable[[Path], dict[str, Tensor]]
-) -> None:
-    expected, got = tensors(world(1, WORLDS[1])["cls"]), tensors(world(2, WORLDS[2])["cls tp2 bf16"])
+def test_bf16_with_lora_trains_float32_matrices(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:
+    expected, got = tensors(world(WORLDS, 1)["cls"]), tensors(world(WORLDS, 2)["cls tp2 bf16"])
     assert all(value.dtype == torch.float32 for key, value in got.items() if key.startswith("weight/"))
     torch.testing.assert_close(got["losses"], expected["losses"], rtol=0.02, atol=0.02)
 
 
-def test_a_checkpoint_goes_on_at_another_tp_and_dp(
-    world: Callable[[int, list[Case]], dict[str, Path]],
-    torchrun: Callable[[int, list[dict[str, Any]]], Any],
-    tensors: Callable[[Path], dict[str, Tensor]],
-) -> None:
+def test_a_checkpoint_goes_on_at_another_tp_and_dp(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:
     """Saved at tp2 x dp1 with ZeRO-1 after 6 steps, resumed at tp1 x dp2: the next losses are those of one run."""
-    folder = world(2, WORLDS[2])["first half"]
-    settings = {**STEPS, "parallel.tp": 1, "loop.max_steps": 10}
-    ended = torchrun(2, [{"run": "resume", "with": {"output": str(folder), "backend": "neuron", "set": settings}}])
-    assert ended.code == 0, ended.output[-4000:]
-    expected, got = tensors(world(1, WORLDS[1])["whole run"]), tensors(folder)
+    expected, got = tensors(world(WORLDS, 1)["whole run"]), tensors(world(WORLDS, 2)["second half"])
     assert int(got["begin"]) == 6 and int(expected["begin"]) == 0
     assert difference(got["losses"], expected["losses"][6:]) <= STEP_1
     assert difference(got["norms"], expected["norms"][6:]) <= STEP_20
 
 
 def test_an_adapter_written_at_tp2_loads_in_plain_peft_and_at_tp4(
-    world: Callable[[int, list[Case]], dict[str, Path]],
-    torchrun: Callable[[int, list[dict[str, Any]]], Any],
-    tensors: Callable[[Path], dict[str, Tensor]],
-    tmp_path: Path,
+    world: World, tensors: Callable[[Path], dict[str, Tensor]]
 ) -> None:
-    trained = world(2, WORLDS[2])["adapter"]
-    adapter = str(trained / "adapter")
-    plain, sharded = tmp_path / "plain", tmp_path / "tp4"
-    for folder in (plain, sharded):
-        folder.mkdir()
-    settings = {"backend": "neuron", "set": {"parallel.tp": 4}}
-    one = torchrun(1, [{"run": "load_plain", "with": {"output": str(plain), "adapter": adapter}}])
-    four = torchrun(4, [{"run": "load_sharded", "with": {"output": str(sharded), "adapter": adapter, **settings}}])
-    assert (one.code, four.code) == (0, 0), one.output[-3000:] + four.output[-3000:]
-    expected = tensors(trained)["logits"]
-    untrained = tensors(world(1, WORLDS[1])["cls"])["logits"]
-    assert difference(untrained, expected) > 1e-2
-    assert difference(tensors(plain)["logits"], expected) <= STEP_1
-    assert difference(tensors(sharded)["logits"], expected) <= STEP_1
+    trained = tensors(world(WORLDS, 2)["adapter"])["logits"]
+    untrained = tensors(world(WORLDS, 1)["cls"])["logits"]
+    assert difference(untrained, trained) > 1e-2
+    assert difference(tensors(world(WORLDS, 1)["plain"])["logits"], trained) <= STEP_1
+    assert difference(tensors(world(WORLDS, 4)["sharded"])["logits"], trained) <= STEP_1
 
 
-def test_heads_that_tp_does_not_divide(world: Callable[[int, list[Case]], dict[str, Path]]) -> None:
-    message = (world(8, WORLDS[8])["tp8"] / "message.txt").read_text(encoding="utf-8")
+def test_the_committed_signatures_are_the_real_ones(world: World) -> None:
+    """Rewrites contract.json when NxD or our calls have changed, and fails so that the change is looked at."""
+    written = (world(WORLDS, 1)["signatures"] / "contract.json").read_text(encoding="utf-8")
+    committed = Path(__file__).resolve().parent / "contract.json"
+    before = committed.read_text(encoding="utf-8") if committed.exists() else "{}"
+    if written != before:
+        committed.write_text(written, encoding="utf-8")
+    assert written == before, "contract.json was rewritten: look at the change and commit it"
+
+
+def test_stand_ins_refuse_what_they_do_not_serve(world: World) -> None:
+    vendor, collectives = "tests/nxd/standins/vendor.py lists no", "tests/nxd/standins/collectives.py does not serve it"
+    assert (world(WORLDS, 1)["unlisted"] / "message.txt").read_text(encoding="utf-8").splitlines() == [
+        f"torch_neuronx.xla_impl.compile_graph was called, and {vendor} behaviour for it",
+        f"torch_xla.core.xla_model.all_to_all was called, and {collectives}",
+        f"torch_xla.runtime.process_index was called, and {collectives}",
+    ]
+
+
+def test_heads_that_tp_does_not_divide(world: World) -> None:
+    message = (world(WORLDS, 8)["tp8"] / "message.txt").read_text(encoding="utf-8")
     assert message == "tp=8 does not divide 4 attention heads of tiny; use tp=1, 2 or 4, or parallel.pad_heads=true"
 
 
