@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from esm_neuron.config import AdapterConfig, require
+from esm_neuron.parallel.slices import Shard
+
+Shape = tuple[int, ...]
 
 BLOCK = r"(?:.*\.)?encoder\.layer\.\d+\."
 """A block's name in a transformers ESM-2, whatever wraps the model."""
@@ -52,6 +55,7 @@ def adapt(
 def _add_lora(
     model: PreTrainedModel, cfg: AdapterConfig, head: Collection[str], lora_modules: Mapping[type, type]
 ) -> nn.Module:
+    require(bool(cfg.targets), "adapter.targets is empty: name at least one layer, or use adapter.kind=head")
     for target in cfg.targets:
         check_target(model, target)
     pattern = BLOCK + "(?:" + "|".join(re.escape(t) for t in cfg.targets) + ")"
@@ -68,38 +72,53 @@ def _add_lora(
 
 
 def check_target(model: nn.Module, target: str) -> None:
-    """Raise ConfigError unless `target` names a layer within a block of `model`."""
-    pattern = re.compile(BLOCK + re.escape(target))
-    names = [n for n, _ in model.named_modules()]
-    block = re.compile(BLOCK + r"(.+\.)?(query|key|value|dense)")
-    known = sorted({re.sub(f"^{BLOCK}", "", n) for n in names if block.fullmatch(n)})
+    """Raise ConfigError unless `target` names a linear layer within a block of `model`."""
+    linear = re.compile(BLOCK + r"(.+\.)?(query|key|value|dense)")
+    known = sorted({re.sub(f"^{BLOCK}", "", n) for n, _ in model.named_modules() if linear.fullmatch(n)})
     require(
-        any(pattern.fullmatch(n) for n in names),
+        target in known,
         f"adapter.targets: {target!r} is no linear layer of a block; the layers are {', '.join(known)}",
     )
 
 
 def store_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of frozen linears to `dtype`; norms, embeddings and whatever is trained keep their own."""
+    # the LM head's decoder is the embedding's own tensor: the cast would reach the embedding through it
+    tied = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters()):
+        keeps = any(p.requires_grad or id(p) in tied for p in module.parameters())
+        if isinstance(module, nn.Linear) and not keeps:
             module.to(dtype)
 
 
-def draw_lora(model: nn.Module, seed: int) -> None:
+def draw_lora(
+    model: nn.Module,
+    seed: int,
+    whole: Callable[[str, Shape], Shape],
+    part: Callable[[str, Shape], Shard | None],
+) -> None:
     """Draw every LoRA `A` from a generator of its own, so that its values depend on its name alone.
 
     PEFT draws them one after the other from the global generator, which would tie them to the order of layers and under
-    tensor parallelism, to the sharding. Same distribution: uniform within 1 / sqrt(inputs), as PEFT's kaiming_uniform.
+    tensor parallelism to the sharding. Same distribution: uniform within 1 / sqrt(inputs), as PEFT's kaiming_uniform.
+
+    Args:
+        model: with adapters.
+        seed: of the run.
+        whole: (parameter, shape here) -> its shape without tensor parallelism.
+        part: (parameter, whole shape) -> what this rank holds of it, None for all: `Backend.part`.
     """
     for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
-            bound = parameter.shape[1] ** -0.5
-            drawn = generator.uniform(-bound, bound, tuple(parameter.shape)).astype(np.float32)
-            with torch.no_grad():
-                parameter.copy_(torch.from_numpy(drawn))
+        if ".lora_A." not in name:
+            continue
+        shape = whole(name, tuple(parameter.shape))
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+        bound = shape[1] ** -0.5
+        drawn = torch.from_numpy(generator.uniform(-bound, bound, shape).astype(np.float32))
+        mine = part(name, shape)
+        with torch.no_grad():
+            parameter.copy_(drawn if mine is None else mine.read(drawn.__getitem__))
 
 
 def saved_key(parameter: str) -> str:

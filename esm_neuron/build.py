@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from esm_neuron.adapters import adapt, draw_lora
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import ModelConfig, TrainConfig
 from esm_neuron.model import encoder_of, set_attention
+from esm_neuron.parallel.slices import whole_shape
 from esm_neuron.tasks import Task
 from esm_neuron.weights import Draw, LoadReport, WeightSource, load_into, open_weights
 
@@ -37,18 +39,19 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     """
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = _with_dropout(task.configure(pretrained, cfg.model), cfg.model)
-    backend.topology.validate(config.num_attention_heads, config.hidden_size, config.intermediate_size, cfg.model.name)
     with torch.device("meta"):
         model = task.build(config)
     set_attention(encoder_of(model), cfg.data.max_residues + 2, backend.attention)
     backend.shard(model)
     head = task.head(config)
     draw = Draw(cfg.seed, config.initializer_range)
-    report = load_into(model, source, draw, lambda name: name.startswith(tuple(f"{part}." for part in head)))
+    new = tuple(f"{part}." for part in head)
+    report = load_into(model, source, draw, lambda name: name.startswith(new), backend.part)
     if cfg.model.gradient_checkpointing:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=backend.checkpoint_fn())
     adapted = adapt(model, cfg.adapter, head, backend.lora_modules)
-    draw_lora(adapted, cfg.seed)
+    whole = partial(whole_shape, heads=config.num_attention_heads, tp=backend.topology.tp)
+    draw_lora(adapted, cfg.seed, whole, backend.part)
     return Built(backend.prepare(adapted), config, source, report)
 
 

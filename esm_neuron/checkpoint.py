@@ -100,8 +100,9 @@ def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there and has its hash."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["version"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version = manifest["version"]
+        files = {n: str(entry["sha256"]) for n, entry in manifest["files"].items()} if version == VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not a readable manifest ({error}); delete the folder") from error
     if version != VERSION:
         raise CheckpointError(
@@ -112,11 +113,11 @@ def verify(folder: Path) -> None:
         raise CheckpointError(
             f"{folder / MANIFEST}: lists {sorted(files)}, expected {sorted(wanted)}; delete the folder"
         )
-    for name, entry in files.items():
+    for name, digest in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
-        if sha256(path) != entry["sha256"]:
+        if sha256(path) != digest:
             raise CheckpointError(
                 f"{path}: content differs from its manifest; the checkpoint is damaged, delete its folder"
             )
@@ -148,10 +149,12 @@ def newest(root: Path, say: Callable[[str], None] = log.warning) -> Snapshot | N
 
 
 def prune(root: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
+    """Delete all but the newest `keep` checkpoints and the best one, and what killed processes left half-written."""
     for step in steps(root)[:-keep]:
         if step != best:
             shutil.rmtree(step_folder(root, step))
+    for aside in root.glob(".step-*.tmp"):
+        shutil.rmtree(aside)
 
 
 def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from esm_neuron.errors import ConfigError
 
-BackendName = Literal["cpu", "xla"]
+BackendName = Literal["cpu", "xla", "neuron"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,9 @@ class ModelConfig:
     """Which ESM-2, and how it is read."""
 
     name: str = "esm2_t6_8M"
-    """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `esm2_t6_8M`,
-    `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs `init: random`."""
+    """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `small`,
+    `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs
+    `init: random`."""
     revision: str | None = None
     """Hub revision: a branch, a tag or, best, a commit hash. None is the hub's main branch."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -203,7 +204,7 @@ class TrainConfig:
     output: str = "out"
     """Folder for everything the run writes."""
     backend: BackendName = "cpu"
-    """Where to run: the plain CPU, or any torch_xla device (XLA:CPU, TPU). Never chosen silently."""
+    """Where to run: the plain CPU, any torch_xla device (XLA:CPU, TPU), or Trainium. Never chosen silently."""
     seed: int = 42
     """Seed of weights, splits, order, masks and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)

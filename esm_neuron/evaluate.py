@@ -49,7 +49,8 @@ def run_passes(
     with torch.no_grad():
         for batch in on_device(prefetch(batches, AHEAD), backend.device):
             with backend.autocast():
-                answers = task.answers(forward(model, batch), batch)
+                logits = forward(model, batch)
+            answers = task.answers(logits, batch)  # not under autocast, which would round sums to bfloat16
 
             def deliver(*values: Tensor, members: np.ndarray = batch.members) -> None:
                 take(members, [v.numpy() for v in values])

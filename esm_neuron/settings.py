@@ -27,7 +27,7 @@ _UNKNOWN = (
 
 def make_parser(command: str = "train") -> ArgumentParser:
     """The parser of `--section.field value` flags and `--config FILE` for every field of `TrainConfig`."""
-    parser = ArgumentParser(prog=f"esm-neuron {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"esm-neuron {command}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it overrule it.")
     parser.add_class_arguments(TrainConfig)
     return parser
@@ -56,7 +56,7 @@ def read_config(path: Path) -> TrainConfig:
 
 def dump(cfg: TrainConfig) -> str:
     """`cfg` as YAML with every field, in the order of the classes."""
-    return yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False, allow_unicode=True)
+    return yaml.dump(_plain(asdict(cfg)), Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True)
 
 
 def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
@@ -91,6 +91,17 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes text that begins like a number: jsonargparse reads a bare 1e3, a fine label, as 1000.0; PyYAML does not."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if text[:1] in set("+-.0123456789") else None)
+
+
+_QuotingDumper.add_representer(str, _represent_text)
+
+
 def _check_yaml(path: Path) -> None:
     try:
         with path.open(encoding="utf-8") as file:
@@ -99,9 +110,10 @@ def _check_yaml(path: Path) -> None:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if value is not None and not isinstance(value, dict):
+    if not isinstance(value, dict):
+        held = "nothing" if value is None else type(value).__name__
         raise ConfigError(
-            f"--config {path}: holds {type(value).__name__}, must be sections such as `optim:`; see --help"
+            f"--config {path}: holds {held}, must be sections such as `optim:`; see --help"
         )
 
 

@@ -7,7 +7,11 @@ from importlib import import_module
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
 
-_BACKENDS = {"cpu": ("esm_neuron.backends.cpu", "CpuBackend"), "xla": ("esm_neuron.backends.xla", "XlaBackend")}
+_BACKENDS = {
+    "cpu": ("esm_neuron.backends.cpu", "CpuBackend"),
+    "xla": ("esm_neuron.backends.xla", "XlaBackend"),
+    "neuron": ("esm_neuron.backends.neuron", "NeuronBackend"),
+}
 
 
 def create_backend(cfg: TrainConfig) -> Backend:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from esm_neuron.config import OptimConfig
+from esm_neuron.parallel.slices import Shard
 from esm_neuron.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -35,6 +36,10 @@ class Backend(Protocol):
 
     def shard(self, model: nn.Module) -> None:
         """Swap or mark the linears of the tensor-parallel plan, before weights and adapters come."""
+        ...
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Shard | None:
+        """What this rank holds of the whole parameter `name` of `shape`; None for all of it."""
         ...
 
     def prepare(self, model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from esm_neuron.adapters import store_frozen_linears
 from esm_neuron.backends import common
 from esm_neuron.backends.common import adamw, make_gradient_buffers, mix_seed, normalise_clip_update, trainable
 from esm_neuron.config import OptimConfig, TrainConfig, require
+from esm_neuron.parallel.slices import Shard
 from esm_neuron.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -41,6 +42,9 @@ class CpuBackend:
 
     def shard(self, model: nn.Module) -> None:
         """Nothing is sharded: tp is 1."""
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Shard | None:
+        return None
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if self._bf16:
