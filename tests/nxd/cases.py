@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from vendor_calls import vendor_calls
 
-from esm_neuron.adapters import adapt, saved_key
+from esm_neuron.adapters import saved_key
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.backends.neuron import NeuronBackend
-from esm_neuron.build import Built
+from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
     DataConfig,
@@ -44,7 +44,7 @@ from esm_neuron.model import encoder_of, set_attention
 from esm_neuron.parallel.slices import whole_shape
 from esm_neuron.tasks import Task, create_task
 from esm_neuron.trainer import Trainer
-from esm_neuron.weights import Draw, load_into, open_weights
+from esm_neuron.weights import Draw
 
 RESULTS = "results.safetensors"
 LABELS = ("a", "b", "c")
@@ -108,29 +108,19 @@ class Run:
 
     @classmethod
     def start(cls, cfg: TrainConfig) -> Run:
-        """Build, shard, load, adapt, prepare; every trained weight gets a value that depends on its name alone."""
+        """Build; under LoRA every trained weight gets a value of its own, since a `lora_B` of 0 would hide much."""
         task = create_task(cfg.task, LABELS)
         backend: Any = NeuronBackend(cfg) if cfg.backend == "neuron" else CpuBackend(cfg)
-        pretrained, source = open_weights(cfg.model, cfg.seed)
-        config = task.configure(pretrained, cfg.model)
-        with torch.device("meta"):
-            bare = task.build(config)
-        set_attention(encoder_of(bare), cfg.data.max_residues + 2, backend.attention)
-        backend.shard(bare)
-        head = task.head(config)
-        part = backend.part if isinstance(backend, NeuronBackend) else None
-        report = load_into(bare, source, Draw(cfg.seed, 0.02), lambda name: name.startswith(head), part)
-        if cfg.model.gradient_checkpointing:
-            bare._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=backend.checkpoint_fn())
-        model = backend.prepare(adapt(bare, cfg.adapter, head, backend.lora_modules))
-        draw, heads, tp = Draw(cfg.seed + 1, 0.1), config.num_attention_heads, backend.topology.tp
+        built = build_model(cfg, task, backend)
+        model, heads, tp = built.model, built.config.num_attention_heads, backend.topology.tp
+        draw = Draw(cfg.seed + 1, 0.1)
         trained = {n: whole_shape(n, p.shape, heads, tp) for n, p in model.named_parameters() if p.requires_grad}
         if cfg.adapter.kind == "lora":
             backend.load_weights(model, {name: draw(name, shape) for name, shape in trained.items()})
         table, where = examples(), (backend.topology.dp, backend.topology.dp_rank)
         loader = TrainLoader(table, task, cfg, *where)
         trainer = Trainer(cfg, model, task, backend, loader, None, [], {})
-        return cls(cfg, backend, task, Built(model, config, source, report), trainer)
+        return cls(cfg, backend, task, built, trainer)
 
     def outputs(self) -> Tensor:
         """Logits of `evaluation_batch`, the same on every rank."""

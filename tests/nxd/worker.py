@@ -7,6 +7,7 @@ process, because importing NxD takes longer than training a tiny model, and each
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from datetime import timedelta
@@ -31,8 +32,12 @@ def main(cases_file: str) -> None:
     import cases
     from standins import collectives
 
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # torchrun's own store; a second process group over the same keys would find the addresses of the first
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for number, case in enumerate(json.loads(Path(cases_file).read_text(encoding="utf-8"))):
-        dist.init_process_group("gloo", timeout=PEER_TIMEOUT)
+        own = dist.PrefixStore(f"case {number}", store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=PEER_TIMEOUT)
         print(f"case {number}: {case}", flush=True)
         if number == 0:
             collectives.install()
