@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from torch.nn import functional as F
 from esm_neuron.data.tokenizer import CLS, EOS
 
 ROTARY_BASE = 10_000.0
+
+
+Angle = tuple[Tensor, Tensor]
+"""Cosines and sines, each float32 [R, L, 1, D / 2]."""
 
 
 class RotaryTable(nn.Module):
@@ -40,16 +45,36 @@ class RotaryTable(nn.Module):
         self.table = self.table.to(fn(self.table[:1]).device)
         return self
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor) -> Angle:
         """Cosines and sines, each float32 [R, L, 1, D / 2], of `positions` int64 [R, L]."""
         cos, sin = F.embedding(positions, self.table).unsqueeze(-2).chunk(2, dim=-1)
         return cos, sin
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of `x` [R, L, H, D] by its position's angle, in float32."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.float().chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    turned = torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: autograd's own would take three times the memory traffic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def rotate(x: Tensor, angle: Angle) -> Tensor:
+    """Rotate the halves of `x` [R, L, H, D] by its position's angle, in float32."""
+    rotated: Tensor = _Rotation.apply(x, *angle)
+    return rotated
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -66,8 +91,10 @@ class Pack:
     """float32 [R, S, L]: the same without <cls> and <eos>."""
     first: Tensor
     """float32 [R, S, L]: 1 at the first token (<cls>) of each segment."""
-    cos: Tensor
-    sin: Tensor
+    query_angle: Angle
+    """Rotation of queries, which also scales them by 1 / sqrt(D) as ESM-2 does before its scores."""
+    key_angle: Angle
+    """Rotation of keys."""
     attend: Attention
 
     @classmethod
@@ -85,12 +112,13 @@ class Pack:
         membership = (segment_ids.unsqueeze(1) == slots.view(1, -1, 1)).float()
         residue = ((input_ids != CLS) & (input_ids != EOS)).float().unsqueeze(1)
         cos, sin = rotary(positions)
+        scale = (2 * cos.shape[-1]) ** -0.5
         return cls(
             membership=membership,
             residues=membership * residue,
             first=membership * (positions == 0).float().unsqueeze(1),
-            cos=cos,
-            sin=sin,
+            query_angle=(cos * scale, sin * scale),
+            key_angle=(cos, sin),
             attend=ATTENTIONS[attention](segment_ids),
         )
 

@@ -53,10 +53,9 @@ class PackedSelfAttention(EsmSelfAttention):
         """[R, L, H] in, [R, L, H] out; the heads are counted from the data, so a shard of them works as well."""
         rows, length = hidden_states.shape[:-1]
         heads = (rows, length, -1, self.attention_head_size)
-        query = self.query(hidden_states).view(heads) * self.attention_head_size**-0.5
-        key = self.key(hidden_states).view(heads)
+        query = rotate(self.query(hidden_states).view(heads), pack.query_angle)
+        key = rotate(self.key(hidden_states).view(heads), pack.key_angle)
         value = self.value(hidden_states).view(heads)
-        query, key = rotate(query, pack.cos, pack.sin), rotate(key, pack.cos, pack.sin)
         attended = pack.attend(query, key, value, self.dropout if self.training else 0.0)
         return attended.reshape(rows, length, -1), None
 
