@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ class NeuronBackend:
     """See `base.Backend`."""
 
     name = "neuron"
+    local_dp = 1
     static_shapes = True
     attention = "masked"
     lora_modules: Mapping[type, type] = {}
@@ -146,6 +147,9 @@ class NeuronBackend:
                         parameter, True, 0 if column else 1, 1, self.topology.tp
                     )
 
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """The rows are where they belong: this process drives one device."""
+
     def autocast(self) -> AbstractContextManager[Any]:
         # bf16 is in the weights: NxD's linears ask only CUDA's autocast, and their backward pass would mix dtypes
         return nullcontext()
@@ -156,8 +160,7 @@ class NeuronBackend:
 
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
         named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-        lr = torch.tensor(cfg.lr, dtype=torch.float32).to(self.device)
-        options: dict[str, Any] = {"lr": lr, "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
+        options: dict[str, Any] = {"lr": self._rate(cfg.lr), "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
         options["capturable"] = self.device.type == "xla"
         if self._parallel.zero1:
             optimizer: torch.optim.Optimizer = self._nxd.optimizer.NeuronZero1Optimizer(
@@ -185,9 +188,13 @@ class NeuronBackend:
                 }
 
     def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        value = torch.tensor(lr, dtype=torch.float32).to(self.device)
+        value = self._rate(lr)
         for group in optimizer.param_groups:
             group["lr"] = value
+
+    def _rate(self, lr: float) -> Tensor:
+        # of one dimension: torch_xla compiles a scalar 0 or 1 into the program, which makes another one
+        return torch.full((1,), lr, dtype=torch.float32).to(self.device)
 
     def seed(self, *numbers: int) -> None:
         self._xm.set_rng_state(mix_seed(*numbers, self.topology.dp_rank) >> 1, device=str(self.device))

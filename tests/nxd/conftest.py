@@ -41,19 +41,22 @@ class Ended:
 
 
 @pytest.fixture(scope="session")
-def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, list[dict[str, Any]]], Ended]:
-    """(processes, cases for `worker.py`) -> how the world ended; a world that hangs fails the test."""
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
+    """(processes, cases for `worker.py`) -> how the world ended; a world that hangs fails the test.
 
-    def start(processes: int, cases: list[dict[str, Any]]) -> Ended:
+    With `lazy`, one process on XLA:CPU instead of eager ones on gloo.
+    """
+
+    def start(processes: int, cases: list[dict[str, Any]], lazy: bool = False) -> Ended:
         folder = tmp_path_factory.mktemp("world")
         file = folder / "cases.json"
         file.write_text(json.dumps(cases), encoding="utf-8")
         environment = {
             **os.environ,
             "PYTHONPATH": os.environ["NXD_SRC"],
-            "NXD_CPU_MODE": "1",
             "PJRT_DEVICE": "CPU",
             "OMP_NUM_THREADS": "1",
+            **({} if lazy else {"NXD_CPU_MODE": "1"}),
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command += [str(HERE / "worker.py"), str(file)]
@@ -69,7 +72,7 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, list[di
 
 @pytest.fixture(scope="session")
 def world(
-    torchrun: Callable[[int, list[dict[str, Any]]], Ended], tmp_path_factory: pytest.TempPathFactory
+    torchrun: Callable[..., Ended], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[dict[int, list[Case]], int], dict[str, Path]]:
     """(all worlds, processes) -> folder of each case; a world is one torchrun, started when first asked for.
 

@@ -1,5 +1,7 @@
 """One rank of a torchrun world: the real neuronx_distributed and optimum-neuron on gloo, driven through our backend.
 
+Without NXD_CPU_MODE it is a world of one on XLA:CPU: nothing of torch_xla is replaced, so that graphs can be counted.
+
 torchrun starts it with a file of cases; every case is a function of `cases.py` and its arguments. All cases share one
 process, because importing NxD takes longer than training a tiny model, and each has process groups of its own.
 """
@@ -32,16 +34,18 @@ def main(cases_file: str) -> None:
     import cases
     from standins import collectives
 
+    eager = "NXD_CPU_MODE" in os.environ
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # torchrun's own store; a second process group over the same keys would find the addresses of the first
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for number, case in enumerate(json.loads(Path(cases_file).read_text(encoding="utf-8"))):
-        own = dist.PrefixStore(f"case {number}", store)
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=PEER_TIMEOUT)
         print(f"case {number}: {case}", flush=True)
-        if number == 0:
-            collectives.install()
-        collectives.forget_groups()
+        if eager:
+            own = dist.PrefixStore(f"case {number}", store)
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=PEER_TIMEOUT)
+            if number == 0:
+                collectives.install()
+            collectives.forget_groups()
         getattr(cases, case["run"])(**case["with"])
 
 
