@@ -92,11 +92,12 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _QuotingDumper(yaml.SafeDumper):
-    """Quotes text that begins like a number: jsonargparse reads a bare 1e3, a fine label, as 1000.0; PyYAML does not."""
+    """Quotes text that begins like a number: a bare 1e3, a fine label, is text to PyYAML and 1000.0 to jsonargparse."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if text[:1] in set("+-.0123456789") else None)
+    numeric = text[:1] in set("+-.0123456789")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if numeric else None)
 
 
 _QuotingDumper.add_representer(str, _represent_text)
@@ -112,9 +113,7 @@ def _check_yaml(path: Path) -> None:
         raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         held = "nothing" if value is None else type(value).__name__
-        raise ConfigError(
-            f"--config {path}: holds {held}, must be sections such as `optim:`; see --help"
-        )
+        raise ConfigError(f"--config {path}: holds {held}, must be sections such as `optim:`; see --help")
 
 
 def _explain(message: str) -> str:

@@ -1,0 +1,339 @@
+"""Checkpoints: whole or invisible, whatever happens while they are written, and never taken for another run's."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from esm_neuron import checkpoint
+from esm_neuron.checkpoint import Snapshot, TrainState
+from esm_neuron.errors import CheckpointError, ConfigError
+from esm_neuron.files import claimed, new_folder, write_json, write_text
+
+FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
+FORK = multiprocessing.get_context("fork")
+
+
+def snapshot(step: int, size: int = 50) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    weights = {
+        "a.weight": torch.randn(size, 7, generator=generator),
+        "b": torch.randn(3, generator=generator).bfloat16(),
+    }
+    moments = {
+        "a.weight/exp_avg": torch.randn(size, 7, generator=generator),
+        "a.weight/step": torch.tensor(float(step)),
+    }
+    state = TrainState(step, 123 * step, 4.5, {"best": 0.1, "best_step": None}, {"seed": 1, "task.labels": ["a", "é"]})
+    return Snapshot(state, weights, moments)
+
+
+def same(a: Snapshot, b: Snapshot) -> bool:
+    """Equal to the last bit."""
+    pairs = ((a.model, b.model), (a.optimizer, b.optimizer))
+    tensors = all(
+        x.keys() == y.keys() and all(torch.equal(x[n], y[n]) and x[n].dtype == y[n].dtype for n in x) for x, y in pairs
+    )
+    return tensors and a.state == b.state
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with whole checkpoints of the steps 1, 2 and 12."""
+    for step in (2, 1, 12):
+        checkpoint.save(tmp_path, snapshot(step))
+    return tmp_path
+
+
+def test_a_checkpoint_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, snapshot(7))
+    assert folder == tmp_path / "step-00000007"
+    assert tuple(sorted(p.name for p in folder.iterdir())) == FILES
+    assert same(checkpoint.load(folder), snapshot(7))
+    assert not same(checkpoint.load(folder), snapshot(8))
+
+
+def test_a_run_without_optimizer_state_or_weights_can_be_saved(tmp_path: Path) -> None:
+    empty = Snapshot(TrainState(3), {}, {})
+    assert same(checkpoint.load(checkpoint.save(tmp_path, empty)), empty)
+
+
+def test_the_newest_is_the_last_step_not_the_last_written(root: Path) -> None:
+    assert checkpoint.steps(root) == [1, 2, 12]
+    newest = checkpoint.newest(root)
+    assert newest is not None
+    assert same(newest, snapshot(12))
+
+
+def test_no_checkpoint_is_none_and_no_error(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "not there") is None
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {"flipped": flip_a_bit, "truncated": truncate, "missing": Path.unlink}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_by_the_files_name_and_the_one_before_is_taken(root: Path, file: str, damage: str) -> None:
+    folder = checkpoint.step_folder(root, 12)
+    DAMAGE[damage](folder / file)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(folder)
+    assert str(folder / file) in str(caught.value)
+    said: list[str] = []
+    newest = checkpoint.newest(root, said.append)
+    assert newest is not None
+    assert same(newest, snapshot(2))
+    assert len(said) == 1
+    assert str(folder / file) in said[0]
+
+
+def edit(**values: object) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        write_json(path, json.loads(path.read_text()) | values)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        lambda path: path.write_bytes(path.read_bytes()[:-5]),
+        lambda path: path.write_text(""),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text("3"),
+        lambda path: path.write_text("{}"),
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        edit(files=3),
+        edit(files=[]),
+        edit(files={}),
+        edit(files=dict.fromkeys(FILES[1:], 3)),
+        edit(files={name: {} for name in FILES[1:]}),
+        edit(files={name: {"sha256": None} for name in FILES[1:]}),
+        edit(files={**{name: {"sha256": "0"} for name in FILES[1:]}, "../../elsewhere": {"sha256": "0"}}),
+        edit(version=2),
+        edit(version=2, files="another form"),
+        edit(version=None),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(root: Path, damage: Callable[[Path], None]) -> None:
+    folder = checkpoint.step_folder(root, 12)
+    damage(folder / "manifest.json")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_version_is_said_to_be_one(root: Path) -> None:
+    edit(version=9, files="another form")(checkpoint.step_folder(root, 12) / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"version 9, this package reads 1; use the release that wrote it"):
+        checkpoint.load(checkpoint.step_folder(root, 12))
+
+
+def test_none_whole_is_an_error_and_not_a_new_start(root: Path) -> None:
+    for step in checkpoint.steps(root):
+        flip_a_bit(checkpoint.step_folder(root, step) / "model.safetensors")
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match="none of its 3 checkpoints is whole"):
+        checkpoint.newest(root, said.append)
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(2, None, [4, 5]), (2, 1, [1, 4, 5]), (1, 5, [5]), (2, 4, [4, 5]), (9, None, [1, 2, 3, 4, 5]), (1, 99, [5])],
+)
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
+    for step in range(1, 6):
+        checkpoint.step_folder(tmp_path, step).mkdir()
+    (tmp_path / "notes").mkdir()
+    checkpoint.prune(tmp_path, keep, best)
+    assert checkpoint.steps(tmp_path) == left
+    assert (tmp_path / "notes").is_dir()
+
+
+def test_pruning_removes_what_a_killed_process_left(root: Path) -> None:
+    (root / ".step-00000013.4711.tmp").mkdir()
+    checkpoint.prune(root, 3, None)
+    assert sorted(p.name for p in root.iterdir()) == ["step-00000001", "step-00000002", "step-00000012"]
+
+
+def test_another_runs_checkpoint_is_refused_with_what_differs() -> None:
+    found = {"seed": 1, "optim.lr": 0.1, "data": "abc", "gone": 3}
+    checkpoint.check_identity(found, dict(found), Path("out"))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.check_identity(found, {"seed": 2, "optim.lr": 0.1, "data": "abc", "new": None}, Path("out"))
+    assert "gone was 3, is None; seed was 1, is 2;" in str(caught.value)
+    assert "optim.lr" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"and 2 more"):
+        checkpoint.check_identity({str(i): i for i in range(5)}, {}, Path("out"))
+
+
+@pytest.mark.parametrize("failing", ["model", "optimizer"])
+def test_a_full_disk_leaves_the_earlier_checkpoints(root: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    real = checkpoint.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if path.stem == failing:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    for step in (12, 13):
+        with pytest.raises(CheckpointError, match=r"No space left on device.*free space") as caught:
+            checkpoint.save(root, snapshot(step))
+        assert str(checkpoint.step_folder(root, step)) in str(caught.value)
+    monkeypatch.undo()
+    assert sorted(p.name for p in root.iterdir()) == ["step-00000001", "step-00000002", "step-00000012"]
+    newest = checkpoint.newest(root)
+    assert newest is not None
+    assert same(newest, snapshot(12))
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        checkpoint.save(tmp_path / "file", snapshot(1))
+
+
+@pytest.mark.parametrize("where", ["save_file", "write_json", "sha256"])
+def test_a_crash_within_a_save_leaves_nothing_of_it(root: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, where, crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(root, snapshot(13))
+    assert checkpoint.steps(root) == [1, 2, 12]
+    assert not list(root.glob(".step*"))
+
+
+def save_for_ever(root: Path) -> None:
+    step = 0
+    while True:
+        step += 1
+        checkpoint.save(root, snapshot(step, size=5000))
+        checkpoint.prune(root, 2, None)
+
+
+def test_a_process_killed_while_saving_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    interrupted = 0
+    for attempt in range(12):
+        root = tmp_path / str(attempt)
+        process = FORK.Process(target=save_for_ever, args=(root,))
+        process.start()
+        wait_for(lambda root=root: len(checkpoint.steps(root)) > 0)
+        time.sleep(0.002 * attempt)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        seen = checkpoint.steps(root)
+        assert seen
+        # a pruned one may be half deleted, and is older than two whole ones
+        for step in seen[-2:]:
+            assert same(checkpoint.load(checkpoint.step_folder(root, step)), snapshot(step, size=5000))
+        interrupted += bool(list(root.glob(".step*")))
+        checkpoint.prune(root, 2, None)
+        assert not list(root.glob(".step*"))
+        shutil.rmtree(root)
+    assert interrupted > 0  # at least one was killed in the middle of a save
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def claim_from_another_process(folder: Path) -> int | None:
+    """Exit code of a process that claims `folder`: 0 when it could, 3 when it was refused."""
+
+    def child() -> None:
+        try:
+            with claimed(folder):
+                os._exit(0)
+        except ConfigError as error:
+            os._exit(3 if str(folder) in str(error) and "in use" in str(error) else 4)
+
+    process = FORK.Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_one_process_at_a_time_holds_an_output_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with claimed(folder):
+        assert claim_from_another_process(folder) == 3
+    assert claim_from_another_process(folder) == 0
+
+
+def hold_for_ever(folder: Path) -> None:
+    with claimed(folder):
+        (folder / "held").touch()
+        time.sleep(600)
+
+
+def test_a_killed_process_lets_go_of_its_folder(tmp_path: Path) -> None:
+    process = FORK.Process(target=hold_for_ever, args=(tmp_path,))
+    process.start()
+    wait_for((tmp_path / "held").exists)
+    assert claim_from_another_process(tmp_path) == 3
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert claim_from_another_process(tmp_path) == 0
+
+
+def test_a_folder_that_cannot_be_claimed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/out cannot be written"), claimed(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_text_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"x": float("nan")})
+    assert path.read_text() == "old"
+    write_json(path, {"é": 1})
+    assert json.loads(path.read_text()) == {"é": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_new_folder_takes_the_old_ones_place_only_when_it_is_done(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with new_folder(target) as aside:
+        (aside / "old").touch()
+    with pytest.raises(FileNotFoundError), new_folder(target) as aside:
+        (aside / "not there" / "new").touch()
+    assert [p.name for p in target.iterdir()] == ["old"]
+    with new_folder(target) as aside:
+        (aside / "new").touch()
+        assert [p.name for p in target.iterdir()] == ["old"]
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

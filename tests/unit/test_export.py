@@ -1,0 +1,284 @@
+"""What a run leaves behind answers as the trained model did: in plain transformers and PEFT, and in this package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EsmForMaskedLM,
+    EsmForSequenceClassification,
+)
+
+from esm_neuron.backends import create_backend
+from esm_neuron.build import Built, build_model
+from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
+from esm_neuron.data.tokenizer import PAD
+from esm_neuron.errors import CheckpointError, ConfigError
+from esm_neuron.export import build_trained, export, read_run, write_results
+from esm_neuron.files import write_text
+from esm_neuron.model import PackedForPooledClassification
+from esm_neuron.settings import dump
+from esm_neuron.tasks import Task, create_task
+
+LABELS = ("cytosol", "membrane", "nucleus")
+IDS = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 2], [0, 20, 19, 2, PAD, PAD, PAD, PAD]])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run without its training: every trained parameter was moved at random."""
+
+    out: Path
+    cfg: TrainConfig
+    task: Task
+    built: Built
+    trained: dict[str, Tensor]
+    logits: Tensor
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    """Of two sequences, one of them padded."""
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, attention_mask=(IDS != PAD).long()).logits
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, padding left out."""
+    real = (IDS != PAD) if a.ndim == 3 else slice(None)
+    return a.shape == b.shape and float((a - b)[real].abs().max()) <= 1e-5 * float(b[real].abs().max())
+
+
+def finish(out: Path, kind: str, adapter: str, base: str = "tiny", precision: str = "fp32") -> Run:
+    cfg = TrainConfig(
+        output=str(out),
+        model=ModelConfig(
+            name=base, init="random" if base == "tiny" else "pretrained", pooling="mean" if kind == "mean" else "cls"
+        ),
+        task=TaskConfig(name="masked_lm") if kind == "masked_lm" else TaskConfig(labels=LABELS),
+        data=DataConfig(max_residues=62, row_tokens=64),
+        adapter=AdapterConfig(kind=adapter, r=4, alpha=8),
+        loop=LoopConfig(precision=precision),
+    )
+    task = create_task(cfg.task, cfg.task.labels or ())
+    backend = create_backend(cfg)
+    built = build_model(cfg, task, backend)
+    generator = torch.Generator().manual_seed(1)
+    trained = {}
+    for name, parameter in built.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+            trained[name] = parameter.detach().clone()
+    with backend.autocast():
+        logits = logits_of(built.model)
+    write_results(cfg, task, built, trained)
+    write_text(out / "config.yaml", dump(cfg))
+    return Run(out, cfg, task, built, trained, logits)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """(kind, adapter) -> a finished run, made once."""
+    made: dict[tuple[str, str], Run] = {}
+
+    def get(kind: str, adapter: str = "lora") -> Run:
+        if (kind, adapter) not in made:
+            made[kind, adapter] = finish(tmp_path_factory.mktemp(f"{kind}-{adapter}") / "out", kind, adapter)
+        return made[kind, adapter]
+
+    return get
+
+
+PLAIN = {
+    "cls": (AutoModelForSequenceClassification, EsmForSequenceClassification),
+    "mean": (AutoModelForSequenceClassification, PackedForPooledClassification),
+    "masked_lm": (AutoModelForMaskedLM, EsmForMaskedLM),
+}
+"""Kind -> how a user loads it, and what that gives: transformers' own class but for our own pooling."""
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_an_adapter_on_its_base_answers_in_plain_peft(run: Callable[..., Run], kind: str) -> None:
+    finished, (auto, cls) = run(kind), PLAIN[kind]
+    base = auto.from_pretrained(finished.out / "base")
+    assert type(base) is cls
+    assert not same(logits_of(base), finished.logits)
+    assert same(logits_of(PeftModel.from_pretrained(base, finished.out / "adapter")), finished.logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [("cls", "lora"), ("mean", "lora"), ("masked_lm", "lora"), ("mean", "head")]
+)
+def test_a_merged_export_answers_in_plain_transformers(
+    run: Callable[..., Run], tmp_path: Path, kind: str, adapter: str
+) -> None:
+    finished, (auto, cls) = run(kind, adapter), PLAIN[kind]
+    export(finished.out, tmp_path / "merged")
+    check_plain_folder(tmp_path / "merged", auto, cls, finished)
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [("cls", "none"), ("cls", "head"), ("mean", "none"), ("masked_lm", "none")]
+)
+def test_without_adapters_a_run_leaves_a_plain_model(run: Callable[..., Run], kind: str, adapter: str) -> None:
+    finished, (auto, cls) = run(kind, adapter), PLAIN[kind]
+    assert sorted(p.name for p in finished.out.iterdir()) == ["config.yaml", "model"]
+    check_plain_folder(finished.out / "model", auto, cls, finished)
+
+
+def check_plain_folder(folder: Path, auto: type, cls: type, finished: Run) -> None:
+    model, report = auto.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is cls
+    assert not report["unexpected_keys"]
+    assert all(key.endswith("rotary_embeddings.inv_freq") for key in report["missing_keys"])  # made from the shape
+    assert same(logits_of(model), finished.logits)
+    assert model.config.architectures == [cls.__name__]
+    assert model.dtype == torch.float32
+    if cls is not EsmForMaskedLM:
+        assert model.config.id2label == dict(enumerate(LABELS))
+        assert model.config.label2id == {label: i for i, label in enumerate(LABELS)}
+    assert AutoTokenizer.from_pretrained(folder)("MK<mask>")["input_ids"] == [0, 20, 15, 32, 2]
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_a_run_is_built_again_with_its_weights(run: Callable[..., Run], kind: str, adapter: str) -> None:
+    finished = run(kind, adapter)
+    cfg, task = read_run(finished.out, "cpu")
+    built = build_trained(cfg, task, create_backend(cfg))
+    assert same(logits_of(built.model), finished.logits)
+    weights = dict(built.model.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in finished.trained.items())
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_the_file_holds_what_peft_would_have_saved(run: Callable[..., Run], kind: str) -> None:
+    finished = run(kind)
+    expected = get_peft_model_state_dict(finished.built.model)
+    saved = load_file(finished.out / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in saved)
+
+
+def test_an_adapter_names_its_base_and_its_sum(run: Callable[..., Run]) -> None:
+    folder = run("cls").out
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    reference = json.loads((folder / "adapter" / "base_reference.json").read_text())
+    assert config["base_model_name_or_path"] == reference["name"] == str(folder / "base")
+    assert config["r"], config["lora_alpha"] == (4, 8)
+    assert config["inference_mode"] is True
+    assert len(reference["sha256"]) == 64
+
+
+def test_a_bfloat16_run_is_exported_in_float32(tmp_path: Path) -> None:
+    finished = finish(tmp_path / "out", "cls", "lora", precision="bf16")
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    export(tmp_path / "out", tmp_path / "merged")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    base = load_file(tmp_path / "out" / "base" / "model.safetensors")
+    key = "esm.encoder.layer.0.attention.self.query"
+    a, b = (finished.trained[f"base_model.model.{key}.lora_{x}.default.weight"] for x in "AB")
+    torch.testing.assert_close(weights[f"{key}.weight"], base[f"{key}.weight"] + 8 / 4 * b @ a)
+
+
+@pytest.fixture
+def copied(run: Callable[..., Run], tmp_path: Path) -> tuple[TrainConfig, Task, Path]:
+    """A finished run that may be spoilt: what builds it, and its adapter's folder."""
+    out = tmp_path / "out"
+    shutil.copytree(run("mean").out, out)
+    cfg, task = read_run(out, "cpu")
+    return cfg, task, out / "adapter"
+
+
+def refusal(cfg: TrainConfig, task: Task) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        build_trained(cfg, task, create_backend(cfg))
+    return str(caught.value)
+
+
+def test_a_run_may_be_moved(run: Callable[..., Run], copied: tuple[TrainConfig, Task, Path]) -> None:
+    cfg, task, adapter = copied
+    assert cfg.model.name == str(adapter.parent / "base")
+    assert same(logits_of(build_trained(cfg, task, create_backend(cfg)).model), run("mean").logits)
+
+
+def test_other_base_weights_are_refused(copied: tuple[TrainConfig, Task, Path]) -> None:
+    cfg, task, adapter = copied
+    weights = adapter.parent / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["esm.encoder.emb_layer_norm_after.weight"][0] += 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+    message = refusal(cfg, task)
+    assert str(adapter) in message
+    assert "was trained on" in message
+
+
+def test_a_damaged_adapter_is_refused(copied: tuple[TrainConfig, Task, Path]) -> None:
+    cfg, task, adapter = copied
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    first = sorted(tensors)[0]
+    save_file({**tensors, "unknown": torch.zeros(1)}, weights)
+    assert "the first is unknown" in refusal(cfg, task)
+    save_file({key: value for key, value in tensors.items() if key != first}, weights)
+    assert first.removesuffix(".weight") in refusal(cfg, task).replace(".default", "").replace(".modules_to_save", "")
+    save_file({**tensors, first: torch.zeros(2, 2)}, weights)
+    assert "1 parameters differ" in refusal(cfg, task)
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert str(weights) in refusal(cfg, task)
+    weights.unlink()
+    assert str(weights) in refusal(cfg, task)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"name": 1}'])
+def test_an_adapter_that_does_not_know_its_base_is_refused(
+    copied: tuple[TrainConfig, Task, Path], content: str | None
+) -> None:
+    cfg, task, adapter = copied
+    reference = adapter / "base_reference.json"
+    if content is None:
+        reference.unlink()
+    else:
+        reference.write_text(content)
+    assert str(reference) in refusal(cfg, task)
+
+
+def test_a_pretrained_base_is_named_and_not_copied(run: Callable[..., Run], tmp_path: Path) -> None:
+    base = run("masked_lm", "none").out / "model"
+    finished = finish(tmp_path / "out", "cls", "lora", base=str(base))
+    assert not (tmp_path / "out" / "base").exists()
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    assert same(logits_of(PeftModel.from_pretrained(plain, tmp_path / "out" / "adapter")), finished.logits)
+    cfg, task = read_run(tmp_path / "out", "cpu")
+    assert same(logits_of(build_trained(cfg, task, create_backend(cfg)).model), finished.logits)
+    other = replace(cfg, model=replace(cfg.model, name=str(run("masked_lm").out / "base")))
+    assert "give the weights it was trained on" in refusal(other, task)
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config.yaml there"):
+        read_run(tmp_path)
+    write_text(tmp_path / "config.yaml", dump(TrainConfig()))
+    with pytest.raises(ConfigError, match=r"no adapter and no model there"):
+        read_run(tmp_path)
+
+
+def test_an_export_overwrites_nothing(run: Callable[..., Run], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"exists already"):
+        export(run("cls").out, tmp_path)
+    assert not list(tmp_path.iterdir())

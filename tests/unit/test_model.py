@@ -1,0 +1,272 @@
+"""The network: a protein's answer is its own, whatever lies beside it, and equals that of plain transformers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForSequenceClassification, EsmForMaskedLM, EsmForSequenceClassification
+
+from esm_neuron.attention import RotaryTable, mean_over
+from esm_neuron.config import ModelConfig, TaskConfig
+from esm_neuron.data.tokenizer import CLS, EOS, MASK, PAD
+from esm_neuron.export import write_model
+from esm_neuron.model import encoder_of, head_name, parameter_count, set_attention
+from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.tasks import create_task
+
+LENGTHS = (5, 37, 1, 20, 62)
+CLASSES = ("A", "B", "C")
+KINDS = ("cls", "mean", "masked_lm")
+ATTENTIONS = ("segments", "masked")
+Row = Sequence[int]
+"""The proteins of one row, by number."""
+
+
+def build(kind: str, attention: str = "segments", dropout: float = 0.0) -> nn.Module:
+    """The tiny model of a task with every parameter random, norms and biases too, so that each of them matters."""
+    name = "masked_lm" if kind == "masked_lm" else "sequence_classification"
+    task = create_task(TaskConfig(name=name), () if kind == "masked_lm" else CLASSES)
+    config = esm_config(SHAPES["tiny"])
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    model = task.build(task.configure(config, ModelConfig(pooling="cls" if kind == "cls" else "mean")))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    set_attention(encoder_of(model), 1024, attention)
+    return model.eval()
+
+
+def proteins(masked: bool, seed: int = 0) -> list[Tensor]:
+    """Token ids of proteins of LENGTHS residues; `masked` hides a different share of each."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number, length in enumerate(LENGTHS):
+        residues = torch.randint(4, 24, (length,), generator=generator)
+        if masked:
+            residues[torch.rand(length, generator=generator) < 0.15 * number] = MASK
+        made.append(torch.cat((torch.tensor([CLS]), residues, torch.tensor([EOS]))))
+    return made
+
+
+def lay(sequences: Sequence[Tensor], rows: Sequence[Row], width: int, segments: int = 4) -> dict[str, Tensor | int]:
+    """The arguments of a forward pass over packs."""
+    input_ids = torch.full((len(rows), width), PAD)
+    segment_ids, positions = torch.full_like(input_ids, -1), torch.zeros_like(input_ids)
+    for r, row in enumerate(rows):
+        begin = 0
+        for s, number in enumerate(row):
+            span = slice(begin, begin + len(sequences[number]))
+            input_ids[r, span], segment_ids[r, span] = sequences[number], s
+            positions[r, span] = torch.arange(len(sequences[number]))
+            begin = span.stop
+    return {"input_ids": input_ids, "segment_ids": segment_ids, "positions": positions, "max_segments": segments}
+
+
+def answers(model: nn.Module, sequences: Sequence[Tensor], rows: Sequence[Row], width: int) -> dict[int, Tensor]:
+    """Logits of each protein: [classes], or [its tokens, 33]."""
+    logits = model(**lay(sequences, rows, width)).logits
+    found = {}
+    for r, row in enumerate(rows):
+        begin = 0
+        for s, number in enumerate(row):
+            end = begin + len(sequences[number])
+            found[number] = logits[r, begin:end] if logits.shape[1] == width else logits[r, s]
+            begin = end
+    return found
+
+
+def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The same with each protein in a pass of its own, without padding."""
+    return {i: answers(model, sequences, [[i]], len(s))[i] for i, s in enumerate(sequences)}
+
+
+def gradients(model: nn.Module, found: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the proteins' summed cross entropy towards arbitrary classes."""
+    model.zero_grad()
+    losses = []
+    for number, logits in found.items():
+        flat = logits.view(-1, logits.shape[-1])
+        classes = (torch.arange(len(flat)) + number) % flat.shape[-1]
+        losses.append(F.cross_entropy(flat, classes, reduction="sum"))
+    torch.stack(losses).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+LAYOUTS: dict[str, tuple[list[Row], int]] = {
+    "padded": ([[0], [1], [2], [3], [4]], 100),
+    "packed": ([[4, 1], [2, 0, 3]], 104),
+    "packed otherwise, a filler row": ([[3, 1, 0], [], [2, 4]], 71),
+}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_padding_nor_neighbours_change_an_answer_or_a_gradient(kind: str, attention: str) -> None:
+    model, sequences = build(kind, attention), proteins(masked=True)
+    expected = alone(model, sequences)
+    expected_gradients = gradients(model, expected)
+    trained = {n for n, _ in model.named_parameters() if ".contact_head." not in n}
+    assert set(expected_gradients) == trained
+    for layout, (rows, width) in LAYOUTS.items():
+        found = answers(model, sequences, rows, width)
+        for number, logits in expected.items():
+            assert difference(found[number], logits) <= 1e-5, (layout, number)
+        for name, gradient in gradients(model, found).items():
+            assert difference(gradient, expected_gradients[name]) <= 1e-4, (layout, name)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_other_neighbours_leave_an_answer_as_it_is(attention: str) -> None:
+    model = build("masked_lm", attention)
+    first, others = proteins(masked=True), proteins(masked=True, seed=9)
+    before = answers(model, first, [[4, 1]], 104)
+    after = answers(model, [others[0], first[1], *others[2:]], [[4, 1]], 104)
+    assert difference(after[1], before[1]) <= 1e-5
+    assert difference(after[4], before[4]) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_attentions_are_one_function(kind: str) -> None:
+    model, sequences = build(kind), proteins(masked=True)
+    rows, width = LAYOUTS["packed"]
+    with torch.no_grad():
+        eager = answers(model, sequences, rows, width)
+        set_attention(encoder_of(model), 1024, "masked")
+        compiled = answers(model, sequences, rows, width)
+    assert all(difference(compiled[i], eager[i]) <= 1e-5 for i in eager)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("kind", "plain"), [("cls", EsmForSequenceClassification), ("masked_lm", EsmForMaskedLM)])
+def test_equals_plain_transformers(kind: str, plain: type[nn.Module], masked: bool) -> None:
+    model, sequences = build(kind), proteins(masked)
+    theirs = plain(model.config).eval()
+    report = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert not report.unexpected_keys
+    assert all(key.endswith("rotary_embeddings.inv_freq") for key in report.missing_keys)
+    with torch.no_grad():
+        ours = alone(model, sequences)
+        for number, sequence in enumerate(sequences):
+            ids = sequence.unsqueeze(0)
+            expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+            assert difference(ours[number], expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizers_padded_rows_need_no_packs(kind: str) -> None:
+    model, sequences = build(kind), proteins(masked=False)
+    ids = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=PAD)
+    with torch.no_grad():
+        expected = alone(model, sequences)
+        logits = model(input_ids=ids, attention_mask=(ids != PAD).long()).logits
+    assert logits.shape == ((5, 3) if kind != "masked_lm" else (*ids.shape, 33))
+    for number, sequence in enumerate(sequences):
+        mine = logits[number] if kind != "masked_lm" else logits[number, : len(sequence)]
+        assert difference(mine, expected[number]) <= 1e-5
+
+
+def test_mean_pooling_leaves_out_the_specials() -> None:
+    model, sequences = build("mean"), proteins(masked=False)
+    with torch.no_grad():
+        hidden, _ = model.esm(**lay(sequences, [[1, 3]], 70))
+        found = answers(model, sequences, [[1, 3]], 70)
+        inner = hidden[0, 1 : 1 + LENGTHS[1]].mean(0)
+        expected = getattr(model, head_name(model.config))(inner.view(1, 1, -1))[0]
+    assert difference(found[1], expected) <= 1e-5
+    outer = hidden[0, : LENGTHS[1] + 2].mean(0)
+    assert difference(outer, inner) > 1e-3
+
+
+def test_the_mean_of_an_empty_segment_is_zero() -> None:
+    hidden = torch.ones(1, 4, 2)
+    membership = torch.tensor([[[1.0, 1, 1, 0], [0, 0, 0, 0]]])
+    assert mean_over(membership, hidden).tolist() == [[[1.0, 1.0], [0.0, 0.0]]]
+
+
+def test_the_rotary_table_stays_exact_in_a_bfloat16_model() -> None:
+    model = build("masked_lm").to(torch.bfloat16)
+    rotary = encoder_of(model).rotary
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert rotary.table.dtype == torch.float32
+    cos, sin = rotary(torch.tensor([[0, 1, 1021]]))
+    exponent = torch.arange(0, 8, 2, dtype=torch.float64) / 8
+    angles = torch.tensor([0.0, 1, 1021], dtype=torch.float64).unsqueeze(1) / 10_000**exponent
+    # the angle itself, up to 1,021 rad, is a float32: its rounding is all that may be lost
+    torch.testing.assert_close(cos[0, :, 0].double(), angles.cos(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(sin[0, :, 0].double(), angles.sin(), atol=1e-4, rtol=0)
+
+
+def test_the_rotary_table_has_values_in_a_model_built_on_meta() -> None:
+    with torch.device("meta"):
+        table = RotaryTable(8, 16).table
+    assert table.device.type == "cpu"
+    assert torch.equal(table, RotaryTable(8, 16).table)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_gradient_checkpointing_changes_memory_and_not_gradients(attention: str) -> None:
+    model, sequences = build("mean", attention, dropout=0.1).train(), proteins(masked=True)
+    passes: list[str] = []
+    model.esm.encoder.layer[0].attention.self.register_forward_hook(lambda *_: passes.append("block 0"))
+
+    def run() -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        return gradients(model, answers(model, sequences, *LAYOUTS["packed"]))
+
+    def recompute(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        return checkpoint(fn, *args, use_reentrant=False)
+
+    expected = run()
+    assert len(passes) == 1
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
+    found = run()
+    assert len(passes) == 3  # forward, and once more in the backward pass
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=0, rtol=0)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, sequences = build("mean", dropout=0.5), proteins(masked=False)
+    with torch.no_grad():
+        assert torch.equal(alone(model, sequences)[1], alone(model, sequences)[1])
+        model.train()
+        assert not torch.equal(alone(model, sequences)[1], alone(model, sequences)[1])
+
+
+def test_a_mean_folder_answers_rightly_or_not_at_all(tmp_path: Path) -> None:
+    model, sequences = build("mean"), proteins(masked=False)
+    folder = tmp_path / "model"
+    write_model(model, model.config, folder)
+    load = "from transformers import AutoModelForSequenceClassification as A; A.from_pretrained('model')"
+    environment = os.environ | {"USE_TORCH_XLA": "0", "USE_TF": "0"}
+    plain = subprocess.run(
+        [sys.executable, "-c", load], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert plain.returncode != 0
+    assert "model type `esm_neuron`" in plain.stderr
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()  # esm_neuron.model is imported here
+    with torch.no_grad():
+        expected, found = alone(model, sequences), alone(loaded, sequences)
+    assert all(difference(found[i], expected[i]) <= 1e-6 for i in expected)
+
+
+def test_parameters_are_counted_by_what_is_trained() -> None:
+    model = build("cls")
+    total = sum(p.numel() for p in model.parameters())
+    model.esm.requires_grad_(False)
+    assert parameter_count(model) == (32 * 32 + 32 + 3 * 32 + 3, total)

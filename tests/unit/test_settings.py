@@ -1,0 +1,217 @@
+"""Settings: every field by file and by flag, back and forth, and errors that name the cure."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TrainConfig
+from esm_neuron.errors import ConfigError
+from esm_neuron.settings import dump, known_keys, make_parser, parse, read_config
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=12)
+"""Any printable text: numbers, dates, quotes, colons and "null" are among what YAML could take for something else."""
+TRICKY = st.sampled_from(["null", "true", "1e3", "0x1f", "2024-01-01", "a: b", "#x", "- y", "~", "''", "é ü", "no", ""])
+NOTHING = re.compile(r"null|~|\s*(#.*)?", re.IGNORECASE)
+"""Text that stands for None where a field may be None: no file can be called so."""
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of a field's type."""
+    if is_dataclass(kind):
+        return st.builds(kind, **{name: values(hint) for name, hint in get_type_hints(kind).items()})
+    parts = get_args(kind)
+    if kind is float:
+        return st.floats(allow_nan=False, allow_infinity=False)
+    if kind in (int, bool):
+        return {int: st.integers(-(2**40), 2**40), bool: st.booleans()}[kind]
+    if kind is str:
+        return WORDS | TRICKY
+    if kind is type(None):
+        return st.none()
+    if get_origin(kind) is dict:
+        return st.dictionaries(WORDS, values(parts[1]), max_size=2)
+    if get_origin(kind) is list or parts[-1:] == (...,):
+        many = st.lists(values(parts[0]), max_size=3)
+        return many.map(tuple) if get_origin(kind) is tuple else many
+    if get_origin(kind) is tuple:
+        return st.tuples(*map(values, parts))
+    if all(isinstance(part, str) for part in parts):
+        return st.sampled_from(parts)
+    return st.one_of(*map(values, parts)).filter(lambda v: not isinstance(v, str) or not NOTHING.fullmatch(v))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("settings")
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@hypothesis_settings(
+    max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+@given(cfg=values(TrainConfig))
+def test_what_is_dumped_reads_back_as_itself(folder: Path, cfg: TrainConfig) -> None:
+    assert read_config(Path(written(folder, dump(cfg)))) == cfg
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert parse([]) == TrainConfig()
+
+
+def test_flags_overrule_the_file_before_them(folder: Path) -> None:
+    path = written(folder, "seed: 1\noptim: {lr: 0.5, betas: [0.8, 0.9]}\ntask: {labels: [x, y]}\n")
+    expected = TrainConfig(seed=1, optim=OptimConfig(lr=0.25, betas=(0.8, 0.9)), task=TaskConfig(labels=("x", "y")))
+    assert parse(["--config", path, "--optim.lr", "0.25"]) == expected
+    assert parse([f"--config={path}", "--optim.lr=0.25"]) == expected
+
+
+@pytest.mark.parametrize(("word", "value"), [("True", True), ("False", False), ("true", True), ("false", False)])
+def test_booleans_as_sagemaker_writes_them(word: str, value: bool) -> None:
+    assert parse(["--data.packing", word]).data.packing is value
+
+
+def test_lists_and_mappings_as_flags() -> None:
+    cfg = parse(["--task.labels", '["a","b"]', "--data.keep", '{"kingdom": ["Fungi"]}', "--optim.betas", "[0.8,0.9]"])
+    assert cfg.task.labels == ("a", "b")
+    assert cfg.data == replace(DataConfig(), keep={"kingdom": ["Fungi"]})
+    assert cfg.optim.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "near"),
+    [
+        ("optim: {weight_deca: 1}", "optim.weight_deca", "optim.weight_decay"),
+        ("adaptor: {r: 4}", "adaptor.r", "adapter.r"),
+        ("sed: 4", "sed", "seed"),
+    ],
+)
+def test_an_unknown_key_in_a_file_is_named_with_the_nearest(folder: Path, text: str, unknown: str, near: str) -> None:
+    message = refusal("--config", written(folder, text))
+    assert f"unknown setting {unknown};" in message
+    assert f"did you mean {near}?" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("--optim.weight_deca", "optim.weight_decay"),
+        ("--adapter.rank_", "adapter.r"),
+        ("--lr", "optim.lr"),
+        ("--loop.epoch", "loop.epochs"),
+        ("--max_residues", "data.max_residues"),
+    ],
+)
+def test_an_unknown_flag_is_named_with_the_nearest(flag: str, near: str) -> None:
+    for argv in ([flag, "1"], [f"{flag}=1"]):
+        message = refusal(*argv)
+        assert f"unknown setting {flag.strip('-')};" in message
+        assert f"did you mean {near}?" in message
+
+
+def test_a_key_that_comes_twice_is_named_with_its_line(folder: Path) -> None:
+    path = written(folder, "optim:\n  lr: 1\n  eps: 1\n  lr: 2\n")
+    message = refusal("--config", path)
+    assert f"{path}:4" in message
+    assert "'lr'" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "word"),
+    [
+        ("--optim.lr", "fast"),
+        ("--seed", "1.5"),
+        ("--data.packing", "maybe"),
+        ("--backend", "tpu"),
+        ("--optim.betas", "[0.9]"),
+        ("--data.keep", "[1]"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(folder: Path, flag: str, word: str) -> None:
+    key = flag.strip("-")
+    by_flag = refusal(flag, word)
+    assert key in by_flag
+    assert word.strip("[]") in by_flag
+    section, _, leaf = key.rpartition(".")
+    text = f"{section}: {{{leaf}: {word}}}" if section else f"{leaf}: {word}"
+    by_file = refusal("--config", written(folder, text))
+    assert leaf in by_file
+    assert word.strip("[]") in by_file
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("optim: {lr: [", "not valid YAML"),
+        ("a: !!python/object:os.system x", "not valid YAML"),
+        ("- 1\n- 2", "holds list"),
+        ("# nothing\n", "holds nothing"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(folder: Path, text: str, part: str) -> None:
+    path = written(folder, text)
+    message = refusal("--config", path)
+    assert path in message
+    assert part in message
+
+
+def test_a_file_that_is_not_utf8_is_refused(folder: Path) -> None:
+    path = folder / "latin.yaml"
+    path.write_bytes(b"output: caf\xe9\n")
+    assert str(path) in refusal("--config", str(path))
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    assert str(folder / "none.yaml") in refusal("--config", str(folder / "none.yaml"))
+
+
+def test_a_number_like_label_stays_text(folder: Path) -> None:
+    cfg = TrainConfig(task=TaskConfig(labels=("1e3", "3.10", "-2E5", "true", "null", "x")))
+    assert read_config(Path(written(folder, dump(cfg)))) == cfg
+
+
+def test_help_lists_every_field_with_its_meaning() -> None:
+    text = " ".join(make_parser().format_help().split())
+    for key in known_keys():
+        assert re.search(rf"--{re.escape(key)}[ =]", text), key
+        first = " ".join(docstring(key).split())[:40]
+        assert first in text, key
+
+
+def docstring(key: str) -> str:
+    """The text under a field in config.py."""
+    cls: Any = TrainConfig
+    *sections, leaf = key.split(".")
+    for section in sections:
+        cls = get_type_hints(cls)[section]
+    found = re.search(rf'\n    {leaf}: .*?\n    """(.*?)"""', inspect.getsource(cls), re.DOTALL)
+    assert found is not None, key
+    return found[1]
+
+
+def test_known_keys_are_all_fields() -> None:
+    keys = list(known_keys())
+    sections = [f.name for f in fields(TrainConfig) if is_dataclass(get_type_hints(TrainConfig)[f.name])]
+    counted = sum(len(fields(get_type_hints(TrainConfig)[name])) for name in sections)
+    assert len(keys) == len(set(keys)) == counted + len(fields(TrainConfig)) - len(sections)
