@@ -22,6 +22,7 @@ from esm_neuron.config import BackendName, ParallelConfig, TrainConfig, require
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import new_folder, write_json
+from esm_neuron.model import PooledEsmConfig
 from esm_neuron.safetensors_folder import BaseReference, write_shards
 from esm_neuron.settings import read_config
 from esm_neuron.tasks import Task, create_task
@@ -32,6 +33,11 @@ ADAPTER, MODEL, BASE, CONFIG = "adapter", "model", "base", "config.yaml"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 REFERENCE = "base_reference.json"
 """Beside an adapter: which weights it was trained on."""
+_ADAPTER_README = """LoRA adapter of esm-neuron on {base} (sha256 in base_reference.json); pooling: {pooling}.
+
+With `cls` pooling, or for masked LM, plain PEFT loads it onto the base. Other poolings are not transformers' own:
+answer with `esm-neuron predict`, or merge with `esm-neuron export` and load that after `import esm_neuron.model`.
+"""
 
 
 def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
@@ -62,13 +68,16 @@ def write_model(model: nn.Module, config: EsmConfig, folder: Path) -> None:
 
     with new_folder(folder) as aside:
         write_shards(state(), aside)
-        saved = config.__class__.from_dict(config.to_dict())
-        saved.architectures = [
-            type(model).__name__.replace("Packed", "Esm") if saved.model_type == "esm" else type(model).__name__
-        ]
-        saved.dtype = "float32"
-        saved.to_json_file(aside / "config.json", use_diff=False)
+        _write_config(model, config, aside)
         hf_tokenizer().save_pretrained(str(aside))
+
+
+def _write_config(model: nn.Module, config: EsmConfig, folder: Path) -> None:
+    saved = config.__class__.from_dict(config.to_dict())
+    name = type(model).__name__
+    saved.architectures = [name.replace("Packed", "Esm") if saved.model_type == "esm" else name]
+    saved.dtype = "float32"
+    saved.to_json_file(folder / "config.json", use_diff=False)
 
 
 def write_results(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor]) -> Path:
@@ -82,7 +91,7 @@ def write_results(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[s
     """
     out = Path(cfg.output)
     if isinstance(built.model, PeftModel):
-        return _write_adapter(cfg, task, built.model, trained, out)
+        return _write_adapter(cfg, task, built, built.model, trained)
     model, config = plain_model(cfg, task)
     with torch.no_grad():
         for name, value in trained.items():
@@ -91,20 +100,30 @@ def write_results(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[s
     return out / MODEL
 
 
-def _write_adapter(cfg: TrainConfig, task: Task, adapted: PeftModel, trained: Mapping[str, Tensor], out: Path) -> Path:
-    base = cfg.model
+def _write_adapter(
+    cfg: TrainConfig, task: Task, built: Built, adapted: PeftModel, trained: Mapping[str, Tensor]
+) -> Path:
+    out = Path(cfg.output)
+    reference = built.source.reference
     if cfg.model.init == "random":
         model, config = plain_model(cfg, task)
         write_model(model, config, out / BASE)
         base = replace(cfg.model, name=str(out / BASE), init="pretrained", revision=None)
-    reference = open_weights(base, cfg.seed)[1].reference
+        reference = open_weights(base, cfg.seed)[1].reference
     lora = adapted.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
+    if built.config.model_type == PooledEsmConfig.model_type and cfg.model.init == "pretrained":
+        # With the pretrained repository for its base the adapter would load in plain transformers, PEFT would pass over
+        # the head it does not find, and a random <cls> head would answer. A config of our type is refused there.
+        with new_folder(out / BASE) as aside, torch.device("meta"):
+            _write_config(task.build(built.config), built.config, aside)
+        lora.base_model_name_or_path, lora.revision = str(out / BASE), None
     lora.inference_mode = True
     with new_folder(out / ADAPTER) as aside:
         save_file({saved_key(n): t.contiguous() for n, t in trained.items()}, aside / ADAPTER_WEIGHTS, {"format": "pt"})
         lora.save_pretrained(str(aside))
         write_json(aside / REFERENCE, asdict(reference))
+        (aside / "README.md").write_text(_ADAPTER_README.format(base=reference.name, pooling=cfg.model.pooling))
     return out / ADAPTER
 
 
@@ -125,9 +144,11 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     model = cfg.model
     if found == [MODEL]:
         model = replace(model, name=str(folder / MODEL), init="pretrained", revision=None)
-    elif (folder / BASE).is_dir():
+    elif model.init == "random":
         model = replace(model, name=str(folder / BASE), init="pretrained", revision=None)
-    cfg = replace(cfg, output=str(folder), model=model, backend=backend or cfg.backend)
+    elsewhere = backend is not None and backend != cfg.backend
+    parallel = ParallelConfig() if elsewhere else cfg.parallel  # another device may not have as many cores
+    cfg = replace(cfg, output=str(folder), model=model, backend=backend or cfg.backend, parallel=parallel)
     return cfg, create_task(cfg.task, cfg.task.labels or ())
 
 

@@ -270,6 +270,17 @@ def test_a_pretrained_base_is_named_and_not_copied(run: Callable[..., Run], tmp_
     assert "give the weights it was trained on" in refusal(other, task)
 
 
+def test_a_pooled_adapter_names_a_base_that_plain_transformers_refuses(run: Callable[..., Run], tmp_path: Path) -> None:
+    finished = finish(tmp_path / "out", "mean", "lora", base=str(run("masked_lm", "none").out / "model"))
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base")
+    assert json.loads((tmp_path / "out" / "base" / "config.json").read_text())["model_type"] == "esm_neuron"
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "base")
+    cfg, task = read_run(tmp_path / "out", "cpu")
+    assert same(logits_of(build_trained(cfg, task, create_backend(cfg)).model), finished.logits)
+
+
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config.yaml there"):
         read_run(tmp_path)
