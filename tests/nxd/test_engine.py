@@ -39,6 +39,7 @@ WORLDS: dict[int, list[Case]] = {
         _parity("full", 0, **FULL),
         ("whole run", "resume", {"backend": "cpu", "set": {**STEPS, "loop.max_steps": 10}}),
         ("plain", "load_plain", {"adapter": "{root}/2/adapter/adapter"}),
+        ("650M", "write_650m", {}),
         ("signatures", "signatures", {}),
         ("unlisted", "call_unlisted", {}),
     ],
@@ -57,6 +58,7 @@ WORLDS: dict[int, list[Case]] = {
     ],
     4: [
         _parity("cls tp4", 4, **PLAIN),
+        ("memory", "load_650m", {"backend": "neuron", "set": {"parallel.tp": 4}, "model": "{root}/1/650M/model"}),
         _parity("cls tp4 zero1", 4),
         _parity("cls tp2 dp2", 2, **PLAIN),
         _parity("cls tp2 dp2 zero1", 2),
@@ -181,6 +183,17 @@ def test_stand_ins_refuse_what_they_do_not_serve(world: World) -> None:
         f"torch_xla.core.xla_model.all_to_all was called, and {collectives}",
         f"torch_xla.runtime.process_index was called, and {collectives}",
     ]
+
+
+def test_a_rank_never_holds_more_than_its_slice_and_a_layer(
+    world: World, tensors: Callable[[Path], dict[str, Tensor]]
+) -> None:
+    """Building the 650M shape at tp4 from safetensors: anonymous memory over that after the imports."""
+    ranks = tensors(world(WORLDS, 4)["memory"])["peak_held_layer"]
+    assert ranks.shape == (4, 3)
+    for peak, held, layer in ranks.tolist():
+        assert 600e6 < held < 700e6 and layer == 4 * (12 * 1280**2 + 13 * 1280)
+        assert peak <= held + layer
 
 
 def test_heads_that_tp_does_not_divide(world: World) -> None:
