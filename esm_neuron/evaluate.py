@@ -30,10 +30,12 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, moved to `device`."""
+def on_device(batches: Iterable[Batch], backend: Backend) -> Iterator[Batch]:
+    """The same batches on the backend's device, or spread over its devices."""
     for batch in batches:
-        yield batch.to(device)
+        moved = batch.to(backend.device)
+        backend.spread(moved.tensors().values())
+        yield moved
 
 
 def run_passes(
@@ -47,7 +49,7 @@ def run_passes(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in on_device(prefetch(batches, AHEAD), backend.device):
+        for batch in on_device(prefetch(batches, AHEAD), backend):
             with backend.autocast():
                 logits = forward(model, batch)
             answers = task.answers(logits, batch)  # not under autocast, which would round sums to bfloat16

@@ -53,7 +53,7 @@ def predict(
         say(report.summary())
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
-        loader = EvalLoader(table, task, cfg, *where, static_shapes=backend.static_shapes)
+        loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
         probabilities = np.zeros((len(table.ids), len(task.labels)))
 
         def take(members: np.ndarray, answers: list[np.ndarray]) -> None:

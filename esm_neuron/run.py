@@ -110,9 +110,25 @@ class Loaders:
         def held_out(table: ExampleTable | None) -> EvalLoader | None:
             if table is None:
                 return None
-            return EvalLoader(table, task, cfg, *where, static_shapes=backend.static_shapes, row_lengths=lengths)
+            return EvalLoader(
+                table,
+                task,
+                cfg,
+                *where,
+                local_dp=backend.local_dp,
+                static_shapes=backend.static_shapes,
+                row_lengths=lengths,
+            )
 
-        train = TrainLoader(splits.train, task, cfg, *where, static_shapes=backend.static_shapes, row_lengths=lengths)
+        train = TrainLoader(
+            splits.train,
+            task,
+            cfg,
+            *where,
+            local_dp=backend.local_dp,
+            static_shapes=backend.static_shapes,
+            row_lengths=lengths,
+        )
         return cls(train, held_out(splits.valid), held_out(splits.test))
 
 
@@ -181,7 +197,7 @@ def evaluate(
         say(report.summary())
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
-        loader = EvalLoader(table, task, cfg, *where, static_shapes=backend.static_shapes)
+        loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
         values = finite(evaluate_table(built.model, task, backend, loader).compute(intervals=True))
         if target is not None:
             agree(backend, lambda: write_json(target, values))

@@ -109,7 +109,7 @@ class Trainer:
         step = data.step
         rate = learning_rate(step, self.total_steps, self.cfg.optim)
         self.backend.set_lr(self.optimizer, rate)
-        for number, batch in enumerate(on_device(data.batches, self.backend.device)):
+        for number, batch in enumerate(on_device(data.batches, self.backend)):
             self.backend.seed(self.cfg.seed, step, number)
             with self.backend.autocast():
                 loss, weight = self.task.loss(forward(self.model, batch), batch)

@@ -9,7 +9,7 @@ from esm_neuron.config import TrainConfig
 
 _BACKENDS = {
     "cpu": ("esm_neuron.backends.cpu", "CpuBackend"),
-    "xla": ("esm_neuron.backends.xla", "XlaBackend"),
+    "xla": ("esm_neuron.backends.spmd", "create"),
     "neuron": ("esm_neuron.backends.neuron", "NeuronBackend"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +26,10 @@ class Backend(Protocol):
     name: str
     device: torch.device
     topology: Topology
+    """Where this process is among the processes."""
+    local_dp: int
+    """Data-parallel devices that this process drives as one: 1, but the mesh's degree under SPMD. A pass of the process
+    holds `loop.rows_per_device` times as many rows; the process reads them all, so the topology knows nothing of it."""
     static_shapes: bool
     """True where a new shape means a new compiled program."""
     attention: str
@@ -44,6 +48,10 @@ class Backend(Protocol):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move to the device and give every trainable parameter a zeroed gradient buffer that stays."""
+        ...
+
+    def spread(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Lay the rows (dimension 0) of a batch's tensors, already on the device, over the `local_dp` devices."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,15 +73,22 @@ def mix_seed(*numbers: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy of its own on the host, contiguous."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def gather_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, fetch: Callable[[Tensor], Tensor] = copy_to_host
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Trained parameters and optimizer state as copies on the host, named as in `checkpoint.Snapshot`."""
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+            weights[name] = fetch(parameter)
             for kind, value in optimizer.state[parameter].items():
-                moments[f"{name}/{kind}"] = value.detach().to("cpu", copy=True).contiguous()
+                moments[f"{name}/{kind}"] = fetch(value)
     return weights, moments
 
 

@@ -7,7 +7,7 @@ training (forward and backward), one update, one pass of evaluation. Nothing in 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -25,10 +25,23 @@ from esm_neuron.parallel.topology import Topology
 T = TypeVar("T")
 
 
+def import_torch_xla() -> Any:
+    """The package torch_xla with the modules that a backend uses; ConfigError where it is missing."""
+    try:
+        import torch_xla
+        import torch_xla.core.xla_model
+        import torch_xla.debug.metrics
+        import torch_xla.utils.checkpoint
+    except ImportError as error:
+        raise ConfigError(f"backend xla needs torch_xla ({error}); pip install 'esm-neuron[xla]'") from error
+    return torch_xla
+
+
 class XlaBackend:
     """See `base.Backend`."""
 
     name = "xla"
+    local_dp = 1
     static_shapes = True
     attention = "masked"
     lora_modules: Mapping[type, type] = {}
@@ -40,21 +53,21 @@ class XlaBackend:
             f"backend xla in a world of {world} processes: on the CPU torch_xla has no collectives between them, they "
             f"would train {world} models apart; start one process, or use --backend cpu for data parallelism on gloo",
         )
-        require(
-            cfg.parallel.tp == 1,
-            f"parallel.tp={cfg.parallel.tp}: the xla backend shards nothing yet; use parallel.tp=1",
-        )
-        try:
-            import torch_xla
-            import torch_xla.core.xla_model as xm
-            import torch_xla.debug.metrics as met
-            from torch_xla.utils.checkpoint import checkpoint
-        except ImportError as error:
-            raise ConfigError(f"backend xla needs torch_xla ({error}); pip install 'esm-neuron[xla]'") from error
-        self._torch_xla, self._xm, self._met, self._checkpoint = torch_xla, xm, met, checkpoint
-        self.device = torch_xla.device()
+        self._torch_xla = import_torch_xla()
+        self._xm, self._met = self._torch_xla.core.xla_model, self._torch_xla.debug.metrics
+        self._checkpoint = self._torch_xla.utils.checkpoint.checkpoint
+        self.device = self._open(cfg)
         self.topology = Topology()
         self._bf16 = cfg.loop.precision == "bf16"
+
+    def _open(self, cfg: TrainConfig) -> torch.device:
+        """The device that the whole run lives on."""
+        require(
+            cfg.parallel.tp == 1,
+            f"parallel.tp={cfg.parallel.tp}: this process has one XLA device; use parallel.tp=1, or give it more "
+            "devices (on the CPU: CPU_NUM_DEVICES)",
+        )
+        return self._torch_xla.device()
 
     def shard(self, model: nn.Module) -> None:
         """Nothing is sharded: tp is 1."""
@@ -65,10 +78,16 @@ class XlaBackend:
     def prepare(self, model: nn.Module) -> nn.Module:
         if self._bf16:
             store_frozen_linears(model, torch.bfloat16)
-        model.to(self.device)
-        make_gradient_buffers(model)
+        self._move(model)
         self.sync()
         return model
+
+    def _move(self, model: nn.Module) -> None:
+        model.to(self.device)
+        make_gradient_buffers(model)
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """The rows are where they belong: this process drives one device."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("xla", dtype=torch.bfloat16) if self._bf16 else nullcontext()
@@ -78,9 +97,12 @@ class XlaBackend:
         return self._checkpoint
 
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        optimizer = adamw(groups, cfg, self.device, capturable=True, foreach=False)
+        optimizer = self._adamw(groups, cfg)
         self.sync()
         return optimizer
+
+    def _adamw(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        return adamw(groups, cfg, self.device, capturable=True, foreach=False)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         # through a device buffer: a Python number would be compiled into the program, a new one each step

@@ -95,12 +95,13 @@ class TrainLoader:
         cfg: the run's configuration.
         dp: data-parallel degree.
         dp_rank: this process's place among them, 0 to dp - 1.
+        local_dp: devices over which this process spreads the rows of a batch (`Backend.local_dp`).
         static_shapes: True: every batch of a bucket has one shape. False: filler rows and the columns that are padding
             in every row are left out of a batch, which is less work where a new shape costs nothing.
         row_lengths: row lengths in tokens, the longest `data.row_tokens`; None: `select_row_lengths`.
 
     Raises:
-        ConfigError: `loop.rows_per_step` is not a multiple of `loop.rows_per_device` times `dp`.
+        ConfigError: `loop.rows_per_step` is not a multiple of `loop.rows_per_device` times `dp` times `local_dp`.
         DataError: there is no example, or one does not fit a row.
     """
 
@@ -112,10 +113,11 @@ class TrainLoader:
         dp: int = 1,
         dp_rank: int = 0,
         *,
+        local_dp: int = 1,
         static_shapes: bool = True,
         row_lengths: Sequence[int] | None = None,
     ) -> None:
-        self.passes = _accumulated_passes(cfg, dp)
+        self.passes = _accumulated_passes(cfg, dp * local_dp)
         """Forward passes of this rank in one optimizer step."""
         self._cfg, self._dp, self._dp_rank = cfg, dp, dp_rank
         self._lengths = table.lengths.astype(np.int32)
@@ -178,7 +180,7 @@ class EvalLoader:
     and the table alone, so two evaluations answer the same questions. Can be iterated any number of times.
 
     Args:
-        table, task, cfg, dp, dp_rank, static_shapes: as for `TrainLoader`.
+        table, task, cfg, dp, dp_rank, local_dp, static_shapes: as for `TrainLoader`.
         row_lengths: row lengths in tokens, such as `TrainLoader.row_lengths`; None: `data.row_tokens` alone.
 
     Raises:
@@ -193,6 +195,7 @@ class EvalLoader:
         dp: int = 1,
         dp_rank: int = 0,
         *,
+        local_dp: int = 1,
         static_shapes: bool = True,
         row_lengths: Sequence[int] | None = None,
     ) -> None:
@@ -205,7 +208,7 @@ class EvalLoader:
             lengths,
             (cfg.data.row_tokens,) if row_lengths is None else row_lengths,
             _segments(cfg),
-            cfg.loop.eval_rows_per_device * dp,
+            cfg.loop.eval_rows_per_device * dp * local_dp,
             _rng(cfg.seed, _EVALUATION),
         )
         self.padding_efficiency: float = self._plan.efficiency(lengths)

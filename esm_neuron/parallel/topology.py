@@ -104,7 +104,9 @@ class Topology:
             stride=neuron_stride(tp, local_world) if neuron else 1,
         )
 
-    def validate(self, heads: int, hidden: int, intermediate: int, model: str, pad_heads: bool = False) -> None:
+    def validate(
+        self, heads: int, hidden: int, intermediate: int, model: str, pad_heads: bool = False, can_pad: bool = True
+    ) -> None:
         """Check that `tp` cuts the model's linears evenly.
 
         Args:
@@ -113,6 +115,7 @@ class Topology:
             intermediate: width of the feed-forward layer.
             model: its name, for the message.
             pad_heads: the value of `parallel.pad_heads`.
+            can_pad: whether the backend could pad, for the message.
 
         Raises:
             ConfigError: with the degrees that fit.
@@ -125,9 +128,8 @@ class Topology:
         cure = f"use tp={_or(legal)}"
         if intermediate % self.tp:
             raise ConfigError(f"tp={self.tp} does not divide the intermediate size {intermediate} of {model}; {cure}")
-        raise ConfigError(
-            f"tp={self.tp} does not divide {heads} attention heads of {model}; {cure}, or parallel.pad_heads=true"
-        )
+        cure += ", or parallel.pad_heads=true" if can_pad else ""
+        raise ConfigError(f"tp={self.tp} does not divide {heads} attention heads of {model}; {cure}")
 
     def validate_neuron(self, cores: int, local_world: int) -> None:
         """Check what the Neuron runtime can form groups of.

@@ -1,0 +1,132 @@
+"""Several torch_xla devices driven by one process: the tensor-parallel table as `mark_sharding` over a dp x tp mesh.
+
+torch_xla shows the process one logical device and XLA cuts every program into one a device, with the collectives that
+the marks ask for: rows along dp, linears of the table along tp, their LoRA matrices, gradients and moments alike,
+everything else on each device. So the process sees whole tensors, and checkpoints hold them. Programs of a run: as in
+`xla.py`. On a TPU the devices are its cores; on the CPU, PJRT_DEVICE=CPU and CPU_NUM_DEVICES=4 make four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esm_neuron.backends import common
+from esm_neuron.backends.xla import XlaBackend, import_torch_xla
+from esm_neuron.config import OptimConfig, TrainConfig, require
+from esm_neuron.parallel.slices import cut_of
+from esm_neuron.parallel.topology import Topology, divisors
+
+
+def create(cfg: TrainConfig) -> XlaBackend:
+    """The `xla` backend: SPMD over all devices of this process where it has several, else its only device.
+
+    Raises:
+        ConfigError: torch_xla is missing, or processes, devices and `parallel` do not fit.
+    """
+    import_torch_xla()
+    from torch_xla import runtime
+
+    return SpmdBackend(cfg) if runtime.addressable_runtime_device_count() > 1 else XlaBackend(cfg)
+
+
+class SpmdBackend(XlaBackend):
+    """See `base.Backend`."""
+
+    def _open(self, cfg: TrainConfig) -> torch.device:
+        from torch_xla import runtime
+        from torch_xla.distributed import spmd
+        from torch_xla.distributed.spmd.xla_sharding import wrap_as_sharded_tensor
+
+        tp, devices = cfg.parallel.tp, runtime.global_runtime_device_count()
+        mine = runtime.addressable_runtime_device_count()
+        require(
+            mine == devices,
+            f"backend xla sees {devices} devices of which this process drives {mine}: it does not span several hosts; "
+            "start one process on one host",
+        )
+        require(
+            devices % tp == 0,
+            f"parallel.tp={tp} does not divide the {devices} devices of this process; "
+            f"use parallel.tp={_or(divisors(devices))}",
+        )
+        require(
+            not cfg.parallel.pad_heads,
+            "parallel.pad_heads=true: only the neuron backend adds zero heads; use parallel.pad_heads=false",
+        )
+        if not runtime.is_spmd():
+            runtime.use_spmd()
+        self._spmd, self._wrap = spmd, wrap_as_sharded_tensor
+        self._grid = Topology(world=devices, tp=tp)
+        self.local_dp = self._grid.dp
+        self._mesh = spmd.Mesh(np.arange(devices), (self._grid.dp, tp), ("dp", "tp"))
+        self._model_name, self._heads = cfg.model.name, 0
+        return self._torch_xla.device()
+
+    def shard(self, model: nn.Module) -> None:
+        """Check that tp fits the model; its tensors are marked once they are on the device."""
+        config: Any = model.config
+        self._heads = config.num_attention_heads
+        sizes = (self._heads, config.hidden_size, config.intermediate_size)
+        self._grid.validate(*sizes, self._model_name, can_pad=False)
+
+    def _move(self, model: nn.Module) -> None:
+        super()._move(model)
+        for name, parameter in model.named_parameters():
+            self._lay(name, parameter)
+            if parameter.grad is not None:
+                self._lay(name, parameter.grad)
+
+    def _adamw(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        optimizer = super()._adamw(groups, cfg)
+        for group in groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                for moment in optimizer.state[parameter].values():
+                    if moment.shape == parameter.shape:
+                        self._lay(name, moment)
+        return optimizer
+
+    def _lay(self, name: str, tensor: Tensor) -> None:
+        """Cut a tensor of the shape of the parameter `name` along tp, as the table says, or put it on each device.
+
+        Before the tensor is made real, so that no device ever holds more than its part; updates in place keep the mark.
+        """
+        dim = cut_of(name, tensor.shape, self._heads, self._grid.tp).dim
+        self._mark(tensor, dim, "tp")
+
+    def _mark(self, tensor: Tensor, dim: int | None, axis: str = "") -> None:
+        """Cut `tensor` along `dim` over an axis of the mesh; None: every device holds the whole."""
+        self._spmd.mark_sharding(tensor, self._mesh, tuple(axis if d == dim else None for d in range(tensor.ndim)))
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._mark(tensor, 0, "dp")
+
+    def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
+        for tensor in tensors:
+            self._mark(tensor, None)  # joined by the program itself: reading a cut tensor compiles one, each time anew
+        super().on_host(fn, *tensors)
+
+    def gather_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return common.gather_state(model, optimizer, self._fetch)
+
+    def _fetch(self, tensor: Tensor) -> Tensor:
+        """The whole tensor on the host, put together here from the devices' parts: no program, no device holds it."""
+        kinds = self._spmd.ShardingType
+        sharded = self._wrap(tensor.detach())
+        if sharded.sharding_type not in (kinds.TILED, kinds.PARTIAL):
+            return common.copy_to_host(tensor)
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for shard in sharded.local_shards:
+            whole[tuple(shard.indices)] = shard.data  # nothing is padded: tp divides whatever it cuts
+        return whole
+
+
+def _or(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
