@@ -56,6 +56,9 @@ class Trainer:
         """Make the optimizer; `identity` is what a resumed checkpoint must agree with."""
         self.cfg, self.model, self.task, self.backend = cfg, model, task, backend
         self.train_loader, self.valid_loader, self.callbacks = train, valid, callbacks
+        # Loss sum and weight of the step. Made real with the optimizer's state: as zeros not yet computed, or copied from
+        # the host, they would look unlike all later ones, and the first pass would be a program of its own.
+        self._totals = torch.zeros(2, device=backend.device)
         self.optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
         self.total_steps = train.total_steps(cfg.loop.epochs, cfg.loop.max_steps)
         self.eval_every = cfg.loop.eval_every or train.steps_per_epoch
@@ -63,7 +66,6 @@ class Trainer:
         self.stopper = EarlyStopping(cfg.loop.patience, task.greater_is_better)
         self.state = TrainState(run=dict(identity))
         self.folder = Path(cfg.output) / "checkpoints"
-        self._totals = torch.zeros(2, device=backend.device)  # loss sum and weight of the step, on the device
         self._began = self._logged_seconds = 0.0
         self._logged_residues = 0
 
