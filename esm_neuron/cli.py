@@ -8,10 +8,11 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from esm_neuron.config import BackendName
+from esm_neuron.config import BackendName, TrainConfig, require
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.signals import EXIT_STOPPED
 
@@ -83,12 +84,73 @@ def convert(argv: Sequence[str]) -> int:
     return 0
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Packs, programs and legal parallelism of a run, before it: --config FILE and flags as for train."""
+    parser = ArgumentParser(prog="esm-neuron plan", description=plan.__doc__, add_help=False, allow_abbrev=False)
+    parser.add_argument("--devices", type=int, default=1, help="data-parallel devices of the run; default 1")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+    from esm_neuron import settings
+
+    cfg = settings.parse(rest, "plan")
+    cfg.validate()
+    require(args.devices >= 1, f"--devices {args.devices} must be at least 1")
+    from esm_neuron.data.splits import load_splits
+    from esm_neuron.plan import make_plan, render
+    from esm_neuron.tasks import TASKS
+
+    made = make_plan(cfg, load_splits(cfg, TASKS[cfg.task.name].needs_labels), args.devices)
+    print(json.dumps({**asdict(made), "programs": made.programs}, indent=2) if args.json else render(made))
+    return 0
+
+
+def compile_ahead(argv: Sequence[str]) -> int:
+    """Compile the programs of a run ahead of it, on xla or neuron: --config FILE and flags as for train.
+
+    On Trainium: neuron_parallel_compile torchrun --nproc_per_node N -m esm_neuron.cli compile --config FILE, with the
+    flags of the training to come.
+    """
+    from esm_neuron import settings
+
+    cfg = settings.parse(argv, "compile")
+    from esm_neuron.run import compile_programs as run_compilation
+
+    if cfg.backend == "neuron" and os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") != "1":
+        say("compiling one program after the other; start as `neuron_parallel_compile torchrun ...` for all at once")
+    say(f"{run_compilation(cfg, say)} programs compiled")
+    return 0
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """What is installed, which devices there are, and what each backend lacks."""
+    parser = ArgumentParser(prog="esm-neuron doctor", description=doctor.__doc__)
+    parser.add_argument("--backend", choices=get_args(BackendName), help="exit with 1 when this one cannot run here")
+    parser.add_argument("--config", type=Path, help="YAML of a run: decides which variables are set; default: defaults")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args(argv)
+    from esm_neuron.doctor import examine, render
+
+    cfg = TrainConfig()
+    if args.config is not None:
+        from esm_neuron import settings
+
+        cfg = settings.read_config(args.config)
+    found = examine(cfg)
+    print(json.dumps(asdict(found), indent=2) if args.json else render(found))
+    return 1 if args.backend and found.lacks[args.backend] else 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
     "convert": convert,
+    "plan": plan,
+    "compile": compile_ahead,
+    "doctor": doctor,
 }
 """Command -> function of the words after it, returning the exit code."""
 
@@ -108,7 +170,7 @@ def _parser(name: str, command: Callable[..., int]) -> ArgumentParser:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: esm-neuron COMMAND ...", "", *lines, "", "esm-neuron COMMAND --help tells more."])
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from esm_neuron.errors import ConfigError
 
 BackendName = Literal["cpu", "xla", "neuron"]
+OnRecompile = Literal["error", "warn", "ignore"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,9 @@ class LoopConfig:
     """Optimizer steps between validations; 0: once an epoch."""
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
+    on_recompile: OnRecompile = "error"
+    """A training step that compiles a program after its bucket's first two steps, where shapes are static (xla,
+    neuron): stop and name what changed, warn and go on, or say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

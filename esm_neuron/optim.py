@@ -26,11 +26,17 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
     return groups
 
 
+LEAST_RATE = 1e-20
+"""Stands for a learning rate of 0, at the end of a schedule. AdamW on an XLA device divides by the rate: at 0, a weight
+without gradient would become 0 / 0 (torch 2.8, `capturable`). And XLA compiles a scalar 0 into the program."""
+
+
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     """Learning rate of the optimizer step `step` (from 0) of `total_steps`.
 
     Warm-up: `lr * (step + 1) / warmup_steps`, so that no step is wasted at rate 0. Then the schedule falls from `lr` to
-    `lr * min_lr_ratio` at the last step: half a cosine (Loshchilov & Hutter 2017, eq. 5), a line, or not at all.
+    `lr * min_lr_ratio` (at least LEAST_RATE) at the last step: half a cosine (Loshchilov & Hutter 2017, eq. 5), a line,
+    or not at all.
     """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
@@ -39,4 +45,4 @@ def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     progress = (step - cfg.warmup_steps) / max(1, total_steps - 1 - cfg.warmup_steps)
     progress = min(1.0, progress)
     share = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
-    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share)
+    return max(LEAST_RATE, cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +37,7 @@ FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how, not what is computed."""
 FREE_FIELDS = {
     "data.train", "data.valid", "data.test", "model.gradient_checkpointing", "loop.rows_per_device",
-    "loop.eval_rows_per_device", "loop.eval_every", "loop.patience",
+    "loop.eval_rows_per_device", "loop.eval_every", "loop.patience", "loop.on_recompile",
 }  # fmt: skip
 """The same for single fields; the data itself is compared by its fingerprint."""
 
@@ -58,6 +59,11 @@ def train(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> Outcome:
         EsmNeuronError: settings, data or checkpoints that cannot be used; nothing half-written is left.
     """
     cfg.validate()
+    if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
+        raise ConfigError(
+            "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
+            "use `compile` instead of `train`"
+        )
     backend = create_backend(cfg)
     try:
         with _claimed_output(cfg, backend):
@@ -66,17 +72,60 @@ def train(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> Outcome:
         backend.close()
 
 
+def compile_programs(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> int:
+    """Compile what the training run of `cfg` will need, ahead of it, and write nothing to `cfg.output`.
+
+    On Trainium under `neuron_parallel_compile`, which collects the programs and then compiles them side by side.
+
+    Returns:
+        Programs that this process asked for.
+
+    Raises:
+        EsmNeuronError: settings, data or weights that cannot be used; a backend that compiles nothing.
+    """
+    cfg.validate()
+    backend = create_backend(cfg)
+    say = say if backend.topology.is_main else _say_nothing
+    try:
+        if not backend.static_shapes:
+            raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for --backend xla or neuron")
+        job = _Job.of(cfg, backend, say)
+        job.trainer.compile([loader for loader in (job.loaders.valid, job.loaders.test) if loader is not None])
+        return backend.graphs()
+    finally:
+        backend.close()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run before its first step."""
+
+    cfg: TrainConfig
+    """With the class names that the data has."""
+    splits: Splits
+    task: Task
+    built: Built
+    loaders: Loaders
+    trainer: Trainer
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> _Job:
+        """Read the data, build the model, make the trainer."""
+        splits = load_splits(cfg, TASKS[cfg.task.name].needs_labels)
+        say(splits.summary())
+        cfg = replace(cfg, task=replace(cfg.task, labels=splits.labels or None))
+        task = create_task(cfg.task, splits.labels)
+        built = build_model(cfg, task, backend)
+        say(describe(cfg, built))
+        loaders = Loaders.of(cfg, splits, task, backend)
+        same = identity(cfg, splits.fingerprint)
+        trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], same)
+        return cls(cfg, splits, task, built, loaders, trainer)
+
+
 def _train(cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> Outcome:
-    splits = load_splits(cfg, TASKS[cfg.task.name].needs_labels)
-    say(splits.summary())
-    cfg = replace(cfg, task=replace(cfg.task, labels=splits.labels or None))
-    task = create_task(cfg.task, splits.labels)
-    built = build_model(cfg, task, backend)
-    say(describe(cfg, built))
-    loaders = Loaders.of(cfg, splits, task, backend)
-    trainer = Trainer(
-        cfg, built.model, task, backend, loaders.train, loaders.valid, [], identity(cfg, splits.fingerprint)
-    )
+    job = _Job.of(cfg, backend, say)
+    cfg, splits, task, built, loaders, trainer = job.cfg, job.splits, job.task, job.built, job.loaders, job.trainer
     begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
     if begin:
         say(f"resumed after step {begin} of {trainer.total_steps}")

@@ -20,9 +20,10 @@ from esm_neuron.checkpoint import Snapshot, TrainState
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch
 from esm_neuron.errors import CheckpointError, EsmNeuronError
-from esm_neuron.evaluate import evaluate, forward, on_device
+from esm_neuron.evaluate import evaluate, forward, on_device, run_passes
 from esm_neuron.metrics import Value
 from esm_neuron.optim import learning_rate, parameter_groups
+from esm_neuron.recompile import RecompileGuard
 from esm_neuron.signals import StopSignal
 from esm_neuron.tasks import Task
 
@@ -66,6 +67,7 @@ class Trainer:
         self.stopper = EarlyStopping(cfg.loop.patience, task.greater_is_better)
         self.state = TrainState(run=dict(identity))
         self.folder = Path(cfg.output) / "checkpoints"
+        self.guard = RecompileGuard(cfg.loop.on_recompile, backend.graphs, train.row_lengths)
         self._began = self._logged_seconds = 0.0
         self._logged_residues = 0
 
@@ -93,7 +95,9 @@ class Trainer:
         with StopSignal() as stop, closing(prefetch(map(self.train_loader.load, steps), AHEAD)) as ahead:
             self._start_clock()
             for data in ahead:
+                self.guard.begin()
                 self._train_step(data)
+                self.guard.end(data.step, data.batches)
                 done = self.state.step
                 last = done == self.total_steps
                 if done % self.eval_every == 0 or last:
@@ -105,6 +109,19 @@ class Trainer:
                 if ends:
                     return Fit(self.state, None if last else stopped_by)
         return Fit(self.state, None)
+
+    def compile(self, held_out: Sequence[EvalLoader]) -> None:
+        """Run every program of a run: two training steps of each bucket, and one pass of each evaluation's bucket.
+
+        By the code that trains, so that the programs are the same; no value is looked at and nothing is written, since
+        under neuron_parallel_compile every value is 0. The model is of no use afterwards.
+        """
+        self.model.train()
+        first = self.train_loader.first_steps(self.total_steps)
+        for step in [*first, *first]:  # the first steps of a run may differ from all others
+            self._train_step(self.train_loader.load(step))
+        for loader in held_out:
+            run_passes(self.model, self.task, self.backend, loader.first_batches(), lambda members, answers: None)
 
     def _train_step(self, data: StepData) -> None:
         """One optimizer step: a pass a batch, then the update. Nothing here waits for a value from the device."""

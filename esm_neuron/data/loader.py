@@ -83,6 +83,28 @@ def select_row_lengths(cfg: TrainConfig, lengths: np.ndarray, hidden_size: int =
     )
 
 
+def training_plan(cfg: TrainConfig, lengths: np.ndarray, row_lengths: Sequence[int], epoch: int = 0) -> EpochPlan:
+    """The optimizer steps of an epoch over all devices, a function of the configuration and the lengths alone.
+
+    Args:
+        cfg: the run's configuration.
+        lengths: integers [examples]: tokens of each example, specials included.
+        row_lengths: row lengths in tokens, see `select_row_lengths`.
+        epoch: counted from 0.
+
+    Raises:
+        DataError: there is no example, or one does not fit a row.
+    """
+    rows, rng = cfg.loop.rows_per_step, _rng(cfg.seed, epoch)
+    return plan_epoch(lengths, row_lengths, _segments(cfg), rows, rng)
+
+
+def evaluation_plan(cfg: TrainConfig, lengths: np.ndarray, row_lengths: Sequence[int], devices: int = 1) -> EpochPlan:
+    """The passes of an evaluation over `devices` data-parallel devices; otherwise as `training_plan`."""
+    rows, rng = cfg.loop.eval_rows_per_device * devices, _rng(cfg.seed, _EVALUATION)
+    return plan_epoch(lengths, row_lengths, _segments(cfg), rows, rng)
+
+
 class TrainLoader:
     """The training batches of one data-parallel rank, by optimizer step.
 
@@ -117,7 +139,7 @@ class TrainLoader:
         static_shapes: bool = True,
         row_lengths: Sequence[int] | None = None,
     ) -> None:
-        self.passes = _accumulated_passes(cfg, dp * local_dp)
+        self.passes = accumulated_passes(cfg, dp * local_dp)
         """Forward passes of this rank in one optimizer step."""
         self._cfg, self._dp, self._dp_rank = cfg, dp, dp_rank
         self._lengths = table.lengths.astype(np.int32)
@@ -133,7 +155,7 @@ class TrainLoader:
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
         """Optimizer steps of a run: `max_steps`, or else those of `epochs` passes, at least 1."""
-        return max_steps if max_steps is not None else max(1, math.ceil(epochs * self.steps_per_epoch))
+        return total_steps(self.steps_per_epoch, epochs, max_steps)
 
     def batches(self, step: int) -> list[Batch]:
         """The accumulated passes of this rank in optimizer step `step`, counted from 0 over all epochs."""
@@ -163,10 +185,12 @@ class TrainLoader:
             self._planned = (epoch, plan)
         return plan
 
+    def first_steps(self, total: int) -> list[int]:
+        """The first step of each bucket that a run of `total` steps meets: together they need all its programs."""
+        return self.plan(0).first_steps(total)
+
     def _plan(self, epoch: int) -> EpochPlan:
-        loop = self._cfg.loop
-        rng = _rng(self._cfg.seed, epoch)
-        return plan_epoch(self._lengths, self.row_lengths, _segments(self._cfg), loop.rows_per_step, rng)
+        return training_plan(self._cfg, self._lengths, self.row_lengths, epoch)
 
     def _residues(self, rows: Sequence[np.ndarray]) -> int:
         members = np.concatenate(rows)
@@ -204,13 +228,8 @@ class EvalLoader:
         """The examples that are given."""
         self._dp, self._dp_rank = dp, dp_rank
         self._collator = _Collator(table, task, _segments(cfg), cfg.seed, static_shapes)
-        self._plan = plan_epoch(
-            lengths,
-            (cfg.data.row_tokens,) if row_lengths is None else row_lengths,
-            _segments(cfg),
-            cfg.loop.eval_rows_per_device * dp * local_dp,
-            _rng(cfg.seed, _EVALUATION),
-        )
+        chosen = (cfg.data.row_tokens,) if row_lengths is None else row_lengths
+        self._plan = evaluation_plan(cfg, lengths, chosen, dp * local_dp)
         self.padding_efficiency: float = self._plan.efficiency(lengths)
         """Share of the slots, filler rows included, that hold tokens."""
 
@@ -220,9 +239,15 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches in order."""
-        for step in range(len(self)):
-            row_tokens, rows = self._plan.step(step)
-            yield self._collator(_share(rows, self._dp, self._dp_rank), row_tokens, _EVALUATION)
+        return map(self._batch, range(len(self)))
+
+    def first_batches(self) -> Iterator[Batch]:
+        """The first batch of each bucket: together they need all programs of the evaluation."""
+        return map(self._batch, self._plan.first_steps())
+
+    def _batch(self, step: int) -> Batch:
+        row_tokens, rows = self._plan.step(step)
+        return self._collator(_share(rows, self._dp, self._dp_rank), row_tokens, _EVALUATION)
 
 
 class _Collator:
@@ -316,7 +341,17 @@ def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
         thread.join()
 
 
-def _accumulated_passes(cfg: TrainConfig, dp: int) -> int:
+def total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a run, see `TrainLoader.total_steps`."""
+    return max_steps if max_steps is not None else max(1, math.ceil(epochs * steps_per_epoch))
+
+
+def accumulated_passes(cfg: TrainConfig, dp: int) -> int:
+    """Forward passes in an optimizer step of each of `dp` data-parallel devices.
+
+    Raises:
+        ConfigError: `loop.rows_per_step` does not give each of them the same number.
+    """
     rows, per_device = cfg.loop.rows_per_step, cfg.loop.rows_per_device
     unit = per_device * dp
     if rows % unit:

@@ -98,6 +98,11 @@ class EpochPlan:
         held = [pack.row(r) for r in range(first, min(first + rows, pack.rows))]
         return pack.row_tokens, held + [_NOBODY] * (rows - len(held))
 
+    def first_steps(self, limit: int | None = None) -> list[int]:
+        """The first step of each bucket that has one, ascending; of the first `limit` steps only, if given."""
+        _, first = np.unique(self.bucket[:limit], return_index=True)
+        return sorted(first.tolist())
+
     def efficiency(self, lengths: np.ndarray) -> float:
         """Share of all slots, filler rows included, that hold tokens; `lengths` as in `PackPlan.efficiency`."""
         tokens = sum(int(lengths[pack.members].sum(dtype=np.int64)) for pack in self.packs)

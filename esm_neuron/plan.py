@@ -1,0 +1,225 @@
+"""What a run will be like before anything is built or rented: packs, programs, legal tensor parallelism.
+
+Planned by the functions that the loaders use, so the table is what will happen and not an estimate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from esm_neuron.config import TrainConfig, require
+from esm_neuron.data.loader import (
+    SPECIALS,
+    accumulated_passes,
+    evaluation_plan,
+    select_row_lengths,
+    total_steps,
+    training_plan,
+)
+from esm_neuron.data.packing import EpochPlan
+from esm_neuron.data.splits import Splits
+from esm_neuron.errors import ConfigError
+from esm_neuron.parallel.topology import NEURON_CORES, NEURON_TP, legal_tp
+from esm_neuron.shapes import SHAPES
+
+SET_UP = 3
+"""Programs that make the model's buffers and the optimizer's state on XLA:CPU (torch_xla 2.8.1)."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The rows of one length in an epoch of training."""
+
+    row_tokens: int
+    """Slots of a row."""
+    rows: int
+    """Rows that hold sequences."""
+    sequences: int
+    residues: int
+    """Residues, specials left out."""
+    share: float
+    """Part of the epoch's residues, 0 to 1."""
+    efficiency: float
+    """Share of the slots, filler rows included, that hold tokens, 0 to 1; 1 where there is no row."""
+    steps: int
+    """Optimizer steps an epoch."""
+    rows_per_step: int
+    """Rows of a step over all devices."""
+    passes: int
+    """Forward passes of a step on each device."""
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The degrees of tensor parallelism that a model's shape allows."""
+
+    heads: int
+    degrees: tuple[int, ...]
+    """Powers of two up to 32 that cut heads and feed-forward evenly."""
+    padded: tuple[int, ...]
+    """The same with `parallel.pad_heads`."""
+    instances: Mapping[str, tuple[int, ...]]
+    """trn1 instance -> those of `padded` that lie well on its links."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What `esm-neuron plan` prints."""
+
+    buckets: tuple[Bucket, ...]
+    """Shortest rows first."""
+    total: Bucket
+    """Sums over the buckets; `row_tokens`, `rows_per_step` and `passes` are those of the longest rows."""
+    unpacked_efficiency: float
+    """`efficiency` with one sequence a row of `data.row_tokens`."""
+    steps: int
+    """Optimizer steps of the run."""
+    graphs: Mapping[str, int]
+    """Part of the run -> programs that a static-shape backend compiles for it."""
+    tensor_parallel: TensorParallel | None
+    """None where the model's shape is not known here: a hub id that is no released ESM-2."""
+
+    @property
+    def programs(self) -> int:
+        """All programs of the run."""
+        return sum(self.graphs.values())
+
+
+def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
+    """The plan of a run on so many data-parallel devices.
+
+    Raises:
+        ConfigError: `loop.rows_per_step` is not a multiple of `loop.rows_per_device` times `devices`.
+        DataError: a sequence does not fit a row.
+    """
+    lengths = splits.train.lengths.astype(np.int32)
+    row_lengths = select_row_lengths(cfg, lengths)
+    epoch = training_plan(cfg, lengths, row_lengths)
+    steps = total_steps(len(epoch), cfg.loop.epochs, cfg.loop.max_steps)
+    held_out = [table for table in (splits.valid, splits.test) if table is not None]
+    evaluations = [evaluation_plan(cfg, table.lengths.astype(np.int32), row_lengths, devices) for table in held_out]
+    evaluated = {row_length(plan, step) for plan in evaluations for step in plan.first_steps()}
+    passes = accumulated_passes(cfg, devices)
+    buckets = tuple(_bucket(epoch, number, lengths, passes) for number in range(len(epoch.packs)))
+    return RunPlan(
+        buckets=buckets,
+        total=_total(buckets, epoch.efficiency(lengths)),
+        unpacked_efficiency=_unpacked(cfg, lengths),
+        steps=steps,
+        graphs={
+            "training pass": len(epoch.first_steps(steps)),
+            "evaluation pass": len(evaluated),
+            "update": 1,
+            "set-up": SET_UP,
+        },
+        tensor_parallel=tensor_parallel(cfg.model.name),
+    )
+
+
+def tensor_parallel(model: str) -> TensorParallel | None:
+    """The degrees that the shape, released model or local folder `model` allows; None where it is none of them.
+
+    Raises:
+        ConfigError: the folder's config.json cannot be read.
+    """
+    by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
+    if model in by_name:
+        heads, intermediate = by_name[model].heads, by_name[model].intermediate
+    elif Path(model).is_dir():
+        heads, intermediate = _read_shape(Path(model) / "config.json")
+    else:
+        return None
+    padded = tuple(legal_tp(heads, intermediate, pad_heads=True))
+    return TensorParallel(
+        heads=heads,
+        degrees=tuple(legal_tp(heads, intermediate)),
+        padded=padded,
+        instances={name: tuple(tp for tp in NEURON_TP[n] if tp in padded) for name, n in NEURON_CORES.items()},
+    )
+
+
+def render(plan: RunPlan) -> str:
+    """The plan as a table for a person."""
+    lines = ["row length      rows  sequences  residues efficiency   steps rows/step"]
+    for name, bucket in [*((str(b.row_tokens), b) for b in plan.buckets), ("total", plan.total)]:
+        lines.append(
+            f"{name:>10} {bucket.rows:>9,} {bucket.sequences:>10,} {bucket.share:>9.1%} {bucket.efficiency:>10.3f} "
+            f"{bucket.steps:>7,} {bucket.rows_per_step if bucket is not plan.total else '':>9}"
+        )
+    lines += [
+        f"one sequence a row of {plan.total.row_tokens} tokens: efficiency {plan.unpacked_efficiency:.3f}",
+        f"{plan.steps:,} optimizer steps of {plan.total.passes} passes; an epoch has {plan.total.steps:,} steps and "
+        f"{plan.total.residues:,} residues",
+        f"{plan.programs} programs on a static-shape backend: "
+        + ", ".join(f"{number} {part}" for part, number in plan.graphs.items()),
+    ]
+    if plan.tensor_parallel is None:
+        return "\n".join([*lines, "parallel.tp: the model's shape is not known before it is downloaded"])
+    legal = plan.tensor_parallel
+    lines.append(f"parallel.tp for {legal.heads} heads: {_list(legal.degrees)}; with pad_heads: {_list(legal.padded)}")
+    return "\n".join([*lines, *(f"  on {name}: {_list(tp)}" for name, tp in legal.instances.items())])
+
+
+def row_length(plan: EpochPlan, step: int) -> int:
+    """Row length of a step."""
+    return plan.packs[int(plan.bucket[step])].row_tokens
+
+
+def _bucket(epoch: EpochPlan, number: int, lengths: np.ndarray, passes: int) -> Bucket:
+    pack, in_step = epoch.packs[number], epoch.rows_per_step[number]
+    steps = int((epoch.bucket == number).sum())
+    tokens = int(lengths[pack.members].sum(dtype=np.int64))
+    slots = steps * in_step * pack.row_tokens
+    residues = tokens - SPECIALS * len(pack.members)
+    every = int(lengths.sum(dtype=np.int64)) - SPECIALS * len(lengths)
+    return Bucket(
+        row_tokens=pack.row_tokens,
+        rows=pack.rows,
+        sequences=len(pack.members),
+        residues=residues,
+        share=residues / every,
+        efficiency=tokens / slots if slots else 1.0,
+        steps=steps,
+        rows_per_step=in_step,
+        passes=passes,
+    )
+
+
+def _total(buckets: tuple[Bucket, ...], efficiency: float) -> Bucket:
+    longest = buckets[-1]
+    return Bucket(
+        row_tokens=longest.row_tokens,
+        rows=sum(b.rows for b in buckets),
+        sequences=sum(b.sequences for b in buckets),
+        residues=sum(b.residues for b in buckets),
+        share=sum(b.share for b in buckets),
+        efficiency=efficiency,
+        steps=sum(b.steps for b in buckets),
+        rows_per_step=longest.rows_per_step,
+        passes=longest.passes,
+    )
+
+
+def _unpacked(cfg: TrainConfig, lengths: np.ndarray) -> float:
+    rows = -(-len(lengths) // cfg.loop.rows_per_step) * cfg.loop.rows_per_step
+    return float(lengths.sum(dtype=np.int64) / (rows * cfg.data.row_tokens))
+
+
+def _read_shape(path: Path) -> tuple[int, int]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        heads, intermediate = values["num_attention_heads"], values["intermediate_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no shape of an ESM-2 in it ({error!r}); name a Hugging Face folder") from error
+    whole = isinstance(heads, int) and isinstance(intermediate, int)
+    require(whole, f"{path}: num_attention_heads={heads}, intermediate_size={intermediate} must be numbers")
+    return heads, intermediate
+
+
+def _list(degrees: tuple[int, ...]) -> str:
+    return ", ".join(map(str, degrees))

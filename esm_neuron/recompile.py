@@ -1,0 +1,98 @@
+"""The guard of static shapes: a program compiled where none was planned stops the run, or warns, and says what changed.
+
+On trn1 a program costs minutes, so a shape that wanders costs the whole run and nobody sees why. What is compiled is
+counted around each step: no absolute number, which depends on the device and its version.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import torch
+
+from esm_neuron.config import OnRecompile
+from esm_neuron.data.batch import Batch
+from esm_neuron.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 2
+"""Steps of a bucket that may compile. On XLA:CPU only the first does; a device may lay out what it computed otherwise
+than what it was given, and then the second step reads other inputs than the first."""
+
+Signature = tuple[tuple[str, str], ...]
+"""What a compiled program depends on: (field, shape and type, or value) of a batch, by field."""
+
+
+def signature(batch: Batch) -> Signature:
+    """Shapes and types of the tensors of a batch, and the values that become part of the program."""
+    held = [(f.name, getattr(batch, f.name)) for f in fields(batch) if f.name != "members"]
+    return tuple((name, _describe(value)) for name, value in held)
+
+
+class RecompileGuard:
+    """Watches the steps of one run.
+
+    Args:
+        on_recompile: what to do about an unplanned program.
+        graphs: programs compiled so far (`Backend.graphs`).
+        row_lengths: the planned row lengths in tokens.
+    """
+
+    def __init__(self, on_recompile: OnRecompile, graphs: Callable[[], int], row_lengths: Sequence[int]) -> None:
+        self._action, self._graphs, self._planned = on_recompile, graphs, tuple(row_lengths)
+        self._before = 0
+        self._seen: dict[int, list[Signature]] = {}  # row length -> signatures of its first steps' batches
+
+    def begin(self) -> None:
+        """A step begins: what was compiled until now (validation, checkpoints) does not count against it."""
+        self._before = self._graphs()
+
+    def end(self, step: int, batches: Sequence[Batch]) -> None:
+        """Step `step` on `batches` is done.
+
+        Raises:
+            ConfigError: with `on_recompile` "error", it compiled a program that was not planned.
+        """
+        compiled = self._graphs() - self._before
+        for batch in batches:
+            found, length = signature(batch), batch.input_ids.shape[1]
+            if compiled and (reason := self._reason(found, length, len(batches))):
+                self._report(f"step {step} compiled {compiled} unplanned program{'s' * (compiled > 1)}: {reason}")
+                return
+        seen = self._seen.setdefault(batches[0].input_ids.shape[1], [])
+        if len(seen) < WARM_UP:
+            seen.append(signature(batches[0]))
+
+    def _reason(self, found: Signature, length: int, passes: int) -> str | None:
+        """Why the program is unplanned, None where it was to be expected."""
+        if length not in self._planned:
+            lengths = " or ".join(map(str, self._planned))
+            return f"its rows have {length} tokens, planned are {lengths}"
+        seen = self._seen.get(length, [])
+        first = seen[0] if seen else found
+        changed = [(name, new, old) for (name, new), (_, old) in zip(found, first, strict=True) if new != old]
+        if changed:
+            return (
+                ", ".join(f"{name} is {new}, was {old}" for name, new, old in changed) + " in its bucket's first step"
+            )
+        if len(seen) < WARM_UP:
+            return None
+        return (
+            f"the shapes of its {passes} batches are those of its bucket's first steps, so a Python value in the step "
+            "changed (a number that is not a tensor on the device, or another branch of the code)"
+        )
+
+    def _report(self, message: str) -> None:
+        if self._action == "error":
+            raise ConfigError(f"{message}; loop.on_recompile=warn goes on and compiles it")
+        if self._action == "warn":
+            log.warning(message)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{' x '.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+    return str(value)

@@ -1,0 +1,129 @@
+"""The plan is what the loaders then do, and its figures follow from the files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from esm_neuron import cli, settings
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.loader import EvalLoader, TrainLoader
+from esm_neuron.data.splits import load_splits
+from esm_neuron.errors import ConfigError
+from esm_neuron.plan import SET_UP, make_plan, render, tensor_parallel
+from esm_neuron.tasks import create_task
+
+Toy = Callable[..., TrainConfig]
+
+BUCKETS = {"max_residues": 190, "row_tokens": 192, "max_segments": 2, "max_buckets": 3}
+
+
+def lengthen(cfg: TrainConfig) -> TrainConfig:
+    """`cfg` on proteins of which every third is three times as long: two row lengths pay."""
+    for path in map(Path, (str(cfg.data.train), str(cfg.data.valid), str(cfg.data.test))):
+        head, *rows = path.read_text().splitlines()
+        cells = [row.split(",") for row in rows]
+        longer = [[name, residues * (1 if n % 3 else 3), label] for n, (name, residues, label) in enumerate(cells)]
+        path.write_text("\n".join([head, *map(",".join, longer)]) + "\n")
+    return cfg
+
+
+@pytest.fixture
+def bucketed(toy: Toy) -> TrainConfig:
+    loop = {"rows_per_step": 4, "rows_per_device": 2, "max_steps": None, "epochs": 2.5}
+    return lengthen(toy(data=BUCKETS, loop=loop))
+
+
+def test_the_plan_is_what_the_loader_does(bucketed: TrainConfig) -> None:
+    splits = load_splits(bucketed, True)
+    plan = make_plan(bucketed, splits)
+    loader = TrainLoader(splits.train, create_task(bucketed.task, splits.labels), bucketed)
+    assert plan.total.steps == loader.steps_per_epoch
+    assert plan.total.efficiency == pytest.approx(loader.padding_efficiency)
+    assert plan.steps == loader.total_steps(bucketed.loop.epochs, None)
+    assert plan.total.passes == loader.passes == 2
+    shapes, residues = Counter[int](), Counter[int]()
+    for step in range(loader.steps_per_epoch):
+        data = loader.load(step)
+        length = data.batches[0].input_ids.shape[1]
+        shapes[length] += 1
+        residues[length] += data.stats.global_residues
+        rows = sum(batch.input_ids.shape[0] for batch in data.batches)
+        assert rows == next(b.rows_per_step for b in plan.buckets if b.row_tokens == length)
+    assert len(shapes) > 1, "the toy data must give several buckets"
+    assert {b.row_tokens: b.steps for b in plan.buckets if b.steps} == shapes
+    assert {b.row_tokens: b.residues for b in plan.buckets if b.steps} == residues
+    assert sum(b.share for b in plan.buckets) == pytest.approx(1)
+    assert plan.total.sequences == len(splits.train)
+
+
+def test_graphs_are_counted_by_the_shapes_that_come(bucketed: TrainConfig) -> None:
+    splits = load_splits(bucketed, True)
+    plan, task = make_plan(bucketed, splits), create_task(bucketed.task, splits.labels)
+    loader = TrainLoader(splits.train, task, bucketed)
+    trained = {b.input_ids.shape for step in range(plan.steps) for b in loader.batches(step)}
+    assert plan.graphs["training pass"] == len(trained)
+    firsts = {b.input_ids.shape for step in loader.first_steps(plan.steps) for b in loader.batches(step)}
+    assert firsts == trained
+    evaluated, first = set(), set()
+    for table in (splits.valid, splits.test):
+        assert table is not None
+        held_out = EvalLoader(table, task, bucketed, row_lengths=loader.row_lengths)
+        evaluated |= {b.input_ids.shape for b in held_out}
+        first |= {b.input_ids.shape for b in held_out.first_batches()}
+    assert plan.graphs["evaluation pass"] == len(evaluated)
+    assert first == evaluated
+    assert plan.programs == len(trained) + len(evaluated) + 1 + SET_UP
+
+
+def test_a_run_too_short_for_all_buckets_compiles_fewer(bucketed: TrainConfig) -> None:
+    short = replace(bucketed, loop=replace(bucketed.loop, max_steps=1))
+    assert make_plan(short, load_splits(short, True)).graphs["training pass"] == 1
+
+
+def test_packing_saves_rows(toy: Toy) -> None:
+    splits = load_splits(toy(), True)
+    packed, plain = make_plan(toy(), splits), make_plan(toy(data={"packing": False}), splits)
+    assert packed.unpacked_efficiency == pytest.approx(plain.total.efficiency)
+    assert packed.total.efficiency > 1.5 * packed.unpacked_efficiency
+
+
+def test_devices_that_do_not_share_evenly_are_refused(toy: Toy) -> None:
+    cfg = toy(loop={"rows_per_step": 4, "rows_per_device": 4})
+    with pytest.raises(ConfigError, match=r"loop\.rows_per_step=4 is not a multiple of 8"):
+        make_plan(cfg, load_splits(cfg, True), devices=2)
+
+
+def test_tensor_parallel_degrees_of_the_released_models(tmp_path: Path) -> None:
+    mid = tensor_parallel("facebook/esm2_t33_650M_UR50D")
+    assert mid is not None
+    assert mid.degrees == (1, 2, 4) and mid.padded == (1, 2, 4, 8, 16, 32)
+    assert mid.instances == {"trn1.2xlarge": (1, 2), "trn1.32xlarge": (1, 2, 4, 8, 32)}
+    large = tensor_parallel("esm2_t48_15B")
+    assert large is not None and large.degrees == (1, 2, 4, 8)
+    assert tensor_parallel("someone/else") is None
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 6, "intermediate_size": 96}')
+    own = tensor_parallel(str(tmp_path))
+    assert own is not None and own.degrees == (1, 2)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"config\.json: no shape"):
+        tensor_parallel(str(tmp_path))
+
+
+def test_the_command(bucketed: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(settings.dump(bucketed))
+    plan = make_plan(bucketed, load_splits(bucketed, True))
+    assert cli.main(["plan", "--config", str(path)]) == 0
+    assert capsys.readouterr().out == render(plan) + "\n"
+    assert cli.main(["plan", "--json", "--config", str(path), "--loop.rows_per_device", "4"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["total"]["passes"] == 1
+    assert said["programs"] == plan.programs
+    assert cli.main(["plan", "--config", str(path), "--devices", "0"]) == 2
+    assert not Path(bucketed.output).exists()

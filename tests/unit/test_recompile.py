@@ -1,0 +1,114 @@
+"""The guard of static shapes, on made-up batches and a counter that the test moves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from esm_neuron import run
+from esm_neuron.config import OnRecompile, TrainConfig
+from esm_neuron.data.batch import Batch
+from esm_neuron.errors import ConfigError
+from esm_neuron.recompile import RecompileGuard
+
+
+def batch(rows: int = 4, tokens: int = 128, segments: int = 6, weights: torch.dtype = torch.float32) -> Batch:
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
+    labels = torch.zeros(rows, segments, dtype=torch.int64)
+    members = np.full((rows, segments), -1)
+    return Batch(ids, ids, ids, labels, labels.to(weights), members, segments)
+
+
+def test_a_training_under_neuron_parallel_compile_is_refused(
+    toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_EXTRACT_GRAPHS_ONLY", "1")
+    with pytest.raises(ConfigError, match="use `compile` instead of `train`"):
+        run.train(toy())
+    assert not Path(toy().output).exists()
+
+
+def test_a_backend_that_compiles_nothing_says_so(toy: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match="backend=cpu compiles nothing"):
+        run.compile_programs(toy())
+
+
+class Run:
+    """Steps that compile as many programs as the test says."""
+
+    def __init__(self, on_recompile: OnRecompile = "error") -> None:
+        self.graphs, self.step = 3, 0
+        self.guard = RecompileGuard(on_recompile, lambda: self.graphs, (64, 128))
+
+    def __call__(self, compiled: int, *batches: Batch) -> None:
+        self.guard.begin()
+        self.graphs += compiled
+        self.guard.end(self.step, batches or (batch(),))
+        self.step += 1
+
+
+def test_the_first_two_steps_of_each_bucket_may_compile() -> None:
+    steps = Run()
+    for compiled in (3, 1, 0):
+        steps(compiled)
+    for compiled in (1, 1, 0):
+        steps(compiled, batch(8, 64))
+    steps(0)
+
+
+def test_what_is_compiled_between_steps_does_not_count() -> None:
+    steps = Run()
+    steps(2), steps(1)
+    steps.graphs += 5  # a first validation
+    steps(0)
+
+
+def test_a_third_program_of_a_bucket_is_an_error() -> None:
+    steps = Run()
+    steps(2), steps(1)
+    with pytest.raises(
+        ConfigError, match=r"^step 2 compiled 1 unplanned program: .* a Python value in the step changed"
+    ):
+        steps(1)
+
+
+def test_a_row_length_that_was_not_planned_is_named_at_once() -> None:
+    with pytest.raises(
+        ConfigError, match=r"step 0 compiled 2 unplanned programs: its rows have 96 tokens, planned are 64 or 128"
+    ):
+        Run()(2, batch(tokens=96))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (batch(rows=3), "input_ids is 3 x 128 int64, was 4 x 128 int64"),
+        (batch(segments=7), "labels is 4 x 7 int64, was 4 x 6 int64"),
+        (batch(segments=7), "max_segments is 7, was 6"),
+        (batch(weights=torch.float64), "weights is 4 x 6 float64, was 4 x 6 float32"),
+    ],
+)
+def test_what_changed_is_named_even_in_a_second_step_or_pass(changed: Batch, named: str) -> None:
+    steps = Run()
+    steps(2)
+    with pytest.raises(ConfigError) as error:
+        steps(1, batch(), changed)
+    assert named in str(error.value)
+
+
+def test_a_new_shape_that_compiles_nothing_is_let_pass() -> None:
+    steps = Run()
+    steps(2), steps(0, batch(tokens=96))
+
+
+def test_a_warning_or_silence_by_choice(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        Run("ignore")(1, batch(tokens=96))
+        assert not caplog.records
+        Run("warn")(1, batch(tokens=96))
+    assert "its rows have 96 tokens" in caplog.text
