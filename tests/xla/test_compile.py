@@ -1,0 +1,83 @@
+"""Ahead-of-time compilation and the recompile guard, on XLA:CPU in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esm_neuron import settings
+from esm_neuron.config import TrainConfig
+
+pytestmark = pytest.mark.xla
+
+WORKER = Path(__file__).with_name("compile_worker.py")
+
+
+def lengthen(cfg: TrainConfig) -> TrainConfig:
+    """`cfg` on proteins of which every third is three times as long: two row lengths pay."""
+    for path in map(Path, (str(cfg.data.train), str(cfg.data.valid), str(cfg.data.test))):
+        head, *rows = path.read_text().splitlines()
+        cells = [row.split(",") for row in rows]
+        longer = [[name, residues * (1 if n % 3 else 3), label] for n, (name, residues, label) in enumerate(cells)]
+        path.write_text("\n".join([head, *map(",".join, longer)]) + "\n")
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def said(module_toy: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the worker saw."""
+    folder = tmp_path_factory.mktemp("compile")
+    answer = folder / "said.json"
+    cfg = module_toy(
+        data={"max_residues": 190, "row_tokens": 192, "max_segments": 2, "max_buckets": 3},
+        loop={"max_steps": 20, "eval_every": 10},
+    )
+    (folder / "run.yaml").write_text(settings.dump(lengthen(replace(cfg, backend="xla"))))
+    command = [sys.executable, str(WORKER), str(folder / "run.yaml"), str(folder), str(answer)]
+    environment = {**os.environ, "PJRT_DEVICE": "CPU"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    values: dict[str, Any] = json.loads(answer.read_text())
+    return values
+
+
+def test_compile_makes_the_planned_programs(said: dict[str, Any]) -> None:
+    assert said["graphs"]["training pass"] > 1, "the toy data must give several buckets"
+    assert said["compiled"] == sum(said["graphs"].values())
+
+
+def test_compile_writes_nothing(said: dict[str, Any]) -> None:
+    assert said["written"] == []
+
+
+def test_a_training_after_it_compiles_nothing(said: dict[str, Any]) -> None:
+    assert said["compiled by training"] == 0
+    assert said["steps"] == 20
+
+
+def test_a_changed_shape_ends_the_run_and_is_named(said: dict[str, Any]) -> None:
+    error = said["row length"]
+    assert error.startswith("step 3 compiled ") and "unplanned program" in error
+    assert "its rows have 180 tokens, planned are " in error
+    assert "loop.on_recompile=warn" in error
+
+
+def test_a_changed_number_of_rows_is_named(said: dict[str, Any]) -> None:
+    assert "input_ids is 3 x 192 int64, was 4 x 192 int64" in said["rows"]
+
+
+def test_another_branch_of_the_code_is_named(said: dict[str, Any]) -> None:
+    assert "a Python value in the step changed" in said["value"]
+
+
+def test_a_warning_goes_on(said: dict[str, Any]) -> None:
+    assert said["warned"]["steps"] == 6
+    assert any("a Python value in the step changed" in line for line in said["warned"]["lines"])
