@@ -116,6 +116,27 @@ class SpmdBackend(XlaBackend):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return common.gather_state(model, optimizer, self._fetch)
 
+    def load_state(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+    ) -> None:
+        super().load_state(model, optimizer, self._laid(weights), self._laid(moments))
+
+    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        super().load_weights(model, self._laid(weights))
+
+    def _laid(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the mesh: a copy of a tensor without marks would take the target's away."""
+        moved = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        for name, tensor in moved.items():
+            parameter, _, kind = name.partition("/")
+            if kind != "step":
+                self._lay(parameter, tensor)
+        return moved
+
     def _fetch(self, tensor: Tensor) -> Tensor:
         """The whole tensor on the host, put together here from the devices' parts: no program, no device holds it."""
         kinds = self._spmd.ShardingType
