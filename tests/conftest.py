@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from esm_neuron.config import TrainConfig
 
 # Before torch, transformers or datasets are imported. Processes that tests start inherit all of it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch_xla's import would start a pool of compilers
+os.environ.setdefault("USE_TORCH_XLA", "0")  # accelerate, under peft, would import torch_xla: half a minute
 
 SUITES = {
     "nxd": "make test-nxd NXD_SRC=<folder with neuronx_distributed's sources>",
@@ -61,3 +69,64 @@ def _missing(suite: str) -> str | None:
     if suite == "trn1":
         return None if Path("/dev/neuron0").exists() else "there is no /dev/neuron0"
     return None
+
+
+ALPHABETS = {"alpha": "ACDEFGHIKL", "beta": "FGHIKLMNPQRSTVWY"}
+"""Label -> residues of a toy protein: overlapping, so that the label takes some learning and can be learnt."""
+
+
+Toy = Callable[..., TrainConfig]
+
+
+def write_proteins(path: Path, count: int, seed: int = 0) -> Path:
+    """Write a CSV file of random proteins of 20 to 60 residues with their labels."""
+    rng = random.Random(seed)
+    rows = ["id,sequence,label"]
+    for number in range(count):
+        label = list(ALPHABETS)[number % len(ALPHABETS)]
+        residues = "".join(rng.choices(ALPHABETS[label], k=rng.randint(20, 60)))
+        rows.append(f"{seed}-{number},{residues},{label}")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def make_toys(folder: Path) -> Toy:
+    """See `toy`, for the runs under `folder`."""
+    sizes = {"train": 60, "valid": 20, "test": 20}
+    files = {
+        split: str(write_proteins(folder / f"{split}.csv", size, seed))
+        for seed, (split, size) in enumerate(sizes.items())
+    }
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"name": "tiny", "init": "random"},
+        "data": {**files, "max_residues": 62, "window_overlap": 8, "row_tokens": 128, "max_segments": 6},
+        "loop": {"max_steps": 8, "rows_per_step": 4, "rows_per_device": 4, "eval_rows_per_device": 4, "eval_every": 4},
+        "log": {"every": 1, "tensorboard": False},
+    }
+
+    def make(output: str = "out", **changes: dict[str, Any]) -> TrainConfig:
+        cfg = TrainConfig(output=str(folder / output))
+        for name in {**sections, **changes}:
+            values = {**sections.get(name, {}), **changes.get(name, {})}
+            cfg = replace(cfg, **{name: replace(getattr(cfg, name), **values)})
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def proteins(tmp_path: Path) -> Callable[..., Path]:
+    """Writes files of toy proteins: `proteins("train.csv", 60, seed=0)`."""
+    return lambda name, count, seed=0: write_proteins(tmp_path / name, count, seed)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    """Makes configurations of quick runs on toy proteins: `toy("out", loop={"max_steps": 3})`."""
+    return make_toys(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """`toy` for all tests of a file."""
+    return make_toys(tmp_path_factory.mktemp("toys"))

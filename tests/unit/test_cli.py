@@ -1,0 +1,286 @@
+"""The command line: a mistake is one line and exit code 2, and every command's files hold what they promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, EsmForMaskedLM
+
+from esm_neuron import cli, run, settings
+from esm_neuron.config import TrainConfig
+from esm_neuron.files import claimed
+from esm_neuron.safetensors_folder import SafetensorsFolder
+from esm_neuron.shapes import SHAPES, esm_config
+
+Toy = Callable[..., TrainConfig]
+Proteins = Callable[..., Path]
+
+
+@dataclass
+class Said:
+    """What a command printed, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs a command in this process."""
+
+    def run_command(*words: object) -> Said:
+        capsys.readouterr()
+        code = cli.main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return Said(code, printed.out, printed.err)
+
+    return run_command
+
+
+@pytest.fixture
+def refused(call: Callable[..., Said]) -> Callable[..., str]:
+    """Runs a command that must end with exit code 2 and one line; returns the line."""
+
+    def refuse(*words: object) -> str:
+        said = call(*words)
+        assert said.code == 2, said
+        assert said.out == ""
+        last = said.err.splitlines()[-1]
+        assert last.startswith("esm-neuron: error: ") and said.err.count("esm-neuron: error") == 1
+        assert "Traceback" not in said.err
+        return last
+
+    return refuse
+
+
+def words_of(cfg: TrainConfig) -> list[str]:
+    path = Path(cfg.output).with_suffix(".yaml")
+    path.write_text(settings.dump(cfg))
+    return ["train", "--config", str(path)]
+
+
+def test_settings_that_cannot_be_are_refused(toy: Toy, tmp_path: Path, refused: Callable[..., str]) -> None:
+    words = words_of(toy())
+    assert "unknown command 'trian'; the commands are train, evaluate" in refused("trian")
+    assert "unknown setting loop.max_step; did you mean loop.max_steps?" in refused(*words, "--loop.max_step=1")
+    assert "optim.lr" in refused(*words, "--optim.lr=fast")
+    assert "loop.rows_per_step=3 is not a multiple of 4" in refused(*words, "--loop.rows_per_step=3")
+    assert "cannot be read (No such file or directory)" in refused("train", "--config", tmp_path / "none.yaml")
+    for name, text, expected in (
+        ("unknown", "optim: {lrr: 1}", "unknown setting optim.lrr; did you mean optim.lr?"),
+        ("twice", "seed: 1\nseed: 2", "twice.yaml:2: key 'seed' comes twice"),
+        ("list", "- 1", "holds list"),
+        ("broken", "optim: {", "not valid YAML"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert expected in refused("train", "--config", tmp_path / f"{name}.yaml")
+    assert "data.train is not given" in refused("train", "--output", tmp_path / "none")
+    assert "no config.yaml there" in refused("evaluate", "--model", tmp_path, "--input", "x.csv")
+    assert not (tmp_path / "none").exists()
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_data_that_cannot_be_used_is_refused(toy: Toy, proteins: Proteins, refused: Callable[..., str]) -> None:
+    cfg = toy()
+    words = words_of(cfg)
+    bad = proteins("bad.csv", 12)
+    given = [*words, "--data.train", bad]
+    good = bad.read_text()
+    lines = good.splitlines()
+
+    def refused_with(text: str, *more: object) -> str:
+        bad.write_text(text)
+        return refused(*given, *more)
+
+    first, sequence = lines[1].split(",")[0], lines[1].split(",")[1]
+    assert "bad.csv: no column 'colour' (data.label_column)" in refused_with(good, "--data.label_column=colour")
+    assert "bad.csv: the file is empty" in refused_with("")
+    assert "bad.csv: the file has no rows" in refused_with(lines[0] + "\n")
+    assert f"bad.csv:3: id '{first}' was used in line 2 already" in refused_with(
+        "\n".join([lines[0], lines[1], lines[1], *lines[3:]]) + "\n"
+    )
+    for label in ("NaN", ""):
+        message = refused_with(good.replace("alpha", label, 1))
+        assert f"bad.csv:2: column 'label' of '{first}' is empty" in message
+    assert "has one class only, 'alpha'" in refused_with(good.replace("beta", "alpha"))
+    assert f"bad.csv:2: the sequence of '{first}' has '*' (a stop codon) at residue 3" in refused_with(
+        good.replace(sequence, sequence[:2] + "*" + sequence[3:])
+    )
+    assert "bad.csv:2: 2 values in a row, 3 columns in the header" in refused_with(f"{lines[0]}\na,b\n")
+    bad.unlink()
+    assert "bad.csv: no such file" in refused(*given)
+    change(Path(str(cfg.data.test)), "alpha", "gamma")
+    message = refused(*words)
+    assert "test.csv:2" in message and "label 'gamma' is not one of the classes 'alpha', 'beta'" in message
+    assert {file.name for file in Path(cfg.output).iterdir()} == {".lock"}
+
+
+def test_residues_outside_the_alphabet_are_counted(toy: Toy, call: Callable[..., Said]) -> None:
+    cfg = toy(loop={"max_steps": 1})
+    path = Path(str(cfg.data.train))
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace(lines[1].split(",")[1], "ACD*E-FGHIKLMACDEFGHI")
+    path.write_text("\n".join(lines) + "\n")
+    skip = call(*words_of(replace(cfg, output=cfg.output + "1")), "--data.on_bad_residue=skip")
+    assert skip.code == 0
+    assert "train.csv: 60 rows; 1 skipped for characters that are no residues" in skip.err
+    assert "train split: 59 rows" in skip.err
+    replaced = call(*words_of(replace(cfg, output=cfg.output + "2")), "--data.on_bad_residue=replace")
+    assert replaced.code == 0
+    assert "train.csv: 60 rows; 1 with 2 characters replaced by X" in replaced.err
+
+
+def test_a_used_output_is_refused(toy: Toy, call: Callable[..., Said], refused: Callable[..., str]) -> None:
+    cfg = toy(loop={"max_steps": 1})
+    with claimed(Path(cfg.output)):
+        assert f"output={cfg.output} is in use by a running process" in refused(*words_of(cfg))
+    assert call(*words_of(cfg)).code == 0
+    assert f"output={cfg.output} already holds a run" in refused(*words_of(cfg))
+
+
+def test_usage_and_version(call: Callable[..., Said]) -> None:
+    assert call().code == 2
+    shown = call("--help")
+    assert shown.code == 0 and all(name in shown.out for name in cli.COMMANDS)
+    assert call("--version").out.strip()
+
+
+def test_the_module_is_a_command_that_ends_with_the_code() -> None:
+    words = [sys.executable, "-m", "esm_neuron.cli", "nonsense"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("esm-neuron: error: unknown command 'nonsense'") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def trained(toy: Toy) -> TrainConfig:
+    """A finished run that has learnt its label; windows for what is longer than 62 residues."""
+    cfg = toy(optim={"lr": 1e-2}, loop={"max_steps": 12}, data={"long_sequences": "window"})
+    assert run.train(cfg, str).stopped_by is None
+    return cfg
+
+
+def test_evaluate_gives_the_figures_of_the_run(trained: TrainConfig, tmp_path: Path, call: Callable[..., Said]) -> None:
+    said = call(
+        "evaluate", "--model", trained.output, "--input", trained.data.test, "--output", tmp_path / "figures.json"
+    )
+    assert said.code == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert json.loads(said.out) == figures
+    expected = json.loads((Path(trained.output) / "result.json").read_text())["test"]
+    assert set(figures) == set(expected)
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, rel=1e-6), name
+    half = tmp_path / "half.csv"
+    half.write_text("\n".join(Path(str(trained.data.test)).read_text().splitlines()[:11]) + "\n")
+    said = call("evaluate", "--model", trained.output, "--input", half)
+    assert json.loads(said.out)["n"] == 10
+
+
+def test_predict_answers_every_record_in_its_order(
+    trained: TrainConfig, tmp_path: Path, call: Callable[..., Said]
+) -> None:
+    rows = [line.split(",") for line in Path(str(trained.data.test)).read_text().splitlines()[1:]]
+    rows.reverse()
+    # one protein of three windows: residues 1-62, 55-116 and 59-120
+    window = "".join(row[1] for row in rows)[:120]
+    rows.insert(7, ["long", window, ""])
+    fasta = tmp_path / "new.fasta"
+    fasta.write_text("".join(f">{name} a note\n{sequence}\n" for name, sequence, _ in rows))
+    target = tmp_path / "deep" / "answers.csv"
+    said = call("predict", "--model", trained.output, "--input", fasta, "--output", target)
+    assert said.code == 0 and "21 records answered" in said.err
+    assert "1 cut into 3 windows" in said.err
+    frame = pd.read_csv(target)
+    assert list(frame.columns) == ["id", "label", "alpha", "beta"]
+    assert list(frame["id"]) == [row[0] for row in rows]
+    answers = frame[["alpha", "beta"]].to_numpy()
+    assert answers.sum(1) == pytest.approx(1, abs=2e-6)
+    assert list(frame["label"]) == [["alpha", "beta"][i] for i in answers.argmax(1)]
+    known = [i for i, row in enumerate(rows) if row[2]]
+    result = json.loads((Path(trained.output) / "result.json").read_text())
+    right = np.mean([frame["label"][i] == rows[i][2] for i in known])
+    assert right == pytest.approx(result["test"]["accuracy"])
+    parts = tmp_path / "parts.csv"
+    pieces = (window[:62], window[54:116], window[58:120])
+    parts.write_text("id,sequence\n" + "".join(f"w{i},{piece}\n" for i, piece in enumerate(pieces)))
+    assert (
+        call("predict", "--model", trained.output, "--input", parts, "--output", tmp_path / "parts_out.csv").code == 0
+    )
+    alone = pd.read_csv(tmp_path / "parts_out.csv")[["alpha", "beta"]].to_numpy()
+    assert answers[7] == pytest.approx(alone.mean(0), abs=3e-6)
+
+
+def test_predict_writes_all_or_nothing(
+    trained: TrainConfig, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "answers.csv"
+    target.write_text("earlier answers")
+    bad = tmp_path / "bad.fasta"
+    bad.write_text(">a\nACDE\n>b\nAC!E\n")
+    words = ["predict", "--model", trained.output, "--input", bad, "--output", target]
+    assert "bad.fasta:3: the sequence of 'b' has '!' at residue 3" in refused(*words)
+    bad.write_text(">a\nACDE\n>b\nACE\n")
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        cli.main([str(word) for word in words])
+    assert target.read_text() == "earlier answers"
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_export_loads_in_transformers(toy: Toy, tmp_path: Path, call: Callable[..., Said], pooling: str) -> None:
+    cfg = toy(optim={"lr": 1e-2}, loop={"max_steps": 4}, model={"pooling": pooling})
+    run.train(cfg, str)
+    folder = tmp_path / "exported"
+    assert call("export", "--model", cfg.output, "--output", folder).code == 0
+    said = call("export", "--model", cfg.output, "--output", folder)
+    assert said.code == 2 and "exists already; name a new folder" in said.err
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert (model.config.model_type == "esm") == (pooling == "cls")
+    assert model.config.id2label == {0: "alpha", 1: "beta"}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert call("predict", "--model", cfg.output, "--input", cfg.data.test, "--output", tmp_path / "p.csv").code == 0
+    expected = pd.read_csv(tmp_path / "p.csv")[["alpha", "beta"]].to_numpy()
+    sequences = list(pd.read_csv(cfg.data.test)["sequence"])
+    with torch.no_grad():
+        for sequence, values in zip(sequences, expected, strict=True):
+            logits = model(**tokenizer(sequence, return_tensors="pt")).logits
+            assert logits.softmax(-1)[0].numpy() == pytest.approx(values, abs=3e-6)
+
+
+def test_convert_turns_a_pickle_folder_into_one_that_can_be_trained(
+    toy: Toy, tmp_path: Path, call: Callable[..., Said], refused: Callable[..., str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    config = esm_config(SHAPES["tiny"])
+    config.to_json_file(old / "config.json")
+    state = EsmForMaskedLM(config).state_dict()
+    torch.save(state, old / "pytorch_model.bin")
+    assert call("convert", old, new).code == 0
+    source = SafetensorsFolder(new)
+    assert all(torch.equal(source.read(key), tensor) for key, tensor in state.items())
+    assert "exists" in refused("convert", old, new)
+    said = call(*words_of(toy(loop={"max_steps": 1}, model={"name": str(new), "init": "pretrained"})))
+    assert said.code == 0 and "RANDOM" not in said.err

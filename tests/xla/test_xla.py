@@ -1,0 +1,126 @@
+"""XLA:CPU: the arithmetic of the plain CPU, and a number of compiled programs that is known beforehand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esm_neuron import cli, settings
+from esm_neuron.config import TrainConfig
+
+pytestmark = pytest.mark.xla
+
+Toy = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def said(module_toy: Toy) -> dict[str, Any]:
+    """What `worker.py` found: torch_xla is set up once a process, and not in this one."""
+    cfg = module_toy(loop={"max_steps": 20, "eval_every": 5}, optim={"warmup_steps": 3, "min_lr_ratio": 0.0})
+    folder = Path(cfg.output)
+    file = folder.with_suffix(".yaml")
+    file.write_text(settings.dump(cfg))
+    worker = Path(__file__).with_name("worker.py")
+    words = [sys.executable, str(worker), str(file), str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_losses_and_norms_are_those_of_the_cpu(said: dict[str, Any]) -> None:
+    assert len(said["xla"]["losses"]) == 20
+    assert said["xla"]["losses"] == pytest.approx(said["cpu"]["losses"], rel=1e-5)
+    assert said["xla"]["norms"] == pytest.approx(said["cpu"]["norms"], rel=1e-3)
+    assert said["xla"]["rates"] == said["cpu"]["rates"]
+    for name in ("losses", "norms"):  # all weights are trained, so these tell whether the tied ones still are one
+        assert said["mlm"][name] == pytest.approx(said["mlm_cpu"][name], rel=1e-4), name
+    assert said["xla"]["losses"][-1] < 0.9 * said["xla"]["losses"][0]
+
+
+def test_validation_and_test_figures_are_those_of_the_cpu(said: dict[str, Any]) -> None:
+    assert said["xla"]["steps"] == said["cpu"]["steps"]
+    for split in ("valid", "test"):
+        one, other = (said[name]["result"][split] for name in ("xla", "cpu"))
+        assert set(one) == set(other)
+        for name, value in one.items():
+            assert value == pytest.approx(other[name], abs=1e-5), (split, name)
+    for name, value in said["evaluated"]["xla"].items():
+        assert value == pytest.approx(said["evaluated"]["cpu"][name], abs=1e-5), name
+
+
+ONCE = {"first pass", "first update", "first evaluation"}
+SET_UP = 3
+"""Most programs before the first step: the model and its gradient buffers, the optimizer's state."""
+NEW = {
+    "lora": ONCE,
+    # The rows of a pass are fewer, so it is another program; update and evaluation are those that `lora` compiled.
+    "accumulated": {"first pass"},
+    "full, dropout": ONCE,
+    "masked_lm": ONCE,
+    "bf16": {"first pass", "first evaluation"},
+    "checkpointing": {"first pass"},
+}
+"""Run -> parts of the loop that compile a program that no run before it has, exactly one each."""
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_one_program_for_a_pass_one_for_the_update_one_for_evaluation(said: dict[str, Any], name: str) -> None:
+    """None in later steps: not for another learning rate, nor another seed, nor at the schedule's last step."""
+    counts = dict(said["counts"][name])
+    assert counts.pop("set-up") <= SET_UP
+    assert {part: count for part, count in counts.items() if count} == dict.fromkeys(NEW[name], 1)
+    assert {"later pass", "later update", "later evaluation", "between steps", "save", "end"} <= set(counts)
+
+
+def test_the_schedule_of_the_counted_run_rises_and_ends_near_zero(said: dict[str, Any]) -> None:
+    rates = said["xla"]["rates"]
+    assert rates[0] < rates[1] < rates[2] == max(rates) and len(set(rates)) > 15
+    assert rates[-1] < 1e-9
+
+
+def test_passes_do_not_change_the_arithmetic(said: dict[str, Any]) -> None:
+    assert said["accumulated"]["losses"] == pytest.approx(said["xla"]["losses"], rel=1e-5)
+
+
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(said: dict[str, Any]) -> None:
+    resumed, whole = said["resumed"], said["whole"]
+    assert resumed["stopped_by"] == "SIGTERM"
+    for name in ("losses", "norms", "rates", "steps", "weights"):
+        assert resumed[name] == whole[name], name
+    assert len(whole["losses"]) == 8
+    assert resumed["result"]["test"] == whole["result"]["test"]
+    again = {part: count for part, count in resumed["counts"].items() if count and part != "set-up"}
+    assert again == {}, "a resumed run needs the very programs of the run that was stopped"
+
+
+def test_bf16_runs_close_to_fp32(said: dict[str, Any]) -> None:
+    # six steps of a schedule of its own length: only the first three, of the warm-up, are the same
+    assert said["bf16"]["losses"][:3] == pytest.approx(said["xla"]["losses"][:3], rel=1e-2)
+    assert said["bf16"]["losses"] != said["again"]["losses"]
+    assert said["bf16"]["losses"] == pytest.approx(said["again"]["losses"], rel=1e-2)
+
+
+def test_recomputing_blocks_changes_nothing(said: dict[str, Any]) -> None:
+    assert said["again"]["losses"][:3] == pytest.approx(said["xla"]["losses"][:3], rel=1e-6)
+    assert len(said["again"]["losses"]) == 6
+
+
+def test_several_processes_are_refused(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = toy()
+    path = Path(cfg.output).with_suffix(".yaml")
+    path.write_text(settings.dump(cfg))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--config", str(path), "--backend", "xla"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("esm-neuron: error: ") and "2 processes" in line
+    assert not Path(cfg.output).exists()

@@ -1,0 +1,212 @@
+"""Runs on XLA:CPU in a process of its own, beside the same runs on the plain CPU; prints what happened as JSON.
+
+python worker.py CONFIG.yaml FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["PJRT_DEVICE"] = "CPU"
+os.environ["USE_TORCH_XLA"] = "0"
+
+import torch_xla
+import torch_xla.debug.metrics as met
+
+from esm_neuron import run, settings
+from esm_neuron.backends.xla import XlaBackend
+from esm_neuron.config import TrainConfig
+from esm_neuron.files import sha256
+from esm_neuron.trainer import Trainer
+
+
+class Graphs:
+    """Counts what is compiled by the part of the loop that asked for it."""
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+        self.seen = compiled()
+
+    def note(self, part: str) -> None:
+        """Everything compiled since the last note was compiled for `part`."""
+        now = compiled()
+        self.found[part] += now - self.seen
+        self.seen = now
+
+
+def compiled() -> int:
+    data = met.metric_data("CompileTime")
+    return int(data[0]) if data else 0
+
+
+@contextmanager
+def patched(owner: type, name: str, make: Callable[[Any], Any]) -> Any:
+    before = getattr(owner, name)
+    setattr(owner, name, make(before))
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def count_graphs(cfg: TrainConfig) -> dict[str, int]:
+    """Train; part of the loop -> programs compiled there that no earlier run of this process has compiled."""
+    graphs = Graphs()
+    place = {"part": "", "pass": 0, "passes": 0}
+
+    def train_step(original: Any) -> Any:
+        def wrapped(self: Trainer, data: Any) -> None:
+            first = data.step == self.begin
+            graphs.note("set-up" if first else "between steps")
+            place.update({"part": "first" if first else "later", "pass": 0, "passes": len(data.batches)})
+            original(self, data)
+            graphs.note("after the update")
+            place["part"] = ""
+
+        return wrapped
+
+    def sync(original: Any) -> Any:
+        def wrapped(self: XlaBackend) -> None:
+            if place["part"]:
+                graphs.note("building a graph")
+            original(self)
+            if place["part"]:
+                last = place["pass"] == place["passes"]
+                graphs.note(f"{place['part']} {'update' if last else 'pass'}")
+                place["pass"] += 1
+
+        return wrapped
+
+    def fit(original: Any) -> Any:
+        def wrapped(self: Trainer) -> Any:
+            self.begin = self.state.step
+            return original(self)
+
+        return wrapped
+
+    evaluations = Counter[str]()
+
+    def evaluate(original: Any) -> Any:
+        def wrapped(self: Trainer, loader: Any, intervals: bool = False) -> Any:
+            graphs.note("between steps")
+            values = original(self, loader, intervals)
+            evaluations["done"] += 1
+            graphs.note("first evaluation" if evaluations["done"] == 1 else "later evaluation")
+            return values
+
+        return wrapped
+
+    def save(original: Any) -> Any:
+        def wrapped(self: Trainer) -> None:
+            graphs.note("between steps")
+            original(self)
+            graphs.note("save")
+
+        return wrapped
+
+    with (
+        patched(Trainer, "_train_step", train_step),
+        patched(XlaBackend, "sync", sync),
+        patched(Trainer, "fit", fit),
+        patched(Trainer, "evaluate", evaluate),
+        patched(Trainer, "_save", save),
+    ):
+        run.train(cfg, str)
+        graphs.note("end")
+    return dict(graphs.found)
+
+
+def figures(cfg: TrainConfig) -> dict[str, Any]:
+    out = Path(cfg.output)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((out / "result.json").read_text())
+    return {
+        "losses": [line["loss"] for line in lines if "split" not in line],
+        "norms": [line["grad_norm"] for line in lines if "split" not in line],
+        "rates": [line["lr"] for line in lines if "split" not in line],
+        "steps": [line["step"] for line in lines],
+        "weights": sha256(max((out / "checkpoints").iterdir()) / "model.safetensors"),
+        "result": result,
+    }
+
+
+def train(cfg: TrainConfig) -> dict[str, Any]:
+    outcome = run.train(cfg, str)
+    assert outcome.stopped_by is None
+    return figures(cfg)
+
+
+class Stop:
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_log(self, step: int, total: int, record: Any) -> None:
+        if step == self.at:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_eval(self, step: int, record: Any) -> None:
+        """Nothing."""
+
+    def on_end(self, result: Any) -> None:
+        """Nothing."""
+
+
+def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
+    """`cfg` stopped by SIGTERM after step `at` and resumed: how the first ended, what the second compiled, and all."""
+    make = run._callbacks
+    run._callbacks = lambda cfg, begin: [*make(cfg, begin), Stop(at)]
+    stopped_by = run.train(cfg, str).stopped_by
+    run._callbacks = make
+    counts = count_graphs(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")))
+    return {"stopped_by": stopped_by, "counts": counts, **figures(cfg)}
+
+
+def main(config: Path, folder: Path) -> None:
+    base = settings.read_config(config)
+
+    def make(name: str, backend: str = "xla", **sections: dict[str, Any]) -> TrainConfig:
+        changed = {section: replace(getattr(base, section), **values) for section, values in sections.items()}
+        return replace(base, output=str(folder / name), backend=backend, **changed)
+
+    torch_xla.device()  # before the first backward pass, even one on the CPU: autograd counts devices then
+    accumulate, drop = {"rows_per_device": 2}, {"dropout": 0.1}
+    said: dict[str, Any] = {}
+    said["cpu"] = train(make("cpu", "cpu"))
+    said["counts"] = {"lora": count_graphs(make("xla"))}
+    said["xla"] = figures(make("xla"))
+    said["evaluated"] = {
+        name: run.evaluate(folder / "cpu", Path(str(base.data.test)), None, name, str) for name in ("cpu", "xla")
+    }
+    said["counts"]["accumulated"] = count_graphs(make("accumulated", loop=accumulate))
+    said["accumulated"] = figures(make("accumulated", loop=accumulate))
+    said["counts"]["full, dropout"] = count_graphs(
+        make("whole", model=drop, adapter={"kind": "none"}, loop={**accumulate, "max_steps": 8})
+    )
+    said["whole"] = figures(make("whole"))
+    said["resumed"] = stop_and_go_on(
+        make("resumed", model=drop, adapter={"kind": "none"}, loop={**accumulate, "max_steps": 8}), at=5
+    )
+    masked = {"task": {"name": "masked_lm"}, "adapter": {"kind": "none"}}
+    said["counts"]["masked_lm"] = count_graphs(make("mlm", **masked, loop={"max_steps": 6}))
+    said["mlm"] = figures(make("mlm"))
+    said["mlm_cpu"] = train(make("mlm_cpu", "cpu", **masked, loop={"max_steps": 6}))
+    said["counts"]["bf16"] = count_graphs(make("bf16", loop={"precision": "bf16", "max_steps": 6}))
+    said["bf16"] = figures(make("bf16"))
+    said["counts"]["checkpointing"] = count_graphs(
+        make("again", model={"gradient_checkpointing": True}, loop={"max_steps": 6})
+    )
+    said["again"] = figures(make("again"))
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
