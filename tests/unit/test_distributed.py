@@ -1,0 +1,164 @@
+"""Two processes on gloo under torchrun compute what one process computes, and stop and go on like one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from esm_neuron import run, settings
+from esm_neuron.agreement import agree, agree_on_main
+from esm_neuron.config import TrainConfig
+from esm_neuron.errors import ConfigError
+from esm_neuron.parallel.topology import Topology
+from esm_neuron.signals import EXIT_STOPPED
+
+Toy = Callable[..., TrainConfig]
+
+PATIENCE = 300
+"""Seconds that two processes may take to import, on a busy machine, and to train."""
+
+
+@contextmanager
+def torchrun(cfg: TrainConfig) -> Iterator[subprocess.Popen[str]]:
+    """Training in two processes, as a user starts it; ended when the block is left."""
+    path = Path(f"{cfg.output}.yaml")
+    path.write_text(settings.dump(cfg))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words += ["-m", "esm_neuron.cli", "train", "--config", str(path)]
+    with Path(f"{cfg.output}.log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, text=True)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def printed(cfg: TrainConfig) -> str:
+    return Path(f"{cfg.output}.log").read_text()
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids that torchrun has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def lines(cfg: TrainConfig) -> list[dict[str, Any]]:
+    path = Path(cfg.output) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(cfg: TrainConfig) -> list[float]:
+    return [line["loss"] for line in lines(cfg) if "split" not in line]
+
+
+def assert_close_end(one: TrainConfig, other: TrainConfig) -> None:
+    """Equal to rounding: the losses, the validations, the last weights, the test figures; equal: what was counted."""
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+    results = [json.loads((Path(cfg.output) / "result.json").read_text()) for cfg in (one, other)]
+    for split in ("valid", "test"):
+        assert set(results[0][split]) == set(results[1][split])
+        for name, value in results[0][split].items():
+            assert value == pytest.approx(results[1][split][name], rel=1e-4), name
+    assert results[0]["train"]["residues"] == results[1]["train"]["residues"]
+    assert results[0]["chosen_step"] == results[1]["chosen_step"]
+    step = results[0]["train"]["steps"]
+    weights = [
+        load_file(Path(cfg.output) / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for cfg in (one, other)
+    ]
+    for name, value in weights[0].items():
+        assert value.numpy() == pytest.approx(weights[1][name].numpy(), abs=2e-5), name
+
+
+def test_two_processes_train_as_one_does_and_evaluate_every_row_once(toy: Toy) -> None:
+    # 60, 20 and 20 proteins in rows of 128 tokens: the last batch of a split leaves one rank with filler rows only
+    one, two = toy("one"), toy("two", loop={"rows_per_device": 2, "eval_rows_per_device": 3})
+    run.train(one, str)
+    with torchrun(two) as process:
+        assert process.wait(PATIENCE) == 0, printed(two)
+    assert_close_end(two, one)
+    assert printed(two).count("train split: 60 rows") == 1, "one rank speaks"
+    assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)], "one rank writes"
+
+
+def test_one_process_hands_over_to_two_and_two_to_one(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = {"max_steps": 120, "rows_per_device": 2, "eval_every": 40}
+    whole, moved = (toy(name, loop=long, optim={"lr": 1e-4}, checkpoint={"keep": 100}) for name in ("whole", "moved"))
+    run.train(whole, str)
+
+    class Stop:
+        def on_log(self, step: int, total: int, record: Any) -> None:
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+        def on_eval(self, step: int, record: Any) -> None:
+            """Nothing."""
+
+        def on_end(self, result: Any) -> None:
+            """Nothing."""
+
+    make = run._callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_callbacks", lambda cfg, begin: [*make(cfg, begin), Stop()])
+        assert run.train(moved, str).stopped_by == "SIGTERM"
+    moved = replace(moved, checkpoint=replace(moved.checkpoint, resume="auto"))
+    with torchrun(moved) as process:
+        deadline = time.monotonic() + PATIENCE
+        while process.poll() is None and len(losses(moved)) < 6:
+            assert time.monotonic() < deadline, printed(moved)
+            time.sleep(0.01)
+        # One rank alone is told; the other must learn it from its peer, or both would wait forever.
+        last = max(workers(process), key=rank_of)
+        assert rank_of(last) == 1
+        os.kill(last, signal.SIGTERM)
+        assert process.wait(PATIENCE) != 0
+    assert "resumed after step 3 of 120" in printed(moved)
+    assert "stopped by SIGTERM; the state is saved" in printed(moved)
+    assert f"exitcode  : {EXIT_STOPPED}" in printed(moved)
+    stopped = max(int(f.name.removeprefix("step-")) for f in (Path(moved.output) / "checkpoints").iterdir())
+    assert 6 <= stopped < 120 and stopped == lines(moved)[-1]["step"]
+    run.train(moved, str)
+    assert_close_end(moved, whole)
+
+
+def rank_of(pid: int) -> int:
+    """RANK in the environment of a process."""
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(entry.removeprefix(b"RANK=")) for entry in environment if entry.startswith(b"RANK="))
+
+
+class Peer:
+    """A rank of two, for what needs no second process: its peer has this to say."""
+
+    def __init__(self, rank: int, theirs: Any) -> None:
+        self.topology, self.theirs = Topology(rank=rank, local_rank=rank, world=2), theirs
+
+    def gather_host(self, value: Any) -> list[Any]:
+        return [value, self.theirs] if self.topology.rank == 0 else [self.theirs, value]
+
+
+def test_what_fails_on_one_rank_fails_on_both_with_one_error() -> None:
+    def fail() -> None:
+        raise ConfigError("the output is in use")
+
+    failed = ConfigError("the output is in use")
+    with pytest.raises(ConfigError, match="^the output is in use$"):
+        agree_on_main(Peer(0, None), fail)
+    with pytest.raises(ConfigError, match="^rank 0: the output is in use$"):
+        agree_on_main(Peer(1, failed), fail)
+    with pytest.raises(ConfigError, match="^rank 1: the output is in use$"):
+        agree(Peer(0, failed), lambda: 5)
+    assert agree(Peer(0, None), lambda: 5) == 5
+    assert agree_on_main(Peer(1, None), fail) is None, "only the main rank acts"

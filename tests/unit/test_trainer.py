@@ -1,0 +1,354 @@
+"""The training loop: it learns, its sums are exact, and an interrupted run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from esm_neuron import run, settings
+from esm_neuron.adapters import saved_key
+from esm_neuron.backends.cpu import CpuBackend
+from esm_neuron.callbacks import Callback
+from esm_neuron.cli import main
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.splits import load_splits
+from esm_neuron.errors import CheckpointError, ConfigError
+from esm_neuron.files import claimed
+from esm_neuron.tasks import create_task
+from esm_neuron.trainer import Trainer
+
+Toy = Callable[..., TrainConfig]
+
+TIMING = ("residues_per_second", "graphs")
+"""Values of a metrics line that depend on the clock or on what was compiled before."""
+
+
+def quiet(_: str) -> None:
+    """Nothing is printed."""
+
+
+def train(cfg: TrainConfig) -> dict[str, Any]:
+    outcome = run.train(cfg, quiet)
+    assert outcome.stopped_by is None
+    return outcome.result
+
+
+def metrics(cfg: TrainConfig) -> list[dict[str, Any]]:
+    lines = (Path(cfg.output) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def losses(cfg: TrainConfig) -> list[float]:
+    return [line["loss"] for line in metrics(cfg) if "split" not in line]
+
+
+def resumed(cfg: TrainConfig) -> TrainConfig:
+    return replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto"))
+
+
+def checkpoints(cfg: TrainConfig) -> list[str]:
+    return sorted(folder.name for folder in (Path(cfg.output) / "checkpoints").iterdir())
+
+
+def assert_same_end(one: TrainConfig, other: TrainConfig) -> None:
+    """Two finished runs are equal bit for bit: every checkpoint that both keep, every logged line, every figure."""
+    assert checkpoints(one) == checkpoints(other)
+    for folder in checkpoints(one):
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            files = [Path(cfg.output, "checkpoints", folder, name).read_bytes() for cfg in (one, other)]
+            assert files[0] == files[1], f"{folder}/{name}"
+    assert metrics(one) == metrics(other)
+    results = [json.loads((Path(cfg.output) / "result.json").read_text()) for cfg in (one, other)]
+    for result in results:
+        del result["train"]["seconds"], result["train"]["residues_per_second"]
+    assert results[0] == results[1]
+
+
+class SignalAt:
+    """A callback that sends this process a signal after a step."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_log(self, step: int, total: int, record: Any) -> None:
+        if step == self.step:
+            signal.raise_signal(self.number)
+
+    def on_eval(self, step: int, record: Any) -> None:
+        """Nothing."""
+
+    def on_end(self, result: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def watched_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Adds callbacks to the next runs; none takes them away."""
+    make = run._callbacks
+
+    def add(*extra: Callback) -> None:
+        monkeypatch.setattr(run, "_callbacks", lambda cfg, begin: [*make(cfg, begin), *extra])
+
+    return add
+
+
+@pytest.mark.parametrize("kind", ["lora", "none", "head"])
+def test_training_learns_a_label_that_can_be_learnt(toy: Toy, kind: str) -> None:
+    cfg = toy(adapter={"kind": kind}, optim={"lr": 1e-2}, loop={"max_steps": 40, "eval_every": 20})
+    result = train(cfg)
+    seen = losses(cfg)
+    assert len(seen) == 40
+    assert sum(seen[:4]) / 4 > 0.6 > 0.35 > sum(seen[-4:]) / 4
+    assert result["test"]["accuracy"] > 0.8 and result["test"]["n"] == 20
+    assert result["train"]["steps"] == 40
+    trainable, total = result["parameters"]["trainable"], result["parameters"]["total"]
+    assert (trainable / total > 0.9) == (kind == "none")
+
+
+def test_masked_lm_loss_falls_below_that_of_guessing_evenly(toy: Toy) -> None:
+    cfg = toy(task={"name": "masked_lm"}, adapter={"kind": "none"}, optim={"lr": 1e-2}, loop={"max_steps": 30})
+    result = train(cfg)
+    seen = losses(cfg)
+    assert sum(seen[-4:]) / 4 < 3.1 < 3.4 < seen[0]  # ln 33 = 3.50, ln 20 = 3.00
+    assert result["test"]["loss"] < 3.1
+
+
+def test_passes_do_not_change_the_arithmetic(toy: Toy) -> None:
+    whole, split, single = (toy(f"rows{n}", loop={"rows_per_device": n, "max_steps": 7}) for n in (4, 2, 1))
+    expected = train(whole)
+    for cfg in (split, single):
+        result = train(cfg)
+        assert losses(cfg) == pytest.approx(losses(whole), rel=1e-6)
+        norms = [[line["grad_norm"] for line in metrics(c) if "split" not in line] for c in (cfg, whole)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+        assert result["train"]["residues"] == expected["train"]["residues"]
+
+
+def test_filler_rows_and_padding_change_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    lean, static = toy("lean"), toy("static")
+    train(lean)
+    monkeypatch.setattr(CpuBackend, "static_shapes", True)
+    monkeypatch.setattr(CpuBackend, "attention", "masked")
+    train(static)
+    assert losses(static) == pytest.approx(losses(lean), rel=1e-5)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_proteins(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuBackend, "static_shapes", True)
+    cfg = toy(optim={"lr": 1e-20}, loop={"max_steps": None, "epochs": 1.0, "eval_every": 0, "rows_per_device": 2})
+    cfg = replace(cfg, data=replace(cfg.data, valid=cfg.data.train))
+    train(cfg)
+    splits = load_splits(cfg, needs_labels=True)
+    task = create_task(cfg.task, splits.labels)
+    loader = run.Loaders.of(cfg, splits, task, CpuBackend(cfg)).train
+    counts = [sum(float(b.weights.sum()) for b in loader.batches(n)) for n in range(loader.steps_per_epoch)]
+    rows = [sum(int((b.members[:, 0] >= 0).sum()) for b in loader.batches(n)) for n in range(loader.steps_per_epoch)]
+    assert sum(counts) == 60 and rows[-1] < 4, "the last step has filler rows"
+    mean = sum(n * loss for n, loss in zip(counts, losses(cfg), strict=True)) / 60
+    (whole,) = [line["loss"] for line in metrics(cfg) if "split" in line]
+    assert mean == pytest.approx(whole, rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(toy: Toy) -> None:
+    plain = toy("plain", model={"dropout": 0.1})
+    again = toy("again", model={"dropout": 0.1, "gradient_checkpointing": True})
+    train(plain)
+    train(again)
+    assert losses(again) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_bf16_trains_close_to_fp32(toy: Toy) -> None:
+    full, half = toy("full"), toy("half", loop={"precision": "bf16"})
+    train(full)
+    train(half)
+    assert losses(half) == pytest.approx(losses(full), rel=2e-2)
+    assert losses(half) != losses(full)
+    saved = load_file(Path(half.output) / "checkpoints" / "step-00000008" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_patience_ends_training_and_the_best_weights_are_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = toy(loop={"max_steps": 40, "eval_every": 2, "patience": 3}, checkpoint={"keep": 1}, optim={"lr": 1e-2})
+    measured = Trainer.evaluate
+    scripted = iter([0.1, 0.5, 0.4, 0.5, 0.3])
+
+    def evaluate(self: Trainer, loader: Any, intervals: bool = False) -> dict[str, Any]:
+        values = measured(self, loader, intervals)
+        return values if intervals else {**values, "mcc": next(scripted)}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    result = train(cfg)
+    assert (result["train"]["steps"], result["chosen_step"]) == (10, 4)
+    assert checkpoints(cfg) == ["step-00000004", "step-00000010"]
+    best, last = (
+        load_file(Path(cfg.output) / "checkpoints" / folder / "model.safetensors") for folder in checkpoints(cfg)
+    )
+    written = load_file(Path(cfg.output) / "adapter" / "adapter_model.safetensors")
+    assert {saved_key(name) for name in best} == set(written)
+    assert all(torch.equal(written[saved_key(name)], value) for name, value in best.items())
+    assert any(not torch.equal(last[name], value) for name, value in best.items())
+    again = train(resumed(cfg))  # a run that stopped early stays stopped
+    assert (again["train"]["steps"], again["chosen_step"]) == (10, 4)
+
+
+def test_without_validation_rows_the_last_weights_are_taken(toy: Toy) -> None:
+    cfg = toy(data={"valid": None, "valid_fraction": 0.0})
+    result = train(cfg)
+    assert (result["chosen_step"], result["valid"]) == (8, None)
+    assert result["test"]["n"] == 20
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"kind": "lora", "dropout": 0.1}},
+    "full": {"adapter": {"kind": "none"}},
+    "masked_lm": {"task": {"name": "masked_lm"}, "adapter": {"kind": "lora", "dropout": 0.1}},
+}
+
+
+def interruptible(toy: Toy, output: str, kind: str, **loop: Any) -> TrainConfig:
+    """A run with all that a resumed one could get wrong: dropout, accumulation, masks, epochs that end within it."""
+    schedule = {"lr": 5e-3, "warmup_steps": 3}
+    return toy(
+        output, model={"dropout": 0.1}, optim=schedule, loop={"max_steps": 12, "rows_per_device": 2, **loop},
+        checkpoint={"keep": 100}, **KINDS[kind],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(toy: Toy, watched_by: Callable[..., None], kind: str) -> None:
+    whole, stopped = (interruptible(toy, name, kind) for name in ("whole", "stopped"))
+    train(whole)
+    watched_by(SignalAt(6, signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = run.train(stopped, quiet)
+    assert (outcome.stopped_by, outcome.result) == ("SIGTERM", {})
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoints(stopped)[-1] == "step-00000006" and not (Path(stopped.output) / "result.json").exists()
+    watched_by()
+    train(resumed(stopped))
+    extra = Path(stopped.output) / "checkpoints" / "step-00000006"
+    assert {file.name for file in extra.iterdir()} >= {"model.safetensors", "optimizer.safetensors"}
+    for file in extra.iterdir():
+        file.unlink()
+    extra.rmdir()  # the stop's own checkpoint, which the uninterrupted run has no reason to write
+    assert_same_end(stopped, whole)
+
+
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(toy: Toy, tmp_path: Path) -> None:
+    many = {"max_steps": 100, "eval_every": 10}
+    whole, killed = (interruptible(toy, name, "lora", **many) for name in ("whole", "killed"))
+    whole, killed = (replace(cfg, checkpoint=replace(cfg.checkpoint, every=3)) for cfg in (whole, killed))
+    train(whole)
+    (tmp_path / "killed.yaml").write_text(settings.dump(killed))
+    at = random.randint(4, 30)
+    words = [sys.executable, "-m", "esm_neuron.cli", "train", "--config", str(tmp_path / "killed.yaml")]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        log = Path(killed.output) / "metrics.jsonl"
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < at):
+            time.sleep(0.002)
+        time.sleep(random.random() / 50)
+        process.kill()
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert 0 < int(checkpoints(killed)[-1].removeprefix("step-")) < 100
+    (Path(killed.output) / "checkpoints" / ".step-00000005.1.tmp").mkdir(exist_ok=True)  # as a kill while saving leaves
+    train(resumed(killed))
+    assert_same_end(killed, whole)
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_the_process() -> None:
+    program = """
+import signal
+from esm_neuron.signals import StopSignal
+with StopSignal() as stop:
+    signal.raise_signal(signal.SIGINT)
+    print(stop.received, flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("still here", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("SIGINT\n", -signal.SIGTERM)
+
+
+def test_devices_and_rows_may_change_on_the_way(toy: Toy, watched_by: Callable[..., None]) -> None:
+    whole, moved = toy("whole"), toy("moved")
+    train(whole)
+    watched_by(SignalAt(3, signal.SIGTERM))
+    assert run.train(moved, quiet).stopped_by == "SIGTERM"
+    watched_by()
+    moved = resumed(replace(moved, loop=replace(moved.loop, rows_per_device=2, eval_rows_per_device=1)))
+    train(moved)
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_a_resumed_run_must_be_the_same_run(toy: Toy, watched_by: Callable[..., None]) -> None:
+    cfg = toy()
+    watched_by(SignalAt(3, signal.SIGTERM))
+    run.train(cfg, quiet)
+    watched_by()
+    log = (Path(cfg.output) / "metrics.jsonl").read_bytes()
+    others = {
+        "seed": replace(cfg, seed=1),
+        "optim.lr": replace(cfg, optim=replace(cfg.optim, lr=2e-3)),
+        "loop.rows_per_step": replace(cfg, loop=replace(cfg.loop, rows_per_step=8)),
+        "loop.max_steps": replace(cfg, loop=replace(cfg.loop, max_steps=9)),
+        "adapter.r": replace(cfg, adapter=replace(cfg.adapter, r=4)),
+        "model.pooling": replace(cfg, model=replace(cfg.model, pooling="cls")),
+    }
+    for name, other in others.items():
+        with pytest.raises(CheckpointError, match=rf"another run: .*\b{name} was \S+, is \S+") as caught:
+            run.train(resumed(other), quiet)
+        assert "\n" not in str(caught.value)
+    path = Path(str(cfg.data.train))
+    path.write_text(path.read_text().replace("alpha", "gamma", 1))
+    with pytest.raises(CheckpointError, match="another run: data was "):
+        run.train(resumed(replace(cfg, data=replace(cfg.data, valid=None, test=None))), quiet)
+    assert (Path(cfg.output) / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_folder_has_one_run_at_a_time(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = toy(loop={"max_steps": 2})
+    (tmp_path / "toy.yaml").write_text(settings.dump(cfg))
+    words = ["train", "--config", str(tmp_path / "toy.yaml")]
+    with claimed(Path(cfg.output)):
+        assert main(words) == 2
+    assert "is in use by a running process" in capsys.readouterr().err
+    assert main(words) == 0
+    assert main(words) == 2
+    assert "already holds a run; go on with --checkpoint.resume auto" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run.train(replace(cfg, output=str(tmp_path / "toy.yaml" / "below")), quiet)
+
+
+def test_resuming_a_finished_run_leaves_it_as_it_is(toy: Toy) -> None:
+    cfg = toy()
+    train(cfg)
+    out = Path(cfg.output)
+
+    def content() -> dict[str, bytes]:
+        return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
+
+    before = content()
+    train(resumed(cfg))
+    after = content()
+    changed = {name for name in set(before) | set(after) if before.get(name) != after.get(name)}
+    assert changed == {"config.yaml"}  # checkpoint.resume
+
+
+def test_the_resolved_configuration_reads_back_equal(toy: Toy) -> None:
+    cfg = toy(data={"keep": {"label": ["alpha", "beta"]}}, loop={"max_steps": 1}, optim={"betas": (0.8, 0.95)})
+    train(cfg)
+    read = settings.read_config(Path(cfg.output) / "config.yaml")
+    assert read == replace(cfg, task=replace(cfg.task, labels=("alpha", "beta")))
