@@ -104,7 +104,9 @@ def load_state(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             for kind, value in optimizer.state[parameter].items():
-                value.copy_(moments[f"{name}/{kind}"])
+                saved = moments[f"{name}/{kind}"]
+                # A scalar travels as a vector: torch_xla gives equal scalars one buffer, which is another program.
+                value.copy_(saved.view(-1).to(value.device).view(saved.shape))
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
