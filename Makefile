@@ -48,7 +48,7 @@ demo: $(VENV)/.installed ## fine-tune on real proteins with LoRA on the CPU, the
 		adapter $(DEMO)/adapter predictions $(DEMO)/predictions.csv config $(DEMO)/config.yaml
 
 test: $(VENV)/.installed ## test on the CPU and on XLA:CPU; suites that need more are skipped and say so
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadfile
 
 test-nxd: $(VENV)/.nxd-tests ## test the real neuronx-distributed on gloo: NXD_SRC=<its source folder>
 	$(PYTEST) -m nxd

@@ -11,7 +11,7 @@ from transformers import EsmConfig
 
 from esm_neuron.adapters import adapt, draw_lora
 from esm_neuron.backends.base import Backend
-from esm_neuron.config import ModelConfig, TrainConfig
+from esm_neuron.config import TrainConfig
 from esm_neuron.model import encoder_of, set_attention
 from esm_neuron.parallel.slices import whole_shape
 from esm_neuron.tasks import Task
@@ -38,7 +38,7 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
         CheckpointError: its weights are damaged, or do not match the architecture.
     """
     pretrained, source = open_weights(cfg.model, cfg.seed)
-    config = _with_dropout(task.configure(pretrained, cfg.model), cfg.model)
+    config = model_config(cfg, task, pretrained)
     with torch.device("meta"):
         model = task.build(config)
     set_attention(encoder_of(model), cfg.data.max_residues + 2, backend.attention)
@@ -55,7 +55,9 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     return Built(backend.prepare(adapted), config, source, report)
 
 
-def _with_dropout(config: EsmConfig, cfg: ModelConfig) -> EsmConfig:
-    config.hidden_dropout_prob = cfg.dropout
-    config.attention_probs_dropout_prob = cfg.dropout
+def model_config(cfg: TrainConfig, task: Task, pretrained: EsmConfig) -> EsmConfig:
+    """The configuration of the task's model: the pretrained one's, with the run's dropout and longest sequence."""
+    config = task.configure(pretrained, cfg.model)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = cfg.model.dropout
+    config.max_position_embeddings = max(config.max_position_embeddings, cfg.data.max_residues + 2)
     return config

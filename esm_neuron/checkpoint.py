@@ -148,6 +148,13 @@ def newest(root: Path, say: Callable[[str], None] = log.warning) -> Snapshot | N
     return None
 
 
+def drop_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of steps after `step`: damaged ones that a resumed run has passed over, and will redo."""
+    for later in steps(root):
+        if later > step:
+            shutil.rmtree(step_folder(root, later))
+
+
 def prune(root: Path, keep: int, best: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one, and what killed processes left half-written."""
     for step in steps(root)[:-keep]:

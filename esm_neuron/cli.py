@@ -191,11 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # accelerate, under peft, would import torch_xla wherever it is installed: seconds, and a device nobody asked for
     os.environ.setdefault("USE_TORCH_XLA", "0")
+    # torch_xla's import brings in torch's inductor, which would start a pool of compiler processes that nobody uses
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         return COMMANDS[words[0]](words[1:])
     except EsmNeuronError as error:
         say(f"esm-neuron: error: {error}")
         return error.exit_code
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        say(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")
+        return 2
 
 
 if __name__ == "__main__":

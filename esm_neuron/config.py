@@ -247,6 +247,11 @@ class TrainConfig:
     def _ranges(self) -> list[tuple[str, float, float, float]]:
         most = float("inf")
         return [
+            ("seed", self.seed, 0, 2**63 - 1),
+            ("optim.betas[0]", self.optim.betas[0], 0, 0.9999),
+            ("optim.betas[1]", self.optim.betas[1], 0, 0.999999),
+            ("optim.eps", self.optim.eps, 0, 1),
+            ("adapter.alpha", self.adapter.alpha, 1, most),
             ("model.dropout", self.model.dropout, 0, 0.99),
             ("task.label_smoothing", self.task.label_smoothing, 0, 0.99),
             ("task.mask_probability", self.task.mask_probability, 0.001, 0.99),

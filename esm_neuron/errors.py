@@ -21,6 +21,10 @@ class DataError(EsmNeuronError):
     exit_code = 2
 
 
+class TrainingError(EsmNeuronError):
+    """Training that cannot go on, such as a loss that is no number."""
+
+
 class CheckpointError(EsmNeuronError):
     """A checkpoint or weight file that is damaged, incomplete or belongs to another run."""
 

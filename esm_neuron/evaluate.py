@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from esm_neuron.backends.base import Backend
 from esm_neuron.data.batch import Batch
 from esm_neuron.data.loader import EvalLoader, prefetch
+from esm_neuron.errors import TrainingError
 from esm_neuron.metrics import MetricState
 from esm_neuron.tasks import Task
 
@@ -63,10 +63,25 @@ def run_passes(
 
 
 def evaluate(model: nn.Module, task: Task, backend: Backend, loader: EvalLoader) -> MetricState:
-    """The metric state of a loader's table over all ranks, the same on each of them."""
+    """The metric state of a loader's table over all ranks, the same on each of them.
+
+    Raises:
+        TrainingError: an answer is NaN or infinite, on any rank.
+    """
     state = task.metrics()
-    run_passes(model, task, backend, loader, partial(task.observe, state, loader.table))
-    first, *others = backend.gather_host(state)
+    finite = True
+
+    def take(members: np.ndarray, answers: list[np.ndarray]) -> None:
+        nonlocal finite
+        finite = finite and all(np.isfinite(answer[members >= 0]).all() for answer in answers)
+        task.observe(state, loader.table, members, answers)
+
+    run_passes(model, task, backend, loader, take)
+    if not all(backend.gather_host(finite)):
+        raise TrainingError("the model's answers hold values that are no numbers; lower optim.lr and train again")
+    states, topology = backend.gather_host(state), backend.topology
+    # the ranks of a tensor-parallel group answer the same rows: each row counts from the first of them
+    first, *others = [states[topology.rank_of(copy, 0)] for copy in range(topology.dp)]
     for other in others:
         first.merge(other)
     return first

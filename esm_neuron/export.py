@@ -17,7 +17,7 @@ from transformers import EsmConfig
 from esm_neuron.adapters import saved_key
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
-from esm_neuron.build import Built, build_model
+from esm_neuron.build import Built, build_model, model_config
 from esm_neuron.config import BackendName, ParallelConfig, TrainConfig, require
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import CheckpointError
@@ -43,7 +43,7 @@ answer with `esm-neuron predict`, or merge with `esm-neuron export` and load tha
 def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
     """The task's model on the CPU with its starting weights: whole, without adapters."""
     pretrained, source = open_weights(cfg.model, cfg.seed)
-    config = task.configure(pretrained, cfg.model)
+    config = model_config(cfg, task, pretrained)
     with torch.device("meta"):
         model = task.build(config)
     load_into(
@@ -108,7 +108,7 @@ def _write_adapter(
     if cfg.model.init == "random":
         model, config = plain_model(cfg, task)
         write_model(model, config, out / BASE)
-        base = replace(cfg.model, name=str(out / BASE), init="pretrained", revision=None)
+        base = replace(cfg.model, name=str((out / BASE).resolve()), init="pretrained", revision=None)
         reference = open_weights(base, cfg.seed)[1].reference
     lora = adapted.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
@@ -117,7 +117,7 @@ def _write_adapter(
         # the head it does not find, and a random <cls> head would answer. A config of our type is refused there.
         with new_folder(out / BASE) as aside, torch.device("meta"):
             _write_config(task.build(built.config), built.config, aside)
-        lora.base_model_name_or_path, lora.revision = str(out / BASE), None
+        lora.base_model_name_or_path, lora.revision = str((out / BASE).resolve()), None
     lora.inference_mode = True
     with new_folder(out / ADAPTER) as aside:
         save_file({saved_key(n): t.contiguous() for n, t in trained.items()}, aside / ADAPTER_WEIGHTS, {"format": "pt"})

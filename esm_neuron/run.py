@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from esm_neuron import checkpoint, settings
+from esm_neuron.agreement import agree, agree_on_main
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, build_model
@@ -19,7 +20,7 @@ from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
 from esm_neuron.data.splits import Splits, load_inputs, load_splits
-from esm_neuron.errors import ConfigError, EsmNeuronError
+from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.evaluate import evaluate as evaluate_table
 from esm_neuron.export import CONFIG, build_trained, read_run, write_results
 from esm_neuron.files import claimed, write_json, write_text
@@ -111,14 +112,17 @@ class _Job:
     @classmethod
     def of(cls, cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> _Job:
         """Read the data, build the model, make the trainer."""
-        splits = load_splits(cfg, TASKS[cfg.task.name].needs_labels)
+        splits = agree(backend, lambda: load_splits(cfg, TASKS[cfg.task.name].needs_labels))
+        if len(set(backend.gather_host(splits.fingerprint))) > 1:
+            raise DataError(f"{cfg.data.train}: the ranks read different rows; give every node the same files")
         say(splits.summary())
         cfg = replace(cfg, task=replace(cfg.task, labels=splits.labels or None))
         task = create_task(cfg.task, splits.labels)
-        built = build_model(cfg, task, backend)
+        built = agree(backend, lambda: build_model(cfg, task, backend))
         say(describe(cfg, built))
         loaders = Loaders.of(cfg, splits, task, backend)
-        same = identity(cfg, splits.fingerprint)
+        base = backend.gather_host(agree_on_main(backend, lambda: built.source.reference.sha256))[0]
+        same = identity(cfg, splits.fingerprint, str(base))
         trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], same)
         return cls(cfg, splits, task, built, loaders, trainer)
 
@@ -129,13 +133,17 @@ def _train(cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> Ou
     begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
     if begin:
         say(f"resumed after step {begin} of {trainer.total_steps}")
-    if backend.topology.is_main:
-        _write_settings(cfg, splits)
-        trainer.callbacks = _callbacks(cfg, begin)
-    fit = trainer.fit()
-    if fit.stopped_by:
-        return Outcome({}, fit.stopped_by)
-    return Outcome(_finish(cfg, task, built, trainer, fit, loaders, say), None)
+    agree_on_main(backend, lambda: _write_settings(cfg, splits))
+    trainer.callbacks = agree_on_main(backend, lambda: _callbacks(cfg, begin)) or []
+    result: dict[str, Any] = {}
+    try:
+        fit = trainer.fit()
+        if fit.stopped_by is None:
+            result = _finish(cfg, task, built, trainer, fit, loaders, say)
+    finally:
+        for callback in trainer.callbacks:
+            callback.on_end(result)
+    return Outcome(result, fit.stopped_by)
 
 
 def _say_nothing(_: str) -> None:
@@ -212,10 +220,8 @@ def _finish(
         "test": test,
     })  # fmt: skip
     out = Path(cfg.output)
-    weights_folder = agree(backend, lambda: write_results(cfg, task, built, weights))
-    agree(backend, lambda: write_json(out / RESULT, result))
-    for callback in trainer.callbacks:
-        callback.on_end(result)
+    weights_folder = agree_on_main(backend, lambda: write_results(cfg, task, built, weights))
+    agree_on_main(backend, lambda: write_json(out / RESULT, result))
     say(f"weights of step {chosen} in {weights_folder}, result in {out / RESULT}, checkpoints in {out / 'checkpoints'}")
     return dict(result)
 
@@ -249,31 +255,17 @@ def evaluate(
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
         values = finite(evaluate_table(built.model, task, backend, loader).compute(intervals=True))
         if target is not None:
-            agree(backend, lambda: write_json(target, values))
+            agree_on_main(backend, lambda: write_json(target, values))
     finally:
         backend.close()
     return dict(values)
-
-
-def agree(backend: Backend, act: Callable[[], T]) -> T | None:
-    """Do `act` on the main rank; if it fails there, every rank raises the same error and none waits forever."""
-    value, failure = None, None
-    if backend.topology.is_main:
-        try:
-            value = act()
-        except EsmNeuronError as error:
-            failure = error
-    failure = next((e for e in backend.gather_host(failure) if e is not None), None)
-    if failure is not None:
-        raise failure
-    return value
 
 
 @contextmanager
 def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
     """Hold the output folder for this run; all ranks learn when it cannot be had."""
     with ExitStack() as held:
-        agree(backend, lambda: _claim(cfg, held))
+        agree_on_main(backend, lambda: _claim(cfg, held))
         yield
 
 
@@ -287,9 +279,9 @@ def _claim(cfg: TrainConfig, held: ExitStack) -> None:
         )
 
 
-def identity(cfg: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    """What two runs must share for one to continue the other: dotted settings and the data's fingerprint."""
-    values: dict[str, Any] = {"data": fingerprint}
+def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
+    """What two runs must share for one to continue the other: dotted settings, the data, the base."""
+    values: dict[str, Any] = {"data": fingerprint, "base": base}
 
     def flatten(prefix: str, value: Any) -> None:
         if isinstance(value, Mapping) and not prefix.startswith("data.keep"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -14,18 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from esm_neuron import checkpoint
+from esm_neuron.agreement import agree, agree_on_main
 from esm_neuron.backends.base import Backend
 from esm_neuron.callbacks import Callback, EarlyStopping
 from esm_neuron.checkpoint import Snapshot, TrainState
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch
-from esm_neuron.errors import CheckpointError, EsmNeuronError
+from esm_neuron.errors import CheckpointError, TrainingError
 from esm_neuron.evaluate import evaluate, forward, on_device, run_passes
 from esm_neuron.metrics import Value
 from esm_neuron.optim import learning_rate, parameter_groups
 from esm_neuron.recompile import RecompileGuard
 from esm_neuron.signals import StopSignal
 from esm_neuron.tasks import Task
+
+log = logging.getLogger(__name__)
 
 AHEAD = 2
 """Steps whose batches are made before the device asks for them."""
@@ -57,8 +62,8 @@ class Trainer:
         """Make the optimizer; `identity` is what a resumed checkpoint must agree with."""
         self.cfg, self.model, self.task, self.backend = cfg, model, task, backend
         self.train_loader, self.valid_loader, self.callbacks = train, valid, callbacks
-        # Loss sum and weight of the step. Made real with the optimizer's state: as zeros not yet computed, or copied from
-        # the host, they would look unlike all later ones, and the first pass would be a program of its own.
+        # Loss sum and weight of the step. Made real with the optimizer's state: as zeros not yet computed, or copied
+        # from the host, they would look unlike all later ones, and the first pass would be a program of its own.
         self._totals = torch.zeros(2, device=backend.device)
         self.optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
         self.total_steps = train.total_steps(cfg.loop.epochs, cfg.loop.max_steps)
@@ -75,17 +80,34 @@ class Trainer:
         """Go on from the newest whole checkpoint of the run's folder, if there is one; returns its step.
 
         Raises:
-            CheckpointError: the checkpoints belong to another run, or none of them is whole.
+            CheckpointError: the checkpoints belong to another run, none of them is whole, or the ranks see different
+                ones.
         """
-        snapshot = checkpoint.newest(self.folder)
+        snapshot = agree(self.backend, self._newest)
+        found = self.backend.gather_host(None if snapshot is None else snapshot.state.step)
+        if len(set(found)) > 1:
+            raise CheckpointError(
+                f"{self.folder}: the ranks find different checkpoints, of steps {found}; give them one shared folder"
+            )
         if snapshot is None:
             return 0
-        checkpoint.check_identity(snapshot.state.run, self.state.run, self.folder)
         self.backend.load_state(self.model, self.optimizer, snapshot.model, snapshot.optimizer)
         self.state = snapshot.state
         self.stopper.load_state_dict(self.state.stopper)
+        if self.backend.topology.is_main:
+            checkpoint.drop_after(self.folder, self.state.step)
+        best = self.stopper.best_step
+        if best is not None and best not in checkpoint.steps(self.folder):
+            log.warning("the best checkpoint, of step %d, is gone: the best one is looked for anew", best)
+            self.stopper.best, self.stopper.best_step = None, None
         self._logged_seconds, self._logged_residues = self.state.seconds, self.state.residues
         return self.state.step
+
+    def _newest(self) -> Snapshot | None:
+        snapshot = checkpoint.newest(self.folder)
+        if snapshot is not None:
+            checkpoint.check_identity(snapshot.state.run, self.state.run, self.folder)
+        return snapshot
 
     def fit(self) -> Fit:
         """Train from the present step to the last one, evaluating and saving on the way."""
@@ -149,6 +171,11 @@ class Trainer:
         seconds, residues = self.state.seconds - self._logged_seconds, self.state.residues - self._logged_residues
         self._logged_seconds, self._logged_residues = self.state.seconds, self.state.residues
         loss_sum, weight = totals.tolist()
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):  # the same sums on every rank: all stop here
+            raise TrainingError(
+                f"step {step}: the loss is {loss_sum / weight if weight else loss_sum} and the gradient's norm "
+                f"{float(norm)}; lower optim.lr={self.cfg.optim.lr}, or clip by optim.max_grad_norm"
+            )
         record = {
             "loss": loss_sum / weight if weight else None,
             "lr": rate,
@@ -180,7 +207,7 @@ class Trainer:
         best = self.stopper.best_step
         if best is None or best == self.state.step:
             return self.state.step
-        snapshot = checkpoint.load(checkpoint.step_folder(self.folder, best))
+        snapshot = agree(self.backend, lambda: checkpoint.load(checkpoint.step_folder(self.folder, best)))
         self.backend.load_weights(self.model, snapshot.model)
         return best
 
@@ -189,17 +216,12 @@ class Trainer:
         self._stop_clock()
         self.state.stopper = self.stopper.state_dict()
         weights, moments = self.backend.gather_state(self.model, self.optimizer)
-        failure = None
-        if self.backend.topology.is_main:
-            try:
-                checkpoint.save(self.folder, Snapshot(self.state, weights, moments))
-                checkpoint.prune(self.folder, self.cfg.checkpoint.keep, self.stopper.best_step)
-            except EsmNeuronError as error:
-                failure = str(error)
-        failure = next(filter(None, self.backend.gather_host(failure)), None)
-        if failure:
-            raise CheckpointError(failure)
+        agree_on_main(self.backend, lambda: self._write(weights, moments))
         self._start_clock()
+
+    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        checkpoint.save(self.folder, Snapshot(self.state, weights, moments))
+        checkpoint.prune(self.folder, self.cfg.checkpoint.keep, self.stopper.best_step)
 
     def _start_clock(self) -> None:
         self._began = time.perf_counter()

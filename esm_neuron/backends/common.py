@@ -24,6 +24,20 @@ def make_gradient_buffers(model: nn.Module) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
+def move_keeping_ties(model: nn.Module, device: torch.device) -> None:
+    """Move `model`; a parameter in several places stays one. On XLA `.to` makes a new one in each place, and the
+    embedding and the LM head's decoder, one tensor in ESM-2, would be trained apart."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    model.to(device)
+    for (module, name), *others in places.values():
+        for owner, leaf in others:
+            setattr(owner, leaf, getattr(module, name))
+
+
 def adamw(
     groups: Sequence[Mapping[str, Any]], cfg: OptimConfig, device: torch.device, **kind: bool
 ) -> torch.optim.AdamW:

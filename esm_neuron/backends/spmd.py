@@ -106,9 +106,24 @@ class SpmdBackend(XlaBackend):
         for tensor in tensors:
             self._mark(tensor, 0, "dp")
 
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float) -> Tensor:
+        return self._joined(super().step(model, optimizer, weight, max_norm))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self._joined(super().all_reduce(tensor))
+
+    def _joined(self, tensor: Tensor) -> Tensor:
+        """Joined by the program itself: reading a cut tensor compiles one, each time anew.
+
+        Every step marks its sum and its norm, also where nobody reads them: a mark is part of the program.
+        """
+        self._mark(tensor, None)
+        return tensor
+
     def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
         for tensor in tensors:
-            self._mark(tensor, None)  # joined by the program itself: reading a cut tensor compiles one, each time anew
+            if not self._torch_xla._XLAC._get_xla_sharding_spec(tensor):
+                self._joined(tensor)
         super().on_host(fn, *tensors)
 
     def gather_state(

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from esm_neuron.adapters import store_frozen_linears
 from esm_neuron.backends import common
-from esm_neuron.backends.common import adamw, make_gradient_buffers, mix_seed, normalise_clip_update, trainable
+from esm_neuron.backends.common import (
+    adamw,
+    make_gradient_buffers,
+    mix_seed,
+    move_keeping_ties,
+    normalise_clip_update,
+    trainable,
+)
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
 from esm_neuron.parallel.slices import Shard
@@ -83,7 +90,7 @@ class XlaBackend:
         return model
 
     def _move(self, model: nn.Module) -> None:
-        model.to(self.device)
+        move_keeping_ties(model, self.device)
         make_gradient_buffers(model)
 
     def spread(self, tensors: Iterable[Tensor]) -> None:

@@ -19,7 +19,7 @@ from esm_neuron.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 
-_SAMPLING = 1
+_SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
 
 

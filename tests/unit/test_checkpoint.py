@@ -337,3 +337,11 @@ def test_a_new_folder_takes_the_old_ones_place_only_when_it_is_done(tmp_path: Pa
         assert [p.name for p in target.iterdir()] == ["old"]
     assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_resumed_run_passed_over_is_dropped(tmp_path: Path) -> None:
+    """Otherwise pruning, which counts by step, would delete the new checkpoints in favour of the damaged one."""
+    for step in (1, 2, 3):
+        checkpoint.step_folder(tmp_path, step).mkdir()
+    checkpoint.drop_after(tmp_path, 1)
+    assert checkpoint.steps(tmp_path) == [1]
