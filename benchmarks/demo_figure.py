@@ -49,9 +49,7 @@ def draw(run: Path, target: Path) -> None:
     left.plot([r["step"] for r in train], [r["loss"] for r in train], color="0.6", lw=1, label="training")
     left.plot([r["step"] for r in valid], [r["loss"] for r in valid], "o-", color="C0", label="validation")
     left.axvline(result["chosen_step"], color="C0", ls=":", lw=1)
-    left.set(
-        xlabel="optimizer step", ylabel="cross entropy (nats)", title="learning curve (dotted: chosen on valid)"
-    )
+    left.set(xlabel="optimizer step", ylabel="cross entropy (nats)", title="learning curve (dotted: chosen on valid)")
     left.legend(frameon=False)
     width = 0.26
     for i, (name, values) in enumerate(figures.items()):
