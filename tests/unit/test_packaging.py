@@ -124,7 +124,9 @@ def test_unknown_proteins_are_clean_test_rows_without_labels() -> None:
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = {t for line in re.findall(r"^\.PHONY: (.*)", makefile, re.M) for t in line.split()}
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[0] for line in shown.splitlines()} == targets
     assert {"install", "demo", "test", "lint", "type", "bench", "test-nxd", "test-gpu", "test-trn1"} <= targets
 
@@ -134,7 +136,13 @@ def test_make_names_the_cure_without_a_python(tmp_path: Path) -> None:
     (tmp_path / "constraints").mkdir()
     for name in ("Makefile", "pyproject.toml", "constraints/general.txt", "constraints/uv.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    done = subprocess.run(["make", "install", "PYTHON="], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "install", "PYTHON="],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0
     assert "make PYTHON=" in done.stderr
     assert not (tmp_path / ".venv").exists()
