@@ -34,7 +34,7 @@ def make_parser(command: str = "train") -> ArgumentParser:
 
 
 def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
-    """The configuration that `argv` describes.
+    """The configuration that `argv` describes; `--resume` is short for `--checkpoint.resume`.
 
     Raises:
         ConfigError: an unknown or repeated key, a value of the wrong type, an unreadable file.
@@ -43,7 +43,8 @@ def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
         _check_yaml(path)
     parser = make_parser(command)
     try:
-        values = parser.instantiate(parser.parse_args(list(argv)))
+        words = [re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv]
+        values = parser.instantiate(parser.parse_args(words))
     except argparse.ArgumentError as error:
         raise ConfigError(_explain(str(error))) from error
     return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})

@@ -215,3 +215,8 @@ def test_known_keys_are_all_fields() -> None:
     sections = [f.name for f in fields(TrainConfig) if is_dataclass(get_type_hints(TrainConfig)[f.name])]
     counted = sum(len(fields(get_type_hints(TrainConfig)[name])) for name in sections)
     assert len(keys) == len(set(keys)) == counted + len(fields(TrainConfig)) - len(sections)
+
+
+@pytest.mark.parametrize("words", [["--resume", "auto"], ["--resume=auto"]])
+def test_resume_has_a_short_form(words: list[str]) -> None:
+    assert parse(words).checkpoint.resume == "auto"
