@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from esm_neuron.backends.base import Backend
 from esm_neuron.errors import EsmNeuronError
@@ -22,7 +22,7 @@ def agree(backend: Backend, act: Callable[[], T]) -> T:
     for rank, error in enumerate(backend.gather_host(failure)):
         if error is not None:
             raise failure or type(error)(f"rank {rank}: {error}")
-    return value  # type: ignore[return-value]  # it is T where nothing failed
+    return cast(T, value)  # nothing failed, so `act` has given it
 
 
 def agree_on_main(backend: Backend, act: Callable[[], T]) -> T | None:

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.nxd)
             if not os.environ.get("NXD_SRC"):
-                item.add_marker(pytest.mark.skip(reason="NXD_SRC names no folder with neuronx_distributed's sources"))
+                item.add_marker(pytest.mark.skip(reason="make test-nxd NXD_SRC=<folder>: no neuronx_distributed there"))
 
 
 @dataclass(frozen=True)
