@@ -20,7 +20,7 @@ class ModelConfig:
     """Which ESM-2, and how it is read."""
 
     name: str = "esm2_t6_8M"
-    """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `small`,
+    """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `small`, `mini`,
     `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs
     `init: random`."""
     revision: str | None = None

@@ -81,6 +81,7 @@ def _released(name: str, layers: int, hidden: int, heads: int) -> EsmShape:
 SHAPES: dict[str, EsmShape] = {
     "tiny": EsmShape(layers=2, hidden=32, heads=4, intermediate=128),
     "small": EsmShape(layers=4, hidden=128, heads=8, intermediate=512),
+    "mini": EsmShape(layers=6, hidden=192, heads=8, intermediate=768),
     "esm2_t6_8M": _released("esm2_t6_8M", 6, 320, 20),
     "esm2_t12_35M": _released("esm2_t12_35M", 12, 480, 20),
     "esm2_t30_150M": _released("esm2_t30_150M", 30, 640, 20),
@@ -88,7 +89,7 @@ SHAPES: dict[str, EsmShape] = {
     "esm2_t36_3B": _released("esm2_t36_3B", 36, 2560, 40),
     "esm2_t48_15B": _released("esm2_t48_15B", 48, 5120, 40),
 }
-"""Name -> shape: `tiny` for tests, `small` for a laptop, and the six of Lin et al. 2023 (Science 379:1123)."""
+"""Name -> shape: `tiny` for tests, `small` and `mini` for a laptop, and the six of Lin et al. 2023 (Science 379:1123)."""
 
 
 def esm_config(shape: EsmShape) -> EsmConfig:
