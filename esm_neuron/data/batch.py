@@ -49,6 +49,23 @@ class ExampleTable:
         return self.tokens[self.offsets[example] : self.offsets[example + 1]]
 
 
+def join_tables(tables: Sequence[ExampleTable]) -> ExampleTable:
+    """The examples of one or more tables in one, in their order."""
+    sizes = [len(table.tokens) for table in tables]
+    records = [len(table.ids) for table in tables]
+    starts = np.cumsum([0, *sizes])
+    offsets = [table.offsets[:-1] + start for table, start in zip(tables, starts, strict=False)]
+    record = [table.record + start for table, start in zip(tables, np.cumsum([0, *records]), strict=False)]
+    return ExampleTable(
+        tokens=np.concatenate([table.tokens for table in tables]),
+        offsets=np.concatenate([*offsets, starts[-1:]]),
+        record=np.concatenate(record),
+        weight=np.concatenate([table.weight for table in tables]),
+        labels=np.concatenate([table.labels for table in tables]),
+        ids=[name for table in tables for name in table.ids],
+    )
+
+
 @dataclass(frozen=True)
 class Target:
     """What a task makes of one example: what the model sees, and what it should answer."""

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+import pyarrow as pa
 
 from esm_neuron.config import DataConfig, TrainConfig, require
-from esm_neuron.data.batch import ExampleTable
-from esm_neuron.data.sources import filter_column, read_rows
+from esm_neuron.data.batch import ExampleTable, join_tables
+from esm_neuron.data.records import row_unit
+from esm_neuron.data.sources import CHUNK_ROWS, filter_column, read_chunks, read_rows
 from esm_neuron.data.tokenizer import encode_many
-from esm_neuron.data.validate import Problems, Report, check_rows, quote
+from esm_neuron.data.validate import Checker, Problems, Rejected, Report, check_rows, quote
 from esm_neuron.errors import DataError
 
 SPLITS = ("train", "valid", "test")
+
+_CUTS = ("cropped", "cropped_residues", "windowed", "windows")
+"""Counts of a `Report` that are made by cutting long sequences."""
 
 _SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
@@ -48,14 +52,14 @@ class Splits:
 class _Part:
     """Rows on their way, and the file they are from."""
 
-    rows: Dataset
+    rows: pa.Table
     source: str
 
     def column(self, name: str) -> list[str]:
-        return list(self.rows[name][:])
+        return list(self.rows[name].to_pylist())
 
     def take(self, mask: np.ndarray) -> _Part:
-        return replace(self, rows=self.rows.select(np.flatnonzero(mask)))
+        return replace(self, rows=self.rows.filter(pa.array(mask)))
 
 
 def load_splits(cfg: TrainConfig, needs_labels: bool) -> Splits:
@@ -99,19 +103,57 @@ def load_splits(cfg: TrainConfig, needs_labels: bool) -> Splits:
     )
 
 
-def load_inputs(path: str | Path, cfg: DataConfig, labels: Sequence[str] | None = None) -> tuple[ExampleTable, Report]:
-    """One whole file in its order: without labels for prediction, or with them (class `labels[i]`) for evaluation.
+class InputChunks:
+    """One whole file in its order, a chunk at a time: without labels for prediction, or with them for evaluation.
+
+    Can be iterated any number of times; a bad row anywhere is an error after the last chunk, so what was made of the
+    chunks before must not be final until then (or iterate once in advance: it costs little).
 
     The split column and the row filters of `cfg` are for training and are not applied.
+
+    Args:
+        path: the file, see `sources.read_chunks`.
+        cfg: columns, treatment of bad residues and of long sequences.
+        labels: class i is `labels[i]`; None: labels are not read.
+        rows: most rows in a chunk.
+    """
+
+    def __init__(
+        self, path: str | Path, cfg: DataConfig, labels: Sequence[str] | None = None, rows: int = CHUNK_ROWS
+    ) -> None:
+        self._path, self._labels, self._rows = str(path), labels, rows
+        self._cfg = replace(cfg, split_column=None, keep={}, keep_heldout={})
+        self.report = Report(name=self._path)
+        """What the last iteration has read and done so far."""
+        self.rejected: list[Rejected] = []
+        """The rows that the last iteration has left out or changed so far."""
+
+    def __iter__(self) -> Iterator[ExampleTable]:
+        """Tables of one chunk each; `record` counts from 0 in each of them.
+
+        Raises:
+            DataError: the file or a row cannot be used; a label that is not in `labels`.
+        """
+        checker = Checker(self._cfg, self._path)
+        self.rejected = checker.rejected
+        cut = Report(name=self._path)
+        for rows in checker.chunks(read_chunks(self._path, self._cfg, self._labels is not None, rows=self._rows)):
+            table, more = _table(_Part(rows, self._path), self._cfg, self._labels)
+            cut = replace(cut, **{name: getattr(cut, name) + getattr(more, name) for name in _CUTS})
+            self.report = replace(checker.report(), **{name: getattr(cut, name) for name in _CUTS})
+            yield table
+        self.report = replace(checker.report(), **{name: getattr(cut, name) for name in _CUTS})
+
+
+def load_inputs(path: str | Path, cfg: DataConfig, labels: Sequence[str] | None = None) -> tuple[ExampleTable, Report]:
+    """One whole file in memory, see `InputChunks`.
 
     Raises:
         DataError: the file or a row cannot be used; a label that is not in `labels`.
     """
-    cfg = replace(cfg, split_column=None, keep={}, keep_heldout={})
-    rows, read = check_rows(read_rows(path, cfg, need_label=labels is not None), cfg, str(path))
-    table, cut = _table(_Part(rows, str(path)), cfg, labels)
-    cuts = ("cropped", "cropped_residues", "windowed", "windows")
-    return table, replace(read, **{name: getattr(cut, name) for name in cuts})
+    chunks = InputChunks(path, cfg, labels)
+    table = join_tables(list(chunks))
+    return table, chunks.report
 
 
 def _read_files(data: DataConfig, need_label: bool) -> dict[str, _Part]:
@@ -214,7 +256,8 @@ def _members(cfg: DataConfig, part: _Part, split: str) -> np.ndarray:
     unknown = {value: None for value in values if value not in cfg.split_names}
     if unknown:
         shown = ", ".join(
-            f"{quote(value)} ({values.count(value)} rows, first in line {part.rows['line'][values.index(value)]})"
+            f"{quote(value)} ({values.count(value)} rows, first in {row_unit(part.source)} "
+            f"{part.rows['line'][values.index(value)]})"
             for value in list(unknown)[:5]
         )
         raise DataError(
@@ -269,7 +312,7 @@ def _sample(train: _Part, cfg: TrainConfig) -> np.ndarray:
 
 def _table(part: _Part, cfg: DataConfig, labels: Sequence[str] | None) -> tuple[ExampleTable, Report]:
     """Tokenized rows, long sequences cut, and how many were; without labels where `labels` is None."""
-    ids, sequences, lines = part.column("id"), part.column("sequence"), list(part.rows["line"][:])
+    ids, sequences, lines = part.column("id"), part.column("sequence"), part.rows["line"].to_pylist()
     problems = Problems(part.source)
     pieces: list[str] = []
     counts = np.ones(len(ids), dtype=np.int64)
@@ -314,7 +357,7 @@ def _targets(part: _Part, cfg: DataConfig, labels: Sequence[str], problems: Prob
         else:
             cure = "correct it, add training rows of it, or filter it with data.keep"
             message = f"column {cfg.label_column!r}: label {quote(label)} is not one of the classes {known}; {cure}"
-            problems.add(part.rows["line"][i], message)
+            problems.add(part.rows["line"][i].as_py(), message)
     return targets
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from datasets import Dataset
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 
 from esm_neuron.config import DataConfig
+from esm_neuron.data.records import place, row_unit
 from esm_neuron.data.sources import make_rows
 from esm_neuron.data.tokenizer import bad_residues, replace_bad_residues
 from esm_neuron.errors import DataError
@@ -79,10 +83,10 @@ class Problems:
     total: int = 0
 
     def add(self, line: int, message: str) -> None:
-        """Note a problem of the record that starts in `line`."""
+        """Note a problem of the row that starts in `line`, or is record number `line`."""
         self.total += 1
         if len(self.first) < MOST_LISTED:
-            self.first.append(f"{self.source}:{line}: {message}")
+            self.first.append(f"{place(self.source, line)}: {message}")
 
     def raise_any(self) -> None:
         """Raise what was noted: one line for one problem; else a line with the count, then the first of them.
@@ -97,39 +101,140 @@ class Problems:
             raise DataError("\n  ".join([f"{self.source}: {self.total} problems ({shown}):", *self.first]))
 
 
-def check_rows(rows: Dataset, cfg: DataConfig, source_name: str) -> tuple[Dataset, Report]:
-    """The rows that can be used, their sequences in upper case, and what was done to the others.
+@dataclass(frozen=True)
+class Rejected:
+    """A row that was left out or changed, and why."""
 
-    Labels are checked where `rows` has the column `label`. Characters that are no residue are treated by
-    `cfg.on_bad_residue`; every other fault is an error whatever that says.
+    source: str
+    """The file."""
+    line: int
+    """Its line or record number, from 1."""
+    id: str
+    reason: str
+    action: str
+    """`left out` or `replaced by X`."""
+
+
+class Checker:
+    """Takes the rows of one file, in as many chunks as they come, and gives those that can be used.
+
+    Characters that are no residue are treated by `cfg.on_bad_residue`; every other fault is an error whatever that
+    says. Of each id 16 bytes are kept, a 64-bit hash and its line: two different ids are taken for one with
+    probability n^2 / 2^65, 1 in 10,000 for 50 million ids.
+
+    Args:
+        cfg: how bad residues are treated; names in messages.
+        source: the file's name in messages.
+    """
+
+    def __init__(self, cfg: DataConfig, source: str) -> None:
+        self._cfg, self._source = cfg, source
+        self._problems = Problems(source)
+        self._ids = _Ids()
+        self._rows = self._kept = self._replaced = self._replaced_residues = 0
+        self.rejected: list[Rejected] = []
+        """The rows left out or changed so far, in the order of the file."""
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The rows of a chunk that can be used, sequences in upper case; problems are noted for `finish`.
+
+        Labels are checked where `rows` has the column `label`.
+        """
+        columns: dict[str, list[Any]] = rows.to_pydict()
+        self._rows += len(rows)
+        self._check_ids(columns["id"], columns["line"])
+        if "label" in columns:
+            for line, name, label in zip(columns["line"], columns["id"], columns["label"], strict=True):
+                if is_missing(label):
+                    self._problems.add(line, _no_label(self._cfg.label_column, name))
+        sequences, kept = self._check_sequences(columns)
+        self._kept += len(kept)
+        clean = {name: [values[i] for i in kept] for name, values in columns.items()}
+        clean["sequence"] = sequences
+        return make_rows(clean)
+
+    def chunks(self, chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The usable rows of each chunk that has any, until a problem is met; then the rest is only searched for more.
+
+        Raises:
+            DataError: as `finish`, after the last chunk.
+        """
+        for rows in chunks:
+            usable = self(rows)
+            if len(usable) and not self._problems.total:
+                yield usable
+        self.finish()
+
+    def finish(self) -> Report:
+        """What was done, after the last chunk.
+
+        Raises:
+            DataError: empty id, sequence or label, id used twice, a character outside the alphabet (strict); no row
+                left.
+        """
+        self._problems.raise_any()
+        if not self._kept:
+            raise DataError(
+                f"{self._source}: all {self._rows} rows have characters that are no residues; is it protein?"
+            )
+        return self.report()
+
+    def report(self) -> Report:
+        """What was done so far."""
+        return Report(
+            name=self._source,
+            rows=self._rows,
+            skipped=self._rows - self._kept,
+            replaced=self._replaced,
+            replaced_residues=self._replaced_residues,
+        )
+
+    def _check_ids(self, ids: Sequence[str], lines: Sequence[int]) -> None:
+        earlier = self._ids.earlier(ids, lines)
+        for i, name in enumerate(ids):
+            if not name:
+                self._problems.add(lines[i], "the id is empty; give every row a name")
+            elif earlier[i]:
+                where = f"{row_unit(self._source)} {earlier[i]}"
+                self._problems.add(lines[i], f"id {quote(name)} was used in {where} already; make ids unique")
+
+    def _check_sequences(self, columns: dict[str, list[Any]]) -> tuple[list[str], list[int]]:
+        """The sequences to use, and the indices of their rows."""
+        sequences: list[str] = []
+        kept: list[int] = []
+        choice = self._cfg.on_bad_residue
+        for i, (line, name, sequence) in enumerate(
+            zip(columns["line"], columns["id"], columns["sequence"], strict=True)
+        ):
+            bad = bad_residues(sequence)
+            if not sequence:
+                self._problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the row")
+            elif bad and choice == "strict":
+                cure = "correct it, or use data.on_bad_residue=skip (leave the row out) or replace (write X)"
+                self._problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {cure}")
+            elif bad:
+                action = "left out" if choice == "skip" else "replaced by X"
+                self.rejected.append(Rejected(self._source, line, name, f"the sequence {_bad_message(bad)}", action))
+            if bad and choice == "skip":
+                continue
+            if bad:
+                self._replaced += 1
+                self._replaced_residues += len(bad)
+                sequence = replace_bad_residues(sequence)
+            sequences.append(sequence.upper())
+            kept.append(i)
+        return sequences, kept
+
+
+def check_rows(rows: pa.Table, cfg: DataConfig, source_name: str) -> tuple[pa.Table, Report]:
+    """The rows of a whole file that can be used, and what was done to the others, see `Checker`.
 
     Raises:
-        DataError: empty id, sequence or label, id used twice, a character outside the alphabet (strict); no row left.
+        DataError: see `Checker.finish`.
     """
-    columns: dict[str, list[str]] = rows[:]
-    lines: list[int] = list(rows["line"][:])
-    problems = Problems(source_name)
-    _check_ids(columns["id"], lines, problems)
-    if "label" in columns:
-        for line, name, label in zip(lines, columns["id"], columns["label"], strict=True):
-            if is_missing(label):
-                problems.add(
-                    line, f"column {cfg.label_column!r} of {quote(name)} is empty; give a label or remove the row"
-                )
-    sequences, kept, replaced = _check_sequences(columns, lines, cfg, problems)
-    problems.raise_any()
-    if not kept:
-        raise DataError(f"{source_name}: all {len(lines)} rows have characters that are no residues; is it protein?")
-    clean = {name: [values[i] for i in kept] for name, values in columns.items()}
-    clean["sequence"] = sequences
-    report = Report(
-        name=source_name,
-        rows=len(lines),
-        skipped=len(lines) - len(kept),
-        replaced=len(replaced),
-        replaced_residues=sum(replaced),
-    )
-    return make_rows(clean), report
+    checker = Checker(cfg, source_name)
+    clean = checker(rows)
+    return clean, checker.finish()
 
 
 def is_missing(value: str) -> bool:
@@ -142,42 +247,44 @@ def quote(value: str) -> str:
     return repr(value if len(value) <= 60 else value[:57] + "...")
 
 
-def _check_ids(ids: Sequence[str], lines: Sequence[int], problems: Problems) -> None:
-    first: dict[str, int] = {}
-    for line, name in zip(lines, ids, strict=True):
-        if not name:
-            problems.add(line, "the id is empty; give every row a name")
-        elif first.setdefault(name, line) != line:
-            problems.add(line, f"id {quote(name)} was used in line {first[name]} already; make ids unique")
+class _Ids:
+    """Ids seen so far and where: sorted runs of (hash, line) that are merged as they grow alike."""
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def earlier(self, ids: Sequence[str], lines: Sequence[int]) -> np.ndarray:
+        """int64 [n]: the line in which each id was first used, 0 for those that are new; the ids are then known."""
+        hashes, at = text_hashes(ids), np.asarray(lines, dtype=np.int64)
+        known, first, index = np.unique(hashes, return_index=True, return_inverse=True)
+        earlier = np.where(first[index] == np.arange(len(hashes)), 0, at[first[index]])
+        for run_hashes, run_lines in self._runs:
+            place = np.minimum(np.searchsorted(run_hashes, hashes), len(run_hashes) - 1)
+            earlier = np.where(run_hashes[place] == hashes, run_lines[place], earlier)
+        self._add(known, at[first])
+        return np.asarray(earlier)
+
+    def _add(self, hashes: np.ndarray, lines: np.ndarray) -> None:
+        while self._runs and len(self._runs[-1][0]) <= 2 * len(hashes):
+            run_hashes, run_lines = self._runs.pop()
+            # the older run comes first, so that a hash in both keeps its first line
+            hashes, first = np.unique(np.concatenate([run_hashes, hashes]), return_index=True)
+            lines = np.concatenate([run_lines, lines])[first]
+        self._runs.append((hashes, lines))
 
 
-def _check_sequences(
-    columns: dict[str, list[str]], lines: Sequence[int], cfg: DataConfig, problems: Problems
-) -> tuple[list[str], list[int], list[int]]:
-    """Sequences to use, the indices of their rows, and for each row with characters replaced how many."""
-    sequences: list[str] = []
-    kept: list[int] = []
-    replaced: list[int] = []
-    for i, (line, name, sequence) in enumerate(zip(lines, columns["id"], columns["sequence"], strict=True)):
-        bad = bad_residues(sequence)
-        if not sequence:
-            problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the row")
-        elif bad and cfg.on_bad_residue == "strict":
-            problems.add(line, _bad_message(name, bad))
-        if bad and cfg.on_bad_residue == "skip":
-            continue
-        if bad:
-            replaced.append(len(bad))
-            sequence = replace_bad_residues(sequence)
-        sequences.append(sequence.upper())
-        kept.append(i)
-    return sequences, kept, replaced
+def text_hashes(texts: Sequence[str]) -> np.ndarray:
+    """uint64 [n]: a hash of each text (SipHash with a fixed key), equal in every process."""
+    return np.asarray(pd.util.hash_array(np.array(texts, dtype=object), categorize=False))
 
 
-def _bad_message(name: str, bad: list[tuple[int, str]]) -> str:
+def _no_label(column: str, name: str) -> str:
+    return f"column {column!r} of {quote(name)} is empty; give a label or remove the row"
+
+
+def _bad_message(bad: list[tuple[int, str]]) -> str:
     position, character = bad[0]
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    shown = repr(character) + _SPECIAL.get(character.upper(), "")
-    what = f"the sequence of {quote(name)} has {shown} at residue {position}{more}"
-    cure = "use data.on_bad_residue=skip (leave the row out) or replace (write X)"
-    return f"{what}, outside the ESM alphabet; correct it, or {cure}"
+    return (
+        f"has {character!r}{_SPECIAL.get(character.upper(), '')} at residue {position}{more}, outside the ESM alphabet"
+    )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data import sources
-from esm_neuron.data.sources import read_rows
+from esm_neuron.data import text_formats
+from esm_neuron.data.sources import read_chunks, read_rows
 from esm_neuron.errors import DataError
 
 
@@ -20,8 +24,25 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def records(**fields: list) -> dict[str, list]:
+    """Two rows with labels of any type."""
+    return {"sequence": ["MKV", "AAA"], "id": ["P1", "P2"], "other": [None, "x"], **fields}
+
+
+def write_table(path: Path, values: dict[str, list], features: Features | None = None) -> Path:
+    """The same rows as JSONL, Parquet or a saved dataset, by the path's suffix (none: a dataset)."""
+    if path.suffix in (".jsonl", ".gz"):
+        rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(values), path, row_group_size=1)
+    else:
+        Dataset.from_dict(values, features=features).save_to_disk(path)
+    return path
+
+
 def columns(path: Path, need_label: bool = True, **fields) -> dict[str, list]:
-    return read_rows(path, DataConfig(**fields), need_label).to_dict()
+    return read_rows(path, DataConfig(**fields), need_label).to_pydict()
 
 
 EXPECTED = {"line": [2, 3], "id": ["P1", "P2"], "sequence": ["MKV", "AAA"], "label": ["in", "out"]}
@@ -87,6 +108,83 @@ def test_a_field_that_one_fasta_header_lacks_is_empty(tmp_path: Path) -> None:
     assert columns(write(tmp_path / "a.fa", ">P1 label=in\nA\n>P2\nA"))["label"] == ["in", ""]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "folder"])
+@pytest.mark.parametrize(
+    ("labels", "joiner", "expected"),
+    [
+        (["in", "out"], ";", ["in", "out"]),
+        ([1, 20], ";", ["1", "20"]),
+        ([0.1, float("nan")], ";", ["0.1", ""]),
+        ([True, None], ";", ["true", ""]),
+        ([["in", "out"], ["in"]], ";", ["in;out", "in"]),
+        ([[0, 1, 10], []], ",", ["0,1,10", ""]),
+    ],
+)
+def test_typed_values_become_one_text(
+    tmp_path: Path, name: str, labels: list, joiner: str, expected: list[str]
+) -> None:
+    path = write_table(tmp_path / name, records(label=labels))
+    rows = read_rows(path, DataConfig(), need_label=True, joiner=joiner)
+    assert rows.to_pydict() == EXPECTED | {"line": [1, 2], "label": expected}
+
+
+def test_class_labels_of_a_dataset_are_their_names(tmp_path: Path) -> None:
+    names, text = ClassLabel(names=["in", "out"]), Value("string")
+    features = Features(sequence=text, id=text, other=text, label=names, many=Sequence(names))
+    path = write_table(tmp_path / "d", records(label=[1, 0], many=[[0, 1], []]), features)
+    assert columns(path)["label"] == ["out", "in"]
+    assert columns(path, label_column="many")["label"] == ["in;out", ""]
+
+
+def test_a_folder_of_several_splits_names_them(tmp_path: Path) -> None:
+    DatasetDict(train=Dataset.from_dict(records(label=["in", "out"]))).save_to_disk(tmp_path / "d")
+    with pytest.raises(DataError, match=f"several splits; name one of them: {tmp_path}/d/train$"):
+        columns(tmp_path / "d")
+    assert columns(tmp_path / "d" / "train")["id"] == ["P1", "P2"]
+
+
+def test_a_hub_dataset_is_asked_for_by_its_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*names: str | None, **options: object) -> Dataset:
+        asked.append((names, options))
+        return Dataset.from_dict(records(label=["in", "out"]))
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert columns("hf://owner/name@0a1b2c/train")["label"] == ["in", "out"]
+    assert columns(Path("hf://owner/name@0a1b2c/small/test"))["line"] == [1, 2]
+    pinned = {"revision": "0a1b2c", "token": False}
+    assert asked == [
+        (("owner/name", None), {"split": "train", **pinned}),
+        (("owner/name", "small"), {"split": "test", **pinned}),
+    ]
+    for wrong in ("hf://owner/name/train", "hf://owner/name@0a1b2c", "hf://name@0a1b2c/train"):
+        with pytest.raises(DataError, match="not the name of a hub dataset; write hf://owner/name@revision/split, or"):
+            columns(wrong)
+
+
+@pytest.mark.parametrize("name", ["a.fasta", "a.csv", "a.parquet"])
+def test_chunks_hold_all_rows_in_order_whatever_their_size(tmp_path: Path, name: str) -> None:
+    ids = [f"P{i}" for i in range(2500)]  # more than the readers' own batches
+    if name == "a.parquet":
+        path = write_table(tmp_path / name, {"id": ids, "sequence": ["MKV"] * 2500})
+    else:
+        row, head = (">{}\nMKV\n", "") if name == "a.fasta" else ("{},MKV\n", "id,sequence\n")
+        path = write(tmp_path / name, head + "".join(row.format(name) for name in ids))
+    whole = read_rows(path, DataConfig(), need_label=False)
+    assert whole["id"].to_pylist() == ids
+    assert sorted(set(whole["line"].to_pylist())) == whole["line"].to_pylist()
+    chunks = list(read_chunks(path, DataConfig(), need_label=False, rows=999))
+    assert [len(chunk) for chunk in chunks] == [999, 999, 502]
+    assert pa.concat_tables(chunks) == whole
+
+
+def test_a_chunk_ends_early_where_sequences_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esm_neuron.data.sources.CHUNK_CHARACTERS", 100)
+    path = write(tmp_path / "a.fa", "".join(f">P{i}\n{'A' * 60}\n" for i in range(5)))
+    assert [len(chunk) for chunk in read_chunks(path, DataConfig(), need_label=False)] == [2, 2, 1]
+
+
 HEAD = "id,sequence,label\n"
 BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "", ": the file is empty; "),
@@ -118,7 +216,7 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
         r": no column 'id' \(data.id_column\); the file has 'ID', .*; did you mean 'ID'\?",
     ),
     ("a.csv", "id,x,label\n", r": no column 'sequence' \(data.sequence_column\); the file has .*; name one of these"),
-    ("a.csv", "id,id,sequence,label\n", ":1: the header has column 'id' twice; rename one"),
+    ("a.csv", "id,id,sequence,label\n", ": the header has column 'id' twice; rename one"),
     ("a.fa", ">P1 lable=in\nMKV\n", r": no column 'label' \(data.label_column\); the file has 'lable'; did you mean"),
     ("a.fa", ">P1\nMKV\n", r": no column 'label' \(data.label_column\); the file has none; "),
     ("a.fa", "\nid,sequence\n>P1\n", ":2: text before the first '>'; is this FASTA"),
@@ -142,12 +240,65 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="x.csv: no such file; check the path"):
         read_rows(tmp_path / "x.csv", DataConfig(), need_label=True)
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(DataError, match="this is a folder; name a file in it"):
+    with pytest.raises(DataError, match="this is a folder; name a file in it, or"):
         read_rows(tmp_path / "folder.csv", DataConfig(), need_label=True)
 
 
+PARQUET = pa.table(records(label=["in", "out"]))
+
+
+def parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return bytes(sink.getvalue())
+
+
+BROKEN_TABLES: list[tuple[str, str | bytes, str]] = [
+    ("a.jsonl", "", ": the file is empty; give one with a JSON object a line"),
+    ("a.jsonl", "{}\n", ": the file is empty; "),
+    ("a.jsonl", '{"id": "P1"\n', r":1: no sound JSON \(Expecting ',' delimiter at position 13\); write one object"),
+    ("a.jsonl", '\n["P1"]\n', r":2: a list, not an object; write \{...\} in every line"),
+    ("a.jsonl", '{"id": "P1", "id": "P2"}\n', ":1: the object has key 'id' twice; keep one"),
+    ("a.jsonl", r'{"id": "P\ud800", "sequence": "M"}', ":1: column 'id' holds half a surrogate pair, which is no"),
+    ("a.jsonl", "[" * 100_000, r":1: no sound JSON \("),
+    ("a.jsonl", '{"id": "P1", "sequence": ["M"]}', ":1: column 'sequence' holds a list; it must be text, a number, "),
+    ("a.jsonl", '{"id": "P1", "sequence": {"a": 1}}', ":1: column 'sequence' holds a dict; it must be text"),
+    ("a.jsonl", '{"id": "P", "sequence": "M", "label": ["a;b"]}', ":1: column 'label': entry 'a;b' holds ';', which"),
+    ("a.jsonl", '{"id": "P", "sequence": "M", "label": ["a", null]}', ":1: column 'label': entry '' is empty; rename"),
+    ("a.jsonl", '{"id": "P1", "sequence": "M", "Label": 1}', r": no column 'label' \(data.label_column\); .*'Label'\?"),
+    ("a.parquet", b"", r": no sound Parquet file \("),
+    ("a.parquet", b"id,sequence\n", r": no sound Parquet file \("),
+    ("a.parquet", parquet(PARQUET)[:-20], r": no sound Parquet file \("),
+    ("a.parquet", parquet(PARQUET.slice(0, 0)), ": the file has no rows; "),
+    ("a.parquet", parquet(PARQUET.drop_columns("label")), r": no column 'label' \(data.label_column\); the file has"),
+    (
+        "a.parquet",
+        parquet(PARQUET.rename_columns(["sequence", "id", "id", "label"])),
+        ": the header has column 'id' twice; rename one",
+    ),
+    (
+        "a.parquet",
+        parquet(PARQUET.set_column(1, "id", pa.array(["P1", "P2"]).cast(pa.binary()))),
+        ": record 1: column 'id' holds a bytes; it must be text, a number, true or false, convert it",
+    ),
+    ("a.parquet.gz", parquet(PARQUET), ": Parquet files are compressed within; "),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN_TABLES)
+def test_a_broken_typed_file_is_one_line_too(tmp_path: Path, name: str, content, message: str) -> None:
+    test_a_broken_file_is_one_line_with_file_line_and_cure(tmp_path, name, content, message)
+
+
+def test_a_damaged_saved_dataset(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "d", records(label=["in", "out"]))
+    next(path.glob("*.arrow")).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"/d: no sound saved dataset \(.*\); save it anew, or copy it again$"):
+        columns(path)
+
+
 def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINE_LIMIT", 1000)
+    monkeypatch.setattr(text_formats, "LINE_LIMIT", 1000)
     path = write(tmp_path / "a.fa.gz", ">P1\n" + "A" * 999 + "\n" + "A" * 1_001)
     with pytest.raises(DataError, match=":3: the line has more than 1000 bytes"):
         read_rows(path, DataConfig(), need_label=False)
@@ -156,5 +307,5 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch:
 def test_nothing_is_written_to_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     rows = read_rows(write(tmp_path / "a.csv", HEAD + "P1,MKV,in\n"), DataConfig(), need_label=True)
-    assert rows.cache_files == []
+    assert len(rows) == 1
     assert not (tmp_path / "home").exists()

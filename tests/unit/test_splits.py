@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
-from esm_neuron.data.batch import ExampleTable
-from esm_neuron.data.splits import Splits, cut_sequence, load_inputs, load_splits
+from esm_neuron.data.batch import ExampleTable, join_tables
+from esm_neuron.data.splits import InputChunks, Splits, cut_sequence, load_inputs, load_splits
 from esm_neuron.data.tokenizer import decode
 from esm_neuron.errors import ConfigError, DataError
 
@@ -305,6 +305,24 @@ def test_inputs_keep_their_order_and_need_no_labels(tmp_path: Path) -> None:
     assert table.ids == ["b", "a"]
     assert table.record.tolist() == [0, 0, 1]
     assert (report.skipped, report.windowed, report.windows) == (1, 1, 2)
+
+
+def test_inputs_in_chunks_are_the_inputs(tmp_path: Path) -> None:
+    rows = [*ROWS, ("w", SEQUENCE, "in", "train", "x"), ("x", "M-V", "in", "train", "x")]
+    path = write(tmp_path, rows)
+    cfg = DataConfig(on_bad_residue="skip", long_sequences="window", window_overlap=2, max_residues=8)
+    whole, report = load_inputs(path, cfg, labels=("in", "out"))
+    chunks = InputChunks(path, cfg, labels=("in", "out"), rows=2)
+    for _ in range(2):
+        tables = list(chunks)
+        assert [table.ids for table in tables] == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "w"]]
+        assert tables[3].record.tolist() == [0, 1, 1, 1]
+        assert chunks.report == report
+        assert [row.id for row in chunks.rejected] == ["x"]
+    joined = join_tables(tables)
+    for name in ("tokens", "offsets", "record", "weight", "labels"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+    assert (report.rows, report.skipped, report.windows, len(joined)) == (9, 1, 3, 10)
 
 
 def test_inputs_with_labels_for_evaluation(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.sources import make_rows
-from esm_neuron.data.validate import Report, check_rows
+from esm_neuron.data.validate import Checker, Rejected, Report, check_rows
 from esm_neuron.errors import DataError
 
 
@@ -21,9 +21,9 @@ def check(sequences: Sequence[str], ids: Sequence[str] = (), labels: Sequence[st
 
 def test_good_rows_pass_in_upper_case() -> None:
     rows, report = check(["MKV", "mkvx", "AUZBO"], labels=["NA", "None", "0"])
-    assert rows["sequence"][:] == ["MKV", "MKVX", "AUZBO"]
-    assert rows["line"][:] == [2, 3, 4]
-    assert rows["label"][:] == ["NA", "None", "0"]
+    assert rows["sequence"].to_pylist() == ["MKV", "MKVX", "AUZBO"]
+    assert rows["line"].to_pylist() == [2, 3, 4]
+    assert rows["label"].to_pylist() == ["NA", "None", "0"]
     assert report == Report(name="x.csv", rows=3)
     assert report.summary() == "x.csv: 3 rows"
 
@@ -48,7 +48,7 @@ def test_strict_names_the_first_bad_character(sequence: str, what: str) -> None:
 
 def test_skip_leaves_rows_out_and_counts_them() -> None:
     rows, report = check(["MK*", "MKV", "J"], labels=["a", "b", "c"], on_bad_residue="skip")
-    assert rows.to_dict() == {"line": [3], "id": ["P1"], "sequence": ["MKV"], "label": ["b"]}
+    assert rows.to_pydict() == {"line": [3], "id": ["P1"], "sequence": ["MKV"], "label": ["b"]}
     assert report == Report(name="x.csv", rows=3, skipped=2)
     assert report.summary() == "x.csv: 3 rows; 2 skipped for characters that are no residues"
     with pytest.raises(DataError, match="x.csv: all 1 rows have characters that are no residues; "):
@@ -57,7 +57,7 @@ def test_skip_leaves_rows_out_and_counts_them() -> None:
 
 def test_replace_writes_x_and_counts() -> None:
     rows, report = check(["m*K-", "MKV", "J"], on_bad_residue="replace")
-    assert rows["sequence"][:] == ["MXKX", "MKV", "X"]
+    assert rows["sequence"].to_pylist() == ["MXKX", "MKV", "X"]
     assert report == Report(name="x.csv", rows=3, replaced=2, replaced_residues=3)
     assert report.summary() == "x.csv: 3 rows; 2 with 3 characters replaced by X"
 
@@ -90,3 +90,31 @@ def test_long_values_are_shortened() -> None:
     with pytest.raises(DataError) as caught:
         check(["*"], ids=["P" * 10_000 + "\n"])
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_chunks_are_checked_as_a_whole_file_is(size: int) -> None:
+    ids = [f"P{i % 97}" if i >= 97 and i % 50 == 0 else f"P{i}" for i in range(1000)]
+    whole = make_rows({"line": list(range(1, 1001)), "id": ids, "sequence": ["MKV"] * 1000})
+    chunks = [whole.slice(i, size) for i in range(0, 1000, size)]
+    with pytest.raises(DataError) as caught:
+        list(Checker(DataConfig(), "x.csv").chunks(chunks))
+    with pytest.raises(DataError) as expected:
+        check_rows(whole, DataConfig(), "x.csv")
+    assert str(caught.value) == str(expected.value)
+    assert "x.csv:101: id 'P3' was used in line 4 already; make ids unique" in str(caught.value)
+    assert str(caught.value).startswith("x.csv: 18 problems")
+
+
+def test_chunks_are_given_until_a_problem_and_none_is_lost() -> None:
+    rows = make_rows({"line": [1, 2, 3, 4], "id": list("abcd"), "sequence": ["MKV", "M*", "MK-V", "MKV"]})
+    checker = Checker(DataConfig(on_bad_residue="skip"), "x.parquet")
+    given = list(checker.chunks([rows.slice(i, 1) for i in range(4)]))
+    assert [chunk["id"].to_pylist() for chunk in given] == [["a"], ["d"]]
+    assert checker.report() == Report(name="x.parquet", rows=4, skipped=2)
+    reason = "the sequence has '-' (a gap) at residue 3, outside the ESM alphabet"
+    assert checker.rejected[1] == Rejected("x.parquet", 3, "c", reason, "left out")
+    strict = Checker(DataConfig(), "x.parquet").chunks([rows.slice(0, 1), rows.slice(1, 1), rows.slice(3, 1)])
+    assert next(strict)["id"].to_pylist() == ["a"]
+    with pytest.raises(DataError, match="^x.parquet: record 2: the sequence of 'b' has"):
+        next(strict)
