@@ -1,7 +1,7 @@
 """What a network has to beat: the commonest class, and a logistic regression on amino-acid composition.
 
-Both are scored on the same records by the same `ClassificationState` as the model, so their figures and intervals stand
-beside the model's.
+Both are scored on the same records by the same `classification_figures` as the model, so their figures and intervals
+stand beside the model's.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from esm_neuron.data.tokenizer import AMINO_ACIDS, UNK, VOCABULARY
-from esm_neuron.metrics import ClassificationState, Value
+from esm_neuron.metrics import Value, classification_figures
 
 if TYPE_CHECKING:
     from esm_neuron.data.batch import ExampleTable
 
 END = 50
 """Residues at each terminus that get a composition of their own: sorting signals sit there."""
+LEAST = np.exp(-50.0)
+"""Least probability that a cross entropy is computed from."""
 
 
 def majority_baseline(train_labels: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Value]:
@@ -73,15 +75,14 @@ def composition_baseline(
         intervals: also give 95 % bootstrap intervals.
 
     Returns:
-        The figures of `ClassificationState.compute`.
+        The figures of `classification_figures`.
     """
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
     model.fit(composition_features(train), train.labels)
-    state = ClassificationState(classes)
+    probabilities = np.zeros((len(test.labels), classes))  # a class without training rows has probability 0
     if len(test.labels):
-        log_probabilities = model.predict_log_proba(composition_features(test))
-        logits = np.full((len(test.labels), classes), -np.inf)  # a class without training rows has probability 0
-        logits[:, model.classes_] = log_probabilities
-        # A finite floor keeps the cross entropy of such a class a number.
-        state.update(np.arange(len(logits)), np.ones(len(logits)), np.maximum(logits, -50.0), test.labels)
-    return state.compute(intervals)
+        probabilities[:, model.classes_] = model.predict_proba(composition_features(test))
+    # A finite floor keeps the cross entropy of such a class a number.
+    loss = -np.log(np.maximum(probabilities[np.arange(len(test.labels)), test.labels], LEAST))
+    names = [str(c) for c in range(classes)]
+    return classification_figures(probabilities, test.labels, loss, names, intervals)

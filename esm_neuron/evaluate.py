@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esm_neuron.backends.base import Backend
-from esm_neuron.data.batch import Batch
+from esm_neuron.data.batch import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, prefetch
 from esm_neuron.errors import TrainingError
-from esm_neuron.metrics import MetricState
+from esm_neuron.metrics import Value
 from esm_neuron.tasks import Task
 
 AHEAD = 2
@@ -62,26 +63,83 @@ def run_passes(
     model.train(was_training)
 
 
-def evaluate(model: nn.Module, task: Task, backend: Backend, loader: EvalLoader) -> MetricState:
-    """The metric state of a loader's table over all ranks, the same on each of them.
+@dataclass
+class Collected:
+    """Answers by the example, or the token of a table, that they are to, gathered batch by batch and over ranks."""
+
+    size: int
+    """Examples, or tokens, of the table."""
+    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    """Of every batch: what is answered, int64 [n], 0 to size - 1; then the answers, [n, ...] each."""
+
+    def whole(self) -> list[np.ndarray]:
+        """The answers in the table's order, [size, ...] each.
+
+        Raises:
+            ValueError: something was answered twice, or not at all.
+        """
+        index, *answers = (np.concatenate(arrays) for arrays in zip(*self.parts, strict=True))
+        times = np.bincount(index, minlength=self.size)
+        if (times != 1).any():
+            wrong = int((times != 1).argmax())
+            raise ValueError(
+                f"{wrong} was answered {times[wrong]} times ({(times != 1).sum()} such of {self.size}); each must be "
+                "answered once over all batches and ranks"
+            )
+        order = np.argsort(index, kind="stable")
+        return [values[order] for values in answers]
+
+
+def placed(
+    table: ExampleTable, members: np.ndarray, answers: Sequence[np.ndarray], per_token: bool
+) -> tuple[np.ndarray, ...]:
+    """One batch's answers without its padding, behind the index of the example or token of `table` that each is to.
+
+    Args:
+        table: what is evaluated.
+        members: int64 [R, S], which example each segment is, -1 for none.
+        answers: [R, S, ...] each, or with `per_token` [R, L, ...], the tokens of a row's segments end to end.
+        per_token: whether answers are to tokens or to examples.
+    """
+    used = members >= 0
+    example = members[used]
+    if not per_token:
+        return (example, *(answer[used] for answer in answers))
+    lengths = np.where(used, table.lengths[members], 0)
+    filled = np.arange(answers[0].shape[1]) < lengths.sum(1, keepdims=True)
+    size = lengths[used]
+    first = np.cumsum(size) - size
+    token = np.arange(size.sum()) + np.repeat(table.offsets[example] - first, size)
+    return (token, *(answer[filled] for answer in answers))
+
+
+def collect(model: nn.Module, task: Task, backend: Backend, loader: EvalLoader) -> list[np.ndarray]:
+    """`task.answers` to a loader's whole table, in the table's order, over all ranks and the same on each of them.
+
+    Returns:
+        float32 [examples, ...] each, or [tokens, ...] where `task.answers_per_token`.
 
     Raises:
         TrainingError: an answer is NaN or infinite, on any rank.
     """
-    state = task.metrics()
-    finite = True
+    table = loader.table
+    mine = Collected(int(table.offsets[-1]) if task.answers_per_token else len(table))
 
     def take(members: np.ndarray, answers: list[np.ndarray]) -> None:
-        nonlocal finite
-        finite = finite and all(np.isfinite(answer[members >= 0]).all() for answer in answers)
-        task.observe(state, loader.table, members, answers)
+        mine.parts.append(placed(table, members, answers, task.answers_per_token))
 
     run_passes(model, task, backend, loader, take)
+    finite = all(np.isfinite(values).all() for part in mine.parts for values in part[1:])
     if not all(backend.gather_host(finite)):
         raise TrainingError("the model's answers hold values that are no numbers; lower optim.lr and train again")
-    states, topology = backend.gather_host(state), backend.topology
+    gathered, topology = backend.gather_host(mine.parts), backend.topology
     # the ranks of a tensor-parallel group answer the same rows: each row counts from the first of them
-    first, *others = [states[topology.rank_of(copy, 0)] for copy in range(topology.dp)]
-    for other in others:
-        first.merge(other)
-    return first
+    parts = [part for copy in range(topology.dp) for part in gathered[topology.rank_of(copy, 0)]]
+    return Collected(mine.size, parts).whole()
+
+
+def evaluate(
+    model: nn.Module, task: Task, backend: Backend, loader: EvalLoader, intervals: bool = False
+) -> dict[str, Value]:
+    """The task's figures on a loader's table over all ranks, the same on each; raises as `collect` does."""
+    return task.figures(loader.table, collect(model, task, backend, loader), intervals)

@@ -6,19 +6,15 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from esm_neuron.backends import create_backend
 from esm_neuron.config import BackendName
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import load_inputs
-from esm_neuron.errors import ConfigError
-from esm_neuron.evaluate import run_passes
+from esm_neuron.evaluate import collect
 from esm_neuron.export import build_trained, read_run
 from esm_neuron.files import write_text
-from esm_neuron.metrics import log_softmax
-from esm_neuron.tasks import SequenceClassification
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +41,6 @@ def predict(
         EsmNeuronError: the run, the weights or a record cannot be used; `target` is then not written.
     """
     cfg, task = read_run(run, backend_name)
-    if not isinstance(task, SequenceClassification):
-        raise ConfigError(f"--model {run}: predict needs a task with labels, this run was trained for {cfg.task.name}")
     backend = create_backend(cfg)
     try:
         table, report = load_inputs(source, cfg.data)
@@ -54,21 +48,11 @@ def predict(
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-        probabilities = np.zeros((len(table.ids), len(task.labels)))
-
-        def take(members: np.ndarray, answers: list[np.ndarray]) -> None:
-            used = members >= 0
-            example = members[used]
-            weighted = np.exp(log_softmax(answers[0][used].astype(np.float64))) * table.weight[example, None]
-            np.add.at(probabilities, table.record[example], weighted)
-
-        run_passes(built.model, task, backend, loader, take)
-        probabilities = np.sum(backend.gather_host(probabilities), axis=0)
+        answers = collect(built.model, task, backend, loader)
     finally:
         backend.close()
-    probabilities /= probabilities.sum(1, keepdims=True)  # window weights are float32 and sum to 1 only nearly
-    frame = pd.DataFrame({"id": list(table.ids), "label": [task.labels[i] for i in probabilities.argmax(1)]})
-    frame = pd.concat([frame, pd.DataFrame(probabilities, columns=list(task.labels))], axis=1)
+    columns = task.outputs(table, answers)
+    frame = pd.DataFrame({"id": list(table.ids), **columns})
     if backend.topology.is_main:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, frame.to_csv(index=False, float_format="%.6f"))

@@ -253,7 +253,7 @@ def evaluate(
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-        values = finite(evaluate_table(built.model, task, backend, loader).compute(intervals=True))
+        values = finite(evaluate_table(built.model, task, backend, loader, intervals=True))
         if target is not None:
             agree_on_main(backend, lambda: write_json(target, values))
     finally:

@@ -89,7 +89,7 @@ SHAPES: dict[str, EsmShape] = {
     "esm2_t36_3B": _released("esm2_t36_3B", 36, 2560, 40),
     "esm2_t48_15B": _released("esm2_t48_15B", 48, 5120, 40),
 }
-"""Name -> shape: `tiny` for tests, `small` and `mini` for a laptop, and the six of Lin et al. 2023 (Science 379:1123)."""
+"""Name -> shape: `tiny` for tests, `small` and `mini` for a laptop, and six of Lin et al. 2023 (Science 379:1123)."""
 
 
 def esm_config(shape: EsmShape) -> EsmConfig:

@@ -200,7 +200,7 @@ class Trainer:
 
     def evaluate(self, loader: EvalLoader, intervals: bool = False) -> dict[str, Value]:
         """The figures of a loader's table over all ranks, with 95 % bootstrap intervals if asked for."""
-        return evaluate(self.model, self.task, self.backend, loader).compute(intervals=intervals)
+        return evaluate(self.model, self.task, self.backend, loader, intervals)
 
     def load_best(self) -> int:
         """Put the weights of the best validated step back, where there is one; returns the step of the weights."""

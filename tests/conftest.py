@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,22 @@ def make_toys(folder: Path) -> Toy:
         return cfg
 
     return make
+
+
+def assert_same_figures(found: Mapping[str, Any], expected: Mapping[str, Any], **tolerance: float) -> None:
+    """The same names and values within `tolerance` (see `pytest.approx`), in nested figures too."""
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        if isinstance(value, Mapping):
+            assert_same_figures(found[name], value, **tolerance)
+        else:
+            assert found[name] == pytest.approx(value, **tolerance), name
+
+
+@pytest.fixture(scope="session")
+def same_figures() -> Callable[..., None]:
+    """`assert_same_figures`, which a test file cannot import."""
+    return assert_same_figures
 
 
 @pytest.fixture

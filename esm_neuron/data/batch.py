@@ -75,7 +75,7 @@ class Target:
     label: np.ndarray
     """int64 or float32: a scalar (one answer a sequence) or [n] (one a token)."""
     weight: np.ndarray
-    """float32, of the shape of `label`: 0 where nothing is to be answered."""
+    """float32, a scalar or [n]: 0 where nothing is to be answered; 1 / windows for what a protein is asked once."""
 
 
 class TargetMaker(Protocol):

@@ -284,7 +284,7 @@ class _Collator:
                 positions[r, start:end] = count[: end - start]
                 answer = slice(start, end) if self._task.per_token else s
                 labels[r, answer] = target.label
-                weights[r, answer] = target.weight * self._table.weight[example]
+                weights[r, answer] = target.weight
             longest = max(longest, end)
         width = row_tokens if self._static_shapes else longest
         answered = width if self._task.per_token else self._segments

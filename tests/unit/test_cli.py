@@ -177,7 +177,9 @@ def trained(toy: Toy) -> TrainConfig:
     return cfg
 
 
-def test_evaluate_gives_the_figures_of_the_run(trained: TrainConfig, tmp_path: Path, call: Callable[..., Said]) -> None:
+def test_evaluate_gives_the_figures_of_the_run(
+    trained: TrainConfig, tmp_path: Path, call: Callable[..., Said], same_figures: Callable[..., None]
+) -> None:
     said = call(
         "evaluate", "--model", trained.output, "--input", trained.data.test, "--output", tmp_path / "figures.json"
     )
@@ -185,9 +187,7 @@ def test_evaluate_gives_the_figures_of_the_run(trained: TrainConfig, tmp_path: P
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert json.loads(said.out) == figures
     expected = json.loads((Path(trained.output) / "result.json").read_text())["test"]
-    assert set(figures) == set(expected)
-    for name, value in expected.items():
-        assert figures[name] == pytest.approx(value, rel=1e-6), name
+    same_figures(figures, expected, rel=1e-6)
     half = tmp_path / "half.csv"
     half.write_text("\n".join(Path(str(trained.data.test)).read_text().splitlines()[:11]) + "\n")
     said = call("evaluate", "--model", trained.output, "--input", half)

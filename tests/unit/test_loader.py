@@ -26,7 +26,7 @@ class Label:
 
     def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         label = table.labels[table.record[example]]
-        return Target(table.sequence(example), np.int64(label), np.float32(1))
+        return Target(table.sequence(example), np.int64(label), table.weight[example])
 
 
 class Hide:
@@ -110,7 +110,7 @@ def test_layout_of_a_batch(task: Label | Hide) -> None:
                     assert batch.labels[row, segment] == table.labels[example]
                     assert batch.weights[row, segment] == table.weight[example]
                 else:
-                    assert set(batch.weights[row, start:end].tolist()) <= {0.0, float(table.weight[example])}
+                    assert set(batch.weights[row, start:end].tolist()) <= {0.0, 1.0}
             assert (batch.input_ids[row, end:] == PAD).all()
             assert (batch.segment_ids[row, end:] == PAD_SEGMENT).all()
             empty = slice(end, None) if task.per_token else slice(int((members >= 0).sum()), None)

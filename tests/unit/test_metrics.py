@@ -1,17 +1,17 @@
-"""Metrics: equal to scikit-learn, equal over any batching, every record once, intervals that mean something."""
+"""Metrics: equal to scikit-learn, in the resamples too, and intervals that mean something."""
 
 from __future__ import annotations
 
 import json
-import pickle
 
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sk
 
-from esm_neuron import metrics
-from esm_neuron.metrics import ClassificationState, MaskedLMState, Value
+from esm_neuron.metrics import Value, bootstrap, classification, classification_figures, masked_lm_figures, ranking
+from esm_neuron.metrics.classification import log_softmax
+from esm_neuron.metrics.ranking import Curve
 
 
 def number(value: Value) -> float:
@@ -27,16 +27,17 @@ def example_rows(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.nd
     return logits.astype(np.float32), labels
 
 
-def filled(logits: np.ndarray, labels: np.ndarray) -> ClassificationState:
-    state = ClassificationState(logits.shape[1])
-    state.update(np.arange(len(labels)), np.ones(len(labels), np.float32), logits, labels)
-    return state
+def filled(logits: np.ndarray, labels: np.ndarray, intervals: bool = False, **more: np.ndarray) -> dict[str, Value]:
+    log_probabilities = log_softmax(logits)
+    loss = -log_probabilities[np.arange(len(labels)), labels]
+    names = "ABCDE"[: logits.shape[1]]
+    return classification_figures(np.exp(log_probabilities), labels, loss, names, intervals, **more)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_point_values_are_scikit_learns(classes: int) -> None:
     logits, labels = example_rows(300, classes)
-    values = filled(logits, labels).compute()
+    values = filled(logits, labels)
     p = torch.softmax(torch.from_numpy(logits).double(), 1).numpy()
     said = p.argmax(1)
     score, one_hot = (p[:, 1], labels) if classes == 2 else (p, np.eye(classes)[labels])
@@ -57,16 +58,19 @@ def test_point_values_are_scikit_learns(classes: int) -> None:
 @pytest.mark.parametrize("classes", [2, 4])
 def test_resampled_values_are_scikit_learns_on_the_drawn_rows(classes: int) -> None:
     logits, labels = example_rows(60, classes, seed=3)
-    p = np.exp(metrics.log_softmax(logits.astype(float)))
-    counts = next(metrics.resamples(60, seed=1))[:25]
+    p = np.exp(log_softmax(logits))
+    counts = next(bootstrap.resamples(60, seed=1))[:25]
+    cells = np.eye(classes * classes)[labels * classes + p.argmax(1)]
+    shown = [1] if classes == 2 else range(classes)
+    areas = [Curve.of(p[:, c], labels == c, np.arange(60), 60).areas(counts) for c in shown]
     fast = {
-        **metrics.confusion_scores(metrics.confusions(counts, labels, p.argmax(1), classes)),
-        **metrics.ranking_scores(counts, metrics._score_columns(p), labels),
+        **classification.confusion_scores((counts @ cells).reshape(-1, classes, classes)),
+        **dict(zip(("auroc", "auprc"), np.mean(areas, axis=0), strict=True)),
     }
     for draw, multiplicity in enumerate(counts.astype(int)):
         assert multiplicity.sum() == 60
         rows = np.repeat(np.arange(60), multiplicity)
-        slow = metrics.classification_scores(p[rows], labels[rows], np.zeros(60))
+        slow = classification.classification_scores(p[rows], labels[rows], np.zeros(60))
         for name, drawn in fast.items():
             assert drawn[draw] == pytest.approx(number(slow[name]), abs=1e-12), name
 
@@ -76,80 +80,65 @@ def test_resamples_where_a_value_is_undefined_are_nan_and_do_not_move_the_interv
     counts = np.ones((2, 31))
     counts[1, 30] = 0  # the only row of class 1 is not drawn
     score = np.linspace(0, 1, 31)
-    ranked = metrics.ranking_scores(counts, {1: score}, labels)
-    assert ranked["auroc"][0] == 1.0
-    assert np.isnan(ranked["auroc"][1])
-    assert np.isnan(ranked["auprc"][1])
-    values = filled(np.stack([1 - score, score], 1), labels).compute(intervals=True)
+    auroc, auprc = Curve.of(score, labels == 1, np.arange(31), 31).areas(counts)
+    assert auroc[0] == 1.0
+    assert np.isnan(auroc[1]) and np.isnan(auprc[1])
+    values = filled(np.stack([1 - score, score], 1), labels, intervals=True)
     assert values["auroc_ci"] == [1.0, 1.0]
 
 
-def test_any_batching_and_any_world_give_the_same_figures() -> None:
+def test_a_proteins_figures_need_no_order_of_its_rows() -> None:
     logits, labels = example_rows(101, 3)
-    whole = filled(logits, labels).compute(intervals=True)
-    ranks = [ClassificationState(3) for _ in range(3)]
-    for start in range(0, 101, 7):
-        rows = np.arange(start, min(start + 7, 101))
-        filler = np.zeros(7 - len(rows))
-        ranks[start // 7 % 3].update(
-            np.concatenate([rows, filler - 1]).astype(np.int64),
-            np.concatenate([np.ones(len(rows)), filler]),
-            np.concatenate([logits[rows], np.full((len(filler), 3), 1e9)]),
-            np.concatenate([labels[rows], filler - 1]).astype(np.int64),
-        )
-    total = pickle.loads(pickle.dumps(ranks[2]))  # as a host gather sends it
-    total.merge(ranks[0])
-    total.merge(ranks[1])
-    assert total.compute(intervals=True) == whole
+    order = np.random.default_rng(0).permutation(101)
+    assert filled(logits[order], labels[order]) == pytest.approx(filled(logits, labels), rel=1e-12)
 
 
-def test_windows_average_their_probabilities_before_scoring() -> None:
-    state = ClassificationState(2)
-    logits = np.log(np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]))
-    state.update(np.array([5, 9, 9]), np.array([1, 0.5, 0.5], np.float32), logits, np.array([0, 1, 1]))
-    record, probabilities, labels, loss = state.records()
-    assert record.tolist() == [5, 9]
-    assert labels.tolist() == [0, 1]
-    assert probabilities == pytest.approx(np.array([[0.9, 0.1], [0.35, 0.65]]))
-    assert loss == pytest.approx([-np.log(0.9), -(np.log(0.6) + np.log(0.7)) / 2])
-    assert state.compute()["n"] == 2
+def test_residues_are_scored_one_by_one_and_their_proteins_resampled() -> None:
+    logits, labels = example_rows(300, 2)
+    protein = np.repeat(np.arange(30), 10)
+    values = filled(logits, labels, True, protein=protein)
+    single = filled(logits, labels, True)
+    assert (values["n"], values["n_records"]) == (300, 30)
+    shared = [name for name in single if not name.endswith("_ci") and name != "per_class"]
+    assert [values[name] for name in shared] == [single[name] for name in shared]
+    # a protein of copies of one residue is as good as that residue: the intervals are those of 30 rows
+    copies = filled(logits[::10].repeat(10, 0), labels[::10].repeat(10), True, protein=protein)
+    alone = filled(logits[::10], labels[::10], True)
+    for name in alone:
+        if name.endswith("_ci"):
+            assert copies[name] == pytest.approx(alone[name], rel=1e-9), name
 
 
-def test_a_record_twice_and_a_missing_window_are_errors() -> None:
-    logits, labels = example_rows(10, 2)
-    state = filled(logits, labels)
-    state.merge(filled(logits[:1], labels[:1]))
-    with pytest.raises(ValueError, match=r"record 0 was evaluated more than once.*sum to 2.0000"):
-        state.compute()
-    half = ClassificationState(2)
-    half.update(np.array([4]), np.array([0.5]), logits[:1], labels[:1])
-    with pytest.raises(ValueError, match="record 4 misses windows"):
-        half.compute()
+def test_every_class_has_figures_of_its_own_with_intervals() -> None:
+    logits, labels = example_rows(200, 3)
+    per_class = filled(logits, labels, True)["per_class"]
+    assert isinstance(per_class, dict) and list(per_class) == ["A", "B", "C"]
+    p = np.exp(log_softmax(logits))
+    for c, values in enumerate(per_class.values()):
+        assert values["n"] == (labels == c).sum()
+        assert values["f1"] == pytest.approx(sk.f1_score(labels, p.argmax(1), average=None)[c])
+        assert values["auroc"] == pytest.approx(sk.roc_auc_score(labels == c, p[:, c]))
+        assert values["auprc"] == pytest.approx(sk.average_precision_score(labels == c, p[:, c]))
+        for name in ("f1", "auroc", "auprc"):
+            low, high = values[f"{name}_ci"]
+            assert low < values[name] < high
 
 
-def test_many_windows_in_float32_still_sum_to_one() -> None:
-    state = ClassificationState(2)
-    k = 41
-    state.update(np.zeros(k, np.int64), np.full(k, 1 / k, np.float32), np.zeros((k, 2)), np.zeros(k, np.int64))
-    assert state.compute()["n"] == 1
-
-
-def test_misfitting_input_is_refused() -> None:
-    state = ClassificationState(2)
-    with pytest.raises(ValueError, match=r"label 2 is outside 0..1"):
-        state.update(np.array([0]), np.array([1.0]), np.zeros((1, 2)), np.array([2]))
-    with pytest.raises(ValueError, match="do not fit"):
-        state.update(np.array([0]), np.array([1.0]), np.zeros((1, 3)), np.array([1]))
-    with pytest.raises(ValueError, match="2 and 3 classes"):
-        state.merge(ClassificationState(3))
-    state.update(np.array([7, 7]), np.array([0.5, 0.5]), np.zeros((2, 2)), np.array([0, 1]))
-    with pytest.raises(ValueError, match="record 7 has windows with different labels"):
-        state.compute()
+def test_many_thresholds_are_binned_in_the_resamples_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = (a[:400] for a in example_rows(400, 2))
+    logits = logits + np.random.default_rng(1).normal(size=logits.shape).astype(np.float32)
+    exact = filled(logits, labels, True)
+    monkeypatch.setattr(ranking, "MOST_THRESHOLDS", 100)
+    binned = filled(logits, labels, True)
+    assert binned["auroc"] == exact["auroc"]
+    assert binned["auroc_ci"] != exact["auroc_ci"]
+    assert binned["auroc_ci"] == pytest.approx(exact["auroc_ci"], abs=0.01)
+    assert binned["auprc_ci"] == pytest.approx(exact["auprc_ci"], abs=0.01)
 
 
 def test_undefined_values_are_none_and_valid_json() -> None:
     logits, _ = example_rows(20, 2)
-    values = filled(logits, np.ones(20, np.int64)).compute(intervals=True)
+    values = filled(logits, np.ones(20, np.int64), intervals=True)
     for name in ("mcc", "auroc", "auprc"):
         assert values[name] is None
         assert values[f"{name}_ci"] is None
@@ -157,20 +146,20 @@ def test_undefined_values_are_none_and_valid_json() -> None:
     assert values["accuracy_ci"] is not None
     json.dumps(values, allow_nan=False)
 
-    absent = filled(example_rows(20, 3)[0], np.arange(20) % 2).compute()
+    absent = filled(example_rows(20, 3)[0], np.arange(20) % 2)
     assert absent["auroc"] is None
     assert absent["mcc"] is not None
 
-    empty = ClassificationState(2).compute(intervals=True)
+    empty = filled(np.zeros((0, 2)), np.zeros(0, np.int64), intervals=True)
     assert empty["n"] == 0
     assert empty["loss"] is None
     assert empty["loss_ci"] is None
-    json.dumps(MaskedLMState().compute(intervals=True), allow_nan=False)
+    json.dumps(empty, allow_nan=False)
 
 
 def test_a_constant_prediction_has_mcc_zero_as_in_scikit_learn() -> None:
     labels = np.arange(20) % 2
-    values = filled(np.tile([1.0, 0.0], (20, 1)), labels).compute(intervals=True)
+    values = filled(np.tile([1.0, 0.0], (20, 1)), labels, intervals=True)
     assert values["mcc"] == 0.0
     assert values["mcc_ci"] == [0.0, 0.0]
 
@@ -179,58 +168,34 @@ def test_the_interval_of_accuracy_is_the_binomial_one_and_is_repeatable() -> Non
     labels = np.arange(862) % 2
     wrong = np.arange(862) % 10 < 3
     said = np.where(wrong, 1 - labels, labels)
-    values = filled(np.eye(2)[said] * 3, labels).compute(intervals=True)
+    values = filled(np.eye(2)[said] * 3, labels, intervals=True)
     accuracy = number(values["accuracy"])
     half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / 862)
     assert values["accuracy_ci"] == pytest.approx([accuracy - half, accuracy + half], abs=0.004)
-    assert filled(np.eye(2)[said] * 3, labels).compute(intervals=True) == values
+    assert filled(np.eye(2)[said] * 3, labels, intervals=True) == values
 
 
 def test_chunks_of_resamples_bound_memory_and_keep_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "CELLS", 700)
-    chunks = list(metrics.resamples(100, seed=0))
+    monkeypatch.setattr(bootstrap, "CELLS", 700)
+    chunks = list(bootstrap.resamples(100))
     assert {len(chunk) for chunk in chunks} <= {7, 6}
-    assert sum(map(len, chunks)) == metrics.RESAMPLES
+    assert sum(map(len, chunks)) == bootstrap.RESAMPLES
     assert all((chunk.sum(1) == 100).all() for chunk in chunks)
 
 
-def masked_tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def test_masked_lm_figures_and_their_intervals() -> None:
     rng = np.random.default_rng(0)
-    example = np.repeat(np.arange(40), 25)
-    weight = (rng.random(1000) < 0.15).astype(np.float32)
-    return example, example // 2, rng.random(1000) * 5 * weight, weight, (rng.random(1000) < 0.4) * weight
-
-
-def test_masked_lm_figures_over_any_batching() -> None:
-    tokens = masked_tokens()
-    example, _, loss, weight, correct = tokens
-    whole = MaskedLMState()
-    whole.update(*tokens)
-    values = whole.compute(intervals=True)
-    assert values["n"] == weight.sum()
-    assert values["n_records"] == 20
-    assert values["loss"] == pytest.approx(loss.sum() / weight.sum())
-    assert values["perplexity"] == pytest.approx(np.exp(loss.sum() / weight.sum()))
-    assert values["accuracy"] == pytest.approx(correct.sum() / weight.sum())
+    sums = np.stack([rng.random(20) * 50, rng.integers(0, 12, 20), np.zeros(20)], axis=1)
+    sums[:, 2] = np.floor(sums[:, 1] / 3)
+    sums[:, 0] *= sums[:, 1] > 0
+    loss, weight, right = sums.sum(0)
+    values = masked_lm_figures(sums, intervals=True)
+    assert values["n"] == weight
+    assert values["n_records"] == (sums[:, 1] > 0).sum() < 20
+    assert values["loss"] == pytest.approx(loss / weight)
+    assert values["perplexity"] == pytest.approx(np.exp(loss / weight))
+    assert values["accuracy"] == pytest.approx(right / weight)
     low, high = values["perplexity_ci"]  # type: ignore[misc]
     assert low < number(values["perplexity"]) < high
-
-    ranks = [MaskedLMState(), MaskedLMState()]
-    for part in range(8):
-        chosen = (example % 8) == part
-        ranks[part % 2].update(*(a[chosen] for a in tokens))
-    ranks[1].merge(ranks[0])
-    merged = ranks[1].compute(intervals=True)
-    assert {k: v for k, v in merged.items() if k.endswith("ci")}.keys() == {"loss_ci", "perplexity_ci", "accuracy_ci"}
-    for name in values:
-        assert merged[name] == pytest.approx(values[name], rel=1e-12)
-
-
-def test_masked_lm_refuses_an_example_twice() -> None:
-    state = MaskedLMState()
-    state.update(*masked_tokens())
-    state.update(*(a[:25] for a in masked_tokens()))
-    with pytest.raises(ValueError, match="example 0 was evaluated 2 times"):
-        state.compute()
-    with pytest.raises(ValueError, match="are not one"):
-        state.update(np.arange(2), np.arange(2), np.ones(3), np.ones(2), np.ones(2))
+    assert {name for name in values if name.endswith("ci")} == {"loss_ci", "perplexity_ci", "accuracy_ci"}
+    assert masked_lm_figures(sums[:0], intervals=True)["loss"] is None

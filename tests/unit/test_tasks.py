@@ -153,7 +153,7 @@ def test_figures_do_not_depend_on_how_examples_are_batched(name: str) -> None:
     def figures(packing: bool, row_tokens: int, rows: int, static: bool) -> dict[str, Value]:
         data = replace(cfg.data, packing=packing, row_tokens=row_tokens)
         layout = replace(cfg, data=data, loop=LoopConfig(eval_rows_per_device=rows))
-        return evaluate(built.model, task, backend, EvalLoader(table, task, layout, static_shapes=static)).compute()
+        return evaluate(built.model, task, backend, EvalLoader(table, task, layout, static_shapes=static))
 
     expected = figures(packing=False, row_tokens=64, rows=1, static=False)
     assert expected["n" if name != "masked_lm" else "n_records"] == 12
@@ -173,7 +173,7 @@ def test_masked_lm_counts_stay_exact_under_bfloat16() -> None:
     task, table = create_task(cfg.task, ()), one_protein("MKVLAGTREW" * 101)
     backend = create_backend(cfg)
     loader = EvalLoader(table, task, cfg, static_shapes=False)
-    values = evaluate(build_model(cfg, task, backend).model, task, backend, loader).compute()
+    values = evaluate(build_model(cfg, task, backend).model, task, backend, loader)
     asked = sum(float(batch.weights.sum()) for batch in loader)
     assert asked > 256  # beyond the whole numbers that bfloat16 can count
     assert values["n"] == asked

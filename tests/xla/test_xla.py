@@ -44,15 +44,14 @@ def test_losses_and_norms_are_those_of_the_cpu(said: dict[str, Any]) -> None:
     assert said["xla"]["losses"][-1] < 0.9 * said["xla"]["losses"][0]
 
 
-def test_validation_and_test_figures_are_those_of_the_cpu(said: dict[str, Any]) -> None:
+def test_validation_and_test_figures_are_those_of_the_cpu(
+    said: dict[str, Any], same_figures: Callable[..., None]
+) -> None:
     assert said["xla"]["steps"] == said["cpu"]["steps"]
     for split in ("valid", "test"):
         one, other = (said[name]["result"][split] for name in ("xla", "cpu"))
-        assert set(one) == set(other)
-        for name, value in one.items():
-            assert value == pytest.approx(other[name], abs=1e-5), (split, name)
-    for name, value in said["evaluated"]["xla"].items():
-        assert value == pytest.approx(said["evaluated"]["cpu"][name], abs=1e-5), name
+        same_figures(one, other, abs=1e-5)
+    same_figures(said["evaluated"]["xla"], said["evaluated"]["cpu"], abs=1e-5)
 
 
 ONCE = {"first pass", "first update", "first evaluation"}

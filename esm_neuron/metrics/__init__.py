@@ -1,0 +1,11 @@
+"""Figures of finished evaluations: functions of every protein's answer, with n and 95 % bootstrap intervals.
+
+They take arrays with each protein once (`evaluate.collect` sees to it), so they are exact whatever the batch size and
+the world. Values that are undefined (AUROC with one class present) are None, which is null in JSON.
+"""
+
+from esm_neuron.metrics.bootstrap import Value
+from esm_neuron.metrics.classification import classification_figures
+from esm_neuron.metrics.perplexity import masked_lm_figures
+
+__all__ = ["Value", "classification_figures", "masked_lm_figures"]

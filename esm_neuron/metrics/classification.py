@@ -1,0 +1,146 @@
+"""Figures of one class out of several: a protein's, or with proteins resampled, a residue's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn import metrics as sk
+
+from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
+from esm_neuron.metrics.ranking import Curve
+
+NAMES = ("loss", "accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
+
+
+def classification_figures(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    loss: np.ndarray,
+    names: Sequence[str],
+    intervals: bool = False,
+    protein: np.ndarray | None = None,
+) -> dict[str, Value]:
+    """Figures over proteins, or over residues whose proteins are resampled.
+
+    Of two classes, AUROC and AUPRC are those of class 1; of more, the mean over classes of one against the rest,
+    undefined when a class is absent. Balanced accuracy averages over the classes present, macro-F1 over those present
+    or predicted.
+
+    Args:
+        probabilities: float64 [n, C].
+        labels: int64 [n], class indices.
+        loss: float64 [n], nats.
+        names: C class names.
+        intervals: also `<name>_ci`, the percentile interval over the resamples in which the value is defined (None
+            where those are fewer than half), and `per_class`: n, F1, AUROC and AUPRC of each class.
+        protein: int64 [n], whose residue a row is; None: each row is a protein.
+
+    Returns:
+        n (rows), n_records (proteins, where rows are residues) and NAMES.
+    """
+    predicted = probabilities.argmax(1) if len(labels) else labels
+    values: dict[str, Value] = {"n": len(labels)}
+    if protein is not None:
+        values["n_records"] = len(np.unique(protein))
+    values.update(classification_scores(probabilities, labels, loss))
+    if not intervals:
+        return values
+    classes = len(names)
+    found, unit = np.unique(np.arange(len(labels)) if protein is None else protein, return_inverse=True)
+    cells = np.zeros((len(found), classes * classes))
+    np.add.at(cells, (unit, labels * classes + predicted), 1.0)
+    losses, sizes = np.bincount(unit, loss, len(found)), np.bincount(unit, minlength=len(found))
+    curves = [Curve.of(probabilities[:, c], labels == c, unit, len(found)) for c in range(classes)]
+
+    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
+        matrix = (counts @ cells).reshape(-1, classes, classes)
+        drawn = {"loss": counts @ losses / (counts @ sizes), **confusion_scores(matrix)}
+        for c, f1 in enumerate(_f1(matrix).T):
+            drawn[f"f1/{c}"] = f1
+            drawn[f"auroc/{c}"], drawn[f"auprc/{c}"] = curves[c].areas(counts)
+        shown = [1] if classes == 2 else range(classes)
+        for name in ("auroc", "auprc"):
+            drawn[name] = np.mean([drawn[f"{name}/{c}"] for c in shown], axis=0)
+        return drawn
+
+    drawn = bootstrap(len(found), figures, max((curve.thresholds for curve in curves), default=0))
+    per_class = {}
+    for c, name in enumerate(names):
+        own = {kind: drawn[f"{kind}/{c}"] for kind in ("f1", "auroc", "auprc")} if drawn else {}
+        per_class[name] = with_intervals(binary_scores(probabilities[:, c], labels == c, predicted == c), own)
+    return {**with_intervals(values, drawn), "per_class": per_class}
+
+
+def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray) -> dict[str, Value]:
+    """The point values NAMES by scikit-learn: probabilities [n, C], labels [n], loss [n]."""
+    values: dict[str, Value] = dict.fromkeys(NAMES)
+    if not len(labels):
+        return values
+    predicted = probabilities.argmax(1)
+    present = np.unique(labels)
+    values["loss"] = float(loss.mean())
+    values["accuracy"] = float(sk.accuracy_score(labels, predicted))
+    # Not balanced_accuracy_score: the same figure, but it warns of every class that is predicted and not present.
+    values["balanced_accuracy"] = float(np.mean([(predicted[labels == c] == c).mean() for c in present]))
+    values["macro_f1"] = float(sk.f1_score(labels, predicted, average="macro", zero_division=0))
+    if len(present) > 1:
+        values["mcc"] = float(sk.matthews_corrcoef(labels, predicted))
+    classes = probabilities.shape[1]
+    if len(present) == classes:
+        shown = [1] if classes == 2 else range(classes)
+        each = [(labels == c, probabilities[:, c]) for c in shown]
+        values["auroc"] = float(np.mean([sk.roc_auc_score(truth, column) for truth, column in each]))
+        values["auprc"] = float(np.mean([sk.average_precision_score(truth, column) for truth, column in each]))
+    return values
+
+
+def binary_scores(score: np.ndarray, truth: np.ndarray, said: np.ndarray) -> dict[str, Value]:
+    """n (rows of the class), f1, auroc, auprc of one class against the rest, None where undefined.
+
+    Args:
+        score: float64 [n], probability of the class.
+        truth, said: bool [n], rows that are of the class, and that were answered so.
+    """
+    positives = int(truth.sum())
+    both = 0 < positives < len(truth)
+    return {
+        "n": positives,
+        "f1": float(sk.f1_score(truth, said)) if truth.any() or said.any() else None,
+        "auroc": float(sk.roc_auc_score(truth, score)) if both else None,
+        "auprc": float(sk.average_precision_score(truth, score)) if both else None,
+    }
+
+
+def confusion_scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """accuracy, balanced_accuracy, mcc, macro_f1, each [k], of confusion matrices [k, C, C]; NaN where undefined.
+
+    Rows of a matrix are the truth, columns the prediction. MCC of several classes after Gorodkin 2004, and 0 for a
+    constant prediction, both as in scikit-learn.
+    """
+    right, truth, said = np.einsum("kii->ki", matrix), matrix.sum(2), matrix.sum(1)
+    n = truth.sum(1)
+    covariance = right.sum(1) * n - (truth * said).sum(1)
+    truth_variance, said_variance = n**2 - (truth**2).sum(1), n**2 - (said**2).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mcc = np.where(said_variance > 0, covariance / np.sqrt(truth_variance * said_variance), 0.0)
+        return {
+            "accuracy": right.sum(1) / n,
+            "balanced_accuracy": np.nanmean(np.where(truth > 0, right / truth, np.nan), axis=1),
+            "mcc": np.where(truth_variance > 0, mcc, np.nan),
+            "macro_f1": np.nanmean(_f1(matrix), axis=1),
+        }
+
+
+def _f1(matrix: np.ndarray) -> np.ndarray:
+    """F1 of each class [k, C] of confusion matrices [k, C, C]; NaN for one neither present nor predicted."""
+    right, marked = np.einsum("kii->ki", matrix), matrix.sum(2) + matrix.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(marked > 0, 2 * right / marked, np.nan))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 [n, C]: log probabilities of `logits` [n, C]."""
+    exact = logits.astype(np.float64)
+    shifted = exact - exact.max(1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
