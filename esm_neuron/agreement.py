@@ -30,6 +30,11 @@ def agree_on_main(backend: Backend, act: Callable[[], T]) -> T | None:
     return agree(backend, act if backend.topology.is_main else lambda: None)
 
 
+def from_main(backend: Backend, act: Callable[[], T]) -> T:
+    """Do `act` on the main rank alone and give its value to all: for files that other nodes may not see."""
+    return backend.broadcast_host(cast(T, agree_on_main(backend, act)))  # the others' None is not looked at
+
+
 def _attempt(act: Callable[[], T]) -> tuple[T | None, EsmNeuronError | OSError | None]:
     try:
         return act(), None

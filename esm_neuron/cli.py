@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from esm_neuron.config import BackendName, TrainConfig, require
-from esm_neuron.errors import EsmNeuronError
+from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.signals import EXIT_STOPPED
 
 
@@ -85,9 +85,14 @@ def convert(argv: Sequence[str]) -> int:
 
 
 def plan(argv: Sequence[str]) -> int:
-    """Packs, programs and legal parallelism of a run, before it: --config FILE and flags as for train."""
+    """Packs, programs, parallelism, time and dollars of a run, before it: --config FILE and flags as for train."""
     parser = ArgumentParser(prog="esm-neuron plan", description=plan.__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=1, help="data-parallel devices of the run; default 1")
+    parser.add_argument(
+        "--instance", help="add time and dollars: ml.trn1.32xlarge (SageMaker), trn1.32xlarge (EC2), ..."
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="instances of the job; default 1")
+    parser.add_argument("--prices", type=Path, help="price list; default: the one of this package, which is dated")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
@@ -97,12 +102,27 @@ def plan(argv: Sequence[str]) -> int:
     cfg = settings.parse(rest, "plan")
     cfg.validate()
     require(args.devices >= 1, f"--devices {args.devices} must be at least 1")
+    require(args.nodes >= 1, f"--nodes {args.nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
-    from esm_neuron.plan import make_plan, render
+    from esm_neuron.plan import find_shape, make_plan, render
     from esm_neuron.tasks import TASKS
 
     made = make_plan(cfg, load_splits(cfg, TASKS[cfg.task.name].needs_labels), args.devices)
-    print(json.dumps({**asdict(made), "programs": made.programs}, indent=2) if args.json else render(made))
+    said, text = {**asdict(made), "programs": made.programs}, [render(made)]
+    if args.instance is not None:
+        from esm_neuron import cost
+
+        prices = cost.read_prices(args.prices)
+        asked, market = cost.price_of(args.instance, prices)
+        shape = find_shape(cfg.model.name)
+        if shape is None:
+            raise ConfigError(
+                f"--instance: the shape of {cfg.model.name} is not known; name a local folder or an ESM-2"
+            )
+        costs = cost.estimates(cfg, made, shape, prices, args.nodes, market)
+        said["estimates"] = [asdict(e) for e in costs]
+        text.append(cost.render(costs, prices, asked, market))
+    print(json.dumps(said, indent=2) if args.json else "\n".join(text))
     return 0
 
 
@@ -175,7 +195,24 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the process's exit code."""
+    """Run one command; returns the process's exit code. A known error is one line."""
+    try:
+        return run(argv)
+    except EsmNeuronError as error:
+        say(f"esm-neuron: error: {error}")
+        return error.exit_code
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        say(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")
+        return 2
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """`main` for callers that report errors themselves.
+
+    Raises:
+        EsmNeuronError: as the command does.
+        OSError: of the file system.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -193,14 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("USE_TORCH_XLA", "0")
     # torch_xla's import brings in torch's inductor, which would start a pool of compiler processes that nobody uses
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    try:
-        return COMMANDS[words[0]](words[1:])
-    except EsmNeuronError as error:
-        say(f"esm-neuron: error: {error}")
-        return error.exit_code
-    except OSError as error:  # a disk that is full, a folder that cannot be written
-        say(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")
-        return 2
+    return COMMANDS[words[0]](words[1:])
 
 
 if __name__ == "__main__":

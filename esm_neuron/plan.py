@@ -25,10 +25,17 @@ from esm_neuron.data.packing import EpochPlan
 from esm_neuron.data.splits import Splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.parallel.topology import NEURON_CORES, NEURON_TP, legal_tp
-from esm_neuron.shapes import SHAPES
+from esm_neuron.shapes import SHAPES, EsmShape
 
 SET_UP = 3
 """Programs that make the model's buffers and the optimizer's state on XLA:CPU (torch_xla 2.8.1)."""
+CONFIG_NAMES = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+}
+"""Field of `EsmShape` -> its name in a Hugging Face config.json."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +134,28 @@ def tensor_parallel(model: str) -> TensorParallel | None:
     Raises:
         ConfigError: the folder's config.json cannot be read.
     """
-    by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
-    if model in by_name:
-        heads, intermediate = by_name[model].heads, by_name[model].intermediate
-    elif Path(model).is_dir():
-        heads, intermediate = _read_shape(Path(model) / "config.json")
-    else:
+    shape = find_shape(model)
+    if shape is None:
         return None
-    padded = tuple(legal_tp(heads, intermediate, pad_heads=True))
+    padded = tuple(legal_tp(shape.heads, shape.intermediate, pad_heads=True))
     return TensorParallel(
-        heads=heads,
-        degrees=tuple(legal_tp(heads, intermediate)),
+        heads=shape.heads,
+        degrees=tuple(legal_tp(shape.heads, shape.intermediate)),
         padded=padded,
         instances={name: tuple(tp for tp in NEURON_TP[n] if tp in padded) for name, n in NEURON_CORES.items()},
     )
+
+
+def find_shape(model: str) -> EsmShape | None:
+    """The shape named `model`, or that of a released model or local folder of this name; None where it is none of them.
+
+    Raises:
+        ConfigError: the folder's config.json cannot be read.
+    """
+    by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
+    if model in by_name or not Path(model).is_dir():
+        return by_name.get(model)
+    return _read_shape(Path(model) / "config.json")
 
 
 def render(plan: RunPlan) -> str:
@@ -210,15 +225,15 @@ def _unpacked(cfg: TrainConfig, lengths: np.ndarray) -> float:
     return float(lengths.sum(dtype=np.int64) / (rows * cfg.data.row_tokens))
 
 
-def _read_shape(path: Path) -> tuple[int, int]:
+def _read_shape(path: Path) -> EsmShape:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        heads, intermediate = values["num_attention_heads"], values["intermediate_size"]
+        found = {field: values[name] for field, name in CONFIG_NAMES.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: no shape of an ESM-2 in it ({error!r}); name a Hugging Face folder") from error
-    whole = isinstance(heads, int) and isinstance(intermediate, int)
-    require(whole, f"{path}: num_attention_heads={heads}, intermediate_size={intermediate} must be numbers")
-    return heads, intermediate
+    said = ", ".join(f"{name}={found[field]}" for field, name in CONFIG_NAMES.items())
+    require(all(isinstance(value, int) for value in found.values()), f"{path}: {said} must be numbers")
+    return EsmShape(**found)
 
 
 def _list(degrees: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from esm_neuron import checkpoint, settings
-from esm_neuron.agreement import agree, agree_on_main
+from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, build_model
@@ -121,8 +121,8 @@ class _Job:
         built = agree(backend, lambda: build_model(cfg, task, backend))
         say(describe(cfg, built))
         loaders = Loaders.of(cfg, splits, task, backend)
-        base = backend.gather_host(agree_on_main(backend, lambda: built.source.reference.sha256))[0]
-        same = identity(cfg, splits.fingerprint, str(base))
+        base = from_main(backend, lambda: built.source.reference.sha256)
+        same = identity(cfg, splits.fingerprint, base)
         trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], same)
         return cls(cfg, splits, task, built, loaders, trainer)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from esm_neuron import checkpoint
-from esm_neuron.agreement import agree, agree_on_main
+from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends.base import Backend
 from esm_neuron.callbacks import Callback, EarlyStopping
 from esm_neuron.checkpoint import Snapshot, TrainState
@@ -207,8 +207,9 @@ class Trainer:
         best = self.stopper.best_step
         if best is None or best == self.state.step:
             return self.state.step
-        snapshot = agree(self.backend, lambda: checkpoint.load(checkpoint.step_folder(self.folder, best)))
-        self.backend.load_weights(self.model, snapshot.model)
+        # the checkpoints of this run may lie on the main rank's node alone, as on SageMaker
+        weights = from_main(self.backend, lambda: checkpoint.load(checkpoint.step_folder(self.folder, best)).model)
+        self.backend.load_weights(self.model, weights)
         return best
 
     def _save(self) -> None:

@@ -104,6 +104,10 @@ class Backend(Protocol):
         """One value of every rank, in rank order, on every rank; over the host, not the device."""
         ...
 
+    def broadcast_host(self, value: T) -> T:
+        """Rank 0's value, on every rank; over the host, not the device."""
+        ...
+
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -126,6 +126,12 @@ class CpuBackend:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast_host(self, value: T) -> T:
+        values = [value]
+        if self.topology.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

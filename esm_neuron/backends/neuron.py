@@ -238,6 +238,11 @@ class NeuronBackend:
         dist.all_gather_object(values, value, group=self._whole_world)
         return values
 
+    def broadcast_host(self, value: T) -> T:
+        values = [value]
+        dist.broadcast_object_list(values, group=self._whole_world)
+        return values[0]
+
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -138,6 +138,9 @@ class XlaBackend:
     def gather_host(self, value: T) -> list[T]:
         return [value]
 
+    def broadcast_host(self, value: T) -> T:
+        return value
+
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from esm_neuron import run, settings
-from esm_neuron.agreement import agree, agree_on_main
+from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import ConfigError
 from esm_neuron.parallel.topology import Topology
@@ -164,3 +164,17 @@ def test_what_fails_on_one_rank_fails_on_both_with_one_error() -> None:
         agree(Peer(0, failed), lambda: 5)
     assert agree(Peer(0, None), lambda: 5) == 5
     assert agree_on_main(Peer(1, None), fail) is None, "only the main rank acts"
+
+
+def test_what_only_the_main_rank_can_read_reaches_all() -> None:
+    class Broadcasting(Peer):
+        def broadcast_host(self, value: Any) -> Any:
+            return value if self.topology.is_main else "read by rank 0"
+
+    def unreadable() -> str:
+        raise OSError("only on the first node")
+
+    assert from_main(Broadcasting(0, None), lambda: "mine") == "mine"
+    assert from_main(Broadcasting(1, None), unreadable) == "read by rank 0"
+    with pytest.raises(OSError, match="rank 0: only on the first node"):
+        from_main(Broadcasting(1, OSError("only on the first node")), unreadable)

@@ -107,7 +107,8 @@ def test_tensor_parallel_degrees_of_the_released_models(tmp_path: Path) -> None:
     large = tensor_parallel("esm2_t48_15B")
     assert large is not None and large.degrees == (1, 2, 4, 8)
     assert tensor_parallel("someone/else") is None
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 6, "intermediate_size": 96}')
+    values = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(values))
     own = tensor_parallel(str(tmp_path))
     assert own is not None and own.degrees == (1, 2)
     (tmp_path / "config.json").write_text("{}")

@@ -268,13 +268,18 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(toy: Toy, tmp_path: Path
     assert_same_end(killed, whole)
 
 
-def test_the_first_signal_is_noted_and_the_second_ends_the_process() -> None:
+def test_the_first_signal_is_noted_its_echo_ignored_and_a_later_one_ends_the_process() -> None:
     program = """
-import signal
-from esm_neuron.signals import StopSignal
+import signal, time
+from esm_neuron.signals import ECHO, StopSignal
+now = [100.0]
+time.monotonic = lambda: now[0]
 with StopSignal() as stop:
     signal.raise_signal(signal.SIGINT)
+    now[0] += ECHO - 1
+    signal.raise_signal(signal.SIGTERM)
     print(stop.received, flush=True)
+    now[0] += 2
     signal.raise_signal(signal.SIGTERM)
     print("still here", flush=True)
 """

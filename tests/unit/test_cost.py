@@ -1,0 +1,137 @@
+"""Estimates of time and dollars: their arithmetic, what they refuse, and the price list a user brings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from esm_neuron import cli, cost, settings
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.splits import load_splits
+from esm_neuron.errors import ConfigError
+from esm_neuron.plan import make_plan
+from esm_neuron.shapes import SHAPES
+
+Toy = Callable[..., TrainConfig]
+PRICES = cost.read_prices()
+LARGE = SHAPES["esm2_t36_3B"]
+
+
+def big(toy: Toy, **changes: dict[str, object]) -> TrainConfig:
+    """A run that 128 NeuronCores can share."""
+    loop = {"rows_per_step": 128, "rows_per_device": 1, "precision": "bf16", "max_steps": 1000}
+    return toy(**{"loop": loop, "model": {"name": "esm2_t36_3B"}, **changes})
+
+
+def made(cfg: TrainConfig, shape: str = "esm2_t36_3B", nodes: int = 1, market: str = "ec2") -> list[cost.Estimate]:
+    return cost.estimates(cfg, make_plan(cfg, load_splits(cfg, True)), SHAPES[shape], PRICES, nodes, market)
+
+
+def one(found: list[cost.Estimate], instance: str, tp: int) -> cost.Estimate:
+    return next(e for e in found if (e.instance, e.tp) == (instance, tp))
+
+
+def test_every_legal_degree_of_every_instance_is_there_and_priced_by_its_hours(toy: Toy) -> None:
+    found = made(big(toy))
+    assert [e.tp for e in found if e.instance == "trn1.32xlarge"] == [1, 2, 4, 8]
+    assert {e.instance for e in found} == set(PRICES.instances)
+    for e in found:
+        if e.refused is None:
+            assert e.dp * e.tp == PRICES.instances[e.instance].devices
+            price = PRICES.instances[e.instance].prices["ec2"]
+            assert price is not None
+            assert e.dollars == pytest.approx(price * (e.hours + e.compile_hours))
+            assert e.spot_dollars == pytest.approx(e.dollars * PRICES.assumptions.spot_share)
+    assert one(made(big(toy), market="sagemaker"), "trn1n.32xlarge", 1).dollars is None, "no price, no dollars"
+
+
+def test_two_nodes_halve_the_time_and_leave_out_what_works_alone(toy: Toy) -> None:
+    alone, two = (one(made(big(toy), nodes=n), "trn1.32xlarge", 8) for n in (1, 2))
+    assert two.dp == 2 * alone.dp
+    assert 0.5 < two.hours / alone.hours < 0.6, "the sum over the network is not free"
+    assert {"trn1.2xlarge", "g5.2xlarge"}.isdisjoint(e.instance for e in made(big(toy), nodes=2))
+
+
+def test_the_roofline_by_hand() -> None:
+    """The 3B on one core, whole model trained: 6 flops a parameter and token, and the attention of the row."""
+    core = replace(PRICES.instances["trn1.2xlarge"], devices=1)
+    cfg = TrainConfig()
+    cfg = replace(cfg, adapter=replace(cfg.adapter, kind="none"), loop=replace(cfg.loop, precision="bf16"))
+    blocks = LARGE.layers * 12 * LARGE.hidden**2
+    flops = 4096 * (6 * blocks + 2 * 4 * LARGE.layers * LARGE.hidden * cfg.data.row_tokens)
+    assert cost.step_seconds(cfg, LARGE, core, 1, 1, 4096, 4, 0.3) == pytest.approx(flops / 0.3 / 95e12)
+    few = cost.step_seconds(cfg, LARGE, core, 1, 1, 1, 1, 0.3)
+    assert few == pytest.approx(2 * blocks * 2 / 410e9), "a single token waits for the weights"
+
+
+def test_state_is_counted_from_the_shape(toy: Toy) -> None:
+    cfg = TrainConfig()
+    full = replace(cfg, adapter=replace(cfg.adapter, kind="none"))
+    count = LARGE.parameter_count()
+    assert cost.state_bytes(full, LARGE, 1, 1) == 16 * count, "float32 weight, gradient and two moments"
+    assert cost.state_bytes(full, LARGE, 1, 32) == pytest.approx((8 + 8 / 32) * count)
+    trained = cost.trained_parameters(cfg, LARGE)
+    assert trained == LARGE.layers * 8 * (4 * 2 * LARGE.hidden + 2 * 5 * LARGE.hidden)
+    assert cost.state_bytes(cfg, LARGE, 1, 1) == 4 * count + 16 * trained
+    eight = cost.state_bytes(cfg, LARGE, 8, 1)
+    assert count / 8 * 4 < eight < cost.state_bytes(cfg, LARGE, 4, 1), "norms and embedding stay whole"
+
+
+def test_what_cannot_be_done_says_why(toy: Toy) -> None:
+    full = big(toy, adapter={"kind": "none"})
+    refused = one(made(full), "g5.2xlarge", 1).refused
+    assert refused is not None and refused.startswith("weights and optimizer need 42.") and "of 22 GiB" in refused
+    odd = big(toy, loop={"rows_per_step": 4, "rows_per_device": 1})
+    refused = one(made(odd), "trn1.32xlarge", 1).refused
+    assert refused is not None and "loop.rows_per_step=4 is not a multiple of 32" in refused
+
+
+def test_the_command_with_the_users_own_prices(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, prices = tmp_path / "run.yaml", tmp_path / "prices.yaml"
+    config.write_text(settings.dump(big(toy)))
+    text = (files("esm_neuron") / "instances.yaml").read_text()
+    prices.write_text(text.replace("ec2: 21.50", "ec2: 43.00").replace("autumn 2026", "my quote"))
+    words = ["plan", "--config", str(config), "--instance", "trn1.32xlarge"]
+    assert cli.main([*words, "--json"]) == 0
+    theirs = json.loads(capsys.readouterr().out)["estimates"]
+    assert cli.main([*words, "--json", "--prices", str(prices)]) == 0
+    ours = json.loads(capsys.readouterr().out)["estimates"]
+    for a, b in zip(ours, theirs, strict=True):
+        if a["refused"] is None:
+            assert math.isclose(a["dollars"] / b["dollars"], 2 if a["instance"] == "trn1.32xlarge" else 1)
+    assert cli.main([*words, "--prices", str(prices)]) == 0
+    said = capsys.readouterr().out
+    assert "ESTIMATES, not measurements" in said and "ec2 dollars of my quote" in said
+    assert said.count("\ntrn1.32xlarge ") == 4 and said.count("\ntrn1.2xlarge ") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--instance", "p5.48xlarge"], "--instance p5.48xlarge: not in the price list; use trn1.2xlarge, trn1.32"),
+        (["--instance", "trn1.2xlarge", "--nodes", "0"], "--nodes 0 must be at least 1"),
+        (["--instance", "trn1.2xlarge", "--model.name", "someone/else"], "the shape of someone/else is not known"),
+        (["--instance", "trn1.2xlarge", "--prices", "nowhere.yaml"], "--prices nowhere.yaml: .*No such file"),
+    ],
+)
+def test_bad_words(
+    toy: Toy, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(settings.dump(toy()))
+    assert cli.main(["plan", "--config", str(config), *words]) == 2
+    error = capsys.readouterr().err
+    assert message.split(".*")[0] in error and message.split(".*")[-1] in error and error.count("\n") == 1
+
+
+def test_a_price_list_with_a_wrong_field_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prices.yaml"
+    path.write_text((files("esm_neuron") / "instances.yaml").read_text().replace("gib: 16", "gibs: 16"))
+    with pytest.raises(ConfigError, match=r"--prices .*prices\.yaml: .*gib"):
+        cost.read_prices(path)
