@@ -55,7 +55,8 @@ class DataConfig:
     """Files, columns, splits, filters, and how sequences are laid in rows."""
 
     train: str | None = None
-    """Training file: CSV, TSV or FASTA, plain or .gz. With `split_column`, the one file that holds all splits."""
+    """Training file: CSV, TSV, FASTA or JSONL, plain or .gz; Parquet; a folder that `Dataset.save_to_disk` wrote; or
+    `hf://owner/name@revision/split` on the hub. With `split_column`, the one file that holds all splits."""
     valid: str | None = None
     """Validation file. None: taken from `split_column`, or sampled from `train` by `valid_fraction`."""
     test: str | None = None
@@ -72,12 +73,17 @@ class DataConfig:
     """The values of `split_column` for training, validation and test rows."""
     valid_fraction: float = 0.1
     """Share of training rows sampled for validation, by `seed`, where neither file nor column gives any, 0 to 1."""
+    test_fraction: float = 0.0
+    """The same for test rows, sampled after the validation rows, 0 to 1."""
     keep: dict[str, list[str]] = field(default_factory=dict)
     """Row filter for every split: column -> values to keep; the rest is counted and left out."""
     keep_heldout: dict[str, list[str]] = field(default_factory=dict)
     """Row filter for validation and test rows only, such as `{leaky: ["false"]}` for the clean rows."""
     on_bad_residue: Literal["strict", "skip", "replace"] = "strict"
     """A character outside the ESM alphabet: stop, leave the row out, or write X. The latter two are counted."""
+    cache: str | None = None
+    """Folder that keeps tokenized data by content, as files mapped into memory: made once, shared by runs and
+    processes; needed for files larger than memory. None: tokenized anew by every process, held in memory."""
     max_residues: int = 1022
     """Longest sequence given to the model, in residues; <cls> and <eos> come on top."""
     long_sequences: Literal["refuse", "crop", "crop_ends", "window"] = "crop"
@@ -256,6 +262,7 @@ class TrainConfig:
             ("task.label_smoothing", self.task.label_smoothing, 0, 0.99),
             ("task.mask_probability", self.task.mask_probability, 0.001, 0.99),
             ("data.valid_fraction", self.data.valid_fraction, 0, 0.9),
+            ("data.test_fraction", self.data.test_fraction, 0, 0.9),
             ("data.max_residues", self.data.max_residues, 1, most),
             ("data.max_segments", self.data.max_segments, 1, most),
             ("data.max_buckets", self.data.max_buckets, 1, 8),

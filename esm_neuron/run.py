@@ -20,6 +20,7 @@ from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
 from esm_neuron.data.splits import Splits, load_inputs, load_splits
+from esm_neuron.data.validate import rejected_table
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.evaluate import evaluate as evaluate_table
 from esm_neuron.export import CONFIG, build_trained, read_run, write_results
@@ -31,13 +32,13 @@ from esm_neuron.trainer import Fit, Trainer
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RESULT, METRICS, SAMPLED = "result.json", "metrics.jsonl", "valid_ids.txt"
+RESULT, METRICS, REJECTED = "result.json", "metrics.jsonl", "rejected.tsv"
 """Names within a run's folder."""
 
 FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how, not what is computed."""
 FREE_FIELDS = {
-    "data.train", "data.valid", "data.test", "model.gradient_checkpointing", "loop.rows_per_device",
+    "data.train", "data.valid", "data.test", "data.cache", "model.gradient_checkpointing", "loop.rows_per_device",
     "loop.eval_rows_per_device", "loop.eval_every", "loop.patience", "loop.on_recompile",
 }  # fmt: skip
 """The same for single fields; the data itself is compared by its fingerprint."""
@@ -316,8 +317,10 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
     write_text(out / CONFIG, settings.dump(cfg))
     if settings.read_config(out / CONFIG) != cfg:
         raise ConfigError(f"{out / CONFIG}: does not read back as the configuration of this run; please report it")
-    if splits.sampled_valid:
-        write_text(out / SAMPLED, "\n".join(splits.sampled_valid) + "\n")
+    for name, ids in splits.sampled.items():
+        write_text(out / f"{name}_ids.txt", "\n".join(ids) + "\n")
+    if splits.rejected:
+        write_text(out / REJECTED, rejected_table(splits.rejected))
 
 
 def _callbacks(cfg: TrainConfig, begin: int) -> list[Callback]:

@@ -49,21 +49,23 @@ class ExampleTable:
         return self.tokens[self.offsets[example] : self.offsets[example + 1]]
 
 
+def shifted(table: ExampleTable, tokens: int, records: int) -> ExampleTable:
+    """The table behind another one of so many tokens and records: its offsets and records count on."""
+    return replace(table, offsets=table.offsets + tokens, record=table.record + records)
+
+
 def join_tables(tables: Sequence[ExampleTable]) -> ExampleTable:
     """The examples of one or more tables in one, in their order."""
-    sizes = [len(table.tokens) for table in tables]
-    records = [len(table.ids) for table in tables]
-    starts = np.cumsum([0, *sizes])
-    offsets = [table.offsets[:-1] + start for table, start in zip(tables, starts, strict=False)]
-    record = [table.record + start for table, start in zip(tables, np.cumsum([0, *records]), strict=False)]
-    return ExampleTable(
-        tokens=np.concatenate([table.tokens for table in tables]),
-        offsets=np.concatenate([*offsets, starts[-1:]]),
-        record=np.concatenate(record),
-        weight=np.concatenate([table.weight for table in tables]),
-        labels=np.concatenate([table.labels for table in tables]),
-        ids=[name for table in tables for name in table.ids],
-    )
+    tokens = np.cumsum([0, *(len(table.tokens) for table in tables)])
+    records = np.cumsum([0, *(len(table.ids) for table in tables)])
+    moved = [shifted(*where) for where in zip(tables, tokens, records, strict=False)]
+    arrays = {
+        field.name: np.concatenate([getattr(table, field.name) for table in moved])
+        for field in fields(ExampleTable)
+        if field.name not in ("offsets", "ids")
+    }
+    offsets = np.concatenate([*(table.offsets[:-1] for table in moved), tokens[-1:]])
+    return ExampleTable(**arrays, offsets=offsets, ids=[name for table in tables for name in table.ids])
 
 
 @dataclass(frozen=True)

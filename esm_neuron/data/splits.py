@@ -1,30 +1,37 @@
-"""From files to the three splits: filter, check, divide, name the classes, cut long sequences, tokenize, count."""
+"""From files to the three splits: rows are divided, classes named, long sequences cut, tokenized, counted; cached."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from esm_neuron.config import DataConfig, TrainConfig, require
-from esm_neuron.data.batch import ExampleTable, join_tables
-from esm_neuron.data.records import row_unit
-from esm_neuron.data.sources import CHUNK_ROWS, filter_column, read_chunks, read_rows
-from esm_neuron.data.tokenizer import encode_many
-from esm_neuron.data.validate import Checker, Problems, Rejected, Report, check_rows, quote
+from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.intake import SPLITS, Part, data_files, passes, read_parts
+from esm_neuron.data.records import LIST_JOINER
+from esm_neuron.data.sources import CHUNK_ROWS, read_chunks
+from esm_neuron.data.store import TableWriter, cached, content_hash, content_key, open_table
+from esm_neuron.data.tokenizer import VOCABULARY, encode_many
+from esm_neuron.data.validate import Checker, Problems, Rejected, Report, quote, text_hashes
 from esm_neuron.errors import DataError
-
-SPLITS = ("train", "valid", "test")
 
 _CUTS = ("cropped", "cropped_residues", "windowed", "windows")
 """Counts of a `Report` that are made by cutting long sequences."""
-
 _SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
+_CACHE_VERSION = 1
+"""Of what `_save` writes: another number makes every cached folder anew."""
+_UNCACHED_DATA = {"cache", "packing", "row_tokens", "max_segments", "max_buckets"}
+_UNCACHED_TASK = {"label_smoothing", "mask_probability"}
+"""Settings that change nothing in the tables."""
+_META = "splits.json"
+_ROWS = {"valid": "validation", "test": "test"}
+"""Split -> what errors call its rows."""
 
 
 @dataclass(frozen=True)
@@ -40,57 +47,60 @@ class Splits:
     """One a file, then one a split."""
     fingerprint: str
     """sha256 (hex) of tokens, weights, labels, ids and class names: equal for equal data. A resumed run compares it."""
-    sampled_valid: tuple[str, ...]
-    """Ids of the validation rows where they were sampled from the training rows, to be written with the run."""
+    sampled: Mapping[str, tuple[str, ...]]
+    """Split -> ids of its rows where they were sampled from the training rows, to be written with the run."""
+    rejected: tuple[Rejected, ...]
+    """The rows left out or changed for their characters (`data.on_bad_residue`), to be written with the run."""
 
     def summary(self) -> str:
         """What was read, left out, changed and shared between splits: a line a file and a line a split."""
         return "\n".join(report.summary() for report in self.reports)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows on their way, and the file they are from."""
-
-    rows: pa.Table
-    source: str
-
-    def column(self, name: str) -> list[str]:
-        return list(self.rows[name].to_pylist())
-
-    def take(self, mask: np.ndarray) -> _Part:
-        return replace(self, rows=self.rows.filter(pa.array(mask)))
-
-
 def load_splits(cfg: TrainConfig, needs_labels: bool) -> Splits:
     """Read, check and tokenize the data of a run, with labels where its task needs them.
 
     Order: rows are read; `data.keep` and `data.keep_heldout` filter them; ids, sequences and labels of the rest are
-    checked; validation rows are sampled where neither a file nor the split column gives any (from the training rows
-    that pass `data.keep_heldout`); long sequences are cut.
+    checked; validation and test rows are sampled where neither a file nor the split column gives any (from the training
+    rows that pass `data.keep_heldout`); long sequences are cut.
+
+    With `data.cache` all this is done once for the same files and settings, on any number of processes, and the tables
+    are files mapped into memory; the result is the same with and without.
 
     Raises:
         DataError: a file or a row cannot be used, see `sources`, `validate`; a label that training does not know; fewer
             than two classes; a split without rows.
-        ConfigError: settings that contradict each other.
+        ConfigError: settings that contradict each other; a cache folder that cannot be written.
     """
     require(cfg.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
     require(
         len(set(cfg.data.split_names)) == 3, f"data.split_names={cfg.data.split_names} must be three different names"
     )
-    files = _read_files(cfg.data, needs_labels)
-    _check_filters(cfg.data, list(files.values()))
-    parts, reports = _divide(cfg.data, files)
+    if cfg.data.cache is None:
+        return _make(cfg, needs_labels, None)
+    key = content_key(_cache_key(cfg, needs_labels))
+    folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, needs_labels, aside), aside))
+    return _load(folder)
+
+
+def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
+    """The splits from the files, tables in memory or under `folder`."""
+    parts, reports, rejected = read_parts(cfg.data, needs_labels, LIST_JOINER, folder)
     labels = _class_names(cfg, parts["train"]) if needs_labels else None
-    sampled: tuple[str, ...] = ()
-    if "valid" not in parts and cfg.data.valid_fraction > 0:
-        chosen = _sample(parts["train"], cfg)
-        parts |= {"train": parts["train"].take(~chosen), "valid": parts["train"].take(chosen)}
-        sampled = tuple(parts["valid"].column("id"))
+    sampled: dict[str, tuple[str, ...]] = {}
+    for name, fraction in (("valid", cfg.data.valid_fraction), ("test", cfg.data.test_fraction)):
+        if name not in parts and fraction > 0:
+            chosen = _sample(parts["train"], cfg, name, fraction)
+            parts |= {"train": parts["train"].take(~chosen), name: parts["train"].take(chosen)}
+            sampled[name] = tuple(parts[name].column("id"))
     tables: dict[str, ExampleTable] = {}
+    shared = _shared(parts)
     for name in (split for split in SPLITS if split in parts):
-        tables[name], report = _table(parts[name], cfg.data, labels)
-        reports.append(replace(report, name=f"{name} split", **_shared(name, parts)))
+        tables[name], report = _table(parts[name], cfg.data, labels, None if folder is None else folder / name)
+        reports.append(replace(report, name=f"{name} split", **shared[name]))
+    if folder is not None:
+        for spool in folder.glob("*.arrow"):
+            spool.unlink()
     names = labels or ()
     return Splits(
         train=tables["train"],
@@ -99,7 +109,44 @@ def load_splits(cfg: TrainConfig, needs_labels: bool) -> Splits:
         labels=names,
         reports=tuple(reports),
         fingerprint=_fingerprint(tables, names),
-        sampled_valid=sampled,
+        sampled=sampled,
+        rejected=tuple(rejected),
+    )
+
+
+def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
+    """All that the tables follow from: the files' content, settings that matter, the alphabet, this code's version."""
+    data = {name: value for name, value in asdict(cfg.data).items() if name not in _UNCACHED_DATA}
+    task = {name: value for name, value in asdict(cfg.task).items() if name not in _UNCACHED_TASK}
+    content = [content_hash(path) for path in data_files(cfg.data).values()]
+    return [_CACHE_VERSION, VOCABULARY, needs_labels, cfg.seed, data, task, content]
+
+
+def _save(splits: Splits, folder: Path) -> None:
+    """Write what `_load` reads back beside the tables, which `_make` has put in `folder`."""
+    meta = {
+        "splits": [name for name in SPLITS if getattr(splits, name) is not None],
+        "labels": splits.labels,
+        "reports": [asdict(report) for report in splits.reports],
+        "fingerprint": splits.fingerprint,
+        "sampled": splits.sampled,
+        "rejected": [asdict(row) for row in splits.rejected],
+    }
+    (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _load(folder: Path) -> Splits:
+    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    tables = {name: open_table(folder / name) for name in meta["splits"]}
+    return Splits(
+        train=tables["train"],
+        valid=tables.get("valid"),
+        test=tables.get("test"),
+        labels=tuple(meta["labels"]),
+        reports=tuple(Report(**report) for report in meta["reports"]),
+        fingerprint=meta["fingerprint"],
+        sampled={name: tuple(ids) for name, ids in meta["sampled"].items()},
+        rejected=tuple(Rejected(**row) for row in meta["rejected"]),
     )
 
 
@@ -136,13 +183,14 @@ class InputChunks:
         """
         checker = Checker(self._cfg, self._path)
         self.rejected = checker.rejected
-        cut = Report(name=self._path)
+        cuts = Report(name=self._path)
         for rows in checker.chunks(read_chunks(self._path, self._cfg, self._labels is not None, rows=self._rows)):
-            table, more = _table(_Part(rows, self._path), self._cfg, self._labels)
-            cut = replace(cut, **{name: getattr(cut, name) + getattr(more, name) for name in _CUTS})
-            self.report = replace(checker.report(), **{name: getattr(cut, name) for name in _CUTS})
-            yield table
-        self.report = replace(checker.report(), **{name: getattr(cut, name) for name in _CUTS})
+            table, more = _chunk_table(Part.of(rows, self._path), self._cfg, self._labels, checker.problems)
+            cuts = cuts.plus(more, _CUTS)
+            self.report = checker.report().plus(cuts, _CUTS)
+            if not checker.problems.total:
+                yield table
+        self.report = checker.report().plus(cuts, _CUTS)
 
 
 def load_inputs(path: str | Path, cfg: DataConfig, labels: Sequence[str] | None = None) -> tuple[ExampleTable, Report]:
@@ -152,123 +200,13 @@ def load_inputs(path: str | Path, cfg: DataConfig, labels: Sequence[str] | None 
         DataError: the file or a row cannot be used; a label that is not in `labels`.
     """
     chunks = InputChunks(path, cfg, labels)
-    table = join_tables(list(chunks))
-    return table, chunks.report
+    writer = TableWriter(None)
+    for table in chunks:
+        writer.add(table)
+    return writer.table(), chunks.report
 
 
-def _read_files(data: DataConfig, need_label: bool) -> dict[str, _Part]:
-    """The rows of each file that the config names; only the training file has a split column."""
-    paths = {split: path for split, path in zip(SPLITS, (data.train, data.valid, data.test), strict=True) if path}
-    files = {}
-    for split, path in paths.items():
-        own = data if split == "train" else replace(data, split_column=None)
-        only_training_rows = split == "train" and data.split_column is None and (data.valid or data.valid_fraction == 0)
-        if only_training_rows:
-            own = replace(own, keep_heldout={})
-        files[split] = _Part(read_rows(path, own, need_label), path)
-    return files
-
-
-def _filter_key(value: str) -> str:
-    """Values are compared as strings, but True, TRUE and true are one."""
-    return value.lower() if value.lower() in ("true", "false") else value
-
-
-def _check_filters(cfg: DataConfig, files: Sequence[_Part]) -> None:
-    """Refuse a filter value that no row of any file has: it is a slip of the pen."""
-    for setting, filters in (("data.keep", cfg.keep), ("data.keep_heldout", cfg.keep_heldout)):
-        for source, allowed in filters.items():
-            name = filter_column(source)
-            having = [file for file in files if name in file.rows.column_names]
-            if (
-                not having
-            ):  # no held-out rows at all, so nothing to filter: `read_rows` refuses a file that should have it
-                continue
-            there = {value for file in having for value in file.column(name)}
-            keys = {_filter_key(value) for value in there}
-            missing = [value for value in allowed if _filter_key(value) not in keys]
-            if missing or not allowed:
-                what = f"value {quote(missing[0])} matches no row" if missing else "the list of values is empty"
-                shown = ", ".join(quote(value) for value in sorted(there)[:10])
-                where = ", ".join(file.source for file in having)
-                raise DataError(
-                    f"{where}: {setting}, column {source!r}: {what}; use values that are there, such as {shown}"
-                )
-
-
-def _passes(part: _Part, filters: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """bool [rows]: which rows have an allowed value in every column of the filter."""
-    passes = np.ones(len(part.rows), dtype=bool)
-    for source, allowed in filters.items():
-        keys = {_filter_key(value) for value in allowed}
-        passes &= np.array([_filter_key(value) in keys for value in part.column(filter_column(source))], dtype=bool)
-    return passes
-
-
-def _divide(cfg: DataConfig, files: Mapping[str, _Part]) -> tuple[dict[str, _Part], list[Report]]:
-    """The checked rows of each split that has any, and a report a file."""
-    parts: dict[str, _Part] = {}
-    reports = []
-    for split, file in files.items():
-        kept = file.take(_passes(file, cfg.keep))
-        if len(kept.rows) == 0:
-            raise DataError(f"{file.source}: data.keep leaves no rows; allow more values")
-        named = _members(cfg, kept, split)
-        usable = named == "train"
-        if not usable.all():
-            usable |= _passes(kept, cfg.keep_heldout)
-        _check_members(file.source, named, named[usable], "data.keep_heldout leaves", "allow more values")
-        rows, report = check_rows(kept.take(usable).rows, cfg, file.source)
-        clean = replace(file, rows=rows)
-        left = _members(cfg, clean, split)
-        _check_members(file.source, named, left, "data.on_bad_residue=skip leaves", "correct their sequences")
-        filtered, heldout = len(file.rows) - len(kept.rows), int((~usable).sum())
-        reports.append(replace(report, rows=len(file.rows), filtered=filtered, filtered_heldout=heldout))
-        for name in np.unique(left).tolist():
-            require(name == split or name not in files, _twice(cfg, name))
-            parts[name] = clean.take(left == name)
-    if "train" not in parts:
-        raise DataError(
-            f"{files['train'].source}: no row has {cfg.split_names[0]!r} in column {cfg.split_column!r} "
-            "(data.split_column); set data.split_names to the values for training, validation and test"
-        )
-    return parts, reports
-
-
-def _check_members(source: str, before: np.ndarray, after: np.ndarray, reason: str, cure: str) -> None:
-    """Refuse that a split which had rows has none now."""
-    for name in np.setdiff1d(before, after).tolist():
-        raise DataError(f"{source}: {reason} no {name} rows; {cure}")
-
-
-def _twice(cfg: DataConfig, split: str) -> str:
-    return (
-        f"{split} rows come both from data.{split} and from data.split_column={cfg.split_column!r}; "
-        f"leave out data.{split}, or filter those rows with data.keep"
-    )
-
-
-def _members(cfg: DataConfig, part: _Part, split: str) -> np.ndarray:
-    """str [rows]: the split of each row: by the split column where the file has one, else `split`."""
-    if "split" not in part.rows.column_names:
-        return np.full(len(part.rows), split)
-    values = part.column("split")
-    unknown = {value: None for value in values if value not in cfg.split_names}
-    if unknown:
-        shown = ", ".join(
-            f"{quote(value)} ({values.count(value)} rows, first in {row_unit(part.source)} "
-            f"{part.rows['line'][values.index(value)]})"
-            for value in list(unknown)[:5]
-        )
-        raise DataError(
-            f"{part.source}: column {cfg.split_column!r} has {len(unknown)} values that are not in "
-            f"data.split_names={cfg.split_names}: {shown}; name the splits there, or filter the rows with data.keep"
-        )
-    names = dict(zip(cfg.split_names, SPLITS, strict=True))
-    return np.array([names[value] for value in values])
-
-
-def _class_names(cfg: TrainConfig, train: _Part) -> tuple[str, ...]:
+def _class_names(cfg: TrainConfig, train: Part) -> tuple[str, ...]:
     """The configured class names, or the sorted labels of the training rows."""
     present = sorted(set(train.column("label")))
     labels = cfg.task.labels if cfg.task.labels is not None else tuple(present)
@@ -281,14 +219,14 @@ def _class_names(cfg: TrainConfig, train: _Part) -> tuple[str, ...]:
     return labels
 
 
-def _sample(train: _Part, cfg: TrainConfig) -> np.ndarray:
-    """bool [rows]: rows drawn for validation by `seed`, each class with its share; every class keeps a row to train on.
+def _sample(train: Part, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
+    """bool [rows]: rows drawn for a split by `seed`, each class with its share; every class keeps a row to train on.
 
     Systematic sampling: rows in random order, sorted by class, then one taken at every 1 / fraction.
     """
-    fraction = cfg.data.valid_fraction
-    rng = np.random.default_rng([cfg.seed, _SAMPLING])
-    order = rng.permutation(len(train.rows))
+    rng = np.random.default_rng([cfg.seed, _SAMPLING + SPLITS.index(name) - 1])
+    rows = len(train)
+    order = rng.permutation(rows)
     if "label" in train.rows.column_names:
         labels = train.column("label")
         index = {label: i for i, label in enumerate(dict.fromkeys(labels))}
@@ -297,23 +235,36 @@ def _sample(train: _Part, cfg: TrainConfig) -> np.ndarray:
         order = order[np.diff(np.sort(classes), prepend=-1) == 0]
     else:
         order = order[1:]
-    order = order[_passes(train, cfg.data.keep_heldout)[order]]
-    number = min(len(order), max(1, round(fraction * len(train.rows))))
+    allowed = np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
+    order = order[allowed[order]]
+    number = min(len(order), max(1, round(fraction * rows)))
     if number == 0:
         raise DataError(
-            f"{train.source}: {len(train.rows)} training rows are too few to sample validation rows from; "
-            "give data.valid, or data.valid_fraction=0 for none"
+            f"{train.source}: {rows} training rows are too few to sample {_ROWS[name]} rows from; "
+            f"give data.{name}, or data.{name}_fraction=0 for none"
         )
-    chosen = np.zeros(len(train.rows), dtype=bool)
+    chosen = np.zeros(rows, dtype=bool)
     every = (np.arange(number) + rng.random()) * len(order) / number
     chosen[order[every.astype(np.int64)]] = True
     return chosen
 
 
-def _table(part: _Part, cfg: DataConfig, labels: Sequence[str] | None) -> tuple[ExampleTable, Report]:
-    """Tokenized rows, long sequences cut, and how many were; without labels where `labels` is None."""
+def _table(part: Part, cfg: DataConfig, labels: Sequence[str] | None, stem: Path | None) -> tuple[ExampleTable, Report]:
+    """Tokenized rows, long sequences cut, and how many were: in memory, or in files that begin with `stem`."""
+    writer, report, problems = TableWriter(stem), Report(name=part.source), Problems(part.source)
+    for rows in part.chunks():
+        table, more = _chunk_table(Part.of(rows, part.source), cfg, labels, problems)
+        report = report.plus(more, ("rows", *_CUTS))
+        writer.add(table)
+    problems.raise_any()
+    return writer.table(), report
+
+
+def _chunk_table(
+    part: Part, cfg: DataConfig, labels: Sequence[str] | None, problems: Problems
+) -> tuple[ExampleTable, Report]:
+    """`_table` of a part that is held at once; what is wrong with its rows goes to `problems`."""
     ids, sequences, lines = part.column("id"), part.column("sequence"), part.rows["line"].to_pylist()
-    problems = Problems(part.source)
     pieces: list[str] = []
     counts = np.ones(len(ids), dtype=np.int64)
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
@@ -328,7 +279,6 @@ def _table(part: _Part, cfg: DataConfig, labels: Sequence[str] | None) -> tuple[
     targets = np.empty(0, dtype=np.int64)
     if labels is not None:
         targets = _targets(part, cfg, labels, problems)
-    problems.raise_any()
     tokens, offsets = encode_many(pieces)
     record = np.repeat(np.arange(len(ids), dtype=np.int64), counts)
     weight = (1 / counts[record]).astype(np.float32)
@@ -346,7 +296,7 @@ def _too_long(name: str, length: int, limit: int) -> str:
     return f"the sequence of {quote(name)} has {length} residues, more than data.max_residues={limit}; {cure}"
 
 
-def _targets(part: _Part, cfg: DataConfig, labels: Sequence[str], problems: Problems) -> np.ndarray:
+def _targets(part: Part, cfg: DataConfig, labels: Sequence[str], problems: Problems) -> np.ndarray:
     """int64 [rows]: class indices."""
     index = {label: i for i, label in enumerate(labels)}
     targets = np.zeros(len(part.rows), dtype=np.int64)
@@ -376,21 +326,40 @@ def cut_sequence(sequence: str, cfg: DataConfig) -> list[str]:
     return [sequence[start : start + n] for start in starts]
 
 
-def _shared(name: str, parts: Mapping[str, _Part]) -> dict[str, int]:
-    """Exact repeats of whole sequences: within the split, with training, and those whose labels disagree."""
-    part, train = parts[name], parts["train"]
-    sequences = part.column("sequence")
-    in_train = set(train.column("sequence")) if name != "train" else set()
-    known: dict[str, set[str]] = {}
-    for other in {id(p): p for p in (part, train)}.values():
-        if "label" in other.rows.column_names:
-            for sequence, label in zip(other.column("sequence"), other.column("label"), strict=True):
-                known.setdefault(sequence, set()).add(label)
-    return {
-        "repeated": len(sequences) - len(set(sequences)),
-        "in_train": sum(sequence in in_train for sequence in sequences),
-        "conflicting": sum(len(known.get(sequence, ())) > 1 for sequence in sequences),
+def _shared(parts: Mapping[str, Part]) -> dict[str, dict[str, int]]:
+    """Split -> exact repeats of whole sequences: within it, with training, those whose labels disagree, and ids that
+    name another sequence in training. Compared by 64-bit hashes, so that no sequence is held."""
+    hashes = {
+        name: {column: _hashes(part, column) for column in ("id", "sequence", "label")} for name, part in parts.items()
     }
+    train = hashes["train"]
+    counts = {}
+    for name, own in hashes.items():
+        both = [own] if name == "train" else [own, train]
+        texts, labels = (np.concatenate([hashed[column] for hashed in both]) for column in ("sequence", "label"))
+        pairs = (
+            np.unique(np.stack([texts, labels], axis=1), axis=0) if len(labels) else np.empty((0, 2), dtype=np.uint64)
+        )
+        different, times = np.unique(pairs[:, 0], return_counts=True)
+        found = {"repeated": len(own["sequence"]) - len(np.unique(own["sequence"]))}
+        if name != "train":
+            found["in_train"] = int(np.isin(own["sequence"], train["sequence"]).sum())
+            found["renamed"] = _renamed(own, train)
+        counts[name] = found | {"conflicting": int(np.isin(own["sequence"], different[times > 1]).sum())}
+    return counts
+
+
+def _hashes(part: Part, column: str) -> np.ndarray:
+    """uint64 [rows]: a hash of every value of a column; empty where there is no such column."""
+    if column not in part.rows.column_names:
+        return np.empty(0, dtype=np.uint64)
+    return np.concatenate([text_hashes(chunk[column].to_pylist()) for chunk in part.chunks([column])])
+
+
+def _renamed(own: Mapping[str, np.ndarray], train: Mapping[str, np.ndarray]) -> int:
+    """How many ids of `own` name another sequence in `train`."""
+    _, here, there = np.intersect1d(own["id"], train["id"], return_indices=True)
+    return int((own["sequence"][here] != train["sequence"][there]).sum())
 
 
 def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> str:
@@ -399,5 +368,6 @@ def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> s
         digest.update(f"{name} {len(table)}".encode())
         for array in (table.tokens, table.offsets, table.record, table.weight, table.labels):
             digest.update(np.ascontiguousarray(array).data)
-        digest.update(repr(list(table.ids)).encode())
+        for record in table.ids:
+            digest.update(f"{len(record)} {record}".encode())
     return digest.hexdigest()

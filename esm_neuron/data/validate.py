@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -52,8 +54,14 @@ class Report:
     """With a sequence that an earlier row of the same split has."""
     in_train: int = 0
     """Validation or test rows with a sequence that a training row has too."""
+    renamed: int = 0
+    """Validation or test rows with an id that names another sequence in the training rows."""
     conflicting: int = 0
     """With a sequence that has another label elsewhere: in training, or in the same split."""
+
+    def plus(self, other: Report, names: Sequence[str]) -> Report:
+        """This report with some counts of another one added."""
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def summary(self) -> str:
         """One line: the rows and every count that is not 0."""
@@ -66,6 +74,7 @@ class Report:
             "windowed": f"cut into {self.windows} windows",
             "repeated": "repeat a sequence of the same split",
             "in_train": "have a sequence that is in the training rows too",
+            "renamed": "have an id that names another sequence in the training rows",
             "conflicting": "have a sequence with conflicting labels",
         }
         parts = [f"{getattr(self, key)} {text}" for key, text in texts.items() if getattr(self, key)]
@@ -105,14 +114,22 @@ class Problems:
 class Rejected:
     """A row that was left out or changed, and why."""
 
-    source: str
-    """The file."""
+    file: str
     line: int
-    """Its line or record number, from 1."""
+    """Its line, or in Parquet files and datasets the number of the record, from 1."""
     id: str
     reason: str
     action: str
     """`left out` or `replaced by X`."""
+
+
+def rejected_table(rows: Sequence[Rejected]) -> str:
+    """Tab-separated text with a header and a line a row; quotes where a value holds tabs or newlines."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow([field.name for field in fields(Rejected)])
+    writer.writerows(astuple(row) for row in rows)
+    return text.getvalue()
 
 
 class Checker:
@@ -129,7 +146,8 @@ class Checker:
 
     def __init__(self, cfg: DataConfig, source: str) -> None:
         self._cfg, self._source = cfg, source
-        self._problems = Problems(source)
+        self.problems = Problems(source)
+        """What is wrong with the rows so far."""
         self._ids = _Ids()
         self._rows = self._kept = self._replaced = self._replaced_residues = 0
         self.rejected: list[Rejected] = []
@@ -146,7 +164,7 @@ class Checker:
         if "label" in columns:
             for line, name, label in zip(columns["line"], columns["id"], columns["label"], strict=True):
                 if is_missing(label):
-                    self._problems.add(line, _no_label(self._cfg.label_column, name))
+                    self.problems.add(line, _no_label(self._cfg.label_column, name))
         sequences, kept = self._check_sequences(columns)
         self._kept += len(kept)
         clean = {name: [values[i] for i in kept] for name, values in columns.items()}
@@ -161,7 +179,7 @@ class Checker:
         """
         for rows in chunks:
             usable = self(rows)
-            if len(usable) and not self._problems.total:
+            if len(usable) and not self.problems.total:
                 yield usable
         self.finish()
 
@@ -172,7 +190,7 @@ class Checker:
             DataError: empty id, sequence or label, id used twice, a character outside the alphabet (strict); no row
                 left.
         """
-        self._problems.raise_any()
+        self.problems.raise_any()
         if not self._kept:
             raise DataError(
                 f"{self._source}: all {self._rows} rows have characters that are no residues; is it protein?"
@@ -193,10 +211,10 @@ class Checker:
         earlier = self._ids.earlier(ids, lines)
         for i, name in enumerate(ids):
             if not name:
-                self._problems.add(lines[i], "the id is empty; give every row a name")
+                self.problems.add(lines[i], "the id is empty; give every row a name")
             elif earlier[i]:
                 where = f"{row_unit(self._source)} {earlier[i]}"
-                self._problems.add(lines[i], f"id {quote(name)} was used in {where} already; make ids unique")
+                self.problems.add(lines[i], f"id {quote(name)} was used in {where} already; make ids unique")
 
     def _check_sequences(self, columns: dict[str, list[Any]]) -> tuple[list[str], list[int]]:
         """The sequences to use, and the indices of their rows."""
@@ -208,10 +226,10 @@ class Checker:
         ):
             bad = bad_residues(sequence)
             if not sequence:
-                self._problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the row")
+                self.problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the row")
             elif bad and choice == "strict":
                 cure = "correct it, or use data.on_bad_residue=skip (leave the row out) or replace (write X)"
-                self._problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {cure}")
+                self.problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {cure}")
             elif bad:
                 action = "left out" if choice == "skip" else "replaced by X"
                 self.rejected.append(Rejected(self._source, line, name, f"the sequence {_bad_message(bad)}", action))

@@ -145,6 +145,11 @@ def test_residues_outside_the_alphabet_are_counted(toy: Toy, call: Callable[...,
     replaced = call(*words_of(replace(cfg, output=cfg.output + "2")), "--data.on_bad_residue=replace")
     assert replaced.code == 0
     assert "train.csv: 60 rows; 1 with 2 characters replaced by X" in replaced.err
+    name, reason = lines[1].split(",")[0], "the sequence has '*' (a stop codon) at residue 4 and 1 more"
+    for number, action in ((1, "left out"), (2, "replaced by X")):
+        rejected = (Path(f"{cfg.output}{number}") / "rejected.tsv").read_text()
+        row = f"{path}\t2\t{name}\t{reason}, outside the ESM alphabet\t{action}\n"
+        assert rejected == "file\tline\tid\treason\taction\n" + row
 
 
 def test_a_used_output_is_refused(toy: Toy, call: Callable[..., Said], refused: Callable[..., str]) -> None:

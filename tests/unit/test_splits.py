@@ -66,7 +66,7 @@ def test_split_by_column(tmp_path: Path) -> None:
     assert texts(splits.test) == ["FFF", "AAA"]
     assert splits.train.record.tolist() == [0, 1, 2]
     assert splits.train.weight.tolist() == [1, 1, 1]
-    assert splits.sampled_valid == ()
+    assert splits.sampled == {}
 
 
 def test_split_names_are_chosen(tmp_path: Path) -> None:
@@ -149,19 +149,19 @@ def test_sampling_is_seeded_recorded_and_stratified(tmp_path: Path) -> None:
     path = write(tmp_path, many(200))
     splits = load(path, valid_fraction=0.2)
     assert splits.valid is not None
-    assert list(splits.sampled_valid) == list(splits.valid.ids)
+    assert list(splits.sampled["valid"]) == list(splits.valid.ids)
     assert len(splits.valid) == 40
     assert np.bincount(splits.valid.labels).tolist() == [36, 4]
     assert set(splits.valid.ids).isdisjoint(splits.train.ids)
     assert len(splits.train) == 160
     assert load(path, valid_fraction=0.2).fingerprint == splits.fingerprint
-    assert load(path, valid_fraction=0.2, seed=1).sampled_valid != splits.sampled_valid
+    assert load(path, valid_fraction=0.2, seed=1).sampled["valid"] != splits.sampled["valid"]
 
 
 def test_sampling_respects_the_heldout_filter_and_loses_no_row(tmp_path: Path) -> None:
     splits = load(write(tmp_path, many(200)), valid_fraction=0.1, keep_heldout={"leaky": ["False"]})
-    assert len(splits.sampled_valid) == 20
-    assert all(int(name[1:]) % 2 == 1 for name in splits.sampled_valid)
+    assert len(splits.sampled["valid"]) == 20
+    assert all(int(name[1:]) % 2 == 1 for name in splits.sampled["valid"])
     assert len(splits.train) == 180
 
 
@@ -169,7 +169,7 @@ def test_sampling_leaves_every_class_in_training(tmp_path: Path) -> None:
     path = write(tmp_path, ROWS[:2] + ROWS[3:4])
     for seed in range(5):
         splits = load(path, valid_fraction=0.9, seed=seed)
-        assert len(splits.sampled_valid) == 1
+        assert len(splits.sampled["valid"]) == 1
         assert splits.train.labels.tolist() == [0, 1] or splits.train.labels.tolist() == [1, 0]
     with pytest.raises(DataError, match="2 training rows are too few to sample validation rows from; give data.valid"):
         load(write(tmp_path, ROWS[:2]))
@@ -181,7 +181,7 @@ def test_without_labels(tmp_path: Path) -> None:
     splits = load_splits(TrainConfig(data=DataConfig(train=str(path))), needs_labels=False)
     assert splits.labels == ()
     assert splits.train.labels.size == 0
-    assert (len(splits.train), len(splits.sampled_valid)) == (45, 5)
+    assert (len(splits.train), len(splits.sampled["valid"])) == (45, 5)
 
 
 def test_class_names(tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""The token cache: equal tables, made once by many processes, proven when opened, and no more memory for more rows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esm_neuron.config import DataConfig, TrainConfig
+from esm_neuron.data import splits as splits_module
+from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.splits import Splits, load_splits
+from esm_neuron.errors import ConfigError
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that are no files."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) * 1024
+
+
+def load_and_measure(source: Path, cache: Path) -> tuple[str, int, int]:
+    """The fingerprint of a file's splits through a cache, training rows, and most bytes of memory above the start."""
+    cfg = TrainConfig(data=DataConfig(train=str(source), cache=str(cache), max_residues=400))
+    before, seen, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    splits = load_splits(cfg, needs_labels=False)
+    done.set()
+    watcher.join()
+    return splits.fingerprint, len(splits.train.ids), max(seen) - before
+
+
+def equal(a: Splits, b: Splits) -> bool:
+    def same(x: ExampleTable | None, y: ExampleTable | None) -> bool:
+        if x is None or y is None:
+            return x is y
+        arrays = ("tokens", "offsets", "record", "weight", "labels")
+        kinds = all(getattr(x, name).dtype == getattr(y, name).dtype for name in arrays)
+        return (
+            kinds
+            and all(np.array_equal(getattr(x, name), getattr(y, name)) for name in arrays)
+            and list(x.ids) == list(y.ids)
+        )
+
+    tables = all(same(getattr(a, name), getattr(b, name)) for name in ("train", "valid", "test"))
+    others = ("labels", "reports", "fingerprint", "sampled", "rejected")
+    return tables and all(getattr(a, name) == getattr(b, name) for name in others)
+
+
+@pytest.fixture
+def cfg(proteins: Callable[..., Path]) -> TrainConfig:
+    source = proteins("x.csv", 200)
+    with source.open("a") as file:
+        file.write("odd,MK*V,alpha\ngood,MKV,alpha\n")
+    data = DataConfig(
+        train=str(source),
+        test_fraction=0.2,
+        on_bad_residue="skip",
+        max_residues=30,
+        long_sequences="window",
+        window_overlap=5,
+        row_tokens=64,
+    )
+    return TrainConfig(data=data)
+
+
+def through(cfg: TrainConfig, **changes: object) -> Splits:
+    return load_splits(replace(cfg, data=replace(cfg.data, **changes)), needs_labels=True)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(*_: object) -> None:
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(splits_module, "_make", made)
+
+
+def test_tables_are_the_same_with_and_without(
+    cfg: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = through(cfg)
+    assert [len(t.ids) for t in (plain.train, plain.valid, plain.test) if t is not None] == [145, 20, 36]
+    cache = str(tmp_path / "cache")
+    assert equal(through(cfg, cache=cache), plain)
+    forbid(monkeypatch)
+    again = through(cfg, cache=cache)
+    assert equal(again, plain)
+    assert isinstance(again.train.tokens.base, np.memmap) or isinstance(again.train.tokens, np.memmap)
+    assert again.train.ids[3] == plain.train.ids[3]
+    assert again.train.ids[1:3] == list(plain.train.ids[1:3])
+    assert through(cfg, cache=cache, row_tokens=128, packing=False).fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("change", [{"max_residues": 31}, {"test_fraction": 0.1}, {"on_bad_residue": "replace"}])
+def test_other_settings_and_another_content_are_another_entry(cfg: TrainConfig, tmp_path: Path, change: dict) -> None:
+    cache = str(tmp_path / "cache")
+    first = through(cfg, cache=cache).fingerprint
+    assert through(cfg, cache=cache, **change).fingerprint == through(cfg, **change).fingerprint != first
+    source = Path(str(cfg.data.train))
+    source.write_text(source.read_text().replace("alpha", "beta", 1))
+    assert through(cfg, cache=cache).fingerprint == through(cfg).fingerprint != first
+
+
+@pytest.mark.parametrize("harm", ["change", "cut", "remove", "manifest"])
+def test_a_damaged_entry_is_made_again_with_a_warning(
+    cfg: TrainConfig, tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    plain = through(cfg, cache=str(cache))
+    (file,) = cache.glob("*/manifest.json" if harm == "manifest" else "*/train.tokens")
+    data = bytearray(file.read_bytes())
+    data[7] ^= 1
+    file.unlink()
+    if harm != "remove":
+        file.write_bytes(data[:-1] if harm == "cut" else data)
+    assert equal(through(cfg, cache=str(cache)), plain)
+    (warning,) = caplog.messages
+    assert "the cached data are made again" in warning
+    caplog.clear()
+    assert equal(through(cfg, cache=str(cache)), plain)
+    assert not caplog.messages
+
+
+def test_an_error_leaves_nothing(cfg: TrainConfig, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(Exception, match="stop codon"):
+        through(cfg, cache=str(cache), on_bad_residue="strict")
+    assert [path.name[-5:] for path in cache.iterdir()] == [".lock"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data.cache=.*/file/x cannot be written \(Not a directory\)"):
+        through(cfg, cache=str(tmp_path / "file" / "x"))
+    with pytest.raises(ConfigError, match="data.cache needs a revision that is a commit hash"):
+        through(cfg, cache=str(cache), train="hf://owner/name@main/train")
+
+
+def write_fasta(path: Path, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    residues = rng.choice(np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8), (count, 400))
+    with path.open("wb") as file:
+        for number, row in enumerate(residues):
+            file.write(b">p%d\n%s\n" % (number, row.tobytes()))
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to measure memory")
+def test_processes_share_one_entry_and_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    small, large = write_fasta(tmp_path / "s.fasta", 30_000), write_fasta(tmp_path / "l.fasta", 90_000)
+    cache = tmp_path / "large"
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:  # spawned ones would import torch for half a minute
+        _, _, memory = pool.submit(load_and_measure, small, tmp_path / "small").result(timeout=120)
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        waiting = [pool.submit(load_and_measure, large, cache) for _ in range(2)]
+        answers = [future.result(timeout=120) for future in waiting]
+    assert len({fingerprint for fingerprint, _, _ in answers}) == 1
+    assert [rows for _, rows, _ in answers] == [81_000, 81_000]
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+    grown = max(memory for _, _, memory in answers) - memory
+    assert grown < 60_000 * 200  # of 60,000 rows more, half their residues: neither texts nor tokens are held
