@@ -16,9 +16,10 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generat
 EXTRAS := --extra xla --extra dev
 SOURCES := esm_neuron tests $(wildcard benchmarks)
 DEMO := runs/demo
+PAGE := docs/parity.md
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-nxd test-gpu test-trn1 test-hub lint type format bench lock clean
+.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-hub lint type format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,9 @@ test: $(VENV)/.installed ## test on the CPU and on XLA:CPU; suites that need mor
 test-nxd: $(VENV)/.nxd-tests ## test the real neuronx-distributed on gloo: NXD_SRC=<its source folder>
 	$(PYTEST) -m nxd
 
+parity: $(VENV)/.nxd-tests ## the same, and write docs/parity.md (PAGE=...) from what was seen
+	PARITY_PAGE=$(PAGE) $(PYTEST) -m nxd
+
 test-gpu: $(VENV)/.installed ## test on a CUDA GPU
 	$(PYTEST) -m gpu
 
@@ -62,10 +66,11 @@ test-trn1: ## test on a trn1 instance, in the active environment (constraints/ne
 test-hub: $(VENV)/.installed ## test with real checkpoints downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub
 
-lint: $(VENV)/.installed ## ruff and the one-way import rules
+lint: $(VENV)/.installed ## ruff, the one-way import rules, and that docs/parity.md is of this engine
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports
+	$(BIN)/python tests/nxd/parity.py
 
 type: $(VENV)/.installed ## mypy, strict
 	$(BIN)/mypy

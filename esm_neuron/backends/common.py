@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esm_neuron.config import OptimConfig
-from esm_neuron.errors import CheckpointError
+from esm_neuron.errors import CheckpointError, TrainingError
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -81,6 +82,23 @@ def normalise_clip_update(
     return norm
 
 
+@contextmanager
+def from_peers(rank: int) -> Iterator[None]:
+    """Around a collective over the host: its failure in one line, for rank `rank`.
+
+    Raises:
+        TrainingError: a peer has ended, or has not answered within the process group's time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(
+            f"rank {rank}: a peer has failed or does not answer ({reason}); nothing is saved from here on. Look for "
+            "the first error among the ranks, then go on with --checkpoint.resume auto"
+        ) from error
+
+
 def mix_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers; unlike a sum, no two lists of numbers are alike."""
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
@@ -118,9 +136,12 @@ def load_state(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             for kind, value in optimizer.state[parameter].items():
-                saved = moments[f"{name}/{kind}"]
-                # A scalar travels as a vector: torch_xla gives equal scalars one buffer, which is another program.
-                value.copy_(saved.view(-1).to(value.device).view(saved.shape))
+                value.copy_(upload(moments[f"{name}/{kind}"], value.device))
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. As a vector: torch_xla gives equal scalars one buffer, which makes another program."""
+    return tensor.contiguous().view(-1).to(device).view(tensor.shape)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

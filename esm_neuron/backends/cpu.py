@@ -15,7 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from esm_neuron.adapters import store_frozen_linears
 from esm_neuron.backends import common
-from esm_neuron.backends.common import adamw, make_gradient_buffers, mix_seed, normalise_clip_update, trainable
+from esm_neuron.backends.common import (
+    adamw,
+    from_peers,
+    make_gradient_buffers,
+    mix_seed,
+    normalise_clip_update,
+    trainable,
+)
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.parallel.slices import Shard
 from esm_neuron.parallel.topology import Topology
@@ -100,7 +107,7 @@ class CpuBackend:
         parameters = trainable(model)
         if self.topology.world > 1:
             flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None] + [weight.view(1)])
-            dist.all_reduce(flat)
+            self.all_reduce(flat)
             sizes = [p.numel() for p in parameters]
             *grads, total = flat.split([*sizes, 1])
             for parameter, grad in zip(parameters, grads, strict=True):
@@ -113,7 +120,8 @@ class CpuBackend:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if self.topology.world > 1:
-            dist.all_reduce(tensor)
+            with from_peers(self.topology.rank):
+                dist.all_reduce(tensor)
         return tensor
 
     def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
@@ -123,7 +131,8 @@ class CpuBackend:
         if self.topology.world == 1:
             return [value]
         values: list[Any] = [None] * self.topology.world
-        dist.all_gather_object(values, value)
+        with from_peers(self.topology.rank):
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast_host(self, value: T) -> T:

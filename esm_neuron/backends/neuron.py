@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.models.esm.modeling_esm import EsmSelfAttention
 
-from esm_neuron.backends.common import make_gradient_buffers, mix_seed, trainable
+from esm_neuron.backends.common import from_peers, make_gradient_buffers, mix_seed, trainable
 from esm_neuron.backends.neuron_env import CURE, apply_settings, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
 from esm_neuron.config import OptimConfig, TrainConfig
@@ -224,7 +224,8 @@ class NeuronBackend:
         self._torch_xla.sync()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, group=self._state.get_data_parallel_group())
+        with from_peers(self.topology.rank):
+            dist.all_reduce(tensor, group=self._state.get_data_parallel_group())
         return tensor
 
     def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
@@ -235,7 +236,8 @@ class NeuronBackend:
 
     def gather_host(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.topology.world
-        dist.all_gather_object(values, value, group=self._whole_world)
+        with from_peers(self.topology.rank):
+            dist.all_gather_object(values, value, group=self._whole_world)
         return values
 
     def broadcast_host(self, value: T) -> T:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esm_neuron.backends.common import upload
 from esm_neuron.errors import CheckpointError
 from esm_neuron.parallel.slices import join, shard_of, whole_shape
 from esm_neuron.parallel.topology import Topology
@@ -88,7 +89,7 @@ class ShardedState:
             for target, source in targets:
                 part = self._part(item.name, source)
                 with torch.no_grad():
-                    target.copy_(self._rows(part) if by_rows and part.ndim else part)
+                    target.copy_(self._rows(part) if by_rows and part.ndim else upload(part, target.device))
 
     def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """See `Backend.load_weights`."""

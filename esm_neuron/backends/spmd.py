@@ -145,7 +145,7 @@ class SpmdBackend(XlaBackend):
 
     def _laid(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the mesh: a copy of a tensor without marks would take the target's away."""
-        moved = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        moved = {name: common.upload(tensor, self.device) for name, tensor in tensors.items()}
         for name, tensor in moved.items():
             parameter, _, kind = name.partition("/")
             if kind != "step":

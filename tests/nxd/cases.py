@@ -7,24 +7,30 @@ import inspect
 import json
 import math
 import os
+import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import neuronx_distributed
 import numpy as np
 import torch
 import torch.distributed as dist
 from optimum.neuron.peft.tuners.lora.layer import NeuronLoraLayer
 from peft import PeftModel
 from safetensors.torch import save_file
+from standins import collectives, vendor
 from torch import Tensor, nn
 from vendor_calls import vendor_calls
 
 from esm_neuron.adapters import saved_key
-from esm_neuron.backends import neuron
-from esm_neuron.backends.cpu import CpuBackend
+from esm_neuron.backends import create_backend, neuron
+from esm_neuron.backends.base import Backend
 from esm_neuron.backends.neuron import NeuronBackend
+from esm_neuron.backends.neuron_env import check_packages
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
@@ -41,7 +47,7 @@ from esm_neuron.data.batch import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS
 from esm_neuron.errors import ConfigError
-from esm_neuron.evaluate import forward
+from esm_neuron.evaluate import forward, on_device
 from esm_neuron.export import plain_model, read_adapter, write_results
 from esm_neuron.model import encoder_of, set_attention
 from esm_neuron.parallel.slices import whole_shape
@@ -99,7 +105,7 @@ class Run:
     """A model on its backend with its data."""
 
     cfg: TrainConfig
-    backend: CpuBackend | NeuronBackend
+    backend: Backend
     task: Task
     built: Built
     trainer: Trainer
@@ -113,24 +119,27 @@ class Run:
     def start(cls, cfg: TrainConfig) -> Run:
         """Build; under LoRA every trained weight gets a value of its own, since a `lora_B` of 0 would hide much."""
         task = create_task(cfg.task, LABELS)
-        backend: Any = NeuronBackend(cfg) if cfg.backend == "neuron" else CpuBackend(cfg)
+        backend = create_backend(cfg)
         built = build_model(cfg, task, backend)
-        model, heads, tp = built.model, built.config.num_attention_heads, backend.topology.tp
+        model, heads, tp = built.model, built.config.num_attention_heads, backend.topology.tp  # 1 under SPMD
         draw = Draw(cfg.seed + 1, 0.1)
         trained = {n: whole_shape(n, p.shape, heads, tp) for n, p in model.named_parameters() if p.requires_grad}
         if cfg.adapter.kind == "lora":
             backend.load_weights(model, {name: draw(name, shape) for name, shape in trained.items()})
         table, where = examples(), (backend.topology.dp, backend.topology.dp_rank)
-        loader = TrainLoader(table, task, cfg, *where)
+        loader = TrainLoader(table, task, cfg, *where, local_dp=backend.local_dp)
         trainer = Trainer(cfg, model, task, backend, loader, None, [], {})
         return cls(cfg, backend, task, built, trainer)
 
     def outputs(self) -> Tensor:
         """Logits of `evaluation_batch`, the same on every rank."""
+        kept: list[Tensor] = []
         with torch.no_grad():
-            logits = forward(self.model.eval(), evaluation_batch(self.cfg, self.task))
+            (batch,) = on_device([evaluation_batch(self.cfg, self.task)], self.backend)
+            self.backend.on_host(kept.append, forward(self.model.eval(), batch).float())
+            self.backend.sync()
         self.model.train()
-        return logits.float()
+        return kept[0]
 
     def train(self) -> dict[str, Tensor]:
         """Loss and gradient norm of every step until the last."""
@@ -153,13 +162,13 @@ class Run:
 
     def first_step(self) -> dict[str, Tensor]:
         """Loss and whole gradients of the mean loss of step 0; the buffers are zero again afterwards."""
-        totals = torch.zeros(2)
-        for batch in self.trainer.train_loader.load(0).batches:
+        totals = torch.zeros(2, device=self.backend.device)
+        for batch in on_device(self.trainer.train_loader.load(0).batches, self.backend):
             loss, weight = self.task.loss(forward(self.model, batch), batch)
             loss.backward()
-            totals += torch.stack((loss.detach(), weight))
+            totals = totals + torch.stack((loss.detach(), weight))
         totals = self.backend.all_reduce(totals)
-        results = {"loss": totals[0] / totals[1]}
+        results = {"loss": (totals[0] / totals[1]).cpu()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 grad = self.backend.all_reduce(parameter.grad.clone()) / totals[1]
@@ -171,18 +180,25 @@ class Run:
         """`value` of a parameter joined over tensor-parallel ranks."""
         if isinstance(self.backend, NeuronBackend):
             return self.backend._sharded()._whole(name, value, None)
-        return value.clone()
+        return value.cpu()
+
+    def figures(self) -> dict[str, Tensor]:
+        """What an evaluation of the weights as they are gives, over all ranks."""
+        where = (self.backend.topology.dp, self.backend.topology.dp_rank)
+        loader = EvalLoader(examples(), self.task, self.cfg, *where, local_dp=self.backend.local_dp)
+        values = self.trainer.evaluate(loader)
+        return {f"figure/{name}": torch.tensor(float(value)) for name, value in values.items() if value is not None}
 
 
 def parity(output: str, **options: Any) -> None:
-    """Logits, loss and gradients of step 0, the norms of all steps, and the weights and moments after the last."""
+    """Logits, loss and gradients of step 0, all losses and norms; after the last step weights, moments and figures."""
     run = Run.start(configuration(output, **options))
     results = {"logits": run.outputs(), **run.first_step()}
     results |= run.train()
     weights, moments = run.backend.gather_state(run.model, run.trainer.optimizer)
     results |= {f"weight/{name}": value for name, value in weights.items()}
     results |= {f"moment/{name}": value for name, value in moments.items()}
-    run.leave(results)
+    run.leave({**results, **run.figures()})
 
 
 def lazy(output: str, **options: Any) -> None:
@@ -294,6 +310,33 @@ def load_sharded(output: str, adapter: str, **options: Any) -> None:
     run.leave({"logits": run.outputs()})
 
 
+def find_placeholders(output: str) -> None:
+    """The message where pip has installed the general index's empty packages: these have metadata and no more."""
+    for name in ("torch_neuronx", "neuronx_distributed"):
+        info = Path(output, f"{name}-1.0.dist-info")
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
+    sys.path.insert(0, output)
+    refused(output, check_packages)
+
+
+def describe_stand_ins(output: str) -> None:
+    """What is not the real code in a world on gloo, as a list."""
+    lines = [
+        "- `cpu`, `xla`, SPMD: nothing of torch, torch_xla, transformers or peft is replaced.",
+        "- NxD, closed packages (`tests/nxd/standins/vendor.py`): any name of "
+        f"{', '.join(vendor.ROOTS)} can be imported; a call raises but for {', '.join(vendor.VALUES)} and the "
+        f"decorators {', '.join(vendor.DECORATORS)}, which return the function.",
+        "- NxD, torch_xla on gloo and eager tensors (`tests/nxd/standins/collectives.py`): "
+        f"{', '.join(collectives.SERVED)}; every other public function of xla_model and runtime raises.",
+        *(f"- NxD, patch: {patch}." for patch in collectives.PATCHES),
+        "- NxD runs with its own switch NXD_CPU_MODE=1: it proves arithmetic and sharding, not lazy tracing. "
+        "Tracing at tp1 on XLA:CPU is `test_one_program_a_pass_and_one_an_update_on_xla`, in the same run.",
+    ]
+    Path(output, "message.txt").write_text("\n".join(lines), encoding="utf-8")
+    dist.destroy_process_group()
+
+
 def die(output: str, **options: Any) -> None:
     """Rank 1 vanishes in the fourth step, as after a hardware fault."""
     run = Run.start(configuration(output, **options))
@@ -301,6 +344,7 @@ def die(output: str, **options: Any) -> None:
 
     def until_the_fault(step: int) -> StepData:
         if step == 3 and run.backend.topology.rank == 1:
+            Path(output, "died").write_text(str(time.time()))
             os._exit(13)
         return load(step)
 
@@ -310,8 +354,13 @@ def die(output: str, **options: Any) -> None:
 
 def refuse(output: str, **options: Any) -> None:
     """The message with which building ends."""
+    refused(output, lambda: Run.start(configuration(output, **options)))
+
+
+def refused(output: str, act: Callable[[], object]) -> None:
+    """Keep the message of the ConfigError that `act` raises."""
     try:
-        Run.start(configuration(output, **options))
+        act()
     except ConfigError as error:
         Path(output, "message.txt").write_text(str(error), encoding="utf-8")
     dist.destroy_process_group()
@@ -329,6 +378,7 @@ def signatures(output: str) -> None:
         parameters = next(found for found in named if found != ["*args", "**kwargs"])
         contract[name] = [parameter.partition(":")[0].partition("=")[0].strip() for parameter in parameters]
     Path(output, "contract.json").write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
+    Path(output, "version.txt").write_text(neuronx_distributed.__version__, encoding="utf-8")
     dist.destroy_process_group()
 
 

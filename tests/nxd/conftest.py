@@ -6,21 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from parity import LAZY, Case, World
 from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 WORLD_TIMEOUT = 1200
 """Seconds for a world of up to 8 processes, most of them imports: NxD takes 8 to 20 s a process."""
-
-Case = tuple[str, str, dict[str, Any]]
-"""Name, function of `cases.py`, its arguments without `output`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,16 +37,15 @@ class Ended:
 
     code: int
     output: str
+    at: float
+    """When, in seconds since the epoch."""
 
 
 @pytest.fixture(scope="session")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
-    """(processes, cases for `worker.py`) -> how the world ended; a world that hangs fails the test.
+    """(world, cases for `worker.py`) -> how it ended; a world that hangs fails the test."""
 
-    With `lazy`, one process on XLA:CPU instead of eager ones on gloo.
-    """
-
-    def start(processes: int, cases: list[dict[str, Any]], lazy: bool = False) -> Ended:
+    def start(kind: World, cases: list[dict[str, Any]]) -> Ended:
         folder = tmp_path_factory.mktemp("world")
         file = folder / "cases.json"
         file.write_text(json.dumps(cases), encoding="utf-8")
@@ -56,8 +54,9 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
             "PYTHONPATH": os.environ["NXD_SRC"],
             "PJRT_DEVICE": "CPU",
             "OMP_NUM_THREADS": "1",
-            **({} if lazy else {"NXD_CPU_MODE": "1"}),
+            **({"CPU_NUM_DEVICES": str(LAZY[kind])} if isinstance(kind, str) else {"NXD_CPU_MODE": "1"}),
         }
+        processes = 1 if isinstance(kind, str) else kind
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command += [str(HERE / "worker.py"), str(file)]
         with (folder / "log").open("w+") as log:
@@ -65,7 +64,7 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=WORLD_TIMEOUT, check=False
             )
             log.seek(0)
-            return Ended(ended.returncode, log.read())
+            return Ended(ended.returncode, log.read(), time.time())
 
     return start
 
@@ -73,30 +72,30 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
 @pytest.fixture(scope="session")
 def world(
     torchrun: Callable[..., Ended], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[dict[int, list[Case]], int], dict[str, Path]]:
-    """(all worlds, processes) -> folder of each case; a world is one torchrun, started when first asked for.
+) -> Callable[[dict[World, list[Case]], World], dict[str, Path]]:
+    """(all worlds, which) -> folder of each case; a world is one torchrun, started when first asked for.
 
-    `{root}/N/NAME` in an argument is the folder of a case in the world of N processes, which then runs before.
+    `{root}/N/NAME` in an argument is the folder of a case in world N, which then runs before.
     """
     root = tmp_path_factory.mktemp("worlds")
-    started: set[int] = set()
+    started: set[World] = set()
 
-    def folders(worlds: dict[int, list[Case]], processes: int) -> dict[str, Path]:
-        cases = {name: (function, arguments) for name, function, arguments in worlds[processes]}
-        if processes not in started:
-            started.add(processes)
+    def folders(worlds: dict[World, list[Case]], kind: World) -> dict[str, Path]:
+        cases = {name: (function, arguments) for name, function, arguments in worlds[kind]}
+        if kind not in started:
+            started.add(kind)
             runs = []
             for name, (function, arguments) in cases.items():
-                (root / str(processes) / name).mkdir(parents=True)
-                text = json.dumps({"output": f"{{root}}/{processes}/{name}", **arguments})
+                (root / str(kind) / name).mkdir(parents=True)
+                text = json.dumps({"output": f"{{root}}/{kind}/{name}", **arguments})
                 for needed in worlds:
-                    if needed != processes and f"{{root}}/{needed}/" in text:
+                    if needed != kind and f"{{root}}/{needed}/" in text:
                         folders(worlds, needed)
                 runs.append({"run": function, "with": json.loads(text.replace("{root}", str(root)))})
-            ended = torchrun(processes, runs)
+            ended = torchrun(kind, runs)
             if ended.code:
-                pytest.fail(f"a world of {processes} ended with {ended.code}:\n{ended.output[-6000:]}", pytrace=False)
-        return {name: root / str(processes) / name for name in cases}
+                pytest.fail(f"world {kind} ended with {ended.code}:\n{ended.output[-6000:]}", pytrace=False)
+        return {name: root / str(kind) / name for name in cases}
 
     return folders
 

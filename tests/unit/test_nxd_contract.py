@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+import shutil
 from pathlib import Path
-from types import ModuleType
 
+import parity
 import pytest
+import vendor_calls
 
 
-@pytest.fixture(scope="module")
-def vendor_calls() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "nxd" / "vendor_calls.py"
-    spec = importlib.util.spec_from_file_location("vendor_calls", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_call_fits_its_signature(vendor_calls: ModuleType) -> None:
+def test_every_call_fits_its_signature() -> None:
     contract = json.loads(vendor_calls.CONTRACT.read_text(encoding="utf-8"))
     calls = vendor_calls.vendor_calls()
     assert vendor_calls.misfits(calls, contract) == []
@@ -31,7 +20,7 @@ def test_every_call_fits_its_signature(vendor_calls: ModuleType) -> None:
     assert {f"{layers}.ColumnParallelLinear", f"{layers}.RowParallelLinear"} < set(calls)
 
 
-def test_a_call_that_does_not_fit_is_found(vendor_calls: ModuleType) -> None:
+def test_a_call_that_does_not_fit_is_found() -> None:
     source = "def f(self):\n    grads = self._nxd.grads\n    more = {'size': 1}\n    grads.reduce(1, 2, **more)\n"
     calls = vendor_calls.vendor_calls(source)
     name = "neuronx_distributed.grads.reduce"
@@ -48,3 +37,18 @@ def test_peft_still_has_the_private_door_that_neuron_lora_enters_by() -> None:
     config = LoraConfig()
     config._register_custom_module({int: str})
     assert config._custom_modules == {int: str}
+
+
+def test_a_page_whose_engine_has_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(parity.ROOT / "esm_neuron", tmp_path / "esm_neuron")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(parity, "ROOT", tmp_path)
+    assert parity.stale() == ["docs/parity.md is missing; run make parity NXD_SRC=<folder>"]
+    page = tmp_path / "docs" / "parity.md"
+    page.write_text(parity.page("0.15", {("xla", "cls"): dict.fromkeys(parity.KINDS, 0.0)}, ["- a fact"]))
+    assert parity.stale() == []
+    with (tmp_path / "esm_neuron" / parity.ENGINE[-1]).open("a") as source:
+        source.write("\n")
+    assert len(parity.stale()) == 1 and parity.stale()[0].startswith(
+        "docs/parity.md: the engine's sources have changed"
+    )

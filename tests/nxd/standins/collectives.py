@@ -19,6 +19,8 @@ from torch import Tensor
 
 Groups = Sequence[Sequence[int]] | dist.ProcessGroup | None
 
+SERVED: list[str] = []
+"""Functions of torch_xla that `install` has replaced."""
 PATCHES: list[str] = []
 """What `install` changed in code that is not a stand-in, in words; docs/parity.md lists them."""
 
@@ -125,9 +127,8 @@ def install() -> None:
     def nothing(*_: Any, **__: Any) -> None:
         """The device would wait or flush; eager torch already has."""
 
-    _replace(
-        xm,
-        {
+    served: dict[types.ModuleType, dict[str, Any]] = {
+        xm: {
             "all_reduce": all_reduce,
             "all_gather": all_gather,
             "reduce_scatter": reduce_scatter,
@@ -139,16 +140,17 @@ def install() -> None:
             "wait_device_ops": end_step,
             "set_rng_state": lambda seed, device=None: torch.manual_seed(seed),
         },
-    )
-    _replace(
-        xr,
-        {
+        xr: {
             "world_size": world,
             "global_device_count": world,
             "global_ordinal": rank,
             "device_type": lambda: "NEURON",
         },
-    )
+    }
+    for module, functions in served.items():
+        _replace(module, functions)
+        SERVED.extend(f"{module.__name__}.{name}" for name in functions)
+    SERVED.extend(("torch_xla.device", "torch_xla.sync", "torch_xla.utils.checkpoint.checkpoint"))
     torch_xla.device = lambda *_: torch.device("cpu")
     torch_xla.sync = end_step
     torch_xla.utils.checkpoint.checkpoint = recompute

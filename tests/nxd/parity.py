@@ -1,0 +1,195 @@
+"""What is compared with one plain CPU process, how far apart the two were, and docs/parity.md, which says so.
+
+`python parity.py` (in `make lint`) fails where the engine's sources are no longer those the tables were made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = (
+    "attention.py", "backends/base.py", "backends/common.py", "backends/cpu.py", "backends/neuron.py",
+    "backends/neuron_state.py", "backends/spmd.py", "backends/xla.py", "parallel/plan.py", "parallel/slices.py",
+    "parallel/topology.py",
+)  # fmt: skip
+"""What decides the numbers of a parallel run, below `esm_neuron`."""
+
+Case = tuple[str, str, dict[str, Any]]
+"""Name, function of `cases.py`, its arguments without `output`."""
+World = int | str
+"""Processes of NxD on gloo, or a key of LAZY."""
+LAZY = {"xla": 1, "spmd": 4}
+"""World of one process on XLA:CPU -> its devices."""
+
+
+def _parity(name: str, backend: str, tp: int = 1, **settings: Any) -> Case:
+    chosen = {key.replace("__", "."): value for key, value in settings.items()}
+    return name, "parity", {"backend": backend, "set": {"parallel.tp": tp, **chosen}}
+
+
+MLM, FULL, PLAIN = {"task__name": "masked_lm"}, {"adapter__kind": "none"}, {"parallel__zero1": False}
+PADDED = {"parallel__pad_heads": True}
+STEPS = {"optim.schedule": "constant", "optim.warmup_steps": 0}
+SECOND_HALF = {**STEPS, "parallel.tp": 1, "loop.max_steps": 10}
+
+WORLDS: dict[World, list[Case]] = {
+    1: [
+        _parity("cls", "cpu"),
+        _parity("mlm", "cpu", **MLM),
+        _parity("full", "cpu", **FULL),
+        ("whole run", "resume", {"backend": "cpu", "set": {**STEPS, "loop.max_steps": 10}}),
+        ("plain", "load_plain", {"adapter": "{root}/2/adapter/adapter"}),
+        ("650M", "write_650m", {}),
+        ("signatures", "signatures", {}),
+        ("unlisted", "call_unlisted", {}),
+        ("placeholders", "find_placeholders", {}),
+    ],
+    "xla": [_parity("cls", "xla"), _parity("mlm", "xla", **MLM), _parity("full", "xla", **FULL)],
+    "spmd": [
+        _parity("cls tp2 dp2", "xla", 2),
+        _parity("mlm tp2 dp2", "xla", 2, **MLM),
+        _parity("full tp2 dp2", "xla", 2, **FULL),
+    ],
+    2: [
+        _parity("cls tp2", "neuron", 2, **PLAIN),
+        _parity("cls tp2 zero1", "neuron", 2),
+        _parity("mlm tp2", "neuron", 2, **MLM, **PLAIN),
+        _parity("mlm tp2 zero1", "neuron", 2, **MLM),
+        _parity("full tp2", "neuron", 2, **FULL, **PLAIN),
+        _parity("cls tp1 dp2 zero1", "neuron", 1),
+        _parity("cls tp2 recomputed", "neuron", 2, model__gradient_checkpointing=True),
+        _parity("full tp2 bf16", "neuron", 2, **FULL, loop__precision="bf16"),
+        _parity("cls tp2 bf16", "neuron", 2, loop__precision="bf16"),
+        ("first half", "resume", {"backend": "neuron", "set": {**STEPS, "parallel.tp": 2, "loop.max_steps": 6}}),
+        ("second half", "resume", {"backend": "neuron", "set": SECOND_HALF, "source": "{root}/2/first half"}),
+        ("adapter", "export", {"backend": "neuron", "set": {"parallel.tp": 2}}),
+        ("stand-ins", "describe_stand_ins", {}),
+    ],
+    4: [
+        _parity("cls tp4", "neuron", 4, **PLAIN),
+        ("memory", "load_650m", {"backend": "neuron", "set": {"parallel.tp": 4}, "model": "{root}/1/650M/model"}),
+        _parity("cls tp4 zero1", "neuron", 4),
+        _parity("mlm tp4 zero1", "neuron", 4, **MLM),
+        _parity("cls tp2 dp2", "neuron", 2, **PLAIN),
+        _parity("cls tp2 dp2 zero1", "neuron", 2),
+        _parity("mlm tp2 dp2", "neuron", 2, **MLM, **PLAIN),
+        _parity("mlm tp2 dp2 zero1", "neuron", 2, **MLM),
+        _parity("full tp2 dp2 zero1", "neuron", 2, **FULL),
+        (
+            "sharded",
+            "load_sharded",
+            {"backend": "neuron", "set": {"parallel.tp": 4}, "adapter": "{root}/2/adapter/adapter"},
+        ),
+    ],
+    8: [
+        _parity("cls tp8 padded", "neuron", 8, **PADDED, **PLAIN),
+        _parity("cls tp8 padded zero1", "neuron", 8, **PADDED),
+        _parity("mlm tp8 padded", "neuron", 8, **PADDED, **MLM, **PLAIN),
+        _parity("mlm tp8 padded zero1", "neuron", 8, **PADDED, **MLM),
+        _parity("cls tp4 dp2 zero1", "neuron", 4),
+        ("tp8", "refuse", {"backend": "neuron", "set": {"parallel.tp": 8}}),
+    ],
+}
+
+EXACT = [
+    (world, name)
+    for world, cases in WORLDS.items()
+    for name, function, _ in cases
+    if world != 1 and function == "parity" and "bf16" not in name
+]
+"""(world, case) whose every tensor is compared with that of the case of the same first word in world 1."""
+
+STEP_1, STEP_20 = 1e-5, 1e-3
+"""Largest difference as a share of the tensor's largest value: in step 1, and after 20 steps."""
+GRADIENT_FLOOR = 1e-4
+"""Gradients below this share of the largest gradient are compared with it: a key's bias has none but rounding."""
+KINDS = {
+    "logits": STEP_1, "loss": STEP_1, "gradient": STEP_1,
+    "losses": STEP_20, "norms": STEP_20, "weight": STEP_20, "moment": STEP_20, "figure": STEP_20,
+}  # fmt: skip
+"""First part of a result's name -> the largest difference allowed."""
+
+
+def difference(got: Any, expected: Any, least: float = 0.0) -> float:
+    """Largest difference as a share of the expected tensor's largest value, or of `least` where that is larger."""
+    scale = max(float(expected.abs().max()), least) or 1.0
+    return float((got - expected).abs().max()) / scale
+
+
+def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    """Kind -> its largest difference, and the tensor that has it. The names and shapes must be the same."""
+    assert {key: value.shape for key, value in got.items()} == {key: value.shape for key, value in expected.items()}
+    largest = max(float(value.abs().max()) for key, value in expected.items() if key.startswith("gradient/"))
+    found = dict.fromkeys(KINDS, (0.0, ""))
+    for key, value in expected.items():
+        kind = key.split("/")[0]
+        least = GRADIENT_FLOOR * largest if kind == "gradient" else 0.0
+        found[kind] = max(found[kind], (difference(got[key], value, least), key))
+    return found
+
+
+def digest() -> str:
+    """sha256 of the engine's sources, names included."""
+    found = hashlib.sha256()
+    for name in ENGINE:
+        found.update(f"{name}\n".encode() + (ROOT / "esm_neuron" / name).read_bytes())
+    return found.hexdigest()
+
+
+WHERE = {
+    "xla": "XLA:CPU",
+    "spmd": "XLA:CPU, SPMD on 2 x 2 devices",
+    **{n: f"NxD, {n} processes" for n in (2, 4, 8)},
+}
+
+
+def page(version: str, compared: Mapping[tuple[World, str], Mapping[str, float]], facts: Iterable[str]) -> str:
+    """docs/parity.md: the table, and what else the run showed, a paragraph or list item each."""
+    heads = {
+        "cls": "sequence classification, LoRA",
+        "mlm": "masked LM, LoRA",
+        "full": "sequence classification, all weights",
+    }
+    columns = list(KINDS)
+    lines = [
+        "# Parity",
+        "",
+        f"Made by `make parity NXD_SRC=<folder>` with neuronx_distributed {version}; not edited by hand.",
+        "`make lint` fails when the engine's sources have changed since.",
+        "",
+        f"Engine sources, sha256: `{digest()}`",
+        "",
+        "Each row is one run of 20 steps of the shape `tiny` (dropout 0, float32, clipped at 0.5, warm-up and cosine)",
+        "beside the same run on one plain CPU process. A figure is the largest difference of any tensor of its kind as a",
+        f"share of that tensor's largest value. Allowed: {STEP_1:g} for logits, loss and every gradient of step 1,",
+        f"{STEP_20:g} for what comes after: losses and norms of all steps, and after 20 steps weights, AdamW moments and",
+        "the figures of an evaluation over all ranks.",
+        "",
+        "| task | where | " + " | ".join(columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for (world, name), kinds in compared.items():
+        task, _, how = name.partition(" ")
+        where = f"{WHERE[world]}{': ' if how else ''}{how}"
+        lines.append(f"| {heads[task]} | {where} | " + " | ".join(f"{kinds[kind]:.1e}" for kind in columns) + " |")
+    return "\n".join([*lines, "", *facts, ""])
+
+
+def stale() -> list[str]:
+    """Pages whose engine is not today's."""
+    pages = sorted((ROOT / "docs").glob("parity*.md"))
+    return [
+        f"docs/{page.name}: the engine's sources have changed since it was made; run make parity NXD_SRC=<folder>"
+        for page in pages
+        if re.findall(r"sha256: `(\w+)`", page.read_text(encoding="utf-8")) != [digest()]
+    ] or ([] if pages else ["docs/parity.md is missing; run make parity NXD_SRC=<folder>"])
+
+
+if __name__ == "__main__":
+    sys.exit("\n".join(stale()) or 0)
