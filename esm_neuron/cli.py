@@ -104,7 +104,8 @@ def plan(argv: Sequence[str]) -> int:
     require(args.devices >= 1, f"--devices {args.devices} must be at least 1")
     require(args.nodes >= 1, f"--nodes {args.nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
-    from esm_neuron.plan import find_shape, make_plan, render
+    from esm_neuron.plan import make_plan, render
+    from esm_neuron.shapes import known_shape
     from esm_neuron.tasks import TASKS
 
     made = make_plan(cfg, load_splits(cfg, TASKS[cfg.task.name].needs_labels), args.devices)
@@ -114,7 +115,7 @@ def plan(argv: Sequence[str]) -> int:
 
         prices = cost.read_prices(args.prices)
         asked, market = cost.price_of(args.instance, prices)
-        shape = find_shape(cfg.model.name)
+        shape = known_shape(cfg.model.name)
         if shape is None:
             raise ConfigError(
                 f"--instance: the shape of {cfg.model.name} is not known; name a local folder or an ESM-2"

@@ -5,10 +5,8 @@ Planned by the functions that the loaders use, so the table is what will happen 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -23,19 +21,11 @@ from esm_neuron.data.loader import (
 )
 from esm_neuron.data.packing import EpochPlan
 from esm_neuron.data.splits import Splits
-from esm_neuron.errors import ConfigError
 from esm_neuron.parallel.topology import NEURON_CORES, NEURON_TP, legal_tp
-from esm_neuron.shapes import SHAPES, EsmShape
+from esm_neuron.shapes import EsmShape, known_shape
 
 SET_UP = 3
 """Programs that make the model's buffers and the optimizer's state on XLA:CPU (torch_xla 2.8.1)."""
-CONFIG_NAMES = {
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "heads": "num_attention_heads",
-    "intermediate": "intermediate_size",
-}
-"""Field of `EsmShape` -> its name in a Hugging Face config.json."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,13 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
         DataError: a sequence does not fit a row.
     """
     lengths = splits.train.lengths.astype(np.int32)
-    row_lengths = select_row_lengths(cfg, lengths)
+    shape = known_shape(cfg.model.name)
+    require(
+        shape is not None or cfg.data.max_buckets == 1,
+        f"data.max_buckets={cfg.data.max_buckets}: row lengths depend on the model's width, and {cfg.model.name} is "
+        "not here; use data.max_buckets=1, or download it and name its folder as model.name",
+    )
+    row_lengths = select_row_lengths(cfg, lengths, shape.hidden if shape else 0)
     epoch = training_plan(cfg, lengths, row_lengths)
     steps = total_steps(len(epoch), cfg.loop.epochs, cfg.loop.max_steps)
     held_out = [table for table in (splits.valid, splits.test) if table is not None]
@@ -124,19 +120,12 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
             "update": 1,
             "set-up": SET_UP,
         },
-        tensor_parallel=tensor_parallel(cfg.model.name),
+        tensor_parallel=tensor_parallel(shape) if shape else None,
     )
 
 
-def tensor_parallel(model: str) -> TensorParallel | None:
-    """The degrees that the shape, released model or local folder `model` allows; None where it is none of them.
-
-    Raises:
-        ConfigError: the folder's config.json cannot be read.
-    """
-    shape = find_shape(model)
-    if shape is None:
-        return None
+def tensor_parallel(shape: EsmShape) -> TensorParallel:
+    """The degrees that a shape allows."""
     padded = tuple(legal_tp(shape.heads, shape.intermediate, pad_heads=True))
     return TensorParallel(
         heads=shape.heads,
@@ -144,18 +133,6 @@ def tensor_parallel(model: str) -> TensorParallel | None:
         padded=padded,
         instances={name: tuple(tp for tp in NEURON_TP[n] if tp in padded) for name, n in NEURON_CORES.items()},
     )
-
-
-def find_shape(model: str) -> EsmShape | None:
-    """The shape named `model`, or that of a released model or local folder of this name; None where it is none of them.
-
-    Raises:
-        ConfigError: the folder's config.json cannot be read.
-    """
-    by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
-    if model in by_name or not Path(model).is_dir():
-        return by_name.get(model)
-    return _read_shape(Path(model) / "config.json")
 
 
 def render(plan: RunPlan) -> str:
@@ -223,17 +200,6 @@ def _total(buckets: tuple[Bucket, ...], efficiency: float) -> Bucket:
 def _unpacked(cfg: TrainConfig, lengths: np.ndarray) -> float:
     rows = -(-len(lengths) // cfg.loop.rows_per_step) * cfg.loop.rows_per_step
     return float(lengths.sum(dtype=np.int64) / (rows * cfg.data.row_tokens))
-
-
-def _read_shape(path: Path) -> EsmShape:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = {field: values[name] for field, name in CONFIG_NAMES.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: no shape of an ESM-2 in it ({error!r}); name a Hugging Face folder") from error
-    said = ", ".join(f"{name}={found[field]}" for field, name in CONFIG_NAMES.items())
-    require(all(isinstance(value, int) for value in found.values()), f"{path}: {said} must be numbers")
-    return EsmShape(**found)
 
 
 def _list(degrees: tuple[int, ...]) -> str:

@@ -121,7 +121,7 @@ class _Job:
         task = create_task(cfg.task, splits.labels)
         built = agree(backend, lambda: build_model(cfg, task, backend))
         say(describe(cfg, built))
-        loaders = Loaders.of(cfg, splits, task, backend)
+        loaders = Loaders.of(cfg, splits, task, backend, built.config.hidden_size)
         base = from_main(backend, lambda: built.source.reference.sha256)
         same = identity(cfg, splits.fingerprint, base)
         trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], same)
@@ -160,9 +160,9 @@ class Loaders:
     test: EvalLoader | None
 
     @classmethod
-    def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend) -> Loaders:
-        """The loaders of this rank, all with the row lengths that the training data chose."""
-        lengths = select_row_lengths(cfg, splits.train.lengths)
+    def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend, width: int) -> Loaders:
+        """The loaders of this rank, all with the row lengths that the training data chose for a model of `width`."""
+        lengths = select_row_lengths(cfg, splits.train.lengths, width)
         where = (backend.topology.dp, backend.topology.dp_rank)
 
         def held_out(table: ExampleTable | None) -> EvalLoader | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from esm_neuron.config import require
+from esm_neuron.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import EsmConfig
@@ -90,6 +95,28 @@ SHAPES: dict[str, EsmShape] = {
     "esm2_t48_15B": _released("esm2_t48_15B", 48, 5120, 40),
 }
 """Name -> shape: `tiny` for tests, `small` and `mini` for a laptop, and six of Lin et al. 2023 (Science 379:1123)."""
+
+
+def known_shape(model: str) -> EsmShape | None:
+    """The shape of `model.name`: a name here, the hub id of a released ESM-2 or a local folder; None for any other.
+
+    Raises:
+        ConfigError: the folder's config.json cannot be read.
+    """
+    by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
+    if model in by_name or not Path(model).is_dir():
+        return by_name.get(model)
+    path = Path(model) / "config.json"
+    fields = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
+    fields["intermediate"] = "intermediate_size"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {name: values[key] for name, key in fields.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no shape of an ESM-2 in it ({error!r}); name a Hugging Face folder") from error
+    whole = all(isinstance(size, int) and size > 0 for size in sizes.values())
+    require(whole, f"{path}: {', '.join(f'{fields[name]}={size}' for name, size in sizes.items())} must be numbers")
+    return EsmShape(**sizes)
 
 
 def esm_config(shape: EsmShape) -> EsmConfig:

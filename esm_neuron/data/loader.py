@@ -57,7 +57,7 @@ class StepData:
     """What the batches hold."""
 
 
-def select_row_lengths(cfg: TrainConfig, lengths: np.ndarray, hidden_size: int = 640) -> tuple[int, ...]:
+def select_row_lengths(cfg: TrainConfig, lengths: np.ndarray, hidden_size: int) -> tuple[int, ...]:
     """The row lengths of a run: `data.row_tokens`, and with `data.max_buckets` > 1 shorter ones that pay.
 
     Args:
@@ -120,7 +120,7 @@ class TrainLoader:
         local_dp: devices over which this process spreads the rows of a batch (`Backend.local_dp`).
         static_shapes: True: every batch of a bucket has one shape. False: filler rows and the columns that are padding
             in every row are left out of a batch, which is less work where a new shape costs nothing.
-        row_lengths: row lengths in tokens, the longest `data.row_tokens`; None: `select_row_lengths`.
+        row_lengths: row lengths in tokens, such as `select_row_lengths` gives; None: `data.row_tokens` alone.
 
     Raises:
         ConfigError: `loop.rows_per_step` is not a multiple of `loop.rows_per_device` times `dp` times `local_dp`.
@@ -143,7 +143,7 @@ class TrainLoader:
         """Forward passes of this rank in one optimizer step."""
         self._cfg, self._dp, self._dp_rank = cfg, dp, dp_rank
         self._lengths = table.lengths.astype(np.int32)
-        chosen = select_row_lengths(cfg, self._lengths) if row_lengths is None else row_lengths
+        chosen = (cfg.data.row_tokens,) if row_lengths is None else row_lengths
         self.row_lengths: tuple[int, ...] = tuple(sorted(chosen))
         """Row lengths in tokens, ascending."""
         self._collator = _Collator(table, task, _segments(cfg), cfg.seed, static_shapes)
@@ -205,7 +205,7 @@ class EvalLoader:
 
     Args:
         table, task, cfg, dp, dp_rank, local_dp, static_shapes: as for `TrainLoader`.
-        row_lengths: row lengths in tokens, such as `TrainLoader.row_lengths`; None: `data.row_tokens` alone.
+        row_lengths: as for `TrainLoader`.
 
     Raises:
         DataError: there is no example, or one does not fit a row.

@@ -200,11 +200,6 @@ def plan_packs(lengths: np.ndarray, row_tokens: int, max_segments: int, rng: np.
     return plan_buckets(lengths, (row_tokens,), max_segments, rng)[0]
 
 
-def plan_unpacked(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> PackPlan:
-    """One example a row, in random order."""
-    return plan_packs(lengths, row_tokens, 1, rng)
-
-
 def plan_epoch(
     lengths: np.ndarray, row_lengths: Sequence[int], max_segments: int, rows_per_step: int, rng: np.random.Generator
 ) -> EpochPlan:

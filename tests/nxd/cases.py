@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import neuronx_distributed
+import neuronx_distributed._version
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -378,7 +378,7 @@ def signatures(output: str) -> None:
         parameters = next(found for found in named if found != ["*args", "**kwargs"])
         contract[name] = [parameter.partition(":")[0].partition("=")[0].strip() for parameter in parameters]
     Path(output, "contract.json").write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
-    Path(output, "version.txt").write_text(neuronx_distributed.__version__, encoding="utf-8")
+    Path(output, "version.txt").write_text(neuronx_distributed._version.__version__, encoding="utf-8")
     dist.destroy_process_group()
 
 

@@ -256,15 +256,16 @@ def test_example_longer_than_a_row() -> None:
 def test_row_lengths_from_the_config() -> None:
     lengths = np.array([60] * 400 + [120] * 10)
     cfg = make_config(rows_per_step=2, row_tokens=128, max_residues=126, packing=False)
-    assert select_row_lengths(cfg, lengths) == (128,)
+    assert select_row_lengths(cfg, lengths, 640) == (128,)
     with_buckets = replace(cfg, data=replace(cfg.data, max_buckets=2))
-    assert select_row_lengths(with_buckets, lengths) == (64, 128)
+    assert select_row_lengths(with_buckets, lengths, 640) == (64, 128)
+    assert select_row_lengths(with_buckets, lengths, 10**9) == (64, 128), "no width makes padding free"
 
 
-def test_loader_chooses_buckets_by_config_alone() -> None:
+def test_a_shorter_bucket_has_more_rows() -> None:
     table = make_table(400)
     cfg = make_config(rows_per_step=2, row_tokens=256, max_residues=254, packing=False, max_buckets=2)
-    loader = TrainLoader(table, Label(), cfg)
+    loader = TrainLoader(table, Label(), cfg, row_lengths=select_row_lengths(cfg, table.lengths, 640))
     assert loader.row_lengths == (64, 256)
     assert {b.input_ids.shape for b in loader.batches(0)} == {(8, 64)}
 

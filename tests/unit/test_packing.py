@@ -17,7 +17,6 @@ from esm_neuron.data.packing import (
     plan_buckets,
     plan_epoch,
     plan_packs,
-    plan_unpacked,
 )
 from esm_neuron.errors import ConfigError, DataError
 
@@ -87,7 +86,7 @@ def test_little_padding_on_protein_lengths() -> None:
     plan = plan_packs(lengths, 1024, 32, np.random.default_rng(0))
     assert plan.efficiency(lengths) == lengths.sum() / (plan.rows * 1024)
     assert plan.efficiency(lengths) >= 0.99
-    assert plan_unpacked(lengths, 1024, np.random.default_rng(0)).efficiency(lengths) < 0.5
+    assert plan_packs(lengths, 1024, 1, np.random.default_rng(0)).efficiency(lengths) < 0.5
 
 
 def test_best_fit_by_hand() -> None:
@@ -135,8 +134,8 @@ def test_every_pairing_of_equal_lengths_is_as_likely() -> None:
     assert (np.abs(partners[1:] - 200) < 60).all()
 
 
-def test_unpacked_has_one_sequence_a_row() -> None:
-    plan = plan_unpacked(np.array([3, 9, 5]), 10, np.random.default_rng(0))
+def test_one_segment_a_row() -> None:
+    plan = plan_packs(np.array([3, 2, 5]), 10, 1, np.random.default_rng(0))
     assert np.array_equal(plan.row_offsets, np.arange(4))
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from esm_neuron import cli, settings
 from esm_neuron.config import TrainConfig
-from esm_neuron.data.loader import EvalLoader, TrainLoader
-from esm_neuron.data.splits import load_splits
+from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
+from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.plan import SET_UP, make_plan, render, tensor_parallel
+from esm_neuron.shapes import SHAPES, EsmShape, known_shape
 from esm_neuron.tasks import create_task
 
 Toy = Callable[..., TrainConfig]
@@ -39,10 +40,16 @@ def bucketed(toy: Toy) -> TrainConfig:
     return lengthen(toy(data=BUCKETS, loop=loop))
 
 
+def train_loader(cfg: TrainConfig, splits: Splits) -> TrainLoader:
+    """That of a backend with static shapes."""
+    row_lengths = select_row_lengths(cfg, splits.train.lengths, SHAPES[cfg.model.name].hidden)
+    return TrainLoader(splits.train, create_task(cfg.task, splits.labels), cfg, row_lengths=row_lengths)
+
+
 def test_the_plan_is_what_the_loader_does(bucketed: TrainConfig) -> None:
     splits = load_splits(bucketed, True)
     plan = make_plan(bucketed, splits)
-    loader = TrainLoader(splits.train, create_task(bucketed.task, splits.labels), bucketed)
+    loader = train_loader(bucketed, splits)
     assert plan.total.steps == loader.steps_per_epoch
     assert plan.total.efficiency == pytest.approx(loader.padding_efficiency)
     assert plan.steps == loader.total_steps(bucketed.loop.epochs, None)
@@ -65,7 +72,7 @@ def test_the_plan_is_what_the_loader_does(bucketed: TrainConfig) -> None:
 def test_graphs_are_counted_by_the_shapes_that_come(bucketed: TrainConfig) -> None:
     splits = load_splits(bucketed, True)
     plan, task = make_plan(bucketed, splits), create_task(bucketed.task, splits.labels)
-    loader = TrainLoader(splits.train, task, bucketed)
+    loader = train_loader(bucketed, splits)
     trained = {b.input_ids.shape for step in range(plan.steps) for b in loader.batches(step)}
     assert plan.graphs["training pass"] == len(trained)
     firsts = {b.input_ids.shape for step in loader.first_steps(plan.steps) for b in loader.batches(step)}
@@ -99,21 +106,31 @@ def test_devices_that_do_not_share_evenly_are_refused(toy: Toy) -> None:
         make_plan(cfg, load_splits(cfg, True), devices=2)
 
 
-def test_tensor_parallel_degrees_of_the_released_models(tmp_path: Path) -> None:
-    mid = tensor_parallel("facebook/esm2_t33_650M_UR50D")
-    assert mid is not None
+def test_tensor_parallel_degrees_of_the_released_models() -> None:
+    mid = tensor_parallel(SHAPES["esm2_t33_650M"])
     assert mid.degrees == (1, 2, 4) and mid.padded == (1, 2, 4, 8, 16, 32)
     assert mid.instances == {"trn1.2xlarge": (1, 2), "trn1.32xlarge": (1, 2, 4, 8, 32)}
-    large = tensor_parallel("esm2_t48_15B")
-    assert large is not None and large.degrees == (1, 2, 4, 8)
-    assert tensor_parallel("someone/else") is None
-    values = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 96}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    own = tensor_parallel(str(tmp_path))
-    assert own is not None and own.degrees == (1, 2)
+    assert tensor_parallel(SHAPES["esm2_t48_15B"]).degrees == (1, 2, 4, 8)
+
+
+def test_the_shape_of_a_model_by_name_hub_id_and_folder(tmp_path: Path) -> None:
+    assert known_shape("facebook/esm2_t33_650M_UR50D") == known_shape("esm2_t33_650M") == SHAPES["esm2_t33_650M"]
+    assert known_shape("someone/else") is None
+    sizes = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 6, "intermediate_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    assert known_shape(str(tmp_path)) == EsmShape(layers=3, hidden=24, heads=6, intermediate=96)
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "hidden_size": "wide"}))
+    with pytest.raises(ConfigError, match="hidden_size=wide.* must be numbers"):
+        known_shape(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"config\.json: no shape"):
-        tensor_parallel(str(tmp_path))
+        known_shape(str(tmp_path))
+
+
+def test_buckets_of_a_model_that_is_not_here_are_refused(bucketed: TrainConfig) -> None:
+    cfg = replace(bucketed, model=replace(bucketed.model, name="someone/else"))
+    with pytest.raises(ConfigError, match="someone/else is not here; use data.max_buckets=1"):
+        make_plan(cfg, load_splits(cfg, True))
 
 
 def test_the_command(bucketed: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
