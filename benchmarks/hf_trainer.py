@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="esm2_t6_8M", help="ESM-2 shape, with random weights")
     parser.add_argument("--batch", type=int, default=8, help="proteins in an optimizer step")
     parser.add_argument("--max-residues", type=int, default=1022, help="longer proteins are cut here")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=2, help="optimizer steps that are not timed")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after these optimizer steps; -1: all rows")
@@ -104,6 +105,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             bf16=args.precision == "bf16",
             use_cpu=args.backend == "cpu",
             group_by_length=args.setting == "group_by_length",
+            gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
             logging_strategy="no",
             save_strategy="no",
             report_to="none",

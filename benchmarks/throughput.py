@@ -66,6 +66,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch", type=int, default=8, help="proteins in an optimizer step (ours: as near as rows allow)"
     )
     parser.add_argument("--max-residues", type=int, default=1022, help="longer proteins are cut here")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations, in all settings")
     parser.add_argument("--warmup", type=int, help="optimizer steps that are not timed; default 2, on xla 0")
     parser.add_argument("--max-steps", type=int, help="stop every run after these optimizer steps")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -103,13 +104,15 @@ def command(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_st
             "max-steps": args.max_steps or -1,
             "threads": args.threads,
         }
-        return [sys.executable, str(HERE / "hf_trainer.py"), *flags(options)]
+        switches = ["--gradient-checkpointing"] * args.gradient_checkpointing
+        return [sys.executable, str(HERE / "hf_trainer.py"), *flags(options), *switches]
     options = {
         "output": folder / "out",
         "backend": args.backend,
         "model.name": args.shape,
         "model.init": "random",
         "model.pooling": "cls",
+        "model.gradient_checkpointing": args.gradient_checkpointing,
         "data.train": folder / "train.tsv",
         "data.valid": folder / "valid.tsv",
         "data.id_column": "entry",

@@ -168,13 +168,12 @@ class Run:
             loss.backward()
             totals = totals + torch.stack((loss.detach(), weight))
         totals = self.backend.all_reduce(totals)
-        results = {"loss": (totals[0] / totals[1]).cpu()}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                grad = self.backend.all_reduce(parameter.grad.clone()) / totals[1]
-                results[f"gradient/{name}"] = self.whole(name, grad)
-                parameter.grad.zero_()
-        return results
+        loss, trained = totals[0] / totals[1], {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad}
+        gradients = {name: self.backend.all_reduce(grad.clone()) / totals[1] for name, grad in trained.items()}
+        for grad in trained.values():
+            grad.zero_()
+        self.backend.sync()  # one program; reading a lazy tensor would compile one for each
+        return {"loss": loss.cpu(), **{f"gradient/{name}": self.whole(name, g) for name, g in gradients.items()}}
 
     def whole(self, name: str, value: Tensor) -> Tensor:
         """`value` of a parameter joined over tensor-parallel ranks."""
