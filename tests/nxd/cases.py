@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from esm_neuron.data.batch import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS
 from esm_neuron.errors import ConfigError
-from esm_neuron.evaluate import forward, on_device
+from esm_neuron.evaluate import forward, on_device, run_passes
 from esm_neuron.export import plain_model, read_adapter, write_results
 from esm_neuron.model import encoder_of, set_attention
 from esm_neuron.parallel.slices import whole_shape
@@ -160,10 +160,10 @@ class Run:
         self.backend.close()
         assert not dist.is_initialized()
 
-    def first_step(self) -> dict[str, Tensor]:
-        """Loss and whole gradients of the mean loss of step 0; the buffers are zero again afterwards."""
+    def gradients(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Mean loss over all batches and its whole gradients; the buffers are zero again afterwards."""
         totals = torch.zeros(2, device=self.backend.device)
-        for batch in on_device(self.trainer.train_loader.load(0).batches, self.backend):
+        for batch in on_device(batches, self.backend):
             loss, weight = self.task.loss(forward(self.model, batch), batch)
             loss.backward()
             totals = totals + torch.stack((loss.detach(), weight))
@@ -181,23 +181,39 @@ class Run:
             return self.backend._sharded()._whole(name, value, None)
         return value.cpu()
 
+    def held_out(self) -> EvalLoader:
+        """This rank's share of all examples."""
+        where = (self.backend.topology.dp, self.backend.topology.dp_rank)
+        return EvalLoader(examples(), self.task, self.cfg, *where, local_dp=self.backend.local_dp)
+
     def figures(self) -> dict[str, Tensor]:
         """What an evaluation of the weights as they are gives, over all ranks."""
-        where = (self.backend.topology.dp, self.backend.topology.dp_rank)
-        loader = EvalLoader(examples(), self.task, self.cfg, *where, local_dp=self.backend.local_dp)
-        values = self.trainer.evaluate(loader)
+        values = self.trainer.evaluate(self.held_out())
         return {f"figure/{name}": torch.tensor(float(value)) for name, value in values.items() if value is not None}
 
 
 def parity(output: str, **options: Any) -> None:
     """Logits, loss and gradients of step 0, all losses and norms; after the last step weights, moments and figures."""
     run = Run.start(configuration(output, **options))
-    results = {"logits": run.outputs(), **run.first_step()}
+    results = {"logits": run.outputs(), **run.gradients(run.trainer.train_loader.load(0).batches)}
     results |= run.train()
     weights, moments = run.backend.gather_state(run.model, run.trainer.optimizer)
     results |= {f"weight/{name}": value for name, value in weights.items()}
     results |= {f"moment/{name}": value for name, value in moments.items()}
     run.leave({**results, **run.figures()})
+
+
+def by_protein(output: str, **options: Any) -> None:
+    """Logits of every protein, in a data-parallel world of one, and the gradients of the mean loss of all."""
+    run = Run.start(configuration(output, **options))
+    logits = torch.empty(len(run.held_out().table), len(LABELS))
+
+    def take(members: np.ndarray, answers: list[np.ndarray]) -> None:
+        used = members >= 0
+        logits[members[used]] = torch.from_numpy(answers[0][used])
+
+    run_passes(run.model, run.task, run.backend, run.held_out(), take)
+    run.leave({"logits": logits, **run.gradients(run.held_out())})
 
 
 def lazy(output: str, **options: Any) -> None:

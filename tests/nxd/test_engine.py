@@ -10,7 +10,7 @@ from typing import Any
 import parity
 import pytest
 import torch
-from parity import EXACT, KINDS, STEP_1, STEP_20, WORLDS, Case, difference, differences
+from parity import EXACT, KINDS, PACKED, STEP_1, STEP_20, WORLDS, Case, difference, differences
 from torch import Tensor
 
 World = Callable[[dict[parity.World, list[Case]], parity.World], dict[str, Path]]
@@ -26,6 +26,21 @@ def test_equals_one_plain_process(
     expected = tensors(world(WORLDS, 1)[name.split()[0]])
     found = differences(tensors(world(WORLDS, kind)[name]), expected)
     assert {kind: at for kind, at in found.items() if at[0] > KINDS[kind]} == {}
+
+
+@pytest.mark.parametrize("kind", ["xla", "spmd", 1, 2])
+def test_a_protein_in_a_pack_gets_what_it_gets_alone(
+    kind: parity.World, world: World, tensors: Callable[[Path], dict[str, Tensor]]
+) -> None:
+    found = packed_against_alone(world(WORLDS, kind), tensors)
+    assert {kind: at for kind, at in found.items() if at[0] > PACKED[kind]} == {}
+
+
+def packed_against_alone(
+    folders: dict[str, Path], tensors: Callable[[Path], dict[str, Tensor]]
+) -> dict[str, tuple[float, str]]:
+    """Largest differences by kind."""
+    return differences(tensors(folders["packed"]), tensors(folders["alone"]))
 
 
 def test_one_program_a_pass_and_one_an_update_on_xla(
@@ -141,6 +156,7 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
     for kind, name in EXACT:
         found = differences(tensors(world(WORLDS, kind)[name]), tensors(reference[name.split()[0]]))
         compared[kind, name] = {kind: value for kind, (value, _) in found.items()}
+    packed = {kind: packed_against_alone(world(WORLDS, kind), tensors) for kind in (1, "xla", "spmd", 2)}
     whole, second = tensors(reference["whole run"]), tensors(world(WORLDS, 2)["second half"])
     trained = tensors(world(WORLDS, 2)["adapter"])["logits"]
     plain, sharded = (tensors(folder)["logits"] for folder in (reference["plain"], world(WORLDS, 4)["sharded"]))
@@ -148,6 +164,15 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
     ended, output = bereft
     seconds = ended.at - float((output / "died").read_text())
     facts = [
+        "## Packs",
+        "Logits of 24 proteins and gradients of their mean loss, several to a row against each in a row of its own "
+        f"(allowed {PACKED['logits']:g} and {PACKED['gradient']:g}):",
+        "",
+        *(
+            f"- {parity.WHERE[kind]}: logits {found['logits'][0]:.1e}, gradients {found['gradient'][0]:.1e}"
+            for kind, found in packed.items()
+        ),
+        "",
         "## Round trips",
         "- Adapter trained at tp2 with ZeRO-1, in plain PEFT on the whole model: logits differ by "
         f"{difference(plain, trained):.1e}; the same adapter in a world of tp4: {difference(sharded, trained):.1e}.",
