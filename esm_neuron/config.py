@@ -22,7 +22,7 @@ class ModelConfig:
     name: str = "esm2_t6_8M"
     """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `small`, `mini`,
     `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs
-    `init: random`."""
+    `init: random`; only `mini` has weights in the package, trained by this project and not Meta's."""
     revision: str | None = None
     """Hub revision: a branch, a tag or, best, a commit hash. None is the hub's main branch."""
     init: Literal["pretrained", "random"] = "pretrained"

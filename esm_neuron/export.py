@@ -26,7 +26,7 @@ from esm_neuron.model import PooledEsmConfig
 from esm_neuron.safetensors_folder import BaseReference, write_shards
 from esm_neuron.settings import read_config
 from esm_neuron.tasks import Task, create_task
-from esm_neuron.weights import Draw, load_into, open_weights
+from esm_neuron.weights import Draw, is_carried, load_into, open_weights
 
 ADAPTER, MODEL, BASE, CONFIG = "adapter", "model", "base", "config.yaml"
 """Names within a run's folder."""
@@ -105,14 +105,14 @@ def _write_adapter(
 ) -> Path:
     out = Path(cfg.output)
     reference = built.source.reference
-    if cfg.model.init == "random":
+    if is_carried(cfg.model):
         model, config = plain_model(cfg, task)
         write_model(model, config, out / BASE)
         base = replace(cfg.model, name=str((out / BASE).resolve()), init="pretrained", revision=None)
         reference = open_weights(base, cfg.seed)[1].reference
     lora = adapted.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
-    if built.config.model_type == PooledEsmConfig.model_type and cfg.model.init == "pretrained":
+    if built.config.model_type == PooledEsmConfig.model_type and not is_carried(cfg.model):
         # With the pretrained repository for its base the adapter would load in plain transformers, PEFT would pass over
         # the head it does not find, and a random <cls> head would answer. A config of our type is refused there.
         with new_folder(out / BASE) as aside, torch.device("meta"):
@@ -144,7 +144,7 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     model = cfg.model
     if found == [MODEL]:
         model = replace(model, name=str(folder / MODEL), init="pretrained", revision=None)
-    elif model.init == "random":
+    elif is_carried(model):
         model = replace(model, name=str(folder / BASE), init="pretrained", revision=None)
     elsewhere = backend is not None and backend != cfg.backend
     parallel = ParallelConfig() if elsewhere else cfg.parallel  # another device may not have as many cores

@@ -26,6 +26,7 @@ from esm_neuron.evaluate import evaluate as evaluate_table
 from esm_neuron.export import CONFIG, build_trained, read_run, write_results
 from esm_neuron.files import claimed, write_json, write_text
 from esm_neuron.model import parameter_count
+from esm_neuron.shapes import SHAPES
 from esm_neuron.tasks import TASKS, Task, create_task
 from esm_neuron.trainer import Fit, Trainer
 
@@ -304,6 +305,11 @@ def describe(cfg: TrainConfig, built: Built) -> str:
     if cfg.model.init == "random":
         lines.append(
             "NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect a small network's figures"
+        )
+    elif cfg.model.name in SHAPES:
+        lines.append(
+            f"NOTE: {cfg.model.name} is a small network that this project trained, not one of Meta's ESM-2; its model "
+            "card says on what"
         )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
     if drawn:

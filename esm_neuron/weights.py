@@ -117,6 +117,15 @@ class RandomWeights:
         )
 
 
+SHIPPED = Path(__file__).parent / "pretrained"
+"""Folders of weights that this project trained and carries, by the name of their shape; a model card in each."""
+
+
+def is_carried(cfg: ModelConfig) -> bool:
+    """Whether a run keeps a copy of its base weights: nobody else could name them."""
+    return cfg.init == "random" or cfg.name in SHAPES
+
+
 def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
     """Find what `model.name` means; weights are opened, not read.
 
@@ -130,10 +139,12 @@ def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
     """
     shape, random = SHAPES.get(cfg.name), cfg.init == "random"
     if shape is not None:
+        require(cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the shape {cfg.name}")
+        config, shipped = esm_config(shape), SHIPPED / cfg.name
+        if not random and shipped.is_dir():
+            return config, SafetensorsFolder(shipped, cfg.name, None)
         cure = f"model.name={shape.hub_id} or model.init=random" if shape.hub_id else "model.init=random"
         require(random, f"model.name={cfg.name} is a bare shape, without weights; use {cure}")
-        require(cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the shape {cfg.name}")
-        config = esm_config(shape)
         return config, RandomWeights(config, seed)
     folder, commit = _find_folder(cfg)
     config = read_config(folder)
