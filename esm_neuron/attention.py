@@ -68,7 +68,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        # a key's gradient has the layout of its transpose in the scores, and NxD's linears want to view it as a matrix
+        return _rotated(grad, cos, -sin).contiguous(), None, None
 
 
 def rotate(x: Tensor, angle: Angle) -> Tensor:
