@@ -163,6 +163,13 @@ def doctor(argv: Sequence[str]) -> int:
     return 1 if args.backend and found.lacks[args.backend] else 0
 
 
+def data(argv: Sequence[str]) -> int:
+    """Look at a file of proteins (data check FILE), or get those of the docs (data get NAME)."""
+    from esm_neuron.data import commands
+
+    return commands.data(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
@@ -172,6 +179,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "compile": compile_ahead,
     "doctor": doctor,
+    "data": data,
 }
 """Command -> function of the words after it, returning the exit code."""
 

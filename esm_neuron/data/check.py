@@ -1,0 +1,162 @@
+"""What a file of proteins holds, before anything is trained on it: lengths, alphabet, repeats, labels, leaks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from esm_neuron.config import DataConfig
+from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.relatives import Method, find_relatives
+from esm_neuron.data.sources import read_chunks
+from esm_neuron.data.tokenizer import VOCABULARY, encode_many
+from esm_neuron.data.validate import Checker, text_hashes
+
+SHOWN = 20
+"""Labels that the text names."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Rows of one value of the split column against those of the training rows."""
+
+    rows: int
+    in_train: int
+    """With a sequence that is a training row's too."""
+    related: int | None
+    """With a relative among the training rows; None: not looked for."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found in a file."""
+
+    file: str
+    rows: int
+    residues: int
+    lengths: Mapping[str, int]
+    """min, q1, median, q3, max, in residues."""
+    alphabet: Mapping[str, int]
+    """Letter -> how often, the most frequent first; those outside the ESM alphabet count as X."""
+    repeated: int
+    """Rows with a sequence that an earlier row has."""
+    conflicting: int
+    """Rows with a sequence that has another label elsewhere in the file."""
+    labels: Mapping[str, int] | None
+    """Label -> rows, the most frequent first; None: not looked at."""
+    splits: Mapping[str, int] | None
+    """Value of the split column -> rows; None: not looked at."""
+    leaks: Mapping[str, Leak]
+    """Of each value of the split column but the training rows'."""
+    faults: int
+    """Faults of rows that training would refuse."""
+    first_faults: Sequence[str]
+
+    def render(self) -> str:
+        """Lines for a person."""
+        spread = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
+        letters = ", ".join(f"{letter} {count / self.residues:.2%}" for letter, count in self.alphabet.items())
+        lines = [
+            f"{self.file}: {self.rows} rows, {self.residues} residues",
+            f"lengths: {spread}",
+            f"alphabet: {letters}",
+            f"repeats: {self.repeated} rows have a sequence that an earlier row has",
+        ]
+        if self.labels is not None:
+            shown = ", ".join(f"{name} {count}" for name, count in list(self.labels.items())[:SHOWN])
+            lines.append(f"labels: {len(self.labels)}: {shown}" + (", ..." if len(self.labels) > SHOWN else ""))
+            lines.append(f"conflicts: {self.conflicting} rows have a sequence with another label elsewhere")
+        if self.splits is not None:
+            lines.append("splits: " + ", ".join(f"{name} {count}" for name, count in self.splits.items()))
+        for name, leak in self.leaks.items():
+            related = "relatives not looked for" if leak.related is None else f"{leak.related} with a relative there"
+            lines.append(f"leaks: {name}: of {leak.rows} rows {leak.in_train} are in the training rows, {related}")
+        lines.append(f"faults: {self.faults}" if self.faults else "faults: none")
+        return "\n".join([*lines, *(f"  {fault}" for fault in self.first_faults)])
+
+
+def check_file(path: str, cfg: DataConfig, labelled: bool, method: Method | None) -> Check:
+    """Read a whole file and say what it holds; bad rows are told, not raised.
+
+    Args:
+        path: see `sources.read_chunks`.
+        cfg: columns; with a split column, the first of `split_names` is the training rows.
+        labelled: whether there is a column of labels to look at.
+        method: how relatives are found; None: they are not looked for.
+
+    Raises:
+        DataError: the file cannot be read, is malformed or empty, or lacks a column.
+    """
+    checker = Checker(cfg, path)
+    tokens: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    texts: dict[str, list[str]] = {"label": [], "split": []}
+    hashes: list[np.ndarray] = []
+    for rows in read_chunks(path, cfg, labelled):
+        columns = checker(rows).to_pydict()
+        for name in texts.keys() & columns.keys():
+            texts[name] += columns[name]
+        hashes.append(text_hashes(columns["sequence"]))
+        flat, offsets = encode_many(columns["sequence"])
+        tokens.append(flat)
+        lengths.append(np.diff(offsets))
+    table = _table(np.concatenate(tokens), np.concatenate(lengths))
+    sequences, residues = np.concatenate(hashes), table.lengths - 2
+    letters = np.bincount(table.tokens, minlength=len(VOCABULARY))[4:]
+    order = [i for i in np.argsort(-letters, kind="stable") if letters[i]]
+    return Check(
+        file=path,
+        rows=len(table),
+        residues=int(residues.sum()),
+        lengths={
+            name: int(value)
+            for name, value in zip(
+                ("min", "q1", "median", "q3", "max"), np.percentile(residues, [0, 25, 50, 75, 100]), strict=True
+            )
+        },
+        alphabet={VOCABULARY[4 + i]: int(letters[i]) for i in order},
+        repeated=len(sequences) - len(np.unique(sequences)),
+        conflicting=_conflicting(sequences, texts["label"]) if labelled else 0,
+        labels=dict(Counter(texts["label"]).most_common()) if labelled else None,
+        splits=dict(Counter(texts["split"]).most_common()) if cfg.split_column is not None else None,
+        leaks=_leaks(table, sequences, np.array(texts["split"]), cfg.split_names[0], method),
+        faults=checker.problems.total,
+        first_faults=tuple(checker.problems.first),
+    )
+
+
+def _table(tokens: np.ndarray, lengths: np.ndarray) -> ExampleTable:
+    n = len(lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return ExampleTable(tokens, offsets, np.arange(n), np.ones(n, np.float32), np.empty(0), [str(i) for i in range(n)])
+
+
+def _subset(table: ExampleTable, rows: np.ndarray) -> ExampleTable:
+    return _table(table.tokens[np.repeat(rows, table.lengths)], table.lengths[rows])
+
+
+def _conflicting(sequences: np.ndarray, labels: Sequence[str]) -> int:
+    """Rows whose sequence has more than one label."""
+    pairs = np.unique(np.stack([sequences, text_hashes(labels)], axis=1), axis=0)
+    different, times = np.unique(pairs[:, 0], return_counts=True)
+    return int(np.isin(sequences, different[times > 1]).sum())
+
+
+def _leaks(
+    table: ExampleTable, sequences: np.ndarray, splits: np.ndarray, train: str, method: Method | None
+) -> dict[str, Leak]:
+    learnt = splits == train
+    if not learnt.any() or learnt.all():
+        return {}
+    related = np.zeros(len(splits), dtype=bool)
+    if method is not None:
+        related[~learnt] = find_relatives(_subset(table, ~learnt), _subset(table, learnt), method)
+    found = {}
+    for name in dict.fromkeys(splits[~learnt].tolist()):
+        own = splits == name
+        copies = int(np.isin(sequences[own], sequences[learnt]).sum())
+        found[name] = Leak(int(own.sum()), copies, int(related[own].sum()) if method is not None else None)
+    return found

@@ -1,0 +1,212 @@
+"""The data sets of our docs, rebuilt from their public originals: Python packages of a pinned version and content.
+
+pip fetches a package, from wherever it is set up to; what is read from it must have the pinned sha256, and so must the
+text that is made of it. What cannot be computed from an original is carried in `originals/` (see docs/data.md).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from esm_neuron.errors import DataError
+from esm_neuron.files import write_bytes
+
+Members = Mapping[str, bytes]
+"""Name in `Recipe.members` -> content."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a file is made of a package."""
+
+    package: str
+    """Name of the package."""
+    version: str
+    source: bool
+    """Whether the data are in the source distribution alone."""
+    members: Mapping[str, str]
+    """End of a path within the distribution -> sha256 of that file."""
+    build: Callable[[Members], str]
+    """The text from the members."""
+    sha256: str
+    """Of that text in UTF-8."""
+    target: str
+    """Name of the file."""
+    licence: str
+    """What the data may be used for, and whom to cite."""
+
+
+def get(name: str, folder: Path, archive: Path | None = None) -> Path:
+    """Write a data set of `RECIPES` into `folder`; returns the file.
+
+    Args:
+        name: key of `RECIPES`.
+        folder: made where it is not there.
+        archive: the distribution, fetched before; None: pip fetches it.
+
+    Raises:
+        DataError: the package cannot be fetched, or is not what was pinned.
+    """
+    recipe = RECIPES[name]
+    with tempfile.TemporaryDirectory(prefix="esm-neuron-") as scratch:
+        members = read_members(archive or _fetch(recipe, Path(scratch)), recipe.members)
+    text = recipe.build(members).encode()
+    if hashlib.sha256(text).hexdigest() != recipe.sha256:
+        raise DataError(f"{name}: what was built has not the pinned sha256 {recipe.sha256}; please report it")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / recipe.target
+    write_bytes(target, gzip.compress(text, 9, mtime=0))
+    return target
+
+
+def read_members(archive: Path, pinned: Mapping[str, str]) -> dict[str, bytes]:
+    """The files of a wheel or a source distribution whose paths end so, proven by their sha256.
+
+    Raises:
+        DataError: the archive cannot be read, or a file is not there or another one.
+    """
+    try:
+        found = _from_zip(archive, pinned) if zipfile.is_zipfile(archive) else _from_tar(archive, pinned)
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise DataError(f"{archive}: cannot be read as a wheel or .tar.gz ({error}); fetch it again") from None
+    for end, expected in pinned.items():
+        if end not in found:
+            raise DataError(f"{archive}: there is no file {end} in it; give the distribution that docs/data.md names")
+        if hashlib.sha256(found[end]).hexdigest() != expected:
+            raise DataError(f"{archive}: {end} has not the pinned sha256 {expected}; it is another version")
+    return found
+
+
+def _from_zip(archive: Path, ends: Mapping[str, str]) -> dict[str, bytes]:
+    with zipfile.ZipFile(archive) as file:
+        return {end: file.read(name) for end in ends for name in file.namelist() if name.endswith(end)}
+
+
+def _from_tar(archive: Path, ends: Mapping[str, str]) -> dict[str, bytes]:
+    found = {}
+    with tarfile.open(archive) as file:
+        for member in file:
+            for end in ends:
+                content = file.extractfile(member) if member.name.endswith(end) else None
+                if content is not None:
+                    found[end] = content.read()
+    return found
+
+
+def _fetch(recipe: Recipe, folder: Path) -> Path:
+    wanted = f"{recipe.package}=={recipe.version}"
+    words = ["pip", "download", "--no-deps", *([f"--no-binary={recipe.package}"] if recipe.source else []), wanted]
+    # a fixed list of words, our own pinned name and no shell
+    command = [sys.executable, "-m", *words, "--dest", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if done.returncode or len(files) != 1:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise DataError(
+            f"{wanted}: pip could not fetch it ({said[-1][:200] if said else 'no message'}); fetch it elsewhere with "
+            f"`{' '.join(words)}` and give --archive FILE"
+        )
+    return files[0]
+
+
+def _scl2205(members: Members) -> str:
+    """Localization: labels by name, splits by the package's own, clusters and leaks from our MMseqs2 run."""
+    rows = _table(members["scldata/data/scl2205.csv"], ",")
+    labels = json.loads(members["scldata/data/labels.json"])["index_to_label"]
+    given = json.loads(members["scldata/data/splits.json"])
+    split = {row: name for key, name in (("trn", "train"), ("vld", "valid"), ("tst", "test")) for row in given[key]}
+    clusters = _table(gzip.decompress(_carried("scl2205_clusters.tsv.gz")), "\t")
+    made = []
+    for number, (row, cluster) in enumerate(zip(rows, clusters, strict=True)):
+        # a cluster is carried as the row number of its representative, empty where that is the row itself
+        representative = rows[int(cluster["cluster30"] or number)]["entry"]
+        leaky = "true" if cluster["leaky"] else "false"
+        made.append([row["entry"], row["seq"], labels[row["scl"]], split[number], representative, leaky])
+    return _tsv(["entry", "sequence", "label", "split", "cluster30", "leaky"], made)
+
+
+def _disorder(members: Members) -> str:
+    """Disorder: one digit a residue; our split."""
+    rows = _table(members["_data/benchmarks/AA_LDR.tsv"], "\t")
+    split = _carried("disorder_split.txt").decode().split()
+    made = [
+        [row["entry"], row["sequence"], row["label"].replace(",", ""), name]
+        for row, name in zip(rows, split, strict=True)
+    ]
+    return _tsv(["id", "sequence", "labels", "split"], made)
+
+
+def _amyloid(members: Members) -> str:
+    """Nucleation scores as they are written, without the variants that have a stop codon; the package's split."""
+    rows = _table(gzip.decompress(members["examples/datasets/amyloid_data.csv.gz"]), ",")
+    split = {"training": "train", "validation": "valid", "test": "test"}
+    made = [[row["x"], row["y"], split[row["set"]]] for row in rows if "*" not in row["x"]]
+    return _tsv(["sequence", "score", "split"], made)
+
+
+def _carried(name: str) -> bytes:
+    return (resources.files("esm_neuron.data") / "originals" / name).read_bytes()
+
+
+def _table(content: bytes, delimiter: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(content.decode()), delimiter=delimiter))
+
+
+def _tsv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join("\t".join(row) + "\n" for row in [header, *rows])
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "scl2205": Recipe(
+        package="p-scldata",
+        version="2026.2.0",
+        source=True,
+        members={
+            "scldata/data/scl2205.csv": "cfcfc47eea6001b896f1aee49ce43a9b387c3d78463586c0b2b58b52bdee9fcf",
+            "scldata/data/labels.json": "8e39d4eeb53876f302b9d453f4a8f02f61d91cb1c59dd1bd4146bbee69d4f5c0",
+            "scldata/data/splits.json": "23cdf9f30e112d4fa9612dde28ae2af9998a81ea65f201c1b6b22371b38f25d8",
+        },
+        build=_scl2205,
+        sha256="991bb8e398aae9eadc54dfe835059139039edd44254e965eff860940243de75f",
+        target="scl2205.tsv.gz",
+        licence="p-scldata: MIT; sequences and annotations: UniProtKB 2022_05, CC BY 4.0",
+    ),
+    "disorder": Recipe(
+        package="aaanalysis",
+        version="1.1.0",
+        source=False,
+        members={
+            "_data/benchmarks/AA_LDR.tsv": "486b09b2d5a81546ad7c5975ef5ece91267a06a2f6489fde334ac9a8895cdf3e",
+        },
+        build=_disorder,
+        sha256="5a631427e7c0cdb4e494d111626572a548ec989b684c83201309be646faf97d3",
+        target="disorder.tsv.gz",
+        licence="aaanalysis: BSD-3-Clause; data set AA_LDR after Tang et al. 2020",
+    ),
+    "amyloid": Recipe(
+        package="mavenn",
+        version="1.1.4",
+        source=False,
+        members={
+            "examples/datasets/amyloid_data.csv.gz": "4b5292241908db39e198aecd59a0e4d0e0ff00dea67e0af3085686023fb91dfa",
+        },
+        build=_amyloid,
+        sha256="619d9da5de61196e84bb245e8e0e057f7af39e0a41a08a9b6fd76dfa94faaa53",
+        target="amyloid_dms.tsv.gz",
+        licence="mavenn: MIT; deep mutational scan of Seuma et al. 2021",
+    ),
+}
+"""Name -> how it is made."""
