@@ -24,8 +24,8 @@ from esm_neuron.data.splits import Splits
 from esm_neuron.parallel.topology import NEURON_CORES, NEURON_TP, legal_tp
 from esm_neuron.shapes import EsmShape, known_shape
 
-SET_UP = 3
-"""Programs that make the model's buffers and the optimizer's state on XLA:CPU (torch_xla 2.8.1)."""
+SET_UP = 2
+"""Programs that make the gradient buffers and the optimizer's state on XLA:CPU (torch_xla 2.8.1)."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Backend(Protocol):
         ...
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move to the device and give every trainable parameter a zeroed gradient buffer that stays."""
+        """Move to the device, in the precision of the run; answers need no more than this."""
         ...
 
     def spread(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -63,7 +63,8 @@ class Backend(Protocol):
         ...
 
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        """AdamW over `groups` with its state already made and its learning rate a tensor on the device."""
+        """AdamW over `groups` with its state and a zeroed gradient buffer of every parameter already made, both to stay,
+        and its learning rate a tensor on the device."""
         ...
 
     def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:

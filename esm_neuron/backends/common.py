@@ -19,10 +19,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def make_gradient_buffers(model: nn.Module) -> None:
-    """Give every trainable parameter a zero gradient that stays, so that the first pass traces like all others."""
-    for parameter in trainable(model):
-        parameter.grad = torch.zeros_like(parameter)
+def make_gradient_buffers(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Give every parameter of `groups` a zero gradient that stays, so that the first pass traces like all others."""
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def move_keeping_ties(model: nn.Module, device: torch.device) -> None:
@@ -42,7 +43,8 @@ def move_keeping_ties(model: nn.Module, device: torch.device) -> None:
 def adamw(
     groups: Sequence[Mapping[str, Any]], cfg: OptimConfig, device: torch.device, **kind: bool
 ) -> torch.optim.AdamW:
-    """AdamW with its state made before the first step and its learning rate a tensor: neither makes another graph."""
+    """AdamW with gradients and state made before the first step and its learning rate a tensor: no other graphs."""
+    make_gradient_buffers(groups)
     named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
     lr = torch.tensor(cfg.lr, dtype=torch.float32, device=device)
     optimizer = torch.optim.AdamW(named, lr=lr, betas=cfg.betas, eps=cfg.eps, **kind)

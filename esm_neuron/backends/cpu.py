@@ -15,14 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from esm_neuron.adapters import store_frozen_linears
 from esm_neuron.backends import common
-from esm_neuron.backends.common import (
-    adamw,
-    from_peers,
-    make_gradient_buffers,
-    mix_seed,
-    normalise_clip_update,
-    trainable,
-)
+from esm_neuron.backends.common import adamw, from_peers, mix_seed, normalise_clip_update, trainable
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.parallel.slices import Shard
 from esm_neuron.parallel.topology import Topology
@@ -78,7 +71,6 @@ class CpuBackend:
     def prepare(self, model: nn.Module) -> nn.Module:
         if self._bf16:
             store_frozen_linears(model, torch.bfloat16)
-        make_gradient_buffers(model)
         return model
 
     def spread(self, tensors: Iterable[Tensor]) -> None:

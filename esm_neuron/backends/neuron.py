@@ -131,7 +131,6 @@ class NeuronBackend:
         self._mark_parallel(model)
         # NxD's own: a plain .to() makes new parameters on XLA, without the marks and with ties cut
         self._nxd.utils.model_utils.move_model_to_device(model, self.device)
-        make_gradient_buffers(model)
         self.sync()
         return model
 
@@ -159,6 +158,7 @@ class NeuronBackend:
         return function
 
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        make_gradient_buffers(groups)
         named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
         options: dict[str, Any] = {"lr": self._rate(cfg.lr), "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
         options["capturable"] = self.device.type == "xla"
@@ -279,5 +279,5 @@ class NeuronBackend:
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
-        raise RuntimeError("a trained parameter has no gradient buffer: NeuronBackend.prepare was not called")
+        raise RuntimeError("a trained parameter has no gradient buffer: NeuronBackend.optimizer was not called")
     return parameter.grad

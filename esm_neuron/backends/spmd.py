@@ -78,16 +78,14 @@ class SpmdBackend(XlaBackend):
         super()._move(model)
         for name, parameter in model.named_parameters():
             self._lay(name, parameter)
-            if parameter.grad is not None:
-                self._lay(name, parameter.grad)
 
     def _adamw(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
         optimizer = super()._adamw(groups, cfg)
         for group in groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                for moment in optimizer.state[parameter].values():
-                    if moment.shape == parameter.shape:
-                        self._lay(name, moment)
+                for tensor in (parameter.grad, *optimizer.state[parameter].values()):
+                    if tensor.shape == parameter.shape:
+                        self._lay(name, tensor)
         return optimizer
 
     def _lay(self, name: str, tensor: Tensor) -> None:

@@ -18,7 +18,6 @@ from esm_neuron.adapters import store_frozen_linears
 from esm_neuron.backends import common
 from esm_neuron.backends.common import (
     adamw,
-    make_gradient_buffers,
     mix_seed,
     move_keeping_ties,
     normalise_clip_update,
@@ -91,7 +90,6 @@ class XlaBackend:
 
     def _move(self, model: nn.Module) -> None:
         move_keeping_ties(model, self.device)
-        make_gradient_buffers(model)
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """The rows are where they belong: this process drives one device."""

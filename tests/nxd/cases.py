@@ -248,7 +248,6 @@ def load_650m(output: str, model: str, **options: Any) -> None:
     with Watch() as watch:
         built = build_model(cfg, task, backend)
     held = sum(t.nbytes for t in (*built.model.parameters(), *built.model.buffers()))
-    held += sum(p.grad.nbytes for p in built.model.parameters() if p.grad is not None)
     heads, tp = built.config.num_attention_heads, backend.topology.tp
     block = {n: p for n, p in built.model.named_parameters() if ".layer.0." in n and "lora" not in n}
     layer = sum(math.prod(whole_shape(n, p.shape, heads, tp)) * p.element_size() for n, p in block.items())

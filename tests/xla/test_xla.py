@@ -55,8 +55,8 @@ def test_validation_and_test_figures_are_those_of_the_cpu(
 
 
 ONCE = {"first pass", "first update", "first evaluation"}
-SET_UP = 3
-"""Most programs before the first step: the model and its gradient buffers, the optimizer's state."""
+SET_UP = 2
+"""Most programs before the first step: the gradient buffers and the optimizer's state."""
 NEW = {
     "lora": ONCE,
     # The rows of a pass are fewer, so it is another program; update and evaluation are those that `lora` compiled.
