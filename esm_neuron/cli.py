@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from esm_neuron.config import BackendName, TrainConfig, require
 from esm_neuron.errors import ConfigError, EsmNeuronError
@@ -35,27 +35,81 @@ def train(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Figures of a finished run on a labelled file, as JSON."""
+    """Figures of a finished run on a labelled file, as JSON. Also --data.* as for train."""
     parser = _parser("evaluate", evaluate)
-    parser.add_argument("--input", required=True, type=Path, help="labelled FASTA, CSV or TSV; columns as in training")
+    parser.add_argument("--input", required=True, type=Path, help="file with labels; columns as in training")
     parser.add_argument("--output", type=Path, help="JSON file; printed as well")
-    args = parser.parse_args(argv)
+    args, settings = parser.parse_known_args(argv)
     from esm_neuron.run import evaluate as run_evaluation
 
-    print(json.dumps(run_evaluation(args.model, args.input, args.output, args.backend, say), indent=2))
+    _print_json(run_evaluation(args.model, args.input, args.output, args.backend, say, settings))
     return 0
 
 
 def predict(argv: Sequence[str]) -> int:
-    """Label and class probabilities of every record of a file."""
-    parser = _parser("predict", predict)
-    parser.add_argument("--input", required=True, type=Path, help="FASTA, CSV or TSV")
-    parser.add_argument("--output", required=True, type=Path, help="CSV file to write")
-    args = parser.parse_args(argv)
-    from esm_neuron.predict import predict as run_prediction
+    """What a trained model says of every record of a file. Also --data.* as for train."""
+    parser = _answer_parser("predict", predict, "output folder of a training run", "CSV, TSV, JSONL or Parquet")
+    args, settings = parser.parse_known_args(argv)
+    from esm_neuron.answers.predict import predict as run_prediction
 
-    table = run_prediction(args.model, args.input, args.output, args.backend, say)
-    say(f"{len(table)} records answered in {args.output}")
+    options = {"backend": args.backend, "settings": settings, "resume": args.resume, "say": say}
+    written = run_prediction(args.model, args.input, args.output, **options)
+    _say_on_main(f"{written} records answered in {args.output}")
+    return 0
+
+
+def embed(argv: Sequence[str]) -> int:
+    """Embedding of every record of a file, by a pretrained or a trained model. Also --data.* as for train."""
+    parser = _answer_parser("embed", embed, MODELS, "Parquet or safetensors")
+    parser.add_argument(
+        "--pooling",
+        choices=("mean", "cls", "residue"),
+        default="mean",
+        help="one vector a protein, the mean of its residues (default) or the state of <cls>; or one a residue",
+    )
+    args, settings = parser.parse_known_args(argv)
+    from esm_neuron.answers.embed import embed as run_embedding
+
+    options = {"backend": args.backend, "settings": settings, "resume": args.resume, "say": say}
+    written = run_embedding(args.model, args.input, args.output, args.pooling, **options)
+    _say_on_main(f"{written} embeddings in {args.output}")
+    return 0
+
+
+def score(argv: Sequence[str]) -> int:
+    """Zero-shot effect of every variant of a table, by the language model's head. Also --data.* as for train."""
+    parser = _answer_parser("score", score, MODELS, "CSV, TSV, JSONL or Parquet", "table with a variant a row")
+    parser.add_argument(
+        "--method",
+        choices=("wild-type-marginal", "masked-marginal", "pseudo-perplexity"),
+        default="masked-marginal",
+        help="from one pass, one a distinct set of residues (default), or one a residue of every variant",
+    )
+    parser.add_argument("--wild-type", type=Path, help="file with the one protein that variants are named after")
+    parser.add_argument("--variant-column", default="variant", help="substitutions such as A42G:L50P; default: variant")
+    parser.add_argument("--sequence-column", help="whole sequences, read instead of --variant-column")
+    parser.add_argument("--score-column", help="measured values; prints the rank correlation with them as JSON")
+    parser.add_argument("--first-residue", type=int, default=1, help="number of the wild type's first residue")
+    args, settings = parser.parse_known_args(argv)
+    from esm_neuron.answers.dms import VariantColumns
+    from esm_neuron.answers.score import score as run_scoring
+
+    found = run_scoring(
+        args.model,
+        args.input,
+        args.output,
+        args.method,
+        wild_type=args.wild_type,
+        columns=VariantColumns(args.variant_column, args.sequence_column, args.score_column),
+        first_residue=args.first_residue,
+        backend=args.backend,
+        settings=settings,
+        resume=args.resume,
+        say=say,
+    )
+    _say_on_main(f"{found['rows']} variants scored in {args.output}")
+    if args.score_column:
+        _print_json(found)
     return 0
 
 
@@ -174,6 +228,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "embed": embed,
+    "score": score,
     "export": export,
     "convert": convert,
     "plan": plan,
@@ -190,8 +246,38 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
+def _on_main() -> bool:
+    """Whether this is the one process, or torchrun's first, which prints for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say_on_main(line: str) -> None:
+    if _on_main():
+        say(line)
+
+
+def _print_json(found: Any) -> None:
+    if _on_main():
+        print(json.dumps(found, indent=2))
+
+
+MODELS = "output folder of a training run, Hugging Face folder of ESM-2, or hub id"
+
+
+def _answer_parser(
+    name: str, command: Callable[..., int], model: str, formats: str, source: str = "FASTA, CSV, TSV, JSONL or Parquet"
+) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"esm-neuron {name}", description=command.__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help=model)
+    parser.add_argument("--input", required=True, type=Path, help=source)
+    parser.add_argument("--output", required=True, type=Path, help=f"file to write: {formats}, by its suffix")
+    parser.add_argument("--backend", choices=get_args(BackendName), help="default: where it was trained, else cpu")
+    parser.add_argument("--resume", action="store_true", help="go on with the parts that a killed command left")
+    return parser
+
+
 def _parser(name: str, command: Callable[..., int]) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"esm-neuron {name}", description=command.__doc__)
+    parser = ArgumentParser(prog=f"esm-neuron {name}", description=command.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--backend", choices=get_args(BackendName), help="where to run; default: where it was trained")
     return parser

@@ -234,6 +234,14 @@ class TrainConfig:
             ConfigError: a value is out of its range or two values do not fit; the message has the cure.
         """
         require(self.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
+        self.check_values()
+
+    def check_values(self) -> None:
+        """What `validate` checks of a configuration that trains nothing.
+
+        Raises:
+            ConfigError: as there.
+        """
         fits = self.data.max_residues + 2 <= self.data.row_tokens
         require(
             fits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,20 @@ from esm_neuron.data.loader import EvalLoader, prefetch
 from esm_neuron.errors import TrainingError
 from esm_neuron.metrics import Value
 from esm_neuron.tasks import Task
+
+
+class Asks(Protocol):
+    """What forward passes ask of a task."""
+
+    @property
+    def answers_per_token(self) -> bool:
+        """See `tasks.Task`."""
+        ...
+
+    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """See `tasks.Task`."""
+        ...
+
 
 AHEAD = 2
 """Batches made before the device asks for them."""
@@ -41,7 +56,7 @@ def on_device(batches: Iterable[Batch], backend: Backend) -> Iterator[Batch]:
 
 def run_passes(
     model: nn.Module,
-    task: Task,
+    task: Asks,
     backend: Backend,
     batches: Iterable[Batch],
     take: Callable[[np.ndarray, list[np.ndarray]], None],
@@ -136,6 +151,32 @@ def collect(model: nn.Module, task: Task, backend: Backend, loader: EvalLoader) 
     # the ranks of a tensor-parallel group answer the same rows: each row counts from the first of them
     parts = [part for copy in range(topology.dp) for part in gathered[topology.rank_of(copy, 0)]]
     return Collected(mine.size, parts).whole()
+
+
+def collect_here(
+    model: nn.Module, task: Asks, backend: Backend, loader: EvalLoader, advance: Callable[[int], None]
+) -> list[np.ndarray]:
+    """As `collect`, by this rank alone: the loader's batches must hold the whole table.
+
+    Args:
+        advance: told how many tokens each batch has answered.
+
+    Raises:
+        TrainingError: an answer is NaN or infinite.
+    """
+    table = loader.table
+    found = Collected(int(table.offsets[-1]) if task.answers_per_token else len(table))
+
+    def take(members: np.ndarray, answers: list[np.ndarray]) -> None:
+        found.parts.append(placed(table, members, answers, task.answers_per_token))
+        example = members[members >= 0]
+        if not all(np.isfinite(values).all() for values in found.parts[-1][1:]):
+            shown = ", ".join(repr(table.ids[record]) for record in table.record[example][:3])
+            raise TrainingError(f"an answer to {shown} or a record beside them is no number; the weights are not sound")
+        advance(int(table.lengths[example].sum()))
+
+    run_passes(model, task, backend, loader, take)
+    return found.whole()
 
 
 def evaluate(

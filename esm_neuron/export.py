@@ -17,7 +17,7 @@ from transformers import EsmConfig
 from esm_neuron.adapters import saved_key
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
-from esm_neuron.build import Built, build_model, model_config
+from esm_neuron.build import Built, ModelMaker, build_model, model_config
 from esm_neuron.config import BackendName, ParallelConfig, TrainConfig, require
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import CheckpointError
@@ -31,6 +31,8 @@ from esm_neuron.weights import Draw, is_carried, load_into, open_weights
 ADAPTER, MODEL, BASE, CONFIG = "adapter", "model", "base", "config.yaml"
 """Names within a run's folder."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MAY_CHANGE = ("data.", "loop.eval_rows_per_device", "loop.precision", "parallel.")
+"""Settings of a finished run that evaluating and answering may overrule."""
 REFERENCE = "base_reference.json"
 """Beside an adapter: which weights it was trained on."""
 _ADAPTER_README = """LoRA adapter of esm-neuron on {base} (sha256 in base_reference.json); pooling: {pooling}.
@@ -152,7 +154,7 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     return cfg, create_task(cfg.task, cfg.task.labels or ())
 
 
-def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
+def build_trained(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
     """The model of a finished run with its trained weights, on the backend's device.
 
     Raises:

@@ -24,6 +24,19 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        fsync(aside)
+        aside.replace(path)
+        fsync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one move."""
     write_bytes(path, text.encode())
@@ -31,11 +44,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one move."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(content)
-    fsync(aside)
-    aside.replace(path)
-    fsync(path.parent)
+    with new_file(path) as aside:
+        aside.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

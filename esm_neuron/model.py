@@ -185,6 +185,16 @@ class PackedForPooledClassification(PackedForSequenceClassification):
     config_class = PooledEsmConfig
 
 
+class PackedEncoder(EsmPreTrainedModel):
+    """The encoder under the name that a task's model gives it, without a head."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(config)
+        self.esm = EsmModel(config, add_pooling_layer=False)
+        self.post_init()
+        pack_modules(self)
+
+
 class PackedForMaskedLM(EsmForMaskedLM):
     """One distribution over the 33 tokens a position."""
 

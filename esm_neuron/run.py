@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from esm_neuron.data.splits import Splits, load_inputs, load_splits
 from esm_neuron.data.validate import rejected_table
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.evaluate import evaluate as evaluate_table
-from esm_neuron.export import CONFIG, build_trained, read_run, write_results
+from esm_neuron.export import CONFIG, MAY_CHANGE, build_trained, read_run, write_results
 from esm_neuron.files import claimed, write_json, write_text
 from esm_neuron.model import parameter_count
 from esm_neuron.shapes import SHAPES
@@ -234,6 +234,7 @@ def evaluate(
     target: Path | None,
     backend_name: BackendName | None = None,
     say: Callable[[str], None] = log.info,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Figures, with 95 % bootstrap intervals, of a finished run on every row of a labelled file.
 
@@ -243,15 +244,17 @@ def evaluate(
         target: JSON file to write besides; None for none.
         backend_name: where to run; None: where it was trained.
         say: told what was read, left out or cut.
+        overrides: words that overrule the run's settings, such as `--data.label_column class`, see `MAY_CHANGE`.
 
     Raises:
         EsmNeuronError: the run, its weights or a record cannot be used.
     """
     cfg, task = read_run(run, backend_name)
+    cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
     backend = create_backend(cfg)
     try:
         table, report = load_inputs(source, cfg.data, cfg.task.labels)
-        say(report.summary())
+        (say if backend.topology.is_main else _say_nothing)(report.summary())
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)

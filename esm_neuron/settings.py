@@ -8,13 +8,16 @@ import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -55,9 +58,30 @@ def read_config(path: Path) -> TrainConfig:
     return parse(["--config", str(path)])
 
 
+def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], command: str) -> TrainConfig:
+    """`cfg` with the settings of `argv` (`--section.field value`); only those that begin with a word of `allowed`.
+
+    Raises:
+        ConfigError: a setting that is unknown, of the wrong type, out of range, or not to be changed here.
+    """
+    for word in argv:
+        name = word[2:].partition("=")[0]
+        if word.startswith("--") and name in set(known_keys()) and not name.startswith(tuple(allowed)):
+            shown = ", ".join(f"{each}*" if each.endswith(".") else each for each in allowed)
+            raise ConfigError(f"{word}: `{command}` changes no such setting of a trained model, only {shown}")
+    parser = make_parser(command)
+    try:
+        values = parser.instantiate(parser.parse_args(list(argv), namespace=parser.parse_object(plain(cfg))))
+    except argparse.ArgumentError as error:
+        raise ConfigError(_explain(str(error))) from error
+    changed = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    changed.check_values()
+    return changed
+
+
 def dump(cfg: TrainConfig) -> str:
     """`cfg` as YAML with every field, in the order of the classes."""
-    return yaml.dump(_plain(asdict(cfg)), Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain(cfg), Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True)
 
 
 def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
@@ -128,6 +152,12 @@ def _explain(message: str) -> str:
     leaf = [k for k in known_keys() if k.rpartition(".")[2] == unknown.rpartition(".")[2]]
     hint = f"did you mean {(near or leaf)[0]}?" if near or leaf else "see esm-neuron train --help"
     return f"unknown setting {unknown}; {hint}"
+
+
+def plain(section: DataclassInstance) -> dict[str, Any]:
+    """A configuration, or a section of one, in the types of YAML and JSON."""
+    values: dict[str, Any] = _plain(asdict(section))
+    return values
 
 
 def _plain(value: Any) -> Any:

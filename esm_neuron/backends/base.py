@@ -63,8 +63,7 @@ class Backend(Protocol):
         ...
 
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        """AdamW over `groups` with its state and a zeroed gradient buffer of every parameter already made, both to stay,
-        and its learning rate a tensor on the device."""
+        """AdamW over `groups`: its state and zeroed gradient buffers already made, its learning rate a tensor there."""
         ...
 
     def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:

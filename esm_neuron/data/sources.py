@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.records import LIST_JOINER, TABLES, Column, Reader, is_hub
+from esm_neuron.data.records import LIST_JOINER, TABLES, Column, Reader, Record, is_hub
 from esm_neuron.data.table_formats import read_dataset, read_hub, read_parquet
 from esm_neuron.data.text_formats import read_delimited, read_fasta, read_jsonl
 from esm_neuron.errors import DataError
@@ -73,6 +73,11 @@ def read_chunks(
         raise DataError(f"{source}: the file has no rows; check that it was written to its end")
     if lines:
         yield chunk()
+
+
+def read_records(source: str | Path, columns: Sequence[Column]) -> Iterator[Record]:
+    """The records of a file in any format, with the columns asked for; see `records.Reader`."""
+    return _reader(str(source))(str(source), columns)
 
 
 def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:

@@ -79,7 +79,7 @@ class SequenceClassification:
         return classification_figures(probabilities, table.labels, record_mean(table, loss), self.labels, intervals)
 
     def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
-        """label, and under each class's name its probability: the mean over windows."""
+        """`label`, and as `p_<class>` the probability of each class: the mean over windows."""
         probabilities = record_mean(table, np.exp(log_softmax(answers[0])))
         columns: dict[str, Column] = {"label": [self.labels[i] for i in probabilities.argmax(1)]}
-        return {**columns, **dict(zip(self.labels, probabilities.T, strict=True))}
+        return {**columns, **{f"p_{name}": p for name, p in zip(self.labels, probabilities.T, strict=True)}}

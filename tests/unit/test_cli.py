@@ -214,9 +214,9 @@ def test_predict_answers_every_record_in_its_order(
     assert said.code == 0 and "21 records answered" in said.err
     assert "1 cut into 3 windows" in said.err
     frame = pd.read_csv(target)
-    assert list(frame.columns) == ["id", "label", "alpha", "beta"]
+    assert list(frame.columns) == ["id", "label", "p_alpha", "p_beta"]
     assert list(frame["id"]) == [row[0] for row in rows]
-    answers = frame[["alpha", "beta"]].to_numpy()
+    answers = frame[["p_alpha", "p_beta"]].to_numpy()
     assert answers.sum(1) == pytest.approx(1, abs=2e-6)
     assert list(frame["label"]) == [["alpha", "beta"][i] for i in answers.argmax(1)]
     known = [i for i, row in enumerate(rows) if row[2]]
@@ -229,7 +229,7 @@ def test_predict_answers_every_record_in_its_order(
     assert (
         call("predict", "--model", trained.output, "--input", parts, "--output", tmp_path / "parts_out.csv").code == 0
     )
-    alone = pd.read_csv(tmp_path / "parts_out.csv")[["alpha", "beta"]].to_numpy()
+    alone = pd.read_csv(tmp_path / "parts_out.csv")[["p_alpha", "p_beta"]].to_numpy()
     assert answers[7] == pytest.approx(alone.mean(0), abs=3e-6)
 
 
@@ -265,7 +265,7 @@ def test_export_loads_in_transformers(toy: Toy, tmp_path: Path, call: Callable[.
     assert model.config.id2label == {0: "alpha", 1: "beta"}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert call("predict", "--model", cfg.output, "--input", cfg.data.test, "--output", tmp_path / "p.csv").code == 0
-    expected = pd.read_csv(tmp_path / "p.csv")[["alpha", "beta"]].to_numpy()
+    expected = pd.read_csv(tmp_path / "p.csv")[["p_alpha", "p_beta"]].to_numpy()
     sequences = list(pd.read_csv(cfg.data.test)["sequence"])
     with torch.no_grad():
         for sequence, values in zip(sequences, expected, strict=True):

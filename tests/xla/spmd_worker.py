@@ -17,10 +17,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from esm_neuron import run
+from esm_neuron.answers.predict import predict
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.backends.common import copy_to_host
@@ -41,7 +43,6 @@ from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.evaluate import forward, on_device, run_passes
-from esm_neuron.predict import predict
 from esm_neuron.run import Loaders
 from esm_neuron.tasks import TASKS, Task, create_task
 from esm_neuron.trainer import Trainer
@@ -340,9 +341,10 @@ def commands() -> dict[str, Any]:
     cfg = configuration("commands", "sequence_classification", "xla", tp=2, max_steps=2)
     outcome = run.train(cfg, str)
     folder = Path(cfg.output)
-    first = predict(folder, FOLDER / "valid.csv", FOLDER / "mesh.csv", say=str)
-    second = predict(folder, FOLDER / "valid.csv", FOLDER / "cpu.csv", "cpu", say=str)
-    columns = list(LABELS)
+    predict(str(folder), FOLDER / "valid.csv", FOLDER / "mesh.csv", say=str)
+    predict(str(folder), FOLDER / "valid.csv", FOLDER / "cpu.csv", backend="cpu", say=str)
+    first, second = pd.read_csv(FOLDER / "mesh.csv"), pd.read_csv(FOLDER / "cpu.csv")
+    columns = [f"p_{label}" for label in LABELS]
     gap = np.abs(first[columns].to_numpy() - second[columns].to_numpy()).max()
     return {"steps": outcome.result["train"]["steps"], "ids": list(first["id"]), "difference": float(gap)}
 

@@ -54,6 +54,14 @@ def test_validation_and_test_figures_are_those_of_the_cpu(
     same_figures(said["evaluated"]["xla"], said["evaluated"]["cpu"], abs=1e-5)
 
 
+def test_answers_are_those_of_the_cpu_by_one_program(said: dict[str, Any]) -> None:
+    cpu, xla = (said["answered"][name] for name in ("cpu", "xla"))
+    assert len(cpu["ids"]) == 60 and xla["ids"] == cpu["ids"]
+    assert xla["p"] == pytest.approx(cpu["p"], abs=1e-6)
+    assert xla["embeddings"] == pytest.approx(cpu["embeddings"], abs=2e-6)
+    assert xla["programs"] == [1, 1], "a piece must not make a shape of its own"
+
+
 ONCE = {"first pass", "first update", "first evaluation"}
 SET_UP = 2
 """Most programs before the first step: the gradient buffers and the optimizer's state."""

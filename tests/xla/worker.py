@@ -19,10 +19,14 @@ from typing import Any
 os.environ["PJRT_DEVICE"] = "CPU"
 os.environ["USE_TORCH_XLA"] = "0"
 
+import numpy as np
+import pandas as pd
 import torch_xla
 import torch_xla.debug.metrics as met
 
 from esm_neuron import run, settings
+from esm_neuron.answers.embed import embed
+from esm_neuron.answers.predict import predict
 from esm_neuron.backends.xla import XlaBackend
 from esm_neuron.config import TrainConfig
 from esm_neuron.files import sha256
@@ -170,6 +174,25 @@ def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
     return {"stopped_by": stopped_by, "counts": counts, **figures(cfg)}
 
 
+def answer(folder: Path, source: Path) -> dict[str, Any]:
+    """The run `cpu` asked on both devices, in pieces whose last batches are short; programs of each command."""
+    small = ("--loop.eval_rows_per_device=1", "--data.row_tokens=64", "--data.max_segments=2")
+    found: dict[str, Any] = {}
+    for name in ("cpu", "xla"):
+        before = compiled()
+        predict(str(folder / "cpu"), source, folder / f"{name}.csv", backend=name, settings=small)
+        middle = compiled()
+        embed(str(folder / "cpu"), source, folder / f"{name}.parquet", "residue", backend=name, settings=small)
+        frame = pd.read_parquet(folder / f"{name}.parquet")
+        found[name] = {
+            "p": list(pd.read_csv(folder / f"{name}.csv")["p_alpha"]),
+            "ids": list(frame["id"]),
+            "embeddings": np.concatenate([np.stack(each).ravel()[::29] for each in frame["embedding"]]).tolist(),
+            "programs": [middle - before, compiled() - middle],
+        }
+    return found
+
+
 def main(config: Path, folder: Path) -> None:
     base = settings.read_config(config)
 
@@ -186,6 +209,7 @@ def main(config: Path, folder: Path) -> None:
     said["evaluated"] = {
         name: run.evaluate(folder / "cpu", Path(str(base.data.test)), None, name, str) for name in ("cpu", "xla")
     }
+    said["answered"] = answer(folder, Path(str(base.data.train)))
     said["counts"]["accumulated"] = count_graphs(make("accumulated", loop=accumulate))
     said["accumulated"] = figures(make("accumulated", loop=accumulate))
     said["counts"]["full, dropout"] = count_graphs(

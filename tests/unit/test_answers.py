@@ -1,0 +1,329 @@
+"""Predictions and embeddings: every format, the order, small pieces, a kill and what is resumed, errors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import EsmForMaskedLM, EsmModel
+
+from esm_neuron import cli, run
+from esm_neuron.answers import records, stream
+from esm_neuron.answers.embed import embed
+from esm_neuron.answers.parts import Parts
+from esm_neuron.answers.predict import predict
+from esm_neuron.backends import create_backend
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.tokenizer import hf_tokenizer
+from esm_neuron.errors import ConfigError, DataError, TrainingError
+from esm_neuron.export import build_trained, export, read_run
+from esm_neuron.shapes import SHAPES, esm_config
+
+Toy = Callable[..., TrainConfig]
+Proteins = Callable[..., Path]
+
+SMALL = ("--data.max_residues=62", "--data.window_overlap=8", "--data.row_tokens=64", "--loop.eval_rows_per_device=1")
+"""Pieces of 2,048 tokens: some 50 toy proteins."""
+PATIENCE = 300
+"""Seconds that a process may take to import, on a busy machine, and to answer."""
+
+
+@pytest.fixture(scope="module")
+def trained(module_toy: Toy) -> TrainConfig:
+    """A finished LoRA run."""
+    cfg = module_toy(optim={"lr": 1e-2}, loop={"max_steps": 4})
+    run.train(cfg, str)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder as the hub's: EsmForMaskedLM, random weights."""
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    torch.manual_seed(5)
+    EsmForMaskedLM(esm_config(SHAPES["tiny"])).save_pretrained(folder)
+    return folder
+
+
+def write_as(rows: pd.DataFrame, path: Path) -> Path:
+    """Proteins in the format of a suffix."""
+    if path.suffix == ".parquet":
+        rows.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        rows.to_json(path, orient="records", lines=True)
+    elif path.suffix == ".fasta":
+        pairs = zip(rows["id"], rows["sequence"], strict=True)
+        path.write_text("".join(f">{name} a note\n{sequence}\n" for name, sequence in pairs))
+    else:
+        rows.to_csv(path, index=False, sep="\t" if ".tsv" in path.name else ",")
+    return path
+
+
+def read_as(path: Path) -> pd.DataFrame:
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    if path.suffix == ".jsonl":
+        return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+
+
+def words(command: str, model: object, source: Path, target: Path, *more: str) -> list[str]:
+    return [command, "--model", str(model), "--input", str(source), "--output", str(target), *more]
+
+
+def test_every_format_in_and_out(trained: TrainConfig, tmp_path: Path) -> None:
+    rows = pd.read_csv(str(trained.data.test))[["id", "sequence"]]
+    frames = []
+    for source, target in (
+        ("a.csv", "a.parquet"),
+        ("b.tsv.gz", "b.jsonl"),
+        ("c.parquet", "c.csv"),
+        ("d.jsonl", "d.tsv"),
+        ("e.fasta", "e.parquet"),
+    ):
+        assert predict(trained.output, write_as(rows, tmp_path / source), tmp_path / target) == len(rows)
+        frames.append(read_as(tmp_path / target))
+    for frame in frames:
+        assert list(frame.columns) == ["id", "label", "p_alpha", "p_beta"]
+        assert list(frame["id"]) == list(rows["id"]) and list(frame["label"]) == list(frames[0]["label"])
+        assert frame["p_alpha"].to_numpy() == pytest.approx(frames[0]["p_alpha"].to_numpy(), rel=1e-6)
+    assert len(set(frames[0]["label"])) == 2
+
+
+def test_pieces_give_what_the_whole_gives_in_its_order(
+    trained: TrainConfig, proteins: Proteins, tmp_path: Path
+) -> None:
+    source = proteins("many.csv", 200, seed=9)
+    predict(trained.output, source, tmp_path / "whole.parquet")
+    predict(trained.output, source, tmp_path / "pieces.parquet", settings=SMALL)
+    whole, pieces = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("whole", "pieces"))
+    assert list(pieces["id"]) == list(whole["id"]) == list(pd.read_csv(source)["id"])
+    assert pieces["p_alpha"].to_numpy() == pytest.approx(whole["p_alpha"].to_numpy(), abs=1e-6)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_classes_called_id_and_label_keep_their_columns(toy: Toy, tmp_path: Path) -> None:
+    cfg = toy(loop={"max_steps": 1})
+    for split in ("train", "valid", "test"):
+        path = Path(str(getattr(cfg.data, split)))
+        path.write_text(path.read_text().replace(",alpha", ",id").replace(",beta", ",label"))
+    run.train(cfg, str)
+    predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "out.csv")
+    frame = pd.read_csv(tmp_path / "out.csv")
+    assert list(frame.columns) == ["id", "label", "p_id", "p_label"]
+    assert list(frame["id"]) == list(pd.read_csv(str(cfg.data.test))["id"]) and set(frame["label"]) <= {"id", "label"}
+
+
+def test_other_columns_by_overruling(trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pd.read_csv(str(trained.data.test)).rename(columns={"id": "name", "sequence": "aa", "label": "class"})
+    rows.to_csv(tmp_path / "other.csv", index=False)
+    named = ("--data.id_column=name", "--data.sequence_column", "aa")
+    assert cli.main(words("predict", trained.output, tmp_path / "other.csv", tmp_path / "o.csv", *named)) == 0
+    assert list(pd.read_csv(tmp_path / "o.csv")["id"]) == list(rows["name"])
+    capsys.readouterr()
+    evaluated = ["evaluate", "--model", trained.output, "--input", str(tmp_path / "other.csv"), *named]
+    assert cli.main([*evaluated, "--data.label_column=class"]) == 0
+    result = json.loads((Path(trained.output) / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(result["test"]["accuracy"])
+    for word, expected in (
+        ("--adapter.r=4", "`predict` changes no such setting of a trained model, only data.*, loop.eval"),
+        ("--data.id_colum=name", "unknown setting data.id_colum; did you mean data.id_column?"),
+        ("--data.max_residues=2000", "do not fit a row of data.row_tokens=128"),
+    ):
+        assert cli.main(words("predict", trained.output, tmp_path / "other.csv", tmp_path / "x.csv", word)) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
+
+
+def alone(folder: Path, sequences: list[str]) -> list[np.ndarray]:
+    """Hidden states [residues + 2, H] of each protein by transformers' own model, one at a time."""
+    model, tokenizer = EsmModel.from_pretrained(folder, add_pooling_layer=False).eval(), hf_tokenizer()
+    with torch.no_grad():
+        return [model(**tokenizer(each, return_tensors="pt")).last_hidden_state[0].numpy() for each in sequences]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".safetensors"])
+def test_embeddings_are_those_of_transformers_alone(
+    plain: Path, proteins: Proteins, tmp_path: Path, suffix: str
+) -> None:
+    source = proteins("p.csv", 90, seed=3)
+    rows = pd.read_csv(source)
+    states = alone(plain, list(rows["sequence"]))
+    for pooling, expected in (
+        ("mean", [each[1:-1].mean(0) for each in states]),
+        ("cls", [each[0] for each in states]),
+        ("residue", [each[1:-1] for each in states]),
+    ):
+        target = tmp_path / f"{pooling}{suffix}"
+        assert embed(str(plain), source, target, pooling, settings=SMALL) == 90
+        if suffix == ".parquet":
+            frame = pd.read_parquet(target)
+            assert list(frame["id"]) == list(rows["id"])
+            found = [np.stack(each) if pooling == "residue" else each for each in frame["embedding"]]
+        else:
+            arrays = load_file(target)
+            assert set(arrays) == set(rows["id"])
+            found = [arrays[name] for name in rows["id"]]
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape and one.dtype == np.float32
+            assert np.abs(one - other).max() < 2e-6
+
+
+def test_a_run_embeds_with_its_adapter(trained: TrainConfig, tmp_path: Path) -> None:
+    source = Path(str(trained.data.test))
+    embed(trained.output, source, tmp_path / "run.parquet")
+    export(Path(trained.output), tmp_path / "merged")
+    embed(str(tmp_path / "merged"), source, tmp_path / "merged.parquet", settings=("--data.row_tokens=2048",))
+    embed(str(Path(trained.output) / "base"), source, tmp_path / "base.parquet")
+    run_, merged, base = (
+        np.stack(pd.read_parquet(tmp_path / f"{name}.parquet")["embedding"]) for name in ("run", "merged", "base")
+    )
+    assert np.abs(run_ - merged).max() < 5e-6
+    assert np.abs(run_ - base).max() > 1e-3
+
+
+def test_an_answering_model_has_no_gradient_buffers(toy: Toy) -> None:
+    cfg = toy(adapter={"kind": "none"}, loop={"max_steps": 1})
+    run.train(cfg, str)
+    cfg, task = read_run(Path(cfg.output))
+    model = build_trained(cfg, task, create_backend(cfg)).model
+    assert any(p.requires_grad for p in model.parameters()) and all(p.grad is None for p in model.parameters())
+
+
+def parts(target: Path) -> list[Path]:
+    return sorted(target.with_name(f"{target.name}.parts").glob("[0-9]*.*"))
+
+
+def test_a_killed_command_goes_on_and_loses_no_row(
+    trained: TrainConfig, plain: Path, proteins: Proteins, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = proteins("many.csv", 2500, seed=4), tmp_path / "out.csv"
+    command = words("predict", trained.output, source, target, *SMALL)
+    process = subprocess.Popen([sys.executable, "-m", "esm_neuron.cli", *command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + PATIENCE
+    while len(parts(target)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.communicate()[1].count("\n") == 1, "no bar where there is no terminal"
+    assert not target.exists()
+    kept = {path: path.stat().st_mtime_ns for path in parts(target)}
+    assert 3 <= len(kept) < 45
+
+    def refused(*other: str) -> str:
+        assert cli.main([*command, *other]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "parts of answers that were not finished; go on with --resume" in refused()
+    assert "begun with another data.long_sequences" in refused("--resume", "--data.long_sequences=window")
+    text = source.read_text()
+    source.write_text(text.replace("A", "G", 1))
+    assert "begun with another input; give --resume the same" in refused("--resume")
+    source.write_text(text)
+    assert cli.main([*command, "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert f"resumed: {len(kept)} of " in said and "2500 records answered" in said
+    assert not target.with_name("out.csv.parts").exists()
+    predict(trained.output, source, tmp_path / "whole.csv", settings=SMALL)
+    assert target.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert list(pd.read_csv(target)["id"]) == list(pd.read_csv(source)["id"])
+
+
+def test_two_processes_write_what_one_writes(trained: TrainConfig, proteins: Proteins, tmp_path: Path) -> None:
+    source = proteins("many.csv", 300, seed=6)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = words("predict", trained.output, source, tmp_path / "two.csv", *SMALL)
+    done = subprocess.run(
+        [*start, "-m", "esm_neuron.cli", *command], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("300 records answered") == 1 and done.stderr.count("300 rows") == 1
+    predict(trained.output, source, tmp_path / "one.csv", settings=SMALL)
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
+def test_bad_rows_are_counted_or_named(trained: TrainConfig, tmp_path: Path) -> None:
+    source, said = tmp_path / "bad.fasta", list[str]()
+    source.write_text(">a\nACDE\n>b\nAC!E\n>c\nACEEE\n>d\n" + "ACDEF" * 20 + "\n")
+    with pytest.raises(DataError, match=r"bad.fasta:3: the sequence of 'b' has '!' at residue 3"):
+        predict(trained.output, source, tmp_path / "out.csv")
+    skip = ("--data.on_bad_residue=skip",)
+    assert predict(trained.output, source, tmp_path / "out.csv", settings=skip, say=said.append) == 3
+    rejected = (tmp_path / "out.csv.rejected.tsv").read_text().splitlines()
+    assert len(rejected) == 2 and "\tb\t" in rejected[1] and "left out" in rejected[1]
+    assert "1 skipped" in said[0] and "1 cropped, 38 residues cut off" in said[0]
+    assert list(pd.read_csv(tmp_path / "out.csv")["id"]) == ["a", "c", "d"]
+    replaced = ("--data.on_bad_residue=replace",)
+    assert predict(trained.output, source, tmp_path / "out.csv", settings=replaced, say=said.append) == 4
+
+
+def test_what_cannot_be_answered_is_one_line(trained: TrainConfig, plain: Path, tmp_path: Path) -> None:
+    source = Path(str(trained.data.test))
+    windows = ("--data.long_sequences=window",)
+    cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
+        (lambda: predict(trained.output, source, tmp_path / "x.xls"), ConfigError, "unknown format '.xls'; name the"),
+        (lambda: embed(str(plain), source, tmp_path / "x.csv"), ConfigError, "one of .parquet .safetensors"),
+        (lambda: predict(trained.output, source, tmp_path), ConfigError, "unknown format ''"),
+        (lambda: predict(str(plain), source, tmp_path / "x.csv"), ConfigError, "predict needs the output folder"),
+        (lambda: embed("tiny", source, tmp_path / "x.parquet"), ConfigError, "tiny is a bare shape, without weights"),
+        (lambda: embed("none", source, tmp_path / "x.parquet"), ConfigError, "model.name=none is no folder, no hub id"),
+        (
+            lambda: embed(str(plain), source, tmp_path / "x.parquet", "residue", settings=windows),
+            ConfigError,
+            "would give a residue several embeddings",
+        ),
+    ]
+    for act, kind, expected in cases:
+        with pytest.raises(kind) as caught:
+            act()
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
+    reserved = tmp_path / "reserved.csv"
+    reserved.write_text("id,sequence\n__metadata__,ACDE\n")
+    with pytest.raises(DataError, match="reserved in safetensors"):
+        embed(str(plain), reserved, tmp_path / "x.safetensors")
+    broken = tmp_path / "broken"
+    EsmForMaskedLM.from_pretrained(plain).save_pretrained(broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["esm.encoder.emb_layer_norm_after.bias"][0] = np.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"an answer to '2-\d+', .* is no number; the weights are not sound"):
+        embed(str(broken), source, tmp_path / "y.parquet")
+    assert not list(tmp_path.glob("[xy].*[!s]"))
+
+
+def test_an_input_that_changes_while_it_is_answered_is_refused(
+    plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = proteins("p.csv", 5)
+
+    def read_once(*given: Any) -> Any:
+        survey = stream.read_once(*given)
+        source.write_text(source.read_text().replace("A", "G"))
+        return survey
+
+    monkeypatch.setattr(records, "read_once", read_once)
+    with pytest.raises(DataError, match="the input has changed while it was answered"):
+        embed(str(plain), source, tmp_path / "x.parquet")
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def test_lists_of_a_residue_each_become_text_in_a_csv_file(tmp_path: Path) -> None:
+    made = Parts(tmp_path / "out.csv")
+    made.begin({}, resume=False)
+    made.write(0, pa.table({"id": ["a"], "values": pa.array([np.linspace(0, 1, 2001)]), "n": [1]}))
+    made.write(1, pa.table({"id": ["b"], "values": pa.array([np.array([0.5])]), "n": [2]}))
+    assert made.join(2) == 2
+    frame = pd.read_csv(tmp_path / "out.csv", dtype={"values": str})
+    assert list(map(float, frame["values"][0].split(","))) == pytest.approx(np.linspace(0, 1, 2001), abs=1e-6)
+    assert list(frame["values"])[1] == "0.5" and list(frame["n"]) == [1, 2]
