@@ -14,15 +14,15 @@ UV_PIP = VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
 	--custom-compile-command "make lock" --upgrade
 EXTRAS := --extra xla --extra dev
-SOURCES := esm_neuron tests $(wildcard benchmarks)
+SOURCES := esm_neuron tests launchers $(wildcard benchmarks)
 DEMO := runs/demo
 PAGE := docs/parity.md
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-hub lint type format bench lock clean
+.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub lint type format bench lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## set up .venv: Python 3.10, 3.11 or 3.12 (PYTHON=...), uv, all packages, hashes checked
 
@@ -39,6 +39,10 @@ $(VENV)/.installed: $(VENV)/.uv pyproject.toml constraints/general.txt
 
 $(VENV)/.nxd-tests: $(VENV)/.installed
 	$(UV_PIP) install --quiet -c constraints/general.txt -r pyproject.toml $(EXTRAS) --extra nxd-tests
+	touch $@
+
+$(VENV)/.launchers-tests: $(VENV)/.installed
+	$(UV_PIP) install --quiet -c constraints/general.txt -r pyproject.toml $(EXTRAS) --extra sagemaker --extra launchers-tests
 	touch $@
 
 demo: $(VENV)/.installed ## fine-tune on real proteins with LoRA on the CPU, then predict: about 10 minutes on 2 cores
@@ -63,6 +67,9 @@ test-gpu: $(VENV)/.installed ## test on a CUDA GPU
 test-trn1: ## test on a trn1 instance, in the active environment (constraints/neuron.txt)
 	python -m pytest -m trn1
 
+test-launchers: $(VENV)/.launchers-tests ## test the launchers: nodes of this machine, SageMaker's containers, AWS stood in for
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m launchers tests/launchers
+
 test-hub: $(VENV)/.installed ## test with real checkpoints downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub
 
@@ -83,7 +90,7 @@ bench: $(VENV)/.installed ## residues per second against HF Trainer + PEFT on th
 	$(BIN)/python benchmarks/throughput.py
 
 lock: $(VENV)/.uv ## resolve constraints/general.txt and constraints/uv.txt anew
-	$(LOCK) pyproject.toml --extra xla --extra cuda --extra sagemaker --extra dev --extra nxd-tests -o constraints/general.txt
+	$(LOCK) pyproject.toml --extra xla --extra cuda --extra sagemaker --extra dev --extra nxd-tests --extra launchers-tests -o constraints/general.txt
 	$(LOCK) constraints/uv.in -o constraints/uv.txt
 
 clean: ## remove the environment, caches and demo runs

@@ -35,7 +35,7 @@ MOMENTS = 8
 class Instance:
     """What a rented machine has."""
 
-    kind: Literal["neuron", "gpu", "cpu"]
+    kind: Literal["neuron", "gpu"]
     device: str
     """Its accelerator."""
     devices: int

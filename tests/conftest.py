@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import tempfile
@@ -25,6 +26,7 @@ SUITES = {
     "nxd": "make test-nxd NXD_SRC=<folder with neuronx_distributed's sources>",
     "gpu": "make test-gpu, on a machine with a CUDA GPU",
     "trn1": "make test-trn1, on a trn1 instance",
+    "launchers": "make test-launchers",
     "hub": "make test-hub, with a network",
 }
 """Marker -> how its tests are run. They run where they are asked for by name; elsewhere they are skipped, visibly."""
@@ -66,6 +68,10 @@ def _missing(suite: str) -> str | None:
         import torch
 
         return None if torch.cuda.is_available() else "torch finds no CUDA GPU"
+    if suite == "launchers":
+        needed = ("moto", "sagemaker", "sagemaker_training", "sagemaker_pytorch_container", "kubeflow")
+        lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+        return f"{', '.join(lacking)} not installed (extras sagemaker and launchers-tests)" if lacking else None
     if suite == "trn1":
         return None if Path("/dev/neuron0").exists() else "there is no /dev/neuron0"
     return None

@@ -1,0 +1,110 @@
+"""The program inside a SageMaker training container: torchrun, started by the container, runs it once a device.
+
+SM_* variables and channels become flags of `esm-neuron`; the run lives in the checkpoint folder, which SageMaker keeps
+in S3 and brings back after an interruption; what it leaves is laid in the model folder. Of the library only public
+names are used: the command line, settings, errors, files.
+
+Flags (a job's hyperparameters): those of `esm-neuron train`, `--config` first of all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+# The first of these imports reads nothing of torch: a wrong flag is known at once.
+from esm_neuron import cli, settings
+from esm_neuron.config import TrainConfig
+from esm_neuron.errors import ConfigError, EsmNeuronError
+from esm_neuron.files import write_text
+
+RESULTS = ("result.json", "metrics.jsonl", "valid_ids.txt", "adapter", "base", "model")
+"""What a finished run leaves, config.yaml apart."""
+SHOWN = 1024
+"""Characters of the failure file that SageMaker shows as the reason."""
+SPLITS = ("train", "valid", "test")
+
+
+def base_folder(env: Mapping[str, str]) -> Path:
+    """/opt/ml, or where the container's toolkit was told to put it."""
+    return Path(env.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
+
+
+def flags(argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
+    """The flags of this container's run: the job's own, then the folders of this container.
+
+    Raises:
+        ConfigError: the job's flags cannot be used, or a channel does not hold the file that the config names.
+    """
+    cfg = settings.parse(argv)
+    words = [*argv, "--output", str(base_folder(env) / "checkpoints"), "--checkpoint.resume", "auto"]
+    for split in SPLITS:
+        folder = env.get(f"SM_CHANNEL_{split.upper()}")
+        if folder is not None:
+            words += [f"--data.{split}", str(channel_file(split, Path(folder), getattr(cfg.data, split)))]
+    if "SM_CHANNEL_MODEL" in env:
+        words += ["--model.name", env["SM_CHANNEL_MODEL"]]
+    return words
+
+
+def channel_file(split: str, folder: Path, named: str | None) -> Path:
+    """The file of a channel that the config names, whatever its folder there; else the channel's only file."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    wanted = [path for path in files if named is not None and path.name == Path(named).name]
+    if wanted or len(files) == 1:
+        return (wanted or files)[0]
+    held = ", ".join(path.name for path in files) or "nothing"
+    raise ConfigError(f"channel {split} holds {held}; put one file there, or name it: data.{split}={named}")
+
+
+def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Train, or compile under neuron_parallel_compile; returns the exit code. Why it failed is written down."""
+    try:
+        words = flags(argv, env)
+        # neuron_parallel_compile sets it for the run that collects programs
+        command = "compile" if env.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1" else "train"
+        code = cli.run([command, *words])
+        if code == 0 and command == "train" and env.get("RANK", "0") == "0":
+            lay_out(base_folder(env) / "checkpoints", Path(env["SM_MODEL_DIR"]), settings.parse(argv))
+        return code
+    except (EsmNeuronError, OSError) as error:
+        write_failure(base_folder(env), f"esm-neuron: error: {error}")
+        cli.say(f"esm-neuron: error: {error}")
+        return error.exit_code if isinstance(error, EsmNeuronError) else 2
+    except BaseException as error:
+        if not isinstance(error, SystemExit) or error.code:
+            write_failure(base_folder(env), traceback.format_exc()[-SHOWN:])
+        raise
+
+
+def lay_out(run: Path, target: Path, submitted: TrainConfig) -> None:
+    """Copy a finished run to the model folder; its config names data and base weights as the job's submitter did."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in RESULTS:
+        if (run / name).is_dir():
+            shutil.copytree(run / name, target / name, dirs_exist_ok=True)
+        elif (run / name).exists():
+            shutil.copy2(run / name, target / name)
+    cfg = settings.read_config(run / "config.yaml")
+    model = replace(cfg.model, name=submitted.model.name)
+    data = replace(cfg.data, **{split: getattr(submitted.data, split) for split in SPLITS})
+    write_text(target / "config.yaml", settings.dump(replace(cfg, model=model, data=data)))
+
+
+def write_failure(base: Path, reason: str) -> None:
+    """Write the failure file, which SageMaker shows as the reason: the first rank that fails knows it best."""
+    (base / "output").mkdir(parents=True, exist_ok=True)
+    try:
+        with (base / "output" / "failure").open("x", encoding="utf-8") as file:
+            file.write(reason[:SHOWN])
+    except FileExistsError:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

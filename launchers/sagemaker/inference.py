@@ -1,0 +1,68 @@
+"""Handler of a SageMaker endpoint (PyTorch inference image, CPU or GPU) for a folder that hosting.py made.
+
+Requests: application/json `{"records": [{"id": "P1", "sequence": "MKT..."}]}` or `{"sequences": ["MKT..."]}`, or FASTA
+as text/plain. The answer is JSON, `{"answers": [{"id": "P1", "label": "membrane", ...}]}` in the order of the request,
+with the columns of `esm-neuron predict`. A request that cannot be used is an error of one line.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from esm_neuron.errors import DataError
+from esm_neuron.serving import Predictor
+
+Records = list[tuple[str, str]]
+
+
+def model_fn(model_dir: str) -> Predictor:
+    """The model, loaded once a worker."""
+    return Predictor.open(Path(model_dir), "cpu")
+
+
+def input_fn(body: str | bytes, content_type: str) -> Records:
+    """(id, sequence) of each protein of a request.
+
+    Raises:
+        DataError: not the form above.
+    """
+    text = body.decode("utf-8") if isinstance(body, bytes) else body
+    kind = content_type.partition(";")[0].strip()
+    if kind == "text/plain":
+        return _fasta(text)
+    if kind != "application/json":
+        raise DataError(f"content type {content_type!r}; send application/json, or FASTA as text/plain")
+    try:
+        request = json.loads(text)
+        if "sequences" in request:
+            return [(str(number), _sequence(value)) for number, value in enumerate(request["sequences"])]
+        return [(str(record["id"]), _sequence(record["sequence"])) for record in request["records"]]
+    except (ValueError, KeyError, TypeError) as error:
+        form = '{"records": [{"id": "P1", "sequence": "MKT"}]} or {"sequences": ["MKT"]}'
+        raise DataError(f"request is not {form}: {error!r}") from error
+
+
+def predict_fn(records: Records, model: Predictor) -> list[dict[str, Any]]:
+    """The answers, in order."""
+    return model.answer(records)
+
+
+def output_fn(answers: list[dict[str, Any]], accept: str) -> str:
+    """The answers as JSON, whatever is asked for: there is one form."""
+    return json.dumps({"answers": answers})
+
+
+def _fasta(text: str) -> Records:
+    before, *records = ("\n" + text).split("\n>")
+    if before.strip() or not records:
+        raise DataError("request is no FASTA; begin each record with a line >ID")
+    parts = [record.partition("\n") for record in records]
+    return [(header.split()[0] if header.split() else "", "".join(body.split())) for header, _, body in parts]
+
+
+def _sequence(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a sequence is {type(value).__name__}, not text")
+    return value

@@ -1,0 +1,272 @@
+"""A SageMaker training job, described and checked before anything is sent: the service refuses most of this late."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from esm_neuron import settings
+from esm_neuron.backends.neuron_env import apply_settings
+from esm_neuron.config import TrainConfig, require
+from esm_neuron.cost import Instance, read_prices
+from esm_neuron.data.loader import accumulated_passes
+from esm_neuron.errors import ConfigError
+from esm_neuron.parallel.topology import Topology, legal_tp
+from esm_neuron.shapes import known_shape
+
+IMAGES = Path(__file__).with_name("images.yaml")
+SPLITS = ("train", "valid", "test")
+DAYS = 24 * 3600
+MOST_RUN = 28 * DAYS
+"""Seconds that the service lets a job run."""
+MOST_WARM = 3600
+"""Seconds that the service keeps a warm pool."""
+OWN = ("config", "output", "backend", "checkpoint.resume", "data.train", "data.valid", "data.test")
+"""Settings that the launcher and the entry point give themselves."""
+BACKENDS = {"neuron": "neuron", "gpu": "cuda"}
+"""Kind of an instance -> the backend that runs on it."""
+
+_NUMBER = r"(-?[0-9.]+(?:e[+-]?[0-9]+)?)"
+TRAIN_METRICS = ("loss", "lr", "grad_norm", "residues_per_second", "graphs")
+EVAL_METRICS = (
+    "loss", "accuracy", "balanced_accuracy", "mcc", "macro_f1", "micro_f1", "auroc", "auprc", "perplexity", "spearman",
+    "pearson", "rmse", "mae", "r2",
+)  # fmt: skip
+
+
+def metric_definitions() -> list[dict[str, str]]:
+    """Name and regular expression of what SageMaker reads from the log: the lines of `callbacks.ProgressConsole`."""
+    train = {f"train:{name}": rf"step=\d+/\d+ (?:.* )?{name}={_NUMBER}(?: |$)" for name in TRAIN_METRICS}
+    valid = {f"valid:{name}": rf"eval step=\d+ split=valid (?:.* )?{name}={_NUMBER}(?: |$)" for name in EVAL_METRICS}
+    return [{"Name": name, "Regex": regex} for name, regex in {**train, **valid}.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training job. Folders and files may be local (they are uploaded) or s3:// URIs."""
+
+    config: Path
+    """YAML of the training run, as for `esm-neuron train`."""
+    instance_type: str
+    """Such as ml.trn1.32xlarge, ml.trn1n.32xlarge, ml.g5.2xlarge."""
+    output: str
+    """s3:// prefix for code, uploads, checkpoints and results; the job's name is added."""
+    role: str
+    """ARN of the execution role."""
+    region: str
+    """Such as us-west-2."""
+    name: str
+    """Name of the job, unique in account and region. The checkpoints of an earlier job: see `checkpoints`."""
+    instance_count: int = 1
+    """Instances; several need ml.trn1.32xlarge, ml.trn1n.32xlarge or GPU instances."""
+    train: str | None = None
+    """Training file, or an s3:// prefix that holds it. None: the config's, uploaded."""
+    valid: str | None = None
+    """The same for validation."""
+    test: str | None = None
+    """The same for the test."""
+    model: str | None = None
+    """Hugging Face folder of the starting weights, local or s3://. None: the config's name, from the hub."""
+    checkpoints: str | None = None
+    """s3:// prefix of the checkpoints; that of an earlier job goes on with it. None: under `output` and `name`."""
+    compile_cache: str | None = None
+    """s3:// prefix where compiled programs are kept (NEURON_COMPILE_CACHE_URL)."""
+    compile_only: bool = False
+    """Compile the run's programs into `compile_cache` and end."""
+    spot: bool = False
+    """Spare capacity: cheaper, may be interrupted; goes on from the newest checkpoint."""
+    max_run: int = DAYS
+    """Seconds after which the service stops the job."""
+    max_wait: int | None = None
+    """Spot: seconds of waiting and running together. None: as `max_run`."""
+    keep_alive: int = 0
+    """Seconds that the instances stay for the next job (warm pool); they cost as if in use."""
+    image: str | None = None
+    """Full name of the training image. None: that of images.yaml for the instance and region."""
+    baked: bool = False
+    """`image` holds this package and what it needs (launchers/Dockerfile): nothing is installed at start."""
+    network_isolation: bool = False
+    """No network in the container; needs `baked`, and weights in `model`."""
+    subnets: tuple[str, ...] = ()
+    """VPC subnets."""
+    security_groups: tuple[str, ...] = ()
+    """VPC security groups."""
+    volume_kms_key: str | None = None
+    """Key for the EBS volume; instances with local NVMe refuse it."""
+    output_kms_key: str | None = None
+    """Key for results in S3."""
+    encrypt_traffic: bool = False
+    """Encrypt traffic between instances."""
+    volume_gb: int = 200
+    """EBS volume in GB; instances with local NVMe have their own."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the job."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """More environment variables."""
+    overrides: tuple[str, ...] = ()
+    """Flags of `esm-neuron train` beside the config: the words after `--`."""
+
+    def __post_init__(self) -> None:
+        """Check everything; raises ConfigError with the cure."""
+        self._check_service()
+        self._check_network()
+        self._check_limits()
+        self._check_run()
+        require(bool(self.image_uri), "image: empty; leave it out or name one")
+
+    @property
+    def instance(self) -> Instance:
+        """What the instance has."""
+        known = read_prices().instances
+        plain = self.instance_type.removeprefix("ml.")
+        if not self.instance_type.startswith("ml.") or plain not in known:
+            names = ", ".join(f"ml.{name}" for name in known)
+            raise ConfigError(f"instance_type={self.instance_type} is not in the price list; it has {names}")
+        return known[plain]
+
+    @cached_property
+    def run(self) -> TrainConfig:
+        """The configuration of the training run, overrides in it."""
+        return settings.parse(["--config", str(self.config), *self.overrides])
+
+    @property
+    def hyperparameters(self) -> dict[str, str]:
+        """Flags of the entry point: scalars only, since the container mangles anything else."""
+        words = [part for word in self.overrides for part in word.split("=", 1)]
+        require(len(words) % 2 == 0, f"overrides {' '.join(words)}: give each as --section.field value")
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        found = {"config": self.config.name, "backend": BACKENDS[self.instance.kind]}
+        for flag, value in given.items():
+            name = flag.removeprefix("--")
+            require(
+                flag.startswith("--") and name not in OWN, f"override {flag}: the job sets it; see launch.py --help"
+            )
+            scalar = f"override {flag} {value}: only plain values survive a hyperparameter; put it into {self.config}"
+            require(value[:1] not in ("[", "{"), scalar)
+            found[name] = value
+        return found
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment of the container, beside what SageMaker sets."""
+        found: dict[str, str] = {}
+        if self.instance.kind == "neuron" and self.instance_count > 1:
+            # the container's toolkit does it for trn1.32xlarge and forgets trn1n
+            settings_of_library = apply_settings(self.run, nodes=True, env={})
+            found |= {name: value for name, value in settings_of_library.items() if name.startswith("FI_")}
+        if self.compile_cache:
+            found["NEURON_COMPILE_CACHE_URL"] = self.compile_cache
+        if self.compile_only:
+            found["RUN_NEURON_PARALLEL_COMPILE"] = "1"
+        return found | self.environment
+
+    @property
+    def image_uri(self) -> str:
+        """Full name of the image."""
+        if self.image:
+            return self.image
+        known = yaml.safe_load(IMAGES.read_text(encoding="utf-8"))
+        require(self.region in known["accounts"], f"region={self.region} is not in {IMAGES.name}; give --image")
+        domain = known.get("domains", {}).get(self.region, "amazonaws.com")
+        return f"{known['accounts'][self.region]}.dkr.ecr.{self.region}.{domain}/{known[self.instance.kind]}"
+
+    @property
+    def prefix(self) -> str:
+        """s3:// prefix of all that belongs to this job."""
+        return f"{self.output.rstrip('/')}/{self.name}"
+
+    @property
+    def checkpoint_uri(self) -> str:
+        """Where checkpoints are kept."""
+        return self.checkpoints or f"{self.prefix}/checkpoints"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Channel -> local path or s3:// URI."""
+        found = {split: getattr(self, split) or getattr(self.run.data, split) for split in SPLITS}
+        found["model"] = self.model
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _check_service(self) -> None:
+        instance, kind = self.instance, self.instance_type
+        named = re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", self.name)
+        check = require
+        check(named is not None, f"name={self.name}: 1 to 63 letters, digits and hyphens, no hyphen at the ends")
+        role = re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/.+", self.role)
+        check(role is not None, f"role={self.role} is no role ARN; it looks like arn:aws:iam::123456789012:role/NAME")
+        check(self.instance_count >= 1, f"instance_count={self.instance_count} must be at least 1")
+        alone = f"instance_count={self.instance_count}: {kind} has no network for it; use 1, or a larger instance"
+        check(self.instance_count == 1 or instance.several, alone)
+        check(1 <= self.max_run <= MOST_RUN, f"max_run={self.max_run} is outside 1 to {MOST_RUN} seconds (28 days)")
+        check(self.spot or self.max_wait is None, f"max_wait={self.max_wait} is for spot jobs; add --spot true")
+        short = f"max_wait={self.max_wait} is below max_run={self.max_run}; it holds waiting and running together"
+        check(self.max_wait is None or self.max_wait >= self.max_run, short)
+        warm = f"keep_alive={self.keep_alive}"
+        check(0 <= self.keep_alive <= MOST_WARM, f"{warm} is outside 0 to {MOST_WARM} seconds")
+        check(not (self.spot and self.keep_alive), f"{warm}: spot instances have no warm pool; use one of the two")
+        local = f"volume_kms_key: {kind} has local NVMe, which refuses it and encrypts by itself; leave it out"
+        check(not (self.volume_kms_key and instance.nvme), local)
+        check(self.volume_gb >= 1, f"volume_gb={self.volume_gb} must be at least 1")
+        for name in ("output", "checkpoints", "compile_cache"):
+            value = getattr(self, name)
+            check(value is None or is_s3(value), f"{name}={value} is no S3 URI; it looks like s3://bucket/prefix")
+
+    def _check_network(self) -> None:
+        check = require
+        check(bool(self.subnets) == bool(self.security_groups), "a VPC needs both: --subnets and --security-groups")
+        many = f"{len(self.subnets)} subnets, {len(self.security_groups)} security groups; the service takes 16 and 5"
+        check(len(self.subnets) <= 16 and len(self.security_groups) <= 5, many)
+        check(not self.baked or self.image is not None, "baked=true needs --image, the image with this package in it")
+        if self.network_isolation:
+            cut = "network_isolation=true:"
+            check(
+                self.baked, f"{cut} nothing can be installed; bake launchers/Dockerfile, add --image and --baked true"
+            )
+            check(self.compile_cache is None, f"{cut} S3 cannot be reached; leave compile_cache out")
+            weights = f"{cut} the hub cannot be reached; give the weights of {self.run.model.name}: --model FOLDER"
+            check(self.run.model.init == "random" or self.model is not None, weights)
+
+    def _check_limits(self) -> None:
+        limits = (
+            ("hyperparameters", self.hyperparameters, 100, 256, 2500),
+            ("environment", self.variables, 100, 512, 512),
+            ("tags", self.tags, 50, 128, 256),
+        )
+        for what, values, most, key, value in limits:
+            require(len(values) <= most, f"{what}: {len(values)} of them; the service takes {most}")
+            for name, text in values.items():
+                require(1 <= len(name) <= key, f"{what}: {name[:40]}... has {len(name)} characters; at most {key}")
+                require(len(text) <= value, f"{what}: the value of {name} has {len(text)} characters; at most {value}")
+        reserved = [name for name in self.tags if name.lower().startswith("aws:")]
+        require(not reserved, f"tags: {', '.join(reserved)}: aws: is the service's own; choose another name")
+
+    def _check_run(self) -> None:
+        cfg, instance = self.run, self.instance
+        cfg.validate()
+        if self.compile_only:
+            able = f"compile_only: only Trainium compiles ahead; train on {self.instance_type} at once"
+            require(instance.kind == "neuron", able)
+            lost = "compile_only: its programs would be lost; add --compile-cache s3://bucket/prefix"
+            require(self.compile_cache is not None, lost)
+        topology = Topology(world=instance.devices * self.instance_count, tp=cfg.parallel.tp)
+        shape = known_shape(cfg.model.name)
+        if shape is not None:
+            legal = legal_tp(shape.heads, shape.intermediate, cfg.parallel.pad_heads)
+            cure = f"does not cut {cfg.model.name}; use {', '.join(map(str, legal))}"
+            require(cfg.parallel.tp in legal, f"parallel.tp={cfg.parallel.tp} {cure}")
+        if instance.kind == "neuron":
+            topology.validate_neuron(instance.devices, instance.devices)
+        accumulated_passes(cfg, topology.dp)
+        for name, value in self.inputs.items():
+            there = is_s3(value) or os.path.exists(value)
+            require(there, f"{name}={value}: no such file; give a local path or s3://bucket/prefix")
+
+
+def is_s3(text: str) -> bool:
+    """Whether `text` is the URI of a bucket or of something in it."""
+    return re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text) is not None

@@ -1,0 +1,53 @@
+"""The folder that becomes a job's source archive: entry point, config, this package, and what pip is to add."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+import esm_neuron
+from esm_neuron.errors import ConfigError
+
+HERE = Path(__file__).parent
+PACKAGE = Path(esm_neuron.__file__).parent
+IN_IMAGE = {"torch", "torch-xla", "torch-neuronx", "neuronx-cc", "libneuronxla", "neuronx-distributed"}
+"""Packages that every training image brings; pip must not replace them."""
+EXTRAS = {"neuron": "neuron", "gpu": "cuda"}
+"""Kind of an instance -> the extra of this package that it needs."""
+
+
+def stage(folder: Path, config: Path, kind: str, baked: bool) -> Path:
+    """Fill `folder` for a job on an instance of this kind; an image that is `baked` has package and requirements."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(HERE / "entry.py", folder)
+    shutil.copy2(config, folder / config.name)
+    if not baked:
+        copy_package(folder)
+        (folder / "requirements.txt").write_text("\n".join(requirements(EXTRAS[kind])) + "\n", encoding="utf-8")
+    return folder
+
+
+def copy_package(folder: Path) -> None:
+    """This package's source, without what Python left beside it."""
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def requirements(extra: str) -> list[str]:
+    """Requirement lines of this package and one of its extras, those of the images left out.
+
+    Raises:
+        ConfigError: the package is not installed here, so its requirements are not known.
+    """
+    lines = []
+    for requirement in map(Requirement, requires("esm-neuron") or []):
+        marker = requirement.marker
+        wanted = marker is None or marker.evaluate({"extra": extra})
+        if wanted and requirement.name.lower().replace("_", "-") not in IN_IMAGE:
+            requirement.marker = None
+            lines.append(str(requirement))
+    if not lines:
+        raise ConfigError("esm-neuron has no metadata here; install it before launching: pip install -e .")
+    return lines

@@ -1,0 +1,42 @@
+"""What tests of the launchers share. The SageMaker launcher's modules lie beside each other and in no package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esm_neuron import settings
+from esm_neuron.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "launchers" / "sagemaker"))
+
+Toy = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def described(toy: Toy, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The values of a job that nothing is wrong with, the 650M on ml.trn1.32xlarge; changes come on top."""
+
+    def describe(config: dict[str, dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
+        shape = {
+            "model": {"name": "facebook/esm2_t33_650M_UR50D", "init": "pretrained"},
+            "loop": {"rows_per_step": 128, "rows_per_device": 1},
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(settings.dump(toy(**{**shape, **(config or {})})))
+        values = {
+            "config": path,
+            "instance_type": "ml.trn1.32xlarge",
+            "output": "s3://bucket/esm",
+            "role": "arn:aws:iam::123456789012:role/trainer",
+            "region": "us-west-2",
+            "name": "job-1",
+        }
+        return {**values, **changes}
+
+    return describe

@@ -1,0 +1,95 @@
+"""A finished run behind an endpoint: the archive's handler answers as `esm-neuron predict` does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hosting
+import inference
+import pandas as pd
+import pytest
+
+from esm_neuron import cli, run
+from esm_neuron.config import TrainConfig
+from esm_neuron.errors import DataError
+
+Toy = Callable[..., TrainConfig]
+
+HANDLER = """
+import json, sys
+sys.path.insert(0, sys.argv[1] + "/code")
+import esm_neuron, inference
+assert esm_neuron.__file__.startswith(sys.argv[1]), esm_neuron.__file__
+model = inference.model_fn(sys.argv[1])
+for line in sys.stdin:
+    body, kind = json.loads(line)
+    print(inference.output_fn(inference.predict_fn(inference.input_fn(body, kind), model), "application/json"))
+"""
+
+
+@pytest.mark.launchers
+def test_the_handler_answers_as_predict_does(toy: Toy, tmp_path: Path) -> None:
+    cfg = toy()
+    run.train(cfg, str)
+    archive, served = tmp_path / "model.tar.gz", tmp_path / "served"
+    assert hosting.main(["--model", cfg.output, "--output", str(archive)]) == 0
+    with tarfile.open(archive) as packed:
+        packed.extractall(served, filter="data")
+    assert {path.name for path in served.iterdir()} == {"config.yaml", "model", "code"}
+    assert "torch==2.8.*" in (served / "code" / "requirements.txt").read_text().splitlines()
+
+    rows = pd.read_csv(str(cfg.data.test))
+    records = [{"id": str(row.id), "sequence": row.sequence} for row in rows.itertuples()]
+    fasta = "".join(f">{r['id']} a protein\n{r['sequence'][:30]}\n{r['sequence'][30:]}\n" for r in records)
+    requests: list[tuple[Any, str]] = [(json.dumps({"records": records}), "application/json; charset=utf-8")]
+    requests += [(fasta, "text/plain"), (json.dumps({"sequences": [records[0]["sequence"]]}), "application/json")]
+    done = subprocess.run(
+        [sys.executable, "-c", HANDLER, str(served)],
+        input="\n".join(map(json.dumps, requests)),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    many, by_fasta, single = (json.loads(line)["answers"] for line in done.stdout.splitlines())
+    assert many == by_fasta
+
+    assert (
+        cli.main(["predict", "--model", cfg.output, "--input", str(cfg.data.test), "--output", f"{tmp_path}/a.csv"])
+        == 0
+    )
+    wanted = pd.read_csv(tmp_path / "a.csv")
+    assert [answer["id"] for answer in many] == list(wanted["id"]) and list(many[0]) == list(wanted.columns)
+    for answer, (_, row) in zip(many, wanted.iterrows(), strict=True):
+        for name, value in row.items():
+            assert answer[name] == (pytest.approx(value, abs=2e-5) if isinstance(value, float) else value)
+    assert single[0]["label"] == many[0]["label"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        ("{", "application/json", "request is not"),
+        ('{"records": [{"id": 1}]}', "application/json", "KeyError"),
+        ('{"sequences": [3]}', "application/json", "a sequence is int, not text"),
+        ("MKT", "text/plain", "request is no FASTA"),
+        ("a,b", "text/csv", "content type 'text/csv'; send application/json"),
+    ],
+)
+def test_requests_that_cannot_be_used(body: str, kind: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as refused:
+        inference.input_fn(body, kind)
+    assert "\n" not in str(refused.value)
+
+
+def test_no_run_no_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hosting.main(["--model", str(tmp_path / "none"), "--output", str(tmp_path / "m.tar.gz")]) == 2
+    assert capsys.readouterr().err.startswith("hosting.py: error: --model ")
+    assert list(tmp_path.iterdir()) == []

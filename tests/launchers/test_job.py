@@ -1,0 +1,206 @@
+"""A job's description: what the service refuses late is refused here, and what it gets is what was meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import launch
+import pytest
+import stage
+import yaml
+from job import BACKENDS, Job, metric_definitions
+
+import esm_neuron
+from esm_neuron import run, settings
+from esm_neuron.backends.neuron_env import SETTINGS
+from esm_neuron.callbacks import format_record
+from esm_neuron.config import TrainConfig
+from esm_neuron.cost import read_prices
+from esm_neuron.errors import ConfigError
+
+Described = Callable[..., dict[str, Any]]
+Toy = Callable[..., TrainConfig]
+ROOT = Path(__file__).parents[2]
+VPC = {"subnets": ("subnet-1",), "security_groups": ("sg-1",)}
+BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a" * 64}, "1 to 63 letters, digits and hyphens"),
+        ({"name": "under_score"}, "name=under_score: 1 to 63 letters, digits and hyphens"),
+        ({"role": "trainer"}, "role=trainer is no role ARN; it looks like arn:aws:iam::123456789012:role/NAME"),
+        (
+            {"instance_type": "trn1.32xlarge"},
+            "instance_type=trn1.32xlarge is not in the price list; it has ml.trn1.2xl",
+        ),
+        ({"instance_count": 0}, "instance_count=0 must be at least 1"),
+        ({"instance_type": "ml.trn1.2xlarge", "instance_count": 2}, "ml.trn1.2xlarge has no network for it; use 1"),
+        ({"max_run": 2_419_201}, "max_run=2419201 is outside 1 to 2419200 seconds"),
+        ({"max_wait": 90_000}, "max_wait=90000 is for spot jobs; add --spot true"),
+        ({"spot": True, "max_run": 7200, "max_wait": 3600}, "max_wait=3600 is below max_run=7200"),
+        ({"spot": True, "keep_alive": 600}, "keep_alive=600: spot instances have no warm pool; use one of the two"),
+        ({"keep_alive": 3601}, "keep_alive=3601 is outside 0 to 3600 seconds"),
+        ({"volume_kms_key": "key"}, "volume_kms_key: ml.trn1.32xlarge has local NVMe, which refuses it"),
+        ({"volume_gb": 0}, "volume_gb=0 must be at least 1"),
+        ({"output": "bucket/esm"}, "output=bucket/esm is no S3 URI; it looks like s3://bucket/prefix"),
+        ({"checkpoints": "s3://"}, "checkpoints=s3:// is no S3 URI"),
+        ({"compile_cache": "/var/cache"}, "compile_cache=/var/cache is no S3 URI"),
+        ({"subnets": ("subnet-1",)}, "a VPC needs both: --subnets and --security-groups"),
+        ({**VPC, "security_groups": ("sg",) * 6}, "1 subnets, 6 security groups; the service takes 16 and 5"),
+        ({"baked": True}, "baked=true needs --image"),
+        ({"network_isolation": True}, "nothing can be installed; bake launchers/Dockerfile"),
+        ({"network_isolation": True, **BAKED}, "give the weights of facebook/esm2_t33_650M_UR50D: --model FOLDER"),
+        ({"network_isolation": True, **BAKED, "compile_cache": "s3://bucket/c"}, "S3 cannot be reached"),
+        ({"tags": {f"t{n}": "" for n in range(51)}}, "tags: 51 of them; the service takes 50"),
+        ({"tags": {"aws:cost": "x"}}, "tags: aws:cost: aws: is the service's own"),
+        ({"tags": {"k" * 129: "x"}}, "has 129 characters; at most 128"),
+        ({"environment": {"A": "x" * 513}}, "environment: the value of A has 513 characters; at most 512"),
+        ({"environment": {f"V{n}": "" for n in range(101)}}, "environment: 101 of them; the service takes 100"),
+        ({"overrides": ("--output", "x")}, "override --output: the job sets it"),
+        ({"overrides": ("--task.labels", "[a, b]")}, "override --task.labels [a, b]: only plain values survive"),
+        ({"overrides": ("--optim.rate", "1")}, "unknown setting optim.rate"),
+        ({"overrides": ("--parallel.tp", "8")}, "parallel.tp=8 does not cut facebook/esm2_t33_650M_UR50D; use 1, 2, 4"),
+        ({"overrides": ("--parallel.tp", "3")}, "tp=3 does not divide the world of 32 processes"),
+        ({"overrides": ("--loop.rows_per_step", "48")}, "loop.rows_per_step=48 is not a multiple of 32"),
+        ({"train": "nowhere.csv"}, "train=nowhere.csv: no such file"),
+        ({"compile_only": True}, "compile_only: its programs would be lost; add --compile-cache"),
+        ({"compile_only": True, "instance_type": "ml.g5.2xlarge"}, "only Trainium compiles ahead"),
+        ({"region": "mars-1"}, "region=mars-1 is not in images.yaml; give --image"),
+    ],
+)
+def test_what_the_service_would_refuse_late(described: Described, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        Job(**described(**changes))
+    assert "\n" not in str(refused.value)
+
+
+def test_too_many_hyperparameters_are_counted_with_the_jobs_own(
+    described: Described, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {f"h{n}": "1" for n in range(101)}
+    monkeypatch.setattr(Job, "hyperparameters", property(lambda job: many))
+    with pytest.raises(ConfigError, match="hyperparameters: 101 of them; the service takes 100"):
+        Job(**described())
+
+
+def test_hyperparameters_are_flags_of_the_entry_point(described: Described) -> None:
+    job = Job(**described(overrides=("--optim.lr", "3e-4", "--parallel.pad_heads=true")))
+    assert job.hyperparameters == {
+        "config": "run.yaml",
+        "backend": "neuron",
+        "optim.lr": "3e-4",
+        "parallel.pad_heads": "true",
+    }
+
+
+def test_the_container_parses_them_to_the_run_that_was_described(described: Described) -> None:
+    job = Job(**described(overrides=("--loop.epochs", "2.5", "--log.tensorboard", "False")))
+    words = [word for name, value in job.hyperparameters.items() if name != "config" for word in (f"--{name}", value)]
+    received = settings.parse(["--config", str(job.config), *words])
+    assert received == replace(job.run, backend="neuron") and received.loop.epochs == 2.5
+
+
+def test_several_nodes_get_the_librarys_network_variables_also_on_trn1n(described: Described) -> None:
+    job = Job(**described(instance_type="ml.trn1n.32xlarge", instance_count=4))
+    ours = {s.name: s.value(TrainConfig(), True) for s in SETTINGS if s.name.startswith("FI_")}
+    assert job.variables == ours and ours["FI_PROVIDER"] == "efa"
+    assert Job(**described()).variables == {}
+
+
+def test_compiling_ahead_is_the_same_job_but_for_its_variables(described: Described) -> None:
+    cache = {"compile_cache": "s3://bucket/cache"}
+    ahead, training = Job(**described(compile_only=True, **cache)), Job(**described(**cache))
+    assert ahead.hyperparameters == training.hyperparameters
+    assert training.variables == {"NEURON_COMPILE_CACHE_URL": "s3://bucket/cache"}
+    assert ahead.variables == {**training.variables, "RUN_NEURON_PARALLEL_COMPILE": "1"}
+
+
+def test_images_of_all_regions(described: Described) -> None:
+    shipped = yaml.safe_load((ROOT / "launchers" / "sagemaker" / "images.yaml").read_text())
+    assert len(shipped["accounts"]) >= 35
+    assert all(re.fullmatch(r"\d{12}", account) for account in shipped["accounts"].values())
+    china = Job(**described(region="cn-north-1")).image_uri
+    assert china == f"727897471807.dkr.ecr.cn-north-1.amazonaws.com.cn/{shipped['neuron']}"
+    assert "sdk2.26.1" in shipped["neuron"] and ":2.8.0-" in shipped["neuron"] and ":2.8.0-" in shipped["gpu"]
+
+
+def test_metrics_are_read_from_our_own_log_lines(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.train(toy(), str)
+    lines = capsys.readouterr().err.splitlines()
+    found: dict[str, list[float]] = {}
+    for definition in metric_definitions():
+        hits = [re.search(definition["Regex"], line) for line in lines]
+        found[definition["Name"]] = [float(hit[1]) for hit in hits if hit]
+    for name in ("loss", "lr", "grad_norm", "residues_per_second", "graphs"):
+        assert len(found[f"train:{name}"]) == 8, name
+    evaluated = [line for line in lines if line.startswith("eval ") and "split=valid" in line]
+    assert len(evaluated) == 2
+    printed = set(re.findall(r" (\w+)=", evaluated[0])) - {"step", "split", "n", "n_records"}
+    assert printed and all(len(found[f"valid:{name}"]) == 2 for name in printed), printed
+    accuracy = float(re.search(r" accuracy=([\d.]+)", evaluated[0])[1])  # type: ignore[index]
+    assert found["valid:accuracy"][0] == accuracy, "not balanced_accuracy"
+
+
+def test_a_metric_that_is_no_number_or_negative() -> None:
+    regex = {d["Name"]: d["Regex"] for d in metric_definitions()}
+    line = "eval step=4 split=valid " + format_record({"mcc": -0.25, "loss": float("nan"), "perplexity": 1e9})
+    assert re.search(regex["valid:mcc"], line)[1] == "-0.2500"  # type: ignore[index]
+    assert re.search(regex["valid:loss"], line) is None
+    assert float(re.search(regex["valid:perplexity"], line)[1]) == 1e9  # type: ignore[index]
+    assert re.search(regex["train:loss"], line) is None
+    assert len(metric_definitions()) <= 40
+
+
+def test_the_source_folder_is_clean(described: Described, tmp_path: Path) -> None:
+    job = Job(**described())
+    folder = stage.stage(tmp_path / "source", job.config, "neuron", baked=False)
+    held = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    package = Path(esm_neuron.__file__).parent
+    ours = {f"esm_neuron/{path.relative_to(package)}" for path in package.rglob("*") if "__pycache__" not in path.parts}
+    assert held == {"entry.py", "run.yaml", "requirements.txt"} | {name for name in ours if "." in Path(name).name}
+    assert {"esm_neuron/instances.yaml", "esm_neuron/py.typed"} <= held
+    assert not (stage.stage(tmp_path / "baked", job.config, "neuron", baked=True) / "esm_neuron").exists()
+
+
+def test_the_image_keeps_its_torch_and_neuron_packages() -> None:
+    neuron, gpu = stage.requirements("neuron"), stage.requirements("cuda")
+    names = {re.split(r"[^\w-]", line)[0] for line in neuron}
+    assert {"transformers", "peft", "jsonargparse", "optimum-neuron"} <= names
+    assert names.isdisjoint({"torch", "torch_xla", "torch-neuronx", "neuronx-cc", "sagemaker", "pytest"})
+    assert "optimum-neuron==0.4.5" in neuron, "without its neuronx extra, which would replace the image's packages"
+    assert any(line.startswith("bitsandbytes") for line in gpu) and "optimum-neuron==0.4.5" not in gpu
+    assert not any(";" in line for line in [*neuron, *gpu])
+
+
+def test_the_words_of_the_command(described: Described) -> None:
+    values = described()
+    words = ["--config", str(values["config"]), "--instance-type", "ml.trn1.32xlarge", "--role", values["role"]]
+    words += ["--region=us-west-2", "--output", "s3://bucket/esm", "--spot", "true", "--dry-run", "--tags.team", "x"]
+    job, how = launch.parse([*words, "--", "--optim.lr", "3e-4"])
+    assert job.spot and how.dry_run and not how.wait
+    assert job.overrides == ("--optim.lr", "3e-4") and job.run.optim.lr == 3e-4
+    assert re.fullmatch(r"esm-neuron-\d{8}-\d{6}", job.name)
+    with pytest.raises(ConfigError, match="spots"):
+        launch.parse([*words, "--spots", "1"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_trn1*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_fit_their_instances(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each config names in its first line the instances it is for: `# ml.trn1.32xlarge x 1, 2, 4: ...`."""
+    monkeypatch.chdir(ROOT)
+    head = re.match(r"# (ml\.\S+) x ([\d, ]+): ", path.read_text())
+    assert head is not None
+    cfg = settings.read_config(path)
+    assert cfg.backend == BACKENDS[read_prices().instances[head[1].removeprefix("ml.")].kind]
+    for count in map(int, head[2].split(",")):
+        values = {"config": path, "instance_type": head[1], "instance_count": count, "name": "job"}
+        where = {"output": "s3://bucket/esm", "role": "arn:aws:iam::123456789012:role/r", "region": "us-east-1"}
+        assert Job(**values, **where).run == replace(cfg)

