@@ -62,9 +62,7 @@ class Predictor:
                 csv.writer(file).writerows([("id", "sequence"), *records])
             table, _ = load_inputs(path, self.cfg.data)
         backend = self.backend
-        loader = EvalLoader(
-            table, self.task, self.cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes
-        )
+        loader = EvalLoader(table, self.task, self.cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
         columns = self.task.outputs(table, collect(self.model, self.task, backend, loader))
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
         return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
