@@ -34,8 +34,8 @@ BACKENDS = {"neuron": "neuron", "gpu": "cuda"}
 _NUMBER = r"(-?[0-9.]+(?:e[+-]?[0-9]+)?)"
 TRAIN_METRICS = ("loss", "lr", "grad_norm", "residues_per_second", "graphs")
 EVAL_METRICS = (
-    "loss", "accuracy", "balanced_accuracy", "mcc", "macro_f1", "micro_f1", "auroc", "auprc", "perplexity", "spearman",
-    "pearson", "rmse", "mae", "r2",
+    "loss", "accuracy", "subset_accuracy", "balanced_accuracy", "mcc", "macro_f1", "micro_f1", "auroc", "auprc",
+    "perplexity", "spearman", "pearson", "rmse", "mae", "r2",
 )  # fmt: skip
 
 
@@ -132,7 +132,8 @@ class Job:
     @cached_property
     def run(self) -> TrainConfig:
         """The configuration of the training run, overrides in it."""
-        return settings.parse(["--config", str(self.config), *self.overrides])
+        words = ["--config", str(self.config), *self.overrides, "--backend", BACKENDS[self.instance.kind]]
+        return settings.parse(words)
 
     @property
     def hyperparameters(self) -> dict[str, str]:
@@ -212,6 +213,10 @@ class Job:
         local = f"volume_kms_key: {kind} has local NVMe, which refuses it and encrypts by itself; leave it out"
         check(not (self.volume_kms_key and instance.nvme), local)
         check(self.volume_gb >= 1, f"volume_gb={self.volume_gb} must be at least 1")
+        if self.compile_only:
+            check(instance.kind == "neuron", f"compile_only: only Trainium compiles ahead; train on {kind} at once")
+            lost = "compile_only: its programs would be lost; add --compile-cache s3://bucket/prefix"
+            check(self.compile_cache is not None, lost)
         for name in ("output", "checkpoints", "compile_cache"):
             value = getattr(self, name)
             check(value is None or is_s3(value), f"{name}={value} is no S3 URI; it looks like s3://bucket/prefix")
@@ -248,11 +253,6 @@ class Job:
     def _check_run(self) -> None:
         cfg, instance = self.run, self.instance
         cfg.validate()
-        if self.compile_only:
-            able = f"compile_only: only Trainium compiles ahead; train on {self.instance_type} at once"
-            require(instance.kind == "neuron", able)
-            lost = "compile_only: its programs would be lost; add --compile-cache s3://bucket/prefix"
-            require(self.compile_cache is not None, lost)
         topology = Topology(world=instance.devices * self.instance_count, tp=cfg.parallel.tp)
         shape = known_shape(cfg.model.name)
         if shape is not None:
