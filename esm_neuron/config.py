@@ -12,6 +12,7 @@ from typing import Literal
 from esm_neuron.errors import ConfigError
 
 BackendName = Literal["cpu", "xla", "neuron"]
+TaskName = Literal["sequence_classification", "multi_label", "regression", "residue_classification", "masked_lm"]
 OnRecompile = Literal["error", "warn", "ignore"]
 
 
@@ -27,9 +28,9 @@ class ModelConfig:
     """Hub revision: a branch, a tag or, best, a commit hash. None is the hub's main branch."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` reads weights; `random` draws them from `seed` and keeps only the shape of `name`."""
-    pooling: Literal["mean", "cls"] = "mean"
-    """How the residues of a protein become one vector: their mean (specials left out) or the <cls> position. `cls` is
-    what transformers' EsmForSequenceClassification does."""
+    pooling: Literal["mean", "cls", "attention"] = "mean"
+    """How the residues of a protein become one vector: their mean (specials left out), the <cls> position, or a mean
+    with learnt weights. `cls` is what transformers' EsmForSequenceClassification does."""
     dropout: float = 0.0
     """Dropout probability of hidden states, attention and classification head (ESM-2 was trained with 0)."""
     gradient_checkpointing: bool = False
@@ -40,12 +41,25 @@ class ModelConfig:
 class TaskConfig:
     """What is learnt."""
 
-    name: Literal["sequence_classification", "masked_lm"] = "sequence_classification"
-    """What is learnt: one label a protein, or the residues hidden from the model."""
+    name: TaskName = "sequence_classification"
+    """What is learnt: one label a protein; any number of labels a protein; a number a protein; a label a residue; or
+    the residues hidden from the model."""
     labels: tuple[str, ...] | None = None
     """Class names in the order of the outputs. None takes the sorted labels of the training rows."""
+    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    """How much an error counts by its true class: alike; `balanced` by the training rows, n / (classes x n_c); or a
+    weight for every class. multi_label: how much a missed label counts, `balanced` negatives / positives."""
     label_smoothing: float = 0.0
     """Share of the target probability spread evenly over the classes, 0 to 1."""
+    focal_gamma: float = 0.0
+    """Focal loss (arXiv:1708.02002): a class's loss is multiplied by (1 - its probability)^gamma; 0: cross entropy."""
+    ignore: tuple[str, ...] = ("-", "?", ".")
+    """residue_classification: labels of residues that nothing is known of; counted, and neither learnt nor scored."""
+    target_mean: float | None = None
+    """regression: what is subtracted from values before they are learnt; None: the mean of the training rows. Answers
+    and figures are in the values' own unit."""
+    target_sd: float | None = None
+    """regression: what values are divided by; None: the standard deviation of the training rows."""
     mask_probability: float = 0.15
     """masked_lm: share of residues chosen as targets; 80 % become <mask>, 10 % a random residue, 10 % stay."""
 
@@ -257,6 +271,24 @@ class TrainConfig:
             require(low <= value <= high, f"{name}={value} is outside {low} to {high}")
         require(self.loop.epochs > 0, f"loop.epochs={self.loop.epochs} must be above 0")
         require(self.optim.lr > 0, f"optim.lr={self.optim.lr} must be above 0")
+        self._check_task()
+
+    def _check_task(self) -> None:
+        """Refuse a setting that the task would pass over."""
+        task, default = self.task, TaskConfig()
+        for name, users in TASK_SETTINGS.items():
+            unused = task.name not in users and getattr(task, name) != getattr(default, name)
+            require(
+                not unused,
+                f"task.{name}={getattr(task, name)} says nothing to {task.name}; leave it out "
+                f"(it is for {', '.join(users)})",
+            )
+        weights = task.class_weights.values() if isinstance(task.class_weights, dict) else ()
+        require(all(0 < weight < float("inf") for weight in weights), "task.class_weights must all be above 0")
+        require(
+            task.target_sd is None or 0 < task.target_sd < float("inf"),
+            f"task.target_sd={task.target_sd} must be above 0",
+        )
 
     def _ranges(self) -> list[tuple[str, float, float, float]]:
         most = float("inf")
@@ -268,6 +300,7 @@ class TrainConfig:
             ("adapter.alpha", self.adapter.alpha, 1, most),
             ("model.dropout", self.model.dropout, 0, 0.99),
             ("task.label_smoothing", self.task.label_smoothing, 0, 0.99),
+            ("task.focal_gamma", self.task.focal_gamma, 0, 10),
             ("task.mask_probability", self.task.mask_probability, 0.001, 0.99),
             ("data.valid_fraction", self.data.valid_fraction, 0, 0.9),
             ("data.test_fraction", self.data.test_fraction, 0, 0.9),
@@ -291,6 +324,20 @@ class TrainConfig:
             ("checkpoint.keep", self.checkpoint.keep, 1, most),
             ("log.every", self.log.every, 1, most),
         ]
+
+
+_CLASSES: tuple[TaskName, ...] = ("sequence_classification", "multi_label", "residue_classification")
+TASK_SETTINGS: dict[str, tuple[TaskName, ...]] = {
+    "labels": _CLASSES,
+    "class_weights": _CLASSES,
+    "label_smoothing": _CLASSES,
+    "focal_gamma": _CLASSES,
+    "ignore": ("residue_classification",),
+    "target_mean": ("regression",),
+    "target_sd": ("regression",),
+    "mask_probability": ("masked_lm",),
+}
+"""Setting of a task -> the tasks it is for."""
 
 
 def require(condition: bool, message: str) -> None:

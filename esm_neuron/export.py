@@ -37,8 +37,9 @@ REFERENCE = "base_reference.json"
 """Beside an adapter: which weights it was trained on."""
 _ADAPTER_README = """LoRA adapter of esm-neuron on {base} (sha256 in base_reference.json); pooling: {pooling}.
 
-With `cls` pooling, or for masked LM, plain PEFT loads it onto the base. Other poolings are not transformers' own:
-answer with `esm-neuron predict`, or merge with `esm-neuron export` and load that after `import esm_neuron.model`.
+Classes with `cls` pooling, classes of residues and masked LM: plain PEFT loads it onto the base. Other poolings, and
+regression, are not transformers' own: answer with `esm-neuron predict`, or merge with `esm-neuron export` and load that
+after `import esm_neuron.model`.
 """
 
 
@@ -60,8 +61,8 @@ def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
 def write_model(model: nn.Module, config: EsmConfig, folder: Path) -> None:
     """A Hugging Face folder: config.json, sharded safetensors, the tokenizer.
 
-    With `cls` pooling and for masked LM it loads in plain transformers; other poolings name a model type of their own,
-    known after `import esm_neuron.model`.
+    With `cls` pooling, for classes of residues and for masked LM it loads in plain transformers; other poolings, and
+    regression, name a model type of their own, known after `import esm_neuron.model`.
     """
 
     def state() -> Iterator[tuple[str, Tensor]]:

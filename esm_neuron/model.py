@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, EsmConfig, EsmForMaskedLM
-from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    EsmConfig,
+    EsmForMaskedLM,
+    EsmForTokenClassification,
+)
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.models.esm.modeling_esm import (
     EsmClassificationHead,
     EsmEmbeddings,
@@ -147,23 +153,52 @@ def set_attention(encoder: PackedEsmModel, max_positions: int, attention: str) -
 class PooledEsmConfig(EsmConfig):
     """Configuration of a classifier whose pooling transformers does not have.
 
-    Its own model type, so that plain transformers refuses it instead of answering from the <cls> token.
+    Its own model type, so that plain transformers refuses it instead of answering from the <cls> token. A regression
+    has it too: transformers would leave its answers standardised.
     """
 
     model_type = "esm_neuron"
 
 
 def head_name(config: EsmConfig) -> str:
-    """Attribute of the classification head; transformers' own name only where transformers would compute the same."""
+    """Attribute of the head; transformers' own name only where transformers would compute the same."""
+    if config.problem_type == "regression":
+        return f"{config.pooling}_regressor"
     return "classifier" if config.pooling == "cls" else f"{config.pooling}_classifier"
 
 
+def head_names(config: EsmConfig) -> tuple[str, ...]:
+    """Attributes of everything that is new above the encoder."""
+    return (head_name(config), *(("attention_pooling",) if config.pooling == "attention" else ()))
+
+
+class AttentionPooling(nn.Module):
+    """A mean over residues with learnt weights: the softmax, within a segment, of a linear score of each residue."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__()
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden: Tensor, residues: Tensor) -> Tensor:
+        """float32 [R, S, H] of `hidden` [R, L, H] and `residues` [R, S, L] (see `Pack`); 0 for an empty segment."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = hidden.float() @ self.score.weight.float().view(-1)
+            outside = torch.finfo(torch.float32).min
+            weights = torch.where(residues > 0, scores.unsqueeze(1), outside).softmax(-1) * residues
+            return weights @ hidden.float()
+
+
 class PackedForSequenceClassification(EsmPreTrainedModel):
-    """One answer a segment: the encoder, a pooling, and transformers' classification head."""
+    """One answer a segment: the encoder, a pooling, and transformers' classification head.
+
+    A regression's answers are brought to the values' own unit: x `target_sd` + `target_mean` of its configuration.
+    """
 
     def __init__(self, config: EsmConfig) -> None:
         super().__init__(config)
         self.esm = EsmModel(config, add_pooling_layer=False)
+        if config.pooling == "attention":
+            self.attention_pooling = AttentionPooling(config)
         setattr(self, head_name(config), EsmClassificationHead(config))
         self.post_init()
         pack_modules(self)
@@ -173,9 +208,14 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Logits [R, S, classes], or [R, classes] for rows without `segment_ids`; arguments as in `PackedEsmModel`."""
         hidden, pack = self.esm(input_ids, segment_ids, **pack_args)
-        pooled = mean_over(pack.first if self.config.pooling == "cls" else pack.residues, hidden)
+        if self.config.pooling == "attention":
+            pooled = self.attention_pooling(hidden, pack.residues)
+        else:
+            pooled = mean_over(pack.first if self.config.pooling == "cls" else pack.residues, hidden)
         head = getattr(self, head_name(self.config))
         logits = head(pooled.flatten(0, 1).unsqueeze(1))
+        if self.config.problem_type == "regression":
+            logits = logits.float() * self.config.target_sd + self.config.target_mean
         return SequenceClassifierOutput(logits=logits if segment_ids is None else logits.view(*pooled.shape[:2], -1))
 
 
@@ -206,6 +246,19 @@ class PackedForMaskedLM(EsmForMaskedLM):
         """Logits [R, L, 33]; arguments as in `PackedEsmModel`."""
         hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
         return MaskedLMOutput(logits=self.lm_head(hidden))
+
+
+class PackedForTokenClassification(EsmForTokenClassification):
+    """One answer a token, by transformers' own head."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(config)
+        pack_modules(self)
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> TokenClassifierOutput:
+        """Logits [R, L, classes]; arguments as in `PackedEsmModel`."""
+        hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
+        return TokenClassifierOutput(logits=self.classifier(self.dropout(hidden)))
 
 
 AutoConfig.register(PooledEsmConfig.model_type, PooledEsmConfig)

@@ -118,7 +118,7 @@ class _Job:
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
             raise DataError(f"{cfg.data.train}: the ranks read different rows; give every node the same files")
         say(splits.summary())
-        cfg = replace(cfg, task=replace(cfg.task, labels=splits.labels or None))
+        cfg = replace(cfg, task=splits.task)
         task = create_task(cfg.task, splits.labels)
         built = agree(backend, lambda: build_model(cfg, task, backend))
         say(describe(cfg, built))
@@ -253,7 +253,7 @@ def evaluate(
     cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
     backend = create_backend(cfg)
     try:
-        table, report = load_inputs(source, cfg.data, cfg.task.labels)
+        table, report = load_inputs(source, cfg.data, cfg.task)
         (say if backend.topology.is_main else _say_nothing)(report.summary())
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,9 +32,16 @@ class ExampleTable:
     weight: np.ndarray
     """float32 [examples]: 1, or 1 / windows of its protein, so that each protein counts once."""
     labels: np.ndarray
-    """[records] task-defined target of each source row (int64 class index); empty where the task needs none."""
+    """What is to be answered, as the task has it; empty where it needs nothing or nothing is known. [records]: int64
+    class index, or float64 value; [records, classes] uint8: 1 for each label a row has; of the shape of `tokens`,
+    int16: class index of each residue, -1 where it is not known and at specials."""
     ids: Sequence[str]
     """[records] names of the source rows."""
+    starts: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    """int32 [examples, 2]: where in its record's sequence, from 0, the first ceil(n / 2) of an example's n residues
+    begin, and where the others do. Empty: each example is its whole record."""
+    residues: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """int32 [records]: residues of the record's sequence before it was cut. Empty: as `starts`."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -48,6 +55,24 @@ class ExampleTable:
         """uint8 [n]: the tokens of one example."""
         return self.tokens[self.offsets[example] : self.offsets[example + 1]]
 
+    def residue_slots(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each token belongs among the residues of all records, laid end to end.
+
+        Returns:
+            int64 [tokens]: its place, -1 for specials. int64 [records + 1]: record i has the places from the i-th to
+            the next of these; those of residues that were cut off are nobody's.
+        """
+        inner = self.lengths - 2
+        starts = self.starts if len(self.starts) else np.stack([np.zeros_like(inner), inner - inner // 2], axis=1)
+        residues = self.residues if len(self.residues) else inner[np.argsort(self.record)]
+        bounds = np.concatenate([[0], np.cumsum(residues, dtype=np.int64)])
+        example = np.repeat(np.arange(len(self)), self.lengths)
+        place = np.arange(len(self.tokens)) - self.offsets[example] - 1
+        first = (inner - inner // 2)[example]
+        within = np.where(place < first, starts[example, 0] + place, starts[example, 1] + place - first)
+        real = (place >= 0) & (place < inner[example])
+        return np.where(real, bounds[self.record[example]] + within, -1), bounds
+
 
 def shifted(table: ExampleTable, tokens: int, records: int) -> ExampleTable:
     """The table behind another one of so many tokens and records: its offsets and records count on."""
@@ -60,9 +85,9 @@ def join_tables(tables: Sequence[ExampleTable]) -> ExampleTable:
     records = np.cumsum([0, *(len(table.ids) for table in tables)])
     moved = [shifted(*where) for where in zip(tables, tokens, records, strict=False)]
     arrays = {
-        field.name: np.concatenate([getattr(table, field.name) for table in moved])
-        for field in fields(ExampleTable)
-        if field.name not in ("offsets", "ids")
+        array.name: np.concatenate([getattr(table, array.name) for table in moved])
+        for array in fields(ExampleTable)
+        if array.name not in ("offsets", "ids")
     }
     offsets = np.concatenate([*(table.offsets[:-1] for table in moved), tokens[-1:]])
     return ExampleTable(**arrays, offsets=offsets, ids=[name for table in tables for name in table.ids])
@@ -75,7 +100,7 @@ class Target:
     tokens: np.ndarray
     """uint8 [n]: the model's input, e.g. with masked residues."""
     label: np.ndarray
-    """int64 or float32: a scalar (one answer a sequence) or [n] (one a token)."""
+    """int64 or float32: one answer a sequence ([], or [classes]), or one a token [n]."""
     weight: np.ndarray
     """float32, a scalar or [n]: 0 where nothing is to be answered; 1 / windows for what a protein is asked once."""
 
@@ -104,9 +129,9 @@ class Batch:
     positions: torch.Tensor
     """int64 [R, L]: position within the segment, from 0."""
     labels: torch.Tensor
-    """[R, S], or [R, L] for a task that answers per token."""
+    """[R, S, ...], or [R, L, ...] for a task that answers per token; int64 or float32."""
     weights: torch.Tensor
-    """float32, of the shape of `labels`."""
+    """float32 [R, S] or [R, L]."""
     members: np.ndarray
     """int64 [R, S]: which example fills a segment, -1 for none. Host only."""
     max_segments: int

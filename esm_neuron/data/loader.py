@@ -256,8 +256,9 @@ class _Collator:
     def __init__(self, table: ExampleTable, task: TargetMaker, segments: int, seed: int, static_shapes: bool) -> None:
         self._table, self._task, self._segments, self._seed = table, task, segments, seed
         self._static_shapes = static_shapes
-        # A batch of filler rows alone must have the label type of all others, so it is learnt from an example.
-        self._label_type = task.target(table, 0, _rng(seed, _EVALUATION, 0)).label.dtype
+        # A batch of filler rows alone must have the labels' type and shape of all others: learnt from an example.
+        label = np.asarray(task.target(table, 0, _rng(seed, _EVALUATION, 0)).label)
+        self._label_type, self._label_shape = label.dtype, label.shape[1:] if task.per_token else label.shape
 
     def __call__(self, rows: Sequence[np.ndarray], row_tokens: int, epoch: int) -> Batch:
         """Rows of examples, filler rows last, as a batch; `epoch` seeds the examples' randomness."""
@@ -268,7 +269,7 @@ class _Collator:
         input_ids = np.full(size, PAD, np.int64)
         segment_ids = np.full(size, PAD_SEGMENT, np.int64)
         positions = np.zeros(size, np.int64)
-        labels = np.zeros(answers, self._label_type)
+        labels = np.zeros((*answers, *self._label_shape), self._label_type)
         weights = np.zeros(answers, np.float32)
         members = np.full((len(rows), self._segments), -1, np.int64)
         count = np.arange(row_tokens)

@@ -10,24 +10,26 @@ from pathlib import Path
 
 import numpy as np
 
-from esm_neuron.config import DataConfig, TrainConfig, require
+from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.intake import SPLITS, Part, data_files, passes, read_parts
+from esm_neuron.data.labels import KINDS, STRATA, LabelRows, class_names, joiner_of, resolve
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.sources import CHUNK_ROWS, read_chunks
 from esm_neuron.data.store import TableWriter, cached, content_hash, content_key, open_table
-from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validate import Checker, Problems, Rejected, Report, quote, text_hashes
+from esm_neuron.data.tables import CUTS, chunk_table
+from esm_neuron.data.tokenizer import VOCABULARY
+from esm_neuron.data.validate import Checker, Problems, Rejected, Report, text_hashes
 from esm_neuron.errors import DataError
 
-_CUTS = ("cropped", "cropped_residues", "windowed", "windows")
-"""Counts of a `Report` that are made by cutting long sequences."""
 _SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 """Of what `_save` writes: another number makes every cached folder anew."""
 _UNCACHED_DATA = {"cache", "packing", "row_tokens", "max_segments", "max_buckets"}
-_UNCACHED_TASK = {"label_smoothing", "mask_probability"}
+_UNCACHED_TASK = {
+    "class_weights", "label_smoothing", "focal_gamma", "mask_probability", "target_mean", "target_sd",
+}  # fmt: skip
 """Settings that change nothing in the tables."""
 _META = "splits.json"
 _ROWS = {"valid": "validation", "test": "test"}
@@ -42,7 +44,7 @@ class Splits:
     valid: ExampleTable | None
     test: ExampleTable | None
     labels: tuple[str, ...]
-    """Class names; class i is `labels[i]`. Empty for a task without labels."""
+    """Class names; class i is `labels[i]`. Empty for a task without classes."""
     reports: tuple[Report, ...]
     """One a file, then one a split."""
     fingerprint: str
@@ -51,6 +53,8 @@ class Splits:
     """Split -> ids of its rows where they were sampled from the training rows, to be written with the run."""
     rejected: tuple[Rejected, ...]
     """The rows left out or changed for their characters (`data.on_bad_residue`), to be written with the run."""
+    task: TaskConfig
+    """The task with what the training rows decide, see `labels.resolve`."""
 
     def summary(self) -> str:
         """What was read, left out, changed and shared between splits: a line a file and a line a split."""
@@ -77,16 +81,20 @@ def load_splits(cfg: TrainConfig, needs_labels: bool) -> Splits:
         len(set(cfg.data.split_names)) == 3, f"data.split_names={cfg.data.split_names} must be three different names"
     )
     if cfg.data.cache is None:
-        return _make(cfg, needs_labels, None)
-    key = content_key(_cache_key(cfg, needs_labels))
-    folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, needs_labels, aside), aside))
-    return _load(folder)
+        splits = _make(cfg, needs_labels, None)
+    else:
+        key = content_key(_cache_key(cfg, needs_labels))
+        folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, needs_labels, aside), aside))
+        splits = _load(folder, cfg.task)
+    return replace(splits, task=resolve(cfg.task, splits.labels, splits.train.labels)) if needs_labels else splits
 
 
 def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
     """The splits from the files, tables in memory or under `folder`."""
-    parts, reports, rejected = read_parts(cfg.data, needs_labels, LIST_JOINER, folder)
-    labels = _class_names(cfg, parts["train"]) if needs_labels else None
+    parts, reports, rejected = read_parts(cfg.data, needs_labels, joiner_of(cfg.task), folder)
+    task = None
+    if needs_labels:
+        task = replace(cfg.task, labels=class_names(cfg.task, _label_rows(parts["train"], cfg.data)) or None)
     sampled: dict[str, tuple[str, ...]] = {}
     for name, fraction in (("valid", cfg.data.valid_fraction), ("test", cfg.data.test_fraction)):
         if name not in parts and fraction > 0:
@@ -96,12 +104,12 @@ def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
     tables: dict[str, ExampleTable] = {}
     shared = _shared(parts)
     for name in (split for split in SPLITS if split in parts):
-        tables[name], report = _table(parts[name], cfg.data, labels, None if folder is None else folder / name)
+        tables[name], report = _table(parts[name], cfg.data, task, None if folder is None else folder / name)
         reports.append(replace(report, name=f"{name} split", **shared[name]))
     if folder is not None:
         for spool in folder.glob("*.arrow"):
             spool.unlink()
-    names = labels or ()
+    names = (task and task.labels) or ()
     return Splits(
         train=tables["train"],
         valid=tables.get("valid"),
@@ -111,6 +119,7 @@ def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
         fingerprint=_fingerprint(tables, names),
         sampled=sampled,
         rejected=tuple(rejected),
+        task=cfg.task,
     )
 
 
@@ -135,7 +144,7 @@ def _save(splits: Splits, folder: Path) -> None:
     (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _load(folder: Path) -> Splits:
+def _load(folder: Path, task: TaskConfig) -> Splits:
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     tables = {name: open_table(folder / name) for name in meta["splits"]}
     return Splits(
@@ -147,6 +156,7 @@ def _load(folder: Path) -> Splits:
         fingerprint=meta["fingerprint"],
         sampled={name: tuple(ids) for name, ids in meta["sampled"].items()},
         rejected=tuple(Rejected(**row) for row in meta["rejected"]),
+        task=task,
     )
 
 
@@ -161,14 +171,15 @@ class InputChunks:
     Args:
         path: the file, see `sources.read_chunks`.
         cfg: columns, treatment of bad residues and of long sequences.
-        labels: class i is `labels[i]`; None: labels are not read.
+        task: of a finished run, with its class names: its labels are read; None: none are.
         rows: most rows in a chunk.
     """
 
     def __init__(
-        self, path: str | Path, cfg: DataConfig, labels: Sequence[str] | None = None, rows: int = CHUNK_ROWS
+        self, path: str | Path, cfg: DataConfig, task: TaskConfig | None = None, rows: int = CHUNK_ROWS
     ) -> None:
-        self._path, self._labels, self._rows = str(path), labels, rows
+        self._path, self._rows = str(path), rows
+        self._task = task if task is not None and task.name in KINDS else None
         self._cfg = replace(cfg, split_column=None, keep={}, keep_heldout={})
         self.report = Report(name=self._path)
         """What the last iteration has read and done so far."""
@@ -179,62 +190,51 @@ class InputChunks:
         """Tables of one chunk each; `record` counts from 0 in each of them.
 
         Raises:
-            DataError: the file or a row cannot be used; a label that is not in `labels`.
+            DataError: the file or a row cannot be used; a label that training did not know.
         """
         checker = Checker(self._cfg, self._path)
         self.rejected = checker.rejected
         cuts = Report(name=self._path)
-        for rows in checker.chunks(read_chunks(self._path, self._cfg, self._labels is not None, rows=self._rows)):
-            table, more = _chunk_table(Part.of(rows, self._path), self._cfg, self._labels, checker.problems)
-            cuts = cuts.plus(more, _CUTS)
-            self.report = checker.report().plus(cuts, _CUTS)
+        joiner = joiner_of(self._task) if self._task is not None else LIST_JOINER
+        chunks = read_chunks(self._path, self._cfg, self._task is not None, joiner, self._rows)
+        for rows in checker.chunks(chunks):
+            table, more = chunk_table(rows, self._path, self._cfg, self._task, checker.problems)
+            cuts = cuts.plus(more, CUTS)
+            self.report = checker.report().plus(cuts, CUTS)
             if not checker.problems.total:
                 yield table
-        self.report = checker.report().plus(cuts, _CUTS)
+        self.report = checker.report().plus(cuts, CUTS)
 
 
-def load_inputs(path: str | Path, cfg: DataConfig, labels: Sequence[str] | None = None) -> tuple[ExampleTable, Report]:
+def load_inputs(path: str | Path, cfg: DataConfig, task: TaskConfig | None = None) -> tuple[ExampleTable, Report]:
     """One whole file in memory, see `InputChunks`.
 
     Raises:
-        DataError: the file or a row cannot be used; a label that is not in `labels`.
+        DataError: the file or a row cannot be used; a label that training did not know.
     """
-    chunks = InputChunks(path, cfg, labels)
+    chunks = InputChunks(path, cfg, task)
     writer = TableWriter(None)
     for table in chunks:
         writer.add(table)
     return writer.table(), chunks.report
 
 
-def _class_names(cfg: TrainConfig, train: Part) -> tuple[str, ...]:
-    """The configured class names, or the sorted labels of the training rows."""
-    present = sorted(set(train.column("label")))
-    labels = cfg.task.labels if cfg.task.labels is not None else tuple(present)
-    require(len(set(labels)) == len(labels), f"task.labels={labels} has a name twice; name each class once")
-    if len(present) < 2:
-        raise DataError(
-            f"{train.source}: column {cfg.data.label_column!r} has one class only, {quote(present[0])}, in the "
-            "training rows; two are needed, check data.label_column and data.keep"
-        )
-    return labels
+def _label_rows(part: Part, cfg: DataConfig) -> Iterator[LabelRows]:
+    return (LabelRows.of(rows, part.source, cfg.label_column) for rows in part.chunks(["label", "sequence", "line"]))
 
 
 def _sample(train: Part, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
     """bool [rows]: rows drawn for a split by `seed`, each class with its share; every class keeps a row to train on.
 
-    Systematic sampling: rows in random order, sorted by class, then one taken at every 1 / fraction.
+    Systematic sampling: rows in random order, sorted by class (`labels.STRATA`), one taken at every 1 / fraction.
     """
     rng = np.random.default_rng([cfg.seed, _SAMPLING + SPLITS.index(name) - 1])
     rows = len(train)
     order = rng.permutation(rows)
-    if "label" in train.rows.column_names:
-        labels = train.column("label")
-        index = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        classes = np.array([index[label] for label in labels])[order]
-        order = order[np.argsort(classes, kind="stable")]
-        order = order[np.diff(np.sort(classes), prepend=-1) == 0]
-    else:
-        order = order[1:]
+    group = STRATA.get(cfg.task.name) if "label" in train.rows.column_names else None
+    groups = group(train.column("label"))[order] if group is not None else np.zeros(rows)
+    order = order[np.argsort(groups, kind="stable")]
+    order = order[np.diff(np.sort(groups), prepend=-1) == 0]
     allowed = np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
     order = order[allowed[order]]
     number = min(len(order), max(1, round(fraction * rows)))
@@ -249,81 +249,15 @@ def _sample(train: Part, cfg: TrainConfig, name: str, fraction: float) -> np.nda
     return chosen
 
 
-def _table(part: Part, cfg: DataConfig, labels: Sequence[str] | None, stem: Path | None) -> tuple[ExampleTable, Report]:
+def _table(part: Part, cfg: DataConfig, task: TaskConfig | None, stem: Path | None) -> tuple[ExampleTable, Report]:
     """Tokenized rows, long sequences cut, and how many were: in memory, or in files that begin with `stem`."""
     writer, report, problems = TableWriter(stem), Report(name=part.source), Problems(part.source)
     for rows in part.chunks():
-        table, more = _chunk_table(Part.of(rows, part.source), cfg, labels, problems)
-        report = report.plus(more, ("rows", *_CUTS))
+        table, more = chunk_table(rows, part.source, cfg, task, problems)
+        report = report.plus(more, ("rows", *CUTS))
         writer.add(table)
     problems.raise_any()
     return writer.table(), report
-
-
-def _chunk_table(
-    part: Part, cfg: DataConfig, labels: Sequence[str] | None, problems: Problems
-) -> tuple[ExampleTable, Report]:
-    """`_table` of a part that is held at once; what is wrong with its rows goes to `problems`."""
-    ids, sequences, lines = part.column("id"), part.column("sequence"), part.rows["line"].to_pylist()
-    pieces: list[str] = []
-    counts = np.ones(len(ids), dtype=np.int64)
-    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    for i, sequence in enumerate(sequences):
-        cut = cut_sequence(sequence, cfg)
-        counts[i] = len(cut)
-        pieces += cut
-    long = lengths > cfg.max_residues
-    if cfg.long_sequences == "refuse":
-        for i in np.flatnonzero(long):
-            problems.add(lines[i], _too_long(ids[i], int(lengths[i]), cfg.max_residues))
-    targets = np.empty(0, dtype=np.int64)
-    if labels is not None:
-        targets = _targets(part, cfg, labels, problems)
-    tokens, offsets = encode_many(pieces)
-    record = np.repeat(np.arange(len(ids), dtype=np.int64), counts)
-    weight = (1 / counts[record]).astype(np.float32)
-    report = Report(name=part.source, rows=len(ids))
-    if cfg.long_sequences == "window":
-        report = replace(report, windowed=int(long.sum()), windows=int(counts[long].sum()))
-    else:
-        cropped = int((lengths - cfg.max_residues)[long].sum())
-        report = replace(report, cropped=int(long.sum()), cropped_residues=cropped)
-    return ExampleTable(tokens, offsets, record, weight, targets, ids), report
-
-
-def _too_long(name: str, length: int, limit: int) -> str:
-    cure = "raise data.max_residues, or choose data.long_sequences=crop, crop_ends or window"
-    return f"the sequence of {quote(name)} has {length} residues, more than data.max_residues={limit}; {cure}"
-
-
-def _targets(part: Part, cfg: DataConfig, labels: Sequence[str], problems: Problems) -> np.ndarray:
-    """int64 [rows]: class indices."""
-    index = {label: i for i, label in enumerate(labels)}
-    targets = np.zeros(len(part.rows), dtype=np.int64)
-    known = ", ".join(quote(label) for label in labels[:20]) + (", ..." if len(labels) > 20 else "")
-    for i, label in enumerate(part.column("label")):
-        if label in index:
-            targets[i] = index[label]
-        else:
-            cure = "correct it, add training rows of it, or filter it with data.keep"
-            message = f"column {cfg.label_column!r}: label {quote(label)} is not one of the classes {known}; {cure}"
-            problems.add(part.rows["line"][i].as_py(), message)
-    return targets
-
-
-def cut_sequence(sequence: str, cfg: DataConfig) -> list[str]:
-    """The examples that a sequence becomes: itself, or where it is longer than `cfg.max_residues` n what
-    `cfg.long_sequences` makes of it: its first n residues; its first ceil(n / 2) and last floor(n / 2); or windows of n
-    that share `cfg.window_overlap` residues, the last one moved back to end with the sequence."""
-    n, length = cfg.max_residues, len(sequence)
-    if length <= n or cfg.long_sequences == "refuse":
-        return [sequence]
-    if cfg.long_sequences == "crop":
-        return [sequence[:n]]
-    if cfg.long_sequences == "crop_ends":
-        return [sequence[: n - n // 2] + sequence[length - n // 2 :]]
-    starts = [*range(0, length - n, n - cfg.window_overlap), length - n]
-    return [sequence[start : start + n] for start in starts]
 
 
 def _shared(parts: Mapping[str, Part]) -> dict[str, dict[str, int]]:

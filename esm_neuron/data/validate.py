@@ -50,6 +50,8 @@ class Report:
     """Longer than `data.max_residues` and cut into windows."""
     windows: int = 0
     """Windows made of them."""
+    unlabelled_residues: int = 0
+    """Residues whose label is one of `task.ignore`."""
     repeated: int = 0
     """With a sequence that an earlier row of the same split has."""
     in_train: int = 0
@@ -72,6 +74,7 @@ class Report:
             "replaced": f"with {self.replaced_residues} characters replaced by X",
             "cropped": f"cropped, {self.cropped_residues} residues cut off",
             "windowed": f"cut into {self.windows} windows",
+            "unlabelled_residues": "residues without a label (task.ignore)",
             "repeated": "repeat a sequence of the same split",
             "in_train": "have a sequence that is in the training rows too",
             "renamed": "have an id that names another sequence in the training rows",

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from esm_neuron.config import TaskConfig
 from esm_neuron.tasks.base import Answers, Column, Task
 from esm_neuron.tasks.masked_lm import MaskedLM
+from esm_neuron.tasks.multi_label import MultiLabel
+from esm_neuron.tasks.regression import Regression
+from esm_neuron.tasks.residues import ResidueClassification
 from esm_neuron.tasks.sequence import SequenceClassification
 
 __all__ = ["TASKS", "Answers", "Column", "Task", "create_task"]
 
-TASKS: dict[str, type[SequenceClassification] | type[MaskedLM]] = {
+TASKS: dict[str, Any] = {
     "sequence_classification": SequenceClassification,
+    "multi_label": MultiLabel,
+    "regression": Regression,
+    "residue_classification": ResidueClassification,
     "masked_lm": MaskedLM,
 }
 """Name in the config -> task."""
 
 
 def create_task(cfg: TaskConfig, labels: Sequence[str]) -> Task:
-    """The task that `cfg.name` names, for the classes `labels` (empty where it has none)."""
-    return TASKS[cfg.name](cfg, labels)
+    """The task that `cfg.name` names, for the classes `labels` (empty where it has none).
+
+    Args:
+        cfg: with what training rows decide, see `data.labels.resolve`.
+        labels: class names.
+    """
+    task: Task = TASKS[cfg.name](cfg, labels)
+    return task

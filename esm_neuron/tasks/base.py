@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from transformers import EsmConfig, PreTrainedModel
 
-from esm_neuron.config import ModelConfig
+from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.data.batch import Batch, ExampleTable, Target
 from esm_neuron.metrics import Value
 
@@ -74,3 +74,10 @@ def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
     mean = np.zeros((len(table.ids), *values.shape[1:]))
     np.add.at(mean, table.record, values * share.reshape(-1, *[1] * (values.ndim - 1)))
     return mean
+
+
+def weights_of(cfg: TaskConfig, labels: Sequence[str]) -> np.ndarray:
+    """float32 [classes]: the class weights of a resolved task, 1 where it has none."""
+    if isinstance(cfg.class_weights, dict):
+        return np.array([cfg.class_weights[label] for label in labels], np.float32)
+    return np.ones(len(labels), np.float32)

@@ -46,7 +46,7 @@ def equal(a: Splits, b: Splits) -> bool:
     def same(x: ExampleTable | None, y: ExampleTable | None) -> bool:
         if x is None or y is None:
             return x is y
-        arrays = ("tokens", "offsets", "record", "weight", "labels")
+        arrays = ("tokens", "offsets", "record", "weight", "labels", "starts", "residues")
         kinds = all(getattr(x, name).dtype == getattr(y, name).dtype for name in arrays)
         return (
             kinds
@@ -55,7 +55,7 @@ def equal(a: Splits, b: Splits) -> bool:
         )
 
     tables = all(same(getattr(a, name), getattr(b, name)) for name in ("train", "valid", "test"))
-    others = ("labels", "reports", "fingerprint", "sampled", "rejected")
+    others = ("labels", "reports", "fingerprint", "sampled", "rejected", "task")
     return tables and all(getattr(a, name) == getattr(b, name) for name in others)
 
 

@@ -7,9 +7,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics as sk
 
-from esm_neuron.metrics import Value, bootstrap, classification, classification_figures, masked_lm_figures, ranking
+from esm_neuron.metrics import (
+    Value,
+    bootstrap,
+    classification,
+    classification_figures,
+    masked_lm_figures,
+    multi_label_figures,
+    ranking,
+    regression_figures,
+)
 from esm_neuron.metrics.classification import log_softmax
 from esm_neuron.metrics.ranking import Curve
 
@@ -181,6 +191,95 @@ def test_chunks_of_resamples_bound_memory_and_keep_the_count(monkeypatch: pytest
     assert {len(chunk) for chunk in chunks} <= {7, 6}
     assert sum(map(len, chunks)) == bootstrap.RESAMPLES
     assert all((chunk.sum(1) == 100).all() for chunk in chunks)
+
+
+def labelled(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities with ties, labels [n, C] of different frequency, and a loss."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random((n, classes)) < np.linspace(0.2, 0.6, classes)
+    probabilities = np.round(20 * np.clip(rng.normal(0.4, 0.2, truth.shape) + 0.2 * truth, 0, 1)) / 20
+    return probabilities, truth, rng.random(n)
+
+
+def multi_label_by_scikit_learn(p: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    said = p >= 0.5
+    return {
+        "subset_accuracy": sk.accuracy_score(truth, said),
+        "macro_f1": sk.f1_score(truth, said, average="macro"),
+        "micro_f1": sk.f1_score(truth, said, average="micro"),
+        "auroc": sk.roc_auc_score(truth, p, average="macro"),
+        "auprc": sk.average_precision_score(truth, p, average="macro"),
+    }
+
+
+def test_multi_label_figures_are_scikit_learns_in_the_resamples_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, truth, loss = labelled(80, 3)
+    values = multi_label_figures(p, truth, loss, "ABC")
+    assert values == pytest.approx({"n": 80, "loss": loss.mean(), **multi_label_by_scikit_learn(p, truth)})
+    counts = next(bootstrap.resamples(80))[:20]
+    expected = []
+    for multiplicity in counts.astype(int):
+        rows = np.repeat(np.arange(80), multiplicity)
+        expected.append({**multi_label_by_scikit_learn(p[rows], truth[rows]), "loss": loss[rows].mean()})
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 20)
+    with_ci = multi_label_figures(p, truth, loss, "ABC", intervals=True)
+    for name in expected[0]:
+        assert with_ci[f"{name}_ci"] == pytest.approx(np.percentile([e[name] for e in expected], [2.5, 97.5])), name
+    per_class = with_ci["per_class"]
+    assert isinstance(per_class, dict)
+    for c, own in enumerate(per_class.values()):
+        assert own["n"] == truth[:, c].sum()
+        assert own["f1"] == pytest.approx(sk.f1_score(truth[:, c], p[:, c] >= 0.5))
+        assert own["auroc"] == pytest.approx(sk.roc_auc_score(truth[:, c], p[:, c]))
+        assert own["auprc_ci"][0] < own["auprc"] < own["auprc_ci"][1]
+
+
+def test_multi_label_figures_of_a_class_that_nobody_has() -> None:
+    p, truth, loss = labelled(30, 3)
+    truth[:, 1] = False
+    values = multi_label_figures(p, truth, loss, "ABC", intervals=True)
+    assert values["auroc"] is None and values["auroc_ci"] is None
+    assert values["macro_f1"] == pytest.approx(sk.f1_score(truth, p >= 0.5, average="macro", zero_division=0))
+    assert values["per_class"]["B"]["auprc"] is None  # type: ignore[index]
+    json.dumps(values, allow_nan=False)
+    json.dumps(multi_label_figures(p[:0], truth[:0], loss[:0], "ABC", intervals=True), allow_nan=False)
+
+
+def regression_by_scipy(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    return {
+        "loss": sk.mean_squared_error(y, x) / 4,
+        "spearman": stats.spearmanr(x, y).statistic,
+        "pearson": stats.pearsonr(x, y).statistic,
+        "rmse": sk.root_mean_squared_error(y, x),
+        "mae": sk.mean_absolute_error(y, x),
+        "r2": sk.r2_score(y, x),
+    }
+
+
+def test_regression_figures_are_scipys_in_the_resamples_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.round(rng.normal(1000, 3, 60))  # ties, and a mean that is large against the spread
+    predicted = truth + np.round(rng.normal(0, 4, 60))
+    assert regression_figures(predicted, truth, 2.0) == pytest.approx(
+        {"n": 60, **regression_by_scipy(predicted, truth)}, rel=1e-9
+    )
+    expected = []
+    for multiplicity in next(bootstrap.resamples(60))[:20].astype(int):
+        rows = np.repeat(np.arange(60), multiplicity)
+        expected.append(regression_by_scipy(predicted[rows], truth[rows]))
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 20)
+    values = regression_figures(predicted, truth, 2.0, intervals=True)
+    for name in expected[0]:
+        bounds = np.percentile([e[name] for e in expected], [2.5, 97.5])
+        assert values[f"{name}_ci"] == pytest.approx(bounds, rel=1e-9), name
+
+
+def test_a_constant_answer_has_no_correlation() -> None:
+    values = regression_figures(np.ones(5), np.arange(5.0), intervals=True)
+    assert values["spearman"] is None and values["pearson_ci"] is None
+    assert values["rmse"] == pytest.approx((11 / 5 + 4 / 5) ** 0.5)
+    assert regression_figures(np.arange(5.0), np.ones(5))["r2"] is None
+    json.dumps(regression_figures(np.ones(0), np.ones(0), intervals=True), allow_nan=False)
 
 
 def test_masked_lm_figures_and_their_intervals() -> None:

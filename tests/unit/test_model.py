@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, EsmForMaskedLM, EsmForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    EsmForMaskedLM,
+    EsmForSequenceClassification,
+    EsmForTokenClassification,
+)
 
 from esm_neuron.attention import RotaryTable, mean_over
 from esm_neuron.config import ModelConfig, TaskConfig
@@ -25,19 +30,25 @@ from esm_neuron.tasks import create_task
 
 LENGTHS = (5, 37, 1, 20, 62)
 CLASSES = ("A", "B", "C")
-KINDS = ("cls", "mean", "masked_lm")
+KINDS = ("cls", "mean", "attention", "regression", "residues", "masked_lm")
+PER_TOKEN = ("residues", "masked_lm")
 ATTENTIONS = ("segments", "masked")
 Row = Sequence[int]
 """The proteins of one row, by number."""
 
 
+TASKS = {"regression": "regression", "residues": "residue_classification", "masked_lm": "masked_lm"}
+"""Kind -> task, where it is not sequence classification with the kind for its pooling."""
+
+
 def build(kind: str, attention: str = "segments", dropout: float = 0.0) -> nn.Module:
     """The tiny model of a task with every parameter random, norms and biases too, so that each of them matters."""
-    name = "masked_lm" if kind == "masked_lm" else "sequence_classification"
-    task = create_task(TaskConfig(name=name), () if kind == "masked_lm" else CLASSES)
+    name = TASKS.get(kind, "sequence_classification")
+    scale = {"target_mean": 30.0, "target_sd": 5.0} if kind == "regression" else {}
+    task = create_task(TaskConfig(name=name, **scale), CLASSES if name.endswith("classification") else ())
     config = esm_config(SHAPES["tiny"])
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    model = task.build(task.configure(config, ModelConfig(pooling="cls" if kind == "cls" else "mean")))
+    model = task.build(task.configure(config, ModelConfig(pooling="mean" if kind in TASKS else kind)))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -91,13 +102,14 @@ def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 def gradients(model: nn.Module, found: dict[int, Tensor]) -> dict[str, Tensor]:
-    """Gradients of the proteins' summed cross entropy towards arbitrary classes."""
+    """Gradients of the proteins' summed cross entropy towards arbitrary classes, or of a single number's square."""
     model.zero_grad()
     losses = []
     for number, logits in found.items():
         flat = logits.view(-1, logits.shape[-1])
         classes = (torch.arange(len(flat)) + number) % flat.shape[-1]
-        losses.append(F.cross_entropy(flat, classes, reduction="sum"))
+        single = flat.shape[-1] == 1
+        losses.append(flat.square().sum() if single else F.cross_entropy(flat, classes, reduction="sum"))
     torch.stack(losses).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -152,7 +164,14 @@ def test_both_attentions_are_one_function(kind: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("kind", "plain"), [("cls", EsmForSequenceClassification), ("masked_lm", EsmForMaskedLM)])
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [
+        ("cls", EsmForSequenceClassification),
+        ("residues", EsmForTokenClassification),
+        ("masked_lm", EsmForMaskedLM),
+    ],
+)
 def test_equals_plain_transformers(kind: str, plain: type[nn.Module], masked: bool) -> None:
     model, sequences = build(kind), proteins(masked)
     theirs = plain(model.config).eval()
@@ -174,9 +193,10 @@ def test_a_tokenizers_padded_rows_need_no_packs(kind: str) -> None:
     with torch.no_grad():
         expected = alone(model, sequences)
         logits = model(input_ids=ids, attention_mask=(ids != PAD).long()).logits
-    assert logits.shape == ((5, 3) if kind != "masked_lm" else (*ids.shape, 33))
+    classes = {"masked_lm": 33, "regression": 1}.get(kind, 3)
+    assert logits.shape == ((*ids.shape, classes) if kind in PER_TOKEN else (5, classes))
     for number, sequence in enumerate(sequences):
-        mine = logits[number] if kind != "masked_lm" else logits[number, : len(sequence)]
+        mine = logits[number, : len(sequence)] if kind in PER_TOKEN else logits[number]
         assert difference(mine, expected[number]) <= 1e-5
 
 
@@ -190,6 +210,31 @@ def test_mean_pooling_leaves_out_the_specials() -> None:
     assert difference(found[1], expected) <= 1e-5
     outer = hidden[0, : LENGTHS[1] + 2].mean(0)
     assert difference(outer, inner) > 1e-3
+
+
+def test_attention_pooling_weighs_the_residues_by_their_scores() -> None:
+    model, sequences = build("attention"), proteins(masked=False)
+    with torch.no_grad():
+        hidden, pack = model.esm(**lay(sequences, [[1, 3]], 70))
+        pooled = model.attention_pooling(hidden, pack.residues)
+        inner = hidden[0, 1 : 1 + LENGTHS[1]]
+        weights = (inner @ model.attention_pooling.score.weight[0]).softmax(0)
+        assert weights.max() > 1.5 * weights.min()
+        assert difference(pooled[0, 0], weights @ inner) <= 1e-5
+        assert (pooled[0, 2:] == 0).all(), "segments that are not there"
+        model.attention_pooling.score.weight.zero_()
+        even = model.attention_pooling(hidden, pack.residues)
+    assert difference(even, mean_over(pack.residues, hidden)) <= 1e-6
+
+
+def test_a_regression_answers_in_the_values_own_unit() -> None:
+    model, sequences = build("regression"), proteins(masked=False)
+    with torch.no_grad():
+        own = alone(model, sequences)
+        model.config.target_mean, model.config.target_sd = 0.0, 1.0
+        standard = alone(model, sequences)
+    for number, value in own.items():
+        assert float(value) == pytest.approx(30 + 5 * float(standard[number]), rel=1e-6)
 
 
 def test_the_mean_of_an_empty_segment_is_zero() -> None:
@@ -248,8 +293,9 @@ def test_dropout_acts_in_training_only() -> None:
         assert not torch.equal(alone(model, sequences)[1], alone(model, sequences)[1])
 
 
-def test_a_mean_folder_answers_rightly_or_not_at_all(tmp_path: Path) -> None:
-    model, sequences = build("mean"), proteins(masked=False)
+@pytest.mark.parametrize("kind", ["mean", "attention", "regression"])
+def test_a_folder_of_our_own_type_answers_rightly_or_not_at_all(kind: str, tmp_path: Path) -> None:
+    model, sequences = build(kind), proteins(masked=False)
     folder = tmp_path / "model"
     write_model(model, model.config, folder)
     load = "from transformers import AutoModelForSequenceClassification as A; A.from_pretrained('model')"

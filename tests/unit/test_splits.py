@@ -10,7 +10,8 @@ import pytest
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
 from esm_neuron.data.batch import ExampleTable, join_tables
-from esm_neuron.data.splits import InputChunks, Splits, cut_sequence, load_inputs, load_splits
+from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
+from esm_neuron.data.tables import cut_sequence
 from esm_neuron.data.tokenizer import decode
 from esm_neuron.errors import ConfigError, DataError
 
@@ -311,8 +312,8 @@ def test_inputs_in_chunks_are_the_inputs(tmp_path: Path) -> None:
     rows = [*ROWS, ("w", SEQUENCE, "in", "train", "x"), ("x", "M-V", "in", "train", "x")]
     path = write(tmp_path, rows)
     cfg = DataConfig(on_bad_residue="skip", long_sequences="window", window_overlap=2, max_residues=8)
-    whole, report = load_inputs(path, cfg, labels=("in", "out"))
-    chunks = InputChunks(path, cfg, labels=("in", "out"), rows=2)
+    whole, report = load_inputs(path, cfg, TaskConfig(labels=("in", "out")))
+    chunks = InputChunks(path, cfg, TaskConfig(labels=("in", "out")), rows=2)
     for _ in range(2):
         tables = list(chunks)
         assert [table.ids for table in tables] == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "w"]]
@@ -327,10 +328,10 @@ def test_inputs_in_chunks_are_the_inputs(tmp_path: Path) -> None:
 
 def test_inputs_with_labels_for_evaluation(tmp_path: Path) -> None:
     path = write(tmp_path, ROWS)
-    table, _ = load_inputs(path, DataConfig(), labels=("out", "in"))
+    table, _ = load_inputs(path, DataConfig(), TaskConfig(labels=("out", "in")))
     assert table.labels.tolist() == [1, 0, 0, 1, 0, 1, 0]
     with pytest.raises(DataError, match=r"x.csv: 3 problems \(all listed\):"):
-        load_inputs(path, DataConfig(), labels=("out", "other"))
+        load_inputs(path, DataConfig(), TaskConfig(labels=("out", "other")))
 
 
 def test_the_demo_data() -> None:

@@ -1,0 +1,71 @@
+"""Figures of any number of labels a protein."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn import metrics as sk
+
+from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
+from esm_neuron.metrics.classification import binary_scores
+from esm_neuron.metrics.ranking import Curve
+
+THRESHOLD = 0.5
+"""Probability from which a label is said to be there."""
+NAMES = ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
+
+
+def multi_label_figures(
+    probabilities: np.ndarray, truth: np.ndarray, loss: np.ndarray, names: Sequence[str], intervals: bool = False
+) -> dict[str, Value]:
+    """Figures over proteins.
+
+    F1 of a class that is neither present nor predicted is 0 in the macro average, as in scikit-learn; AUROC and AUPRC
+    are means over classes, undefined when a class has rows of one kind only.
+
+    Args:
+        probabilities: float64 [n, C].
+        truth: bool [n, C].
+        loss: float64 [n], nats, the mean over classes.
+        names: C class names.
+        intervals: also `<name>_ci`, and `per_class`: n (proteins with the label), F1, AUROC and AUPRC of each class.
+
+    Returns:
+        n and NAMES; subset_accuracy is the share of proteins with exactly the right labels.
+    """
+    said = probabilities >= THRESHOLD
+    per_class = [binary_scores(probabilities[:, c], truth[:, c], said[:, c]) for c in range(len(names))]
+    values: dict[str, Value] = {"n": len(truth), **dict.fromkeys(NAMES)}
+    if len(truth):
+        values["loss"] = float(loss.mean())
+        values["subset_accuracy"] = float(sk.accuracy_score(truth, said))
+        values["macro_f1"] = float(sk.f1_score(truth, said, average="macro", zero_division=0))
+        values["micro_f1"] = float(sk.f1_score(truth, said, average="micro", zero_division=0))
+        for name in ("auroc", "auprc"):
+            each = [scores[name] for scores in per_class]
+            defined = [value for value in each if isinstance(value, float)]
+            values[name] = float(np.mean(defined)) if len(defined) == len(names) else None
+    if not intervals:
+        return values
+    n, everyone = len(truth), np.arange(len(truth))
+    right, marked = (truth & said).astype(float), truth.astype(float) + said
+    exact = (truth == said).all(1).astype(float)
+    curves = [Curve.of(probabilities[:, c], truth[:, c], everyone, n) for c in range(len(names))]
+
+    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
+        both, either = 2 * (counts @ right), counts @ marked
+        with np.errstate(invalid="ignore"):
+            f1 = np.where(either > 0, both / either, 0.0)
+            micro = np.where(either.sum(1) > 0, both.sum(1) / either.sum(1), 0.0)
+        areas = np.array([curve.areas(counts) for curve in curves])  # [C, 2, k]
+        drawn = {"loss": counts @ loss / n, "subset_accuracy": counts @ exact / n, "macro_f1": f1.mean(1)}
+        drawn |= {"micro_f1": micro, "auroc": areas[:, 0].mean(0), "auprc": areas[:, 1].mean(0)}
+        for c in range(len(names)):
+            drawn |= {f"f1/{c}": f1[:, c], f"auroc/{c}": areas[c, 0], f"auprc/{c}": areas[c, 1]}
+        return drawn
+
+    drawn = bootstrap(n, figures, max((curve.thresholds for curve in curves), default=0))
+    own = [{kind: drawn[f"{kind}/{c}"] for kind in ("f1", "auroc", "auprc") if drawn} for c in range(len(names))]
+    shown = {name: with_intervals(per_class[c], own[c]) for c, name in enumerate(names)}
+    return {**with_intervals(values, drawn), "per_class": shown}

@@ -1,0 +1,79 @@
+"""Figures of a number a protein."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+
+from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
+
+NAMES = ("loss", "spearman", "pearson", "rmse", "mae", "r2")
+
+
+def regression_figures(
+    predicted: np.ndarray, truth: np.ndarray, scale: float = 1.0, intervals: bool = False
+) -> dict[str, Value]:
+    """Figures over proteins.
+
+    Args:
+        predicted: float64 [n].
+        truth: float64 [n], in the same unit.
+        scale: unit of the loss, in the values' own.
+        intervals: also `<name>_ci`.
+
+    Returns:
+        n, loss (mean squared error over scale^2), spearman, pearson (both undefined where the values or the answers
+        are all equal), rmse, mae (in the values' unit) and r2 = 1 - MSE / variance.
+    """
+    n = len(truth)
+    values: dict[str, Value] = {"n": n, **dict.fromkeys(NAMES)}
+    if not n:
+        return with_intervals(values, {}) if intervals else values
+    error = predicted - truth
+    mse = float(np.mean(error**2))
+    values.update(loss=mse / scale**2, rmse=mse**0.5, mae=float(np.abs(error).mean()))
+    if np.ptp(truth) > 0:
+        values["r2"] = 1 - mse / float(truth.var())
+        if np.ptp(predicted) > 0:
+            values["spearman"] = float(stats.spearmanr(predicted, truth).statistic)
+            values["pearson"] = float(stats.pearsonr(predicted, truth).statistic)
+    if not intervals:
+        return values
+    # centred first: the sums below would cancel where a mean is large against its spread
+    x, y = predicted - predicted.mean(), truth - truth.mean()
+
+    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
+        squares, absolute = counts @ error**2 / n, counts @ np.abs(error) / n
+        variance = counts @ y**2 / n - (counts @ y / n) ** 2
+        with np.errstate(invalid="ignore", divide="ignore"):
+            r2 = np.where(variance > 0, 1 - squares / variance, np.nan)
+        return {
+            "loss": squares / scale**2,
+            "spearman": correlations(counts, ranks(counts, x), ranks(counts, y)),
+            "pearson": correlations(counts, x, y),
+            "rmse": np.sqrt(squares),
+            "mae": absolute,
+            "r2": r2,
+        }
+
+    return with_intervals(values, bootstrap(n, figures))
+
+
+def correlations(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson correlation [k] in resamples [k, n] of x and y, each [n] or [k, n]; NaN where one of them is constant."""
+    n = counts.sum(1, keepdims=True)
+    x = x - (counts * x).sum(1, keepdims=True) / n
+    y = y - (counts * y).sum(1, keepdims=True) / n
+    spread = (counts * x**2).sum(1) * (counts * y**2).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(spread > 0, (counts * x * y).sum(1) / np.sqrt(spread), np.nan))
+
+
+def ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """float64 [k, n]: each row's rank among the rows drawn in resamples [k, n]; ties share their mean rank."""
+    _, group = np.unique(values, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    drawn = np.add.reduceat(counts[:, order], starts, axis=1)
+    last = np.cumsum(drawn, axis=1)
+    return np.asarray((last - (drawn - 1) / 2)[:, group])

@@ -1,0 +1,47 @@
+"""Losses of single answers, unreduced; smoothed targets and focal factors are defined for all of them alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LEAST = 1e-6
+"""Least probability of being wrong in a focal factor: a power below 1 has no gradient at 0."""
+
+
+def softmax_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:
+    """float32 [...]: - sum over classes c of q_c (1 - p_c)^gamma log p_c, in nats.
+
+    q is 1 at the label, mixed with the even distribution by `smoothing`. gamma 0 is cross entropy; hard labels with
+    gamma > 0 are the focal loss of Lin et al. 2017 (arXiv:1708.02002, eq. 4).
+
+    Args:
+        logits: [..., C], p is their softmax.
+        labels: int64 [...].
+        smoothing: share of q spread evenly.
+        gamma: how much less a class counts the surer it is.
+    """
+    classes = logits.shape[-1]
+    flat = logits.float().reshape(-1, classes)
+    if gamma == 0:
+        losses = F.cross_entropy(flat, labels.flatten(), reduction="none", label_smoothing=smoothing)
+        return losses.view(labels.shape)
+    log_p = flat.log_softmax(-1)
+    hard = (labels.reshape(-1, 1) == torch.arange(classes, device=labels.device)).float()
+    q = hard * (1 - smoothing) + smoothing / classes
+    return -(q * (-torch.expm1(log_p)).clamp_min(LEAST) ** gamma * log_p).sum(-1).view(labels.shape)
+
+
+def sigmoid_losses(logits: Tensor, truth: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:
+    """float32, of the shape of `logits`: - q (1 - p)^gamma log p - (1 - q) p^gamma log (1 - p), in nats.
+
+    q is `truth` mixed with 1 / 2 by `smoothing`. gamma 0 is binary cross entropy; hard labels with gamma > 0 are
+    torchvision's `sigmoid_focal_loss` without alpha.
+    """
+    log_p, log_not = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
+    q = truth * (1 - smoothing) + smoothing / 2
+    if gamma == 0:
+        return -(q * log_p + (1 - q) * log_not)
+    wrong, wrong_not = (log.exp().clamp_min(LEAST) ** gamma for log in (log_not, log_p))
+    return -(q * wrong * log_p + (1 - q) * wrong_not * log_not)

@@ -1,0 +1,70 @@
+"""Any number of labels a protein."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from esm_neuron.config import TaskConfig
+from esm_neuron.data.batch import Batch, ExampleTable, Target
+from esm_neuron.data.records import LIST_JOINER
+from esm_neuron.metrics import Value, multi_label_figures
+from esm_neuron.tasks.base import Answers, Column, record_mean, weights_of
+from esm_neuron.tasks.losses import sigmoid_losses
+from esm_neuron.tasks.pooled import PooledTask
+
+
+class MultiLabel(PooledTask):
+    """A yes or no for every class of a protein; the loss is binary cross entropy in nats, the mean over classes."""
+
+    metric = "macro_f1"
+
+    def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
+        super().__init__(cfg, labels)
+        self._weights = weights_of(cfg, labels)
+
+    def _answered(self) -> dict[str, Any]:
+        return super()._answered() | {"problem_type": "multi_label_classification"}
+
+    def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+        """float32 [classes]: for a label that the protein has its class weight (above 0), else 0."""
+        if not len(table.labels):
+            return Target(table.sequence(example), np.zeros(len(self.labels), np.float32), np.asarray(0, np.float32))
+        label = table.labels[table.record[example]] * self._weights
+        return Target(table.sequence(example), label, table.weight[example])
+
+    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `Task.loss`; a class weight multiplies the loss at the labels that a protein has."""
+        has = batch.labels > 0
+        losses = sigmoid_losses(logits, has.float(), self.cfg.label_smoothing, self.cfg.focal_gamma)
+        weighted = losses * (batch.labels + (~has).float())
+        return (weighted.mean(-1) * batch.weights).sum(), batch.weights.sum()
+
+    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """Logits [R, S, classes]."""
+        return (logits.float(),)
+
+    def figures(self, table: ExampleTable, answers: Answers, intervals: bool = False) -> dict[str, Value]:
+        """See `multi_label_figures`; a record's loss is the mean over windows and classes of the cross entropy."""
+        logits = answers[0].astype(np.float64)
+        truth = table.labels.astype(bool)
+        # - log sigmoid of the logit of what is true, in a form that overflows nowhere
+        losses = np.logaddexp(0, np.where(truth[table.record], -logits, logits)).mean(1)
+        probabilities = record_mean(table, sigmoid(logits))
+        return multi_label_figures(probabilities, truth, record_mean(table, losses), self.labels, intervals)
+
+    def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
+        """label (those with a probability of at least 1 / 2, joined by `;`; may be empty), each class's probability."""
+        probabilities = record_mean(table, sigmoid(answers[0].astype(np.float64)))
+        said = [LIST_JOINER.join(label for label, p in zip(self.labels, row, strict=True) if p >= 0.5)
+                for row in probabilities]  # fmt: skip
+        columns: dict[str, Column] = {"label": said}
+        return {**columns, **dict(zip(self.labels, probabilities.T, strict=True))}
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-logits)), in a form that overflows nowhere."""
+    return np.asarray(np.exp(-np.logaddexp(0, -logits)))
