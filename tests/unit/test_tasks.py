@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from esm_neuron.backends import create_backend
@@ -15,9 +18,12 @@ from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig
 from esm_neuron.data.batch import PAD_SEGMENT, Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, X, encode, encode_many
-from esm_neuron.evaluate import evaluate
+from esm_neuron.errors import ConfigError
+from esm_neuron.evaluate import collect, evaluate
 from esm_neuron.metrics import Value
-from esm_neuron.tasks import MaskedLM, SequenceClassification, create_task
+from esm_neuron.metrics.classification import log_softmax
+from esm_neuron.tasks import TASKS, MaskedLM, SequenceClassification, create_task
+from esm_neuron.tasks.losses import sigmoid_losses, softmax_losses
 
 LABELS = ("A", "B", "C")
 
@@ -45,6 +51,115 @@ def test_classification_loss_is_torchs_cross_entropy_summed(smoothing: float) ->
     assert weight == 4
     logits[~used] = 100 * torch.randn(4, 3)
     assert torch.equal(task.loss(logits, batch)[0], loss)
+
+
+LOGITS = 3 * torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+CLASSES = torch.tensor([[0, 2, 1, 0], [1, 0, 0, 2]])
+HAS = torch.tensor([[[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 0, 0]]] * 2).float()
+
+
+def test_focal_loss_of_classes_is_the_papers() -> None:
+    p = LOGITS.softmax(-1).gather(-1, CLASSES.unsqueeze(-1)).squeeze(-1)
+    for gamma in (0.5, 2.0):
+        expected = -((1 - p) ** gamma) * p.log()  # arXiv:1708.02002, eq. 4
+        torch.testing.assert_close(softmax_losses(LOGITS, CLASSES, gamma=gamma), expected)
+    almost = softmax_losses(LOGITS, CLASSES, smoothing=0.2, gamma=1e-9)
+    torch.testing.assert_close(almost, softmax_losses(LOGITS, CLASSES, smoothing=0.2))
+    sure = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    softmax_losses(sure, torch.tensor([0]), gamma=0.5).sum().backward()
+    assert torch.isfinite(sure.grad).all()
+
+
+def test_losses_of_several_labels_are_torchs_and_torchvisions() -> None:
+    bce = partial(F.binary_cross_entropy_with_logits, reduction="none")
+    torch.testing.assert_close(sigmoid_losses(LOGITS, HAS), bce(LOGITS, HAS))
+    torch.testing.assert_close(sigmoid_losses(LOGITS, HAS, smoothing=0.2), bce(LOGITS, HAS * 0.8 + 0.1))
+    p = LOGITS.sigmoid()
+    p_t = p * HAS + (1 - p) * (1 - HAS)
+    expected = bce(LOGITS, HAS) * (1 - p_t) ** 2  # torchvision.ops.sigmoid_focal_loss with alpha=-1
+    torch.testing.assert_close(sigmoid_losses(LOGITS, HAS, gamma=2.0), expected)
+
+
+WEIGHTS = {"A": 0.5, "B": 2.0, "C": 3.0}
+
+
+def losses_of(name: str, labels: torch.Tensor, used: torch.Tensor, **settings: object) -> torch.Tensor:
+    """The mean loss of LOGITS where `used`, by way of the targets that the task makes of class indices."""
+    task = create_task(TaskConfig(name=name, class_weights=WEIGHTS, **settings), LABELS)
+    table = one_protein("MK")
+    rows = labels.flatten(0, 1).numpy()
+    found = [
+        task.target(replace(table, labels=row[None].astype(np.uint8)), 0, np.random.default_rng(0)) for row in rows
+    ]
+    made = torch.from_numpy(np.stack([target.label for target in found])).view(labels.shape)
+    weights = torch.tensor([float(target.weight) for target in found]).view(used.shape) * used
+    loss, weight = task.loss(LOGITS, make_batch(made, weights, torch.zeros(2, 9, dtype=torch.long), 4))
+    return loss / weight
+
+
+def test_class_weights_are_torchs() -> None:
+    used = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 1]])
+    chosen = used.bool()
+    weight = torch.tensor(list(WEIGHTS.values()))
+    expected = F.cross_entropy(LOGITS[chosen], CLASSES[chosen], weight=weight)
+    torch.testing.assert_close(losses_of("sequence_classification", CLASSES, used), expected)
+    several = F.binary_cross_entropy_with_logits(LOGITS[chosen], HAS[chosen], pos_weight=weight)
+    torch.testing.assert_close(losses_of("multi_label", HAS, used), several)
+
+
+def test_residue_targets_weigh_classes_and_leave_out_what_is_not_known() -> None:
+    table = replace(one_protein("MKV"), labels=np.array([-1, 2, -1, 0, -1], np.int16))
+    task = create_task(TaskConfig(name="residue_classification", class_weights=WEIGHTS), LABELS)
+    target = task.target(table, 0, np.random.default_rng(0))
+    assert (target.label.tolist(), target.weight.tolist()) == ([0, 2, 0, 0, 0], [0, 3, 0, 0.5, 0])
+    assert task.target(replace(table, labels=np.zeros(0)), 0, np.random.default_rng(0)).weight.sum() == 0
+
+
+def test_regression_loss_is_the_squared_error_in_standard_deviations() -> None:
+    task = create_task(TaskConfig(name="regression", target_mean=3.0, target_sd=2.0), ())
+    labels, weights = torch.tensor([[1.0, 5, 0]]), torch.tensor([[1.0, 0.5, 0]])
+    batch = make_batch(labels, weights, torch.zeros(1, 9, dtype=torch.long), 3)
+    loss, weight = task.loss(torch.tensor([[[2.0], [1.0], [9.0]]]), batch)
+    assert (float(loss), float(weight)) == (0.25 + 0.5 * 4, 1.5)
+    table = replace(one_protein("MK"), labels=np.array([7.5]))
+    assert float(task.target(table, 0, np.random.default_rng(0)).label) == 7.5
+    with pytest.raises(ConfigError, match="task.target_mean and task.target_sd are not known"):
+        create_task(TaskConfig(name="regression"), ())
+
+
+def windows_of_residues() -> tuple[ExampleTable, np.ndarray]:
+    """Records of 4 and 6 residues, the second in windows 0-3 and 2-5, one of 5 cropped to 2; logits [tokens, 2]."""
+    tokens, offsets = encode_many(["MKVA", "ACDE", "DEFG", "LV"])
+    labels = [-1, 0, 1, 1, 0, -1, -1, 1, 1, 0, 0, -1, -1, 0, 0, 1, -1, -1, -1, 1, 0, -1]
+    table = ExampleTable(
+        tokens,
+        offsets,
+        record=np.array([0, 1, 1, 2]),
+        weight=np.array([1, 0.5, 0.5, 1], np.float32),
+        labels=np.array(labels, np.int16),
+        ids=["a", "b", "c"],
+        starts=np.array([[0, 2], [0, 2], [2, 4], [0, 1]], np.int32),
+        residues=np.array([4, 6, 5], np.int32),
+    )
+    logits = np.log(np.random.default_rng(0).dirichlet([1, 1], len(tokens)))
+    return table, logits.astype(np.float32)
+
+
+def test_residues_of_overlapping_windows_are_one_residue_with_the_mean_probability() -> None:
+    table, logits = windows_of_residues()
+    task = create_task(TaskConfig(name="residue_classification"), ("A", "B"))
+    p = np.exp(log_softmax(logits))
+    out = task.outputs(table, [logits])
+    second = np.stack([p[7], p[8], (p[9] + p[13]) / 2, (p[10] + p[14]) / 2, p[15], p[16]])
+    np.testing.assert_allclose(out["A"][1], second[:, 0], rtol=1e-6)
+    assert out["labels"][1] == "".join("AB"[i] for i in second.argmax(1))
+    assert out["labels"][2][2:] == "---" and np.isnan(out["B"][2][2:]).all() and len(out["A"][2]) == 5
+    values = task.figures(table, [logits])
+    truth = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 0])  # the sixth residue of b has no label
+    probabilities = np.concatenate([p[1:5], second[:5], p[19:21]])
+    assert values["n"] == 11 and values["n_records"] == 3
+    assert values["accuracy"] == pytest.approx((probabilities.argmax(1) == truth).mean())
+    assert values["auroc"] == pytest.approx(roc_auc_score(truth, probabilities[:, 1]))
 
 
 def test_classification_loss_counts_windows_by_their_weight() -> None:
@@ -124,42 +239,65 @@ def test_masked_lm_answers_are_sums_over_each_segment() -> None:
     assert count == 3
 
 
-def proteins() -> ExampleTable:
-    """14 examples of 12 records: the last record has three windows."""
+def proteins(task: str) -> ExampleTable:
+    """14 examples of 12 records, labelled for `task`: the last record has three windows, each 2 residues on."""
     rng = np.random.default_rng(1)
     letters = np.array(list("LAGVSERTIDPKQNFYMHWC"))
-    sequences = ["".join(rng.choice(letters, n)) for n in rng.integers(3, 60, 14)]
+    sequences = ["".join(rng.choice(letters, n)) for n in (*rng.integers(3, 60, 11), 30, 30, 30)]
     tokens, offsets = encode_many(sequences)
     record = np.array([*range(12), 11, 11])
     weight = np.where(record == 11, 1 / 3, 1).astype(np.float32)
-    return ExampleTable(tokens, offsets, record, weight, np.arange(12) % 3, [f"p{i}" for i in range(12)])
+    lengths = np.diff(offsets) - 2
+    first = np.array([0] * 12 + [2, 4])
+    starts = np.stack([first, first + lengths - lengths // 2], axis=1).astype(np.int32)
+    residues = np.array([*lengths[:11], 34], np.int32)
+    table = ExampleTable(tokens, offsets, record, weight, np.empty(0), [f"p{i}" for i in range(12)], starts, residues)
+    slot, bounds = table.residue_slots()
+    labels = {
+        "sequence_classification": np.arange(12) % 3,
+        "multi_label": (rng.random((12, 3)) < 0.5).astype(np.uint8),
+        "regression": rng.normal(50, 10, 12),
+        "residue_classification": np.where(slot < 0, -1, rng.integers(-1, 3, bounds[-1])[slot]).astype(np.int16),
+        "masked_lm": np.empty(0),
+    }
+    return replace(table, labels=labels[task])
 
 
-@pytest.mark.parametrize("name", ["sequence_classification", "masked_lm"])
-def test_figures_do_not_depend_on_how_examples_are_batched(name: str) -> None:
+@pytest.mark.parametrize("name", TASKS)
+def test_figures_and_outputs_do_not_depend_on_how_examples_are_batched(name: str) -> None:
     cfg = TrainConfig(
-        model=ModelConfig(name="tiny", init="random"),
-        task=TaskConfig(name=name),
+        model=ModelConfig(name="tiny", init="random", pooling="attention"),
+        task=TaskConfig(name=name, target_mean=50.0, target_sd=10.0),
         data=DataConfig(max_residues=62, row_tokens=64),
         adapter=AdapterConfig(kind="none"),
     )
-    task, table = create_task(cfg.task, LABELS), proteins()
+    task, table = create_task(cfg.task, LABELS), proteins(name)
     backend = create_backend(cfg)
     built = build_model(cfg, task, backend)
     with torch.no_grad():
         for parameter in built.model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
 
-    def figures(packing: bool, row_tokens: int, rows: int, static: bool) -> dict[str, Value]:
+    def answered(packing: bool, row_tokens: int, rows: int, static: bool) -> tuple[dict[str, Value], pd.DataFrame]:
         data = replace(cfg.data, packing=packing, row_tokens=row_tokens)
         layout = replace(cfg, data=data, loop=LoopConfig(eval_rows_per_device=rows))
-        return evaluate(built.model, task, backend, EvalLoader(table, task, layout, static_shapes=static))
+        answers = collect(built.model, task, backend, EvalLoader(table, task, layout, static_shapes=static))
+        return task.figures(table, answers), pd.DataFrame(task.outputs(table, answers), index=table.ids)
 
-    expected = figures(packing=False, row_tokens=64, rows=1, static=False)
-    assert expected["n" if name != "masked_lm" else "n_records"] == 12
+    expected, table_of_answers = answered(packing=False, row_tokens=64, rows=1, static=False)
+    assert expected.get("n_records", expected["n"]) == 12
+    assert expected[task.metric] is not None
     for layout in [(True, 64, 3, True), (True, 200, 2, False), (False, 64, 5, True), (True, 1024, 1, True)]:
-        found = figures(*layout)
+        found, frame = answered(*layout)
         assert found == pytest.approx(expected, rel=1e-5)
+        columns = [frame.explode(list(frame)[1:]) if name == "residue_classification" else frame
+                   for frame in (frame, table_of_answers)]  # fmt: skip
+        for column in frame:
+            found_values, values = (c[column].to_numpy() for c in columns)
+            if isinstance(values[0], str):
+                assert (found_values == values).all()
+            else:
+                np.testing.assert_allclose(found_values.astype(float), values.astype(float), rtol=1e-4, atol=1e-6)
 
 
 def test_masked_lm_counts_stay_exact_under_bfloat16() -> None:
