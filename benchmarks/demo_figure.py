@@ -15,9 +15,10 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from esm_neuron.baselines import composition_baseline, majority_baseline
+from esm_neuron.baselines import fit_baselines
 from esm_neuron.data.splits import load_splits
 from esm_neuron.settings import read_config
+from esm_neuron.tasks import create_task
 
 HERE = Path(__file__).parent
 METRICS = {"accuracy": "accuracy", "mcc": "MCC", "auroc": "AUROC"}
@@ -30,11 +31,8 @@ def baselines(run: Path) -> dict[str, dict[str, Any]]:
     data = type(cfg.data)(**{**vars(cfg.data), **whole})
     splits = load_splits(type(cfg)(**{**vars(cfg), "data": data}), needs_labels=True)
     assert splits.test is not None
-    classes = len(splits.labels)
-    return {
-        "majority class": majority_baseline(splits.train.labels, splits.test.labels, classes),
-        "composition": composition_baseline(splits.train, splits.test, classes),
-    }
+    task = create_task(splits.task, splits.labels)
+    return {baseline.name: baseline.figures(task, splits.test) for baseline in fit_baselines(splits.task, splits.train)}
 
 
 def draw(run: Path, target: Path) -> None:

@@ -217,6 +217,8 @@ class LogConfig:
 
     every: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
+    baselines: bool = True
+    """Score what needs no network (frequencies, composition) on the same rows at the end, and write it beside."""
     tensorboard: bool = True
     """Write TensorBoard event files under `output`/tensorboard."""
 

@@ -14,8 +14,9 @@ from esm_neuron import checkpoint, settings
 from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
+from esm_neuron.baselines import capped, fit_baselines
 from esm_neuron.build import Built, build_model
-from esm_neuron.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite
+from esm_neuron.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite, format_record
 from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
@@ -25,6 +26,7 @@ from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.evaluate import evaluate as evaluate_table
 from esm_neuron.export import CONFIG, MAY_CHANGE, build_trained, read_run, write_results
 from esm_neuron.files import claimed, write_json, write_text
+from esm_neuron.metrics import Value
 from esm_neuron.model import parameter_count
 from esm_neuron.shapes import SHAPES
 from esm_neuron.tasks import TASKS, Task, create_task
@@ -126,6 +128,8 @@ class _Job:
         base = from_main(backend, lambda: built.source.reference.sha256)
         same = identity(cfg, splits.fingerprint, base)
         trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], same)
+        for note in _notes(trainer):
+            say(note)
         return cls(cfg, splits, task, built, loaders, trainer)
 
 
@@ -199,6 +203,7 @@ def _finish(
     chosen = trainer.load_best()
     valid = trainer.evaluate(loaders.valid, intervals=True) if loaders.valid else None
     test = trainer.evaluate(loaders.test, intervals=True) if loaders.test else None
+    baselines = from_main(backend, lambda: _baselines(cfg, task, loaders, say))
     weights, _ = backend.gather_state(built.model, trainer.optimizer)
     trainable, total = parameter_count(built.model)
     state = fit.state
@@ -220,12 +225,42 @@ def _finish(
         },
         "valid": valid,
         "test": test,
+        "baselines": baselines,
     })  # fmt: skip
     out = Path(cfg.output)
     weights_folder = agree_on_main(backend, lambda: write_results(cfg, task, built, weights))
     agree_on_main(backend, lambda: write_json(out / RESULT, result))
     say(f"weights of step {chosen} in {weights_folder}, result in {out / RESULT}, checkpoints in {out / 'checkpoints'}")
     return dict(result)
+
+
+def _baselines(
+    cfg: TrainConfig, task: Task, loaders: Loaders, say: Callable[[str], None]
+) -> dict[str, dict[str, dict[str, Value]]]:
+    """Split -> baseline -> its figures on the very rows that the model was scored on."""
+    held_out = {name: loader.table for name in ("valid", "test") if (loader := getattr(loaders, name)) is not None}
+    if not cfg.log.baselines or not held_out:
+        return {}
+    fitted = fit_baselines(cfg.task, loaders.train.table)
+    if capped(fitted):
+        say(capped(fitted))
+    found = {split: {b.name: b.figures(task, table) for b in fitted} for split, table in held_out.items()}
+    for split, figures in found.items():
+        for name, values in figures.items():
+            say(f"{split}, {name} baseline: {format_record(values)}")
+    return found
+
+
+def _notes(trainer: Trainer) -> Iterator[str]:
+    """Settings that are legal and rarely meant."""
+    cfg = trainer.cfg
+    if cfg.loop.patience and trainer.valid_loader is None:
+        yield f"NOTE: loop.patience={cfg.loop.patience} never ends training: there are no validation rows to watch"
+    if cfg.optim.warmup_steps >= trainer.total_steps:
+        yield (
+            f"NOTE: optim.warmup_steps={cfg.optim.warmup_steps} of {trainer.total_steps} steps: the learning rate "
+            "never reaches optim.lr"
+        )
 
 
 def evaluate(

@@ -139,6 +139,8 @@ class TrainLoader:
         static_shapes: bool = True,
         row_lengths: Sequence[int] | None = None,
     ) -> None:
+        self.table = table
+        """The training examples."""
         self.passes = accumulated_passes(cfg, dp * local_dp)
         """Forward passes of this rank in one optimizer step."""
         self._cfg, self._dp, self._dp_rank = cfg, dp, dp_rank

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from esm_neuron.baselines import composition_baseline, composition_features, majority_baseline
+from esm_neuron import baselines
+from esm_neuron.baselines import capped, composition_features, fit_baselines
+from esm_neuron.config import TaskConfig
 from esm_neuron.data.batch import ExampleTable
-from esm_neuron.metrics import Value
+from esm_neuron.data.tokenizer import UNK, VOCABULARY
+from esm_neuron.tasks import create_task
 
 ALPHABET = "LAGVSERTIDPKQNFYMHWCXBUZO"
-
-
-def number(value: Value) -> float:
-    assert isinstance(value, (int, float))
-    return value
 
 
 def table(sequences: list[str], labels: list[int], record: list[int] | None = None) -> ExampleTable:
@@ -47,6 +48,14 @@ def test_windows_of_a_record_are_one_protein() -> None:
     assert split == pytest.approx(whole)
 
 
+def figures(task: TaskConfig, train: ExampleTable, test: ExampleTable) -> dict[str, dict[str, Any]]:
+    made = create_task(task, task.labels or ())
+    return {baseline.name: baseline.figures(made, test) for baseline in fit_baselines(task, train)}
+
+
+AB = TaskConfig(labels=("A", "B"))
+
+
 def signal(n: int, seed: int, shift: float) -> ExampleTable:
     """Class 1 has more of L; `shift` 0 makes the classes alike."""
     rng = np.random.default_rng(seed)
@@ -56,26 +65,74 @@ def signal(n: int, seed: int, shift: float) -> ExampleTable:
     return table(rows, labels)
 
 
-def test_the_baseline_finds_a_composition_signal_and_none_where_there_is_none() -> None:
-    found = composition_baseline(signal(200, 0, 0.15), signal(100, 1, 0.15), 2)
-    assert found["n"] == 100
-    assert number(found["auroc"]) > 0.9
-    interval = found["auroc_ci"]
-    assert isinstance(interval, list)
-    low, high = interval
-    assert low <= number(found["auroc"]) <= high
-    blind = composition_baseline(signal(200, 0, 0.0), signal(100, 1, 0.0), 2, intervals=False)
-    assert 0.3 < number(blind["auroc"]) < 0.7
-    assert "auroc_ci" not in blind
+def test_composition_finds_a_composition_signal_and_none_where_there_is_none() -> None:
+    found = figures(AB, signal(200, 0, 0.15), signal(100, 1, 0.15))["composition"]
+    assert (found["n"], found["fitted_on"], found["training"]) == (100, 200, 200)
+    low, high = found["auroc_ci"]
+    assert 0.9 < found["auroc"] and low <= found["auroc"] <= high
+    blind = figures(AB, signal(200, 0, 0.0), signal(100, 1, 0.0))["composition"]
+    assert 0.3 < blind["auroc"] < 0.7
 
 
 def test_a_class_without_training_rows_gets_probability_zero() -> None:
-    values = composition_baseline(table(["A" * 60, "L" * 60], [0, 1]), table(["A" * 60, "L" * 60], [0, 2]), 3)
+    task = TaskConfig(labels=("A", "B", "C"))
+    values = figures(task, table(["A" * 60, "L" * 60], [0, 1]), table(["A" * 60, "L" * 60], [0, 2]))["composition"]
     assert values["accuracy"] == 0.5
-    assert np.isfinite(number(values["loss"]))
+    assert np.isfinite(values["loss"])
 
 
-def test_majority_answers_the_commonest_training_class() -> None:
-    train = np.array([0, 1, 1, 2])
-    assert majority_baseline(train, np.array([1, 0, 0, 1, 1]), 3) == {"n": 5, "class": 1, "accuracy": 0.6}
-    assert majority_baseline(train, np.array([], np.int64), 3)["accuracy"] is None
+def test_majority_answers_the_training_frequencies() -> None:
+    train = table(["A", "L", "LL", "LLL"], [0, 1, 1, 1])
+    values = figures(AB, train, table(["A", "A", "A", "A", "A"], [1, 0, 0, 1, 1]))["majority"]
+    assert (values["n"], values["accuracy"], values["mcc"], values["auroc"]) == (5, 0.6, 0.0, 0.5)
+    assert values["loss"] == pytest.approx(-(3 * np.log(0.75) + 2 * np.log(0.25)) / 5)
+
+
+def test_several_labels_and_values_are_found_in_the_composition() -> None:
+    train, test = signal(200, 0, 0.15), signal(100, 1, 0.15)
+    several = [replace(t, labels=np.stack([t.labels, 1 - t.labels, t.labels * 0], 1).astype(np.uint8))
+               for t in (train, test)]  # fmt: skip
+    task = TaskConfig(name="multi_label", labels=("A", "B", "nobody"))
+    found = figures(task, *several)
+    assert found["composition"]["per_class"]["A"]["auroc"] > 0.9
+    assert found["composition"]["subset_accuracy"] > 0.8 > found["majority"]["subset_accuracy"]
+    values = [replace(t, labels=100 + 10.0 * t.labels) for t in (train, test)]
+    found = figures(TaskConfig(name="regression", target_mean=105.0, target_sd=5.0), *values)
+    assert found["composition"]["pearson"] > 0.8
+    assert found["mean"]["pearson"] is None
+    assert found["mean"]["rmse"] == pytest.approx(5, abs=0.2)
+
+
+def residue_signal(n: int, seed: int) -> ExampleTable:
+    """A residue is of class 1 where its left neighbour is W; the first is not known."""
+    rng = np.random.default_rng(seed)
+    rows = ["".join(rng.choice(list("AW"), 30)) for _ in range(n)]
+    labels = [np.array([-1, -1, *(int(c == "W") for c in row[:-1]), -1]) for row in rows]
+    return replace(table(rows, [0] * n), labels=np.concatenate(labels).astype(np.int16))
+
+
+def test_residues_are_found_by_their_neighbours() -> None:
+    task = TaskConfig(name="residue_classification", labels=("A", "B"))
+    found = figures(task, residue_signal(20, 0), residue_signal(10, 1))
+    assert found["window"]["accuracy"] == 1.0
+    assert (found["window"]["n"], found["window"]["n_records"], found["window"]["training"]) == (290, 10, 580)
+    assert found["majority"]["auroc"] == 0.5
+
+
+def test_unigram_perplexity_is_that_of_the_frequencies() -> None:
+    train, test = table(["AAAL" * 100], [0]), table(["AL", "AAX"], [0, 0])
+    values = figures(TaskConfig(name="masked_lm"), train, test)["unigram"]
+    counts = np.array([301, 101, *[1] * (len(VOCABULARY) - UNK - 3)])
+    p = counts / counts.sum()
+    loss = -(3 * np.log(p[0]) + np.log(p[1]) + np.log(p[2])) / 5
+    assert values["perplexity"] == pytest.approx(np.exp(loss))
+    assert (values["n"], values["accuracy"]) == (5, 0.6)
+
+
+def test_a_sample_is_fitted_on_and_said_where_there_are_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "MOST_ROWS", 50)
+    fitted = fit_baselines(AB, signal(200, 0, 0.15))
+    assert capped(fitted) == "baselines fitted on a sample of the training rows: composition on 50 of 200"
+    assert fitted[1].figures(create_task(AB, ("A", "B")), signal(100, 1, 0.15))["fitted_on"] == 50
+    monkeypatch.setattr(baselines, "MOST_ROWS", 200)
+    assert capped(fit_baselines(AB, signal(200, 0, 0.15))) == ""
