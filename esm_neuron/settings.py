@@ -27,6 +27,17 @@ _UNKNOWN = (
     re.compile(r"Option '(?P<option>[^']+)' is not accepted"),
 )
 
+_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "batch_size": "loop.rows_per_step",
+    "per_device_train_batch_size": "loop.rows_per_device",
+    "num_train_epochs": "loop.epochs",
+    "max_length": "data.max_residues",
+    "lora_r": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+}
+"""What other trainers call a setting -> its name here."""
+
 
 def make_parser(command: str = "train") -> ArgumentParser:
     """The parser of `--section.field value` flags and `--config FILE` for every field of `TrainConfig`."""
@@ -148,9 +159,11 @@ def _explain(message: str) -> str:
     if found is None:
         return re.sub(r"Parser key \"([\w.]+)\"", r"\1", re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", message))
     unknown = ".".join(filter(None, (found.groupdict().get("group"), found["option"])))
-    near = difflib.get_close_matches(unknown, list(known_keys()), n=1, cutoff=0.5)
-    leaf = [k for k in known_keys() if k.rpartition(".")[2] == unknown.rpartition(".")[2]]
-    hint = f"did you mean {(near or leaf)[0]}?" if near or leaf else "see esm-neuron train --help"
+    last = unknown.rpartition(".")[2]
+    near = [_ELSEWHERE[last]] if last in _ELSEWHERE else []
+    near += difflib.get_close_matches(unknown, list(known_keys()), n=1, cutoff=0.5)
+    near += [key for key in known_keys() if key.rpartition(".")[2] == last]
+    hint = f"did you mean {near[0]}?" if near else "see esm-neuron train --help"
     return f"unknown setting {unknown}; {hint}"
 
 

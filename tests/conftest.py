@@ -136,6 +136,55 @@ def same_figures() -> Callable[..., None]:
     return assert_same_figures
 
 
+LABEL_COLUMNS = {
+    "sequence_classification": "label",
+    "multi_label": "several",
+    "regression": "value",
+    "residue_classification": "residues",
+    "masked_lm": "label",
+}
+"""Task -> the column of `labelled.csv` that it learns from."""
+
+
+def make_task_toys(make: Toy, folder: Path) -> dict[str, TrainConfig]:
+    """A quick run of every task, under `folder`: windows for half of the proteins, attention pooling, two epochs."""
+    for split, source in (("train", 40), ("test", 21)):
+        rows = ["id,sequence,label,several,value,residues"]
+        for line in write_proteins(folder / "plain.csv", source, seed=len(split)).read_text().splitlines()[1:]:
+            name, sequence, label = line.split(",")
+            helix = "".join("H" if residue in "FGHIKL" else "E" for residue in sequence)
+            several = ";".join([label, *(["rich"] if helix.count("H") * 2 > len(helix) else [])])
+            value = 100 + 50 * helix.count("H") / len(helix)
+            rows.append(f"{name},{sequence},{label},{several},{value:.3f},?{helix[1:]}")
+        (folder / f"labelled_{split}.csv").write_text("\n".join(rows) + "\n")
+    data = {
+        "train": str(folder / "labelled_train.csv"),
+        "valid": None,
+        "test": str(folder / "labelled_test.csv"),
+        "valid_fraction": 0.2,
+        "max_residues": 40,
+        "long_sequences": "window",
+        "row_tokens": 64,
+    }
+    return {
+        task: make(
+            task,
+            task={"name": task},
+            model={"pooling": "attention"},
+            data={**data, "label_column": column},
+            loop={"max_steps": 6, "rows_per_device": 2, "eval_every": 3},
+            optim={"lr": 1e-2},
+        )
+        for task, column in LABEL_COLUMNS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def task_toys(module_toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainConfig]:
+    """Task -> a quick run of it."""
+    return make_task_toys(module_toy, tmp_path_factory.mktemp("tasks"))
+
+
 @pytest.fixture
 def proteins(tmp_path: Path) -> Callable[..., Path]:
     """Writes files of toy proteins: `proteins("train.csv", 60, seed=0)`."""

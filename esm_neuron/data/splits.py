@@ -232,9 +232,12 @@ def _sample(train: Part, cfg: TrainConfig, name: str, fraction: float) -> np.nda
     rows = len(train)
     order = rng.permutation(rows)
     group = STRATA.get(cfg.task.name) if "label" in train.rows.column_names else None
-    groups = group(train.column("label"))[order] if group is not None else np.zeros(rows)
-    order = order[np.argsort(groups, kind="stable")]
-    order = order[np.diff(np.sort(groups), prepend=-1) == 0]
+    if group is None:
+        order = order[1:]
+    else:
+        groups = group(train.column("label"))[order]
+        order = order[np.argsort(groups, kind="stable")]
+        order = order[np.diff(np.sort(groups), prepend=-1) == 0]
     allowed = np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
     order = order[allowed[order]]
     number = min(len(order), max(1, round(fraction * rows)))

@@ -35,6 +35,7 @@ def chunk_table(
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     cuts = [cut_starts(length, cfg) for length in lengths.tolist()]
     counts = np.array([len(cut) for cut in cuts], dtype=np.int64)
+    starts = np.array([cut[:2] for of_record in cuts for cut in of_record], dtype=np.int32).reshape(-1, 2)
     long = lengths > cfg.max_residues
     if cfg.long_sequences == "refuse":
         for i in np.flatnonzero(long):
@@ -48,7 +49,7 @@ def chunk_table(
         weight=(1 / counts[record]).astype(np.float32),
         labels=np.empty(0, dtype=np.int64),
         ids=ids,
-        starts=np.array([cut[:2] for of_record in cuts for cut in of_record], dtype=np.int32).reshape(-1, 2),
+        starts=starts,
         residues=lengths.astype(np.int32),
     )
     report = Report(name=source, rows=len(ids))

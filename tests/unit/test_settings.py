@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TrainConfig
+from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TaskName, TrainConfig
 from esm_neuron.errors import ConfigError
 from esm_neuron.settings import dump, known_keys, make_parser, parse, read_config
 
@@ -121,6 +121,8 @@ def test_an_unknown_key_in_a_file_is_named_with_the_nearest(folder: Path, text: 
         ("--lr", "optim.lr"),
         ("--loop.epoch", "loop.epochs"),
         ("--max_residues", "data.max_residues"),
+        ("--optim.learning_rate", "optim.lr"),
+        ("--batch_size", "loop.rows_per_step"),
     ],
 )
 def test_an_unknown_flag_is_named_with_the_nearest(flag: str, near: str) -> None:
@@ -220,3 +222,24 @@ def test_known_keys_are_all_fields() -> None:
 @pytest.mark.parametrize("words", [["--resume", "auto"], ["--resume=auto"]])
 def test_resume_has_a_short_form(words: list[str]) -> None:
     assert parse(words).checkpoint.resume == "auto"
+
+
+def test_print_config_prints_a_file_that_reads_back(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--optim.lr", "0.25", "--task.class_weights", '{"a": 2.0, "b": 1.0}', "--print_config"])
+    assert ended.value.code in (0, None)
+    printed = capsys.readouterr().out
+    expected = TrainConfig(optim=OptimConfig(lr=0.25), task=TaskConfig(class_weights={"a": 2.0, "b": 1.0}))
+    assert read_config(Path(written(folder, printed))) == expected
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_example_configuration_is_valid(path: Path) -> None:
+    read_config(path).validate()
+
+
+def test_every_task_has_an_example_configuration() -> None:
+    assert {read_config(path).task.name for path in CONFIGS} == set(get_args(TaskName))

@@ -1,0 +1,160 @@
+"""Every task from a file to figures and answers: trained, evaluated on one process and on two, predicted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from esm_neuron import run
+from esm_neuron.config import TrainConfig
+from esm_neuron.export import read_run
+from esm_neuron.tasks import TASKS
+
+METRICS = {
+    "sequence_classification": {"accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc"},
+    "multi_label": {"subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc"},
+    "regression": {"spearman", "pearson", "rmse", "mae", "r2"},
+    "residue_classification": {"accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc"},
+    "masked_lm": {"perplexity", "accuracy"},
+}
+BASELINES = {
+    "sequence_classification": {"majority", "composition"},
+    "multi_label": {"majority", "composition"},
+    "regression": {"mean", "composition"},
+    "residue_classification": {"majority", "window"},
+    "masked_lm": {"unigram"},
+}
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, list[str]]:
+    """Task -> what its run said."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def results(task_toys: dict[str, TrainConfig], printed: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Task -> the result of its run."""
+    return {task: run.train(cfg, printed.setdefault(task, []).append).result for task, cfg in task_toys.items()}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_ends_with_figures_their_intervals_and_baselines_on_the_same_rows(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], printed: dict[str, list[str]]
+) -> None:
+    result = json.loads((Path(task_toys[task].output) / "result.json").read_text())
+    assert result == results[task]
+    for split, proteins in (("valid", 8), ("test", 21)):
+        found = result[split]
+        assert found.get("n_records", found["n"]) == proteins
+        for name in {"loss", *METRICS[task]}:
+            if found[name] is not None:
+                low, high = found[f"{name}_ci"]
+                assert low <= high, name
+        assert set(result["baselines"][split]) == BASELINES[task]
+        for name, figures in result["baselines"][split].items():
+            assert figures.get("n_records", figures["n"]) == proteins
+            assert METRICS[task] <= set(figures)
+            assert any(line.startswith(f"{split}, {name} baseline: n=") for line in printed[task])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_finished_run_reads_back_with_what_training_decided(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+) -> None:
+    cfg, _ = read_run(Path(task_toys[task].output))
+    assert (cfg.task.target_sd is not None) == (task == "regression")
+    again = run.evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str)
+    same_figures(again, results[task]["test"], rel=1e-5)
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from esm_neuron import run
+for folder, source in json.loads(sys.argv[1]):
+    run.evaluate(Path(folder), Path(source), Path(folder) / "two.json", None, str)
+"""
+
+
+def test_two_processes_give_the_figures_of_one_to_the_sixth_digit(
+    results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path,
+    same_figures: Callable[..., None],
+) -> None:  # fmt: skip
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    runs = json.dumps([(cfg.output, cfg.data.test) for cfg in task_toys.values()])
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker), runs]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for task, cfg in task_toys.items():
+        found = json.loads((Path(cfg.output) / "two.json").read_text())
+        same_figures(found, results[task]["test"], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_passes_and_filler_change_no_loss(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig]
+) -> None:
+    def losses(cfg: TrainConfig) -> list[float]:
+        lines = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if "split" not in line]
+
+    cfg = task_toys[task]
+    # the weights that the run drew, so that a difference is one of arithmetic
+    single = replace(
+        cfg, output=f"{cfg.output}_1", loop=replace(cfg.loop, rows_per_device=1, eval_rows_per_device=1),
+        log=replace(cfg.log, baselines=False),
+    )  # fmt: skip
+    result = run.train(single, str).result
+    assert losses(single) == pytest.approx(losses(cfg), rel=1e-5)
+    assert result["baselines"] == {}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_outputs_have_a_row_for_every_protein(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
+) -> None:
+    from esm_neuron.predict import predict
+
+    cfg = task_toys[task]
+    rows = pd.read_csv(str(cfg.data.test))
+    frame = predict(Path(cfg.output), Path(str(cfg.data.test)), tmp_path / "answers.csv", say=str)
+    assert list(frame["id"]) == list(rows["id"])
+    if task == "residue_classification":
+        assert list(frame["labels"].str.len()) == list(rows["sequence"].str.len())
+        truth = np.array(list("".join(rows["residues"])))
+        said = np.array(list("".join(frame["labels"])))
+        accuracy = (said == truth)[truth != "?"].mean()
+        assert accuracy == pytest.approx(results[task]["test"]["accuracy"], abs=1e-12)
+    elif task == "regression":
+        rmse = float(np.sqrt(np.mean((frame["value"] - rows["value"]) ** 2)))
+        assert rmse == pytest.approx(results[task]["test"]["rmse"], rel=1e-5)
+    elif task == "masked_lm":
+        assert frame["hidden"].sum() == results[task]["test"]["n"]
+    else:
+        said, truth = frame["label"], rows[str(cfg.data.label_column)]
+        figure = "accuracy" if task == "sequence_classification" else "subset_accuracy"
+        assert (said == truth).mean() == pytest.approx(results[task]["test"][figure])
+
+
+def test_settings_that_are_rarely_meant_are_noted(
+    module_toy: Callable[..., TrainConfig],
+) -> None:
+    cfg = module_toy(
+        "noted", data={"valid": None, "valid_fraction": 0.0}, optim={"warmup_steps": 9},
+        loop={"patience": 3}, log={"baselines": False},
+    )  # fmt: skip
+    said: list[str] = []
+    run.train(cfg, said.append)
+    assert any(line.startswith("NOTE: loop.patience=3 never ends training") for line in said)
+    assert any(line.startswith("NOTE: optim.warmup_steps=9 of 8 steps: the learning rate never") for line in said)
