@@ -129,6 +129,8 @@ def _records(table: ExampleTable, first: int, last: int) -> ExampleTable:
         weight=table.weight[low:high],
         labels=table.labels[:0],
         ids=table.ids[first:last],
+        starts=table.starts[low:high],
+        residues=table.residues[first:last],
     )
 
 

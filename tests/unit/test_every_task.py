@@ -82,7 +82,7 @@ import json, sys
 from pathlib import Path
 from esm_neuron import run
 for folder, source in json.loads(sys.argv[1]):
-    run.evaluate(Path(folder), Path(source), Path(folder) / "two.json", None, str)
+    run.evaluate(Path(folder), Path(source), Path(folder) / "two.json", say=str)
 """
 
 
@@ -124,11 +124,12 @@ def test_passes_and_filler_change_no_loss(
 def test_outputs_have_a_row_for_every_protein(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
 ) -> None:
-    from esm_neuron.predict import predict
+    from esm_neuron.answers.predict import predict
 
     cfg = task_toys[task]
     rows = pd.read_csv(str(cfg.data.test))
-    frame = predict(Path(cfg.output), Path(str(cfg.data.test)), tmp_path / "answers.csv", say=str)
+    assert predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "answers.csv", say=str) == len(rows)
+    frame = pd.read_csv(tmp_path / "answers.csv")
     assert list(frame["id"]) == list(rows["id"])
     if task == "residue_classification":
         assert list(frame["labels"].str.len()) == list(rows["sequence"].str.len())
