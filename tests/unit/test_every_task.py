@@ -78,10 +78,15 @@ def test_the_finished_run_reads_back_with_what_training_decided(
 
 
 WORKER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
+import torch.distributed as dist
 from esm_neuron import run
-for folder, source in json.loads(sys.argv[1]):
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+for number, (folder, source) in enumerate(json.loads(sys.argv[1])):
+    # keys of its own: over the same ones a second group would find the addresses of the first
+    dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=world)
     run.evaluate(Path(folder), Path(source), Path(folder) / "two.json", say=str)
 """
 
