@@ -80,6 +80,9 @@ if ((nodes > 1)) && { ((cores > 0)) || fi_info -p efa >/dev/null 2>&1; }; then
   export FI_EFA_USE_DEVICE_RDMA=${FI_EFA_USE_DEVICE_RDMA:-1}
   export FI_EFA_FORK_SAFE=${FI_EFA_FORK_SAFE:-1}
 fi
+# Workers that share torchrun's store find the addresses of killed peers in it after a restart, and wait for them. Without
+# sharing, each start of the workers has a store of its own.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 ulimit -n "$(ulimit -Hn)" # sockets of all peers
 
 command=("$python" -m torch.distributed.run "--nnodes=$nodes" "--nproc_per_node=$processes")
