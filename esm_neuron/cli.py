@@ -158,12 +158,12 @@ def plan(argv: Sequence[str]) -> int:
     require(args.devices >= 1, f"--devices {args.devices} must be at least 1")
     require(args.nodes >= 1, f"--nodes {args.nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
-    from esm_neuron.plan import make_plan, render
+    from esm_neuron.plan import figures, make_plan, render
     from esm_neuron.shapes import known_shape
     from esm_neuron.tasks import TASKS
 
     made = make_plan(cfg, load_splits(cfg, TASKS[cfg.task.name].needs_labels), args.devices)
-    said, text = {**asdict(made), "programs": made.programs}, [render(made)]
+    said, text = figures(made), [render(made)]
     if args.instance is not None:
         from esm_neuron import cost
 

@@ -6,7 +6,8 @@ Planned by the functions that the loaders use, so the table is what will happen 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from esm_neuron.data.loader import (
 )
 from esm_neuron.data.packing import EpochPlan
 from esm_neuron.data.splits import Splits
+from esm_neuron.memory import Memory, predict_memory
+from esm_neuron.memory import render as render_memory
 from esm_neuron.parallel.topology import NEURON_CORES, NEURON_TP, legal_tp
 from esm_neuron.shapes import EsmShape, known_shape
 
@@ -80,6 +83,10 @@ class RunPlan:
     """Part of the run -> programs that a static-shape backend compiles for it."""
     tensor_parallel: TensorParallel | None
     """None where the model's shape is not known here: a hub id that is no released ESM-2."""
+    memory: Memory | None
+    """Of a device; None where the shape is not known."""
+    memory_turned: Memory | None
+    """The same with gradient checkpointing on instead of off, or off instead of on."""
 
     @property
     def programs(self) -> int:
@@ -109,6 +116,11 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
     evaluated = {row_length(plan, step) for plan in evaluations for step in plan.first_steps()}
     passes = accumulated_passes(cfg, devices)
     buckets = tuple(_bucket(epoch, number, lengths, passes) for number in range(len(epoch.packs)))
+    again = cfg.model.gradient_checkpointing
+    memory, turned = (
+        predict_memory(cfg, shape, devices, len(splits.labels) or 1, checkpointing) if shape else None
+        for checkpointing in (again, not again)
+    )
     return RunPlan(
         buckets=buckets,
         total=_total(buckets, epoch.efficiency(lengths)),
@@ -121,6 +133,8 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
             "set-up": SET_UP,
         },
         tensor_parallel=tensor_parallel(shape) if shape else None,
+        memory=memory,
+        memory_turned=turned,
     )
 
 
@@ -133,6 +147,15 @@ def tensor_parallel(shape: EsmShape) -> TensorParallel:
         padded=padded,
         instances={name: tuple(tp for tp in NEURON_TP[n] if tp in padded) for name, n in NEURON_CORES.items()},
     )
+
+
+def figures(plan: RunPlan) -> dict[str, Any]:
+    """The plan as JSON has it, sums included."""
+    said: dict[str, Any] = {**asdict(plan), "programs": plan.programs}
+    for name, memory in (("memory", plan.memory), ("memory_turned", plan.memory_turned)):
+        if memory is not None:
+            said[name] |= {"state": memory.state, "total": memory.total}
+    return said
 
 
 def render(plan: RunPlan) -> str:
@@ -150,8 +173,9 @@ def render(plan: RunPlan) -> str:
         f"{plan.programs} programs on a static-shape backend: "
         + ", ".join(f"{number} {part}" for part, number in plan.graphs.items()),
     ]
-    if plan.tensor_parallel is None:
-        return "\n".join([*lines, "parallel.tp: the model's shape is not known before it is downloaded"])
+    if plan.tensor_parallel is None or plan.memory is None or plan.memory_turned is None:
+        return "\n".join([*lines, "parallel.tp and memory: the model's shape is not known before it is downloaded"])
+    lines += render_memory(plan.memory, plan.memory_turned)
     legal = plan.tensor_parallel
     lines.append(f"parallel.tp for {legal.heads} heads: {_list(legal.degrees)}; with pad_heads: {_list(legal.padded)}")
     return "\n".join([*lines, *(f"  on {name}: {_list(tp)}" for name, tp in legal.instances.items())])

@@ -1,0 +1,170 @@
+"""What a run is predicted to need is what its tensors take on the CPU; and the figures move as they must."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from esm_neuron import cli, settings
+from esm_neuron.backends import create_backend
+from esm_neuron.build import build_model
+from esm_neuron.config import (
+    AdapterConfig,
+    DataConfig,
+    LoopConfig,
+    ModelConfig,
+    ParallelConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from esm_neuron.memory import Memory, predict_memory
+from esm_neuron.optim import parameter_groups
+from esm_neuron.shapes import SHAPES
+from esm_neuron.tasks import create_task
+
+Toy = Callable[..., TrainConfig]
+
+TOLERANCE = 0.06
+"""Share of the measured peak by which the prediction may be off."""
+GB = 10**9
+
+
+def config(
+    name: str = "tiny",
+    kind: str = "lora",
+    precision: str = "fp32",
+    again: bool = False,
+    task: str = "sequence_classification",
+    **others: Any,
+) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(name=name, init="random", gradient_checkpointing=again),
+        task=TaskConfig(name=task),
+        data=DataConfig(row_tokens=512, max_residues=510, max_segments=4),
+        adapter=AdapterConfig(kind=kind),
+        loop=LoopConfig(precision=precision, rows_per_device=2, rows_per_step=2),
+        **others,
+    )
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def see(self, *tensors: Any) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and id(storage) not in self._seen:
+                self._seen.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        self.most = max(self.most, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.see(*tree_leaves(result))
+        return result
+
+
+def measure(cfg: TrainConfig) -> tuple[int, int]:
+    """Bytes of tensors between two steps, and at the peak of one."""
+    backend, task = create_backend(cfg), create_task(cfg.task, ("A", "B"))
+    model = build_model(cfg, task, backend).model
+    optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
+    rows, length, segments = cfg.loop.rows_per_device, cfg.data.row_tokens, cfg.data.max_segments
+    shape = (rows, length) if task.per_token else (rows, segments)
+    batch = type("Batch", (), {"labels": torch.zeros(shape, dtype=torch.int64), "weights": torch.ones(shape)})
+    places = torch.arange(length).expand(rows, length)
+    each = length // segments
+    packs = {"segment_ids": places // each, "positions": places % each, "max_segments": segments}
+    live = Live()
+    live.see(*model.parameters(), *(p.grad for p in model.parameters()))
+    live.see(*(value for state in optimizer.state.values() for value in state.values()))
+    held = live.now
+    with live:
+        with backend.autocast():
+            loss, weight = task.loss(model(input_ids=torch.full((rows, length), 5), **packs).logits, batch)
+        loss.backward()
+        backend.step(model, optimizer, weight, 1.0)
+    return held, live.most
+
+
+CASES = [
+    config(),
+    config(kind="none"),
+    config(precision="bf16"),
+    config(task="masked_lm"),
+    config("esm2_t6_8M"),
+    config("esm2_t6_8M", kind="head"),
+    config("esm2_t6_8M", precision="bf16", again=True),
+    config("esm2_t6_8M", kind="none", precision="bf16", task="masked_lm"),
+]
+
+
+@pytest.mark.parametrize(
+    "cfg", CASES, ids=lambda c: f"{c.model.name}-{c.adapter.kind}-{c.loop.precision}-{c.task.name}"
+)
+def test_the_prediction_is_what_the_tensors_take(cfg: TrainConfig) -> None:
+    held, most = measure(cfg)
+    predicted = predict_memory(cfg, SHAPES[cfg.model.name])
+    assert predicted.state == pytest.approx(held, rel=0.01)
+    assert predicted.total == pytest.approx(most, rel=TOLERANCE)
+
+
+def of(name: str, **changes: Any) -> Memory:
+    return predict_memory(config(name, **changes), SHAPES[name])
+
+
+def test_known_sizes() -> None:
+    """650M parameters; AdamW in float32 holds 16 bytes of each that is trained."""
+    full = of("esm2_t33_650M", kind="none", task="masked_lm")
+    assert full.state == pytest.approx(16 * SHAPES["esm2_t33_650M"].parameter_count(), rel=1e-3)
+    lora = of("esm2_t33_650M", precision="bf16")
+    assert lora.weights["bfloat16"] == pytest.approx(1.3 * GB, rel=0.02)
+    assert lora.gradients == lora.adapters == lora.optimizer // 2
+
+
+def test_recomputing_costs_an_input_a_block_and_one_block() -> None:
+    cfg, shape = config("esm2_t33_650M", precision="bf16"), SHAPES["esm2_t33_650M"]
+    kept, again = predict_memory(cfg, shape), predict_memory(cfg, shape, checkpointing=True)
+    assert again.state == kept.state and again.activations < kept.activations / 8
+    assert predict_memory(config("esm2_t33_650M", precision="bf16", again=True), shape) == again
+
+
+def test_devices_share_the_model_and_the_optimizer() -> None:
+    shape = SHAPES["esm2_t36_3B"]
+    one = config("esm2_t36_3B", kind="none", precision="bf16", backend="neuron")
+    eight = replace(one, parallel=ParallelConfig(tp=8))
+    alone, cut = predict_memory(one, shape), predict_memory(eight, shape)
+    assert sum(cut.weights.values()) == pytest.approx(sum(alone.weights.values()) / 8, rel=0.01)
+    assert predict_memory(eight, shape, dp=4).optimizer == pytest.approx(cut.optimizer / 4, rel=1e-6)
+    whole = predict_memory(replace(eight, parallel=ParallelConfig(tp=8, zero1=False)), shape, dp=4)
+    assert whole.optimizer > predict_memory(eight, shape, dp=4).optimizer
+
+
+def test_plan_prints_it(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg, path = toy(), tmp_path / "run.yaml"
+    path.write_text(settings.dump(cfg))
+    assert cli.main(["plan", "--json", "--config", str(path)]) == 0
+    said = json.loads(capsys.readouterr().out)["memory"]
+    expected = predict_memory(cfg, SHAPES["tiny"], outputs=2)
+    assert said["optimizer"] == expected.optimizer and said["weights"] == expected.weights
+    assert cli.main(["plan", "--config", str(path)]) == 0
+    assert "memory of a device" in capsys.readouterr().out
