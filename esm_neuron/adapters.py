@@ -43,7 +43,7 @@ def adapt(
     for name, parameter in model.named_parameters():
         in_head = any(name == part or name.startswith(f"{part}.") for part in head)
         parameter.requires_grad_((cfg.kind == "none" or in_head) and not NEVER_TRAINED.fullmatch(name))
-    if cfg.kind == "lora":
+    if cfg.kind in ("lora", "qlora"):
         return _add_lora(model, cfg, head, lora_modules)
     require(
         any(p.requires_grad for p in model.parameters()),
@@ -82,12 +82,12 @@ def check_target(model: nn.Module, target: str) -> None:
 
 
 def store_frozen_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of frozen linears to `dtype`; norms, embeddings and whatever is trained keep their own."""
+    """Cast frozen linears to `dtype`; norms, embeddings, whatever is trained or quantized keep their own."""
     # the LM head's decoder is the embedding's own tensor: the cast would reach the embedding through it
     tied = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for module in model.modules():
         keeps = any(p.requires_grad or id(p) in tied for p in module.parameters())
-        if isinstance(module, nn.Linear) and not keeps:
+        if isinstance(module, nn.Linear) and module.weight.is_floating_point() and not keeps:
             module.to(dtype)
 
 

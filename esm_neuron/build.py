@@ -44,10 +44,12 @@ class Built:
     source: WeightSource
     """Its base weights, still readable."""
     report: LoadReport
+    quantized: bool = False
+    """Whether linears of the blocks are kept in few bits."""
 
 
 def build_model(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
-    """Build on meta, shard, load slices, adapt, prepare.
+    """Build on meta, shard, load slices (and quantize each as it comes), adapt, prepare.
 
     Raises:
         ConfigError: the model cannot be found, or does not fit the adapter or the parallel plan.
@@ -59,6 +61,11 @@ def build_model(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
         model = task.build(config)
     set_attention(encoder_of(model), cfg.data.max_residues + 2, backend.attention)
     backend.shard(model)
+    if cfg.adapter.kind == "qlora":
+        from esm_neuron.quantize import quantize_linears  # needs bitsandbytes
+
+        compute = torch.bfloat16 if cfg.loop.precision == "bf16" else torch.float32
+        quantize_linears(model, cfg.adapter.quantization, compute, backend.device)
     head = task.head(config)
     draw = Draw(cfg.seed, config.initializer_range)
     new = tuple(f"{part}." for part in head)
@@ -68,7 +75,7 @@ def build_model(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
     adapted = adapt(model, cfg.adapter, head, backend.lora_modules)
     whole = partial(whole_shape, heads=config.num_attention_heads, tp=backend.topology.tp)
     draw_lora(adapted, cfg.seed, whole, backend.part)
-    return Built(backend.prepare(adapted), config, source, report)
+    return Built(backend.prepare(adapted), config, source, report, quantized=cfg.adapter.kind == "qlora")
 
 
 def model_config(cfg: TrainConfig, task: ModelMaker, pretrained: EsmConfig) -> EsmConfig:

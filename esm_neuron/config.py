@@ -13,6 +13,7 @@ from esm_neuron.errors import ConfigError
 
 BackendName = Literal["cpu", "xla", "neuron"]
 TaskName = Literal["sequence_classification", "multi_label", "regression", "residue_classification", "masked_lm"]
+Quantization = Literal["nf4", "int8"]
 OnRecompile = Literal["error", "warn", "ignore"]
 
 
@@ -120,8 +121,11 @@ class DataConfig:
 class AdapterConfig:
     """Which parameters are trained."""
 
-    kind: Literal["none", "head", "lora"] = "lora"
-    """What is trained: everything, the head alone, or low-rank adapters and the head."""
+    kind: Literal["none", "head", "lora", "qlora"] = "lora"
+    """What is trained: everything, the head alone, or low-rank adapters and the head; `qlora` keeps the frozen linears
+    of the blocks quantized, on the cpu backend."""
+    quantization: Quantization = "nf4"
+    """qlora: how they are kept: 4 bits (NormalFloat with double quantization) or 8."""
     r: int = 8
     """LoRA rank."""
     alpha: int = 16
@@ -243,6 +247,23 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    @property
+    def can_quantize(self) -> bool:
+        """Whether the backend can keep frozen linears quantized."""
+        return self.backend not in ("xla", "neuron") and self.parallel.tp == 1
+
+    def check_backend(self) -> None:
+        """Check that the backend can do what is asked of it.
+
+        Raises:
+            ConfigError: it cannot; the message names what does the same there.
+        """
+        require(
+            self.adapter.kind != "qlora" or self.can_quantize,
+            f"adapter.kind=qlora with backend={self.backend}, parallel.tp={self.parallel.tp}: bitsandbytes works on "
+            "the CPU and on CUDA, with whole linears; use adapter.kind=lora with loop.precision=bf16",
+        )
+
     def validate(self) -> None:
         """Check what one field cannot know alone.
 
@@ -258,6 +279,7 @@ class TrainConfig:
         Raises:
             ConfigError: as there.
         """
+        self.check_backend()
         fits = self.data.max_residues + 2 <= self.data.row_tokens
         require(
             fits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from esm_neuron.safetensors_folder import BaseReference, write_shards
 from esm_neuron.settings import read_config
 from esm_neuron.tasks import Task, create_task
 from esm_neuron.weights import Draw, is_carried, load_into, open_weights
+
+log = logging.getLogger(__name__)
 
 ADAPTER, MODEL, BASE, CONFIG = "adapter", "model", "base", "config.yaml"
 """Names within a run's folder."""
@@ -152,6 +155,9 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     elsewhere = backend is not None and backend != cfg.backend
     parallel = ParallelConfig() if elsewhere else cfg.parallel  # another device may not have as many cores
     cfg = replace(cfg, output=str(folder), model=model, backend=backend or cfg.backend, parallel=parallel)
+    if not cfg.can_quantize and cfg.adapter.kind == "qlora":
+        log.warning("trained on quantized weights, answered from float ones: answers differ by the quantization error")
+        cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))
     return cfg, create_task(cfg.task, cfg.task.labels or ())
 
 
@@ -162,7 +168,7 @@ def build_trained(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built
         CheckpointError: the adapter is damaged, or the base weights are not those it was trained on.
     """
     folder = Path(cfg.output) / ADAPTER
-    if cfg.adapter.kind != "lora":
+    if cfg.adapter.kind not in ("lora", "qlora"):
         return build_model(cfg, task, backend)
     built = build_model(cfg, task, backend)
     reference = read_reference(folder)
@@ -199,7 +205,11 @@ def read_reference(folder: Path) -> BaseReference:
 
 
 def merged(built: Built) -> nn.Module:
-    """The trained model as one plain network: LoRA added into the weights."""
+    """The trained model as one plain float network: quantized weights made whole, LoRA added into them."""
+    if built.quantized:
+        from esm_neuron.quantize import dequantize_linears
+
+        dequantize_linears(built.model)
     return built.model.merge_and_unload() if isinstance(built.model, PeftModel) else built.model
 
 

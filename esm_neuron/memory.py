@@ -20,7 +20,8 @@ Shape = tuple[int, ...]
 
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a number."""
-_BYTES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+_BYTES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "nf4": 0.5 + 1 / 64 + FLOAT32 / (64 * 256), "int8": 1}
+"""Storage type -> bytes of a weight. NF4's hold its scales: 8 bits for 64 weights, and a float for 256 of those."""
 MOMENTS = 2 * FLOAT32
 """Bytes of AdamW's state of a parameter."""
 
@@ -78,6 +79,7 @@ def predict_memory(
     inputs = FLOAT32 * shape.hidden * tokens
     kept = shape.layers * (inputs if again else block) if flows else 0
     moment, copies = _moment(cfg, shape) * tokens, _copies(cfg, shape)
+    moment += _restored(cfg, shape)
     if again:  # copies of weights then end with the forward pass
         moment, copies = moment + max(block, copies), 0
     return Memory(
@@ -96,13 +98,13 @@ def _weights(cfg: TrainConfig, shape: EsmShape, head: int) -> tuple[dict[str, in
     held: Counter[str] = Counter()
     if _is_lora(cfg):  # PEFT keeps the head as it was before training
         kind = _storage(cfg, "dense", learns=False)
-        held[kind] += head * _BYTES[kind]
+        held[kind] += int(head * _BYTES[kind])
     trained = []
     for name, size in _parameters(cfg, shape).items():
         learns = cfg.adapter.kind == "none" and "contact_head" not in name
         number = _share(cfg, shape, name, size)
         kind = _storage(cfg, name, learns)
-        held[kind] += number * _BYTES[kind]
+        held[kind] += math.ceil(number * _BYTES[kind]) + (FLOAT32 * size[0] if kind == "int8" else 0)
         if learns:
             trained.append(number)
     return dict(held), trained
@@ -115,6 +117,9 @@ def _parameters(cfg: TrainConfig, shape: EsmShape) -> dict[str, Shape]:
 
 
 def _storage(cfg: TrainConfig, name: str, learns: bool) -> str:
+    linear, leaf = (in_block(name) or "").rpartition(".")[::2]
+    if cfg.adapter.kind == "qlora" and linear in PLAN:
+        return cfg.adapter.quantization if leaf == "weight" else "float32"
     if cfg.loop.precision != "bf16":
         return "float32"
     frozen_linear = not learns and ("dense" in name or "self" in name or "regression" in name)
@@ -243,6 +248,13 @@ def _moment(cfg: TrainConfig, shape: EsmShape) -> int:
     if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type
         return 2 * FLOAT32 * wide
     return _number(cfg) * wide + FLOAT32 * shape.hidden
+
+
+def _restored(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes of the largest quantized weight while it is whole."""
+    if cfg.adapter.kind != "qlora":
+        return 0
+    return shape.hidden * shape.intermediate * (_number(cfg) + (FLOAT32 if cfg.adapter.quantization == "int8" else 0))
 
 
 def _copies(cfg: TrainConfig, shape: EsmShape) -> int:

@@ -271,6 +271,8 @@ def encoder_of(model: nn.Module) -> PackedEsmModel:
 
 
 def parameter_count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
+    """(trainable, all) parameters; a weight of 4 bits counts as many as it stands for."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear))
+    packed = sum(m.in_features * m.out_features - m.weight.numel() for m in linears)
+    return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes) + packed

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -235,6 +235,15 @@ class LoadReport:
     """Keys of the source that the model has no use for."""
 
 
+@runtime_checkable
+class Receiver(Protocol):
+    """A module that keeps its weight in a form of its own."""
+
+    def receive(self, weight: Tensor) -> None:
+        """Take the float weight, of the shape that the meta parameter `weight` had."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Slot:
     """One tensor of the model and every place that holds it; several where it is tied."""
@@ -248,6 +257,10 @@ class _Slot:
         if self.tensor.device.type != "meta":
             with torch.no_grad():
                 self.tensor.copy_(value)
+            return
+        receiver = self.owners[0]
+        if isinstance(receiver, Receiver) and self.names[0].endswith(".weight"):
+            receiver.receive(value)
             return
         filled = value.to(self.tensor.dtype)
         if isinstance(self.tensor, nn.Parameter):

@@ -18,8 +18,9 @@ def create_backend(cfg: TrainConfig) -> Backend:
     """The backend that `cfg.backend` names; its vendor packages are imported only now.
 
     Raises:
-        ConfigError: a package or device it needs is missing, or the world does not fit it.
+        ConfigError: a package or device it needs is missing, or the world or the settings do not fit it.
     """
+    cfg.check_backend()
     module, name = _BACKENDS[cfg.backend]
     backend: Backend = getattr(import_module(module), name)(cfg)
     return backend

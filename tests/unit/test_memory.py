@@ -28,6 +28,7 @@ from esm_neuron.config import (
 )
 from esm_neuron.memory import Memory, predict_memory
 from esm_neuron.optim import parameter_groups
+from esm_neuron.quantize import Nf4Linear
 from esm_neuron.shapes import SHAPES
 from esm_neuron.tasks import create_task
 
@@ -95,7 +96,7 @@ def measure(cfg: TrainConfig) -> tuple[int, int]:
     each = length // segments
     packs = {"segment_ids": places // each, "positions": places % each, "max_segments": segments}
     live = Live()
-    live.see(*model.parameters(), *(p.grad for p in model.parameters()))
+    live.see(*model.parameters(), *(p.grad for p in model.parameters()), *scales(model))
     live.see(*(value for state in optimizer.state.values() for value in state.values()))
     held = live.now
     with live:
@@ -106,6 +107,12 @@ def measure(cfg: TrainConfig) -> tuple[int, int]:
     return held, live.most
 
 
+def scales(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What quantized linears keep beside their integers, the levels they share left out."""
+    states = [m._state for m in model.modules() if isinstance(m, Nf4Linear)]
+    return [tensor for state in states for tensor in (state.absmax, state.state2.absmax)]
+
+
 CASES = [
     config(),
     config(kind="none"),
@@ -114,6 +121,8 @@ CASES = [
     config("esm2_t6_8M"),
     config("esm2_t6_8M", kind="head"),
     config("esm2_t6_8M", precision="bf16", again=True),
+    config(kind="qlora"),
+    config("esm2_t6_8M", kind="qlora", precision="bf16", again=True),
     config("esm2_t6_8M", kind="none", precision="bf16", task="masked_lm"),
 ]
 
@@ -136,6 +145,7 @@ def test_known_sizes() -> None:
     """650M parameters; AdamW in float32 holds 16 bytes of each that is trained."""
     full = of("esm2_t33_650M", kind="none", task="masked_lm")
     assert full.state == pytest.approx(16 * SHAPES["esm2_t33_650M"].parameter_count(), rel=1e-3)
+    assert of("esm2_t36_3B", kind="qlora", precision="bf16", again=True).total < 3 * GB
     lora = of("esm2_t33_650M", precision="bf16")
     assert lora.weights["bfloat16"] == pytest.approx(1.3 * GB, rel=0.02)
     assert lora.gradients == lora.adapters == lora.optimizer // 2

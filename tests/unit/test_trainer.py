@@ -104,7 +104,7 @@ def watched_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return add
 
 
-@pytest.mark.parametrize("kind", ["lora", "none", "head"])
+@pytest.mark.parametrize("kind", ["lora", "qlora", "none", "head"])
 def test_training_learns_a_label_that_can_be_learnt(toy: Toy, kind: str) -> None:
     cfg = toy(adapter={"kind": kind}, optim={"lr": 1e-2}, loop={"max_steps": 40, "eval_every": 20})
     result = train(cfg)
@@ -212,6 +212,7 @@ def test_without_validation_rows_the_last_weights_are_taken(toy: Toy) -> None:
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"kind": "lora", "dropout": 0.1}},
+    "qlora": {"adapter": {"kind": "qlora", "dropout": 0.1}},
     "full": {"adapter": {"kind": "none"}},
     "masked_lm": {"task": {"name": "masked_lm"}, "adapter": {"kind": "lora", "dropout": 0.1}},
 }
