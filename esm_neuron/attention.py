@@ -147,13 +147,20 @@ def _attend_masked(bias: Tensor, query: Tensor, key: Tensor, value: Tensor, drop
 
 def segment_attention(segment_ids: Tensor) -> Attention:
     """torch's fused attention, segment by segment; reads the segment bounds on the host once a pass."""
+    sizes, real = _runs(segment_ids)
+    # padding alone attends to itself: every weight then has a gradient, of zeros, and FSDP sums those that ranks have
+    return partial(_attend_segments, sizes, real if any(real) else [True] * len(real))
+
+
+def _runs(segment_ids: Tensor) -> tuple[list[int], list[bool]]:
+    """Of each run of equal ids in the rows, one after the other: its tokens, and whether it is a segment."""
     flat = segment_ids.cpu()
     starts = torch.ones_like(flat, dtype=torch.bool)
     starts[:, 1:] = flat[:, 1:] != flat[:, :-1]
     begin = starts.flatten().nonzero().flatten()
     sizes = torch.diff(begin, append=torch.tensor([flat.numel()])).tolist()
     real = (flat.flatten()[begin] >= 0).tolist()
-    return partial(_attend_segments, sizes, real)
+    return sizes, real
 
 
 def _attend_segments(
@@ -171,5 +178,34 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Te
     return attended.squeeze(0).transpose(0, 1)
 
 
-ATTENTIONS: dict[str, Callable[[Tensor], Attention]] = {"masked": masked_attention, "segments": segment_attention}
+def varlen_attention(segment_ids: Tensor) -> Attention:
+    """torch's attention over sequences of unlike lengths (nested tensors), all segments in one kernel.
+
+    On CUDA this is FlashAttention-2's variable-length form for 16-bit numbers, and the memory-efficient kernel for
+    float32; padding attends to itself. The bounds are read on the host once a pass.
+    """
+    sizes, _ = _runs(segment_ids)
+    offsets = torch.tensor([0, *sizes], device="cpu").cumsum(0).to(segment_ids.device)
+    return partial(_attend_nested, offsets, min(sizes), max(sizes))
+
+
+def _attend_nested(
+    offsets: Tensor, shortest: int, longest: int, query: Tensor, key: Tensor, value: Tensor, dropout: float
+) -> Tensor:
+    query_nested, key_nested, value_nested = (
+        torch.nested.nested_tensor_from_jagged(
+            x.flatten(0, 1), offsets, min_seqlen=shortest, max_seqlen=longest
+        ).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    attended = F.scaled_dot_product_attention(query_nested, key_nested, value_nested, dropout_p=dropout, scale=1.0)
+    joined: Tensor = attended.transpose(1, 2).values()
+    return joined.view(query.shape)
+
+
+ATTENTIONS: dict[str, Callable[[Tensor], Attention]] = {
+    "masked": masked_attention,
+    "segments": segment_attention,
+    "varlen": varlen_attention,
+}
 """Name (`Backend.attention`) -> from `segment_ids` int64 [R, L] to the attention of one pass."""

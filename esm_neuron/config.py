@@ -11,7 +11,7 @@ from typing import Literal
 
 from esm_neuron.errors import ConfigError
 
-BackendName = Literal["cpu", "xla", "neuron"]
+BackendName = Literal["cpu", "cuda", "xla", "neuron"]
 TaskName = Literal["sequence_classification", "multi_label", "regression", "residue_classification", "masked_lm"]
 Quantization = Literal["nf4", "int8"]
 OnRecompile = Literal["error", "warn", "ignore"]
@@ -123,7 +123,7 @@ class AdapterConfig:
 
     kind: Literal["none", "head", "lora", "qlora"] = "lora"
     """What is trained: everything, the head alone, or low-rank adapters and the head; `qlora` keeps the frozen linears
-    of the blocks quantized, on the cpu backend."""
+    of the blocks quantized, on cpu and cuda."""
     quantization: Quantization = "nf4"
     """qlora: how they are kept: 4 bits (NormalFloat with double quantization) or 8."""
     r: int = 8
@@ -153,12 +153,17 @@ class ParallelConfig:
     """Add zero heads until `tp` divides their number (20 -> 24 at tp 8): same outputs, some wasted work."""
     zero1: bool = True
     """neuron: each data-parallel rank keeps its share of the optimizer state only (ZeRO stage 1)."""
+    fsdp: bool = False
+    """cuda, cpu: each rank keeps its share of weights, gradients and optimizer state; blocks are put together while
+    they compute (FSDP2). For models that do not fit one device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW, its learning rate and its schedule."""
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit`, on cuda: moments in 8 bits, in memory that moves to the host when the GPU's is short."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01
@@ -194,6 +199,10 @@ class LoopConfig:
     """Rows in one forward pass of one device during evaluation and prediction."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products in bfloat16 by autocast and frozen linears stored so; trained weights stay float32."""
+    tf32: bool = False
+    """cuda: float32 matrix products in TensorFloat-32: faster, 10 bits of mantissa."""
+    torch_compile: bool = False
+    """cpu, cuda: compile each block with torch.compile: minutes at the start, and again for new row lengths."""
     eval_every: int = 0
     """Optimizer steps between validations; 0: once an epoch."""
     patience: int = 0
@@ -234,7 +243,7 @@ class TrainConfig:
     output: str = "out"
     """Folder for everything the run writes."""
     backend: BackendName = "cpu"
-    """Where to run: the plain CPU, any torch_xla device (XLA:CPU, TPU), or Trainium. Never chosen silently."""
+    """Where to run: a CPU, NVIDIA GPUs, any torch_xla device (XLA:CPU, TPU), or Trainium. Never chosen silently."""
     seed: int = 42
     """Seed of weights, splits, order, masks and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -262,6 +271,33 @@ class TrainConfig:
             self.adapter.kind != "qlora" or self.can_quantize,
             f"adapter.kind=qlora with backend={self.backend}, parallel.tp={self.parallel.tp}: bitsandbytes works on "
             "the CPU and on CUDA, with whole linears; use adapter.kind=lora with loop.precision=bf16",
+        )
+        eager, cuda = self.backend in ("cpu", "cuda"), self.backend == "cuda"
+        here = f"with backend={self.backend}"
+        require(
+            eager or not self.parallel.fsdp,
+            f"parallel.fsdp=true {here}: it is for cpu and cuda; use parallel.tp, or on neuron parallel.zero1",
+        )
+        require(
+            not (self.parallel.fsdp and self.adapter.kind == "qlora"),
+            "parallel.fsdp=true with adapter.kind=qlora: quantized weights are not cut; use parallel.fsdp=false (each "
+            "GPU holds them), or adapter.kind=lora with loop.precision=bf16",
+        )
+        copies = self.adapter.kind == "none" and self.loop.precision == "bf16" and not self.model.gradient_checkpointing
+        require(
+            not (self.parallel.fsdp and copies),
+            "parallel.fsdp=true, adapter.kind=none, loop.precision=bf16: each GPU would keep bfloat16 copies of all "
+            "weights to the backward pass; use model.gradient_checkpointing=true",
+        )
+        require(
+            self.optim.kind == "adamw" or (cuda and not self.parallel.fsdp),
+            f"optim.kind={self.optim.kind} {here}, parallel.fsdp={str(self.parallel.fsdp).lower()}: it is for cuda "
+            "without fsdp; use optim.kind=adamw",
+        )
+        require(cuda or not self.loop.tf32, f"loop.tf32=true {here}: only GPUs have it; use loop.tf32=false")
+        require(
+            eager or not self.loop.torch_compile,
+            f"loop.torch_compile=true {here}: it compiles without being asked; use loop.torch_compile=false",
         )
 
     def validate(self) -> None:

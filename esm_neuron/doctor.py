@@ -24,14 +24,16 @@ from esm_neuron.backends.neuron_env import (
 from esm_neuron.config import BackendName, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.parallel.topology import NEURON_CORES
 
-SHOWN = ("esm-neuron", "torch", "torch_xla", "transformers", "peft", "optimum-neuron", *PACKAGES)
+SHOWN = ("esm-neuron", "torch", "torch_xla", "transformers", "peft", "bitsandbytes", "optimum-neuron", *PACKAGES)
 """Packages whose versions are printed."""
 INSTALL = {
     "": "pip install esm-neuron",
+    "cuda": "pip install 'esm-neuron[cuda]'",
     "xla": "pip install 'esm-neuron[xla]'",
     "neuron": "pip install -r constraints/neuron.txt",
 }
 """Extra of the package -> how it is installed."""
+NO_GPU = "none"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def lacks(backend: str) -> list[Lack]:
     found = missing_packages("")
     if backend != "cpu":
         found += missing_packages(backend)
+    if backend == "cuda" and _cuda() == NO_GPU:
+        found.append(Lack("torch finds no CUDA GPU", "use a machine with an NVIDIA GPU and its driver"))
     if backend == "neuron":
         found += _no_trainium()
     return found
@@ -179,7 +183,7 @@ def _cuda() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "none"
+        return NO_GPU
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return f"{len(names)}: {', '.join(names)}"
 

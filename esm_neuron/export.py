@@ -155,6 +155,9 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     elsewhere = backend is not None and backend != cfg.backend
     parallel = ParallelConfig() if elsewhere else cfg.parallel  # another device may not have as many cores
     cfg = replace(cfg, output=str(folder), model=model, backend=backend or cfg.backend, parallel=parallel)
+    if elsewhere:  # what only the one device has
+        loop = replace(cfg.loop, tf32=False, torch_compile=False)
+        cfg = replace(cfg, loop=loop, optim=replace(cfg.optim, kind="adamw"))
     if not cfg.can_quantize and cfg.adapter.kind == "qlora":
         log.warning("trained on quantized weights, answered from float ones: answers differ by the quantization error")
         cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))

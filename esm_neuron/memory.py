@@ -64,7 +64,7 @@ def predict_memory(
     Args:
         cfg: the run; `parallel.tp` cuts the linears of the blocks.
         shape: its model's.
-        dp: data-parallel devices, over which zero1 spreads the optimizer's state.
+        dp: data-parallel devices, over which zero1 spreads the optimizer's state, and fsdp everything that stays.
         outputs: numbers that the task's head gives, such as classes; nothing for masked LM.
         checkpointing: instead of `model.gradient_checkpointing`.
     """
@@ -80,12 +80,15 @@ def predict_memory(
     kept = shape.layers * (inputs if again else block) if flows else 0
     moment, copies = _moment(cfg, shape) * tokens, _copies(cfg, shape)
     moment += _restored(cfg, shape)
-    if again:  # copies of weights then end with the forward pass
-        moment, copies = moment + max(block, copies), 0
+    if again:
+        moment, copies = moment + block + copies // shape.layers, 0
+    ranks = dp if cfg.parallel.fsdp else 1
+    if cfg.parallel.fsdp:  # two blocks are whole at a time: the one at work and the next
+        moment += 2 * sum(weights.values()) // shape.layers
     return Memory(
-        weights=weights,
-        adapters=FLOAT32 * sum(added),
-        gradients=number * sum(trained) + FLOAT32 * sum(added),
+        weights={kind: math.ceil(size / ranks) for kind, size in weights.items()},
+        adapters=math.ceil(FLOAT32 * sum(added) / ranks),
+        gradients=math.ceil((number * sum(trained) + FLOAT32 * sum(added)) / ranks),
         optimizer=_optimizer(cfg, sum(trained), sum(added), dp),
         activations=kept + _pack(cfg, shape) * tokens + copies,
         logits=_logits(cfg, shape, outputs),
@@ -171,8 +174,10 @@ def _sides(shape: EsmShape, target: str) -> tuple[int, int]:
 
 
 def _optimizer(cfg: TrainConfig, trained: int, added: int, dp: int) -> int:
+    if cfg.optim.kind == "adamw8bit":  # two bytes, and two floats for 256 of each
+        return math.ceil((2 + 2 * FLOAT32 / 256) * (trained + added))
     if cfg.backend != "neuron":
-        return MOMENTS * (trained + added)
+        return math.ceil(MOMENTS * (trained + added) / (dp if cfg.parallel.fsdp else 1))
     if cfg.parallel.zero1:  # a float32 copy of each weight besides
         return math.ceil((MOMENTS + FLOAT32) * (trained + added) / dp)
     return (MOMENTS // 2 if _trunk_in_bfloat16(cfg) else MOMENTS) * trained + MOMENTS * added
@@ -210,7 +215,7 @@ def _linear_inputs(cfg: TrainConfig, shape: EsmShape) -> int:
 def _scores(cfg: TrainConfig, shape: EsmShape) -> int:
     """Bytes a token of what attention keeps beside its inputs and its sum."""
     heads = padded_heads(shape.heads, cfg.parallel.tp) // cfg.parallel.tp
-    if cfg.backend in ("cpu",):  # fused: one number a head
+    if cfg.backend in ("cpu", "cuda"):  # fused: one number a head
         return FLOAT32 * heads
     each = FLOAT32 + (BFLOAT16 if cfg.loop.precision == "bf16" else 0)  # softmax, and its copy for the product
     return heads * cfg.data.row_tokens * each
@@ -234,7 +239,7 @@ def _pack(cfg: TrainConfig, shape: EsmShape) -> int:
 def _logits(cfg: TrainConfig, shape: EsmShape, outputs: int) -> int:
     number = _number(cfg)
     if cfg.task.name == "masked_lm":
-        of_token = (2 * number + 2 * FLOAT32) * shape.hidden + (2 * number + 4 * FLOAT32) * VOCABULARY
+        of_token = (2 * number + 2 * FLOAT32) * shape.hidden + (number + 2 * FLOAT32) * VOCABULARY
         return cfg.loop.rows_per_device * cfg.data.row_tokens * of_token
     segments = cfg.data.max_segments if cfg.data.packing else 1
     return cfg.loop.rows_per_device * segments * FLOAT32 * (4 * shape.hidden + 4 * outputs)

@@ -104,7 +104,7 @@ class Nf4Linear(QuantizedLinear):
 class Int8Linear(QuantizedLinear):
     """Each output's weights in 255 even steps up to the largest of them."""
 
-    _scale: Tensor | None = None
+    _scale: Any = None
 
     def quantized(self, weight: Tensor) -> Tensor:
         integers, self._scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))

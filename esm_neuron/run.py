@@ -42,7 +42,7 @@ FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how, not what is computed."""
 FREE_FIELDS = {
     "data.train", "data.valid", "data.test", "data.cache", "model.gradient_checkpointing", "loop.rows_per_device",
-    "loop.eval_rows_per_device", "loop.eval_every", "loop.patience", "loop.on_recompile",
+    "loop.eval_rows_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience", "loop.on_recompile",
 }  # fmt: skip
 """The same for single fields; the data itself is compared by its fingerprint."""
 

@@ -183,6 +183,9 @@ class Trainer:
             "residues_per_second": residues / seconds,
             "graphs": self.backend.graphs(),
         }
+        peak = self.backend.peak_memory()
+        if peak is not None:
+            record["peak_memory_gb"] = peak / 1e9
         for callback in self.callbacks:
             callback.on_log(step, self.total_steps, record)
         self._start_clock()

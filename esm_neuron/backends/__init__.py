@@ -9,6 +9,7 @@ from esm_neuron.config import TrainConfig
 
 _BACKENDS = {
     "cpu": ("esm_neuron.backends.cpu", "CpuBackend"),
+    "cuda": ("esm_neuron.backends.cuda", "CudaBackend"),
     "xla": ("esm_neuron.backends.spmd", "create"),
     "neuron": ("esm_neuron.backends.neuron", "NeuronBackend"),
 }

@@ -139,6 +139,10 @@ class Backend(Protocol):
         """Programs compiled so far; 0 on eager devices."""
         ...
 
+    def peak_memory(self) -> int | None:
+        """Most bytes of tensors that the device has held so far; None where it does not say."""
+        ...
+
     def close(self) -> None:
         """Leave the process group."""
         ...

@@ -9,14 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from esm_neuron.config import OptimConfig
 from esm_neuron.errors import CheckpointError, TrainingError
+
+Place = Callable[[Tensor, Tensor], Tensor]
+"""(whole tensor, target) -> the tensor where and as the target is."""
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that are trained, in the model's order."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, the same memory; the tensor itself where it is not cut."""
+    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
 
 
 def make_gradient_buffers(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -59,7 +69,11 @@ def adamw(
 
 
 def normalise_clip_update(
-    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float
+    parameters: Iterable[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    weight: Tensor,
+    max_norm: float,
+    total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm,
 ) -> Tensor:
     """Turn summed gradients into the mean's, clip them, update, and zero the buffers in place.
 
@@ -67,13 +81,14 @@ def normalise_clip_update(
         parameters: whose `grad` holds the gradient of the loss summed over the whole step.
         weight: scalar, the step's global loss weight; 0 (nothing to learn from) leaves zero gradients.
         max_norm: as in `Backend.step`.
+        total_norm: of this rank's gradients, over all ranks.
 
     Returns:
         The norm of the mean's gradient before clipping, a scalar.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     scale = 1.0 / torch.where(weight > 0, weight, torch.ones_like(weight))
-    norm = torch.nn.utils.get_total_norm(grads) * scale
+    norm = total_norm(grads) * scale
     if max_norm > 0:
         scale = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
@@ -122,23 +137,32 @@ def gather_state(
         if parameter.requires_grad:
             weights[name] = fetch(parameter)
             for kind, value in optimizer.state[parameter].items():
-                moments[f"{name}/{kind}"] = fetch(value)
+                moments[f"{name}/{kind}"] = fetch(torch.as_tensor(value))
     return weights, moments
 
 
 def load_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    place: Place | None = None,
 ) -> None:
-    """Put what `gather_state` gave back into place, without making new tensors.
+    """Put what `gather_state` gave back into place, without making new tensors; `place` as in `load_weights`.
 
     Raises:
         CheckpointError: names or shapes differ from the model's.
     """
-    load_weights(model, weights)
+    load_weights(model, weights, place)
+    place = place or (lambda whole, target: upload(whole, target.device))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             for kind, value in optimizer.state[parameter].items():
-                value.copy_(upload(moments[f"{name}/{kind}"], value.device))
+                saved = moments[f"{name}/{kind}"]
+                if isinstance(value, Tensor):
+                    value.copy_(place(saved, value))
+                else:  # a count of steps
+                    optimizer.state[parameter][kind] = type(value)(saved.item())
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -146,8 +170,8 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.contiguous().view(-1).to(device).view(tensor.shape)
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy trained parameters by name.
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], place: Place | None = None) -> None:
+    """Copy trained parameters by name; `place` lays a whole tensor like its target, None: they are laid alike.
 
     Raises:
         CheckpointError: names or shapes differ from the model's.
@@ -161,4 +185,4 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         )
     with torch.no_grad():
         for name, parameter in mine.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[name] if place is None else place(weights[name], parameter))

@@ -271,6 +271,9 @@ class NeuronBackend:
         compiled = self._met.metric_data("CompileTime")
         return compiled[0] if compiled else 0
 
+    def peak_memory(self) -> int | None:
+        return None
+
     def close(self) -> None:
         self._xm.wait_device_ops()
         self._state.destroy_model_parallel()

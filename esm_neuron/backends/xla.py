@@ -162,5 +162,8 @@ class XlaBackend:
         compiled = self._met.metric_data("CompileTime")
         return compiled[0] if compiled else 0
 
+    def peak_memory(self) -> int | None:
+        return None
+
     def close(self) -> None:
         self._xm.wait_device_ops()

@@ -47,6 +47,32 @@ def torchrun(cfg: TrainConfig) -> Iterator[subprocess.Popen[str]]:
             process.wait(PATIENCE)
 
 
+class Stop:
+    """A callback that sends this process a SIGTERM after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, step: int, total: int, record: Any) -> None:
+        if step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_eval(self, step: int, record: Any) -> None:
+        """Nothing."""
+
+    def on_end(self, result: Any) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def stopping_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Training within the block is asked to stop after `step`."""
+    make = run._callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_callbacks", lambda cfg, begin: [*make(cfg, begin), Stop(step)])
+        yield
+
+
 def printed(cfg: TrainConfig) -> str:
     return Path(f"{cfg.output}.log").read_text()
 
@@ -94,6 +120,27 @@ def test_two_processes_train_as_one_does_and_evaluate_every_row_once(
     assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)], "one rank writes"
 
 
+def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, same_figures: Callable[..., None]
+) -> None:
+    """FSDP2 of a whole model on gloo, from a checkpoint of one process, computes what that process would have."""
+    values: dict[str, Any] = {"adapter": {"kind": "none"}, "optim": {"lr": 1e-3}, "checkpoint": {"keep": 100}}
+    whole, moved = (toy(name, loop={"rows_per_device": 2}, **values) for name in ("whole", "moved"))
+    run.train(whole, str)
+    with stopping_after(3, monkeypatch):
+        assert run.train(moved, str).stopped_by == "SIGTERM"
+    moved = replace(
+        moved,
+        checkpoint=replace(moved.checkpoint, resume="auto"),
+        parallel=replace(moved.parallel, fsdp=True),
+        model=replace(moved.model, gradient_checkpointing=True),
+    )
+    with torchrun(moved) as process:
+        assert process.wait(PATIENCE) == 0, printed(moved)
+    assert "resumed after step 3 of 8" in printed(moved)
+    assert_close_end(moved, whole, same_figures)
+
+
 def test_one_process_hands_over_to_two_and_two_to_one(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, same_figures: Callable[..., None]
 ) -> None:
@@ -101,20 +148,7 @@ def test_one_process_hands_over_to_two_and_two_to_one(
     whole, moved = (toy(name, loop=long, optim={"lr": 1e-4}, checkpoint={"keep": 100}) for name in ("whole", "moved"))
     run.train(whole, str)
 
-    class Stop:
-        def on_log(self, step: int, total: int, record: Any) -> None:
-            if step == 3:
-                signal.raise_signal(signal.SIGTERM)
-
-        def on_eval(self, step: int, record: Any) -> None:
-            """Nothing."""
-
-        def on_end(self, result: Any) -> None:
-            """Nothing."""
-
-    make = run._callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_callbacks", lambda cfg, begin: [*make(cfg, begin), Stop()])
+    with stopping_after(3, monkeypatch):
         assert run.train(moved, str).stopped_by == "SIGTERM"
     moved = replace(moved, checkpoint=replace(moved.checkpoint, resume="auto"))
     with torchrun(moved) as process:

@@ -22,6 +22,7 @@ from esm_neuron.config import (
     DataConfig,
     LoopConfig,
     ModelConfig,
+    OptimConfig,
     ParallelConfig,
     TaskConfig,
     TrainConfig,
@@ -167,6 +168,17 @@ def test_devices_share_the_model_and_the_optimizer() -> None:
     assert predict_memory(eight, shape, dp=4).optimizer == pytest.approx(cut.optimizer / 4, rel=1e-6)
     whole = predict_memory(replace(eight, parallel=ParallelConfig(tp=8, zero1=False)), shape, dp=4)
     assert whole.optimizer > predict_memory(eight, shape, dp=4).optimizer
+
+
+def test_fsdp_shares_everything_that_stays() -> None:
+    shape = SHAPES["esm2_t36_3B"]
+    one = config("esm2_t36_3B", kind="none", precision="bf16", backend="cuda")
+    alone = predict_memory(one, shape)
+    shared = predict_memory(replace(one, parallel=ParallelConfig(fsdp=True)), shape, dp=8)
+    assert shared.state == pytest.approx(alone.state / 8, rel=1e-6)
+    assert shared.working > alone.working
+    eight_bits = predict_memory(replace(one, optim=OptimConfig(kind="adamw8bit")), shape)
+    assert eight_bits.optimizer == pytest.approx(alone.optimizer / 4, rel=0.02)
 
 
 def test_plan_prints_it(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

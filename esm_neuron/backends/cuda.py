@@ -1,0 +1,52 @@
+"""NVIDIA GPUs: eager torch, one process a GPU, NCCL between them and gloo for what the hosts say to each other."""
+
+from __future__ import annotations
+
+import torch
+
+from esm_neuron.backends.eager import EagerBackend
+from esm_neuron.config import TrainConfig, require
+from esm_neuron.parallel.topology import Topology
+
+
+class CudaBackend(EagerBackend):
+    """See `base.Backend`."""
+
+    name = "cuda"
+    attention = "varlen"
+
+    def __init__(self, cfg: TrainConfig) -> None:
+        device = choose_device(Topology.from_env().local_rank)
+        torch.cuda.set_device(device)
+        require(
+            cfg.loop.precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False),
+            f"loop.precision=bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use loop.precision=fp32",
+        )
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.loop.tf32
+        super().__init__(cfg, device, "cpu:gloo,cuda:nccl")
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def peak_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """The GPU of a process of this node.
+
+    Raises:
+        ConfigError: torch finds no GPU, or fewer than there are processes.
+    """
+    built = torch.version.cuda is not None
+    why = "it finds no GPU" if built else f"torch {torch.__version__} is built without CUDA"
+    require(
+        torch.cuda.is_available(),
+        f"backend cuda: torch cannot use a GPU here ({why}); run on a machine with an NVIDIA GPU and its driver, look "
+        "at `esm-neuron doctor`, or use --backend cpu",
+    )
+    found = torch.cuda.device_count()
+    require(
+        local_rank < found,
+        f"backend cuda: process {local_rank} of this node has no GPU, there are {found}; start at most {found} "
+        "processes a node (torchrun --nproc_per_node)",
+    )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,198 @@
+"""Eager torch on one device a process: what the CPU and CUDA GPUs share.
+
+Data parallelism sums gradients once an optimizer step, after all its passes, in buckets. With `parallel.fsdp` (FSDP2)
+parameters, gradients and moments are cut over the ranks, and each block is put together while it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from esm_neuron.adapters import store_frozen_linears
+from esm_neuron.backends import common, fsdp
+from esm_neuron.backends.common import (
+    adamw,
+    from_peers,
+    mix_seed,
+    normalise_clip_update,
+    trainable,
+)
+from esm_neuron.config import OptimConfig, TrainConfig, require
+from esm_neuron.model import encoder_of
+from esm_neuron.parallel.slices import Shard
+from esm_neuron.parallel.topology import Topology
+
+T = TypeVar("T")
+
+BUCKET = 64 << 20
+"""Bytes of gradients that are summed over the ranks at a time."""
+
+
+def buckets(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """The tensors in order, in lists of at most `most` bytes; one that is larger comes alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > most:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+class EagerBackend:
+    """See `base.Backend`."""
+
+    name: str
+    attention: str
+    local_dp = 1
+    static_shapes = False
+    lora_modules: Mapping[type, type] = {}
+
+    def __init__(self, cfg: TrainConfig, device: torch.device, processes: str) -> None:
+        """`processes`: the kind of torch's process group."""
+        require(
+            cfg.parallel.tp == 1,
+            f"parallel.tp={cfg.parallel.tp}: the {self.name} backend has no tensor parallelism; use parallel.tp=1",
+        )
+        self.device = device
+        self.topology = Topology.from_env(tp=1)
+        require(
+            not cfg.parallel.fsdp or self.topology.world > 1,
+            "parallel.fsdp=true with one process: there is nobody to share with; start several with torchrun, or use "
+            "parallel.fsdp=false",
+        )
+        self._bf16 = cfg.loop.precision == "bf16"
+        self._fsdp, self._compile = cfg.parallel.fsdp, cfg.loop.torch_compile
+        if self.topology.world > 1 and not dist.is_initialized():
+            dist.init_process_group(processes)
+
+    def shard(self, model: nn.Module) -> None:
+        """Nothing is sharded: tp is 1."""
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Shard | None:
+        return None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        if self._bf16:
+            store_frozen_linears(model, torch.bfloat16)
+        if self._compile:
+            for block in encoder_of(model).encoder.layer:
+                block.compile()
+        if self._fsdp:
+            fsdp.shard_fully(model, self.device.type, self.topology.world)
+        else:
+            model.to(self.device)
+        return model
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """The rows are where they belong: this process drives one device."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        # each weight is used once a pass: a cache of casts would only hold all of them to its end
+        kind = self.device.type
+        return torch.autocast(kind, dtype=torch.bfloat16, cache_enabled=False) if self._bf16 else nullcontext()
+
+    def checkpoint_fn(self) -> Callable[..., Any]:
+        def recompute(fn: Callable[..., Any], *args: Any) -> Any:
+            return checkpoint(fn, *args, use_reentrant=False)
+
+        return recompute
+
+    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        if cfg.kind == "adamw8bit":
+            from esm_neuron.backends.adamw8bit import paged_adamw8bit  # needs bitsandbytes
+
+            return paged_adamw8bit(groups, cfg)
+        return adamw(groups, cfg, self.device, fused=True)
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def seed(self, *numbers: int) -> None:
+        torch.manual_seed(mix_seed(*numbers, self.topology.dp_rank))
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float) -> Tensor:
+        parameters = trainable(model)
+        if self._fsdp:  # the backward pass has summed the gradients
+            self.all_reduce(weight)
+            return normalise_clip_update(parameters, optimizer, weight, max_norm, self._norm_over_ranks)
+        if self.topology.world > 1:
+            self._sum_over_ranks([*(p.grad for p in parameters if p.grad is not None), weight])
+        return normalise_clip_update(parameters, optimizer, weight, max_norm)
+
+    def _sum_over_ranks(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, several of them at a time."""
+        for bucket in buckets(tensors, BUCKET):
+            flat = self.all_reduce(torch.cat([tensor.flatten() for tensor in bucket]))
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def _norm_over_ranks(self, shards: list[Tensor]) -> Tensor:
+        return self.all_reduce(torch.nn.utils.get_total_norm(shards) ** 2).sqrt()
+
+    def sync(self) -> None:
+        """Eager torch has already run."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        if self.topology.world > 1:
+            with from_peers(self.topology.rank):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
+        fn(*(tensor.cpu() for tensor in tensors))
+
+    def gather_host(self, value: T) -> list[T]:
+        if self.topology.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.topology.world
+        with from_peers(self.topology.rank):
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_host(self, value: T) -> T:
+        values = [value]
+        if self.topology.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return common.gather_state(model, optimizer, fsdp.fetch)
+
+    def load_state(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+    ) -> None:
+        common.load_state(model, optimizer, weights, moments, fsdp.place)
+
+    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        common.load_weights(model, weights, fsdp.place)
+
+    def graphs(self) -> int:
+        return 0
+
+    def peak_memory(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,39 @@
+"""Every configuration that is shipped can be read, is legal, and fits the machine that it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from esm_neuron import settings
+from esm_neuron.data.loader import accumulated_passes
+from esm_neuron.memory import predict_memory
+from esm_neuron.shapes import known_shape
+
+CUDA = Path(__file__).parents[2] / "configs" / "cuda"
+SPARE = 0.85
+"""Share of a GPU that a run may be predicted to need: the allocator keeps more than the tensors take."""
+
+
+def table() -> list[list[str]]:
+    """Cells of the rows of README.md: config, machine, GPUs, GiB, flags, GB."""
+    lines = (CUDA / "README.md").read_text().splitlines()
+    return [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+
+
+def test_every_file_is_in_the_table() -> None:
+    assert {row[0] for row in table()} == {path.name for path in CUDA.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("row", table(), ids=lambda row: f"{row[0]}-{row[1]}")
+def test_a_run_fits_its_machine(row: list[str]) -> None:
+    name, _, gpus, gib, flags, gigabytes = row
+    cfg = settings.parse(["--config", str(CUDA / name), "--data.train", "my.csv", *flags.split()])
+    cfg.validate()
+    assert accumulated_passes(cfg, int(gpus)) >= 1
+    shape = known_shape(cfg.model.name)
+    assert shape is not None
+    needed = predict_memory(cfg, shape, int(gpus)).total
+    assert needed < SPARE * int(gib) * 2**30
+    assert f"{needed / 1e9:.1f}" == gigabytes, "the table is what is predicted"
