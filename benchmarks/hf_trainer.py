@@ -29,7 +29,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="TSV with sequence and label; every row is trained on once")
     parser.add_argument("--setting", choices=SETTINGS, required=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--backend", choices=("cpu", "xla"), default="cpu", help="xla is XLA:CPU, compilation included")
+    parser.add_argument(
+        "--backend", choices=("cpu", "xla", "cuda"), default="cpu", help="xla is XLA:CPU, compilation included"
+    )
     parser.add_argument("--shape", default="esm2_t6_8M", help="ESM-2 shape, with random weights")
     parser.add_argument("--batch", type=int, default=8, help="proteins in an optimizer step")
     parser.add_argument("--max-residues", type=int, default=1022, help="longer proteins are cut here")
@@ -38,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="optimizer steps that are not timed")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after these optimizer steps; -1: all rows")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--adapter", choices=("none", "lora", "qlora"), default="lora", help="none: all is trained")
     return parser.parse_args()
 
 
@@ -72,9 +75,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         target_modules=rf".*\.layer\.\d+\.({'|'.join(AdapterConfig().targets)})",
         modules_to_save=["classifier"],
     )
-    model = get_peft_model(EsmForSequenceClassification(config), lora)
+    model: Any = EsmForSequenceClassification(config)
+    if args.adapter == "qlora":
+        model = quantized(model, args.precision)
+    if args.adapter != "none":
+        model = get_peft_model(model, lora)
     adapted = sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters())
-    if adapted != 6 * config.num_hidden_layers:
+    if adapted != (0 if args.adapter == "none" else 6 * config.num_hidden_layers):
         raise SystemExit(f"{adapted} adapted linears instead of {6 * config.num_hidden_layers}")
 
     class Timed(Trainer):
@@ -126,8 +133,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "residues_per_second": trainer.residues / seconds,
         "padding_efficiency": trainer.tokens / trainer.slots,
+        **({"peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if args.backend == "cuda" else {}),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def quantized(model: Any, precision: str) -> Any:
+    """`model` saved and loaded again by transformers with bitsandbytes' NF4; the head stays float."""
+    import torch
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig, EsmForSequenceClassification
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        llm_int8_skip_modules=["classifier"],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = EsmForSequenceClassification.from_pretrained(folder, quantization_config=nf4)
+    return prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
 
 
 def main() -> None:

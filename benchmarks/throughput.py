@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,19 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from esm_neuron.shapes import SHAPES
+
 HERE = Path(__file__).parent
 OURS = "esm-neuron packed"
 SETTINGS = ("ours", "padded", "dynamic", "group_by_length")
-VERSIONS = ("torch", "torch_xla", "transformers", "peft", "accelerate", "numpy")
+VERSIONS = ("torch", "torch_xla", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
 LOG_TAIL = 2000
 """Characters of a failed run's output that are shown."""
+FIGURES = (
+    "residues_per_second", "tokens_per_second", "mfu", "padding_efficiency", "peak_gpu_gb", "peak_rss_mb",
+)  # fmt: skip
+BF16_TFLOPS = {"A10G": 70, "A100": 312, "H100": 989, "H200": 989, "L40S": 362, "L4": 121}
+"""Part of a GPU's name -> its peak with float32 sums."""
 NEVER = 1_000_000
 """Steps between things that are not to happen."""
 
@@ -45,11 +53,16 @@ class Contestant:
     """`esm-neuron packed`, or `HF` and how its batches are padded."""
     precision: str
     """fp32 or bf16."""
+    adapter: str = "lora"
+    """none (everything is trained), lora or qlora."""
+    again: bool = False
+    """Whether blocks are computed again in the backward pass (gradient checkpointing)."""
 
     @property
     def label(self) -> str:
-        """Name and precision."""
-        return f"{self.name} {self.precision}"
+        """All that tells it from others."""
+        adapter = "full" if self.adapter == "none" else self.adapter
+        return f"{self.name} {adapter} {self.precision}{' checkpointing' if self.again else ''}"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,14 +72,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=192, help="training proteins, sampled with a fixed seed")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each setting; the table has medians")
     parser.add_argument("--shape", default="esm2_t6_8M", help="ESM-2 shape, with random weights")
-    parser.add_argument("--backend", choices=("cpu", "xla"), default="cpu", help="xla is XLA:CPU, compilation included")
+    parser.add_argument(
+        "--backend", choices=("cpu", "xla", "cuda"), default="cpu", help="xla is XLA:CPU, compilation included"
+    )
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--adapters", nargs="+", choices=("none", "lora", "qlora"), default=["lora"])
+    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"], help="of gradients")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in this precision; default: by a GPU's name")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="which to run")
     parser.add_argument(
         "--batch", type=int, default=8, help="proteins in an optimizer step (ours: as near as rows allow)"
     )
     parser.add_argument("--max-residues", type=int, default=1022, help="longer proteins are cut here")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations, in all settings")
     parser.add_argument("--warmup", type=int, help="optimizer steps that are not timed; default 2, on xla 0")
     parser.add_argument("--max-steps", type=int, help="stop every run after these optimizer steps")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -103,8 +120,9 @@ def command(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_st
             "warmup": args.warmup,
             "max-steps": args.max_steps or -1,
             "threads": args.threads,
+            "adapter": who.adapter,
         }
-        switches = ["--gradient-checkpointing"] * args.gradient_checkpointing
+        switches = ["--gradient-checkpointing"] * who.again
         return [sys.executable, str(HERE / "hf_trainer.py"), *flags(options), *switches]
     options = {
         "output": folder / "out",
@@ -112,7 +130,8 @@ def command(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_st
         "model.name": args.shape,
         "model.init": "random",
         "model.pooling": "cls",
-        "model.gradient_checkpointing": args.gradient_checkpointing,
+        "model.gradient_checkpointing": str(who.again).lower(),
+        "adapter.kind": who.adapter,
         "data.train": folder / "train.tsv",
         "data.valid": folder / "valid.tsv",
         "data.id_column": "entry",
@@ -163,7 +182,36 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: 
         if process.returncode:
             return {"error": f"exit code {process.returncode}: {text[-LOG_TAIL:]}"}
         figures = read_ours(own_folder / "out", args.warmup) if who.name == OURS else json.loads(text.splitlines()[-1])
-    return {**figures, "peak_rss_mb": usage.ru_maxrss / 1024}
+    return {**figures, **speeds(who, args, folder, figures), "peak_rss_mb": usage.ru_maxrss / 1024}
+
+
+def speeds(who: Contestant, args: argparse.Namespace, folder: Path, figures: dict[str, Any]) -> dict[str, float]:
+    """tokens_per_second (specials counted, padding not) and, where the device's peak is known, mfu from 0 to 1.
+
+    Floating-point operations that the model asks for, a token: 2 a weight of the linears and 4 a neighbour and channel
+    in attention (PaLM, arXiv:2204.02311, appendix B), once forward and once for the inputs' gradients, and once more
+    for the weights' where they are trained. Computing a block again is not counted.
+    """
+    lengths = pd.read_csv(folder / "train.tsv", sep="\t")["sequence"].str.len().clip(upper=args.max_residues)
+    tokens = figures["residues_per_second"] * (lengths.sum() + 2 * len(lengths)) / lengths.sum()
+    if args.peak_tflops is None:
+        return {"tokens_per_second": tokens}
+    shape = SHAPES[args.shape]
+    linears = shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.intermediate)
+    neighbours = ((lengths + 2) ** 2).sum() / (lengths + 2).sum()
+    passes = 3 if who.adapter == "none" else 2
+    asked = passes * (2 * linears + 4 * shape.layers * shape.hidden * neighbours)
+    return {"tokens_per_second": tokens, "mfu": asked * tokens / (args.peak_tflops * 1e12)}
+
+
+def known_peak(precision: str) -> float | None:
+    """Dense matrix products of this machine's GPU, TFLOP/s (NVIDIA's data sheets); None where it is not known."""
+    import torch
+
+    if not torch.cuda.is_available() or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for gpu, peak in BF16_TFLOPS.items() if gpu in name), None)
 
 
 def read_ours(out: Path, warmup: int) -> dict[str, Any]:
@@ -179,7 +227,9 @@ def read_ours(out: Path, warmup: int) -> dict[str, Any]:
     if warmup:
         steps = [step - before for (before, _), (step, _) in zip(marks, marks[1:], strict=False)]
         rate = sum(steps) / sum(n / rate for n, (_, rate) in zip(steps, marks[1:], strict=True))
+    peaks = [line["peak_memory_gb"] for line in lines if "peak_memory_gb" in line]
     return {
+        **({"peak_gpu_gb": max(peaks)} if peaks else {}),
         "residues_per_second": rate,
         "padding_efficiency": train["padding_efficiency"],
         "steps": train["steps"] - warmup,
@@ -192,16 +242,17 @@ def summary(contestants: Iterable[Contestant], runs: dict[Contestant, list[dict[
     rows = []
     for who in contestants:
         done = [r for r in runs[who] if "error" not in r]
-        row: dict[str, Any] = {"setting": who.name, "precision": who.precision, "runs": len(done)}
-        for name in ("residues_per_second", "padding_efficiency", "peak_rss_mb"):
-            row[name] = statistics.median(r[name] for r in done) if done else float("nan")
+        row: dict[str, Any] = {"setting": who.name, "label": who.label, "precision": who.precision, "runs": len(done)}
+        for name in FIGURES:
+            values = [r[name] for r in done if name in r]
+            row[name] = statistics.median(values) if values else float("nan")
         row["low"] = min((r["residues_per_second"] for r in done), default=float("nan"))
         row["high"] = max((r["residues_per_second"] for r in done), default=float("nan"))
         rows.append(row)
     table = pd.DataFrame(rows)
     fastest = table.loc[table["setting"] != OURS, "residues_per_second"].max()
     table["to_fastest_hf"] = table["residues_per_second"] / fastest
-    return table
+    return table.dropna(axis=1, how="all")
 
 
 def machine() -> dict[str, Any]:
@@ -229,7 +280,7 @@ def machine() -> dict[str, Any]:
 
 def plot(table: pd.DataFrame, title: str, path: Path) -> None:
     """Bars of residues per second and of padding efficiency, fastest HF setting marked."""
-    labels = [f"{row.setting} {row.precision}" for row in table.itertuples()]
+    labels = table["label"].tolist()
     colours = ["#c8553d" if setting == OURS else "#6b7f99" for setting in table["setting"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 * len(labels) + 1.4), sharey=True)
     rate = table["residues_per_second"]
@@ -258,7 +309,10 @@ def main() -> int:
     """Run everything; exit code 1 where a setting failed."""
     args = arguments()
     names = [OURS if name == "ours" else f"HF {name}" for name in args.settings]
-    contestants = [Contestant(name, precision) for precision in args.precision for name in names]
+    if args.backend == "cuda" and args.peak_tflops is None:
+        args.peak_tflops = known_peak(args.precision[0])
+    ways = product(args.precision, args.adapters, args.checkpointing, names)
+    contestants = [Contestant(name, precision, adapter, again == "on") for precision, adapter, again, name in ways]
     runs: dict[Contestant, list[dict[str, Any]]] = {who: [] for who in contestants}
     described = machine()
     with tempfile.TemporaryDirectory() as folder:
@@ -281,7 +335,7 @@ def main() -> int:
         "runs": [{**asdict(who), **figures} for who in contestants for figures in runs[who]],
     }
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    title = f"LoRA fine-tuning, {args.shape} on {args.backend}, {args.threads} threads, {args.rows} proteins"
+    title = f"Fine-tuning, {args.shape} on {args.backend}, {args.threads} threads, {args.rows} proteins"
     plot(table, title, stem.with_suffix(".png"))
     print(f"written: {stem}.json, {stem}.png")
     return int(any("error" in figures for who in contestants for figures in runs[who]))

@@ -1,4 +1,4 @@
-"""The model on a CUDA GPU answers as on the CPU; `make test-gpu`. The cuda backend itself is still to come."""
+"""The model on a CUDA GPU answers as on the CPU; `make test-gpu`."""
 
 from __future__ import annotations
 
