@@ -14,7 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = (
-    "attention.py", "backends/base.py", "backends/common.py", "backends/cpu.py", "backends/neuron.py",
+    "attention.py", "backends/base.py", "backends/common.py", "backends/cpu.py", "backends/eager.py",
+    "backends/neuron.py",
     "backends/neuron_state.py", "backends/spmd.py", "backends/xla.py", "parallel/plan.py", "parallel/slices.py",
     "parallel/topology.py",
 )  # fmt: skip
