@@ -113,8 +113,19 @@ def score(argv: Sequence[str]) -> int:
     return 0
 
 
+def report(argv: Sequence[str]) -> int:
+    """A finished run as one HTML page, with its charts as PNG: curves, figures, calibration, errors."""
+    parser = ArgumentParser(prog="esm-neuron report", description=report.__doc__)
+    parser.add_argument("run", type=Path, help="output folder of a training run; the page is written to its report/")
+    args = parser.parse_args(argv)
+    from esm_neuron.report import write_report
+
+    say(f"report written to {write_report(args.run)}")
+    return 0
+
+
 def export(argv: Sequence[str]) -> int:
-    """Merge a run's adapter into its base and write a Hugging Face folder."""
+    """Merge a run's adapter into its base and write a Hugging Face folder with a model card."""
     parser = _parser("export", export)
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     args = parser.parse_args(argv)
@@ -230,6 +241,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "predict": predict,
     "embed": embed,
     "score": score,
+    "report": report,
     "export": export,
     "convert": convert,
     "plan": plan,

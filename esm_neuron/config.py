@@ -232,6 +232,9 @@ class LogConfig:
     """Optimizer steps between lines of metrics.jsonl."""
     baselines: bool = True
     """Score what needs no network (frequencies, composition) on the same rows at the end, and write it beside."""
+    answers: bool = True
+    """Keep the answer to every held-out record in `output`/answers-valid.parquet and answers-test.parquet: what
+    `esm-neuron report` draws from. Classes of residues take 4 bytes a residue and class."""
     tensorboard: bool = True
     """Write TensorBoard event files under `output`/tensorboard."""
 

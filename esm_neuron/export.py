@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,10 +20,13 @@ from esm_neuron.adapters import saved_key
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, ModelMaker, build_model, model_config
+from esm_neuron.card import model_card
 from esm_neuron.config import BackendName, ParallelConfig, TrainConfig, require
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import new_folder, write_json
+from esm_neuron.finished import read_result
+from esm_neuron.folders import ADAPTER, BASE, CARD, CONFIG, MODEL
 from esm_neuron.model import PooledEsmConfig
 from esm_neuron.safetensors_folder import BaseReference, write_shards
 from esm_neuron.settings import read_config
@@ -31,19 +35,11 @@ from esm_neuron.weights import Draw, is_carried, load_into, open_weights
 
 log = logging.getLogger(__name__)
 
-ADAPTER, MODEL, BASE, CONFIG = "adapter", "model", "base", "config.yaml"
-"""Names within a run's folder."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAY_CHANGE = ("data.", "loop.eval_rows_per_device", "loop.precision", "parallel.")
 """Settings of a finished run that evaluating and answering may overrule."""
 REFERENCE = "base_reference.json"
 """Beside an adapter: which weights it was trained on."""
-_ADAPTER_README = """LoRA adapter of esm-neuron on {base} (sha256 in base_reference.json); pooling: {pooling}.
-
-Classes with `cls` pooling, classes of residues and masked LM: plain PEFT loads it onto the base. Other poolings, and
-regression, are not transformers' own: answer with `esm-neuron predict`, or merge with `esm-neuron export` and load that
-after `import esm_neuron.model`.
-"""
 
 
 def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
@@ -61,8 +57,8 @@ def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
     return model, config
 
 
-def write_model(model: nn.Module, config: EsmConfig, folder: Path) -> None:
-    """A Hugging Face folder: config.json, sharded safetensors, the tokenizer.
+def write_model(model: nn.Module, config: EsmConfig, folder: Path, card: str = "") -> None:
+    """A Hugging Face folder: config.json, sharded safetensors, the tokenizer, and `card` as its model card if any.
 
     With `cls` pooling, for classes of residues and for masked LM it loads in plain transformers; other poolings, and
     regression, name a model type of their own, known after `import esm_neuron.model`.
@@ -76,6 +72,8 @@ def write_model(model: nn.Module, config: EsmConfig, folder: Path) -> None:
         write_shards(state(), aside)
         _write_config(model, config, aside)
         hf_tokenizer().save_pretrained(str(aside))
+        if card:
+            (aside / CARD).write_text(card, encoding="utf-8")
 
 
 def _write_config(model: nn.Module, config: EsmConfig, folder: Path) -> None:
@@ -86,28 +84,36 @@ def _write_config(model: nn.Module, config: EsmConfig, folder: Path) -> None:
     saved.to_json_file(folder / "config.json", use_diff=False)
 
 
-def write_results(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor]) -> Path:
-    """Write OUT/adapter (and OUT/base where the base has no other home), or OUT/model.
+def write_results(
+    cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor], result: Mapping[str, Any]
+) -> Path:
+    """Write OUT/adapter (and OUT/base where the base has no other home), or OUT/model, with a model card.
 
     Args:
         trained: whole trained parameters by name, as `Backend.gather_state` gives them.
+        result: what result.json is to hold.
 
     Returns:
         The folder to load.
     """
     out = Path(cfg.output)
     if isinstance(built.model, PeftModel):
-        return _write_adapter(cfg, task, built, built.model, trained)
+        return _write_adapter(cfg, task, built, built.model, trained, result)
     model, config = plain_model(cfg, task)
     with torch.no_grad():
         for name, value in trained.items():
             model.get_parameter(name).copy_(value)
-    write_model(model, config, out / MODEL)
+    write_model(model, config, out / MODEL, model_card(cfg, result, built.source.reference, "model"))
     return out / MODEL
 
 
 def _write_adapter(
-    cfg: TrainConfig, task: Task, built: Built, adapted: PeftModel, trained: Mapping[str, Tensor]
+    cfg: TrainConfig,
+    task: Task,
+    built: Built,
+    adapted: PeftModel,
+    trained: Mapping[str, Tensor],
+    result: Mapping[str, Any],
 ) -> Path:
     out = Path(cfg.output)
     reference = built.source.reference
@@ -129,7 +135,7 @@ def _write_adapter(
         save_file({saved_key(n): t.contiguous() for n, t in trained.items()}, aside / ADAPTER_WEIGHTS, {"format": "pt"})
         lora.save_pretrained(str(aside))
         write_json(aside / REFERENCE, asdict(reference))
-        (aside / "README.md").write_text(_ADAPTER_README.format(base=reference.name, pooling=cfg.model.pooling))
+        (aside / CARD).write_text(model_card(cfg, result, reference, "adapter"), encoding="utf-8")
     return out / ADAPTER
 
 
@@ -217,15 +223,16 @@ def merged(built: Built) -> nn.Module:
 
 
 def export(run: Path, target: Path) -> None:
-    """Merge the adapter of a finished run, on the CPU, and write a plain Hugging Face folder.
+    """Merge the adapter of a finished run, on the CPU, and write a plain Hugging Face folder with a model card.
 
     Raises:
         ConfigError: `target` is there already, or `run` is no finished run.
-        CheckpointError: the run's weights are damaged.
+        CheckpointError: the run's weights or its result.json are damaged.
     """
     require(not target.exists(), f"--output {target}: exists already; name a new folder")
     cfg, task = read_run(run, "cpu")
     cfg = replace(cfg, loop=replace(cfg.loop, precision="fp32"), parallel=ParallelConfig())
     backend = create_backend(cfg)
     built = build_trained(cfg, task, backend)
-    write_model(merged(built), built.config, target)
+    card = model_card(read_config(run / CONFIG), read_result(run), built.source.reference, "model")
+    write_model(merged(built), built.config, target, card)

@@ -23,9 +23,12 @@ from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
 from esm_neuron.data.splits import Splits, load_inputs, load_splits
 from esm_neuron.data.validate import rejected_table
 from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.evaluate import collect
 from esm_neuron.evaluate import evaluate as evaluate_table
-from esm_neuron.export import CONFIG, MAY_CHANGE, build_trained, read_run, write_results
+from esm_neuron.export import MAY_CHANGE, build_trained, read_run, write_results
 from esm_neuron.files import claimed, write_json, write_text
+from esm_neuron.folders import CONFIG, METRICS, REJECTED, RESULT, answers_name
+from esm_neuron.held_out import save_answers
 from esm_neuron.metrics import Value
 from esm_neuron.model import parameter_count
 from esm_neuron.shapes import SHAPES
@@ -34,9 +37,6 @@ from esm_neuron.trainer import Fit, Trainer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-RESULT, METRICS, REJECTED = "result.json", "metrics.jsonl", "rejected.tsv"
-"""Names within a run's folder."""
 
 FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how, not what is computed."""
@@ -201,20 +201,22 @@ def _finish(
     """Evaluate the best weights, write them and the result."""
     backend = trainer.backend
     chosen = trainer.load_best()
-    valid = trainer.evaluate(loaders.valid, intervals=True) if loaders.valid else None
-    test = trainer.evaluate(loaders.test, intervals=True) if loaders.test else None
+    valid, test = (_score(trainer, getattr(loaders, split), split) for split in ("valid", "test"))
     baselines = from_main(backend, lambda: _baselines(cfg, task, loaders, say))
     weights, _ = backend.gather_state(built.model, trainer.optimizer)
     trainable, total = parameter_count(built.model)
     state = fit.state
     result = finite({
         "task": cfg.task.name,
+        "metric": task.metric,
         "model": cfg.model.name,
         "init": cfg.model.init,
         "backend": cfg.backend,
         "adapter": cfg.adapter.kind,
         "parameters": {"trainable": trainable, "total": total},
         "chosen_step": chosen,
+        "data": {split: _size(loader.table) for split in ("train", "valid", "test")
+                 if (loader := getattr(loaders, split)) is not None},
         "train": {
             "steps": state.step,
             "residues": state.residues,
@@ -228,10 +230,27 @@ def _finish(
         "baselines": baselines,
     })  # fmt: skip
     out = Path(cfg.output)
-    weights_folder = agree_on_main(backend, lambda: write_results(cfg, task, built, weights))
+    weights_folder = agree_on_main(backend, lambda: write_results(cfg, task, built, weights, result))
     agree_on_main(backend, lambda: write_json(out / RESULT, result))
     say(f"weights of step {chosen} in {weights_folder}, result in {out / RESULT}, checkpoints in {out / 'checkpoints'}")
     return dict(result)
+
+
+def _score(trainer: Trainer, loader: EvalLoader | None, split: str) -> dict[str, Value] | None:
+    """Figures with intervals on held-out rows; the answers are kept. None where no rows are held out."""
+    if loader is None:
+        return None
+    task, backend, path = trainer.task, trainer.backend, Path(trainer.cfg.output) / answers_name(split)
+    answers = collect(trainer.model, task, backend, loader)
+    if trainer.cfg.log.answers:
+        agree_on_main(backend, lambda: save_answers(path, task, loader.table, answers))
+    return task.figures(loader.table, answers, intervals=True)
+
+
+def _size(table: ExampleTable) -> dict[str, int]:
+    """Records of a split, and the residues in them before they were cut."""
+    _, bounds = table.residue_slots()
+    return {"records": len(table.ids), "residues": int(bounds[-1])}
 
 
 def _baselines(

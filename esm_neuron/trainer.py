@@ -201,9 +201,9 @@ class Trainer:
             callback.on_eval(self.state.step, {"split": "valid", **values})
         self._start_clock()
 
-    def evaluate(self, loader: EvalLoader, intervals: bool = False) -> dict[str, Value]:
-        """The figures of a loader's table over all ranks, with 95 % bootstrap intervals if asked for."""
-        return evaluate(self.model, self.task, self.backend, loader, intervals)
+    def evaluate(self, loader: EvalLoader) -> dict[str, Value]:
+        """The figures of a loader's table over all ranks."""
+        return evaluate(self.model, self.task, self.backend, loader)
 
     def load_best(self) -> int:
         """Put the weights of the best validated step back, where there is one; returns the step of the weights."""

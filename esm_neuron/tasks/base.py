@@ -65,6 +65,10 @@ class Task(Protocol):
         """What is told of each record of a table: column -> a value a record, in the order of `table.ids`."""
         ...
 
+    def truth(self, table: ExampleTable) -> Column | None:
+        """What a table's labels say of each record, in the words of `outputs`; None for a task without labels."""
+        ...
+
 
 def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
     """float64 [records, ...]: the mean of `values` [examples, ...] over the windows of each record."""

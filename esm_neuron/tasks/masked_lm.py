@@ -85,6 +85,9 @@ class MaskedLM:
             mean = loss / hidden
         return {"hidden": hidden.astype(np.int64), "loss": mean, "perplexity": np.exp(mean)}
 
+    def truth(self, table: ExampleTable) -> None:
+        """None: the hidden residues are the truth."""
+
     @staticmethod
     def _sums(table: ExampleTable, answers: Answers) -> np.ndarray:
         """float64 [records, 3]: loss, hidden residues and right answers."""

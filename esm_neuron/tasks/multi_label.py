@@ -12,6 +12,7 @@ from esm_neuron.config import TaskConfig
 from esm_neuron.data.batch import Batch, ExampleTable, Target
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Value, multi_label_figures
+from esm_neuron.metrics.multi_label import THRESHOLD
 from esm_neuron.tasks.base import Answers, Column, record_mean, weights_of
 from esm_neuron.tasks.losses import sigmoid_losses
 from esm_neuron.tasks.pooled import PooledTask
@@ -57,12 +58,20 @@ class MultiLabel(PooledTask):
         return multi_label_figures(probabilities, truth, record_mean(table, losses), self.labels, intervals)
 
     def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
-        """label (those with a probability of at least 1 / 2, joined by `;`; may be empty), each class's probability."""
+        """`label` (those with a probability of at least 1 / 2, joined by `;`; may be empty), and as `p_<class>` the
+        probability of each class."""
         probabilities = record_mean(table, sigmoid(answers[0].astype(np.float64)))
-        said = [LIST_JOINER.join(label for label, p in zip(self.labels, row, strict=True) if p >= 0.5)
-                for row in probabilities]  # fmt: skip
-        columns: dict[str, Column] = {"label": said}
-        return {**columns, **dict(zip(self.labels, probabilities.T, strict=True))}
+        columns: dict[str, Column] = {"label": self._joined(probabilities >= THRESHOLD)}
+        return {**columns, **{f"p_{name}": p for name, p in zip(self.labels, probabilities.T, strict=True)}}
+
+    def truth(self, table: ExampleTable) -> Column:
+        """Each protein's labels, joined by `;`; may be empty."""
+        return self._joined(table.labels)
+
+    def _joined(self, chosen: np.ndarray) -> list[str]:
+        """The names of the classes that are not 0 in each row of [n, C]."""
+        return [LIST_JOINER.join(label for label, is_in in zip(self.labels, row, strict=True) if is_in)
+                for row in chosen]  # fmt: skip
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

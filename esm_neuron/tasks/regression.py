@@ -58,3 +58,7 @@ class Regression(PooledTask):
     def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
         """value: the mean over windows."""
         return {"value": record_mean(table, answers[0])}
+
+    def truth(self, table: ExampleTable) -> Column:
+        """Each protein's value."""
+        return table.labels

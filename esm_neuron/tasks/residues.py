@@ -75,9 +75,7 @@ class ResidueClassification:
         """See `classification_figures`: over residues with a label, intervals over proteins."""
         log_probabilities = log_softmax(answers[0])
         slot, bounds = table.residue_slots()
-        shown = slot >= 0
-        label = np.full(bounds[-1], -1)
-        label[slot[shown]] = table.labels[shown]
+        label = residue_labels(table, slot, bounds)
         own = -np.take_along_axis(log_probabilities, np.maximum(table.labels, 0).astype(np.int64)[:, None], axis=1)
         known = label >= 0
         probabilities = residue_mean(slot, bounds, np.exp(log_probabilities))[known]
@@ -86,8 +84,8 @@ class ResidueClassification:
         return classification_figures(probabilities, label[known], loss, self.labels, intervals, protein)
 
     def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
-        """labels (a character a residue; with longer names joined by `,`) and each class's probabilities, an array a
-        record; `-` and NaN for residues that were cut off."""
+        """`labels` (a character a residue; with longer names joined by `,`) and as `p_<class>` each class's
+        probabilities, an array a record; `-` and NaN for residues that were cut off."""
         slot, bounds = table.residue_slots()
         probabilities = residue_mean(slot, bounds, np.exp(log_softmax(answers[0])))
         names = np.array([*self.labels, NOT_ANSWERED], dtype=object)
@@ -96,8 +94,22 @@ class ResidueClassification:
         columns: dict[str, Column] = {"labels": [joiner.join(part) for part in np.split(said, bounds[1:-1])]}
         return {
             **columns,
-            **{name: np.split(p, bounds[1:-1]) for name, p in zip(self.labels, probabilities.T, strict=True)},
+            **{f"p_{name}": np.split(p, bounds[1:-1]) for name, p in zip(self.labels, probabilities.T, strict=True)},
         }
+
+    def truth(self, table: ExampleTable) -> Column:
+        """The class names of each record's residues; None where nothing is known or the residue was cut off."""
+        slot, bounds = table.residue_slots()
+        names = np.array([*self.labels, None], dtype=object)
+        return np.split(names[residue_labels(table, slot, bounds)], bounds[1:-1])
+
+
+def residue_labels(table: ExampleTable, slot: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """int64 [residues of all records]: class index, -1 where nothing is known; `slot` and `bounds` as below."""
+    shown = slot >= 0
+    label = np.full(bounds[-1], -1)
+    label[slot[shown]] = table.labels[shown]
+    return label
 
 
 def residue_mean(slot: np.ndarray, bounds: np.ndarray, values: np.ndarray) -> np.ndarray:

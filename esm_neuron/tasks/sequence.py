@@ -54,3 +54,7 @@ class SequenceClassification(PooledTask):
         probabilities = record_mean(table, np.exp(log_softmax(answers[0])))
         columns: dict[str, Column] = {"label": [self.labels[i] for i in probabilities.argmax(1)]}
         return {**columns, **{f"p_{name}": p for name, p in zip(self.labels, probabilities.T, strict=True)}}
+
+    def truth(self, table: ExampleTable) -> Column:
+        """The name of each protein's class."""
+        return [self.labels[label] for label in table.labels]

@@ -1,0 +1,157 @@
+"""The page: what a run has left is put in order, drawn and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from esm_neuron import __version__, settings
+from esm_neuron.files import new_folder
+from esm_neuron.finished import Finished, read_finished
+from esm_neuron.folders import REJECTED, REPORT
+from esm_neuron.metrics.text import NAMES, Shown, counted, show, shown, verdict
+from esm_neuron.report import charts
+from esm_neuron.report.style import COLOURS, Chart, save_png
+from esm_neuron.report.views import View, view
+from esm_neuron.templates import environment
+
+PAGE = "index.html"
+SPLITS = {"test": "test", "valid": "validation"}
+"""Split -> its name for people; the first that a run has is the one that charts are of."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures of a split beside each other."""
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[tuple[str, list[Shown]]]
+    """Name of a figure, and a cell a column."""
+
+
+def write_report(run: Path) -> Path:
+    """Write OUT/report/index.html, which asks for nothing outside itself, and a PNG a chart beside it.
+
+    Args:
+        run: output folder of a finished run.
+
+    Returns:
+        The page. An older report is replaced whole.
+
+    Raises:
+        ConfigError: `run` is no run, or has not finished.
+        CheckpointError: one of its files is damaged.
+    """
+    finished = read_finished(run)
+    split = next((split for split in SPLITS if finished.result.get(split)), None)
+    found = None
+    if split in finished.answers:
+        found = view(finished.cfg.task.name, finished.cfg.task.labels or (), finished.answers[split])
+    drawn = list(_charts(finished, split, found))
+    text = _render(finished, split, found, drawn)
+    with new_folder(run / REPORT) as aside:
+        (aside / PAGE).write_text(text, encoding="utf-8")
+        for chart in drawn:
+            save_png(chart, aside)
+    return run / REPORT / PAGE
+
+
+def _charts(finished: Finished, split: str | None, found: View | None) -> Iterator[Chart]:
+    """Every chart that the run has something for, in the page's order."""
+    result, task = finished.result, finished.cfg.task
+    log, chosen, labels = finished.log, result["chosen_step"], task.labels or ()
+    curves = [charts.loss_curve(log, chosen), charts.metric_curve(log, chosen, result["metric"])]
+    yield from (chart for chart in curves if chart is not None)
+    if split is None:
+        return
+    figures, several = result[split], task.name == "multi_label"
+    baselines = _baselines(finished, split)
+    compared = [name for name in _order(figures, result["metric"]) if name in COMPARED[task.name]]
+    if baselines and compared:
+        yield charts.comparison(figures, baselines, compared)
+    unit = "residues" if task.name == "residue_classification" else "proteins"
+    if figures.get("per_class"):
+        yield charts.class_bars(figures["per_class"], unit)
+    if found is None:
+        return
+    if found.confusion is not None:
+        yield charts.confusion(found.confusion, labels, unit, several)
+    if found.values is not None and len(found.residues):
+        yield charts.scatter(*found.values)
+        yield charts.residuals(*found.values)
+    if found.spread is not None and len(found.spread):
+        yield charts.spread(found.spread)
+    reliability = None if found.confidence is None else charts.calibration(found.confidence, several)
+    yield from (chart for chart in (reliability, charts.length_chart(found)) if chart is not None)
+
+
+COMPARED = {
+    "sequence_classification": {"accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc"},
+    "multi_label": {"subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc"},
+    "regression": {"spearman", "pearson", "r2"},
+    "residue_classification": {"accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc"},
+    "masked_lm": {"perplexity"},
+}
+"""Task -> figures of one scale, so that they can share an axis."""
+
+
+def _order(figures: dict[str, Any], metric: str) -> list[str]:
+    """Names of the figures that are defined, the one that chose the weights first."""
+    names = [figure.key for figure in shown(figures) if figure.value is not None]
+    return sorted(names, key=lambda name: name != metric)
+
+
+def _baselines(finished: Finished, split: str) -> dict[str, dict[str, Any]]:
+    return dict((finished.result.get("baselines") or {}).get(split, {}))
+
+
+def _render(finished: Finished, split: str | None, found: View | None, drawn: list[Chart]) -> str:
+    cfg, result, metric = finished.cfg, finished.result, finished.result["metric"]
+    figures = result[split] if split else {}
+    rejected = finished.folder / REJECTED
+    template = environment().get_template("report.html.jinja")
+    return template.render(
+        title=f"{cfg.task.name.replace('_', ' ')} · {Path(cfg.model.name).name}",
+        folder=finished.folder.resolve().name,
+        cfg=cfg,
+        result=result,
+        split=split and SPLITS[split],
+        scored=counted(figures, cfg.task.name) if split else "",
+        tiles=[show(figures, name) for name in _order(figures, metric)[:4]],
+        verdict=verdict(figures, _baselines(finished, split), metric) if split else "",
+        kept=found is not None,
+        charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
+        tables=[_table(finished, name) for name in SPLITS if result.get(name)],
+        per_class=_per_class(figures),
+        worst=found.worst if found is not None else [],
+        settings=settings.dump(cfg),
+        rejected=len(rejected.read_text(encoding="utf-8").splitlines()) - 1 if rejected.is_file() else 0,
+        colours=COLOURS,
+        version=__version__,
+    )
+
+
+def _table(finished: Finished, split: str) -> Table:
+    figures, baselines = finished.result[split], _baselines(finished, split)
+    everyone = [figures, *baselines.values()]
+    rows = [(NAMES.get(own.key, own.key), [show(each, own.key) for each in everyone]) for own in shown(figures)]
+    sampled = [f"{name} on {values['fitted_on']:,} of {values['training']:,}" for name, values in baselines.items()
+               if values.get("fitted_on", 0) < values.get("training", 0)]  # fmt: skip
+    note = f"Baselines fitted on a sample of the training rows: {', '.join(sampled)}." if sampled else ""
+    title = f"{SPLITS[split].capitalize()} rows: {counted(figures, finished.cfg.task.name)}"
+    return Table(title, note, ["this model", *baselines], rows)
+
+
+def _per_class(figures: dict[str, Any]) -> list[tuple[str, int, list[Shown]]]:
+    """Class, its rows, and its F1, AUROC and AUPRC."""
+    names = ("f1", "auroc", "auprc")
+    return [
+        (name, values["n"], [show(values, figure) for figure in names])
+        for name, values in (figures.get("per_class") or {}).items()
+    ]
