@@ -22,8 +22,8 @@ MOST_CLASSES, MOST_CELLS = 30, 14
 """Classes that bars are drawn for; classes that a confusion matrix has numbers for in its cells."""
 MOST_POINTS = 5_000
 """Points of a scatter: more of them would make a page of many megabytes."""
-LENGTH_BINS, LEAST_RECORDS = 8, 20
-"""Bins of length at most, and records in each at least where there are two bins or more."""
+LENGTH_BINS, LEAST_RECORDS = 8, 10
+"""Bins of length at most, and about how many records each has at least."""
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]], chosen: int) -> Chart | None:
@@ -39,7 +39,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]], chosen: int) -> Chart | None:
             axes.plot(*valid, "o-", ms=3.5, color=ACCENT, label="validation")
         _steps(axes, chosen)
         axes.set_ylabel("loss")
-        axes.legend(loc="upper right")
+        axes.legend()
 
     caption = (
         "Loss over optimizer steps. Training: of the rows of a step, with dropout and masks as trained. Validation: of "
@@ -88,6 +88,7 @@ def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) 
     """Truth against answer; cells are shaded by their share of the row."""
     share = np.divide(found.counts, found.totals[:, None], out=np.zeros_like(found.counts),
                       where=found.totals[:, None] > 0)  # fmt: skip
+    crowd = sum(len(_short(name)) for name in names)
     side = float(np.clip(1.6 + 0.3 * len(names), 2.8, 7.5))
 
     def paint(figure: Figure) -> None:
@@ -99,7 +100,7 @@ def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) 
                 text = f"{found.counts[row, column]:,.0f}" + (f"\n{part:.0%}" if large else "")
                 axes.text(column, row, text, ha="center", va="center", color=INK, size=9.5 if large else 6.5)
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), xlabel="answered", ylabel="true")
-        axes.set_xticks(range(len(names)), [_short(n) for n in names], rotation=0 if len(names) <= 3 else 90)
+        axes.set_xticks(range(len(names)), [_short(n) for n in names], rotation=0 if crowd <= 26 else 90)
         axes.set_yticks(range(len(names)), [_short(n) for n in names])
         axes.grid(visible=False)
         for spine in axes.spines.values():
@@ -167,25 +168,21 @@ def calibration(found: Confidence, several: bool) -> Chart | None:
 
 
 def length_chart(found: View) -> Chart | None:
-    """Errors by the length of the sequence; None where there is nothing to score."""
+    """Errors by the length of the sequence; None where there are too few records, or lengths, for two bins."""
     asked = found.weight > 0
-    if not asked.any():
-        return None
     lengths = found.residues[asked]
-    bins = int(np.clip(len(lengths) // LEAST_RECORDS, 1, LENGTH_BINS))
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1)))
-    group = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(len(edges) - 2, 0))
-    groups = group_means(
-        found.error[asked], found.weight[asked], group, max(len(edges) - 1, 1), np.arange(len(lengths))
-    )
+    bins = min(len(lengths) // LEAST_RECORDS, LENGTH_BINS)
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1)))[1:-1] if bins > 1 else np.empty(0)
+    if not len(edges):
+        return None
+    group = np.searchsorted(edges, lengths, side="right")
+    groups = group_means(found.error[asked], found.weight[asked], group, len(edges) + 1, np.arange(len(lengths)))
     shown = [(float(np.median(lengths[group == g])), made) for g, made in enumerate(groups) if made is not None]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot([x for x, _ in shown], [made.mean for _, made in shown], color=ACCENT)
         _bars_up(axes, [x for x, _ in shown], [made for _, made in shown])
-        if len(shown) > 1 and shown[-1][0] > 8 * shown[0][0]:
-            axes.set_xscale("log")
         axes.set(xlabel="residues (median of each bin)", ylabel=found.error_name)
         axes.set_ylim(bottom=0)
 

@@ -94,7 +94,7 @@ def _charts(finished: Finished, split: str | None, found: View | None) -> Iterat
 COMPARED = {
     "sequence_classification": {"accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc"},
     "multi_label": {"subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc"},
-    "regression": {"spearman", "pearson", "r2"},
+    "regression": {"spearman", "pearson"},
     "residue_classification": {"accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc"},
     "masked_lm": {"perplexity"},
 }
@@ -102,9 +102,9 @@ COMPARED = {
 
 
 def _order(figures: dict[str, Any], metric: str) -> list[str]:
-    """Names of the figures that are defined, the one that chose the weights first."""
+    """Names of the figures that are defined, the one that chose the weights first and the loss of others last."""
     names = [figure.key for figure in shown(figures) if figure.value is not None]
-    return sorted(names, key=lambda name: name != metric)
+    return sorted(names, key=lambda name: (name != metric, name == "loss"))
 
 
 def _baselines(finished: Finished, split: str) -> dict[str, dict[str, Any]]:

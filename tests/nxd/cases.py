@@ -298,7 +298,9 @@ def export(output: str, **options: Any) -> None:
     run.train()
     weights, _ = run.backend.gather_state(run.model, run.trainer.optimizer)
     if run.backend.topology.is_main:
-        write_results(run.cfg, run.task, run.built, weights)
+        unscored = {"metric": run.task.metric, "parameters": {"trainable": 0, "total": 0}, "chosen_step": 0,
+                    "train": {"steps": 0}, "data": {}}  # fmt: skip
+        write_results(run.cfg, run.task, run.built, weights, unscored)
     run.leave({"logits": run.outputs()})
 
 

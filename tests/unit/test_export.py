@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     EsmForMaskedLM,
     EsmForSequenceClassification,
+    EsmForTokenClassification,
 )
 
 from esm_neuron.backends import create_backend
@@ -27,7 +31,7 @@ from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig
 from esm_neuron.data.tokenizer import PAD
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.export import build_trained, export, read_run, write_results
-from esm_neuron.files import write_text
+from esm_neuron.files import write_json, write_text
 from esm_neuron.model import PackedForPooledClassification
 from esm_neuron.settings import dump
 from esm_neuron.tasks import Task, create_task
@@ -60,13 +64,30 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and float((a - b)[real].abs().max()) <= 1e-5 * float(b[real].abs().max())
 
 
+TASKS = {
+    "cls": ("cls", TaskConfig(labels=LABELS)),
+    "mean": ("mean", TaskConfig(labels=LABELS)),
+    "attention": ("attention", TaskConfig(labels=LABELS)),
+    "multi_label": ("cls", TaskConfig(name="multi_label", labels=LABELS)),
+    "regression": ("mean", TaskConfig(name="regression", target_mean=30.0, target_sd=2.0)),
+    "residues": ("mean", TaskConfig(name="residue_classification", labels=LABELS)),
+    "masked_lm": ("cls", TaskConfig(name="masked_lm")),
+}
+"""Kind -> its pooling and task."""
+RESULT = {
+    "task": "", "metric": "mcc", "model": "tiny", "init": "random", "backend": "cpu", "adapter": "lora",
+    "parameters": {"trainable": 10, "total": 1000}, "chosen_step": 4, "valid": None, "test": None,
+    "data": {"train": {"records": 50, "residues": 3000}},
+    "train": {"steps": 8, "residues": 9000, "seconds": 3.0, "residues_per_second": 3e3, "padding_efficiency": 1.0},
+}  # fmt: skip
+
+
 def finish(out: Path, kind: str, adapter: str, base: str = "tiny", precision: str = "fp32") -> Run:
+    pooling, task_config = TASKS[kind]
     cfg = TrainConfig(
         output=str(out),
-        model=ModelConfig(
-            name=base, init="random" if base == "tiny" else "pretrained", pooling="mean" if kind == "mean" else "cls"
-        ),
-        task=TaskConfig(name="masked_lm") if kind == "masked_lm" else TaskConfig(labels=LABELS),
+        model=ModelConfig(name=base, init="random" if base == "tiny" else "pretrained", pooling=pooling),
+        task=task_config,
         data=DataConfig(max_residues=62, row_tokens=64),
         adapter=AdapterConfig(kind=adapter, r=4, alpha=8),
         loop=LoopConfig(precision=precision),
@@ -82,7 +103,8 @@ def finish(out: Path, kind: str, adapter: str, base: str = "tiny", precision: st
             trained[name] = parameter.detach().clone()
     with backend.autocast():
         logits = logits_of(built.model)
-    write_results(cfg, task, built, trained)
+    write_results(cfg, task, built, trained, RESULT)
+    write_json(out / "result.json", RESULT)
     write_text(out / "config.yaml", dump(cfg))
     return Run(out, cfg, task, built, trained, logits)
 
@@ -103,6 +125,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 PLAIN = {
     "cls": (AutoModelForSequenceClassification, EsmForSequenceClassification),
     "mean": (AutoModelForSequenceClassification, PackedForPooledClassification),
+    "attention": (AutoModelForSequenceClassification, PackedForPooledClassification),
+    "multi_label": (AutoModelForSequenceClassification, EsmForSequenceClassification),
+    "regression": (AutoModelForSequenceClassification, PackedForPooledClassification),
+    "residues": (AutoModelForTokenClassification, EsmForTokenClassification),
     "masked_lm": (AutoModelForMaskedLM, EsmForMaskedLM),
 }
 """Kind -> how a user loads it, and what that gives: transformers' own class but for our own pooling."""
@@ -117,9 +143,7 @@ def test_an_adapter_on_its_base_answers_in_plain_peft(run: Callable[..., Run], k
     assert same(logits_of(PeftModel.from_pretrained(base, finished.out / "adapter")), finished.logits)
 
 
-@pytest.mark.parametrize(
-    ("kind", "adapter"), [("cls", "lora"), ("mean", "lora"), ("masked_lm", "lora"), ("mean", "head")]
-)
+@pytest.mark.parametrize(("kind", "adapter"), [*((kind, "lora") for kind in PLAIN), ("mean", "head")])
 def test_a_merged_export_answers_in_plain_transformers(
     run: Callable[..., Run], tmp_path: Path, kind: str, adapter: str
 ) -> None:
@@ -133,7 +157,7 @@ def test_a_merged_export_answers_in_plain_transformers(
 )
 def test_without_adapters_a_run_leaves_a_plain_model(run: Callable[..., Run], kind: str, adapter: str) -> None:
     finished, (auto, cls) = run(kind, adapter), PLAIN[kind]
-    assert sorted(p.name for p in finished.out.iterdir()) == ["config.yaml", "model"]
+    assert sorted(p.name for p in finished.out.iterdir()) == ["config.yaml", "model", "result.json"]
     check_plain_folder(finished.out / "model", auto, cls, finished)
 
 
@@ -145,10 +169,32 @@ def check_plain_folder(folder: Path, auto: type, cls: type, finished: Run) -> No
     assert same(logits_of(model), finished.logits)
     assert model.config.architectures == [cls.__name__]
     assert model.dtype == torch.float32
-    if cls is not EsmForMaskedLM:
+    if cls is not EsmForMaskedLM and finished.task.labels:
         assert model.config.id2label == dict(enumerate(LABELS))
         assert model.config.label2id == {label: i for i, label in enumerate(LABELS)}
     assert AutoTokenizer.from_pretrained(folder)("MK<mask>")["input_ids"] == [0, 20, 15, 32, 2]
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("folder", ["adapter", "merged"])
+def test_the_model_card_loads_what_it_describes(
+    run: Callable[..., Run], kind: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = run(kind)
+    if folder == "merged":
+        export(finished.out, tmp_path / "merged")
+    monkeypatch.chdir(tmp_path / "merged" if folder == "merged" else finished.out / "adapter")
+    card = Path("README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    if folder == "adapter" and PLAIN[kind][1] is PackedForPooledClassification:
+        assert not code and "esm-neuron export --model RUN" in card
+        return
+    names: dict[str, Any] = {}
+    exec(code[0], names)  # as its reader would
+    tokens = names["tokenizer"]("MKTAYIAKQRQISFVKSHFSRQ", return_tensors="pt")
+    with torch.no_grad():
+        expected = finished.built.model.eval()(**tokens).logits
+    torch.testing.assert_close(names["logits"], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -287,6 +333,14 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     write_text(tmp_path / "config.yaml", dump(TrainConfig()))
     with pytest.raises(ConfigError, match=r"no adapter and no model there"):
         read_run(tmp_path)
+
+
+def test_a_run_without_its_result_is_not_exported(run: Callable[..., Run], tmp_path: Path) -> None:
+    shutil.copytree(run("cls").out, tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()
+    with pytest.raises(ConfigError, match=r"has not finished"):
+        export(tmp_path / "out", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_export_overwrites_nothing(run: Callable[..., Run], tmp_path: Path) -> None:

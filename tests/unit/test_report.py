@@ -1,0 +1,335 @@
+"""The report of a run: right numbers, whatever the run has, and nothing that a browser would run or fetch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from chromium import CHROMIUM, Browser
+from sklearn.metrics import confusion_matrix
+
+from esm_neuron import cli
+from esm_neuron.config import DataConfig, LogConfig, TaskConfig, TrainConfig
+from esm_neuron.data.batch import ExampleTable
+from esm_neuron.errors import CheckpointError, ConfigError
+from esm_neuron.files import write_json
+from esm_neuron.held_out import load_answers, save_answers
+from esm_neuron.metrics.groups import group_means, reliability
+from esm_neuron.metrics.text import show, verdict
+from esm_neuron.report import write_report
+from esm_neuron.report.views import view
+from esm_neuron.settings import dump
+from esm_neuron.tasks import TASKS, create_task
+
+EVIL = "<script>alert(1)</script>"
+LABELS = {"plain": ("alpha", "beta", "gamma"), "evil": (EVIL, "$x_1$ & \"q'", "long " * 20)}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def made_table(task: str, classes: int, records: int, ids: str) -> ExampleTable:
+    """Random proteins of 10 to 99 residues with labels of the task; every residue's last label is not known."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(10, 100, records)
+    offsets = np.concatenate([[0], np.cumsum(lengths + 2)])
+    labels: dict[str, Any] = {
+        "sequence_classification": rng.integers(0, max(classes, 1), records),
+        "multi_label": (rng.random((records, classes)) < 0.5).astype(np.uint8),
+        "regression": rng.normal(100, 5, records),
+        "residue_classification": rng.integers(0, max(classes, 1), offsets[-1]).astype(np.int16),
+        "masked_lm": np.empty(0),
+    }
+    if task == "residue_classification":
+        for place in (offsets[:-1], offsets[1:] - 1, offsets[1:] - 2):
+            labels[task][place] = -1
+    return ExampleTable(
+        tokens=rng.integers(4, 24, offsets[-1]).astype(np.uint8),
+        offsets=offsets,
+        record=np.arange(records),
+        weight=np.ones(records, np.float32),
+        labels=labels[task],
+        ids=[f"{ids}{i}" for i in range(records)],
+    )
+
+
+def made_answers(task: str, table: ExampleTable, classes: int) -> list[np.ndarray]:
+    """Answers that are right more often than not."""
+    rng = np.random.default_rng(2)
+    if task == "masked_lm":
+        hidden = rng.integers(0, 9, len(table))
+        return [hidden * rng.gamma(9, 0.3, len(table)), hidden, hidden // 2]
+    if task == "regression":
+        return [table.labels + rng.normal(0, 3, len(table))]
+    truth = table.labels if task == "multi_label" else np.eye(classes)[np.maximum(table.labels, 0)]
+    return [2 * truth + rng.normal(0, 1, truth.shape)]
+
+
+def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), evil: bool = False) -> Path:
+    """A finished run without its training."""
+    out.mkdir(parents=True)
+    labels = () if name in ("regression", "masked_lm") else LABELS["evil" if evil else "plain"]
+    scale = {"target_mean": 100.0, "target_sd": 5.0} if name == "regression" else {}
+    task_config = TaskConfig(name=name, labels=labels or None, **scale)  # type: ignore[arg-type]
+    cfg = TrainConfig(output=str(out), task=task_config, data=DataConfig(train=f"{EVIL}.csv" if evil else "my.csv"))
+    task = create_task(task_config, labels)
+    lines: list[dict[str, Any]] = [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 9)]
+    result: dict[str, Any] = {
+        "task": name, "metric": task.metric, "model": "tiny", "init": "pretrained", "backend": "cpu",
+        "adapter": "lora", "parameters": {"trainable": 10, "total": 1000}, "chosen_step": 4,
+        "data": {"train": {"records": 50, "residues": 3000}},
+        "train": {"steps": 8, "residues": 9000, "seconds": 3.0, "residues_per_second": 3000.0,
+                  "padding_efficiency": 0.99, "graphs": 0},
+        "valid": None, "test": None, "baselines": {},
+    }  # fmt: skip
+    for split, records in (("valid", 12), ("test", 60)):
+        if split in splits:
+            table = made_table(name, len(labels), records, f"{EVIL}-" if evil else f"{split}-")
+            answers = made_answers(name, table, len(labels))
+            save_answers(out / f"answers-{split}.parquet", task, table, answers)
+            result[split] = task.figures(table, answers, intervals=True)
+            noise = [answer[::-1] if name == "masked_lm" else np.zeros_like(answer) for answer in answers]
+            worse = {**task.figures(table, noise, intervals=True), "fitted_on": 40, "training": 50}
+            result["baselines"][split] = {"majority": worse}
+            result["data"][split] = {"records": records, "residues": 99}
+            if split == "valid":
+                lines += [{"step": step, "split": "valid", **task.figures(table, answers)} for step in (4, 8)]
+    (out / "config.yaml").write_text(dump(cfg))
+    write_json(out / "result.json", result)
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Task -> a finished run with its report; and one full of markup."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {task: made_run(folder / task, task) for task in TASKS}
+    made["evil"] = made_run(folder / "<b>evil", "multi_label", evil=True)
+    for run in made.values():
+        write_report(run)
+    return made
+
+
+@pytest.fixture
+def spoilt(runs: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a run that may be damaged."""
+    shutil.copytree(runs["sequence_classification"], tmp_path / "run")
+    return tmp_path / "run"
+
+
+class Page(HTMLParser):
+    """Tags that are open, what is asked for from elsewhere, scripts, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.asked: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.open += [] if tag in ("meta", "link", "br") else [tag]
+        self.asked += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+CHARTS = {
+    "sequence_classification": {"loss", "metric", "comparison", "classes", "confusion", "calibration", "length"},
+    "multi_label": {"loss", "metric", "comparison", "classes", "confusion", "calibration", "length"},
+    "regression": {"loss", "metric", "comparison", "scatter", "residuals", "length"},
+    "residue_classification": {"loss", "metric", "comparison", "classes", "confusion", "calibration", "length"},
+    "masked_lm": {"loss", "comparison", "perplexity", "length"},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_page_has_what_its_task_has_and_asks_for_nothing(task: str, runs: dict[str, Path]) -> None:
+    folder = runs[task] / "report"
+    text = (folder / "index.html").read_text()
+    page = Page(text)
+    assert page.open == [] and "script" not in page.tags and "img" not in page.tags
+    assert all(asked.startswith(("#", "data:,")) for asked in page.asked)
+    assert all(reference in page.ids for reference in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text) for reference
+               in reference if reference)  # fmt: skip
+    assert len(page.ids) == len(set(page.ids))
+    files = {path.stem: path for path in folder.glob("*.png")}
+    assert set(files) == CHARTS[task] <= set(page.ids)
+    assert all(path.read_bytes().startswith(PNG) for path in files.values())
+    result = json.loads((runs[task] / "result.json").read_text())
+    for split in ("valid", "test"):
+        for values in (result[split], result["baselines"][split]["majority"]):
+            assert all(
+                show(values, name[:-3]).text.split(" [")[0] in page.text for name in values if name[-3:] == "_ci"
+            )
+    assert "majority on 40 of 50" in page.text
+    assert verdict(result["test"], result["baselines"]["test"], result["metric"]) in page.text
+
+
+def test_markup_in_ids_labels_and_paths_stays_text(runs: dict[str, Path]) -> None:
+    text = (runs["evil"] / "report" / "index.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags
+    assert EVIL not in text and "<b>evil" not in text
+    assert f"{EVIL}-" in page.text and "<b>evil" in page.text and "$x_1$ & \"q'" in page.text
+
+
+def test_confusion_and_errors_are_those_of_the_answers(runs: dict[str, Path]) -> None:
+    table = load_answers(runs["sequence_classification"] / "answers-test.parquet")
+    assert table is not None
+    frame = table.to_pandas()
+    result = json.loads((runs["sequence_classification"] / "result.json").read_text())["test"]
+    seen = view("sequence_classification", LABELS["plain"], table)
+    assert seen.confusion is not None
+    assert (seen.confusion.counts == confusion_matrix(frame["truth"], frame["label"], labels=LABELS["plain"])).all()
+    assert 1 - seen.error.mean() == pytest.approx(result["accuracy"])
+    wrong = frame[frame["truth"] != frame["label"]]
+    assert [record.id for record in seen.worst] == list(
+        wrong.assign(p=wrong.iloc[:, -3:].max(axis=1)).sort_values("p", ascending=False, kind="stable")["id"][:10]
+    )
+
+
+def test_views_agree_with_the_figures_of_every_other_task(runs: dict[str, Path]) -> None:
+    def of(task: str) -> tuple[Any, dict[str, Any]]:
+        table = load_answers(runs[task] / "answers-test.parquet")
+        assert table is not None
+        result = json.loads((runs[task] / "result.json").read_text())["test"]
+        return view(task, LABELS["plain"], table), result
+
+    seen, result = of("residue_classification")
+    assert 1 - seen.error.sum() / seen.weight.sum() == pytest.approx(result["accuracy"])
+    assert seen.confusion.counts.sum() == seen.weight.sum() == result["n"] == (seen.residues - 1).sum()
+    seen, result = of("multi_label")
+    assert (seen.error == 0).mean() == pytest.approx(result["subset_accuracy"])
+    assert list(seen.confusion.totals) == [values["n"] for values in result["per_class"].values()]
+    seen, result = of("regression")
+    assert seen.error.mean() == pytest.approx(result["mae"])
+    seen, result = of("masked_lm")
+    assert seen.error.sum() / seen.weight.sum() == pytest.approx(result["loss"])
+    assert len(seen.spread) == result["n_records"]
+
+
+def test_calibration_error_and_group_means_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.random(500)
+    right, protein = rng.random(500) < confidence**2, np.repeat(np.arange(50), 10)
+    bins = pd.cut(confidence, np.linspace(0, 1, 11), labels=False, include_lowest=True)
+    rows = pd.DataFrame({"p": confidence, "right": right, "bin": bins}).groupby("bin")
+    expected = ((rows["right"].mean() - rows["p"].mean()).abs() * rows.size()).sum() / 500
+    found = reliability(confidence, right, protein)
+    assert found is not None
+    assert found.ece == pytest.approx(expected)
+    assert [group.rows for group in found.right] == list(rows.size())
+    assert all(group.interval[0] <= group.mean <= group.interval[1] for group in found.right if group.interval)
+    # a protein whose rows are all alike counts once: ten copies of it say no more than one
+    value = (np.arange(40) % 2).astype(float)
+    once = group_means(value, np.ones(40), np.zeros(40, int), 2, np.arange(40))
+    tenfold = group_means(np.repeat(value, 10), np.ones(400), np.zeros(400, int), 2, np.repeat(np.arange(40), 10))
+    assert once[1] is None
+    assert once[0].interval == pytest.approx(tenfold[0].interval)  # type: ignore[union-attr]
+    assert reliability(confidence[:0], right[:0], protein[:0]) is None
+
+
+def test_a_verdict_says_where_the_model_loses() -> None:
+    model = {"mcc": 0.2, "mcc_ci": [0.1, 0.3], "loss": 0.5, "loss_ci": [0.4, 0.6]}
+    baselines = {
+        "majority": {"mcc": 0.0, "mcc_ci": [0.0, 0.0], "loss": 0.9, "loss_ci": [0.8, 1.0]},
+        "composition": {"mcc": 0.35, "mcc_ci": [0.28, 0.42], "loss": 0.7, "loss_ci": [0.65, 0.75]},
+    }
+    assert verdict(model, baselines, "mcc") == (
+        "Not better than the composition baseline by MCC: 0.200 [0.100, 0.300] against 0.350 [0.280, 0.420], with "
+        "intervals that overlap."
+    )
+    assert verdict(model, baselines, "loss").startswith("Better than the composition baseline by loss: 0.500")
+    assert "overlap" not in verdict(model, baselines, "loss")
+    assert verdict({**model, "mcc": None}, baselines, "mcc") == verdict(model, {}, "mcc") == ""
+
+
+@pytest.mark.parametrize("splits", [(), ("valid",), ("test",)])
+def test_a_run_without_some_rows_gets_a_page_that_says_so(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    run = made_run(tmp_path / "run", "sequence_classification", splits)
+    page = Page(write_report(run).read_text())
+    assert ("No rows were held out" in page.text) == (splits == ())
+    assert ("their figures are optimistic" in page.text) == (splits == ("valid",))
+    assert ("confusion" in page.ids) == (splits != ())
+    assert ("metric" in page.ids) == ("valid" in splits)
+
+
+def test_a_run_that_kept_no_answers_and_logged_nothing_gets_a_page(spoilt: Path) -> None:
+    (spoilt / "answers-test.parquet").unlink()
+    (spoilt / "metrics.jsonl").unlink()
+    page = Page(write_report(spoilt).read_text())
+    assert "answers to the test rows were not kept (log.answers)" in page.text
+    assert {path.stem for path in (spoilt / "report").glob("*.png")} == {"comparison", "classes"}
+
+
+def test_what_cannot_be_reported_is_one_line_and_leaves_the_old_report(
+    spoilt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = (spoilt / "report" / "index.html").read_bytes()
+
+    def refused(error: type[Exception], *words: str) -> None:
+        with pytest.raises(error) as caught:
+            write_report(spoilt)
+        assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+        assert (spoilt / "report" / "index.html").read_bytes() == old
+
+    (spoilt / "answers-test.parquet").write_bytes(b"no parquet")
+    refused(CheckpointError, "answers-test.parquet", "cannot be read")
+    (spoilt / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
+    (spoilt / "answers-test.parquet").unlink()
+    refused(CheckpointError, "metrics.jsonl:2", "not a JSON object with a step")
+    (spoilt / "result.json").write_text("{")
+    refused(CheckpointError, "result.json", "cannot be read")
+    (spoilt / "result.json").write_text('{"task": "regression"}')
+    refused(CheckpointError, "result.json", "has no metric")
+    (spoilt / "result.json").unlink()
+    refused(ConfigError, "has not finished", "--checkpoint.resume auto")
+    assert cli.main(["report", str(spoilt)]) == 2
+    assert cli.main(["report", str(spoilt / "nowhere")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("esm-neuron: error: ") for line in lines)
+
+
+def test_answers_need_not_be_kept() -> None:
+    assert LogConfig().answers and not replace(LogConfig(), answers=False).answers
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+def test_a_browser_fetches_nothing_complains_of_nothing_and_never_scrolls_sideways(
+    runs: dict[str, Path], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    with Browser(tmp_path) as browser:
+        for name, run in runs.items():
+            url = (run / "report" / "index.html").resolve().as_uri()
+            for width in (400, 1200):
+                for dark in (False, True):
+                    seen = browser.open(url, width, dark)
+                    assert seen.requests == [url], (name, width)
+                    assert seen.complaints == [], (name, width)
+                    assert seen.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
+                    background = seen.evaluate("getComputedStyle(document.body).backgroundColor")
+                    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
+            boxes = "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect())"
+            assert seen.evaluate(f"{boxes}.every(b => b.width > 300 && b.height > 60)"), name
+            # texts of charts lie within them: nothing is cut off
+            texts = "[...document.querySelectorAll('figure svg text')]"
+            ends = "t.getBoundingClientRect().right <= t.closest('figure').getBoundingClientRect().right"
+            assert seen.evaluate(f"{texts}.length > 20 && {texts}.every(t => {ends})"), name
