@@ -11,8 +11,9 @@ from esm_neuron import __version__, settings
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, ModelMaker, build_model
 from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, TrainConfig
-from esm_neuron.export import ADAPTER, ADAPTER_WEIGHTS, CONFIG, MAY_CHANGE, build_trained, read_run
+from esm_neuron.export import ADAPTER_WEIGHTS, MAY_CHANGE, build_trained, read_run
 from esm_neuron.files import sha256
+from esm_neuron.folders import ADAPTER, CONFIG
 from esm_neuron.tasks import Task
 
 NOT_IN_IDENTITY = {
