@@ -151,9 +151,9 @@ def test_residues_of_overlapping_windows_are_one_residue_with_the_mean_probabili
     p = np.exp(log_softmax(logits))
     out = task.outputs(table, [logits])
     second = np.stack([p[7], p[8], (p[9] + p[13]) / 2, (p[10] + p[14]) / 2, p[15], p[16]])
-    np.testing.assert_allclose(out["A"][1], second[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(out["p_A"][1], second[:, 0], rtol=1e-6)
     assert out["labels"][1] == "".join("AB"[i] for i in second.argmax(1))
-    assert out["labels"][2][2:] == "---" and np.isnan(out["B"][2][2:]).all() and len(out["A"][2]) == 5
+    assert out["labels"][2][2:] == "---" and np.isnan(out["p_B"][2][2:]).all() and len(out["p_A"][2]) == 5
     values = task.figures(table, [logits])
     truth = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 0])  # the sixth residue of b has no label
     probabilities = np.concatenate([p[1:5], second[:5], p[19:21]])
