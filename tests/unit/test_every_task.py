@@ -17,6 +17,7 @@ import pytest
 from esm_neuron import run
 from esm_neuron.config import TrainConfig
 from esm_neuron.export import read_run
+from esm_neuron.report import write_report
 from esm_neuron.tasks import TASKS
 
 METRICS = {
@@ -151,6 +152,31 @@ def test_outputs_have_a_row_for_every_protein(
         said, truth = frame["label"], rows[str(cfg.data.label_column)]
         figure = "accuracy" if task == "sequence_classification" else "subset_accuracy"
         assert (said == truth).mean() == pytest.approx(results[task]["test"][figure])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_answers_that_a_run_keeps_are_those_of_predict_and_make_its_report(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
+) -> None:
+    from esm_neuron.answers.predict import predict
+
+    cfg = task_toys[task]
+    predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "answers.parquet", say=str)
+    kept, said = (pd.read_parquet(folder) for folder in (Path(cfg.output) / "answers-test.parquet", tmp_path))
+    rows = pd.read_csv(str(cfg.data.test))
+    assert list(kept["residues"]) == list(rows["sequence"].str.len())
+    assert list(said) == [name for name in kept if name not in ("residues", "truth")]
+    for name in said:
+        if name in ("id", "label", "labels"):
+            assert list(kept[name]) == list(said[name])
+        else:
+            expected, found = (np.hstack(list(frame[name])).astype(float) for frame in (said, kept))
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    if task == "residue_classification":
+        assert ["".join(name or "?" for name in truth) for truth in kept["truth"]] == list(rows["residues"])
+    elif task != "masked_lm":
+        assert list(kept["truth"]) == list(rows[str(cfg.data.label_column)])
+    assert len(list((write_report(Path(cfg.output))).parent.glob("*.png"))) >= 3
 
 
 def test_settings_that_are_rarely_meant_are_noted(
