@@ -49,7 +49,7 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
         cfg=cfg,
         result=result,
         base=base,
-        base_name=_short(base.name) if Path(base.name).is_dir() else base.name,
+        base_name=_base_name(cfg),
         kind=kind,
         plain=cfg.task.name in ("residue_classification", "masked_lm")
         or (cfg.model.pooling == "cls" and cfg.task.name != "regression"),
@@ -121,6 +121,11 @@ def _licence(cfg: TrainConfig) -> str:
 
 def _short(name: str) -> str:
     return Path(name).name
+
+
+def _base_name(cfg: TrainConfig) -> str:
+    name = cfg.model.name if _is_hub_id(cfg) else _short(cfg.model.name)
+    return f"{name} with random weights of seed {cfg.seed}" if cfg.model.init == "random" else name
 
 
 def _file(source: str | None) -> str | None:

@@ -64,6 +64,7 @@ def test_what_is_not_known_is_said() -> None:
     text = model_card(random, nothing, base, "model")
     card = ModelCard(text)
     assert card.data.license == "other" and card.data.base_model is None and card.data.eval_results is None
+    assert "| started from | tiny with random weights of seed 42, sha256 0000" in text
     assert "No rows were held out" in text and "**random** weights" in text and "fill in" in text
     assert "optimistic" in model_card(config(), {**RESULT, "test": None}, BASE, "model")
 
