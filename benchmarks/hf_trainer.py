@@ -132,6 +132,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "residues": trainer.residues,
         "seconds": seconds,
         "residues_per_second": trainer.residues / seconds,
+        "graphs": graphs() if args.backend == "xla" else 0,
         "padding_efficiency": trainer.tokens / trainer.slots,
         **({"peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if args.backend == "cuda" else {}),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -155,6 +156,13 @@ def quantized(model: Any, precision: str) -> Any:
         model.save_pretrained(folder)
         loaded = EsmForSequenceClassification.from_pretrained(folder, quantization_config=nf4)
     return prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
+
+
+def graphs() -> int:
+    """Programs that torch_xla has compiled."""
+    from torch_xla.debug import metrics
+
+    return int(metrics.metric_data("CompileTime")[0])
 
 
 def main() -> None:
