@@ -73,11 +73,10 @@ test-launchers: $(VENV)/.launchers-tests ## test the launchers: nodes of this ma
 test-hub: $(VENV)/.installed ## test with real checkpoints downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub
 
-lint: $(VENV)/.installed ## ruff, the one-way import rules, and that docs/parity.md is of this engine
+lint: $(VENV)/.installed ## ruff and the one-way import rules
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports
-	$(BIN)/python tests/nxd/parity.py
 
 type: $(VENV)/.installed ## mypy, strict
 	$(BIN)/mypy
