@@ -1,6 +1,6 @@
 """What is compared with one plain CPU process, how far apart the two were, and docs/parity.md, which says so.
 
-`python parity.py` (in `make lint`) fails where the engine's sources are no longer those the tables were made from.
+`python parity.py` fails where the engine's sources are no longer those the tables were made from.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def page(version: str, compared: Mapping[tuple[World, str], Mapping[str, float]]
         "# Parity",
         "",
         f"Made by `make parity NXD_SRC=<folder>` with neuronx_distributed {version}; not edited by hand.",
-        "`make lint` fails when the engine's sources have changed since.",
+        "`python tests/nxd/parity.py` fails when the engine's sources have changed since.",
         "",
         f"Engine sources, sha256: `{digest()}`",
         "",
