@@ -20,7 +20,7 @@ from esm_neuron.errors import DataError
 
 def write(path: Path, content: str | bytes) -> Path:
     data = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" and isinstance(content, str) else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" and isinstance(content, str) else data)
     return path
 
 
@@ -200,14 +200,14 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.csv", HEAD.encode() + b"P1,MK\xe9,in\n", ":2: byte 0xe9 at position 6 is not UTF-8; save"),
     ("a.csv", HEAD.encode("utf-16"), ":1: a zero byte; .* save the file as UTF-8"),
     ("a.csv", HEAD + "P1,MKV,in\rP2,MKV,in\n", ":2: a carriage return within a line; save"),
-    ("a.csv", gzip.compress(HEAD.encode()), ":1: this is gzip data; name the file .gz"),
+    ("a.csv", gzip.compress(HEAD.encode(), mtime=0), ":1: this is gzip data; name the file .gz"),
     ("a.csv.gz", HEAD.encode(), r":1: not sound gzip data \(Not a gzipped file .*\); drop .gz"),
     (
         "a.csv.gz",
         gzip.compress(os.urandom(20_000).hex().encode())[:9000],
         ":1: the gzip data end too early; .* copy it",
     ),
-    ("a.csv.gz", gzip.compress(b"id")[:10] + b"\xff" * 30, r":1: damaged gzip data \(.*\); copy the file again"),
+    ("a.csv.gz", gzip.compress(b"id", mtime=0)[:10] + b"\xff" * 30, r":1: damaged gzip data \(.*\); copy the file again"),
     ("a.xlsx", "x", ": unknown format '.xlsx'; name the file with one of .csv .tsv"),
     ("noformat", "x", ": unknown format ''; "),
     (
