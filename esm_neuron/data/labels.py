@@ -22,8 +22,6 @@ from esm_neuron.errors import ConfigError, DataError
 
 UNKNOWN = -1
 """Class index of a residue that nothing is known of: weight 0."""
-RESERVED = ("id", "label", "labels")
-"""Columns of a table of answers, so no class may be called so."""
 BINS = 10
 """Quantiles of a regression's values that a sample of rows is spread over."""
 
@@ -145,8 +143,6 @@ def class_names(task: TaskConfig, train: Iterable[LabelRows]) -> tuple[str, ...]
             f"{rows.source}: column {rows.column!r} has {what} in the training rows; two are needed, check "
             "data.label_column and data.keep"
         )
-    for name in RESERVED:
-        require(name not in labels, f"a class is called {name!r}, as a column of a table of answers is; rename it")
     return labels
 
 

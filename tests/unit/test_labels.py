@@ -133,7 +133,6 @@ def test_a_label_that_training_does_not_know_is_refused(tmp_path: Path, task: st
         ("multi_label", [("MK", "A")], {}, "has one class only, 'A', in the training rows"),
         ("residue_classification", [("MK", "--")], {}, "has no class in the training rows"),
         ("regression", [("MK", "2"), ("MKV", "2")], {}, "every training value is 2: there is nothing to learn"),
-        ("multi_label", [("MK", "A;label")], {}, "a class is called 'label', as a column of a table of answers is"),
         ("multi_label", [("MK", "A;B")], {"class_weights": {"A": 1.0}}, "task.class_weights: 'B' has no weight; weigh"),
         ("multi_label", [("MK", "A;B")], {"class_weights": {"A": 1, "B": 1, "C": 2}}, "'C' is no class; weigh each"),
         (

@@ -28,7 +28,7 @@ from esm_neuron.config import (
 )
 from esm_neuron.errors import ConfigError
 from esm_neuron.export import build_trained, export, read_run, write_results
-from esm_neuron.files import write_text
+from esm_neuron.files import write_json, write_text
 from esm_neuron.model import encoder_of, parameter_count
 from esm_neuron.parallel.plan import PLAN, in_block
 from esm_neuron.quantize import KINDS, Int8Linear, Nf4Linear, QuantizedLinear
@@ -153,7 +153,13 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
                 trained[name] = parameter.detach().clone()
     logits = logits_of(built.model)
-    write_results(cfg, create_task(cfg.task, ("A", "B")), built, trained)
+    unscored: dict[str, Any] = {
+        "task": "sequence_classification", "model": "tiny", "init": "random", "backend": "cpu", "adapter": "qlora",
+        "metric": "mcc", "parameters": {"trainable": 0, "total": 0}, "chosen_step": 0, "train": {"steps": 0},
+        "data": {}, "valid": None, "test": None, "baselines": {},
+    }  # fmt: skip
+    write_results(cfg, create_task(cfg.task, ("A", "B")), built, trained, unscored)
+    write_json(Path(cfg.output) / "result.json", unscored)
     write_text(Path(cfg.output) / "config.yaml", dump(cfg))
     return cfg, logits
 

@@ -100,9 +100,9 @@ def count_graphs(cfg: TrainConfig) -> dict[str, int]:
     evaluations = Counter[str]()
 
     def evaluate(original: Any) -> Any:
-        def wrapped(self: Trainer, loader: Any, intervals: bool = False) -> Any:
+        def wrapped(self: Trainer, loader: Any) -> Any:
             graphs.note("between steps")
-            values = original(self, loader, intervals)
+            values = original(self, loader)
             evaluations["done"] += 1
             graphs.note("first evaluation" if evaluations["done"] == 1 else "later evaluation")
             return values
