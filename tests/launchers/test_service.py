@@ -8,12 +8,11 @@ import socket
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from job import Job, metric_definitions
 
-from esm_neuron.config import BackendName
 
 pytestmark = pytest.mark.launchers
 boto3 = pytest.importorskip("boto3")
@@ -74,8 +73,6 @@ def dry(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
 def test_the_request_is_the_one_that_was_printed(
     name: str, described: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, credentials: None
 ) -> None:
-    if name == "g5" and "cuda" not in get_args(BackendName):
-        pytest.skip("GPU instances wait for the cuda backend, which this package does not have yet")
     model = {"config": {"model": {"name": "tiny", "init": "random"}}} if name == "isolated" else {}
     job = Job(**described(**{**JOBS[name], **model}))
     printed = dry(job, tmp_path, monkeypatch)
