@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from job import Job, metric_definitions
 
-
 pytestmark = pytest.mark.launchers
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto")
