@@ -13,9 +13,10 @@ from transformers import EsmConfig, PreTrainedModel
 from esm_neuron.adapters import adapt, draw_lora
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import ModelConfig, TrainConfig
+from esm_neuron.loading import LoadReport, load_into
 from esm_neuron.model import encoder_of, set_attention
 from esm_neuron.parallel.slices import whole_shape
-from esm_neuron.weights import Draw, LoadReport, WeightSource, load_into, open_weights
+from esm_neuron.weights import Draw, WeightSource, open_weights
 
 
 class ModelMaker(Protocol):

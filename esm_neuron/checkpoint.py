@@ -6,12 +6,11 @@ functions of the seed and the step, so a resumed run draws what an uninterrupted
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import new_folder, sha256, write_json
+from esm_neuron.files import new_folder, read_json, sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +90,22 @@ def load(folder: Path) -> Snapshot:
         CheckpointError: something is missing, changed, or of another version; names the file.
     """
     verify(folder)
-    tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
-    state = TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    try:
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
+        state = TrainState(**read_json(folder / "state.json"))
+        kinds = {f.name: type(getattr(TrainState(), f.name)) for f in fields(TrainState)}
+        wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
+        if wrong or step_folder(folder.parent, state.step) != folder:
+            raise ValueError(f"state.json: no sound {wrong[0] if wrong else 'step'}")
+    except (OSError, SafetensorError, ValueError, TypeError) as error:  # whole by its manifest, and yet none of ours
+        raise CheckpointError(f"{folder}: cannot be read ({error}); delete the folder") from error
     return Snapshot(state=state, **tensors)
 
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there and has its hash."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         version = manifest["version"]
         files = {n: str(entry["sha256"]) for n, entry in manifest["files"].items()} if version == VERSION else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,6 +121,8 @@ def verify(folder: Path) -> None:
         )
     for name, digest in files.items():
         path = folder / name
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link, which may lead anywhere; copy the checkpoint with its files")
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
         if sha256(path) != digest:

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from esm_neuron.config import BackendName, TrainConfig, require
 from esm_neuron.errors import ConfigError, EsmNeuronError
+from esm_neuron.redact import RedactingFormatter, redact
 from esm_neuron.signals import EXIT_STOPPED
 
 
@@ -162,10 +163,10 @@ def plan(argv: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         parser.print_help()
-    from esm_neuron import settings
+    from esm_neuron import rules, settings
 
     cfg = settings.parse(rest, "plan")
-    cfg.validate()
+    rules.validate(cfg)
     require(args.devices >= 1, f"--devices {args.devices} must be at least 1")
     require(args.nodes >= 1, f"--nodes {args.nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
@@ -253,8 +254,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def say(line: str) -> None:
-    """One line for a person, in one write."""
-    sys.stderr.write(line + "\n")
+    """One line for a person, in one write, without secrets."""
+    sys.stderr.write(redact(line) + "\n")
     sys.stderr.flush()
 
 
@@ -332,7 +333,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         say(f"esm-neuron: error: unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
         return 2
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # accelerate, under peft, would import torch_xla wherever it is installed: seconds, and a device nobody asked for
     os.environ.setdefault("USE_TORCH_XLA", "0")
     # torch_xla's import brings in torch's inductor, which would start a pool of compiler processes that nobody uses

@@ -1,7 +1,7 @@
 """The configuration tree: frozen dataclasses, one a section, each field with its meaning and unit.
 
 This module imports no torch, so that `esm-neuron --help` and a launcher on a login node answer at once. Files are read
-and flags are parsed by jsonargparse (`cli.py`); what a single field cannot know is checked by `TrainConfig.validate`.
+and flags are parsed by jsonargparse (`cli.py`); what a single field cannot know is checked by `rules.validate`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class ModelConfig:
     `init: random`; only `mini` has weights in the package, trained by this project and not Meta's."""
     revision: str | None = None
     """Hub revision: a branch, a tag or, best, a commit hash. None is the hub's main branch."""
+    sha256: str | None = None
+    """SHA-256 that the weights must have, in hexadecimal: that of model.safetensors (as the hub and sha256sum show it),
+    of shards that of their sorted sums, a line each. None: any."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` reads weights; `random` draws them from `seed` and keeps only the shape of `name`."""
     pooling: Literal["mean", "cls", "attention"] = "mean"
@@ -263,144 +266,6 @@ class TrainConfig:
     def can_quantize(self) -> bool:
         """Whether the backend can keep frozen linears quantized."""
         return self.backend not in ("xla", "neuron") and self.parallel.tp == 1
-
-    def check_backend(self) -> None:
-        """Check that the backend can do what is asked of it.
-
-        Raises:
-            ConfigError: it cannot; the message names what does the same there.
-        """
-        require(
-            self.adapter.kind != "qlora" or self.can_quantize,
-            f"adapter.kind=qlora with backend={self.backend}, parallel.tp={self.parallel.tp}: bitsandbytes works on "
-            "the CPU and on CUDA, with whole linears; use adapter.kind=lora with loop.precision=bf16",
-        )
-        eager, cuda = self.backend in ("cpu", "cuda"), self.backend == "cuda"
-        here = f"with backend={self.backend}"
-        require(
-            eager or not self.parallel.fsdp,
-            f"parallel.fsdp=true {here}: it is for cpu and cuda; use parallel.tp, or on neuron parallel.zero1",
-        )
-        require(
-            not (self.parallel.fsdp and self.adapter.kind == "qlora"),
-            "parallel.fsdp=true with adapter.kind=qlora: quantized weights are not cut; use parallel.fsdp=false (each "
-            "GPU holds them), or adapter.kind=lora with loop.precision=bf16",
-        )
-        copies = self.adapter.kind == "none" and self.loop.precision == "bf16" and not self.model.gradient_checkpointing
-        require(
-            not (self.parallel.fsdp and copies),
-            "parallel.fsdp=true, adapter.kind=none, loop.precision=bf16: each GPU would keep bfloat16 copies of all "
-            "weights to the backward pass; use model.gradient_checkpointing=true",
-        )
-        require(
-            self.optim.kind == "adamw" or (cuda and not self.parallel.fsdp),
-            f"optim.kind={self.optim.kind} {here}, parallel.fsdp={str(self.parallel.fsdp).lower()}: it is for cuda "
-            "without fsdp; use optim.kind=adamw",
-        )
-        require(cuda or not self.loop.tf32, f"loop.tf32=true {here}: only GPUs have it; use loop.tf32=false")
-        require(
-            eager or not self.loop.torch_compile,
-            f"loop.torch_compile=true {here}: it compiles without being asked; use loop.torch_compile=false",
-        )
-
-    def validate(self) -> None:
-        """Check what one field cannot know alone.
-
-        Raises:
-            ConfigError: a value is out of its range or two values do not fit; the message has the cure.
-        """
-        require(self.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
-        self.check_values()
-
-    def check_values(self) -> None:
-        """What `validate` checks of a configuration that trains nothing.
-
-        Raises:
-            ConfigError: as there.
-        """
-        self.check_backend()
-        fits = self.data.max_residues + 2 <= self.data.row_tokens
-        require(
-            fits,
-            f"data.max_residues={self.data.max_residues} and 2 specials do not fit a row of "
-            f"data.row_tokens={self.data.row_tokens}; use data.max_residues <= {self.data.row_tokens - 2}",
-        )
-        require(
-            0 <= self.data.window_overlap < self.data.max_residues,
-            f"data.window_overlap={self.data.window_overlap} must be 0 to {self.data.max_residues - 1} "
-            "(less than data.max_residues)",
-        )
-        for name, value, low, high in self._ranges():
-            require(low <= value <= high, f"{name}={value} is outside {low} to {high}")
-        require(self.loop.epochs > 0, f"loop.epochs={self.loop.epochs} must be above 0")
-        require(self.optim.lr > 0, f"optim.lr={self.optim.lr} must be above 0")
-        self._check_task()
-
-    def _check_task(self) -> None:
-        """Refuse a setting that the task would pass over."""
-        task, default = self.task, TaskConfig()
-        for name, users in TASK_SETTINGS.items():
-            unused = task.name not in users and getattr(task, name) != getattr(default, name)
-            require(
-                not unused,
-                f"task.{name}={getattr(task, name)} says nothing to {task.name}; leave it out "
-                f"(it is for {', '.join(users)})",
-            )
-        weights = task.class_weights.values() if isinstance(task.class_weights, dict) else ()
-        require(all(0 < weight < float("inf") for weight in weights), "task.class_weights must all be above 0")
-        require(
-            task.target_sd is None or 0 < task.target_sd < float("inf"),
-            f"task.target_sd={task.target_sd} must be above 0",
-        )
-
-    def _ranges(self) -> list[tuple[str, float, float, float]]:
-        most = float("inf")
-        return [
-            ("seed", self.seed, 0, 2**63 - 1),
-            ("optim.betas[0]", self.optim.betas[0], 0, 0.9999),
-            ("optim.betas[1]", self.optim.betas[1], 0, 0.999999),
-            ("optim.eps", self.optim.eps, 0, 1),
-            ("adapter.alpha", self.adapter.alpha, 1, most),
-            ("model.dropout", self.model.dropout, 0, 0.99),
-            ("task.label_smoothing", self.task.label_smoothing, 0, 0.99),
-            ("task.focal_gamma", self.task.focal_gamma, 0, 10),
-            ("task.mask_probability", self.task.mask_probability, 0.001, 0.99),
-            ("data.valid_fraction", self.data.valid_fraction, 0, 0.9),
-            ("data.test_fraction", self.data.test_fraction, 0, 0.9),
-            ("data.max_residues", self.data.max_residues, 1, most),
-            ("data.max_segments", self.data.max_segments, 1, most),
-            ("data.max_buckets", self.data.max_buckets, 1, 8),
-            ("adapter.r", self.adapter.r, 1, most),
-            ("adapter.dropout", self.adapter.dropout, 0, 0.99),
-            ("parallel.tp", self.parallel.tp, 1, most),
-            ("optim.weight_decay", self.optim.weight_decay, 0, most),
-            ("optim.warmup_steps", self.optim.warmup_steps, 0, most),
-            ("optim.min_lr_ratio", self.optim.min_lr_ratio, 0, 1),
-            ("optim.max_grad_norm", self.optim.max_grad_norm, 0, most),
-            ("loop.max_steps", self.loop.max_steps if self.loop.max_steps is not None else 1, 1, most),
-            ("loop.rows_per_step", self.loop.rows_per_step, 1, most),
-            ("loop.rows_per_device", self.loop.rows_per_device, 1, most),
-            ("loop.eval_rows_per_device", self.loop.eval_rows_per_device, 1, most),
-            ("loop.eval_every", self.loop.eval_every, 0, most),
-            ("loop.patience", self.loop.patience, 0, most),
-            ("checkpoint.every", self.checkpoint.every, 0, most),
-            ("checkpoint.keep", self.checkpoint.keep, 1, most),
-            ("log.every", self.log.every, 1, most),
-        ]
-
-
-_CLASSES: tuple[TaskName, ...] = ("sequence_classification", "multi_label", "residue_classification")
-TASK_SETTINGS: dict[str, tuple[TaskName, ...]] = {
-    "labels": _CLASSES,
-    "class_weights": _CLASSES,
-    "label_smoothing": _CLASSES,
-    "focal_gamma": _CLASSES,
-    "ignore": ("residue_classification",),
-    "target_mean": ("regression",),
-    "target_sd": ("regression",),
-    "mask_probability": ("masked_lm",),
-}
-"""Setting of a task -> the tasks it is for."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -27,11 +27,12 @@ from esm_neuron.errors import CheckpointError
 from esm_neuron.files import new_folder, write_json
 from esm_neuron.finished import read_result
 from esm_neuron.folders import ADAPTER, BASE, CARD, CONFIG, MODEL
+from esm_neuron.loading import load_into
 from esm_neuron.model import PooledEsmConfig
 from esm_neuron.safetensors_folder import BaseReference, write_shards
 from esm_neuron.settings import read_config
 from esm_neuron.tasks import Task, create_task
-from esm_neuron.weights import Draw, is_carried, load_into, open_weights
+from esm_neuron.weights import Draw, is_carried, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def _write_adapter(
     if is_carried(cfg.model):
         model, config = plain_model(cfg, task)
         write_model(model, config, out / BASE)
-        base = replace(cfg.model, name=str((out / BASE).resolve()), init="pretrained", revision=None)
+        base = replace(cfg.model, name=str((out / BASE).resolve()), init="pretrained", revision=None, sha256=None)
         reference = open_weights(base, cfg.seed)[1].reference
     lora = adapted.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
@@ -155,9 +156,9 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     )
     model = cfg.model
     if found == [MODEL]:
-        model = replace(model, name=str(folder / MODEL), init="pretrained", revision=None)
+        model = replace(model, name=str(folder / MODEL), init="pretrained", revision=None, sha256=None)
     elif is_carried(model):
-        model = replace(model, name=str(folder / BASE), init="pretrained", revision=None)
+        model = replace(model, name=str(folder / BASE), init="pretrained", revision=None, sha256=None)
     elsewhere = backend is not None and backend != cfg.backend
     parallel = ParallelConfig() if elsewhere else cfg.parallel  # another device may not have as many cores
     cfg = replace(cfg, output=str(folder), model=model, backend=backend or cfg.backend, parallel=parallel)

@@ -31,6 +31,7 @@ from esm_neuron.folders import CONFIG, METRICS, REJECTED, RESULT, answers_name
 from esm_neuron.held_out import save_answers
 from esm_neuron.metrics import Value
 from esm_neuron.model import parameter_count
+from esm_neuron.rules import validate
 from esm_neuron.shapes import SHAPES
 from esm_neuron.tasks import TASKS, Task, create_task
 from esm_neuron.trainer import Fit, Trainer
@@ -63,7 +64,7 @@ def train(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> Outcome:
     Raises:
         EsmNeuronError: settings, data or checkpoints that cannot be used; nothing half-written is left.
     """
-    cfg.validate()
+    validate(cfg)
     if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
         raise ConfigError(
             "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
@@ -88,7 +89,7 @@ def compile_programs(cfg: TrainConfig, say: Callable[[str], None] = log.info) ->
     Raises:
         EsmNeuronError: settings, data or weights that cannot be used; a backend that compiles nothing.
     """
-    cfg.validate()
+    validate(cfg)
     backend = create_backend(cfg)
     say = say if backend.topology.is_main else _say_nothing
     try:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import EsmConfig
 
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.files import new_folder, sha256
+from esm_neuron.files import new_folder, read_json, sha256
 from esm_neuron.parallel.slices import Index
 
 WEIGHTS = "model.safetensors"
@@ -93,10 +93,29 @@ class SafetensorsFolder:
         return sum((self.path / file).stat().st_size for file in self._files)
 
     @cached_property
+    def _sums(self) -> list[str]:
+        """SHA-256 of each weight file, sorted; reads every byte once, the first time it is asked."""
+        return sorted(sha256(self.path / file) for file in self._files)
+
+    @property
     def reference(self) -> BaseReference:
-        """Name and content sum; reads every byte once, the first time it is asked."""
-        sums = sorted(sha256(self.path / file) for file in self._files)
-        return BaseReference(self.name, self.revision, hashlib.sha256("\n".join(sums).encode()).hexdigest())
+        """Name and content sum."""
+        sums = "\n".join(self._sums)
+        return BaseReference(self.name, self.revision, hashlib.sha256(sums.encode()).hexdigest())
+
+    def check_sum(self, wanted: str) -> None:
+        """Compare the weights with the SHA-256 of `model.sha256`.
+
+        Raises:
+            CheckpointError: they are others; names both sums.
+        """
+        lines = "".join(f"{each}\n" for each in self._sums)
+        found = self._sums[0] if self.shards == 1 else hashlib.sha256(lines.encode()).hexdigest()
+        if found != wanted.lower():
+            raise CheckpointError(
+                f"{self.path}: its weights have SHA-256 {found}, model.sha256 is {wanted}; these are not the weights "
+                "that were pinned, fetch them again or correct model.sha256"
+            )
 
 
 def _no_weights(path: Path) -> str:
@@ -128,7 +147,7 @@ def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
             elsewhere must not make us read outside its folder.
     """
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         pairs = list(weight_map.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

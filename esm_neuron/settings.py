@@ -6,15 +6,18 @@ import argparse
 import difflib
 import re
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, require
 from esm_neuron.errors import ConfigError
+from esm_neuron.rules import check_values
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,6 +42,7 @@ _ELSEWHERE = {
 """What other trainers call a setting -> its name here."""
 
 
+@cache
 def make_parser(command: str = "train") -> ArgumentParser:
     """The parser of `--section.field value` flags and `--config FILE` for every field of `TrainConfig`."""
     parser = ArgumentParser(prog=f"esm-neuron {command}", exit_on_error=False, allow_abbrev=False)
@@ -55,13 +59,7 @@ def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
     """
     for path in _config_files(argv):
         _check_yaml(path)
-    parser = make_parser(command)
-    try:
-        words = [re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv]
-        values = parser.instantiate(parser.parse_args(words))
-    except argparse.ArgumentError as error:
-        raise ConfigError(_explain(str(error))) from error
-    return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -80,14 +78,48 @@ def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], comm
         if word.startswith("--") and name in set(known_keys()) and not name.startswith(tuple(allowed)):
             shown = ", ".join(f"{each}*" if each.endswith(".") else each for each in allowed)
             raise ConfigError(f"{word}: `{command}` changes no such setting of a trained model, only {shown}")
+    changed = _parsed(list(argv), command, cfg)
+    check_values(changed)
+    return changed
+
+
+def _parsed(words: list[str], command: str, start: TrainConfig | None = None) -> TrainConfig:
+    """What the words make of `start`, or of the defaults."""
+    for word in words:
+        if ("&" in word and "*" in word) or word.count("[") + word.count("{") > DEPTH_LIMIT:
+            _check_flag(word)
     parser = make_parser(command)
     try:
-        values = parser.instantiate(parser.parse_args(list(argv), namespace=parser.parse_object(plain(cfg))))
-    except argparse.ArgumentError as error:
+        namespace = None if start is None else parser.parse_object(plain(start))
+        values = parser.instantiate(parser.parse_args(words, namespace=namespace))
+    # jsonargparse lets through what yaml raises at values such as `!!timestamp x`
+    except (argparse.ArgumentError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ConfigError(_explain(str(error))) from error
-    changed = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
-    changed.check_values()
-    return changed
+    cfg = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    for name in _nothing("", plain(cfg), plain(TrainConfig())):
+        raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
+    return cfg
+
+
+def _check_flag(word: str) -> None:
+    """Refuse a value whose aliases or depth would fill the memory, as in a file."""
+    loader = _StrictLoader(word.partition("=")[2] or word)
+    loader.name = word.partition("=")[0][:60]
+    with suppress(yaml.YAMLError):  # no YAML, so plain text
+        loader.get_single_node()
+
+
+def _nothing(name: str, value: Any, default: Any) -> Iterator[str]:
+    """Settings that are null although their default is not: jsonargparse takes null for a value of any type."""
+    if value is None and default is not None:
+        yield name
+    elif isinstance(value, dict):
+        known = default if isinstance(default, dict) else {}
+        for key, item in value.items():
+            yield from _nothing(f"{name}.{key}".lstrip("."), item, known.get(key, ""))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _nothing(name, item, "")
 
 
 def dump(cfg: TrainConfig) -> str:
@@ -113,12 +145,37 @@ def _config_files(argv: Sequence[str]) -> Iterator[Path]:
             yield Path(word.partition("=")[2])
 
 
+CONFIG_LIMIT = 1 << 22
+"""Most bytes of a YAML file: the names of 30,000 classes with 100 characters each are less."""
+DEPTH_LIMIT = 20
+"""How deep lists and mappings may nest; those of settings are three deep."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key twice is an error: otherwise the first of two `lr` lines would be lost without a word."""
+    """YAML in which a key twice is an error: otherwise the first of two `lr` lines would be lost without a word.
+
+    Without aliases, of which ten lines can make a billion values, and without depths that end in Python's stack.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        where = f"{self.name}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{where}: an alias, *{event.anchor}; write out the value that it stands for")
+        if self._depth == DEPTH_LIMIT:
+            raise ConfigError(f"{where}: nested more than {DEPTH_LIMIT} deep; settings are `section: {{name: value}}`")
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{self.name}:{key.start_mark.line + 1}: a key that is no text; write NAME: VALUE")
             if key.value in seen:
                 raise ConfigError(
                     f"{self.name}:{key.start_mark.line + 1}: key {key.value!r} comes twice; keep one of them"
@@ -141,11 +198,19 @@ _QuotingDumper.add_representer(str, _represent_text)
 
 def _check_yaml(path: Path) -> None:
     try:
-        with path.open(encoding="utf-8") as file:
-            value = _StrictLoader(file).get_single_data()
+        require(not path.exists() or path.is_file(), f"--config {path}: no regular file; check the path")
+        with path.open("rb") as file:
+            content = file.read(CONFIG_LIMIT + 1)
+        require(
+            len(content) <= CONFIG_LIMIT, f"--config {path}: more than {CONFIG_LIMIT} bytes; is this the right file?"
+        )
+        loader = _StrictLoader(content.decode("utf-8"))
+        loader.name = str(path)
+        value = loader.get_single_data()
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    # beside its own kind, yaml raises whatever int, float, date and a dictionary raise at `!!int x` and the like
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         held = "nothing" if value is None else type(value).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from esm_neuron.config import require
 from esm_neuron.errors import ConfigError
+from esm_neuron.files import read_json
 
 if TYPE_CHECKING:
     from transformers import EsmConfig
@@ -110,7 +110,7 @@ def known_shape(model: str) -> EsmShape | None:
     fields = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
     fields["intermediate"] = "intermediate_size"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         sizes = {name: values[key] for name, key in fields.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: no shape of an ESM-2 in it ({error!r}); name a Hugging Face folder") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from esm_neuron.answers.stream import Piece
 from esm_neuron.answers.variants import Variant, difference, mutated, parse_variant
 from esm_neuron.config import DataConfig, require
-from esm_neuron.data.records import Column
+from esm_neuron.data.records import Column, to_number
 from esm_neuron.data.sources import CHUNK_ROWS, read_records
 from esm_neuron.data.tokenizer import bad_residues
 from esm_neuron.data.validate import Problems, Rejected, quote
@@ -147,8 +147,10 @@ class VariantTable:
             variant = parse_variant(text, wild_type, self._first)
             return Row(text, variant, mutated(wild_type, variant), measured)
         sequence = text.upper()
-        for place, character in bad_residues(sequence)[:1]:
-            raise ValueError(f"the sequence has {character!r} at residue {place}, outside the ESM alphabet; correct it")
+        bad = bad_residues(sequence)
+        if bad is not None:
+            where = f"{bad.character!r} at residue {bad.position}"
+            raise ValueError(f"the sequence has {where}, outside the ESM alphabet; correct it")
         if len(sequence) > self._cfg.max_residues:
             raise ValueError(f"the sequence has {len(sequence)} residues, more than data.max_residues; raise it")
         return Row(text, difference(sequence, self._wild_type or "") if self._compare else (), sequence, measured)
@@ -156,11 +158,8 @@ class VariantTable:
     def _number(self, text: str) -> float:
         if text == "" or text.lower() in ("nan", "na"):
             return math.nan
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.inf
-        if math.isinf(value):
+        value = to_number(text)
+        if not math.isfinite(value):
             raise ValueError(f"column {self._columns.score!r} has {quote(text)}, which is no number; correct it")
         return value
 

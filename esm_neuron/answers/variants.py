@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from esm_neuron.data.tokenizer import AMINO_ACIDS, VOCABULARY
@@ -13,7 +14,7 @@ STANDARD = frozenset(VOCABULARY[token] for token in AMINO_ACIDS)
 WILD_TYPE = "WT"
 """Names the protein without a substitution."""
 
-_SUBSTITUTION = re.compile(r"([A-Za-z])(\d+)([A-Za-z*=])")
+_SUBSTITUTION = re.compile(r"([A-Za-z])([0-9]{1,9})([A-Za-z*=])")
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,8 @@ def parse_variant(text: str, wild_type: str, first: int = 1) -> Variant:
     if text.strip().upper() == WILD_TYPE:
         return ()
     found = [_substitution(part.strip(), wild_type, first) for part in text.split(":")]
-    places = [each.index for each in found]
-    for place in places:
-        if places.count(place) > 1:
+    for place, times in Counter(each.index for each in found).items():
+        if times > 1:
             raise ValueError(f"{quote(text)} exchanges residue {place + first} twice; keep one")
     return tuple(sorted(found, key=lambda each: each.index))
 

@@ -6,6 +6,7 @@ from importlib import import_module
 
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
+from esm_neuron.rules import check_backend
 
 _BACKENDS = {
     "cpu": ("esm_neuron.backends.cpu", "CpuBackend"),
@@ -21,7 +22,7 @@ def create_backend(cfg: TrainConfig) -> Backend:
     Raises:
         ConfigError: a package or device it needs is missing, or the world or the settings do not fit it.
     """
-    cfg.check_backend()
+    check_backend(cfg)
     module, name = _BACKENDS[cfg.backend]
     backend: Backend = getattr(import_module(module), name)(cfg)
     return backend

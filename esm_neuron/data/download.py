@@ -16,14 +16,18 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import IO
 
 from esm_neuron.errors import DataError
 from esm_neuron.files import write_bytes
 
+MEMBER_LIMIT = 1 << 28
+"""Most bytes of a file in an archive, unpacked; the largest of ours has 12 million."""
 Members = Mapping[str, bytes]
 """Name in `Recipe.members` -> content."""
 
@@ -80,7 +84,8 @@ def read_members(archive: Path, pinned: Mapping[str, str]) -> dict[str, bytes]:
     """
     try:
         found = _from_zip(archive, pinned) if zipfile.is_zipfile(archive) else _from_tar(archive, pinned)
-    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+    # an encrypted or damaged archive raises whatever its compression does
+    except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{archive}: cannot be read as a wheel or .tar.gz ({error}); fetch it again") from None
     for end, expected in pinned.items():
         if end not in found:
@@ -92,7 +97,7 @@ def read_members(archive: Path, pinned: Mapping[str, str]) -> dict[str, bytes]:
 
 def _from_zip(archive: Path, ends: Mapping[str, str]) -> dict[str, bytes]:
     with zipfile.ZipFile(archive) as file:
-        return {end: file.read(name) for end in ends for name in file.namelist() if name.endswith(end)}
+        return {end: _bounded(file.open(name), name) for end in ends for name in file.namelist() if name.endswith(end)}
 
 
 def _from_tar(archive: Path, ends: Mapping[str, str]) -> dict[str, bytes]:
@@ -102,8 +107,17 @@ def _from_tar(archive: Path, ends: Mapping[str, str]) -> dict[str, bytes]:
             for end in ends:
                 content = file.extractfile(member) if member.name.endswith(end) else None
                 if content is not None:
-                    found[end] = content.read()
+                    found[end] = _bounded(content, member.name)
     return found
+
+
+def _bounded(file: IO[bytes], name: str) -> bytes:
+    """The content of an archive's file. Nothing is unpacked to a path, so that no name in an archive leads anywhere."""
+    with file:
+        content = file.read(MEMBER_LIMIT + 1)
+    if len(content) > MEMBER_LIMIT:
+        raise ValueError(f"{name} has more than {MEMBER_LIMIT} bytes")
+    return content
 
 
 def _fetch(recipe: Recipe, folder: Path) -> Path:

@@ -16,12 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import TaskConfig, require
-from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER
+from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, to_number
 from esm_neuron.data.validate import Problems, quote
 from esm_neuron.errors import ConfigError, DataError
 
 UNKNOWN = -1
 """Class index of a residue that nothing is known of: weight 0."""
+MOST_CLASSES = np.iinfo(np.int16).max
+"""Class indices are int16."""
+LONGEST_NAME = 1000
+"""Characters of a class name; a longer one is another column's content."""
 BINS = 10
 """Quantiles of a regression's values that a sample of rows is spread over."""
 
@@ -81,10 +85,7 @@ def _each_residue(text: str, length: int) -> list[str]:
 
 
 def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = to_number(text)
     if not math.isfinite(value):
         raise ValueError(f"{quote(text)} is no finite number; correct it or remove the row")
     return value
@@ -118,7 +119,7 @@ def class_names(task: TaskConfig, train: Iterable[LabelRows]) -> tuple[str, ...]
     classes.
 
     Raises:
-        DataError: a label that cannot be read; fewer than two classes.
+        DataError: a label that cannot be read; fewer than two classes, or more than `MOST_CLASSES`.
         ConfigError: a name twice, or one that answers use for another column.
     """
     parse = KINDS[task.name].parse
@@ -130,6 +131,11 @@ def class_names(task: TaskConfig, train: Iterable[LabelRows]) -> tuple[str, ...]
         else:
             present.update(name for names in _parsed(parse, rows, problems) for name in names)
         problems.raise_any()
+        if len(present) > MOST_CLASSES:
+            raise DataError(
+                f"{rows.source}: column {rows.column!r} has more than {MOST_CLASSES} classes in the training rows; "
+                "is it the right one? data.label_column names it, and numbers are for task.name=regression"
+            )
     if parse is None:
         return ()
     if task.name == "residue_classification":
@@ -215,10 +221,13 @@ def _parsed(parse: Parse, rows: LabelRows, problems: Problems) -> list[list[str]
     found = []
     for row, (text, length) in enumerate(zip(rows.texts, rows.lengths, strict=True)):
         try:
-            found.append(parse(text, length))
+            names = parse(text, length)
+            if max(map(len, names)) > LONGEST_NAME:
+                raise ValueError(f"a label has more than {LONGEST_NAME} characters; check data.label_column")
         except ValueError as error:
             rows.problem(problems, row, str(error))
-            found.append([])
+            names = []
+        found.append(names)
     return found
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +17,13 @@ LIST_JOINER = ";"
 """Between the entries of a list of labels, where it is one label out of several."""
 RESIDUE_JOINER = ","
 """Between the entries of a list that has one label a residue."""
+LINE_LIMIT = 1 << 24
+"""Longest line in bytes, with its newline, and longest record in characters. No known protein has a hundredth of it."""
+EXPANSION_LIMIT = 500
+"""How many times larger than its .gz a file may be once `EXPANSION_FROM` bytes are read: proteins shrink to a half,
+copies of one protein to a hundredth, and what is made to fill a memory or a day to the thousandth that gzip can do."""
+EXPANSION_FROM = 1 << 26
+"""Bytes below which nothing is said of it."""
 TABLES = (".parquet", ".pq")
 """Suffixes of files whose rows are records, not lines."""
 
@@ -33,6 +42,9 @@ class Column:
     """What is written between the entries of a list; None: a list is refused."""
 
 
+_COMPARED = 1000
+"""Columns, and characters of a name, that are compared with a name that is not there."""
+
 Record = tuple[int, list[str]]
 """The line or the number of a record, from 1, and its values in the order of the columns asked for."""
 Reader = Callable[[str, Sequence[Column]], Iterator[Record]]
@@ -48,7 +60,7 @@ def is_hub(source: str) -> bool:
 
 def row_unit(source: str) -> str:
     """What the number of a row counts: `line` in text, `record` in Parquet files and datasets."""
-    table = is_hub(source) or Path(source).suffix.lower() in TABLES or Path(source).is_dir()
+    table = is_hub(source) or Path(source).suffix.lower() in TABLES or os.path.isdir(source)
     return "record" if table else "line"
 
 
@@ -57,13 +69,49 @@ def place(source: str, number: int) -> str:
     return f"{source}:{number}" if row_unit(source) == "line" else f"{source}: record {number}"
 
 
+def check_regular(path: str) -> None:
+    """Raise DataError unless `path` is a file that can be read, and read again."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path (it is taken from the current folder)") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened: {error.strerror}; check the file and its permissions") from None
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{path}: this is a folder; name a file in it")
+    if not stat.S_ISREG(mode):  # a pipe would be waited for, and would be empty when it is read again
+        raise DataError(f"{path}: this is a pipe or a device; write it to a file and name that")
+
+
 def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
     """Raise the error of a column that is asked for and not there, with the nearest name that is."""
     shown = ", ".join(repr(name[:60]) for name in there[:20]) + (", ..." if len(there) > 20 else "")
-    by_lower = {name.lower(): name for name in there}
+    # names longer or later than these are no slip of the pen, and comparing a million of them takes minutes
+    by_lower = {name.lower(): name for name in there[:_COMPARED] if len(name) <= _COMPARED}
     near = difflib.get_close_matches(column.source.lower(), by_lower, n=1)
     cure = f"did you mean {by_lower[near[0]]!r}?" if near else "name one of these or add it"
     raise DataError(f"{source}: no column {column.source!r} ({column.setting}); the file has {shown or 'none'}; {cure}")
+
+
+class Seen:
+    """The keys of records that each have their own, such as JSON objects: whether every wanted one was ever there."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.names: dict[str, None] = {}
+        """The first keys, in order, for messages."""
+        self._missing = {column.source: column for column in columns}
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Note the keys of a record."""
+        for key in keys:
+            self._missing.pop(key, None)
+            if len(self.names) < _COMPARED:
+                self.names[key] = None
+
+    def check(self, source: str) -> None:
+        """Raise DataError for a wanted key that no record had."""
+        for column in self._missing.values():
+            no_column(source, column, list(self.names))
 
 
 def pick_columns(source: str, header: Sequence[str], columns: Sequence[Column]) -> list[int]:
@@ -88,6 +136,9 @@ def text(value: object, source: str, number: int, column: Column) -> str:
         DataError: the value is something else, or an entry of a list cannot be told from two.
     """
     if isinstance(value, str):
+        if "\0" in value:
+            where = f"{place(source, number)}: column {column.source!r}"
+            raise DataError(f"{where} holds a zero byte, which is no text; remove it")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             where = f"{place(source, number)}: column {column.source!r}"
             raise DataError(f"{where} holds half a surrogate pair, which is no character; save the file as UTF-8")
@@ -105,6 +156,14 @@ def text(value: object, source: str, number: int, column: Column) -> str:
         f"{place(source, number)}: column {column.source!r} holds a {type(value).__name__}; "
         f"it must be {expected}, convert it"
     )
+
+
+def to_number(text: str) -> float:
+    """The number that a text is, NaN where it is none. Digits are 0 to 9, without the `_` that Python allows."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        return math.nan
 
 
 def _joined(values: Sequence[object], source: str, number: int, column: Column) -> str:

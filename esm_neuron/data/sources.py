@@ -6,6 +6,7 @@ new format is a function with the signature of `records.Reader` and a row in `FO
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -108,8 +109,10 @@ def _columns(cfg: DataConfig, need_label: bool, joiner: str) -> list[Column]:
 def _reader(source: str) -> Reader:
     if is_hub(source):
         return read_hub
+    if "\0" in source:
+        raise DataError(f"{source!r}: a zero byte, which no file's name has; correct the name")
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return read_dataset
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from esm_neuron.data.records import Column, Record, pick_columns, text
-from esm_neuron.errors import DataError
+from esm_neuron.data.records import (
+    EXPANSION_FROM,
+    EXPANSION_LIMIT,
+    LINE_LIMIT,
+    Column,
+    Record,
+    check_regular,
+    pick_columns,
+    place,
+    text,
+)
+from esm_neuron.errors import DataError, EsmNeuronError
+from esm_neuron.files import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 1024
 """Records held at once."""
+NESTED_LIMIT = 1 << 30
+"""Bytes that the lists of records decoded together can have, were every entry as long as all that is stored."""
 
 _HUB = re.compile(
     r"hf:/{1,2}(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)(?:/(?P<config>[\w.-]+))?/(?P<split>[\w.-]+)"
@@ -27,18 +42,88 @@ _HUB = re.compile(
 
 def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     """Records of a Parquet file."""
+    check_regular(path)
     try:
         with pq.ParquetFile(path) as file:
             header = file.schema_arrow.names
             picks = pick_columns(path, header, columns)
             names = [header[pick] for pick in picks]
-            batches = file.iter_batches(BATCH, columns=list(dict.fromkeys(names)))
-            yield from _records(path, columns, ([batch[name].to_pylist() for name in names] for batch in batches))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path (it is taken from the current folder)") from None
-    except (pa.ArrowException, OSError) as error:
-        what = str(error).splitlines()[0][:200]
-        raise DataError(f"{path}: no sound Parquet file ({what}); write it anew, or copy it again") from None
+            texts = _texts(file, names)
+        # as dictionaries: text that a file holds once for a million rows is held once
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            rows = _rows_at_once(path, file, names)
+            batches = file.iter_batches(rows, columns=list(dict.fromkeys(names)))
+            yield from _records(path, columns, _lists(path, batches, names))
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
+        raise DataError(f"{path}: no sound Parquet file ({_said(error)}); write it anew, or copy it again") from None
+
+
+def _texts(file: pq.ParquetFile, names: Sequence[str]) -> list[str]:
+    """Those of the columns that hold text and no lists of it, which pyarrow cannot read as dictionaries."""
+    leaves = (file.schema.column(i) for i in range(len(file.schema)))
+    return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path in names]
+
+
+def _rows_at_once(path: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
+    """Records to decode together: fewer where lists might repeat one long text, which is stored once.
+
+    Raises:
+        DataError: pages are said to swell as no proteins do, see `text_formats.read_lines`.
+    """
+    rows, texts, lists = BATCH, _texts(file, names), tuple(f"{name}." for name in names)
+    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+    for group in groups:
+        for chunk in (group.column(i) for i in range(group.num_columns)):
+            packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
+            listed = chunk.path_in_schema not in texts and chunk.path_in_schema.startswith(lists)
+            rows = min(rows, max(1, NESTED_LIMIT // max(size, 1))) if listed else rows
+            if size > max(EXPANSION_FROM, packed * EXPANSION_LIMIT):
+                raise DataError(
+                    f"{path}: {size} bytes of column {chunk.path_in_schema!r} are packed into {packed}, more than "
+                    f"{EXPANSION_LIMIT} for one; no proteins are so much alike, check the file"
+                )
+    return rows
+
+
+def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iterator[list[list[Any]]]:
+    """The values of each column, of as many records at once as hold LINE_LIMIT characters, or of one."""
+    done = 0
+    for batch in batches:
+        sizes = np.sum([_characters(batch[name]) for name in dict.fromkeys(names)], axis=0)
+        starts, held = [0], 0
+        for row, size in enumerate(sizes.tolist()):
+            if size > LINE_LIMIT:
+                raise DataError(
+                    f"{place(path, done + row + 1)}: holds {size} characters, more than {LINE_LIMIT}; is this the "
+                    "right file?"
+                )
+            held += size
+            if held > LINE_LIMIT:
+                starts.append(row)
+                held = size
+        for start, end in pairwise([*starts, len(batch)]):
+            part = batch.slice(start, end - start)
+            yield [part[name].to_pylist() for name in names]
+        done += len(batch)
+
+
+def _characters(column: pa.Array) -> np.ndarray:
+    """int64 [rows]: bytes of text in each value, its lists' entries included."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner, rows = _characters(column.flatten()), pc.list_parent_indices(column).to_numpy()
+        return np.bincount(rows, weights=inner, minlength=len(column)).astype(np.int64)
+    if pa.types.is_dictionary(kind):
+        own = np.append(_characters(column.dictionary), 0)  # index -1, for nothing, finds the 0
+        return np.asarray(own[pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False)])
+    sized = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
+    if not sized:
+        return np.zeros(len(column), dtype=np.int64)
+    return np.asarray(pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
@@ -52,11 +137,21 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
     if not (path / "dataset_info.json").exists() or not (path / "state.json").exists():
         raise DataError(f"{folder}: this is a folder; name a file in it, or a folder that Dataset.save_to_disk wrote")
     try:
-        dataset = load_from_disk(folder)
+        state = read_json(path / "state.json")
+        files = [entry["filename"] for key in ("_data_files", "_indices_data_files") for entry in state.get(key) or ()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{folder}: no sound saved dataset ({_said(error)}); save it anew, or copy it again") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+            raise DataError(
+                f"{path / 'state.json'}: names {file!r}; its data are files beside it, copy the folder again"
+            )
+    try:
+        yield from _dataset_records(folder, load_from_disk(folder), columns)
+    except EsmNeuronError:
+        raise
     except Exception as error:  # the package's reader raises whatever its JSON and Arrow parsers raise
-        what = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"{folder}: no sound saved dataset ({what}); save it anew, or copy it again") from None
-    yield from _dataset_records(folder, dataset, columns)
+        raise DataError(f"{folder}: no sound saved dataset ({_said(error)}); save it anew, or copy it again") from None
 
 
 def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
@@ -77,9 +172,8 @@ def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
             found["name"], found["config"], split=found["split"], revision=found["revision"], token=False
         )
     except Exception as error:  # connections, names, formats: the package has no common kind of error
-        what = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         cure = "check owner, name, revision, split and network, or save it to a folder and name that"
-        raise DataError(f"{source}: cannot be read from the hub ({what}); {cure}") from None
+        raise DataError(f"{source}: cannot be read from the hub ({_said(error)}); {cure}") from None
     yield from _dataset_records(source, dataset, columns)
 
 

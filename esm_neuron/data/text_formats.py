@@ -12,23 +12,42 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from esm_neuron.data.records import Column, Record, no_column, pick_columns, text
+from esm_neuron.data.records import (
+    EXPANSION_FROM,
+    EXPANSION_LIMIT,
+    LINE_LIMIT,
+    Column,
+    Record,
+    Seen,
+    check_regular,
+    pick_columns,
+    text,
+)
 from esm_neuron.errors import DataError
-
-LINE_LIMIT = 1 << 24
-"""Longest line in bytes, with its newline. No known protein has a hundredth of it."""
 
 _HEADER_FIELD = re.compile(r'(?:^|\s)([^\s="]+)=(?:"([^"]*)"|(\S*))')
 
 
 def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> Iterator[Record]:
     """Records of a CSV or TSV file with a header line; a quoted value may hold delimiters and newlines."""
+    start = held = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal held
+        for line in read_lines(path):
+            held += len(line)
+            if held > LINE_LIMIT:
+                raise DataError(
+                    f"{path}:{start}: a record of more than {LINE_LIMIT} characters starts here; close its quotes"
+                )
+            yield line
+
     # The csv module, not pandas: it alone tells the line of a record, also after quoted newlines and blank lines.
-    records = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
+    records = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
     picks: list[int] = []
     while True:
-        start = records.line_num + 1
+        start, held = records.line_num + 1, 0
         try:
             record = next(records, None)
         except csv.Error as error:
@@ -56,12 +75,12 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
 def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     """Records of a FASTA file: the id and the sequence, and header fields for all other columns ('' where absent)."""
     wanted = [column for column in columns if column.name not in ("id", "sequence")]
-    seen: dict[str, None] = {}
-    start, header, parts = 0, "", list[str]()
+    seen = Seen(wanted)
+    start, residues, header, parts = 0, 0, "", list[str]()
 
     def record() -> Record:
         fields = _header_fields(path, start, header)
-        seen.update(dict.fromkeys(fields))
+        seen.add(fields)
         special = {"id": header.split()[0], "sequence": "".join(parts)}
         return start, [special.get(column.name, fields.get(column.source, "")) for column in columns]
 
@@ -69,11 +88,16 @@ def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
         if line.startswith(">"):
             if start:
                 yield record()
-            start, header, parts = number, line[1:].strip(), []
+            start, residues, header, parts = number, 0, line[1:].strip(), []
             if not header:
                 raise DataError(f"{path}:{number}: the header is empty; write the protein's name after '>'")
         elif start:
             parts.extend(line.split())
+            residues += len(line)
+            if residues > LINE_LIMIT:
+                raise DataError(
+                    f"{path}:{start}: the sequence has more than {LINE_LIMIT} characters; is this the right file?"
+                )
         elif line.strip():
             raise DataError(
                 f"{path}:{number}: text before the first '>'; is this FASTA? If it is a table, name it .csv or .tsv"
@@ -81,9 +105,7 @@ def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     if not start:
         raise DataError(f"{path}: the file is empty; give one with '>' headers and sequences")
     yield record()
-    for column in wanted:
-        if column.source not in seen:
-            no_column(path, column, list(seen))
+    seen.check(path)
 
 
 def _header_fields(path: str, line: int, header: str) -> dict[str, str]:
@@ -99,18 +121,16 @@ def _header_fields(path: str, line: int, header: str) -> dict[str, str]:
 
 def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     """Records of a file with a JSON object a line; a key that an object lacks is ''."""
-    seen: dict[str, None] = {}
+    seen = Seen(columns)
     for number, line in zip(count(1), read_lines(path)):
         if not line.strip():
             continue
         fields = _json_object(path, number, line)
-        seen.update(dict.fromkeys(fields))
+        seen.add(fields)
         yield number, [text(fields.get(column.source), path, number, column) for column in columns]
-    if not seen:
+    if not seen.names:
         raise DataError(f"{path}: the file is empty; give one with a JSON object a line")
-    for column in columns:
-        if column.source not in seen:
-            no_column(path, column, list(seen))
+    seen.check(path)
 
 
 def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
@@ -135,10 +155,15 @@ def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
 def read_lines(path: str) -> Iterator[str]:
     """Lines of a UTF-8 text file, plain or .gz, each ending in one newline; a byte-order mark and CRs are dropped."""
     with _open(path) as file:
+        limit, size = EXPANSION_FROM, 0
         for number in count(1):
             raw = _read_line(path, number, file)
             if not raw:
                 return
+            size += len(raw)
+            if size >= limit:
+                limit += EXPANSION_FROM
+                _check_expansion(path, number, size)
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             raw = raw.rstrip(b"\r\n")
@@ -147,14 +172,20 @@ def read_lines(path: str) -> Iterator[str]:
 
 def _open(name: str) -> BinaryIO:
     path = Path(name)
-    if path.is_dir():
-        raise DataError(f"{path}: this is a folder; name a file in it")
+    check_regular(name)
     try:
         return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path (it is taken from the current folder)") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be opened: {error.strerror}; check the file and its permissions") from None
+
+
+def _check_expansion(path: str, number: int, size: int) -> None:
+    packed = Path(path).stat().st_size
+    if packed * EXPANSION_LIMIT < size:
+        raise DataError(
+            f"{path}:{number}: {size} bytes came out of {packed}, more than {EXPANSION_LIMIT} for one; no proteins are "
+            "so much alike, check the file"
+        )
 
 
 def _read_line(path: str, number: int, file: BinaryIO) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,10 @@ def encode_many(sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     # "replace" writes one "?" for one character outside ASCII, so positions hold.
     residues = _TABLE[np.frombuffer("".join(sequences).encode("ascii", "replace"), dtype=np.uint8)]
     if (residues == UNK).any():
-        position, character = next(bad[0] for bad in map(bad_residues, sequences) if bad)
-        raise DataError(f"{character!r} at residue {position} is not one of the residues {RESIDUES}; correct it")
+        bad = next(filter(None, map(bad_residues, sequences)))
+        raise DataError(
+            f"{bad.character!r} at residue {bad.position} is not one of the residues {RESIDUES}; correct it"
+        )
     tokens = np.empty(offsets[-1], dtype=np.uint8)
     inside = np.ones(len(tokens), dtype=bool)
     for positions, token in ((offsets[:-1], CLS), (offsets[1:] - 1, EOS)):
@@ -74,9 +77,23 @@ def encode_many(sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, offsets
 
 
-def bad_residues(sequence: str) -> list[tuple[int, str]]:
-    """Characters that are no residue, each with its position from 1. Gaps (. -) and stop codons (*) are among them."""
-    return [(match.start() + 1, match.group()) for match in _BAD.finditer(sequence)]
+@dataclass(frozen=True)
+class BadResidues:
+    """What in a sequence is no residue. Gaps (. -) and stop codons (*) are among it."""
+
+    position: int
+    """Of the first such character, from 1."""
+    character: str
+    """The first of them."""
+    count: int
+
+
+def bad_residues(sequence: str) -> BadResidues | None:
+    """The characters of a sequence that are no residue, None where all are; holds no more than the first of them."""
+    first = _BAD.search(sequence)
+    if first is None:
+        return None
+    return BadResidues(first.start() + 1, first.group(), sum(1 for _ in _BAD.finditer(sequence, first.start())))
 
 
 def replace_bad_residues(sequence: str) -> str:

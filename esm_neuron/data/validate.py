@@ -15,7 +15,7 @@ import pyarrow as pa
 from esm_neuron.config import DataConfig
 from esm_neuron.data.records import place, row_unit
 from esm_neuron.data.sources import make_rows
-from esm_neuron.data.tokenizer import bad_residues, replace_bad_residues
+from esm_neuron.data.tokenizer import BadResidues, bad_residues, replace_bad_residues
 from esm_neuron.errors import DataError
 
 MOST_LISTED = 20
@@ -240,7 +240,7 @@ class Checker:
                 continue
             if bad:
                 self._replaced += 1
-                self._replaced_residues += len(bad)
+                self._replaced_residues += bad.count
                 sequence = replace_bad_residues(sequence)
             sequences.append(sequence.upper())
             kept.append(i)
@@ -303,9 +303,7 @@ def _no_label(column: str, name: str) -> str:
     return f"column {column!r} of {quote(name)} is empty; give a label or remove the row"
 
 
-def _bad_message(bad: list[tuple[int, str]]) -> str:
-    position, character = bad[0]
-    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return (
-        f"has {character!r}{_SPECIAL.get(character.upper(), '')} at residue {position}{more}, outside the ESM alphabet"
-    )
+def _bad_message(bad: BadResidues) -> str:
+    more = f" and {bad.count - 1} more" if bad.count > 1 else ""
+    what = f"{bad.character!r}{_SPECIAL.get(bad.character.upper(), '')}"
+    return f"has {what} at residue {bad.position}{more}, outside the ESM alphabet"

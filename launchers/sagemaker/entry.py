@@ -2,7 +2,7 @@
 
 SM_* variables and channels become flags of `esm-neuron`; the run lives in the checkpoint folder, which SageMaker keeps
 in S3 and brings back after an interruption; what it leaves is laid in the model folder. Of the library only public
-names are used: the command line, settings, errors, files.
+names are used: the command line, settings, errors, files, redact.
 
 Flags (a job's hyperparameters): those of `esm-neuron train`, `--config` first of all.
 """
@@ -22,6 +22,7 @@ from esm_neuron import cli, settings
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.files import write_text
+from esm_neuron.redact import redact
 
 RESULTS = ("result.json", "metrics.jsonl", "valid_ids.txt", "adapter", "base", "model")
 """What a finished run leaves, config.yaml apart."""
@@ -101,7 +102,7 @@ def write_failure(base: Path, reason: str) -> None:
     (base / "output").mkdir(parents=True, exist_ok=True)
     try:
         with (base / "output" / "failure").open("x", encoding="utf-8") as file:
-            file.write(reason[:SHOWN])
+            file.write(redact(reason)[:SHOWN])
     except FileExistsError:
         return
 

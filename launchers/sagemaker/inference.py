@@ -28,7 +28,10 @@ def input_fn(body: str | bytes, content_type: str) -> Records:
     Raises:
         DataError: not the form above.
     """
-    text = body.decode("utf-8") if isinstance(body, bytes) else body
+    try:
+        text = body.decode("utf-8") if isinstance(body, bytes) else body
+    except UnicodeDecodeError as error:
+        raise DataError(f"request is not UTF-8 ({error.reason} at byte {error.start}); send UTF-8") from error
     kind = content_type.partition(";")[0].strip()
     if kind == "text/plain":
         return _fasta(text)
@@ -37,9 +40,9 @@ def input_fn(body: str | bytes, content_type: str) -> Records:
     try:
         request = json.loads(text)
         if "sequences" in request:
-            return [(str(number), _sequence(value)) for number, value in enumerate(request["sequences"])]
-        return [(str(record["id"]), _sequence(record["sequence"])) for record in request["records"]]
-    except (ValueError, KeyError, TypeError) as error:
+            return [(str(number), _sequence(value)) for number, value in enumerate(_list(request["sequences"]))]
+        return [(str(record["id"]), _sequence(record["sequence"])) for record in _list(request["records"])]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         form = '{"records": [{"id": "P1", "sequence": "MKT"}]} or {"sequences": ["MKT"]}'
         raise DataError(f"request is not {form}: {error!r}") from error
 
@@ -60,6 +63,12 @@ def _fasta(text: str) -> Records:
         raise DataError("request is no FASTA; begin each record with a line >ID")
     parts = [record.partition("\n") for record in records]
     return [(header.split()[0] if header.split() else "", "".join(body.split())) for header, _, body in parts]
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{type(value).__name__}, not a list")
+    return value
 
 
 def _sequence(value: Any) -> str:

@@ -17,6 +17,7 @@ from esm_neuron.cost import Instance, read_prices
 from esm_neuron.data.loader import accumulated_passes
 from esm_neuron.errors import ConfigError
 from esm_neuron.parallel.topology import Topology, legal_tp
+from esm_neuron.rules import validate
 from esm_neuron.shapes import known_shape
 
 IMAGES = Path(__file__).with_name("images.yaml")
@@ -252,7 +253,7 @@ class Job:
 
     def _check_run(self) -> None:
         cfg, instance = self.run, self.instance
-        cfg.validate()
+        validate(cfg)
         topology = Topology(world=instance.devices * self.instance_count, tp=cfg.parallel.tp)
         shape = known_shape(cfg.model.name)
         if shape is not None:

@@ -51,9 +51,10 @@ from esm_neuron.evaluate import forward, on_device, run_passes
 from esm_neuron.export import plain_model, read_adapter, write_results
 from esm_neuron.model import encoder_of, set_attention
 from esm_neuron.parallel.slices import whole_shape
+from esm_neuron.safetensors_folder import write_safetensors_folder
 from esm_neuron.tasks import Task, create_task
 from esm_neuron.trainer import Trainer
-from esm_neuron.weights import Draw, open_weights, write_safetensors_folder
+from esm_neuron.weights import Draw, open_weights
 
 RESULTS = "results.safetensors"
 LABELS = ("a", "b", "c")

@@ -9,6 +9,7 @@ import pytest
 from esm_neuron import settings
 from esm_neuron.data.loader import accumulated_passes
 from esm_neuron.memory import predict_memory
+from esm_neuron.rules import validate
 from esm_neuron.shapes import known_shape
 
 CUDA = Path(__file__).parents[2] / "configs" / "cuda"
@@ -30,7 +31,7 @@ def test_every_file_is_in_the_table() -> None:
 def test_a_run_fits_its_machine(row: list[str]) -> None:
     name, _, gpus, gib, flags, gigabytes = row
     cfg = settings.parse(["--config", str(CUDA / name), "--data.train", "my.csv", *flags.split()])
-    cfg.validate()
+    validate(cfg)
     assert accumulated_passes(cfg, int(gpus)) >= 1
     shape = known_shape(cfg.model.name)
     assert shape is not None

@@ -15,6 +15,7 @@ from esm_neuron.backends.adamw8bit import paged_adamw8bit
 from esm_neuron.backends.eager import buckets
 from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, OptimConfig, ParallelConfig, TrainConfig
 from esm_neuron.errors import ConfigError
+from esm_neuron.rules import validate
 
 
 def test_gradients_are_summed_in_buckets_that_keep_their_order() -> None:
@@ -70,7 +71,7 @@ def test_a_gpu_that_is_not_there_is_an_error_with_its_cure(monkeypatch: pytest.M
 def test_what_a_backend_cannot_do_is_refused_with_what_it_can(changes: dict[str, Any], cure: str) -> None:
     cfg = replace(TrainConfig(data=DataConfig(train="train.csv")), **changes)
     with pytest.raises(ConfigError, match=cure):
-        cfg.validate()
+        validate(cfg)
 
 
 def test_nothing_is_shared_by_one_process() -> None:

@@ -14,6 +14,7 @@ from esm_neuron import settings
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
 from esm_neuron.data.splits import Splits, load_inputs, load_splits
 from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.rules import validate
 
 Row = tuple[str, str]
 """Sequence and label."""
@@ -203,4 +204,4 @@ def test_sampled_validation_rows_are_spread_over_labels_and_values(tmp_path: Pat
 def test_a_setting_that_a_task_would_pass_over_is_refused(task: str, setting: str, value: Any) -> None:
     cfg = TrainConfig(task=replace(TaskConfig(name=task), **{setting: value}), data=DataConfig(train="x"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=rf"task.{setting}=.* says nothing to {task}; leave it out \(it is for "):
-        cfg.validate()
+        validate(cfg)

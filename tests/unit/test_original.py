@@ -9,9 +9,11 @@ import esm as fair_esm
 import pytest
 import torch
 
+from esm_neuron.loading import load_into
 from esm_neuron.model import PackedForMaskedLM, set_attention
+from esm_neuron.safetensors_folder import SafetensorsFolder, write_safetensors_folder
 from esm_neuron.shapes import EsmShape, esm_config
-from esm_neuron.weights import Draw, SafetensorsFolder, load_into, read_config, write_safetensors_folder
+from esm_neuron.weights import Draw, read_config
 
 SHAPE = EsmShape(layers=3, hidden=64, heads=4, intermediate=256)
 CLS, PAD, EOS, MASK = 0, 1, 2, 32

@@ -32,6 +32,7 @@ from esm_neuron.files import write_json, write_text
 from esm_neuron.model import encoder_of, parameter_count
 from esm_neuron.parallel.plan import PLAN, in_block
 from esm_neuron.quantize import KINDS, Int8Linear, Nf4Linear, QuantizedLinear
+from esm_neuron.rules import validate
 from esm_neuron.settings import dump
 from esm_neuron.tasks import create_task
 from esm_neuron.weights import RandomWeights
@@ -202,6 +203,6 @@ def test_an_adapter_travels_to_a_float_base(finished: tuple[TrainConfig, Tensor]
 def test_a_backend_that_cannot_quantize_names_what_it_can_do(backend: Any, tp: int) -> None:
     cfg = config(backend=backend, parallel=ParallelConfig(tp=tp), data=DataConfig(train="train.csv"))
     with pytest.raises(ConfigError, match="use adapter.kind=lora with loop.precision=bf16"):
-        cfg.validate()
+        validate(cfg)
     with pytest.raises(ConfigError, match="adapter.kind=qlora"):
         create_backend(cfg)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TaskName, TrainConfig
 from esm_neuron.errors import ConfigError
+from esm_neuron.rules import validate
 from esm_neuron.settings import dump, known_keys, make_parser, parse, read_config
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=12)
@@ -238,7 +239,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_example_configuration_is_valid(path: Path) -> None:
-    read_config(path).validate()
+    validate(read_config(path))
 
 
 def test_every_task_has_an_example_configuration() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,17 +17,11 @@ from transformers import EsmConfig, EsmForMaskedLM, EsmForSequenceClassification
 
 from esm_neuron.config import ModelConfig
 from esm_neuron.errors import CheckpointError, ConfigError, EsmNeuronError
+from esm_neuron.loading import load_into
 from esm_neuron.parallel.slices import join, shard_of
+from esm_neuron.safetensors_folder import SafetensorsFolder, write_safetensors_folder
 from esm_neuron.shapes import SHAPES, EsmShape, esm_config
-from esm_neuron.weights import (
-    Draw,
-    RandomWeights,
-    SafetensorsFolder,
-    load_into,
-    open_weights,
-    read_config,
-    write_safetensors_folder,
-)
+from esm_neuron.weights import Draw, RandomWeights, open_weights, read_config
 
 QUERY = "esm.encoder.layer.0.attention.self.query.weight"
 WORDS = "esm.embeddings.word_embeddings.weight"
@@ -272,6 +268,27 @@ def test_what_is_no_esm2_is_refused(folder: Path, key: str, value: object) -> No
     one_line_of(caught)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "limit"),
+    [
+        ("num_hidden_layers", 10**12, "must be a whole number, 1 to 1000; use an ESM-2 model"),
+        ("num_hidden_layers", 2.0, "must be a whole number"),
+        ("num_attention_heads", True, "must be a whole number"),
+        ("num_attention_heads", 5, "hidden_size 32 is no even multiple of 5 attention heads"),
+        ("hidden_size", "32", "must be a whole number"),
+        ("max_position_embeddings", 10**15, "1 to 16777216"),
+        ("layer_norm_eps", float("nan"), "layer_norm_eps is nan, must be 0.0 to 1.0"),
+        ("hidden_act", "evil", "not of an ESM-2: hidden_act is 'evil'"),
+    ],
+)
+def test_a_config_cannot_ask_for_the_moon(folder: Path, key: str, value: object, limit: str) -> None:
+    raw = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=f"{folder}/config.json.*{limit}") as caught:
+        open_weights(ModelConfig(name=str(folder), init="random"), 0)
+    one_line_of(caught)
+
+
 def test_a_config_cannot_name_code(folder: Path) -> None:
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     raw = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.Evil"}}
@@ -279,7 +296,7 @@ def test_a_config_cannot_name_code(folder: Path) -> None:
     assert not hasattr(read_config(folder), "auto_map")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "[" * 100_000, '{"id2label": {"a": 1}}'])
 def test_an_unreadable_config_is_named(folder: Path, content: str | None) -> None:
     (folder / "config.json").unlink()
     if content is not None:
@@ -287,6 +304,39 @@ def test_an_unreadable_config_is_named(folder: Path, content: str | None) -> Non
     with pytest.raises(ConfigError, match=r"config\.json cannot be read") as caught:
         open_weights(ModelConfig(name=str(folder)), 0)
     one_line_of(caught)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_weights_can_be_pinned_by_their_sum(tmp_path: Path, shards: int) -> None:
+    """The sums are those of sha256sum, so that a hub page or a shell can tell them."""
+    write_safetensors_folder(state_of().items(), tiny(), tmp_path / "base", 10**9 if shards == 1 else 40_000)
+    files = sorted((tmp_path / "base").glob("*.safetensors"))
+    sums = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    assert (len(files) > 1) == (shards > 1)
+    pinned = sums[0] if shards == 1 else hashlib.sha256("".join(f"{each}\n" for each in sums).encode()).hexdigest()
+    cfg = ModelConfig(name=str(tmp_path / "base"), sha256=pinned.upper())
+    open_weights(cfg, 0)
+    content = bytearray(files[0].read_bytes())
+    content[-1] ^= 1
+    files[0].write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=f"have SHA-256 [0-9a-f]{{64}}, model.sha256 is {pinned.upper()}; "
+    ) as caught:
+        open_weights(cfg, 0)
+    one_line_of(caught)
+    with pytest.raises(ConfigError, match=r"leave it out with model.init=random"):
+        open_weights(replace(cfg, init="random"), 0)
+
+
+def test_a_pinned_commit_must_be_the_one_that_came(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    pinned = ModelConfig(name="facebook/esm2_t6_8M_UR50D", revision=commit)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: str(folder))
+    with pytest.raises(ConfigError, match=f"at revision {commit}: the hub gave commit base; check model.revision"):
+        open_weights(pinned, 0)
+    folder.rename(folder.with_name(commit))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: str(folder.with_name(commit)))
+    assert open_weights(pinned, 0)[1].reference.revision == commit
 
 
 def test_pickle_only_folders_point_at_convert(folder: Path) -> None:

@@ -1,0 +1,42 @@
+"""Secrets out of text: what goes to a terminal, a log or a file passes here first.
+
+Known are passwords in URLs, the signatures and tokens of signed URLs (S3, Azure, Google), tokens of the Hugging Face
+hub and of GitHub, AWS keys, and whatever is written behind a name such as `password=` or `HF_TOKEN=`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+HIDDEN = "***"
+"""Written in a secret's place."""
+
+_NAMES = (
+    r"x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|aws_access_key_id|aws_secret_access_key|"
+    r"aws_session_token|signature|sig|\w*(?:api|access|secret)[-_]?key|\w*token|\w*password|passwd|\w*secret"
+)
+_PATTERNS = (
+    re.compile(r"(?<=://)[^\s/@'\"]+(?=@)"),
+    re.compile(rf"(?<![\w-])(?P<keep>(?:{_NAMES})['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)\]}}]+", re.IGNORECASE),
+    re.compile(r"(?P<keep>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
+    re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
+    re.compile(r"\bgh[opsur]_[A-Za-z0-9]{16,}"),
+    re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+)
+
+
+def redact(text: str) -> str:
+    """`text` with every secret that it is known to hold replaced by `***`; text without one comes back as it is."""
+    for pattern in _PATTERNS:
+        kept = r"\g<keep>" if "keep" in pattern.groupindex else ""
+        text = pattern.sub(kept + HIDDEN, text)
+    return text
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines, and the tracebacks in them, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return redact(super().format(record))
