@@ -19,7 +19,7 @@ DEMO := runs/demo
 PAGE := docs/parity.md
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub lint type format bench bench-gpu lock clean
+.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-gpu lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,13 @@ test-trn1: ## test on a trn1 instance, in the active environment (constraints/ne
 
 test-launchers: $(VENV)/.launchers-tests ## test the launchers: nodes of this machine, SageMaker's containers, AWS stood in for
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m launchers tests/launchers
+
+fuzz: $(VENV)/.installed ## 10,000 cases of every format, settings, variants and checkpoints, from new seeds: an hour or two
+	FUZZ_CASES=10000 $(PYTEST) -n 2 tests/unit/test_fuzz.py
+
+audit: $(VENV)/.installed ## our code by bandit, the locked packages by pip-audit (asks PyPI's advisories)
+	$(BIN)/bandit -q -c pyproject.toml -r esm_neuron launchers
+	$(BIN)/pip-audit -r constraints/general.txt --require-hashes --disable-pip --progress-spinner off
 
 test-hub: $(VENV)/.installed ## test with real checkpoints downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub

@@ -17,7 +17,7 @@ _NAMES = (
     r"aws_session_token|signature|sig|\w*(?:api|access|secret)[-_]?key|\w*token|\w*password|passwd|\w*secret"
 )
 _PATTERNS = (
-    re.compile(r"(?<=://)[^\s/@'\"]+(?=@)"),
+    re.compile(r"(?P<keep>:/{1,2})[^\s/'\"]+(?=@)"),  # pathlib makes one slash of two
     re.compile(rf"(?<![\w-])(?P<keep>(?:{_NAMES})['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)\]}}]+", re.IGNORECASE),
     re.compile(r"(?P<keep>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),

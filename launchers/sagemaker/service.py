@@ -37,7 +37,7 @@ def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
         dry: do all of it, but answer every call ourselves instead of sending it; no account is needed.
         wait: follow the logs until the job has ended.
     """
-    keys = {"aws_access_key_id": "dry-run", "aws_secret_access_key": "dry-run"} if dry else {}
+    keys = {"aws_access_key_id": "dry-run", "aws_secret_access_key": "dry-run"} if dry else {}  # nosec B105
     boto3.setup_default_session(region_name=job.region, **keys)  # the SDK makes a client of it beside those of ours
     boto = boto3.Session(region_name=job.region, **keys)
     sent: list[dict[str, Any]] = []

@@ -1,0 +1,228 @@
+"""What comes from elsewhere runs no code, leads out of no folder and fills no memory; secrets are not passed on."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from esm_neuron import checkpoint, cli
+from esm_neuron.checkpoint import Snapshot, TrainState
+from esm_neuron.config import DataConfig, ModelConfig, TrainConfig
+from esm_neuron.data import download
+from esm_neuron.data.sources import read_rows
+from esm_neuron.errors import CheckpointError, ConfigError, DataError
+from esm_neuron.redact import RedactingFormatter, redact
+from esm_neuron.rules import check_values
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+# --- no code
+
+
+def calls(folder: str) -> Iterator[tuple[Path, str, dict[str, object]]]:
+    """File, dotted name and constant keywords of every call of the sources; an import of a module counts as one."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((path, f"import {alias.name}", {}) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield path, f"import {node.module}", {}
+            elif isinstance(node, ast.Call):
+                words = {k.arg: k.value.value for k in node.keywords if k.arg and isinstance(k.value, ast.Constant)}
+                yield path, ast.unparse(node.func), words
+
+
+@pytest.mark.parametrize("folder", ["esm_neuron", "launchers", "benchmarks"])
+def test_nothing_that_is_read_can_run(folder: str) -> None:
+    runs = {f"import {name}" for name in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
+    runs |= {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pd.read_pickle"}
+    found = list(calls(folder))
+    assert len(found) > 50
+    for path, name, words in found:
+        assert name not in runs, f"{path}: {name}"
+        assert not name.endswith((".extractall", ".extract", ".unpack_archive")), f"{path}: {name}"
+        assert words.get("trust_remote_code", False) is False, path
+        assert words.get("allow_pickle", False) is False, path
+        assert words.get("shell", False) is False, path
+        if name == "torch.load":
+            assert path.name == "convert.py" and words["weights_only"] is True
+
+
+# --- no way out of a folder
+
+
+@pytest.mark.parametrize("name", ["../secret.arrow", "/etc/passwd", "sub/x.arrow", "..\\x.arrow", 3])
+def test_a_saved_dataset_names_files_beside_it(tmp_path: Path, name: object) -> None:
+    rows = {"id": ["P1"], "sequence": ["MKV"], "label": ["in"]}
+    Dataset.from_dict({**rows, "id": ["SECRET"]}).save_to_disk(tmp_path / "other")
+    shutil.copy(next((tmp_path / "other").glob("*.arrow")), tmp_path / "secret.arrow")
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "d")
+    assert read_rows(tmp_path / "d", DataConfig(), True)["id"].to_pylist() == ["P1"]
+    state = json.loads((tmp_path / "d" / "state.json").read_text())
+    (tmp_path / "d" / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
+    with pytest.raises(DataError, match=r"state\.json: names .*; its data are files beside it"):
+        read_rows(tmp_path / "d", DataConfig(), True)
+
+
+def test_a_checkpoint_has_no_links(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path / "run", Snapshot(TrainState(step=1), {"a": torch.zeros(2)}, {}))
+    (folder / "state.json").rename(tmp_path / "state.json")
+    (folder / "state.json").symlink_to(tmp_path / "state.json")
+    with pytest.raises(CheckpointError, match=r"state\.json: a link, which may lead anywhere"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_is_read_and_never_unpacked(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    archive, evil = tmp_path / "a", "../../data/evil.csv"
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(evil, b"x" * 5000)
+    else:
+        with tarfile.open(archive, "w:gz") as file:
+            member = tarfile.TarInfo(evil)
+            member.size = 5000
+            file.addfile(member, io.BytesIO(b"x" * 5000))
+    with pytest.raises(DataError, match=r"data/evil\.csv has not the pinned sha256"):
+        download.read_members(archive, {"data/evil.csv": "0"})
+    monkeypatch.setattr(download, "MEMBER_LIMIT", 4000)
+    with pytest.raises(DataError, match=r"evil\.csv has more than 4000 bytes"):
+        download.read_members(archive, {"data/evil.csv": "0"})
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "work"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".fasta.gz", ".jsonl", ".parquet", ".yaml"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
+    pipe = tmp_path / f"pipe{suffix}"
+    os.mkfifo(pipe)
+    if suffix == ".yaml":
+        assert cli.main(["plan", "--config", str(pipe)]) == 2
+        return
+    with pytest.raises(DataError, match="this is a pipe or a device; write it to a file"):
+        read_rows(pipe, DataConfig(), False)
+
+
+# --- no full memory
+
+
+def test_small_files_cannot_fill_a_memory(tmp_path: Path) -> None:
+    """A gigabyte in a line, in a record, in blank lines; pages of Parquet, depths, aliases, a million classes."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "bombs.py"), str(tmp_path)], capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = {
+        "line.csv.gz": ":2: the line has more than 16777216 bytes",
+        "zeros.jsonl.gz": ":1: the line has more than 16777216 bytes",
+        "record.fasta.gz": ":1: the sequence has more than 16777216 characters",
+        "record.csv.gz": ":2: a record of more than 16777216 characters starts here",
+        "blank.jsonl.gz": "more than 500 for one",
+        "columns.csv": "no column 'id'",
+        "deep.jsonl": ":1: no sound JSON",
+        "number.jsonl": ":1: no sound JSON",
+        "same.parquet": 40,
+        "long.parquet": ": record 1: holds 20000001 characters, more than 16777216",
+        "deep.yaml": ":1: nested more than 20 deep",
+        "aliases.yaml": ":2: an alias, *x0",
+        "long.yaml": ": more than 4194304 bytes",
+        "aliases in a flag": "an alias, *a",
+        "a deep flag": "nested more than 20 deep",
+        "a class a row": "more than 32767 classes",
+        "a million classes in a row": "more than 32767 classes",
+        "one class of a million letters": "a label has more than 1000 characters",
+    }
+    found = json.loads(done.stdout)
+    assert set(found) == set(expected)
+    for name, part in expected.items():
+        assert found[name] == part or str(part) in str(found[name]), name
+
+
+# --- secrets
+
+TOKEN = "hf_" + "aB3" * 11
+SECRETS = {
+    f"https://me:p@ss:w0rd@example.org/{TOKEN}": "https://***@example.org/***",
+    "s3 GET https://b.s3.amazonaws.com/k?X-Amz-Credential=AKIA%2F1&X-Amz-Signature=0aF3&x=1": "s3 GET "
+    "https://b.s3.amazonaws.com/k?X-Amz-Credential=***&X-Amz-Signature=***&x=1",
+    "https://x.blob.core.windows.net/c?sv=1&sig=a%2Bb%3D;": "https://x.blob.core.windows.net/c?sv=1&sig=***;",
+    'Authorization: Bearer abcdefghijkl, {"HF_TOKEN": "xyz"}': 'Authorization: Bearer ***, {"HF_TOKEN": "***"}',
+    "aws_secret_access_key = abc/def+1": "aws_secret_access_key = ***",
+    "key AKIAIOSFODNN7EXAMPLE ghp_0123456789abcdef0123": "key *** ***",
+}
+
+
+@pytest.mark.parametrize(("text", "clean"), SECRETS.items(), ids=range(len(SECRETS)))
+def test_secrets_are_left_out(text: str, clean: str) -> None:
+    assert redact(text) == clean
+    assert redact(clean) == clean
+
+
+def test_text_without_secrets_stays() -> None:
+    for text in (
+        "hf://owner/name@main/train",
+        "pad_token_id is 2",
+        "--data.row_tokens=64",
+        "s3://bucket/key",
+        "a@b.org",
+    ):
+        assert redact(text) == text
+    for page in ("docs/errors.md", "docs/sagemaker.md", "configs/demo.yaml"):
+        text = (ROOT / page).read_text(encoding="utf-8").replace("https://***@", "")
+        assert redact(text) == text
+
+
+def test_no_message_and_no_log_line_has_a_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = f"https://me:hunter2@example.org/x.csv?X-Amz-Signature=0123abcd&token={TOKEN}"
+    for words in (
+        ["evaluate", "--model", secret, "--input", "x.csv"],
+        ["plan", "--data.train", secret],
+        ["plan", f"--model.revision={TOKEN}", "--data.train", "x.csv"],
+        ["train", "--output", str(tmp_path / "out"), "--model.name", secret, "--data.train", "x.csv"],
+        ["data", "check", secret],
+    ):
+        assert cli.main(words) != 0
+    said = capsys.readouterr().err
+    assert said.count("***") >= 5
+    assert not any(part in said for part in ("hunter2", "0123abcd", TOKEN))
+    assert not (tmp_path / "out").exists()
+    record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "retrying %s", (secret,), None)
+    assert RedactingFormatter("%(message)s").format(record).startswith("retrying https://***@example.org/x.csv?")
+    assert "hunter2" not in RedactingFormatter("%(message)s").format(record)
+    monkeypatch.syspath_prepend(str(ROOT / "launchers" / "sagemaker"))
+    import entry
+
+    entry.write_failure(tmp_path, f"OSError: {secret}")
+    assert "hunter2" not in (tmp_path / "output" / "failure").read_text()
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        TrainConfig(output="s3://a:secret@b/c"),
+        TrainConfig(model=ModelConfig(revision=TOKEN)),
+        TrainConfig(data=DataConfig(keep={"x": ["password=abc"]})),
+    ],
+)
+def test_a_setting_cannot_hold_a_secret(cfg: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^(output|model\.revision|data\.keep\.x)=.*\*\*\*.* holds a secret"):
+        check_values(cfg)
