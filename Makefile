@@ -19,7 +19,7 @@ DEMO := runs/demo
 PAGE := docs/parity.md
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-gpu lock clean
+.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-gpu soak long-run lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,12 @@ bench: $(VENV)/.installed ## residues per second against HF Trainer + PEFT on th
 bench-gpu: $(VENV)/.installed ## the same on a CUDA GPU: 650M, full, LoRA and QLoRA, tokens, MFU and peak memory
 	$(BIN)/python benchmarks/throughput.py --backend cuda --shape esm2_t33_650M --precision bf16 --rows 1024 --batch 32 \
 		--max-steps 30 --warmup 5 --adapters none lora qlora --checkpointing off on
+
+soak: $(VENV)/.installed ## kill training at 64 random moments, resume it, compare with runs that were not killed
+	$(BIN)/python benchmarks/soak.py
+
+long-run: $(VENV)/.installed ## half an hour of tiny training: does memory grow, or files, threads, programs?
+	$(BIN)/python benchmarks/long_run.py
 
 lock: $(VENV)/.uv ## resolve constraints/general.txt and constraints/uv.txt anew
 	$(LOCK) pyproject.toml --extra xla --extra cuda --extra sagemaker --extra dev --extra nxd-tests --extra launchers-tests -o constraints/general.txt

@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class TrainState:
     """State of early stopping: best value, its step, validations since."""
     run: dict[str, Any] = field(default_factory=dict)
     """What a continued run must share with this one (configuration and data), see `run.identity`."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """State of `guards.StepWatch`: recent losses, steps without a finite one."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,39 @@ def load(folder: Path) -> Snapshot:
     except (OSError, SafetensorError, ValueError, TypeError) as error:  # whole by its manifest, and yet none of ours
         raise CheckpointError(f"{folder}: cannot be read ({error}); delete the folder") from error
     return Snapshot(state=state, **tensors)
+
+
+class Saver:
+    """Writes the checkpoints of a run under `root` and prunes them; with `asynchronous`, in a thread of its own.
+
+    One snapshot at most is held: `settle` must be called before the next one is made, and at the end.
+    """
+
+    def __init__(self, root: Path, keep: int, asynchronous: bool) -> None:
+        self._root, self._keep = root, keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._pending: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot, best: int | None) -> None:
+        """Write `snapshot`, or begin to; raises as `checkpoint.save`, or has the next `settle` raise it."""
+        if self._pool is None:
+            self._write(snapshot, best)
+        else:
+            self._pending = self._pool.submit(self._write, snapshot, best)
+
+    def settle(self) -> None:
+        """Wait until the last snapshot is written.
+
+        Raises:
+            CheckpointError: it could not be; said once.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, snapshot: Snapshot, best: int | None) -> None:
+        save(self._root, snapshot)
+        prune(self._root, self._keep, best)
 
 
 def verify(folder: Path) -> None:

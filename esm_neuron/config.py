@@ -15,6 +15,7 @@ BackendName = Literal["cpu", "cuda", "xla", "neuron"]
 TaskName = Literal["sequence_classification", "multi_label", "regression", "residue_classification", "masked_lm"]
 Quantization = Literal["nf4", "int8"]
 OnRecompile = Literal["error", "warn", "ignore"]
+OnNonfinite = Literal["stop", "skip", "rollback"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +214,13 @@ class LoopConfig:
     on_recompile: OnRecompile = "error"
     """A training step that compiles a program after its bucket's first two steps, where shapes are static (xla,
     neuron): stop and name what changed, warn and go on, or say nothing."""
+    on_nonfinite: OnNonfinite = "stop"
+    """A step whose loss or gradient is not finite never moves the weights, and its records are named in
+    `output`/nonfinite.jsonl. Then: stop; skip it and go on; or go back to the weights of the newest checkpoint and on
+    with the next step's records. Seen at the next line of the log, evaluation or checkpoint."""
+    watchdog: int = 0
+    """Seconds that a step, a batch of an evaluation or a checkpoint may take before the process writes the stacks of
+    its threads to stderr and `output`/hung-rank<N>.txt, and ends; 0: for ever. Leave room for compilation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +233,9 @@ class CheckpointConfig:
     """Newest checkpoints kept; the best one is kept besides."""
     resume: Literal["no", "auto"] = "no"
     """`auto` continues from the newest complete checkpoint in `output`, or starts when there is none."""
+    asynchronous: bool = False
+    """Write a checkpoint while training goes on. One at most is being written: the next one waits for it, and so does
+    the end of training; an error is raised then."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from esm_neuron.evaluate import collect
 from esm_neuron.evaluate import evaluate as evaluate_table
 from esm_neuron.export import MAY_CHANGE, build_trained, read_run, write_results
 from esm_neuron.files import claimed, write_json, write_text
-from esm_neuron.folders import CONFIG, METRICS, REJECTED, RESULT, answers_name
+from esm_neuron.folders import CONFIG, METRICS, NONFINITE, REJECTED, RESULT, answers_name
 from esm_neuron.held_out import save_answers
 from esm_neuron.metrics import Value
 from esm_neuron.model import parameter_count
@@ -44,6 +44,7 @@ FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 FREE_FIELDS = {
     "data.train", "data.valid", "data.test", "data.cache", "model.gradient_checkpointing", "loop.rows_per_device",
     "loop.eval_rows_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience", "loop.on_recompile",
+    "loop.on_nonfinite", "loop.watchdog",
 }  # fmt: skip
 """The same for single fields; the data itself is compared by its fingerprint."""
 
@@ -390,7 +391,8 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
 def _callbacks(cfg: TrainConfig, begin: int) -> list[Callback]:
     out = Path(cfg.output)
     jsonl = JsonlLogger(out / METRICS)
-    jsonl.truncate_after(begin)
+    for log_of_steps in (jsonl, JsonlLogger(out / NONFINITE)):
+        log_of_steps.truncate_after(begin)
     callbacks: list[Callback] = [jsonl, ProgressConsole(begin)]
     if cfg.log.tensorboard:
         callbacks.append(TensorBoardLogger(out / "tensorboard", begin))

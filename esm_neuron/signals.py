@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,28 +19,47 @@ then passes on the one it got itself."""
 
 
 class StopSignal:
-    """Within the block, the first SIGTERM or SIGINT sets `received`; one that comes `ECHO` later ends the process."""
+    """Within the block, the first SIGTERM or SIGINT sets `received`; one that comes `ECHO` later ends the process.
+
+    At once and from a thread of its own: Python's handlers wait for the main thread, which may be compiling for an hour
+    or writing. What was being written aside is then never seen. The exit code is a shell's, 128 and the signal.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the signal that came, None so far."""
         self._before: dict[int, Any] = {}
-        self._first = 0.0
 
     def __enter__(self) -> StopSignal:
+        self._heard, self._bell = os.pipe()
+        os.set_blocking(self._bell, False)
+        self._bell_before = signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._on_signal)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._first = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._first > ECHO:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        self.received = self.received or signal.Signals(number).name
+
+    def _listen(self) -> None:
+        """The system's own handler writes each signal's number into a pipe as it comes."""
+        first: float | None = None
+        while number := ord(os.read(self._heard, 1)):
+            if number in self._before:
+                now = time.monotonic()
+                first = now if first is None else first
+                if now - first > ECHO:
+                    os._exit(128 + number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._bell_before)
+        os.write(self._bell, b"\0")  # no signal has this number
+        self._listener.join()
+        os.close(self._bell)
+        os.close(self._heard)

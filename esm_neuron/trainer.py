@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,20 @@ from torch import Tensor, nn
 from esm_neuron import checkpoint
 from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends.base import Backend
-from esm_neuron.callbacks import Callback, EarlyStopping
-from esm_neuron.checkpoint import Snapshot, TrainState
+from esm_neuron.callbacks import Callback, EarlyStopping, JsonlLogger
+from esm_neuron.checkpoint import Saver, Snapshot, TrainState
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch
 from esm_neuron.errors import CheckpointError, TrainingError
 from esm_neuron.evaluate import evaluate, forward, on_device, run_passes
+from esm_neuron.folders import NONFINITE
+from esm_neuron.guards import GIVE_UP, StepWatch
 from esm_neuron.metrics import Value
 from esm_neuron.optim import learning_rate, parameter_groups
 from esm_neuron.recompile import RecompileGuard
 from esm_neuron.signals import StopSignal
 from esm_neuron.tasks import Task
+from esm_neuron.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +75,11 @@ class Trainer:
         self.stopper = EarlyStopping(cfg.loop.patience, task.greater_is_better)
         self.state = TrainState(run=dict(identity))
         self.folder = Path(cfg.output) / "checkpoints"
+        self.saver = Saver(self.folder, cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.guard = RecompileGuard(cfg.loop.on_recompile, backend.graphs, train.row_lengths)
+        self.watch = StepWatch()
+        self.watchdog = Watchdog(cfg.loop.watchdog, Path(cfg.output) / f"hung-rank{backend.topology.rank}.txt")
+        self._unseen: list[tuple[int, Tensor, Tensor]] = []  # step, its totals and norm, all still on the device
         self._began = self._logged_seconds = 0.0
         self._logged_residues = 0
 
@@ -94,6 +101,7 @@ class Trainer:
         self.backend.load_state(self.model, self.optimizer, snapshot.model, snapshot.optimizer)
         self.state = snapshot.state
         self.stopper.load_state_dict(self.state.stopper)
+        self.watch.load_state_dict(self.state.watch)
         if self.backend.topology.is_main:
             checkpoint.drop_after(self.folder, self.state.step)
         best = self.stopper.best_step
@@ -114,14 +122,23 @@ class Trainer:
         self.model.train()
         over = self.stopper.stop  # a resumed run that had already stopped early
         steps = range(self.state.step, self.state.step if over else self.total_steps)
-        with StopSignal() as stop, closing(prefetch(map(self.train_loader.load, steps), AHEAD)) as ahead:
+        with (
+            StopSignal() as stop,
+            self.watchdog,
+            closing(prefetch(map(self.train_loader.load, steps), AHEAD)) as ahead,
+        ):
+            if self.cfg.loop.on_nonfinite == "rollback" and self.state.step == 0:
+                self._save()  # something to go back to
             self._start_clock()
+            self.watchdog.expect(f"step {self.state.step + 1}")
             for data in ahead:
                 self.guard.begin()
                 self._train_step(data)
                 self.guard.end(data.step, data.batches)
                 done = self.state.step
                 last = done == self.total_steps
+                if self._looks_after(done):
+                    self._answer_nonfinite()
                 if done % self.eval_every == 0 or last:
                     self._validate()
                 stopped_by = next(filter(None, self.backend.gather_host(stop.received)), None)
@@ -129,7 +146,9 @@ class Trainer:
                 if done % self.save_every == 0 or self.stopper.best_step == done or ends:
                     self._save()
                 if ends:
+                    agree_on_main(self.backend, self.saver.settle)
                     return Fit(self.state, None if last else stopped_by)
+                self.watchdog.expect(f"step {done + 1}")
         return Fit(self.state, None)
 
     def compile(self, held_out: Sequence[EvalLoader]) -> None:
@@ -157,32 +176,92 @@ class Trainer:
             loss.backward()
             self._totals += torch.stack((loss.detach(), weight))
             self.backend.sync()
-        norm = self.backend.step(self.model, self.optimizer, self._totals[1].clone(), self.cfg.optim.max_grad_norm)
-        totals = self.backend.all_reduce(self._totals.clone())
+        totals = self._totals.clone()
+        norm = self.backend.step(self.model, self.optimizer, totals, self.cfg.optim.max_grad_norm)
         self._totals.zero_()
         self.state.residues += data.stats.global_residues
         self.state.step = step + 1
+        self._unseen.append((step + 1, totals, norm))
+        if self._looks_after(step + 1):
+            self._look()
         if (step + 1) % self.cfg.log.every == 0 or step + 1 == self.total_steps:
             self.backend.on_host(partial(self._log, step + 1, rate), totals, norm)
         self.backend.sync()
+
+    def _looks_after(self, step: int) -> bool:
+        """Whether the host looks at the losses up to `step`: where it waits for the device anyway."""
+        return step == self.total_steps or not all(
+            step % every for every in (self.cfg.log.every, self.eval_every, self.save_every)
+        )
+
+    def _look(self) -> None:
+        """Have the values of all steps since the last look taken in, once they are there."""
+        unseen, self._unseen = self._unseen, []
+        steps, totals, norms = zip(*unseen, strict=True)
+
+        def take_in(*values: Tensor) -> None:
+            for step, sums, norm in zip(steps, values[: len(steps)], values[len(steps) :], strict=True):
+                self.watch.take_in(step, _mean(sums), float(norm))
+
+        self.backend.on_host(take_in, *totals, *norms)
+
+    def _answer_nonfinite(self) -> None:
+        """Name the records of steps that were not finite, and go on or not, as `loop.on_nonfinite` says.
+
+        Raises:
+            TrainingError: it says stop, or there are too many in a row.
+        """
+        found, action = self.watch.taken(), self.cfg.loop.on_nonfinite
+        if not found:
+            return
+        path, first, in_a_row = Path(self.cfg.output) / NONFINITE, found[0], self.watch.in_a_row
+        stops = action == "stop" or in_a_row >= GIVE_UP
+        agree_on_main(self.backend, lambda: self._name_records(path, found, "stop" if stops else action))
+        what = f"step {first['step']}: the loss is {first['loss']} and the gradient's norm {first['grad_norm']}"
+        many = f" ({in_a_row} such steps in a row)" if in_a_row > 1 else ""
+        if stops:
+            cure = "" if action != "stop" else "; or go on without such steps: --loop.on_nonfinite skip"
+            raise TrainingError(
+                f"{what}{many}; its records are in {path}; lower optim.lr={self.cfg.optim.lr}, or clip by "
+                f"optim.max_grad_norm{cure}"
+            )
+        if action == "rollback":
+            many += f"; the weights are those after step {self._roll_back()} again"
+        log.warning("%s%s; left out, see %s", what, many, path)
+
+    def _name_records(self, path: Path, found: Sequence[Mapping[str, Any]], action: str) -> None:
+        lines = JsonlLogger(path)
+        for step in found:
+            ids = self.train_loader.record_ids(step["step"] - 1)
+            lines.on_log(step["step"], self.total_steps, {**step, "action": action, "ids": ids})
+
+    def _roll_back(self) -> int:
+        """Put weights and moments of the newest checkpoint back, and go on after this step; returns its step."""
+
+        def read() -> Snapshot:
+            self.saver.settle()
+            snapshot = checkpoint.newest(self.folder)
+            if snapshot is None:
+                raise CheckpointError(f"{self.folder}: there is no checkpoint left to go back to")
+            return snapshot
+
+        snapshot = from_main(self.backend, read)
+        self.backend.load_state(self.model, self.optimizer, snapshot.model, snapshot.optimizer)
+        return snapshot.state.step
 
     def _log(self, step: int, rate: float, totals: Tensor, norm: Tensor) -> None:
         self._stop_clock()
         seconds, residues = self.state.seconds - self._logged_seconds, self.state.residues - self._logged_residues
         self._logged_seconds, self._logged_residues = self.state.seconds, self.state.residues
-        loss_sum, weight = totals.tolist()
-        if not (math.isfinite(loss_sum) and math.isfinite(norm)):  # the same sums on every rank: all stop here
-            raise TrainingError(
-                f"step {step}: the loss is {loss_sum / weight if weight else loss_sum} and the gradient's norm "
-                f"{float(norm)}; lower optim.lr={self.cfg.optim.lr}, or clip by optim.max_grad_norm"
-            )
         record = {
-            "loss": loss_sum / weight if weight else None,
+            "loss": _mean(totals),
             "lr": rate,
             "grad_norm": float(norm),
             "residues_per_second": residues / seconds,
             "graphs": self.backend.graphs(),
         }
+        if self.watch.spikes:
+            record["loss_spikes"], self.watch.spikes = self.watch.spikes, 0
         peak = self.backend.peak_memory()
         if peak is not None:
             record["peak_memory_gb"] = peak / 1e9
@@ -194,6 +273,7 @@ class Trainer:
         if self.valid_loader is None:
             return
         self._stop_clock()
+        self.watchdog.expect(f"the evaluation after step {self.state.step}", len(self.valid_loader) + 1)
         values = self.evaluate(self.valid_loader)
         watched = values[self.task.metric]
         self.stopper.update(watched if isinstance(watched, (int, float)) else None, self.state.step)
@@ -216,19 +296,28 @@ class Trainer:
         return best
 
     def _save(self) -> None:
-        """Write a checkpoint from rank 0; every rank learns whether it worked."""
+        """Write a checkpoint from rank 0; every rank learns whether it worked, or whether the one before did."""
         self._stop_clock()
-        self.state.stopper = self.stopper.state_dict()
+        self.watchdog.expect(f"the checkpoint after step {self.state.step}")
+        if self._unseen:  # a stop between two looks
+            self._look()
+            self.backend.sync()
+        if self.cfg.checkpoint.asynchronous:
+            agree_on_main(self.backend, self.saver.settle)
+        self.state.stopper, self.state.watch = self.stopper.state_dict(), self.watch.state_dict()
         weights, moments = self.backend.gather_state(self.model, self.optimizer)
-        agree_on_main(self.backend, lambda: self._write(weights, moments))
+        snapshot = Snapshot(copy(self.state), weights, moments)
+        agree_on_main(self.backend, lambda: self.saver.save(snapshot, self.stopper.best_step))
         self._start_clock()
-
-    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        checkpoint.save(self.folder, Snapshot(self.state, weights, moments))
-        checkpoint.prune(self.folder, self.cfg.checkpoint.keep, self.stopper.best_step)
 
     def _start_clock(self) -> None:
         self._began = time.perf_counter()
 
     def _stop_clock(self) -> None:
         self.state.seconds += time.perf_counter() - self._began
+
+
+def _mean(totals: Tensor) -> float | None:
+    """Mean loss of a step from [loss sum, weight] on the host; None where nothing was to be learnt."""
+    loss, weight = totals.tolist()
+    return loss / weight if weight else None

@@ -75,16 +75,18 @@ class Backend(Protocol):
         ...
 
     def step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: torch.Tensor, max_norm: float
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: torch.Tensor, max_norm: float
     ) -> torch.Tensor:
         """Sum gradients over data-parallel ranks, divide by the global weight, clip, update, zero the gradients.
 
+        Where the loss or the norm is not finite, weights, moments and their count of steps stay as they are.
+
         Args:
-            weight: scalar on the device: this rank's summed loss weight since the last step.
+            totals: [2] on the device: this rank's loss sum and weight since the last step; becomes all ranks' sums.
             max_norm: clip to this norm of the normalised gradient; 0 for no clipping.
 
         Returns:
-            The norm before clipping, a scalar on the device.
+            The norm before clipping, a scalar on the device, the same on every rank; not finite where nothing moved.
         """
         ...
 

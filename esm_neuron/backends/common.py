@@ -71,32 +71,74 @@ def adamw(
 def normalise_clip_update(
     parameters: Iterable[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    weight: Tensor,
+    totals: Tensor,
     max_norm: float,
     total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm,
+    lazy: bool = False,
 ) -> Tensor:
     """Turn summed gradients into the mean's, clip them, update, and zero the buffers in place.
 
+    A loss or a norm that is not finite updates nothing: weights, moments and their count of steps stay as they are.
+
     Args:
         parameters: whose `grad` holds the gradient of the loss summed over the whole step.
-        weight: scalar, the step's global loss weight; 0 (nothing to learn from) leaves zero gradients.
+        totals: [2], the step's loss sum and its weight over all ranks; a weight of 0 leaves zero gradients.
         max_norm: as in `Backend.step`.
         total_norm: of this rank's gradients, over all ranks.
+        lazy: True where looking at a value would break a compiled program: the update is made and undone there.
 
     Returns:
-        The norm of the mean's gradient before clipping, a scalar.
+        The norm of the mean's gradient before clipping, a scalar; not finite where nothing was updated.
     """
     grads = [local(p.grad) for p in parameters if p.grad is not None]
-    scale = 1.0 / torch.where(weight > 0, weight, torch.ones_like(weight))
+    scale = mean_scale(totals)
     norm = total_norm(grads) * scale
     if max_norm > 0:
         scale = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale)
-    optimizer.step()
+    if lazy:
+        undo = undoable(optimizer)
+        optimizer.step()
+        undo(norm)
+    elif torch.isfinite(norm):
+        optimizer.step()
     for grad in grads:
         grad.zero_()
     return norm
+
+
+def mean_scale(totals: Tensor) -> Tensor:
+    """What turns summed gradients into the mean's: 1 / weight, or NaN where the loss is not finite.
+
+    NaN because it then reaches every gradient, and by their norm every rank: all leave the same steps out.
+    """
+    loss, weight = totals[0], totals[1]
+    scale = 1.0 / torch.where(weight > 0, weight, torch.ones_like(weight))
+    return torch.where(torch.isfinite(loss), scale, torch.full_like(scale, float("nan")))
+
+
+def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+    """Call before an update, and the result after it: it puts all back, on the device, if the norm is not finite.
+
+    By a selection that XLA fuses into the update, so no second copy is kept. Under ZeRO-1 it covers the shards too.
+    """
+    inner: torch.optim.Optimizer = getattr(optimizer, "base_optimizer", optimizer)
+    held = {
+        id(tensor): tensor
+        for group in (*optimizer.param_groups, *inner.param_groups)
+        for parameter in group["params"]
+        for tensor in (parameter, *inner.state.get(parameter, {}).values())
+    }
+    before = {key: tensor.detach().clone() for key, tensor in held.items()}
+
+    def undo(norm: Tensor) -> None:
+        finite = torch.isfinite(norm)
+        with torch.no_grad():
+            for key, tensor in held.items():
+                tensor.copy_(torch.where(finite, tensor, before[key]))
+
+    return undo
 
 
 @contextmanager

@@ -125,14 +125,14 @@ class EagerBackend:
     def seed(self, *numbers: int) -> None:
         torch.manual_seed(mix_seed(*numbers, self.topology.dp_rank))
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float) -> Tensor:
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
         parameters = trainable(model)
         if self._fsdp:  # the backward pass has summed the gradients
-            self.all_reduce(weight)
-            return normalise_clip_update(parameters, optimizer, weight, max_norm, self._norm_over_ranks)
+            self.all_reduce(totals)
+            return normalise_clip_update(parameters, optimizer, totals, max_norm, self._norm_over_ranks)
         if self.topology.world > 1:
-            self._sum_over_ranks([*(p.grad for p in parameters if p.grad is not None), weight])
-        return normalise_clip_update(parameters, optimizer, weight, max_norm)
+            self._sum_over_ranks([*(p.grad for p in parameters if p.grad is not None), totals])
+        return normalise_clip_update(parameters, optimizer, totals, max_norm)
 
     def _sum_over_ranks(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, several of them at a time."""
@@ -167,13 +167,15 @@ class EagerBackend:
     def broadcast_host(self, value: T) -> T:
         values = [value]
         if self.topology.world > 1:
-            dist.broadcast_object_list(values)
+            with from_peers(self.topology.rank):
+                dist.broadcast_object_list(values)
         return values[0]
 
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return common.gather_state(model, optimizer, fsdp.fetch)
+        with from_peers(self.topology.rank) if self._fsdp else nullcontext():
+            return common.gather_state(model, optimizer, fsdp.fetch)
 
     def load_state(
         self,

@@ -19,7 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.models.esm.modeling_esm import EsmSelfAttention
 
-from esm_neuron.backends.common import from_peers, make_gradient_buffers, mix_seed, trainable
+from esm_neuron.backends.common import (
+    from_peers,
+    make_gradient_buffers,
+    mean_scale,
+    mix_seed,
+    trainable,
+    undoable,
+)
 from esm_neuron.backends.neuron_env import CURE, apply_settings, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
 from esm_neuron.config import OptimConfig, TrainConfig
@@ -199,12 +206,12 @@ class NeuronBackend:
     def seed(self, *numbers: int) -> None:
         self._xm.set_rng_state(mix_seed(*numbers, self.topology.dp_rank) >> 1, device=str(self.device))
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float) -> Tensor:
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
         parameters = trainable(model)
-        total = self.all_reduce(weight)
-        scale = self.topology.dp / torch.where(total > 0, total, torch.ones_like(total))
+        scale = self.topology.dp * mean_scale(self.all_reduce(totals))
         for p in parameters:
             _gradient(p).mul_(scale)
+        undo = undoable(optimizer)
         limit = max_norm if max_norm > 0 else float("inf")
         if self._parallel.zero1:
             zero: Any = optimizer
@@ -216,9 +223,11 @@ class NeuronBackend:
             grads.bucket_allreduce_gradients([_gradient(p) for p in parameters])
             norm = grads.clip_grad_norm(parameters, limit)
             optimizer.step()
+        norm = norm.squeeze()
+        undo(norm)
         for p in parameters:
             _gradient(p).zero_()
-        return norm.squeeze()
+        return norm
 
     def sync(self) -> None:
         self._torch_xla.sync()
@@ -242,13 +251,15 @@ class NeuronBackend:
 
     def broadcast_host(self, value: T) -> T:
         values = [value]
-        dist.broadcast_object_list(values, group=self._whole_world)
+        with from_peers(self.topology.rank):
+            dist.broadcast_object_list(values, group=self._whole_world)
         return values[0]
 
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self._sharded().gather(model, optimizer)
+        with from_peers(self.topology.rank):
+            return self._sharded().gather(model, optimizer)
 
     def load_state(
         self,

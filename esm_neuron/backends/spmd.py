@@ -104,8 +104,8 @@ class SpmdBackend(XlaBackend):
         for tensor in tensors:
             self._mark(tensor, 0, "dp")
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float) -> Tensor:
-        return self._joined(super().step(model, optimizer, weight, max_norm))
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
+        return self._joined(super().step(model, optimizer, totals, max_norm))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return self._joined(super().all_reduce(tensor))

@@ -118,8 +118,8 @@ class XlaBackend:
     def seed(self, *numbers: int) -> None:
         self._xm.set_rng_state(mix_seed(*numbers) >> 1, device=str(self.device))
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, weight: Tensor, max_norm: float) -> Tensor:
-        return normalise_clip_update(trainable(model), optimizer, weight, max_norm)
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
+        return normalise_clip_update(trainable(model), optimizer, self.all_reduce(totals), max_norm, lazy=True)
 
     def sync(self) -> None:
         self._torch_xla.sync()

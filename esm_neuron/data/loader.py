@@ -179,6 +179,13 @@ class TrainLoader:
         )
         return StepData(step, batches, stats)
 
+    def record_ids(self, step: int) -> list[str]:
+        """Names of the records, over all ranks, that optimizer step `step` learns from."""
+        epoch, local = divmod(step, self.steps_per_epoch)
+        _, rows = self.plan(epoch).step(local)
+        records = self.table.record[np.concatenate(rows)]
+        return [self.table.ids[record] for record in dict.fromkeys(records.tolist())]
+
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of `epoch`, made from (seed, epoch) alone; the last one asked for is kept."""
         known, plan = self._planned

@@ -204,6 +204,26 @@ def parity(output: str, **options: Any) -> None:
     run.leave({**results, **run.figures()})
 
 
+def left_out(output: str, **options: Any) -> None:
+    """Weights and moments after three steps, and after a fourth whose loss is no number on the last rank alone."""
+    run = Run.start(configuration(output, **options))
+    load = run.trainer.train_loader.load
+    for step in range(4):
+        data = load(step)
+        if step == 3:
+            before = run.backend.gather_state(run.model, run.trainer.optimizer)
+            if run.backend.topology.rank == run.backend.topology.world - 1:
+                spoiled = [replace(batch, weights=batch.weights * math.nan) for batch in data.batches]
+                data = replace(data, batches=spoiled)
+        run.trainer._train_step(data)
+    after = run.backend.gather_state(run.model, run.trainer.optimizer)
+    results = {f"{when}/{name}": value for when, held in (("before", before), ("after", after))
+               for part in held for name, value in part.items()}  # fmt: skip
+    finite = all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
+    norms = run.backend.gather_host(run.trainer.watch.nonfinite)
+    run.leave({**results, "finite": torch.tensor(finite), "seen": torch.tensor([len(found) for found in norms])})
+
+
 def by_protein(output: str, **options: Any) -> None:
     """Logits of every protein, in a data-parallel world of one, and the gradients of the mean loss of all."""
     run = Run.start(configuration(output, **options))

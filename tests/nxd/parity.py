@@ -47,6 +47,13 @@ PADDED = {"parallel__pad_heads": True}
 STEPS = {"optim.schedule": "constant", "optim.warmup_steps": 0}
 SECOND_HALF = {**STEPS, "parallel.tp": 1, "loop.max_steps": 10}
 
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "dp2 zero1": {"parallel.tp": 1},
+    "tp2 zero1 bf16": {"parallel.tp": 2, "adapter.kind": "none", "loop.precision": "bf16"},
+    "tp2": {"parallel.tp": 2, "parallel.zero1": False},
+}
+"""Worlds in which one rank's loss is no number."""
+
 WORLDS: dict[World, list[Case]] = {
     1: [
         _parity("cls", "cpu"),
@@ -86,6 +93,7 @@ WORLDS: dict[World, list[Case]] = {
         ("second half", "resume", {"backend": "neuron", "set": SECOND_HALF, "source": "{root}/2/first half"}),
         ("adapter", "export", {"backend": "neuron", "set": {"parallel.tp": 2}}),
         *_by_protein("neuron", 2),
+        *((f"left out {name}", "left_out", {"backend": "neuron", "set": values}) for name, values in LEFT_OUT.items()),
         ("stand-ins", "describe_stand_ins", {}),
     ],
     4: [

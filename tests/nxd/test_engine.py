@@ -65,6 +65,18 @@ def test_the_reference_clips_and_moves(world: World, tensors: Callable[[Path], d
     assert all(value.any() for key, value in reference.items() if key.startswith("gradient/"))
 
 
+@pytest.mark.parametrize("name", parity.LEFT_OUT)
+def test_a_loss_that_is_no_number_on_one_rank_moves_nothing_on_any(
+    name: str, world: World, tensors: Callable[[Path], dict[str, Tensor]]
+) -> None:
+    """Nor does what ZeRO-1 gathers into the model: masters, moments and their count are as after the step before."""
+    found = tensors(world(WORLDS, 2)[f"left out {name}"])
+    before = {key.partition("/")[2]: value for key, value in found.items() if key.startswith("before/")}
+    assert any(key.endswith("/step") and value == 3 for key, value in before.items())
+    assert {key for key, value in before.items() if not torch.equal(found[f"after/{key}"], value)} == set()
+    assert found["finite"] and found["seen"].tolist() == [1, 1]
+
+
 def test_bf16_keeps_float32_masters(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:
     """Full fine-tuning: the saved weights are finer than bf16, and the losses go where those of float32 go."""
     expected, got = tensors(world(WORLDS, 1)["full"]), tensors(world(WORLDS, 2)["full tp2 bf16"])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
+import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +21,7 @@ import pytest
 import torch
 
 from esm_neuron import checkpoint
-from esm_neuron.checkpoint import Snapshot, TrainState
+from esm_neuron.checkpoint import Saver, Snapshot, TrainState
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import claimed, new_folder, write_json, write_text
 
@@ -218,6 +223,100 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
         checkpoint.save(tmp_path / "file", snapshot(1))
+
+
+def in_a_fork(act: Callable[[], None]) -> str:
+    """The message of the CheckpointError that `act` raises in a process of its own, "" where it raises none."""
+    said, say = FORK.Pipe(duplex=False)
+
+    def child() -> None:
+        try:
+            act()
+        except CheckpointError as error:
+            say.send(str(error))
+        else:
+            say.send("")
+
+    process = FORK.Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and said.poll()
+    return str(said.recv())
+
+
+def test_a_disk_that_is_really_full_is_one_line_and_the_earlier_checkpoints_stay(root: Path) -> None:
+    """As far as a process can have it without a disk of its own: no file may grow beyond 100 kB."""
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        checkpoint.save(root, snapshot(13, size=5000))
+
+    said = in_a_fork(fill)
+    assert "step-00000013: cannot write the checkpoint (" in said and "free space" in said and "\n" not in said
+    assert sorted(p.name for p in root.iterdir()) == ["step-00000001", "step-00000002", "step-00000012"]
+    assert in_a_fork(lambda: checkpoint.save(root, snapshot(13, size=50)) and None) == ""
+
+
+def test_a_folder_that_may_only_be_read_is_one_line_and_stays() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        checkpoint.save(root, snapshot(12))
+        for path in (root, root / "step-00000012"):
+            path.chmod(0o755)
+        root.chmod(0o555)
+
+        def save_as_nobody() -> None:
+            if os.getuid() == 0:
+                os.setuid(65534)  # permissions do not bind root
+            checkpoint.save(root, snapshot(13))
+
+        said = in_a_fork(save_as_nobody)
+        root.chmod(0o755)
+        assert "cannot write the checkpoint (" in said and "Permission denied" in said and "fix permissions" in said
+        newest = checkpoint.newest(root)
+        assert newest is not None and same(newest, snapshot(12))
+
+
+def test_saving_beside_training_holds_one_copy_loses_none_and_says_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, writing, most = checkpoint.save, [0], [0]
+    may_write = threading.Event()
+
+    def slow(root: Path, snapshot: Snapshot) -> Path:
+        writing[0] += 1
+        most[0] = max(most[0], writing[0])
+        may_write.wait(60)
+        try:
+            if snapshot.state.step == 3:
+                raise CheckpointError("the disk is full")
+            return real(root, snapshot)
+        finally:
+            writing[0] -= 1
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    saver = Saver(tmp_path, keep=2, asynchronous=True)
+    held = snapshot(1)
+    alive = weakref.ref(held)
+    saver.save(held, best=None)
+    del held
+    assert checkpoint.steps(tmp_path) == [] and alive() is not None, "training goes on while it is written"
+    may_write.set()
+    saver.settle()
+    assert checkpoint.steps(tmp_path) == [1]
+    gc.collect()
+    assert alive() is None, "what is written is let go of"
+    saver.save(snapshot(2), best=None)
+    saver.settle()
+    saver.save(snapshot(3), best=None)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        saver.settle()
+    saver.settle()  # said once
+    saver.save(snapshot(4), best=None)
+    saver.settle()
+    assert checkpoint.steps(tmp_path) == [2, 4]
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and same(newest, snapshot(4)) and most == [1]
 
 
 @pytest.mark.parametrize("where", ["save_file", "write_json", "sha256"])

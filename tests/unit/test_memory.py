@@ -104,7 +104,7 @@ def measure(cfg: TrainConfig) -> tuple[int, int]:
         with backend.autocast():
             loss, weight = task.loss(model(input_ids=torch.full((rows, length), 5), **packs).logits, batch)
         loss.backward()
-        backend.step(model, optimizer, weight, 1.0)
+        backend.step(model, optimizer, torch.stack((loss.detach(), weight)), 1.0)
     return held, live.most
 
 

@@ -259,6 +259,20 @@ def layout(mesh: Run) -> dict[str, Any]:
     return found
 
 
+def left_out(mesh: Run) -> dict[str, Any]:
+    """An update whose loss is no number: what it changed, and how everything lies on the devices after it."""
+    before = mesh.backend.gather_state(mesh.model, mesh.trainer.optimizer)
+    for parameter in mesh.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.add_(1.0)
+    totals = torch.tensor([float("inf"), 4.0]).to(mesh.backend.device)
+    norm = mesh.backend.step(mesh.model, mesh.trainer.optimizer, totals, 1.0)
+    mesh.backend.sync()
+    after = mesh.backend.gather_state(mesh.model, mesh.trainer.optimizer)
+    moved = [n for old, new in zip(before, after, strict=True) for n in old if not torch.equal(old[n], new[n])]
+    return {"norm": str(float(norm)), "moved": moved, "layout": layout(mesh)}
+
+
 def rows_layout(mesh: Run) -> dict[str, str]:
     """How a batch and the logits made of it lie on the devices."""
     import torch_xla
@@ -361,6 +375,7 @@ def on_mesh() -> dict[str, Any]:
         "cls": cls,
         "mlm": mlm,
         "rows": rows_layout(mesh),
+        "left_out": left_out(mesh),
         "packs": packs(mesh),
         "mesh_after_cpu": {"losses": resumed.losses, "graphs": resumed.graphs, "layout": layout(resumed)},
         "cpu_after_mesh": {"losses": plain.losses},

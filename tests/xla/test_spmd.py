@@ -86,7 +86,11 @@ def test_a_pass_holds_the_rows_of_every_device(mesh: dict[str, Any], task: str) 
     assert found["batches"][1] == -(-found["batches"][0] // 2)
 
 
-@pytest.mark.parametrize("run", ["cls", "mlm", "mesh_after_cpu"])
+def test_a_step_that_is_no_number_moves_nothing(mesh: dict[str, Any]) -> None:
+    assert (mesh["left_out"]["norm"], mesh["left_out"]["moved"]) == ("nan", [])
+
+
+@pytest.mark.parametrize("run", ["cls", "mlm", "mesh_after_cpu", "left_out"])
 def test_every_tensor_is_cut_as_planned(mesh: dict[str, Any], run: str) -> None:
     layout = mesh[run]["layout"]
     cut = {name for name in layout if _dimension(name) is not None}

@@ -107,6 +107,14 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(said: dict
     assert again == {}, "a resumed run needs the very programs of the run that was stopped"
 
 
+def test_a_step_that_is_no_number_moves_nothing_and_compiles_nothing(said: dict[str, Any]) -> None:
+    """The very programs of the run `lora`: the update is undone within its own, and no value is read for it."""
+    saved = said["skipped"]["saved"]
+    assert len(saved) == 5 and saved[2] == saved[1]
+    assert saved[3][0] != saved[2][0] and saved[3][1] != saved[2][1], "the step after it moves weights and moments"
+    assert {part: count for part, count in said["skipped"]["counts"].items() if count and part != "set-up"} == {}
+
+
 def test_bf16_runs_close_to_fp32(said: dict[str, Any]) -> None:
     # six steps of a schedule of its own length: only the first three, of the warm-up, are the same
     assert said["bf16"]["losses"][:3] == pytest.approx(said["xla"]["losses"][:3], rel=1e-2)

@@ -29,6 +29,7 @@ from esm_neuron.answers.embed import embed
 from esm_neuron.answers.predict import predict
 from esm_neuron.backends.xla import XlaBackend
 from esm_neuron.config import TrainConfig
+from esm_neuron.data.loader import TrainLoader
 from esm_neuron.files import sha256
 from esm_neuron.trainer import Trainer
 
@@ -174,6 +175,25 @@ def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
     return {"stopped_by": stopped_by, "counts": counts, **figures(cfg)}
 
 
+def leave_out(cfg: TrainConfig, bad: int) -> dict[str, Any]:
+    """`cfg` with a step whose loss is no number: what it compiled, and the weights and moments of each step."""
+
+    def load(original: Any) -> Any:
+        def spoiled(self: TrainLoader, step: int) -> Any:
+            data = original(self, step)
+            if step + 1 == bad:
+                data = replace(data, batches=[replace(b, weights=b.weights * float("nan")) for b in data.batches])
+            return data
+
+        return spoiled
+
+    with patched(TrainLoader, "load", load):
+        counts = count_graphs(cfg)
+    folders = sorted((Path(cfg.output) / "checkpoints").iterdir())
+    names = ("model.safetensors", "optimizer.safetensors")
+    return {"counts": counts, "saved": [[sha256(folder / name) for name in names] for folder in folders]}
+
+
 def answer(folder: Path, source: Path) -> dict[str, Any]:
     """The run `cpu` asked on both devices, in pieces whose last batches are short; programs of each command."""
     small = ("--loop.eval_rows_per_device=1", "--data.row_tokens=64", "--data.max_segments=2")
@@ -219,6 +239,8 @@ def main(config: Path, folder: Path) -> None:
     said["resumed"] = stop_and_go_on(
         make("resumed", model=drop, adapter={"kind": "none"}, loop={**accumulate, "max_steps": 8}), at=5
     )
+    skip = make("skipped", loop={"on_nonfinite": "skip", "max_steps": 5, "eval_every": 5})
+    said["skipped"] = leave_out(replace(skip, checkpoint=replace(skip.checkpoint, every=1, keep=9)), bad=3)
     masked = {"task": {"name": "masked_lm"}, "adapter": {"kind": "none"}}
     said["counts"]["masked_lm"] = count_graphs(make("mlm", **masked, loop={"max_steps": 6}))
     said["mlm"] = figures(make("mlm"))

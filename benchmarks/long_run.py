@@ -1,0 +1,123 @@
+"""Does anything grow while a run goes on? Memory, open files, threads and compiled programs over half an hour.
+
+python benchmarks/long_run.py                              30 minutes on the CPU
+python benchmarks/long_run.py --minutes 5 --backend xla    shorter, on XLA:CPU
+
+A tiny model trains with accumulation, packs, an evaluation every 200 steps and a checkpoint every 100, and is asked to
+stop by SIGTERM when the time is over. Samples of a minute are averaged, since neighbouring ones are alike; slopes are
+least squares over these minutes, the first fifth left out, with 95 % intervals by Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault("USE_TORCH_XLA", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import soak
+from scipy import stats
+
+from esm_neuron import run
+
+RESULTS = Path(__file__).resolve().parent / "results" / "long_run.json"
+QUANTITIES = {"memory_mb": "MB of resident memory", "files": "open files", "threads": "threads", "graphs": "programs"}
+WARM_UP = 0.2
+"""Share of the time that is left out: allocators and caches fill."""
+
+
+class Sampler:
+    """A callback that notes what this process holds, at most once a second, and ends the run after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.began, self.seconds = time.monotonic(), seconds
+        self.samples: list[dict[str, float]] = []
+        self.step = 0
+
+    def on_log(self, step: int, total: int, record: Any) -> None:
+        now, self.step = time.monotonic() - self.began, step
+        if not self.samples or now - self.samples[-1]["at"] >= 1:
+            self.samples.append({"at": now, **held(), "graphs": record["graphs"]})
+        if now > self.seconds:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_eval(self, step: int, record: Any) -> None:
+        """Nothing."""
+
+    def on_end(self, result: Any) -> None:
+        """Nothing."""
+
+
+def held() -> dict[str, float]:
+    """What this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    memory = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return {"memory_mb": memory, "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()}
+
+
+def slope(samples: list[dict[str, float]], name: str) -> dict[str, float]:
+    """Growth of a quantity per hour, with its 95 % interval, from the means of minutes after the warm-up."""
+    begin = samples[-1]["at"] * WARM_UP
+    late = [sample for sample in samples if sample["at"] >= begin]
+    minutes = np.array([int(sample["at"] / 60) for sample in late])
+    values = np.array([sample[name] for sample in late])
+    at = np.unique(minutes)
+    means = np.array([values[minutes == minute].mean() for minute in at])
+    fit = stats.linregress(at / 60, means)
+    half = float(stats.t.ppf(0.975, len(at) - 2) * fit.stderr)
+    return {
+        "first": float(means[0]), "last": float(means[-1]), "per_hour": float(fit.slope),
+        "low": float(fit.slope) - half, "high": float(fit.slope) + half, "points": len(at),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Train, sample, and write the slopes."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--minutes", type=float, default=30.0)
+    words.add_argument("--backend", choices=["cpu", "xla"], default="cpu")
+    words.add_argument("--results", type=Path, default=RESULTS)
+    args = words.parse_args()
+    sampler = Sampler(60 * args.minutes)
+    make = run._callbacks
+    run._callbacks = lambda cfg, begin: [make(cfg, begin)[0], sampler]  # the file, not the console
+    with tempfile.TemporaryDirectory(prefix="long-run-") as name:
+        folder = Path(name)
+        soak.write_proteins(folder)
+        cfg = soak.configuration(folder, "run", soak.Mode({"backend": args.backend}), steps=10**8)
+        cfg = replace(
+            cfg,
+            loop=replace(cfg.loop, eval_every=200),
+            checkpoint=replace(cfg.checkpoint, every=100, asynchronous=True),
+            log=replace(cfg.log, every=10),
+        )
+        outcome = run.train(cfg, str)
+    if outcome.stopped_by != "SIGTERM":
+        sys.exit("the run ended before its time")
+    slopes = {quantity: slope(sampler.samples, quantity) for quantity in QUANTITIES}
+    content = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "backend": args.backend, "minutes": args.minutes,
+        "steps": sampler.step, "samples": len(sampler.samples), "slopes": slopes,
+    }  # fmt: skip
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for quantity, words_for_it in QUANTITIES.items():
+        found = slopes[quantity]
+        print(f"{words_for_it}: {found['per_hour']:+.3f} an hour ({found['low']:+.3f} to {found['high']:+.3f})")
+
+
+if __name__ == "__main__":
+    main()

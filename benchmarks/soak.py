@@ -1,0 +1,399 @@
+"""Kill training at random moments and resume it until it is done; then everything must be what one run would have left.
+
+python benchmarks/soak.py                              every mode that this machine can run, 8 kills each
+python benchmarks/soak.py --modes lora gloo --kills 3  some of them
+NXD_SRC=<folder> python benchmarks/soak.py --modes nxd the real neuronx-distributed with ZeRO-1, on gloo
+
+A kill is SIGKILL, from within the process so that it can be placed: at a random time of the training loop, after a
+random file of a checkpoint (the file cut in half), or before a random batch of an evaluation. Moments are drawn from
+--seed. Attempts are forks of this process, which has imported everything and run nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import random
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault("USE_TORCH_XLA", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "soak.json"
+TIMING = {"residues_per_second", "graphs", "peak_memory_gb", "seconds"}
+"""Values that depend on the clock, or on what was compiled before."""
+PATIENCE = 60.0
+"""Seconds in which a rank whose peer is dead must have ended."""
+FORK = multiprocessing.get_context("fork")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to train."""
+
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    processes: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+FULL, MASKED = {"adapter": {"kind": "none", "dropout": 0.0}}, {"task": {"name": "masked_lm"}}
+SPMD = {"backend": "xla", "parallel": {"tp": 2}, "loop": {"rows_per_device": 1}}
+MODES = {
+    "lora": Mode(),
+    "full": Mode(FULL),
+    "masked-lm": Mode({**MASKED, **FULL}),
+    "asynchronous": Mode({"checkpoint": {"asynchronous": True}}),
+    "gloo": Mode({"loop": {"rows_per_device": 1}}, processes=2),
+    "xla": Mode({"backend": "xla"}),
+    "spmd": Mode(SPMD, environment={"CPU_NUM_DEVICES": "4"}),
+    "nxd": Mode({"backend": "neuron", "loop": {"rows_per_device": 1}}, processes=2, environment={"NXD_CPU_MODE": "1"}),
+}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a process ends itself by SIGKILL."""
+
+    kind: str
+    """`step`, `write` or `evaluate`."""
+    at: float
+    """Seconds after training has begun; or which file, or batch, counted from 0."""
+    rank: int = 0
+
+
+def configuration(folder: Path, output: str, mode: Mode, steps: int) -> Any:
+    """A tiny run with all that a resumed one could get wrong: dropout, accumulation, packs, epochs that end within."""
+    from esm_neuron.config import TrainConfig
+
+    sections: dict[str, Any] = {
+        "model": {"name": "tiny", "init": "random", "dropout": 0.1},
+        "data": {
+            **{split: str(folder / f"{split}.csv") for split in ("train", "valid", "test")},
+            "max_residues": 62, "window_overlap": 8, "row_tokens": 128, "max_segments": 6,
+        },
+        "adapter": {"dropout": 0.1},
+        "optim": {"lr": 5e-3, "warmup_steps": 3},
+        "loop": {"max_steps": steps, "rows_per_step": 4, "rows_per_device": 2, "eval_rows_per_device": 2,
+                 "eval_every": max(2, steps // 6), "watchdog": 120},
+        "checkpoint": {"every": 3, "keep": 3, "resume": "auto"},
+        "log": {"every": 1, "tensorboard": False, "baselines": False},
+    }  # fmt: skip
+    cfg = TrainConfig(output=str(folder / output), backend=mode.settings.get("backend", "cpu"))
+    for name in {*sections, *mode.settings} - {"backend"}:
+        values = {**sections.get(name, {}), **mode.settings.get(name, {})}
+        cfg = replace(cfg, **{name: replace(getattr(cfg, name), **values)})
+    return cfg
+
+
+def write_proteins(folder: Path) -> None:
+    """Random proteins of 20 to 60 residues with one of two labels."""
+    rng = random.Random(0)
+    for split, count in (("train", 60), ("valid", 24), ("test", 24)):
+        rows = ["id,sequence,label"]
+        for number in range(count):
+            label, alphabet = (("a", "ACDEFGHIKL"), ("b", "FGHIKLMNPQRSTVWY"))[number % 2]
+            rows.append(f"{split}{number},{''.join(rng.choices(alphabet, k=rng.randint(20, 60)))},{label}")
+        (folder / f"{split}.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def die() -> None:
+    """As by `kill -9`."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(kill: Kill) -> None:
+    """Have this process die at the moment of `kill`."""
+    from esm_neuron import checkpoint, evaluate
+    from esm_neuron.trainer import Trainer
+
+    passed = Counter[str]()
+
+    def counted(real: Callable[..., Any], cut: bool = False) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            passed["calls"] += 1
+            now = passed["calls"] > kill.at
+            if now and not cut:
+                die()
+            value = real(*args, **options)
+            if now:
+                os.truncate(args[1], args[1].stat().st_size // 2)
+                die()
+            return value
+
+        return wrapped
+
+    if kill.kind == "write":
+        checkpoint.save_file = counted(checkpoint.save_file, cut=True)
+        for name in ("write_json", "sha256", "prune"):
+            setattr(checkpoint, name, counted(getattr(checkpoint, name)))
+    elif kill.kind == "evaluate":
+        evaluate.forward = counted(evaluate.forward)
+    else:
+        fit = Trainer.fit
+
+        def timed(trainer: Any) -> Any:
+            timer = threading.Timer(kill.at, die)
+            timer.daemon = True
+            timer.start()
+            return fit(trainer)
+
+        Trainer.fit = timed
+
+
+def train(cfg: Any, mode: Mode, rank: int, port: int, kill: Kill | None) -> None:
+    """In a fork: one rank of one attempt; the process ends with its exit code."""
+    with Path(f"{cfg.output}.{rank}.log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.update(mode.environment)
+    if mode.processes > 1:
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": mode.processes, "LOCAL_WORLD_SIZE": mode.processes}
+        os.environ.update({name: str(value) for name, value in world.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    code = 1
+    try:
+        from esm_neuron import run
+        from esm_neuron.errors import EsmNeuronError
+
+        if cfg.backend == "neuron":
+            join_standins()
+        if kill is not None and kill.rank == rank:
+            arm(kill)
+        try:
+            run.train(cfg, str)
+            code = 0
+        except EsmNeuronError as error:
+            print(f"rank {rank}: {error}", flush=True)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def join_standins() -> None:
+    """As tests/nxd/worker.py does: a process group on gloo, and torch_xla's calls between processes on it."""
+    import torch.distributed as dist
+    from standins import collectives
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
+    collectives.install()
+
+
+@dataclass
+class Ended:
+    """How an attempt ended."""
+
+    codes: list[int]
+    """Exit code of each rank; -9 for one that was killed."""
+    seconds: float
+    """Of the whole attempt."""
+    survived: float
+    """Seconds that the others lived on after a rank was killed."""
+
+
+def attempt(cfg: Any, mode: Mode, kill: Kill | None) -> Ended:
+    """All ranks of one attempt, to their end.
+
+    Raises:
+        RuntimeError: a rank lived on a minute after its peer had died.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    ranks = [FORK.Process(target=train, args=(cfg, mode, rank, port, kill)) for rank in range(mode.processes)]
+    for process in ranks:
+        process.start()
+    survived = 0.0
+    if kill is not None:
+        ranks[kill.rank].join()
+        died = time.monotonic()
+        for process in ranks:
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+                raise RuntimeError(f"{cfg.output}: a rank was alive {PATIENCE:g} s after its peer's death")
+        survived = time.monotonic() - died
+    for process in ranks:
+        process.join()
+    return Ended([process.exitcode or 0 for process in ranks], time.monotonic() - began, survived)
+
+
+def left(output: Path) -> dict[str, Any]:
+    """What a finished run has left, but for clocks: content by name."""
+    from esm_neuron.files import sha256
+
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in output.rglob("*") if p.is_file()):
+        name = str(path.relative_to(output))
+        if path.suffix in (".safetensors", ".parquet", ".csv"):
+            found[name] = sha256(path)
+        elif path.name == "metrics.jsonl":
+            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            found[name] = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+        elif path.name in ("result.json", "state.json"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = without_timing(content)
+    return found
+
+
+def without_timing(value: Any) -> Any:
+    """`value` without the entries named in TIMING, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_timing(item) for key, item in value.items() if key not in TIMING}
+    return value
+
+
+def ask(cfg: Any) -> None:
+    """Predictions of a finished run on the test file, beside it; in a fork."""
+
+    def predict_there() -> None:
+        from esm_neuron.answers.predict import predict
+
+        predict(cfg.output, Path(cfg.data.test), Path(cfg.output) / "predictions.csv", backend="cpu", say=str)
+        os._exit(0)
+
+    process = FORK.Process(target=predict_there)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{cfg.output}: predict ended with {process.exitcode}")
+
+
+def draw(rng: random.Random, mode: Mode, seconds: float, steps: int) -> Kill:
+    """The next kill: half of them anywhere in the loop, a quarter in a checkpoint, a quarter in an evaluation."""
+    kind = rng.choice(("step", "step", "write", "evaluate"))
+    if kind == "write":
+        return Kill(kind, rng.randrange(steps // 3 * 8 // 4))
+    at = rng.uniform(0, seconds / 2) if kind == "step" else rng.randrange(12)
+    return Kill(kind, at, rng.randrange(mode.processes))
+
+
+def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Run a mode to its end under at least `kills` kills.
+
+    Raises:
+        RuntimeError: an attempt ended otherwise than by its kill or by finishing.
+    """
+    mode, rng = MODES[name], random.Random(f"{name} {seed}")
+    folder.mkdir()
+    write_proteins(folder)
+
+    def finish(output: str) -> tuple[Any, Ended]:
+        cfg = configuration(folder, output, mode, steps)
+        ended = attempt(cfg, mode, None)
+        if any(ended.codes):
+            raise RuntimeError(f"{cfg.output}: ended with {ended.codes}; see {cfg.output}.*.log")
+        if cfg.task.name != "masked_lm":
+            ask(cfg)
+        return cfg, ended
+
+    reference, whole = finish("reference")
+    expected = left(Path(reference.output))
+    found = Counter[str]()
+    different: list[str] = []
+    rounds, longest = 0, 0.0
+    while sum(found.values()) < kills:
+        output = f"killed-{rounds}"
+        cfg = configuration(folder, output, mode, steps)
+        while sum(found.values()) < kills:
+            kill = draw(rng, mode, whole.seconds, steps)
+            ended = attempt(cfg, mode, kill)
+            if ended.codes[kill.rank] == 0:
+                break  # it was through before the moment came
+            if ended.codes[kill.rank] != -signal.SIGKILL or 0 in ended.codes:
+                raise RuntimeError(f"{cfg.output}: {kill} ended with {ended.codes}; see {cfg.output}.*.log")
+            found[kill.kind] += 1
+            longest = max(longest, ended.survived)
+            print(f"  {name}: kill {sum(found.values())}, {kill}, after {ended.seconds:.1f} s", flush=True)
+        finish(output)
+        rounds += 1
+        got = left(Path(cfg.output))
+        different += [f"{output}/{key}" for key in sorted({*got, *expected}) if got.get(key) != expected.get(key)]
+    return {
+        "kills": sum(found.values()), **{f"in {kind}": found[kind] for kind in ("step", "write", "evaluate")},
+        "runs": rounds, "steps": steps, "processes": mode.processes, "compared": len(expected),
+        "different": different, "survivors_ended_after_s": round(longest, 1),
+    }  # fmt: skip
+
+
+def import_all(modes: list[str]) -> None:
+    """Everything that forks will need; nothing of it may start threads or open devices."""
+    if "nxd" in modes:
+        sys.path[:0] = [os.environ["NXD_SRC"], str(ROOT / "tests" / "nxd")]
+        from standins import vendor
+
+        vendor.install()
+        for package in ("neuronx_distributed.optimizer", "optimum.neuron.peft"):
+            importlib.import_module(package)
+    import torch
+
+    torch.set_num_threads(1)
+    needed = ["esm_neuron.answers.predict", "esm_neuron.run", "torch._dynamo", "pyarrow.pandas_compat"]
+    needed += ["bitsandbytes"] if importlib.util.find_spec("bitsandbytes") else []  # peft looks for it
+    needed += ["torch_xla"] if {"xla", "spmd"} & set(modes) else []
+    for package in needed:
+        importlib.import_module(package)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| mode | processes | kills | in the loop | in a checkpoint | in an evaluation | files compared | differ |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name, r in results.items():
+        counts = (r["processes"], r["kills"], r["in step"], r["in write"], r["in evaluate"], r["compared"])
+        lines.append(f"| {name} | {' | '.join(map(str, counts))} | {len(r['different'])} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Soak the modes asked for; the exit code is 1 where anything differed."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    able = [name for name in MODES if name != "nxd" or "NXD_SRC" in os.environ]
+    words.add_argument("--modes", nargs="+", choices=list(MODES), default=able)
+    words.add_argument("--kills", type=int, default=8, help="kills a mode, at least")
+    words.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
+    words.add_argument("--seed", type=int, default=0)
+    words.add_argument("--results", type=Path, default=RESULTS, help="JSON file; modes that were not run are kept")
+    args = words.parse_args()
+    import_all(args.modes)
+    before = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
+    results: dict[str, Any] = dict(before.get("modes", {}))
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        for name in args.modes:
+            began = time.monotonic()
+            results[name] = soak(name, args.kills, args.steps, args.seed, Path(folder) / name)
+            results[name] |= {"seed": args.seed, "minutes": round((time.monotonic() - began) / 60, 1)}
+            print(f"{name}: {results[name]}", flush=True)
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            kept = {mode: results[mode] for mode in MODES if mode in results}
+            content = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "modes": kept}
+            args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(table(kept))
+    return int(any(results[name]["different"] for name in args.modes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""A process that does not get on says where it stands, and ends: one hung rank would keep all nodes for days."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+EXIT_HUNG = 70
+"""Exit code of a process that its watchdog has ended (EX_SOFTWARE of sysexits.h)."""
+GRACE = 10.0
+"""Seconds after which faulthandler's own thread acts, which needs no turn of the interpreter: a call into C that keeps
+the interpreter lock stops the watchdog's thread too. It writes to stderr alone, and the exit code is 1."""
+
+
+class Watchdog:
+    """Within the block, work that takes longer than `expect` allows ends the process.
+
+    Args:
+        seconds: that one unit of work may take; 0: no limit, and nothing is started.
+        file: where the stacks of all threads are written, besides stderr.
+    """
+
+    def __init__(self, seconds: float, file: Path) -> None:
+        self._seconds, self._file = seconds, file
+        self._what, self._allowed, self._deadline = "", 0.0, float("inf")
+        self._over = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds:
+            self._over.clear()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._deadline = float("inf")
+        if self._seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+    def expect(self, what: str, units: int = 1) -> None:
+        """From now on `what` is done, in `units` that may each take the time; what came before is done."""
+        if self._seconds:
+            self._allowed = units * self._seconds
+            self._what, self._deadline = what, time.monotonic() + self._allowed
+            faulthandler.dump_traceback_later(self._allowed + GRACE, exit=True, file=sys.__stderr__)
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() > self._deadline:
+                self._end()
+
+    def _end(self) -> None:
+        reason = (
+            f"esm-neuron: error: {self._what} has taken more than {self._allowed:g} s (loop.watchdog); the stacks of "
+            f"all threads are in {self._file}; nothing is saved from here on, go on with --checkpoint.resume auto\n"
+        )
+        try:
+            _tell(2, reason)
+            _tell(os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), reason)
+        finally:
+            os._exit(EXIT_HUNG)
+
+
+def _tell(file: int, reason: str) -> None:
+    os.write(file, reason.encode())
+    faulthandler.dump_traceback(file)
