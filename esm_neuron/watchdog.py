@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -49,7 +48,7 @@ class Watchdog:
         if self._seconds:
             self._allowed = units * self._seconds
             self._what, self._deadline = what, time.monotonic() + self._allowed
-            faulthandler.dump_traceback_later(self._allowed + GRACE, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._allowed + GRACE, exit=True, file=2)
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._seconds / 4)):
