@@ -41,6 +41,8 @@ FIGURES = (
 )  # fmt: skip
 BF16_TFLOPS = {"A10G": 70, "A100": 312, "H100": 989, "H200": 989, "L40S": 362, "L4": 121}
 """Part of a GPU's name -> its peak with float32 sums."""
+FIGURES_FILE = "figures.json"
+"""What hf_trainer.py measured."""
 NEVER = 1_000_000
 """Steps between things that are not to happen."""
 
@@ -111,6 +113,7 @@ def command(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_st
     if who.name != OURS:
         options = {
             "data": folder / "train.tsv",
+            "figures": folder / FIGURES_FILE,
             "setting": who.name.removeprefix("HF "),
             "precision": who.precision,
             "backend": args.backend,
@@ -182,7 +185,10 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: 
         text = log.read()
         if process.returncode:
             return {"error": f"exit code {process.returncode}: {text[-LOG_TAIL:]}"}
-        figures = read_ours(own_folder / "out", args.warmup) if who.name == OURS else json.loads(text.splitlines()[-1])
+        if who.name == OURS:
+            figures = read_ours(own_folder / "out", args.warmup)
+        else:
+            figures = json.loads((own_folder / FIGURES_FILE).read_text())
     return {**figures, **speeds(who, args, folder, figures), "peak_rss_mb": usage.ru_maxrss / 1024}
 
 
@@ -282,6 +288,25 @@ def machine() -> dict[str, Any]:
     }
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The command's options, the data by its name alone."""
+    return {**{k: v for k, v in vars(args).items() if k not in ("data", "output")}, "data": args.data.name}
+
+
+def write_record(
+    path: Path, described: dict[str, Any], settings: dict[str, Any], table: pd.DataFrame,
+    runs: dict[Contestant, list[dict[str, Any]]],
+) -> None:  # fmt: skip
+    """Every run so far and its summary, as JSON."""
+    record = {
+        "machine": described,
+        "settings": settings,
+        "summary": json.loads(table.to_json(orient="records")),
+        "runs": [{**asdict(who), **figures} for who, done in runs.items() for figures in done],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def plot(table: pd.DataFrame, title: str, path: Path) -> None:
     """Bars of residues per second and of padding efficiency, fastest HF setting marked."""
     labels = table["label"].tolist()
@@ -319,6 +344,8 @@ def main() -> int:
     contestants = [Contestant(name, precision, adapter, again == "on") for precision, adapter, again, name in ways]
     runs: dict[Contestant, list[dict[str, Any]]] = {who: [] for who in contestants}
     described = machine()
+    args.output.mkdir(parents=True, exist_ok=True)
+    stem = args.output / f"{args.backend}-{args.shape}"
     with tempfile.TemporaryDirectory() as folder:
         rows_per_step = write_rows(args, Path(folder))
         for repeat in range(args.repeats):
@@ -329,18 +356,10 @@ def main() -> int:
                 runs[who].append(figures)
                 shown = figures.get("error") or f"{figures['residues_per_second']:.0f} residues/s"
                 print(f"{who.label}, run {repeat + 1} of {args.repeats}: {shown}", file=sys.stderr, flush=True)
-    table = summary(contestants, runs)
+                table = summary(contestants, runs)
+                settings = {**settings_of(args), "ours_rows_per_step": rows_per_step}
+                write_record(stem.with_suffix(".json"), described, settings, table, runs)  # an interruption loses one run
     print(table.round(3).to_string(index=False))
-    args.output.mkdir(parents=True, exist_ok=True)
-    stem = args.output / f"{args.backend}-{args.shape}"
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "output")}
-    record = {
-        "machine": described,
-        "settings": {**settings, "data": args.data.name, "ours_rows_per_step": rows_per_step},
-        "summary": json.loads(table.to_json(orient="records")),
-        "runs": [{**asdict(who), **figures} for who in contestants for figures in runs[who]],
-    }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     title = f"Fine-tuning, {args.shape} on {args.backend}, {args.threads} threads, {args.rows} proteins"
     plot(table, title, stem.with_suffix(".png"))
     print(f"written: {stem}.json, {stem}.png")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,14 +21,13 @@ from jsonargparse import ArgumentError, ArgumentParser
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.data.loader import accumulated_passes
 from esm_neuron.errors import ConfigError
-from esm_neuron.parallel.plan import in_block, style_of
+from esm_neuron.memory import predict_memory
+from esm_neuron.parallel.plan import in_block
 from esm_neuron.parallel.topology import NEURON_TP, legal_tp
 from esm_neuron.plan import RunPlan
 from esm_neuron.shapes import EsmShape
 
 GIB = 2**30
-MOMENTS = 8
-"""Bytes of AdamW's two float32 moments of a parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,9 @@ class Estimate:
     tp: int
     dp: int
     state_gib: float
-    """Weights, gradients and moments on a device, GiB; activations come on top."""
+    """Weights, gradients and moments on a device, GiB."""
+    peak_gib: float
+    """With the activations of a step, GiB: `memory.predict_memory`, whose caveats hold."""
     refused: str | None = None
     """Why it cannot be done so; the figures below are then 0."""
     tokens_per_second: float = 0.0
@@ -154,24 +155,29 @@ def _estimate(
 ) -> Estimate:
     instance, assumed = prices.instances[name], prices.assumptions
     dp = instance.devices * nodes // tp
-    held = state_bytes(cfg, shape, tp, dp if instance.kind == "neuron" and cfg.parallel.zero1 else 1) / GIB
+    there = replace(
+        cfg, backend="neuron" if instance.kind == "neuron" else "cuda", parallel=replace(cfg.parallel, tp=tp)
+    )
+    memory = predict_memory(there, shape, dp)
+    held, peak = memory.state / GIB, memory.total / GIB
+    place = Estimate(instance=name, nodes=nodes, tp=tp, dp=dp, state_gib=held, peak_gib=peak)
     try:
+        there.check_backend()
         passes = accumulated_passes(cfg, dp)
-        require(held < instance.gib, f"weights and optimizer need {held:.1f} of {instance.gib:g} GiB a device")
+        require(
+            peak < instance.gib,
+            f"a device needs {peak:.1f} of {instance.gib:g} GiB, {held:.1f} of them for weights, gradients and moments",
+        )
     except ConfigError as error:
-        return Estimate(instance=name, nodes=nodes, tp=tp, dp=dp, state_gib=held, refused=str(error))
+        return replace(place, refused=str(error))
     slots = sum(b.steps * b.rows_per_step * b.row_tokens for b in plan.buckets) / plan.total.steps
     seconds = step_seconds(cfg, shape, instance, nodes, tp, slots, passes, assumed.utilisation)
     hours = plan.steps * seconds / 3600
     compiling = plan.programs * assumed.compile_minutes / 60 if instance.kind == "neuron" else 0.0
     price = instance.prices.get(market)
     dollars = None if price is None else price * nodes * (hours + compiling)
-    return Estimate(
-        instance=name,
-        nodes=nodes,
-        tp=tp,
-        dp=dp,
-        state_gib=held,
+    return replace(
+        place,
         tokens_per_second=slots / seconds,
         residues_per_second=plan.total.residues / plan.total.steps / seconds,
         hours=hours,
@@ -189,26 +195,6 @@ def trained_parameters(cfg: TrainConfig, shape: EsmShape) -> int:
         return 0
     linears = {name.removesuffix(".weight"): size for name, size in shape.parameters().items() if len(size) == 2}
     return sum(cfg.adapter.r * sum(size) for name, size in linears.items() if in_block(name) in cfg.adapter.targets)
-
-
-def state_bytes(cfg: TrainConfig, shape: EsmShape, tp: int, zero1: int) -> float:
-    """Bytes of weights, gradients and moments on a device; activations come on top.
-
-    Args:
-        cfg: the run.
-        shape: the model's.
-        tp: tensor-parallel degree.
-        zero1: data-parallel ranks over which the moments are spread; 1: none.
-    """
-    low = 2 if cfg.loop.precision == "bf16" else 4
-    full = cfg.adapter.kind == "none"
-    trained = trained_parameters(cfg, shape) / tp
-    held = 0.0
-    for name, size in shape.parameters().items():
-        linear = style_of(name.removesuffix(".weight")) is not None and len(size) == 2
-        held += math.prod(size) / (tp if linear else 1) * (4 if full or not linear else low)
-    weights = 0 if full else 4 * trained
-    return held + weights + trained * (4 + MOMENTS / zero1)
 
 
 def step_seconds(
@@ -262,8 +248,8 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
         f"ESTIMATES, not measurements, for {nodes} x each; {market} dollars of {prices.date}, {prices.region}",
         f"assumed: {assumed.utilisation:.0%} of the peak, spot at {assumed.spot_share:.0%} of on demand, "
         f"{assumed.compile_minutes:g} min a program; validation left out; state = weights, gradients and moments, "
-        "activations come on top",
-        f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'tokens/s':>10} {'residues/s':>10} {'hours':>8} "
+        "peak = with a step's activations",
+        f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'peak':>7} {'tokens/s':>10} {'residues/s':>10} {'hours':>8} "
         f"{'compile':>8} {'on demand':>10} {'spot':>8}",
     ]
     lines += [_row(e) for e in mine] or [f"{asked}: no legal tensor-parallel degree, or it works alone"]
@@ -275,7 +261,7 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
 
 
 def _row(e: Estimate) -> str:
-    head = f"{e.instance:<16} {e.tp:>3} {e.dp:>4} {e.state_gib:>9.2f}"
+    head = f"{e.instance:<16} {e.tp:>3} {e.dp:>4} {e.state_gib:>9.2f} {e.peak_gib:>7.2f}"
     if e.refused is not None:
         return f"{head} cannot: {e.refused}"
     return (

@@ -150,8 +150,13 @@ def _is_lora(cfg: TrainConfig) -> bool:
 
 
 def _head(cfg: TrainConfig, shape: EsmShape, outputs: int) -> list[int]:
-    """Sizes of the parameters of the task's head: a dense layer and the outputs."""
-    return [] if cfg.task.name == "masked_lm" else [shape.hidden**2, shape.hidden, outputs * shape.hidden, outputs]
+    """Sizes of the parameters that the task adds: the outputs, and of a pooled answer a dense layer and the pooling."""
+    if cfg.task.name == "masked_lm":
+        return []
+    output = [outputs * shape.hidden, outputs]
+    if cfg.task.name == "residue_classification":
+        return output
+    return [shape.hidden**2, shape.hidden, *output, *([shape.hidden] if cfg.model.pooling == "attention" else [])]
 
 
 def _lora(cfg: TrainConfig, shape: EsmShape) -> list[int]:
@@ -240,6 +245,9 @@ def _logits(cfg: TrainConfig, shape: EsmShape, outputs: int) -> int:
     number = _number(cfg)
     if cfg.task.name == "masked_lm":
         of_token = (2 * number + 2 * FLOAT32) * shape.hidden + (number + 2 * FLOAT32) * VOCABULARY
+        return cfg.loop.rows_per_device * cfg.data.row_tokens * of_token
+    if cfg.task.name == "residue_classification":
+        of_token = number * shape.hidden + (number + 3 * FLOAT32) * outputs
         return cfg.loop.rows_per_device * cfg.data.row_tokens * of_token
     segments = cfg.data.max_segments if cfg.data.packing else 1
     return cfg.loop.rows_per_device * segments * FLOAT32 * (4 * shape.hidden + 4 * outputs)

@@ -43,7 +43,7 @@ class Opened:
     def identity(self, built: Built, **more: Any) -> dict[str, Any]:
         """What decides an answer besides the input: weights, settings, and `more`; of JSON's types."""
         cfg, adapter = self.cfg, Path(self.cfg.output) / ADAPTER / ADAPTER_WEIGHTS
-        trained = self.trained is not None and cfg.adapter.kind == "lora"
+        trained = self.trained is not None and cfg.adapter.kind in ("lora", "qlora")
         data = {name: value for name, value in settings.plain(cfg.data).items() if name not in NOT_IN_IDENTITY}
         return {
             "version": __version__,

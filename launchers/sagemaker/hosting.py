@@ -1,6 +1,6 @@
 """Lay a finished run out for a SageMaker endpoint on CPU or GPU instances:
 
-    python launchers/sagemaker/hosting.py --model RUN --output model.tar.gz
+    python launchers/sagemaker/hosting.py --model RUN --output model.tar.gz [--backend cuda]
 
 The adapter is merged into its base, so that the endpoint needs no hub. `--model` is the output folder of a training
 run, or the unpacked model.tar.gz of a training job. Hosting on Neuron instances is not offered.
@@ -20,7 +20,7 @@ from pathlib import Path
 from stage import HERE, copy_package, requirements
 
 from esm_neuron import settings
-from esm_neuron.config import AdapterConfig, require
+from esm_neuron.config import AdapterConfig, BackendName, require
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.export import CONFIG, MODEL, export
 from esm_neuron.files import write_text
@@ -29,15 +29,15 @@ TORCH = "torch==2.8.*"
 """Inference images bring an older one."""
 
 
-def lay_out(run: Path, folder: Path) -> None:
-    """Fill `folder` with config, merged weights, handler and package.
+def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
+    """Fill `folder` with config, merged weights, handler and package; it will answer on `backend`.
 
     Raises:
         EsmNeuronError: `run` is no finished run, or its weights are damaged.
     """
     export(run, folder / MODEL)
     cfg = settings.read_config(run / CONFIG)
-    write_text(folder / CONFIG, settings.dump(replace(cfg, adapter=AdapterConfig(kind="none"), backend="cpu")))
+    write_text(folder / CONFIG, settings.dump(replace(cfg, adapter=AdapterConfig(kind="none"), backend=backend)))
     code = folder / "code"
     code.mkdir()
     shutil.copy2(HERE / "inference.py", code)
@@ -45,13 +45,13 @@ def lay_out(run: Path, folder: Path) -> None:
     copy_package(code)
 
 
-def pack(run: Path, target: Path) -> None:
+def pack(run: Path, target: Path, backend: BackendName) -> None:
     """Write the archive that CreateModel takes."""
     require(not target.exists(), f"--output {target}: exists already; name a new file")
     with tempfile.TemporaryDirectory(dir=target.resolve().parent) as work:
         folder, aside = Path(work) / "model", Path(work) / "model.tar.gz"
         folder.mkdir()
-        lay_out(run, folder)
+        lay_out(run, folder, backend)
         with tarfile.open(aside, "w:gz") as archive:
             for path in sorted(folder.iterdir()):
                 archive.add(path, path.name)
@@ -63,9 +63,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--output", required=True, type=Path, help="model.tar.gz to write")
+    parser.add_argument(
+        "--backend", choices=["cpu", "cuda"], default="cpu", help="what the endpoint's instances have (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     try:
-        pack(args.model, args.output)
+        pack(args.model, args.output, args.backend)
     except EsmNeuronError as error:
         sys.stderr.write(f"hosting.py: error: {error}\n")
         return error.exit_code

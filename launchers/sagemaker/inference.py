@@ -18,8 +18,8 @@ Records = list[tuple[str, str]]
 
 
 def model_fn(model_dir: str) -> Predictor:
-    """The model, loaded once a worker."""
-    return Predictor.open(Path(model_dir), "cpu")
+    """The model, loaded once a worker, on the device that hosting.py was told."""
+    return Predictor.open(Path(model_dir))
 
 
 def input_fn(body: str | bytes, content_type: str) -> Records:

@@ -18,6 +18,7 @@ import pytest
 from esm_neuron import cli, run
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import DataError
+from esm_neuron.settings import read_config
 
 Toy = Callable[..., TrainConfig]
 
@@ -71,6 +72,9 @@ def test_the_handler_answers_as_predict_does(toy: Toy, tmp_path: Path) -> None:
         for name, value in row.items():
             assert answer[name] == (pytest.approx(value, abs=2e-5) if isinstance(value, float) else value)
     assert single[0]["label"] == many[0]["label"]
+
+    hosting.lay_out(Path(cfg.output), tmp_path / "gpu", "cuda")
+    assert read_config(tmp_path / "gpu" / "config.yaml").backend == "cuda", "where the handler answers"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"overrides": ("--loop.rows_per_step", "48")}, "loop.rows_per_step=48 is not a multiple of 32"),
         ({"train": "nowhere.csv"}, "train=nowhere.csv: no such file"),
         ({"compile_only": True}, "compile_only: its programs would be lost; add --compile-cache"),
+        ({"overrides": ("--adapter.kind", "qlora")}, "adapter.kind=qlora with backend=neuron"),
         ({"compile_only": True, "instance_type": "ml.g5.2xlarge"}, "only Trainium compiles ahead"),
         ({"region": "mars-1"}, "region=mars-1 is not in images.yaml; give --image"),
     ],

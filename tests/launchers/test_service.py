@@ -27,7 +27,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "trn1": {},
     "trn1 x 4": {"instance_count": 4, "encrypt_traffic": True, "tags": {"team": "proteins"}},
     "trn1n x 2": {"instance_type": "ml.trn1n.32xlarge", "instance_count": 2, **CACHE},
-    "g5": {"instance_type": "ml.g5.2xlarge", "overrides": ("--optim.lr", "1e-4")},
+    "g5 qlora": {"instance_type": "ml.g5.2xlarge", "overrides": ("--adapter.kind", "qlora", "--optim.lr", "1e-4")},
     "compile only": {"compile_only": True, **CACHE},
     "spot": {"spot": True, "max_run": 3600, "max_wait": 7200, "checkpoints": "s3://bucket/earlier"},
     "warm pool": {"keep_alive": 600},
@@ -113,8 +113,8 @@ def expect(name: str, job: Job, sent: dict[str, Any]) -> None:
         assert sent[key] == value
     assert resources.get("KeepAlivePeriodInSeconds") == (600 if name == "warm pool" else None)
     assert sent["OutputDataConfig"].get("KmsKeyId") == ("key" if name == "vpc and keys" else None)
-    if name == "g5":
-        assert hyper["optim.lr"] == "1e-4"
+    if name == "g5 qlora":
+        assert hyper["optim.lr"] == "1e-4" and hyper["adapter.kind"] == "qlora"
     if name == "trn1n x 2":
         assert sent["Environment"]["FI_PROVIDER"] == "efa" and sent["Environment"]["FI_EFA_USE_DEVICE_RDMA"] == "1"
     if name == "compile only":

@@ -15,6 +15,7 @@ from esm_neuron import cli, cost, settings
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
+from esm_neuron.memory import predict_memory
 from esm_neuron.plan import make_plan
 from esm_neuron.shapes import SHAPES
 
@@ -70,23 +71,26 @@ def test_the_roofline_by_hand() -> None:
     assert few == pytest.approx(2 * blocks * 2 / 410e9), "a single token waits for the weights"
 
 
-def test_state_is_counted_from_the_shape(toy: Toy) -> None:
-    cfg = TrainConfig()
-    full = replace(cfg, adapter=replace(cfg.adapter, kind="none"))
-    count = LARGE.parameter_count()
-    assert cost.state_bytes(full, LARGE, 1, 1) == 16 * count, "float32 weight, gradient and two moments"
-    assert cost.state_bytes(full, LARGE, 1, 32) == pytest.approx((8 + 8 / 32) * count)
-    trained = cost.trained_parameters(cfg, LARGE)
-    assert trained == LARGE.layers * 8 * (4 * 2 * LARGE.hidden + 2 * 5 * LARGE.hidden)
-    assert cost.state_bytes(cfg, LARGE, 1, 1) == 4 * count + 16 * trained
-    eight = cost.state_bytes(cfg, LARGE, 8, 1)
-    assert count / 8 * 4 < eight < cost.state_bytes(cfg, LARGE, 4, 1), "norms and embedding stay whole"
+def test_memory_is_that_of_the_device_and_its_degree(toy: Toy) -> None:
+    """The figures of `predict_memory` for the backend that an instance has, not for the one the file names."""
+    found = made(big(toy, adapter={"kind": "none"}))
+    for name, backend in (("trn1.32xlarge", "neuron"), ("g5.48xlarge", "cuda")):
+        for e in (e for e in found if e.instance == name):
+            cfg = big(toy, adapter={"kind": "none"}, backend=backend, parallel={"tp": e.tp})
+            memory = predict_memory(cfg, LARGE, e.dp)
+            assert (e.state_gib, e.peak_gib) == (memory.state / cost.GIB, memory.total / cost.GIB)
+    eight, four = (one(found, "trn1.32xlarge", tp) for tp in (8, 4))
+    assert eight.state_gib < four.state_gib and eight.peak_gib > eight.state_gib
 
 
 def test_what_cannot_be_done_says_why(toy: Toy) -> None:
     full = big(toy, adapter={"kind": "none"})
     refused = one(made(full), "g5.2xlarge", 1).refused
-    assert refused is not None and refused.startswith("weights and optimizer need 42.") and "of 22 GiB" in refused
+    assert refused is not None and "of 22 GiB, 42." in refused and refused.startswith("a device needs ")
+    quantized = big(toy, adapter={"kind": "qlora"}, backend="cuda")
+    refused = one(made(quantized), "trn1.32xlarge", 1).refused
+    assert refused is not None and "use adapter.kind=lora with loop.precision=bf16" in refused
+    assert one(made(quantized), "g5.2xlarge", 1).refused is None
     odd = big(toy, loop={"rows_per_step": 4, "rows_per_device": 1})
     refused = one(made(odd), "trn1.32xlarge", 1).refused
     assert refused is not None and "loop.rows_per_step=4 is not a multiple of 32" in refused

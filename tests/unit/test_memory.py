@@ -46,11 +46,12 @@ def config(
     precision: str = "fp32",
     again: bool = False,
     task: str = "sequence_classification",
+    pooling: str = "mean",
     **others: Any,
 ) -> TrainConfig:
     return TrainConfig(
-        model=ModelConfig(name=name, init="random", gradient_checkpointing=again),
-        task=TaskConfig(name=task),
+        model=ModelConfig(name=name, init="random", gradient_checkpointing=again, pooling=pooling),
+        task=TaskConfig(name=task, **({"target_mean": 0.0, "target_sd": 1.0} if task == "regression" else {})),
         data=DataConfig(row_tokens=512, max_residues=510, max_segments=4),
         adapter=AdapterConfig(kind=kind),
         loop=LoopConfig(precision=precision, rows_per_device=2, rows_per_step=2),
@@ -92,7 +93,9 @@ def measure(cfg: TrainConfig) -> tuple[int, int]:
     optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
     rows, length, segments = cfg.loop.rows_per_device, cfg.data.row_tokens, cfg.data.max_segments
     shape = (rows, length) if task.per_token else (rows, segments)
-    batch = type("Batch", (), {"labels": torch.zeros(shape, dtype=torch.int64), "weights": torch.ones(shape)})
+    labels = {"regression": torch.zeros(shape), "multi_label": torch.zeros(*shape, 2)}
+    known = labels.get(cfg.task.name, torch.zeros(shape, dtype=torch.int64))
+    batch = type("Batch", (), {"labels": known, "weights": torch.ones(shape)})
     places = torch.arange(length).expand(rows, length)
     each = length // segments
     packs = {"segment_ids": places // each, "positions": places % each, "max_segments": segments}
@@ -125,6 +128,9 @@ CASES = [
     config(kind="qlora"),
     config("esm2_t6_8M", kind="qlora", precision="bf16", again=True),
     config("esm2_t6_8M", kind="none", precision="bf16", task="masked_lm"),
+    config(task="residue_classification"),
+    config(task="regression", kind="none", pooling="attention"),
+    config(task="multi_label", pooling="cls"),
 ]
 
 
@@ -133,7 +139,8 @@ CASES = [
 )
 def test_the_prediction_is_what_the_tensors_take(cfg: TrainConfig) -> None:
     held, most = measure(cfg)
-    predicted = predict_memory(cfg, SHAPES[cfg.model.name])
+    outputs = 1 if cfg.task.name == "regression" else 2
+    predicted = predict_memory(cfg, SHAPES[cfg.model.name], outputs=outputs)
     assert predicted.state == pytest.approx(held, rel=0.01)
     assert predicted.total == pytest.approx(most, rel=TOLERANCE)
 
