@@ -358,7 +358,8 @@ def main() -> int:
                 print(f"{who.label}, run {repeat + 1} of {args.repeats}: {shown}", file=sys.stderr, flush=True)
                 table = summary(contestants, runs)
                 settings = {**settings_of(args), "ours_rows_per_step": rows_per_step}
-                write_record(stem.with_suffix(".json"), described, settings, table, runs)  # an interruption loses one run
+                # now, so that an interruption loses one run
+                write_record(stem.with_suffix(".json"), described, settings, table, runs)
     print(table.round(3).to_string(index=False))
     title = f"Fine-tuning, {args.shape} on {args.backend}, {args.threads} threads, {args.rows} proteins"
     plot(table, title, stem.with_suffix(".png"))

@@ -7,7 +7,6 @@ Validation, reading data and saving are left out. Prices and devices' figures: i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,6 +24,7 @@ from esm_neuron.memory import predict_memory
 from esm_neuron.parallel.plan import in_block
 from esm_neuron.parallel.topology import NEURON_TP, legal_tp
 from esm_neuron.plan import RunPlan
+from esm_neuron.rules import check_backend
 from esm_neuron.shapes import EsmShape
 
 GIB = 2**30
@@ -162,7 +162,7 @@ def _estimate(
     held, peak = memory.state / GIB, memory.total / GIB
     place = Estimate(instance=name, nodes=nodes, tp=tp, dp=dp, state_gib=held, peak_gib=peak)
     try:
-        there.check_backend()
+        check_backend(there)
         passes = accumulated_passes(cfg, dp)
         require(
             peak < instance.gib,
@@ -249,8 +249,8 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
         f"assumed: {assumed.utilisation:.0%} of the peak, spot at {assumed.spot_share:.0%} of on demand, "
         f"{assumed.compile_minutes:g} min a program; validation left out; state = weights, gradients and moments, "
         "peak = with a step's activations",
-        f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'peak':>7} {'tokens/s':>10} {'residues/s':>10} {'hours':>8} "
-        f"{'compile':>8} {'on demand':>10} {'spot':>8}",
+        f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'peak':>7} {'tokens/s':>10} {'residues/s':>10} "
+        f"{'hours':>8} {'compile':>8} {'on demand':>10} {'spot':>8}",
     ]
     lines += [_row(e) for e in mine] or [f"{asked}: no legal tensor-parallel degree, or it works alone"]
     for name in prices.instances:

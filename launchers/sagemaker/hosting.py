@@ -64,7 +64,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--output", required=True, type=Path, help="model.tar.gz to write")
     parser.add_argument(
-        "--backend", choices=["cpu", "cuda"], default="cpu", help="what the endpoint's instances have (default: %(default)s)"
+        "--backend",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="the endpoint's device (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from esm_neuron import cli, cost, settings
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.memory import predict_memory
@@ -74,10 +74,11 @@ def test_the_roofline_by_hand() -> None:
 def test_memory_is_that_of_the_device_and_its_degree(toy: Toy) -> None:
     """The figures of `predict_memory` for the backend that an instance has, not for the one the file names."""
     found = made(big(toy, adapter={"kind": "none"}))
-    for name, backend in (("trn1.32xlarge", "neuron"), ("g5.48xlarge", "cuda")):
+    devices: dict[str, BackendName] = {"trn1.32xlarge": "neuron", "g5.48xlarge": "cuda"}
+    for name, backend in devices.items():
         for e in (e for e in found if e.instance == name):
-            cfg = big(toy, adapter={"kind": "none"}, backend=backend, parallel={"tp": e.tp})
-            memory = predict_memory(cfg, LARGE, e.dp)
+            cfg = big(toy, adapter={"kind": "none"}, parallel={"tp": e.tp})
+            memory = predict_memory(replace(cfg, backend=backend), LARGE, e.dp)
             assert (e.state_gib, e.peak_gib) == (memory.state / cost.GIB, memory.total / cost.GIB)
     eight, four = (one(found, "trn1.32xlarge", tp) for tp in (8, 4))
     assert eight.state_gib < four.state_gib and eight.peak_gib > eight.state_gib
@@ -87,7 +88,7 @@ def test_what_cannot_be_done_says_why(toy: Toy) -> None:
     full = big(toy, adapter={"kind": "none"})
     refused = one(made(full), "g5.2xlarge", 1).refused
     assert refused is not None and "of 22 GiB, 42." in refused and refused.startswith("a device needs ")
-    quantized = big(toy, adapter={"kind": "qlora"}, backend="cuda")
+    quantized = replace(big(toy, adapter={"kind": "qlora"}), backend="cuda")
     refused = one(made(quantized), "trn1.32xlarge", 1).refused
     assert refused is not None and "use adapter.kind=lora with loop.precision=bf16" in refused
     assert one(made(quantized), "g5.2xlarge", 1).refused is None
