@@ -17,9 +17,11 @@ EXTRAS := --extra xla --extra dev
 SOURCES := esm_neuron tests launchers $(wildcard benchmarks)
 DEMO := runs/demo
 PAGE := docs/parity.md
+DATA := data
+DATASETS := scl2205 disorder amyloid_dms
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-gpu soak long-run lock clean
+.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-gpu soak long-run results lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +106,12 @@ soak: $(VENV)/.installed ## kill training at 64 random moments, resume it, compa
 
 long-run: $(VENV)/.installed ## half an hour of tiny training: does memory grow, or files, threads, programs?
 	$(BIN)/python benchmarks/long_run.py
+
+$(DATA)/%.tsv.gz: | $(VENV)/.installed
+	$(BIN)/esm-neuron data get $(firstword $(subst _, ,$*)) --output $(DATA)
+
+results: $(VENV)/.installed $(DATASETS:%=$(DATA)/%.tsv.gz) ## every task on real data beside random weights and baselines: hours on 2 cores; docs/results.md
+	$(BIN)/python benchmarks/results.py --data $(DATA)
 
 lock: $(VENV)/.uv ## resolve constraints/general.txt and constraints/uv.txt anew
 	$(LOCK) pyproject.toml --extra xla --extra cuda --extra sagemaker --extra dev --extra nxd-tests --extra launchers-tests -o constraints/general.txt

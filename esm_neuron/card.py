@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from esm_neuron import __version__
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.records import is_hub
-from esm_neuron.metrics.text import counted, shown, verdict
+from esm_neuron.metrics.text import clean_of, counted, leak_text, shown, verdict
 from esm_neuron.safetensors_folder import BaseReference
 from esm_neuron.templates import environment
 
@@ -45,6 +45,7 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
     split = "test" if result.get("test") else "valid"
     baselines = (result.get("baselines") or {}).get(split, {})
     figures = result.get(split) or {}
+    clean = (result.get("clean") or {}).get(split, {})
     text = environment().get_template("model_card.md.jinja").render(
         cfg=cfg,
         result=result,
@@ -59,8 +60,11 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
         files={name: _file(getattr(cfg.data, name)) for name in ("train", "valid", "test")},
         splits=[(name, counted(result[name], cfg.task.name)) for name in ("test", "valid") if result.get(name)],
         columns=_columns(figures, baselines),
-        rows=[[figure.name, figure.text, *(_text(values, figure.key) for values in baselines.values())]
-              for figure in shown(figures)],
+        rows=_rows(figures, baselines),
+        clean=_rows(clean, (result.get("clean_baselines") or {}).get(split, {})),
+        clean_counted=counted(clean, cfg.task.name) if clean else "",
+        clean_of=clean_of(result, split) if clean else "",
+        leaks=leak_text(result, split) if figures else "",
         split=split,
         verdict=verdict(figures, baselines, result["metric"]),
         licence=_licence(cfg),
@@ -72,6 +76,14 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
 
 def _columns(figures: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[str]:
     return ["", "this model", *baselines] if figures else []
+
+
+def _rows(figures: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[list[str]]:
+    """A row a figure: its name, its value, the baselines'."""
+    return [
+        [figure.name, figure.text, *(_text(values, figure.key) for values in baselines.values())]
+        for figure in shown(figures)
+    ]
 
 
 def _text(figures: Mapping[str, Any], key: str) -> str:

@@ -94,10 +94,16 @@ class DataConfig:
     """Share of training rows sampled for validation, by `seed`, where neither file nor column gives any, 0 to 1."""
     test_fraction: float = 0.0
     """The same for test rows, sampled after the validation rows, 0 to 1."""
+    sample: Literal["rows", "clusters"] = "rows"
+    """What `valid_fraction` and `test_fraction` sample: rows, each class with its share; or whole clusters of relatives
+    (found as `relatives` says), so that no sampled row has a relative left in training."""
     keep: dict[str, list[str]] = field(default_factory=dict)
     """Row filter for every split: column -> values to keep; the rest is counted and left out."""
     keep_heldout: dict[str, list[str]] = field(default_factory=dict)
     """Row filter for validation and test rows only, such as `{leaky: ["false"]}` for the clean rows."""
+    relatives: Literal["kmer", "mmseqs", "off"] = "kmer"
+    """How validation and test rows with a relative among the training rows are found, to be counted, and to be left out
+    of figures of their own: by k-mers, by MMseqs2 where it is installed, or not at all."""
     on_bad_residue: Literal["strict", "skip", "replace"] = "strict"
     """A character outside the ESM alphabet: stop, leave the row out, or write X. The latter two are counted."""
     cache: str | None = None

@@ -1,7 +1,8 @@
 """What a finished run answered to each held-out record: OUT/answers-valid.parquet and OUT/answers-test.parquet.
 
-Columns: `id`, `residues` (before the sequence was cut), `truth` (but for masked LM), and what `predict` would write, in
-its order (`Task.outputs`). `truth` is in the words of the answers: a class, several joined by `;`, a number, or for
+Columns: `id`, `residues` (before the sequence was cut), `related` (whether a relative was found among the training
+rows, where that was looked for), `truth` (but for masked LM), and what `predict` would write, in its order
+(`Task.outputs`). `truth` is in the words of the answers: a class, several joined by `;`, a number, or for
 classes of residues a list of them with null where nothing is known. Numbers that come one a residue are float32.
 """
 
@@ -22,19 +23,32 @@ if TYPE_CHECKING:
     from esm_neuron.tasks import Answers, Column, Task
 
 
-def save_answers(path: Path, task: Task, table: ExampleTable, answers: Answers) -> None:
-    """Write the answers of `evaluate.collect` to a table with labels, a row a record, in the table's order."""
+def save_answers(
+    path: Path, task: Task, table: ExampleTable, answers: Answers, related: np.ndarray | None = None
+) -> None:
+    """Write `as_table` of the same arguments as a Parquet file."""
+    found = as_table(task, table, answers, related)
+    with new_file(path) as aside:
+        pq.write_table(found, aside, compression="zstd")
+
+
+def as_table(task: Task, table: ExampleTable, answers: Answers, related: np.ndarray | None = None) -> pa.Table:
+    """The answers of `evaluate.collect` to a table with labels, a row a record, in the table's order.
+
+    Args:
+        related: bool [records]: which records have a relative among the training rows; None: not known.
+    """
     _, bounds = table.residue_slots()
     truth = task.truth(table)
     columns = {
         "id": pa.array(list(table.ids), pa.string()),
         "residues": pa.array(np.diff(bounds), pa.int32()),
+        **({} if related is None else {"related": pa.array(related, pa.bool_())}),
         **({} if truth is None else {"truth": _array(truth)}),
     }
     outputs = task.outputs(table, answers)
     arrays = [*columns.values(), *map(_array, outputs.values())]
-    with new_file(path) as aside:
-        pq.write_table(pa.table(arrays, names=[*columns, *outputs]), aside, compression="zstd")
+    return pa.table(arrays, names=[*columns, *outputs])
 
 
 def load_answers(path: Path) -> pa.Table | None:

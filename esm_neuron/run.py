@@ -14,24 +14,21 @@ from esm_neuron import checkpoint, settings
 from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
-from esm_neuron.baselines import capped, fit_baselines
 from esm_neuron.build import Built, build_model
-from esm_neuron.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite, format_record
+from esm_neuron.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite
 from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
 from esm_neuron.data.splits import Splits, load_inputs, load_splits
 from esm_neuron.data.validate import rejected_table
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.evaluate import collect
 from esm_neuron.evaluate import evaluate as evaluate_table
 from esm_neuron.export import MAY_CHANGE, build_trained, read_run, write_results
 from esm_neuron.files import claimed, write_json, write_text
-from esm_neuron.folders import CONFIG, METRICS, NONFINITE, REJECTED, RESULT, answers_name
-from esm_neuron.held_out import save_answers
-from esm_neuron.metrics import Value
+from esm_neuron.folders import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
 from esm_neuron.model import parameter_count
 from esm_neuron.rules import validate
+from esm_neuron.scores import Leaks, find_leaks, score
 from esm_neuron.shapes import SHAPES
 from esm_neuron.tasks import TASKS, Task, create_task
 from esm_neuron.trainer import Fit, Trainer
@@ -42,9 +39,9 @@ T = TypeVar("T")
 FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how, not what is computed."""
 FREE_FIELDS = {
-    "data.train", "data.valid", "data.test", "data.cache", "model.gradient_checkpointing", "loop.rows_per_device",
-    "loop.eval_rows_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience", "loop.on_recompile",
-    "loop.on_nonfinite", "loop.watchdog",
+    "data.train", "data.valid", "data.test", "data.cache", "data.relatives", "model.gradient_checkpointing",
+    "loop.rows_per_device", "loop.eval_rows_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
+    "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog",
 }  # fmt: skip
 """The same for single fields; the data itself is compared by its fingerprint."""
 
@@ -97,7 +94,7 @@ def compile_programs(cfg: TrainConfig, say: Callable[[str], None] = log.info) ->
         if not backend.static_shapes:
             raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for --backend xla or neuron")
         job = _Job.of(cfg, backend, say)
-        job.trainer.compile([loader for loader in (job.loaders.valid, job.loaders.test) if loader is not None])
+        job.trainer.compile(list(job.loaders.held_out().values()))
         return backend.graphs()
     finally:
         backend.close()
@@ -141,13 +138,14 @@ def _train(cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> Ou
     begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
     if begin:
         say(f"resumed after step {begin} of {trainer.total_steps}")
+    leaks = from_main(backend, lambda: find_leaks(cfg, loaders.tables(), say))
     agree_on_main(backend, lambda: _write_settings(cfg, splits))
     trainer.callbacks = agree_on_main(backend, lambda: _callbacks(cfg, begin)) or []
     result: dict[str, Any] = {}
     try:
         fit = trainer.fit()
         if fit.stopped_by is None:
-            result = _finish(cfg, task, built, trainer, fit, loaders, say)
+            result = _finish(cfg, task, built, trainer, fit, loaders, leaks, say)
     finally:
         for callback in trainer.callbacks:
             callback.on_end(result)
@@ -165,6 +163,14 @@ class Loaders:
     train: TrainLoader
     valid: EvalLoader | None
     test: EvalLoader | None
+
+    def held_out(self) -> dict[str, EvalLoader]:
+        """Those of the splits that are held out, by name."""
+        return {split: loader for split in ("valid", "test") if (loader := getattr(self, split)) is not None}
+
+    def tables(self) -> dict[str, ExampleTable]:
+        """What each split holds, by name, `train` first."""
+        return {"train": self.train.table, **{split: loader.table for split, loader in self.held_out().items()}}
 
     @classmethod
     def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend, width: int) -> Loaders:
@@ -198,13 +204,19 @@ class Loaders:
 
 
 def _finish(
-    cfg: TrainConfig, task: Task, built: Built, trainer: Trainer, fit: Fit, loaders: Loaders, say: Callable[[str], None]
+    cfg: TrainConfig,
+    task: Task,
+    built: Built,
+    trainer: Trainer,
+    fit: Fit,
+    loaders: Loaders,
+    leaks: Leaks,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Evaluate the best weights, write them and the result."""
     backend = trainer.backend
     chosen = trainer.load_best()
-    valid, test = (_score(trainer, getattr(loaders, split), split) for split in ("valid", "test"))
-    baselines = from_main(backend, lambda: _baselines(cfg, task, loaders, say))
+    scores = score(trainer, loaders.train.table, loaders.held_out(), leaks, say)
     weights, _ = backend.gather_state(built.model, trainer.optimizer)
     trainable, total = parameter_count(built.model)
     state = fit.state
@@ -217,8 +229,7 @@ def _finish(
         "adapter": cfg.adapter.kind,
         "parameters": {"trainable": trainable, "total": total},
         "chosen_step": chosen,
-        "data": {split: _size(loader.table) for split in ("train", "valid", "test")
-                 if (loader := getattr(loaders, split)) is not None},
+        "data": {split: _size(table) for split, table in loaders.tables().items()},
         "train": {
             "steps": state.step,
             "residues": state.residues,
@@ -227,9 +238,7 @@ def _finish(
             "padding_efficiency": loaders.train.padding_efficiency,
             "graphs": backend.graphs(),
         },
-        "valid": valid,
-        "test": test,
-        "baselines": baselines,
+        **scores,
     })  # fmt: skip
     out = Path(cfg.output)
     weights_folder = agree_on_main(backend, lambda: write_results(cfg, task, built, weights, result))
@@ -238,38 +247,10 @@ def _finish(
     return dict(result)
 
 
-def _score(trainer: Trainer, loader: EvalLoader | None, split: str) -> dict[str, Value] | None:
-    """Figures with intervals on held-out rows; the answers are kept. None where no rows are held out."""
-    if loader is None:
-        return None
-    task, backend, path = trainer.task, trainer.backend, Path(trainer.cfg.output) / answers_name(split)
-    answers = collect(trainer.model, task, backend, loader)
-    if trainer.cfg.log.answers:
-        agree_on_main(backend, lambda: save_answers(path, task, loader.table, answers))
-    return task.figures(loader.table, answers, intervals=True)
-
-
 def _size(table: ExampleTable) -> dict[str, int]:
     """Records of a split, and the residues in them before they were cut."""
     _, bounds = table.residue_slots()
     return {"records": len(table.ids), "residues": int(bounds[-1])}
-
-
-def _baselines(
-    cfg: TrainConfig, task: Task, loaders: Loaders, say: Callable[[str], None]
-) -> dict[str, dict[str, dict[str, Value]]]:
-    """Split -> baseline -> its figures on the very rows that the model was scored on."""
-    held_out = {name: loader.table for name in ("valid", "test") if (loader := getattr(loaders, name)) is not None}
-    if not cfg.log.baselines or not held_out:
-        return {}
-    fitted = fit_baselines(cfg.task, loaders.train.table)
-    if capped(fitted):
-        say(capped(fitted))
-    found = {split: {b.name: b.figures(task, table) for b in fitted} for split, table in held_out.items()}
-    for split, figures in found.items():
-        for name, values in figures.items():
-            say(f"{split}, {name} baseline: {format_record(values)}")
-    return found
 
 
 def _notes(trainer: Trainer) -> Iterator[str]:

@@ -17,11 +17,12 @@ from esm_neuron.answers.opened import open_model
 from esm_neuron.answers.parts import SAFETENSORS, Answers, check_target
 from esm_neuron.answers.records import BATCHES, Answerer, answer_file
 from esm_neuron.attention import mean_over
-from esm_neuron.config import BackendName, ModelConfig, require
+from esm_neuron.config import BackendName, ModelConfig
 from esm_neuron.data.batch import Batch, ExampleTable, Target
 from esm_neuron.errors import DataError
 from esm_neuron.model import PackedEncoder, encoder_of
 from esm_neuron.tasks.base import record_mean
+from esm_neuron.tasks.residues import residue_mean
 
 Pooling = Literal["mean", "cls", "residue"]
 SUFFIXES = (".parquet", SAFETENSORS)
@@ -77,9 +78,12 @@ class Embedding:
 
 
 def per_record(table: ExampleTable, answers: Sequence[np.ndarray], per_residue: bool) -> list[np.ndarray]:
-    """float32 [H] of each record, windows averaged; or [residues, H], where a record has no windows."""
+    """float32 [H] of each record; or [residues, H], those that were cut off left out. Windows are averaged."""
     if not per_residue:
         return list(record_mean(table, answers[0]).astype(np.float32))
+    if len(table) > len(table.ids):
+        slot, bounds = table.residue_slots()
+        return np.split(residue_mean(slot, bounds, answers[0]).astype(np.float32), bounds[1:-1])
     return [answers[0][start + 1 : end - 1] for start, end in zip(table.offsets[:-1], table.offsets[1:], strict=True)]
 
 
@@ -118,7 +122,7 @@ def embed(
         model: output folder of a training run, a Hugging Face folder of ESM-2, or a hub id.
         source: as for `predict`.
         target: Parquet (columns `id`, `embedding`) or safetensors (id -> array).
-        pooling: the mean over residues, the state of <cls>, or one vector a residue.
+        pooling: the mean over residues, the state of <cls>, or one vector a residue. Windows are averaged.
         backend, settings, resume, say: as for `predict`.
 
     Returns:
@@ -129,11 +133,6 @@ def embed(
     """
     check_target(target, SUFFIXES)
     opened = open_model(model, backend, settings, "embed")
-    windows = opened.cfg.data.long_sequences == "window"
-    require(
-        not (windows and pooling == "residue"),
-        "data.long_sequences=window would give a residue several embeddings; use crop, or raise data.max_residues",
-    )
     task = Embedding(pooling)
     shape = as_arrays if target.suffix.lower() == SAFETENSORS else as_table
 

@@ -93,6 +93,30 @@ def join_tables(tables: Sequence[ExampleTable]) -> ExampleTable:
     return ExampleTable(**arrays, offsets=offsets, ids=[name for table in tables for name in table.ids])
 
 
+def select_records(table: ExampleTable, keep: np.ndarray) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
+    """The records of a table where `keep`, bool [records], holds, in their order.
+
+    Returns:
+        The table; bool [examples] and bool [tokens]: which of the whole table's are in it.
+    """
+    examples = keep[table.record]
+    tokens = np.repeat(examples, table.lengths)
+    labels = table.labels
+    if len(labels):  # a record has at least two tokens, so lengths tell what a label belongs to
+        labels = labels[tokens if len(labels) == len(table.tokens) else keep]
+    kept = ExampleTable(
+        tokens=table.tokens[tokens],
+        offsets=np.concatenate([[0], np.cumsum(table.lengths[examples])]),
+        record=(np.cumsum(keep) - 1)[table.record[examples]],
+        weight=table.weight[examples],
+        labels=labels,
+        ids=[name for name, is_kept in zip(table.ids, keep, strict=True) if is_kept],
+        starts=table.starts[examples] if len(table.starts) else table.starts,
+        residues=table.residues[keep] if len(table.residues) else table.residues,
+    )
+    return kept, examples, tokens
+
+
 @dataclass(frozen=True)
 class Target:
     """What a task makes of one example: what the model sees, and what it should answer."""

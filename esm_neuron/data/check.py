@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.batch import ExampleTable, select_records
+from esm_neuron.data.labels import KINDS, LabelRows, balance
+from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.relatives import Method, find_relatives
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validate import Checker, text_hashes
+from esm_neuron.data.validate import Checker, is_missing, text_hashes
 
 SHOWN = 20
 """Labels that the text names."""
@@ -46,7 +49,9 @@ class Check:
     conflicting: int
     """Rows with a sequence that has another label elsewhere in the file."""
     labels: Mapping[str, int] | None
-    """Label -> rows, the most frequent first; None: not looked at."""
+    """Label -> rows, or residues where each has one, the most frequent first; None: not looked at, or numbers."""
+    values: Mapping[str, float] | None
+    """Of labels that are numbers min, q1, median, q3, max; None: there are none."""
     splits: Mapping[str, int] | None
     """Value of the split column -> rows; None: not looked at."""
     leaks: Mapping[str, Leak]
@@ -65,9 +70,12 @@ class Check:
             f"alphabet: {letters}",
             f"repeats: {self.repeated} rows have a sequence that an earlier row has",
         ]
+        if self.values is not None:
+            lines.append("values: " + ", ".join(f"{name} {value:.6g}" for name, value in self.values.items()))
         if self.labels is not None:
             shown = ", ".join(f"{name} {count}" for name, count in list(self.labels.items())[:SHOWN])
             lines.append(f"labels: {len(self.labels)}: {shown}" + (", ..." if len(self.labels) > SHOWN else ""))
+        if self.labels is not None or self.values is not None:
             lines.append(f"conflicts: {self.conflicting} rows have a sequence with another label elsewhere")
         if self.splits is not None:
             lines.append("splits: " + ", ".join(f"{name} {count}" for name, count in self.splits.items()))
@@ -78,13 +86,13 @@ class Check:
         return "\n".join([*lines, *(f"  {fault}" for fault in self.first_faults)])
 
 
-def check_file(path: str, cfg: DataConfig, labelled: bool, method: Method | None) -> Check:
+def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | None) -> Check:
     """Read a whole file and say what it holds; bad rows are told, not raised.
 
     Args:
         path: see `sources.read_chunks`.
         cfg: columns; with a split column, the first of `split_names` is the training rows.
-        labelled: whether there is a column of labels to look at.
+        task: whose labels the label column has, one of `labels.KINDS`; None: there are none to look at.
         method: how relatives are found; None: they are not looked for.
 
     Raises:
@@ -95,8 +103,19 @@ def check_file(path: str, cfg: DataConfig, labelled: bool, method: Method | None
     lengths: list[np.ndarray] = []
     texts: dict[str, list[str]] = {"label": [], "split": []}
     hashes: list[np.ndarray] = []
-    for rows in read_chunks(path, cfg, labelled):
-        columns = checker(rows).to_pydict()
+    names: Counter[str] = Counter()
+    values: list[float] = []
+    joiner = LIST_JOINER if task is None else KINDS[task].joiner
+    for rows in read_chunks(path, cfg, task is not None, joiner):
+        clean = checker(rows)
+        columns = clean.to_pydict()
+        if task is not None:
+            told = clean.filter(pa.array([not is_missing(text) for text in columns["label"]], pa.bool_()))
+            found = balance(task, LabelRows.of(told, path, cfg.label_column), checker.problems)
+            if isinstance(found, Counter):
+                names.update(found)
+            else:
+                values += found
         for name in texts.keys() & columns.keys():
             texts[name] += columns[name]
         hashes.append(text_hashes(columns["sequence"]))
@@ -111,16 +130,12 @@ def check_file(path: str, cfg: DataConfig, labelled: bool, method: Method | None
         file=path,
         rows=len(table),
         residues=int(residues.sum()),
-        lengths={
-            name: int(value)
-            for name, value in zip(
-                ("min", "q1", "median", "q3", "max"), np.percentile(residues, [0, 25, 50, 75, 100]), strict=True
-            )
-        },
+        lengths={name: int(value) for name, value in _quartiles(residues).items()},
         alphabet={VOCABULARY[4 + i]: int(letters[i]) for i in order},
         repeated=len(sequences) - len(np.unique(sequences)),
-        conflicting=_conflicting(sequences, texts["label"]) if labelled else 0,
-        labels=dict(Counter(texts["label"]).most_common()) if labelled else None,
+        conflicting=_conflicting(sequences, texts["label"]) if task is not None else 0,
+        labels=None if task is None or task == "regression" else dict(names.most_common()),
+        values=_quartiles(np.array(values)) if values else None,
         splits=dict(Counter(texts["split"]).most_common()) if cfg.split_column is not None else None,
         leaks=_leaks(table, sequences, np.array(texts["split"]), cfg.split_names[0], method),
         faults=checker.problems.total,
@@ -128,14 +143,15 @@ def check_file(path: str, cfg: DataConfig, labelled: bool, method: Method | None
     )
 
 
+def _quartiles(values: np.ndarray) -> dict[str, float]:
+    found = np.percentile(values, [0, 25, 50, 75, 100])
+    return dict(zip(("min", "q1", "median", "q3", "max"), map(float, found), strict=True))
+
+
 def _table(tokens: np.ndarray, lengths: np.ndarray) -> ExampleTable:
     n = len(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return ExampleTable(tokens, offsets, np.arange(n), np.ones(n, np.float32), np.empty(0), [str(i) for i in range(n)])
-
-
-def _subset(table: ExampleTable, rows: np.ndarray) -> ExampleTable:
-    return _table(table.tokens[np.repeat(rows, table.lengths)], table.lengths[rows])
 
 
 def _conflicting(sequences: np.ndarray, labels: Sequence[str]) -> int:
@@ -153,7 +169,7 @@ def _leaks(
         return {}
     related = np.zeros(len(splits), dtype=bool)
     if method is not None:
-        related[~learnt] = find_relatives(_subset(table, ~learnt), _subset(table, learnt), method)
+        related[~learnt] = find_relatives(select_records(table, ~learnt)[0], select_records(table, learnt)[0], method)
     found = {}
     for name in dict.fromkeys(splits[~learnt].tolist()):
         own = splits == name

@@ -7,8 +7,9 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
-from esm_neuron.config import DataConfig
+from esm_neuron.config import DataConfig, TaskConfig, TaskName
 
 
 def check(argv: Sequence[str]) -> int:
@@ -20,6 +21,12 @@ def check(argv: Sequence[str]) -> int:
     parser.add_argument("--id_column", default=DataConfig.id_column, help="default: %(default)s")
     parser.add_argument("--sequence_column", default=DataConfig.sequence_column, help="default: %(default)s")
     parser.add_argument("--label_column", help="looked at where it is named")
+    parser.add_argument(
+        "--task",
+        choices=[name for name in get_args(TaskName) if name != "masked_lm"],
+        default=TaskConfig.name,
+        help="what its labels are: one a protein, several joined by `;`, a number, one a residue; default: %(default)s",
+    )
     parser.add_argument("--split_column", help="looked at where it is named")
     parser.add_argument("--train", default="train", help="value of the split column for training rows")
     parser.add_argument("--relatives", choices=["kmer", "mmseqs", "off"], default="kmer", help="default: %(default)s")
@@ -36,7 +43,7 @@ def check(argv: Sequence[str]) -> int:
         split_names=(args.train, valid, test),
     )
     method = None if args.relatives == "off" else args.relatives
-    found = check_file(args.file, cfg, args.label_column is not None, method)
+    found = check_file(args.file, cfg, args.task if args.label_column else None, method)
     print(json.dumps(asdict(found), indent=2) if args.json else found.render())
     return 1 if found.faults else 0
 

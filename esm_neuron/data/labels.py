@@ -114,6 +114,17 @@ def joiner_of(task: TaskConfig) -> str:
     return KINDS[task.name].joiner if task.name in KINDS else LIST_JOINER
 
 
+def balance(task: str, rows: LabelRows, problems: Problems) -> Counter[str] | list[float]:
+    """How often each class is in the labels of some rows, as the task writes them; of a regression their values.
+
+    Labels that cannot be read are noted in `problems` and not counted.
+    """
+    parse = KINDS[task].parse
+    if parse is None:
+        return [float(value) for value in _numbers(rows, problems)]
+    return Counter(name for names in _parsed(parse, rows, problems) for name in names)
+
+
 def class_names(task: TaskConfig, train: Iterable[LabelRows]) -> tuple[str, ...]:
     """The configured class names, or the sorted ones of the training rows, given in chunks; none for a task without
     classes.

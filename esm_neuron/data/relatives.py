@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,8 @@ COVERAGE = 0.8
 """Least residues of the shorter of two relatives, as a share of the longer's."""
 IDENTITY = 0.3
 """Least identity of relatives found by MMseqs2."""
+MOST = 100_000
+"""Rows of a run, held out and training, up to which relatives are looked for."""
 BLOCK = 256
 """Proteins compared at once with all others."""
 
@@ -60,6 +62,15 @@ def find_relatives(held_out: ExampleTable, train: ExampleTable, method: Method) 
     for start, pairs in _kmer_pairs(profiles[mine], profiles[others], lengths[mine], lengths[others]):
         related[start + np.unique(pairs.row)] = True
     return related
+
+
+def related_rows(train: ExampleTable, held_out: Mapping[str, ExampleTable], method: Method) -> dict[str, np.ndarray]:
+    """Split -> bool [records]: which of its records have a relative in training; looked for in all splits at once."""
+    if not held_out:
+        return {}
+    found = find_relatives(join_tables(list(held_out.values())), train, method)
+    ends = np.cumsum([len(table.ids) for table in held_out.values()])
+    return dict(zip(held_out, np.split(found, ends[:-1]), strict=True))
 
 
 def clusters(table: ExampleTable, method: Method) -> np.ndarray:

@@ -15,18 +15,19 @@ from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.intake import SPLITS, Part, data_files, passes, read_parts
 from esm_neuron.data.labels import KINDS, STRATA, LabelRows, class_names, joiner_of, resolve
 from esm_neuron.data.records import LIST_JOINER
+from esm_neuron.data.relatives import MOST, clusters
 from esm_neuron.data.sources import CHUNK_ROWS, read_chunks
 from esm_neuron.data.store import TableWriter, cached, content_hash, content_key, open_table
 from esm_neuron.data.tables import CUTS, chunk_table
-from esm_neuron.data.tokenizer import VOCABULARY
+from esm_neuron.data.tokenizer import VOCABULARY, encode_many
 from esm_neuron.data.validate import Checker, Problems, Rejected, Report, text_hashes
-from esm_neuron.errors import DataError
+from esm_neuron.errors import ConfigError, DataError
 
 _SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
 _CACHE_VERSION = 2
 """Of what `_save` writes: another number makes every cached folder anew."""
-_UNCACHED_DATA = {"cache", "packing", "row_tokens", "max_segments", "max_buckets"}
+_UNCACHED_DATA = {"cache", "relatives", "packing", "row_tokens", "max_segments", "max_buckets"}
 _UNCACHED_TASK = {
     "class_weights", "label_smoothing", "focal_gamma", "mask_probability", "target_mean", "target_sd",
 }  # fmt: skip
@@ -96,11 +97,17 @@ def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
     if needs_labels:
         task = replace(cfg.task, labels=class_names(cfg.task, _label_rows(parts["train"], cfg.data)) or None)
     sampled: dict[str, tuple[str, ...]] = {}
-    for name, fraction in (("valid", cfg.data.valid_fraction), ("test", cfg.data.test_fraction)):
-        if name not in parts and fraction > 0:
+    fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
+    wanted = {name: fraction for name, fraction in fractions.items() if name not in parts and fraction > 0}
+    families = _families(parts["train"], cfg.data) if wanted and cfg.data.sample == "clusters" else None
+    for name, fraction in wanted.items():
+        if families is None:
             chosen = _sample(parts["train"], cfg, name, fraction)
-            parts |= {"train": parts["train"].take(~chosen), name: parts["train"].take(chosen)}
-            sampled[name] = tuple(parts[name].column("id"))
+        else:
+            chosen = _sample_families(parts["train"], families, cfg, name, fraction)
+            families = families[~chosen]
+        parts |= {"train": parts["train"].take(~chosen), name: parts["train"].take(chosen)}
+        sampled[name] = tuple(parts[name].column("id"))
     tables: dict[str, ExampleTable] = {}
     shared = _shared(parts)
     for name in (split for split in SPLITS if split in parts):
@@ -125,7 +132,9 @@ def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
 
 def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     """All that the tables follow from: the files' content, settings that matter, the alphabet, this code's version."""
-    data = {name: value for name, value in asdict(cfg.data).items() if name not in _UNCACHED_DATA}
+    by_clusters = {"relatives"} if cfg.data.sample == "clusters" else set()
+    unused = _UNCACHED_DATA - by_clusters
+    data = {name: value for name, value in asdict(cfg.data).items() if name not in unused}
     task = {name: value for name, value in asdict(cfg.task).items() if name not in _UNCACHED_TASK}
     content = [content_hash(path) for path in data_files(cfg.data).values()]
     return [_CACHE_VERSION, VOCABULARY, needs_labels, cfg.seed, data, task, content]
@@ -223,23 +232,78 @@ def _label_rows(part: Part, cfg: DataConfig) -> Iterator[LabelRows]:
     return (LabelRows.of(rows, part.source, cfg.label_column) for rows in part.chunks(["label", "sequence", "line"]))
 
 
+def _families(train: Part, cfg: DataConfig) -> np.ndarray:
+    """int64 [rows]: the cluster of relatives that each row is in, by whole sequences; see `relatives.clusters`."""
+    if cfg.relatives == "off":
+        raise ConfigError(
+            "data.sample=clusters with data.relatives=off: clusters are of relatives; use data.relatives=kmer or mmseqs"
+        )
+    require(
+        len(train) <= MOST,
+        f"data.sample=clusters: {len(train)} rows are more than {MOST}; cluster them beforehand and name the split of "
+        "each row in a column (data.split_column)",
+    )
+    tokens, offsets = encode_many(train.column("sequence"))
+    rows = np.arange(len(train))
+    table = ExampleTable(
+        tokens, offsets, rows, np.ones(len(rows), np.float32), np.empty(0), [str(row) for row in rows.tolist()]
+    )
+    return clusters(table, cfg.relatives)
+
+
+def _sample_families(train: Part, families: np.ndarray, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
+    """bool [rows]: whole clusters drawn for a split by `seed`; every class keeps a row to train on.
+
+    Clusters come in random order; one is passed over where it would make more than the wanted rows, has a row that
+    `data.keep_heldout` leaves out, or has the last rows of a class.
+    """
+    rng, rows = _generator(cfg, name), len(train)
+    groups = _strata(train, cfg)
+    members = np.split(np.argsort(families, kind="stable"), np.cumsum(np.bincount(families))[:-1])
+    left, allowed = np.bincount(groups), _allowed(train, cfg)
+    chosen, wanted = np.zeros(rows, dtype=bool), max(1, round(fraction * rows))
+    for family in rng.permutation(np.unique(families)):
+        own = members[family]
+        after = left - np.bincount(groups[own], minlength=len(left))
+        if len(own) <= wanted and allowed[own].all() and (after[groups[own]] > 0).all():
+            chosen[own], left, wanted = True, after, wanted - len(own)
+    if not chosen.any():
+        largest = int(np.bincount(families).max())
+        raise DataError(
+            f"{train.source}: no cluster of relatives can be held out for {_ROWS[name]} ({rows} training rows, "
+            f"{len(np.unique(families))} clusters, the largest of {largest} rows); use data.sample=rows, or give "
+            f"data.{name}"
+        )
+    return chosen
+
+
+def _generator(cfg: TrainConfig, name: str) -> np.random.Generator:
+    """The random numbers that sample a split."""
+    return np.random.default_rng([cfg.seed, _SAMPLING + SPLITS.index(name) - 1])
+
+
+def _strata(train: Part, cfg: TrainConfig) -> np.ndarray:
+    """int64 [rows]: the group of each row's label (`labels.STRATA`); one group where the task has none."""
+    group = STRATA.get(cfg.task.name) if "label" in train.rows.column_names else None
+    return np.zeros(len(train), dtype=np.int64) if group is None else group(train.column("label"))
+
+
+def _allowed(train: Part, cfg: TrainConfig) -> np.ndarray:
+    """bool [rows]: which rows `data.keep_heldout` lets be held out."""
+    return np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
+
+
 def _sample(train: Part, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
     """bool [rows]: rows drawn for a split by `seed`, each class with its share; every class keeps a row to train on.
 
-    Systematic sampling: rows in random order, sorted by class (`labels.STRATA`), one taken at every 1 / fraction.
+    Systematic sampling: rows in random order, sorted by class, one taken at every 1 / fraction.
     """
-    rng = np.random.default_rng([cfg.seed, _SAMPLING + SPLITS.index(name) - 1])
-    rows = len(train)
+    rng, rows = _generator(cfg, name), len(train)
     order = rng.permutation(rows)
-    group = STRATA.get(cfg.task.name) if "label" in train.rows.column_names else None
-    if group is None:
-        order = order[1:]
-    else:
-        groups = group(train.column("label"))[order]
-        order = order[np.argsort(groups, kind="stable")]
-        order = order[np.diff(np.sort(groups), prepend=-1) == 0]
-    allowed = np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
-    order = order[allowed[order]]
+    groups = _strata(train, cfg)[order]
+    order = order[np.argsort(groups, kind="stable")]
+    order = order[np.diff(np.sort(groups), prepend=-1) == 0]
+    order = order[_allowed(train, cfg)[order]]
     number = min(len(order), max(1, round(fraction * rows)))
     if number == 0:
         raise DataError(

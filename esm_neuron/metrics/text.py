@@ -63,6 +63,20 @@ def counted(figures: Mapping[str, Any], task: str) -> str:
     return f"{figures['n']:,} {'hidden ' if task == 'masked_lm' else ''}residues of {of_proteins}"
 
 
+def clean_of(result: Mapping[str, Any], split: str) -> str:
+    """What the clean rows of a split are."""
+    return f"without a relative in the training rows (by {result['leaks'][split]['method']})"
+
+
+def leak_text(result: Mapping[str, Any], split: str) -> str:
+    """A sentence: how many rows of a split have a relative in the training rows; that it is not known, where it is."""
+    leak = (result.get("leaks") or {}).get(split)
+    if leak is None:
+        return f"Relatives of {split} rows in the training rows were not looked for."
+    related = f"{leak['related']:,} of {leak['rows']:,} {split} rows"
+    return f"{related} have a relative in the training rows (by {leak['method']})."
+
+
 def best_baseline(baselines: Mapping[str, Mapping[str, Any]], metric: str) -> tuple[str, Shown] | None:
     """The baseline with the best `metric` and its figure; None where there is none or it is defined for none."""
     known = {name: show(figures, metric) for name, figures in baselines.items() if figures.get(metric) is not None}

@@ -13,7 +13,7 @@ from esm_neuron import __version__, settings
 from esm_neuron.files import new_folder
 from esm_neuron.finished import Finished, read_finished
 from esm_neuron.folders import REJECTED, REPORT
-from esm_neuron.metrics.text import NAMES, Shown, counted, show, shown, verdict
+from esm_neuron.metrics.text import NAMES, Shown, clean_of, counted, leak_text, show, shown, verdict
 from esm_neuron.report import charts
 from esm_neuron.report.style import COLOURS, Chart, save_png
 from esm_neuron.report.views import View, view
@@ -125,9 +125,10 @@ def _render(finished: Finished, split: str | None, found: View | None, drawn: li
         scored=counted(figures, cfg.task.name) if split else "",
         tiles=[show(figures, name) for name in _order(figures, metric)[:4]],
         verdict=verdict(figures, _baselines(finished, split), metric) if split else "",
+        leaks=leak_text(result, split) if split else "",
         kept=found is not None,
         charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
-        tables=[_table(finished, name) for name in SPLITS if result.get(name)],
+        tables=list(_tables(finished)),
         per_class=_per_class(figures),
         worst=found.worst if found is not None else [],
         settings=settings.dump(cfg),
@@ -137,15 +138,25 @@ def _render(finished: Finished, split: str | None, found: View | None, drawn: li
     )
 
 
-def _table(finished: Finished, split: str) -> Table:
-    figures, baselines = finished.result[split], _baselines(finished, split)
+def _tables(finished: Finished) -> Iterator[Table]:
+    """The figures of each split, and where some of its rows have relatives in training, of the others alone."""
+    result = finished.result
+    for split, name in SPLITS.items():
+        if result.get(split):
+            yield _table(finished, f"{name.capitalize()} rows", result[split], _baselines(finished, split))
+        if split in (result.get("clean") or {}):
+            title = f"{name.capitalize()} rows {clean_of(result, split)}"
+            yield _table(finished, title, result["clean"][split], result["clean_baselines"].get(split, {}))
+
+
+def _table(finished: Finished, title: str, figures: dict[str, Any], baselines: dict[str, Any]) -> Table:
     everyone = [figures, *baselines.values()]
     rows = [(NAMES.get(own.key, own.key), [show(each, own.key) for each in everyone]) for own in shown(figures)]
     sampled = [f"{name} on {values['fitted_on']:,} of {values['training']:,}" for name, values in baselines.items()
                if values.get("fitted_on", 0) < values.get("training", 0)]  # fmt: skip
     note = f"Baselines fitted on a sample of the training rows: {', '.join(sampled)}." if sampled else ""
-    title = f"{SPLITS[split].capitalize()} rows: {counted(figures, finished.cfg.task.name)}"
-    return Table(title, note, ["this model", *baselines], rows)
+    scored = f"{title}: {counted(figures, finished.cfg.task.name)}"
+    return Table(scored, note, ["this model", *baselines], rows)
 
 
 def _per_class(figures: dict[str, Any]) -> list[tuple[str, int, list[Shown]]]:

@@ -95,7 +95,7 @@ def test_short_training_of_the_650m(
     cfg = replace(
         demo,
         output=str(tmp_path / "demo"),
-        model=replace(demo.model, name="esm2_t33_650M", gradient_checkpointing=True),
+        model=replace(demo.model, name="esm2_t33_650M", init="random", gradient_checkpointing=True),
         parallel=replace(demo.parallel, pad_heads=tp > 4),
         loop=replace(
             demo.loop,

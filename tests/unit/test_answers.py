@@ -181,6 +181,25 @@ def test_embeddings_are_those_of_transformers_alone(
             assert np.abs(one - other).max() < 2e-6
 
 
+def test_a_residue_in_two_windows_gets_the_mean_of_both(plain: Path, tmp_path: Path) -> None:
+    source = tmp_path / "long.fasta"
+    sequences = ["ACDEFGHIKL", "MNPQRSTVWYACDEFGHIKLMN", "MKV"]
+    source.write_text("".join(f">{number}\n{sequence}\n" for number, sequence in enumerate(sequences)))
+    windows = ("--data.long_sequences=window", "--data.max_residues=12", "--data.window_overlap=4")
+    assert embed(str(plain), source, tmp_path / "x.safetensors", "residue", settings=windows) == 3
+    first, second = (each[1:-1] for each in alone(plain, [sequences[1][:12], sequences[1][8:20]]))
+    last = alone(plain, [sequences[1][10:]])[0][1:-1]
+    sums, times = np.zeros((22, first.shape[1])), np.zeros((22, 1))
+    for start, window in ((0, first), (8, second), (10, last)):
+        sums[start : start + 12] += window
+        times[start : start + 12] += 1
+    found = load_file(tmp_path / "x.safetensors")
+    whole = alone(plain, [sequences[0], sequences[2]])
+    for name, expected in (("1", sums / times), ("0", whole[0][1:-1]), ("2", whole[1][1:-1])):
+        assert found[name].dtype == np.float32
+        assert np.abs(found[name] - expected).max() < 2e-6
+
+
 def test_a_run_embeds_with_its_adapter(trained: TrainConfig, tmp_path: Path) -> None:
     source = Path(str(trained.data.test))
     embed(trained.output, source, tmp_path / "run.parquet")
@@ -270,7 +289,6 @@ def test_bad_rows_are_counted_or_named(trained: TrainConfig, tmp_path: Path) -> 
 
 def test_what_cannot_be_answered_is_one_line(trained: TrainConfig, plain: Path, tmp_path: Path) -> None:
     source = Path(str(trained.data.test))
-    windows = ("--data.long_sequences=window",)
     cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: predict(trained.output, source, tmp_path / "x.xls"), ConfigError, "unknown format '.xls'; name the"),
         (lambda: embed(str(plain), source, tmp_path / "x.csv"), ConfigError, "one of .parquet .safetensors"),
@@ -278,11 +296,6 @@ def test_what_cannot_be_answered_is_one_line(trained: TrainConfig, plain: Path, 
         (lambda: predict(str(plain), source, tmp_path / "x.csv"), ConfigError, "predict needs the output folder"),
         (lambda: embed("tiny", source, tmp_path / "x.parquet"), ConfigError, "tiny is a bare shape, without weights"),
         (lambda: embed("none", source, tmp_path / "x.parquet"), ConfigError, "model.name=none is no folder, no hub id"),
-        (
-            lambda: embed(str(plain), source, tmp_path / "x.parquet", "residue", settings=windows),
-            ConfigError,
-            "would give a residue several embeddings",
-        ),
     ]
     for act, kind, expected in cases:
         with pytest.raises(kind) as caught:

@@ -77,3 +77,18 @@ def test_names_cannot_become_markup() -> None:
     assert "<script>" not in body and "<b>" not in body and "[x](y)" not in body
     assert "a\\|b" in body and "\\[x\\](y)" in body and "two lines: {{ 7 \\* 7 }}" in body
     assert ModelCard(text).data.eval_results[0].dataset_name == "a: b\n---\n<b>.csv"
+
+
+def test_clean_rows_have_figures_of_their_own() -> None:
+    found = {
+        **RESULT,
+        "leaks": {"test": {"method": "kmer", "rows": 862, "related": 62}},
+        "clean": {"test": {"n": 800, "mcc": 0.2, "mcc_ci": [0.1, 0.3]}},
+        "clean_baselines": {"test": {"majority": {"n": 800, "mcc": 0.0, "mcc_ci": None}}},
+    }
+    text = model_card(config(), found, BASE, "model")
+    assert "Of the 800 proteins among these without a relative in the training rows (by kmer):" in text
+    assert "|  | this model | majority |\n|---|---|---|\n| MCC | 0.200 \\[0.100, 0.300\\] | 0.000 |\n" in text
+    assert "62 of 862 test rows have a relative in the training rows (by kmer)." in text
+    unknown = model_card(config(), RESULT, BASE, "model")
+    assert "Relatives of test rows in the training rows were not looked for." in unknown

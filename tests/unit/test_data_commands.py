@@ -65,6 +65,45 @@ def test_check_lists_faults_and_exits_with_1(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["data", "check", str(tmp_path / "none.csv")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("task", "labels", "counted", "said"),
+    [
+        (
+            "residue_classification",
+            ["HHE", "E-E", "HH"],
+            {"labels": {"H": 2, "E": 3, "-": 1}},
+            ":4: column 'y': 2",
+        ),
+        (
+            "multi_label",
+            ["in;out", "in", "in;in"],
+            {"labels": {"in": 2, "out": 1}},
+            "4: column 'y': label 'in;in'",
+        ),
+        (
+            "regression",
+            ["1", "-3.5", "x"],
+            {"values": [-3.5, -2.375, -1.25, -0.125, 1]},
+            "4: column 'y': 'x' is no",
+        ),
+    ],
+)
+def test_check_counts_labels_as_their_task_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str, labels: list[str], counted: dict, said: str
+) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("id,sequence,y\n" + "".join(f"{i},MKV,{label}\n" for i, label in enumerate(labels)))
+    words = ["data", "check", str(path), "--label_column", "y", "--task", task]
+    assert cli.main([*words, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["labels"], found["values"] and list(found["values"].values())) == (
+        counted.get("labels"), counted.get("values")
+    )  # fmt: skip
+    assert found["faults"] == 1 and said in found["first_faults"][0]
+    assert cli.main(words) == 1
+    assert "conflicts: 3 rows" in capsys.readouterr().out
+
+
 def sdist(path: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w:gz") as file:
         for name, content in members.items():

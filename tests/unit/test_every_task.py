@@ -16,6 +16,8 @@ import pytest
 
 from esm_neuron import run
 from esm_neuron.config import TrainConfig
+from esm_neuron.data.relatives import related_rows
+from esm_neuron.data.splits import load_splits
 from esm_neuron.export import read_run
 from esm_neuron.report import write_report
 from esm_neuron.tasks import TASKS
@@ -69,6 +71,36 @@ def test_a_run_ends_with_figures_their_intervals_and_baselines_on_the_same_rows(
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_clean_rows_have_figures_of_their_own(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig]
+) -> None:
+    cfg, result = task_toys[task], results[task]
+    splits = load_splits(cfg, task != "masked_lm")
+    related = related_rows(splits.train, {"valid": splits.valid, "test": splits.test}, "kmer")["test"]
+    assert related.any() and not related.all()
+    assert result["leaks"]["test"] == {"method": "kmer", "rows": 21, "related": int(related.sum())}
+    found, clean = result["clean"]["test"], (~related).sum()
+    assert found.get("n_records", found["n"]) == clean
+    for figures in result["clean_baselines"]["test"].values():
+        assert figures.get("n_records", figures["n"]) == clean and METRICS[task] <= set(figures)
+    answers = pd.read_parquet(Path(cfg.output) / "answers-test.parquet")
+    assert list(answers["related"]) == list(related)
+    answers = answers[~related]
+    if task == "masked_lm":
+        said = np.exp(np.average(answers["loss"].fillna(0), weights=answers["hidden"]))
+        assert found["perplexity"] == pytest.approx(said, rel=1e-6)
+    elif task == "regression":
+        assert found["rmse"] == pytest.approx(np.sqrt(np.mean((answers["value"] - answers["truth"]) ** 2)))
+    elif task == "residue_classification":
+        truth, said = (np.array([c for row in answers[name] for c in row]) for name in ("truth", "labels"))
+        known = truth != None  # noqa: E711 - an array
+        assert found["accuracy"] == pytest.approx((truth == said)[known].mean())
+    else:
+        figure = "accuracy" if task == "sequence_classification" else "subset_accuracy"
+        assert found[figure] == pytest.approx((answers["truth"] == answers["label"]).mean())
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_the_finished_run_reads_back_with_what_training_decided(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
 ) -> None:
@@ -104,6 +136,16 @@ def test_two_processes_give_the_figures_of_one_to_the_sixth_digit(
     assert done.returncode == 0, done.stderr[-3000:]
     for task, cfg in task_toys.items():
         found = json.loads((Path(cfg.output) / "two.json").read_text())
+        same_figures(found, results[task]["test"], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_neither_packing_nor_the_size_of_a_batch_changes_a_figure_before_the_sixth_digit(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+) -> None:
+    cfg = task_toys[task]
+    for words in (["--data.packing=false"], ["--loop.eval_rows_per_device=1", "--data.row_tokens=128"]):
+        found = run.evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str, words)
         same_figures(found, results[task]["test"], rel=1e-6, abs=1e-6)
 
 
@@ -165,7 +207,7 @@ def test_the_answers_that_a_run_keeps_are_those_of_predict_and_make_its_report(
     kept, said = (pd.read_parquet(folder) for folder in (Path(cfg.output) / "answers-test.parquet", tmp_path))
     rows = pd.read_csv(str(cfg.data.test))
     assert list(kept["residues"]) == list(rows["sequence"].str.len())
-    assert list(said) == [name for name in kept if name not in ("residues", "truth")]
+    assert list(said) == [name for name in kept if name not in ("residues", "related", "truth")]
     for name in said:
         if name in ("id", "label", "labels"):
             assert list(kept[name]) == list(said[name])

@@ -87,7 +87,7 @@ def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), 
         "data": {"train": {"records": 50, "residues": 3000}},
         "train": {"steps": 8, "residues": 9000, "seconds": 3.0, "residues_per_second": 3000.0,
                   "padding_efficiency": 0.99, "graphs": 0},
-        "valid": None, "test": None, "baselines": {},
+        "valid": None, "test": None, "baselines": {}, "leaks": {}, "clean": {}, "clean_baselines": {},
     }  # fmt: skip
     for split, records in (("valid", 12), ("test", 60)):
         if split in splits:
@@ -98,6 +98,7 @@ def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), 
             noise = [answer[::-1] if name == "masked_lm" else np.zeros_like(answer) for answer in answers]
             worse = {**task.figures(table, noise, intervals=True), "fitted_on": 40, "training": 50}
             result["baselines"][split] = {"majority": worse}
+            result["leaks"][split] = {"method": "kmer", "rows": records, "related": 0}
             result["data"][split] = {"records": records, "residues": 99}
             if split == "valid":
                 lines += [{"step": step, "split": "valid", **task.figures(table, answers)} for step in (4, 8)]
@@ -180,7 +181,21 @@ def test_a_page_has_what_its_task_has_and_asks_for_nothing(task: str, runs: dict
                 show(values, name[:-3]).text.split(" [")[0] in page.text for name in values if name[-3:] == "_ci"
             )
     assert "majority on 40 of 50" in page.text
+    assert "0 of 60 test rows have a relative in the training rows (by kmer)." in page.text
+    assert "without a relative" not in page.text
     assert verdict(result["test"], result["baselines"]["test"], result["metric"]) in page.text
+
+
+def test_clean_rows_have_a_table_of_their_own(spoilt: Path) -> None:
+    result = json.loads((spoilt / "result.json").read_text())
+    result["leaks"]["test"]["related"] = 20
+    result["clean"]["test"] = {**result["test"], "n": 40, "mcc": 0.123}
+    write_json(spoilt / "result.json", result)
+    page = Page(write_report(spoilt).read_text())
+    assert "20 of 60 test rows have a relative in the training rows (by kmer)." in page.text
+    assert (
+        "Test rows without a relative in the training rows (by kmer): 40 proteins" in page.text and "0.123" in page.text
+    )
 
 
 def test_markup_in_ids_labels_and_paths_stays_text(runs: dict[str, Path]) -> None:

@@ -347,3 +347,41 @@ def test_the_demo_data() -> None:
     assert round(float(splits.test.labels.mean()), 3) == 0.617
     assert [report.in_train for report in splits.reports[1:]] == [0, 0, 0]
     assert int(splits.train.lengths.max()) == 512
+
+
+def families(folder: Path) -> tuple[str, dict[str, str]]:
+    """A file of 20 families of five proteins, a random one and its mutants, and 20 of one; row -> family."""
+    rng = np.random.default_rng(0)
+    rows, family = [], {}
+    for number in range(40):
+        founder = rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 150)
+        for member in range(5 if number < 20 else 1):
+            mutant = np.where(rng.random(150) < 0.1, rng.choice(list("ACDEFGHIKL"), 150), founder)
+            name = f"f{number}-{member}"
+            rows.append((name, "".join(mutant), "in" if number % 2 else "out", "train", str(number < 4)))
+            family[name] = f"f{number}"
+    return write(folder, rows), family
+
+
+def test_clusters_are_sampled_whole(tmp_path: Path) -> None:
+    path, family = families(tmp_path)
+    wanted = {"valid_fraction": 0.2, "test_fraction": 0.1, "keep_heldout": {"leaky": ["False"]}}
+    splits = load(path, sample="clusters", **wanted)
+    assert (len(splits.sampled["valid"]), len(splits.sampled["test"])) == (24, 10)
+    parts = [{family[name] for name in table.ids} for table in (splits.train, splits.valid, splits.test)]
+    assert sum(map(len, parts)) == 40, "no family is in two splits"
+    assert {"f0", "f1", "f2", "f3"} <= parts[0], "what keep_heldout leaves out is not held out"
+    assert load(path, sample="clusters", **wanted).fingerprint == splits.fingerprint
+    cached = load(path, sample="clusters", cache=str(tmp_path / "cache"), **wanted)
+    assert cached.fingerprint == splits.fingerprint
+    by_rows = load(path, valid_fraction=0.2)
+    assert {family[name] for name in by_rows.train.ids} & {family[name] for name in by_rows.valid.ids}
+
+
+def test_clusters_that_cannot_be_sampled_are_refused(tmp_path: Path) -> None:
+    path, _ = families(tmp_path)
+    with pytest.raises(ConfigError, match=r"data.sample=clusters with data.relatives=off"):
+        load(path, sample="clusters", relatives="off")
+    only = {"id": [f"f{n}-{m}" for n in range(20) for m in range(5)]}
+    with pytest.raises(DataError, match=r"no cluster .* for validation \(100 training rows, 20 clusters, the larg"):
+        load(path, sample="clusters", keep=only, valid_fraction=0.04)

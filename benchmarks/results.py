@@ -1,0 +1,245 @@
+"""docs/results.md: every task on real data, from the shipped checkpoint, from random weights, and by baselines.
+
+    python benchmarks/results.py --data data              # train what has not finished, score, write the page
+    python benchmarks/results.py --only demo --init random   # train one run alone
+    python benchmarks/results.py --from-saved             # train nothing: the page from what there is
+
+`esm-neuron data get scl2205`, `disorder` and `amyloid` make the data. Each run is `esm-neuron train` with a file of
+configs/ and can be stopped and given again. Test rows are scored once, at the end of a run, with the step that its
+validation rows chose; baselines are fitted on the same training rows and see whole sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from esm_neuron import run, settings
+from esm_neuron.baselines import fit_baselines
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.batch import select_records
+from esm_neuron.data.splits import load_splits
+from esm_neuron.finished import read_finished
+from esm_neuron.folders import RESULT
+from esm_neuron.held_out import as_table
+from esm_neuron.metrics.bootstrap import bootstrap, interval
+from esm_neuron.metrics.classification import confusion_scores
+from esm_neuron.metrics.regression import correlations, ranks
+from esm_neuron.metrics.text import LOWER_IS_BETTER, NAMES, counted, number, show
+from esm_neuron.tasks import TASKS, create_task
+
+HERE = Path(__file__).parent
+CONFIGS, SAVED, PAGE = HERE.parent / "configs", HERE / "results" / "tasks.json", HERE.parent / "docs" / "results.md"
+INITS = ("pretrained", "random")
+SHOWN = ("model", "chosen_step", "adapter", "parameters", "train")
+"""What the page tells of a run."""
+
+Figure = Callable[[np.ndarray], np.ndarray]
+"""From multiplicities [k, proteins] to a figure of each resample [k]."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A row of the page."""
+
+    name: str
+    """Of its file in configs/."""
+    title: str
+    metrics: tuple[str, ...]
+    """Compared pair by pair; the first decides."""
+    baseline: str
+    """What has to be beaten besides random weights."""
+    all_related: str = ""
+    """Why there are no clean rows, where there are none."""
+
+
+EXPERIMENTS = (
+    Experiment("demo", "Cytoplasm or membrane (scl2205, 2 classes)", ("mcc", "accuracy"), "composition"),
+    Experiment("classes", "Subcellular location (scl2205, 13 classes)", ("mcc", "accuracy"), "composition"),
+    Experiment("multi_label", "All locations of a protein (scl2205, multi-label)", ("macro_f1",), "composition"),
+    Experiment("residues", "Disordered residues (AA_LDR)", ("mcc", "accuracy"), "window"),
+    Experiment(
+        "regression", "Nucleation of amyloid-beta variants (Seuma et al. 2021)", ("spearman",), "composition",
+        "all rows are variants of one protein",
+    ),
+    Experiment("masked_lm", "Hidden residues (scl2205)", ("perplexity",), "unigram"),
+)  # fmt: skip
+
+
+def configured(experiment: Experiment, init: str, data: Path, runs: Path) -> TrainConfig:
+    """The configuration of a run: its file, the user's data folder, and where it starts."""
+    path = CONFIGS / f"{experiment.name}.yaml"
+    own = settings.read_config(path)
+    train = Path(str(own.data.train))
+    source = HERE.parent / train if train.parts[0] == "examples" else data / train.name
+    return replace(
+        own,
+        output=str(runs / f"{experiment.name}-{init}"),
+        model=replace(own.model, init=init),  # type: ignore[arg-type]
+        data=replace(own.data, train=str(source)),
+        checkpoint=replace(own.checkpoint, resume="auto"),
+        log=replace(own.log, baselines=False),
+    )
+
+
+def train(cfg: TrainConfig) -> None:
+    """Run it, or what is left of it."""
+    if not (Path(cfg.output) / RESULT).exists():
+        print(f"== {cfg.output}", flush=True)
+        run.train(cfg, lambda text: print(text, flush=True))
+
+
+def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
+    """Figures of both runs and of the baselines on the test rows and the clean ones, and paired differences."""
+    cfg = configured(experiment, "pretrained", data, runs)
+    finished = {init: read_finished(runs / f"{experiment.name}-{init}") for init in INITS}
+    answers = {init: one.answers["test"].to_pandas() for init, one in finished.items()}
+    related = answers["pretrained"]["related"].to_numpy(dtype=bool)
+    cfg = replace(cfg, data=replace(cfg.data, max_residues=100_000, row_tokens=100_002, long_sequences="refuse"))
+    splits = load_splits(cfg, TASKS[cfg.task.name].needs_labels)
+    assert splits.test is not None and list(splits.test.ids) == answers["pretrained"]["id"].tolist()
+    task, labels = create_task(splits.task, splits.labels), splits.labels
+    clean = related.any() and not related.all()
+    figures = {
+        init: {"all": one.result["test"], "clean": one.result["clean"].get("test")} for init, one in finished.items()
+    }
+    for baseline in fit_baselines(splits.task, splits.train):
+        own = baseline.answer(splits.test)
+        _, examples, tokens = selected = select_records(splits.test, ~related)
+        part = [values[tokens if task.answers_per_token else examples] for values in own]
+        figures[baseline.name] = {
+            "all": task.figures(splits.test, own, intervals=True),
+            "clean": task.figures(selected[0], part, intervals=True) if clean else None,
+        }
+        if baseline.name == experiment.baseline:
+            answers[baseline.name] = as_table(task, splits.test, own).to_pandas()
+    differences = {
+        other: {metric: paired(cfg.task.name, metric, labels, answers["pretrained"], answers[other])
+                for metric in experiment.metrics}
+        for other in ("random", experiment.baseline)
+    }  # fmt: skip
+    first = finished["pretrained"]
+    return {
+        "task": cfg.task.name,
+        "related": int(related.sum()),
+        "rows": len(related),
+        "training": first.result["data"]["train"],
+        "runs": {init: {key: one.result[key] for key in SHOWN} for init, one in finished.items()},
+        "figures": figures,
+        "differences": differences,
+    }  # fmt: skip
+
+
+def paired(task: str, metric: str, labels: tuple[str, ...], one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
+    """`metric` of one answerer less that of another, with both scored on the same resamples of proteins."""
+    a, b = (scorer(task, metric, labels, answers) for answers in (one, other))
+    drawn = bootstrap(len(one), lambda counts: {"difference": a(counts) - b(counts)}, width=len(one) * 4)
+    once = np.ones((1, len(one)))
+    return {"difference": float((a(once) - b(once))[0]), "difference_ci": interval(drawn["difference"])}
+
+
+def scorer(
+    task: str, metric: str, labels: tuple[str, ...], answers: pd.DataFrame
+) -> Callable[[np.ndarray], np.ndarray]:
+    """How `metric` of one answerer follows from how often each protein was drawn."""
+    if task in ("sequence_classification", "residue_classification"):
+        cells = confusion_cells(labels, answers, task == "residue_classification")
+        return lambda counts: confusion_scores((counts @ cells).reshape(-1, len(labels), len(labels)))[metric]
+    if task == "multi_label":
+        truth, said = (
+            np.array([[label in text.split(";") for label in labels] for text in answers[name]], float)
+            for name in ("truth", "label")
+        )
+        return lambda counts: macro_f1(counts @ (truth * said), counts @ (truth + said))
+    if task == "regression":
+        x, y = answers["value"].to_numpy(float), answers["truth"].to_numpy(float)
+        return lambda counts: correlations(counts, ranks(counts, x), ranks(counts, y))
+    hidden = answers["hidden"].to_numpy(float)
+    loss = np.where(hidden > 0, answers["loss"], 0.0) * hidden
+    return lambda counts: np.exp((counts @ loss) / (counts @ hidden))
+
+
+def confusion_cells(labels: tuple[str, ...], answers: pd.DataFrame, per_residue: bool) -> np.ndarray:
+    """float64 [proteins, C * C]: how often each pair of truth and answer occurs in a protein."""
+    place = {label: i for i, label in enumerate(labels)}
+    cells = np.zeros((len(answers), len(labels) ** 2))
+    for row, (truth, said) in enumerate(
+        zip(answers["truth"], answers["labels" if per_residue else "label"], strict=True)
+    ):
+        for pair in zip(truth, said, strict=True) if per_residue else [(truth, said)]:
+            if pair[0] is not None:
+                cells[row, place[pair[0]] * len(labels) + place[pair[1]]] += 1
+    return cells
+
+
+def macro_f1(right: np.ndarray, marked: np.ndarray) -> np.ndarray:
+    """[k] from sums over proteins [k, C], 0 for a class neither present nor predicted, as in `multi_label_figures`."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(marked > 0, 2 * right / marked, 0.0).mean(1))
+
+
+def verdict(metric: str, difference: Mapping[str, Any]) -> str:
+    """`better`, `worse`, or `undecided` where the interval of the difference holds 0."""
+    low, high = difference["difference_ci"]
+    if low <= 0 <= high:
+        return "undecided"
+    return "better" if (difference["difference"] < 0) == (metric in LOWER_IS_BETTER) else "worse"
+
+
+def page(saved: Mapping[str, Any]) -> str:
+    """docs/results.md."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    found = [(experiment, saved[experiment.name]) for experiment in EXPERIMENTS if experiment.name in saved]
+    return environment.get_template("results.md.jinja").render(
+        found=found,
+        names=NAMES,
+        show=show,
+        number=number,
+        counted=counted,
+        verdict=verdict,
+        missing=[experiment.title for experiment in EXPERIMENTS if experiment.name not in saved],
+    )
+
+
+def main() -> None:
+    """See the top of the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of `esm-neuron data get`")
+    parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs")
+    parser.add_argument("--only", choices=[one.name for one in EXPERIMENTS], help="train this one; no page")
+    parser.add_argument("--init", choices=INITS, help="with --only: from these weights alone")
+    parser.add_argument(
+        "--from-saved",
+        action="store_true",
+        help=f"train nothing: score finished runs, keep the others of {SAVED.name}",
+    )
+    args = parser.parse_args()
+    if args.only:
+        experiment = next(one for one in EXPERIMENTS if one.name == args.only)
+        for init in [args.init] if args.init else INITS:
+            train(configured(experiment, init, args.data, args.runs))
+        return
+    for experiment, init in product(() if args.from_saved else EXPERIMENTS, INITS):
+        train(configured(experiment, init, args.data, args.runs))
+    saved = json.loads(SAVED.read_text(encoding="utf-8")) if SAVED.exists() else {}
+    for experiment in EXPERIMENTS:
+        if all((args.runs / f"{experiment.name}-{init}" / RESULT).exists() for init in INITS):
+            saved[experiment.name] = collect(experiment, args.data, args.runs)
+    SAVED.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(saved), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
