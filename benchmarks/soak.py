@@ -93,7 +93,7 @@ def configuration(folder: Path, output: str, mode: Mode, steps: int) -> Any:
         "adapter": {"dropout": 0.1},
         "optim": {"lr": 5e-3, "warmup_steps": 3},
         "loop": {"max_steps": steps, "rows_per_step": 4, "rows_per_device": 2, "eval_rows_per_device": 2,
-                 "eval_every": max(2, steps // 6), "watchdog": 120},
+                 "eval_every": max(2, steps // 6), "watchdog": 3600},
         "checkpoint": {"every": 3, "keep": 3, "resume": "auto"},
         "log": {"every": 1, "tensorboard": False, "baselines": False},
     }  # fmt: skip
