@@ -5,8 +5,10 @@ python benchmarks/soak.py --modes lora gloo --kills 3  some of them
 NXD_SRC=<folder> python benchmarks/soak.py --modes nxd the real neuronx-distributed with ZeRO-1, on gloo
 
 A kill is SIGKILL, from within the process so that it can be placed: at a random time of the training loop, after a
-random file of a checkpoint (the file cut in half), or before a random batch of an evaluation. Moments are drawn from
---seed. Attempts are forks of this process, which has imported everything and run nothing.
+random file of a checkpoint (the file cut in half), or before a random batch of an evaluation. Where there are peers,
+one rank is killed and the others must end by themselves within a minute; or it hangs, stopped by SIGSTOP, and their
+watchdogs must end them. Moments are drawn from --seed. Attempts are forks of this process, which has imported
+everything and run nothing.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ TIMING = {"residues_per_second", "graphs", "peak_memory_gb", "seconds"}
 """Values that depend on the clock, or on what was compiled before."""
 PATIENCE = 60.0
 """Seconds in which a rank whose peer is dead must have ended."""
+KINDS = ("step", "write", "evaluate", "hang")
+WATCHDOG = 15
+"""Seconds after which the peers of a rank that hangs end."""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -74,7 +79,7 @@ class Kill:
     """When a process ends itself by SIGKILL."""
 
     kind: str
-    """`step`, `write` or `evaluate`."""
+    """`step`, `write`, `evaluate`, or `hang`: at a moment as for `step`, stopped rather than killed."""
     at: float
     """Seconds after training has begun; or which file, or batch, counted from 0."""
     rank: int = 0
@@ -150,8 +155,11 @@ def arm(kill: Kill) -> None:
     else:
         fit = Trainer.fit
 
+        def hang() -> None:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
         def timed(trainer: Any) -> Any:
-            timer = threading.Timer(kill.at, die)
+            timer = threading.Timer(kill.at, hang if kill.kind == "hang" else die)
             timer.daemon = True
             timer.start()
             return fit(trainer)
@@ -226,17 +234,44 @@ def attempt(cfg: Any, mode: Mode, kill: Kill | None) -> Ended:
         process.start()
     survived = 0.0
     if kill is not None:
-        ranks[kill.rank].join()
+        victim = ranks[kill.rank]
+        while victim.is_alive() and not is_stopped(victim.pid):
+            time.sleep(0.05)
         died = time.monotonic()
         for process in ranks:
-            process.join(PATIENCE)
-            if process.is_alive():
+            if process is not victim:
+                process.join(PATIENCE)
+            if process.is_alive() and process is not victim:
                 process.kill()
-                raise RuntimeError(f"{cfg.output}: a rank was alive {PATIENCE:g} s after its peer's death")
+                raise RuntimeError(f"{cfg.output}: a rank was alive {PATIENCE:g} s after its peer had failed")
         survived = time.monotonic() - died
+        if victim.is_alive():
+            victim.kill()
     for process in ranks:
         process.join()
     return Ended([process.exitcode or 0 for process in ranks], time.monotonic() - began, survived)
+
+
+def is_stopped(pid: int | None) -> bool:
+    """Whether a process is stopped by SIGSTOP."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
+
+
+def check_not_ahead(output: Path) -> None:
+    """After a kill: nothing may be saved of a step that was not done by all, and logged.
+
+    Raises:
+        RuntimeError: something is.
+    """
+    saved = max((int(p.name.removeprefix("step-")) for p in (output / "checkpoints").glob("step-*")), default=0)
+    log = output / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    done = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+    if saved > done:
+        raise RuntimeError(f"{output}: a checkpoint of step {saved}, but step {done} was the last one done")
 
 
 def left(output: Path) -> dict[str, Any]:
@@ -281,11 +316,11 @@ def ask(cfg: Any) -> None:
 
 
 def draw(rng: random.Random, mode: Mode, seconds: float, steps: int) -> Kill:
-    """The next kill: half of them anywhere in the loop, a quarter in a checkpoint, a quarter in an evaluation."""
-    kind = rng.choice(("step", "step", "write", "evaluate"))
+    """The next kill: of any kind alike, but twice as often anywhere in the loop."""
+    kind = rng.choice((*KINDS, "step") if mode.processes > 1 else (*KINDS[:3], "step"))
     if kind == "write":
         return Kill(kind, rng.randrange(steps // 3 * 8 // 4))
-    at = rng.uniform(0, seconds / 2) if kind == "step" else rng.randrange(12)
+    at = rng.randrange(12) if kind == "evaluate" else rng.uniform(0, seconds / 2)
     return Kill(kind, at, rng.randrange(mode.processes))
 
 
@@ -318,11 +353,13 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
         cfg = configuration(folder, output, mode, steps)
         while sum(found.values()) < kills:
             kill = draw(rng, mode, whole.seconds, steps)
-            ended = attempt(cfg, mode, kill)
+            watchdog = WATCHDOG if kill.kind == "hang" else cfg.loop.watchdog
+            ended = attempt(replace(cfg, loop=replace(cfg.loop, watchdog=watchdog)), mode, kill)
             if ended.codes[kill.rank] == 0:
                 break  # it was through before the moment came
             if ended.codes[kill.rank] != -signal.SIGKILL or 0 in ended.codes:
                 raise RuntimeError(f"{cfg.output}: {kill} ended with {ended.codes}; see {cfg.output}.*.log")
+            check_not_ahead(Path(cfg.output))
             found[kill.kind] += 1
             longest = max(longest, ended.survived)
             print(f"  {name}: kill {sum(found.values())}, {kill}, after {ended.seconds:.1f} s", flush=True)
@@ -331,7 +368,7 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
         got = left(Path(cfg.output))
         different += [f"{output}/{key}" for key in sorted({*got, *expected}) if got.get(key) != expected.get(key)]
     return {
-        "kills": sum(found.values()), **{f"in {kind}": found[kind] for kind in ("step", "write", "evaluate")},
+        "kills": sum(found.values()), **{f"in {kind}": found[kind] for kind in KINDS},
         "runs": rounds, "steps": steps, "processes": mode.processes, "compared": len(expected),
         "different": different, "survivors_ended_after_s": round(longest, 1),
     }  # fmt: skip
@@ -358,12 +395,10 @@ def import_all(modes: list[str]) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| mode | processes | kills | in the loop | in a checkpoint | in an evaluation | files compared | differ |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| mode | processes | kills | in the loop | in a checkpoint | in an evaluation | hung | files | differ |"]
+    lines.append("|" + "---|" * 9)
     for name, r in results.items():
-        counts = (r["processes"], r["kills"], r["in step"], r["in write"], r["in evaluate"], r["compared"])
+        counts = (r["processes"], r["kills"], *(r.get(f"in {kind}", 0) for kind in KINDS), r["compared"])
         lines.append(f"| {name} | {' | '.join(map(str, counts))} | {len(r['different'])} |")
     return "\n".join(lines)
 
@@ -377,14 +412,17 @@ def main() -> int:
     words.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--results", type=Path, default=RESULTS, help="JSON file; modes that were not run are kept")
+    words.add_argument("--folder", type=Path, help="keep the runs and their logs there")
     args = words.parse_args()
     import_all(args.modes)
     before = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
     results: dict[str, Any] = dict(before.get("modes", {}))
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in args.modes:
             began = time.monotonic()
-            results[name] = soak(name, args.kills, args.steps, args.seed, Path(folder) / name)
+            results[name] = soak(name, args.kills, args.steps, args.seed, folder / name)
             results[name] |= {"seed": args.seed, "minutes": round((time.monotonic() - began) / 60, 1)}
             print(f"{name}: {results[name]}", flush=True)
             args.results.parent.mkdir(parents=True, exist_ok=True)
