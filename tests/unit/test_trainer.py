@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -244,28 +242,6 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(toy: Toy, watched_by: Call
         file.unlink()
     extra.rmdir()  # the stop's own checkpoint, which the uninterrupted run has no reason to write
     assert_same_end(stopped, whole)
-
-
-def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(toy: Toy, tmp_path: Path) -> None:
-    many = {"max_steps": 100, "eval_every": 10}
-    whole, killed = (interruptible(toy, name, "lora", **many) for name in ("whole", "killed"))
-    whole, killed = (replace(cfg, checkpoint=replace(cfg.checkpoint, every=3)) for cfg in (whole, killed))
-    train(whole)
-    (tmp_path / "killed.yaml").write_text(settings.dump(killed))
-    at = random.randint(4, 30)
-    words = [sys.executable, "-m", "esm_neuron.cli", "train", "--config", str(tmp_path / "killed.yaml")]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        log = Path(killed.output) / "metrics.jsonl"
-        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < at):
-            time.sleep(0.002)
-        time.sleep(random.random() / 50)
-        process.kill()
-        _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
-    assert 0 < int(checkpoints(killed)[-1].removeprefix("step-")) < 100
-    (Path(killed.output) / "checkpoints" / ".step-00000005.1.tmp").mkdir(exist_ok=True)  # as a kill while saving leaves
-    train(resumed(killed))
-    assert_same_end(killed, whole)
 
 
 @pytest.mark.parametrize("busy", ["time.sleep(0.01)", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"])
