@@ -7,6 +7,7 @@ Each fault meets a copy of a finished run of 20 steps, or a new run, in a fork o
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -74,7 +75,17 @@ def other_version(run: Path) -> None:
 
 
 def small_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    """From step 8 on no file may grow beyond 20 kB."""
+    from esm_neuron.trainer import Trainer
+
+    step = Trainer._train_step
+
+    def limited(self: Any, data: Any) -> None:
+        if data.step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        step(self, data)
+
+    Trainer._train_step = limited
 
 
 def spoil(*steps: int) -> Callable[[], None]:
@@ -111,7 +122,7 @@ def hang() -> None:
 
 
 def signals(*numbers: signal.Signals) -> Callable[[], None]:
-    """The first comes in step 5; each later one 6 s on, while evaluation is held up."""
+    """The first comes after step 6; each later one 6 s on, while evaluation is held up."""
 
     def arm() -> None:
         from esm_neuron.trainer import Trainer
@@ -120,7 +131,7 @@ def signals(*numbers: signal.Signals) -> Callable[[], None]:
 
         def watched(self: Any, data: Any) -> None:
             step(self, data)
-            if data.step == 4:
+            if data.step == 5:
                 for late, number in enumerate(numbers):
                     timer = threading.Timer(0.01 + 6 * late, os.kill, (os.getpid(), number))
                     timer.daemon = True
@@ -143,7 +154,7 @@ FAULTS = [
     Fault("its manifest of version 9", other_version),
     Fault("every checkpoint damaged", all_damaged),
     Fault("another learning rate on resuming", settings={"optim.lr": 1e-3}),
-    Fault("no file may grow beyond 20 kB (a full disk)", process=small_disk, resumed=False),
+    Fault("from step 8 on no file may grow beyond 20 kB (a full disk)", process=small_disk, resumed=False),
     Fault(
         "the same, saving beside training", process=small_disk, resumed=False,
         settings={"checkpoint.asynchronous": True},
@@ -155,8 +166,11 @@ FAULTS = [
         settings={"loop.on_nonfinite": "rollback"},
     ),
     Fault("the loader hangs in step 7", process=hang, resumed=False, settings={"loop.watchdog": 3}),
-    Fault("SIGTERM in step 5", process=signals(signal.SIGTERM), resumed=False),
-    Fault("SIGTERM, and again in an evaluation", process=signals(signal.SIGTERM, signal.SIGTERM), resumed=False),
+    Fault("SIGTERM after step 6", process=signals(signal.SIGTERM), resumed=False),
+    Fault(
+        "SIGTERM after step 6, and again in its evaluation, 6 s later",
+        process=signals(signal.SIGTERM, signal.SIGTERM), resumed=False,
+    ),
 ]  # fmt: skip
 
 
@@ -182,7 +196,7 @@ def run(cfg: Any, process: Callable[[], None] = nothing) -> tuple[int, list[str]
     child.start()
     child.join()
     text = Path(f"{cfg.output}.log").read_text(encoding="utf-8")
-    said = re.findall(r"^(?:WARNING: |esm-neuron: error: |esm-neuron: )(.*)", text, re.MULTILINE)
+    said = re.findall(r"^(?:WARNING: |esm-neuron: error: )?((?<=: ).*|stopped by .*)", text, re.MULTILINE)
     return child.exitcode or 0, [line.replace(f"{Path(cfg.output).parent}/", "") for line in said]
 
 
@@ -227,7 +241,11 @@ def outcome(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Inject every fault and write what happened."""
+    """Inject the faults and write what happened."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--only", nargs="+", default=[""], help="parts of names: the other faults' results stay")
+    only = words.parse_args().only
+    results = {} if not RESULTS.exists() else {r["fault"]: r for r in json.loads(RESULTS.read_text(encoding="utf-8"))}
     soak.import_all(["lora"])
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
@@ -235,10 +253,11 @@ def main() -> None:
         code, said = run(soak.configuration(folder, "whole", soak.Mode(), STEPS))
         if code:
             sys.exit(f"the unbroken run ended with {code}: {said}")
-        found = []
         for number, fault in enumerate(FAULTS):
-            found.append(inject(fault, folder, number))
-            print(found[-1], flush=True)
+            if any(part in fault.name for part in only):
+                results[fault.name] = inject(fault, folder, number)
+                print(results[fault.name], flush=True)
+    found = [results[fault.name] for fault in FAULTS if fault.name in results]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print("| fault | outcome | said |\n|---|---|---|")
