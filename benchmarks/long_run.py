@@ -77,7 +77,8 @@ def slope(samples: list[dict[str, float]], name: str) -> dict[str, float]:
     at = np.unique(minutes)
     means = np.array([values[minutes == minute].mean() for minute in at])
     fit = stats.linregress(at / 60, means)
-    half = float(stats.t.ppf(0.975, len(at) - 2) * fit.stderr)
+    error = fit.stderr if np.ptp(means) else 0.0  # of values that never change scipy has none
+    half = float(stats.t.ppf(0.975, len(at) - 2) * error)
     return {
         "first": float(means[0]), "last": float(means[-1]), "per_hour": float(fit.slope),
         "low": float(fit.slope) - half, "high": float(fit.slope) + half, "points": len(at),
