@@ -201,7 +201,7 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
         f"- A rank that dies (exit code 13) in step 4 of a world of two: the world had ended {seconds:.0f} s later, "
         "with torchrun's exit code and the dead rank's named, and no checkpoint. A survivor that no agent ends says: "
         "`rank 0: a peer has failed or does not answer (...); nothing is saved from here on. ...` "
-        "(`tests/unit/test_soak.py`).",
+        "(`tests/unit/test_distributed.py`).",
         "",
         "## Patches and stand-ins behind the columns",
         (world(WORLDS, 2)["stand-ins"] / "message.txt").read_text(encoding="utf-8"),

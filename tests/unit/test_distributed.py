@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -167,6 +168,39 @@ def test_one_process_hands_over_to_two_and_two_to_one(
     assert 6 <= stopped < 120 and stopped == lines(moved)[-1]["step"]
     run.train(moved, str)
     assert_close_end(moved, whole, same_figures)
+
+
+def test_a_rank_whose_peer_is_killed_ends_with_the_reason_and_saves_nothing(toy: Toy) -> None:
+    """Without an agent such as torchrun's, which would end the survivor itself."""
+    cfg = toy("bereft", loop={"max_steps": 100_000, "rows_per_device": 2}, checkpoint={"every": 3})
+    path = Path(f"{cfg.output}.yaml")
+    path.write_text(settings.dump(cfg))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in "01":
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = [sys.executable, "-m", "esm_neuron.cli", "train", "--config", str(path)]
+        with Path(f"{cfg.output}.{rank}.log").open("w") as log:
+            ranks.append(subprocess.Popen(words, env={**os.environ, **world}, stdout=log, stderr=log))
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while len(losses(cfg)) < 6 and ranks[0].poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        ranks[1].kill()
+        assert ranks[0].wait(60) == 1
+    finally:
+        for process in ranks:
+            process.kill()
+    last = Path(f"{cfg.output}.0.log").read_text().splitlines()[-1]
+    assert last.startswith("esm-neuron: error: rank 0: a peer has failed or does not answer (")
+    assert last.endswith("then go on with --checkpoint.resume auto")
+    saved = [int(f.name.removeprefix("step-")) for f in (Path(cfg.output) / "checkpoints").glob("step-*")]
+    assert saved and max(saved) <= lines(cfg)[-1]["step"]
+    assert not (Path(cfg.output) / "result.json").exists()
 
 
 def rank_of(pid: int) -> int:
