@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -304,6 +305,8 @@ def _usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code. A known error is one line."""
+    if argv is None:  # as a program: a traceback, which is a bug's, quotes what libraries said
+        sys.excepthook = lambda *error: say("".join(traceback.format_exception(*error)).rstrip())
     try:
         return run(argv)
     except EsmNeuronError as error:
