@@ -68,21 +68,18 @@ def _rows_at_once(path: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
     """Records to decode together: fewer where lists might repeat one long text, which is stored once.
 
     Raises:
-        DataError: pages are said to swell as no proteins do, see `text_formats.read_lines`.
+        DataError: a row group is said to swell as no proteins do, see `text_formats.read_lines`.
     """
-    rows, texts, lists = BATCH, _texts(file, names), tuple(f"{name}." for name in names)
-    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
-    for group in groups:
-        for chunk in (group.column(i) for i in range(group.num_columns)):
-            packed, size = chunk.total_compressed_size, chunk.total_uncompressed_size
-            listed = chunk.path_in_schema not in texts and chunk.path_in_schema.startswith(lists)
-            rows = min(rows, max(1, NESTED_LIMIT // max(size, 1))) if listed else rows
-            if size > max(EXPANSION_FROM, packed * EXPANSION_LIMIT):
-                raise DataError(
-                    f"{path}: {size} bytes of column {chunk.path_in_schema!r} are packed into {packed}, more than "
-                    f"{EXPANSION_LIMIT} for one; no proteins are so much alike, check the file"
-                )
-    return rows
+    # No look at single columns: where their entries are damaged, pyarrow ends the process instead of raising.
+    sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+    packed, size = Path(path).stat().st_size, max(sizes, default=0)
+    if size > max(EXPANSION_FROM, packed * EXPANSION_LIMIT):
+        raise DataError(
+            f"{path}: {size} bytes of a row group are packed into {packed}, more than {EXPANSION_LIMIT} for one; no "
+            "proteins are so much alike, check the file"
+        )
+    lists = any(file.schema.column(i).path.startswith(tuple(f"{n}." for n in names)) for i in range(len(file.schema)))
+    return min(BATCH, max(1, NESTED_LIMIT // max(size, 1))) if lists else BATCH
 
 
 def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iterator[list[list[Any]]]:
@@ -103,7 +100,8 @@ def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -
                 held = size
         for start, end in pairwise([*starts, len(batch)]):
             part = batch.slice(start, end - start)
-            yield [part[name].to_pylist() for name in names]
+            plain = [part[n].dictionary_decode() if pa.types.is_dictionary(part[n].type) else part[n] for n in names]
+            yield [column.to_pylist() for column in plain]
         done += len(batch)
 
 
