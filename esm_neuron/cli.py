@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any, get_args
 
 from esm_neuron.config import BackendName, TrainConfig, require
@@ -303,10 +304,15 @@ def _usage() -> str:
     return "\n".join(["usage: esm-neuron COMMAND ...", "", *lines, "", "esm-neuron COMMAND --help tells more."])
 
 
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback without secrets."""
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code. A known error is one line."""
     if argv is None:  # as a program: a traceback, which is a bug's, quotes what libraries said
-        sys.excepthook = lambda *error: say("".join(traceback.format_exception(*error)).rstrip())
+        sys.excepthook = _show
     try:
         return run(argv)
     except EsmNeuronError as error:
