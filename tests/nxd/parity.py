@@ -1,6 +1,6 @@
 """What is compared with one plain CPU process, how far apart the two were, and docs/parity.md, which says so.
 
-`python parity.py` fails where the engine's sources are no longer those the tables were made from.
+`make lint` runs this file, and fails where the engine's sources are no longer those the tables were made from.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def page(version: str, compared: Mapping[tuple[World, str], Mapping[str, float]]
         "# Parity",
         "",
         f"Made by `make parity NXD_SRC=<folder>` with neuronx_distributed {version}; not edited by hand.",
-        "`python tests/nxd/parity.py` fails when the engine's sources have changed since.",
+        "`make lint` fails when the engine's sources have changed since.",
         "",
         f"Engine sources, sha256: `{digest()}`",
         "",
