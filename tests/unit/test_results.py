@@ -1,8 +1,9 @@
-"""benchmarks/results.py: its paired figures are those of the metrics, and its configurations are legal."""
+"""benchmarks/results.py: paired figures are those of the metrics, the page is that of the saved figures."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +94,11 @@ def test_a_difference_is_that_of_the_figures_and_drawn_in_pairs(results: ModuleT
         "undecided",
         "worse" if metric == "perplexity" else "better",
     )
+
+
+def test_the_page_is_that_of_the_saved_figures(results: ModuleType) -> None:
+    saved = json.loads(results.SAVED.read_text(encoding="utf-8"))
+    assert results.page(saved) == results.PAGE.read_text(encoding="utf-8"), "run benchmarks/results.py --from-saved"
 
 
 def test_every_experiment_has_a_legal_configuration(results: ModuleType, tmp_path: Path) -> None:
