@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -21,21 +22,32 @@ LAUNCHERS = ROOT / "launchers"
 KUBERNETES = "1.33"
 
 
-def train() -> dict[str, Any]:
-    manifest = yaml.safe_load((LAUNCHERS / "k8s" / "train.yaml").read_text())
-    return json.loads(json.dumps(manifest))  # what the file names once by an anchor is two things
-
-
-def compile_ahead() -> dict[str, Any]:
-    """train.yaml as `kubectl apply -k launchers/k8s/compile` makes it."""
-    jsonpatch = pytest.importorskip("jsonpatch")
-    kustomization = yaml.safe_load((LAUNCHERS / "k8s" / "compile" / "kustomization.yaml").read_text())
-    manifest = train()
-    manifest["metadata"]["name"] += kustomization["nameSuffix"]
-    for patch in kustomization["patches"]:
+def built(folder: Path) -> dict[str, Any]:
+    """What `kubectl apply -k` makes of a folder with one job; of kustomize's rules, those that our files meet."""
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert set(kustomization) <= {"apiVersion", "kind", "resources", "nameSuffix", "patches"}
+    (name,) = kustomization["resources"]
+    path = (folder / name).resolve()
+    if path.is_dir():
+        assert path != folder and path not in folder.parents, "kustomize refuses a folder that holds the one it builds"
+        manifest = built(path)
+    else:
+        assert path.parent == folder, "kustomize refuses files of other folders"
+        manifest = json.loads(json.dumps(yaml.safe_load(path.read_text())))  # an anchor's one thing is two things now
+    manifest["metadata"]["name"] += kustomization.get("nameSuffix", "")
+    for patch in kustomization.get("patches", []):
+        jsonpatch = pytest.importorskip("jsonpatch")
         assert patch["target"] == {"kind": manifest["kind"]}
         manifest = jsonpatch.apply_patch(manifest, yaml.safe_load(patch["patch"]))
     return manifest
+
+
+def train() -> dict[str, Any]:
+    return built(LAUNCHERS / "k8s" / "train")
+
+
+def compile_ahead() -> dict[str, Any]:
+    return built(LAUNCHERS / "k8s" / "compile")
 
 
 def replicas(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -101,6 +113,23 @@ def test_manifests_fit_the_schemas(make: Any) -> None:
     client._ApiClient__deserialize = typed
     job = client.deserialize(Answer, "KubeflowOrgV1PyTorchJob")
     assert client.sanitize_for_serialization(job) == manifest
+
+
+def test_a_folder_that_holds_the_one_built_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ahead").mkdir()
+    (tmp_path / "ahead" / "kustomization.yaml").write_text("resources: [..]")
+    with pytest.raises(AssertionError, match="kustomize refuses a folder"):
+        built(tmp_path / "ahead")
+
+
+@pytest.mark.launchers
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
+@pytest.mark.parametrize("make", [train, compile_ahead])
+def test_kubectl_makes_the_same(make: Any) -> None:
+    folder = LAUNCHERS / "k8s" / ("train" if make is train else "compile")
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout) == make()
 
 
 @pytest.mark.launchers
