@@ -304,15 +304,15 @@ def _usage() -> str:
     return "\n".join(["usage: esm-neuron COMMAND ...", "", *lines, "", "esm-neuron COMMAND --help tells more."])
 
 
-def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A traceback without secrets."""
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook` of a program: a traceback without secrets."""
     say("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code. A known error is one line."""
     if argv is None:  # as a program: a traceback, which is a bug's, quotes what libraries said
-        sys.excepthook = _show
+        sys.excepthook = show_traceback
     try:
         return run(argv)
     except EsmNeuronError as error:

@@ -108,4 +108,5 @@ def write_failure(base: Path, reason: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.excepthook = cli.show_traceback  # what it prints is kept in CloudWatch
     sys.exit(main(sys.argv[1:], os.environ))

@@ -220,6 +220,32 @@ def test_no_message_and_no_log_line_has_a_secret(
     assert "hunter2" not in (tmp_path / "output" / "failure").read_text()
 
 
+def test_a_traceback_of_the_program_in_a_sagemaker_container_holds_no_secret(tmp_path: Path) -> None:
+    entry = ROOT / "launchers" / "sagemaker" / "entry.py"
+    code = f"""
+import runpy, sys
+from esm_neuron import cli
+
+def fail(argv):
+    raise RuntimeError("GET https://me:hunter2@example.org/x.csv")
+
+cli.run = fail
+sys.argv = ["entry.py", "--backend=cpu"]
+runpy.run_path({str(entry)!r}, run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SAGEMAKER_BASE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    for said in (done.stderr, (tmp_path / "output" / "failure").read_text()):
+        assert "Traceback (most recent call last)" in said and "https://***@example.org/x.csv" in said
+        assert "hunter2" not in done.stdout + said
+
+
 @pytest.mark.parametrize(
     "cfg",
     [
