@@ -151,10 +151,11 @@ FAULTS = [
     Fault("a bit of the newest checkpoint's weights flipped", flip),
     Fault("its optimizer file a byte too short", truncate),
     Fault("its state.json missing", lambda run: newest(run, "state.json").unlink()),
+    Fault("its model.safetensors missing", lambda run: newest(run, "model.safetensors").unlink()),
     Fault("its manifest of version 9", other_version),
     Fault("every checkpoint damaged", all_damaged),
     Fault("another learning rate on resuming", settings={"optim.lr": 1e-3}),
-    Fault("from step 8 on no file may grow beyond 20 kB (a full disk)", process=small_disk, resumed=False),
+    Fault("from step 8 on no file may grow beyond 20 kB", process=small_disk, resumed=False),
     Fault(
         "the same, saving beside training", process=small_disk, resumed=False,
         settings={"checkpoint.asynchronous": True},

@@ -226,7 +226,11 @@ class LoopConfig:
     with the next step's records. Seen at the next line of the log, evaluation or checkpoint."""
     watchdog: int = 0
     """Seconds that a step, a batch of an evaluation or a checkpoint may take before the process writes the stacks of
-    its threads to stderr and `output`/hung-rank<N>.txt, and ends; 0: for ever. Leave room for compilation."""
+    its threads to stderr and `output`/hung-rank<N>.txt, and ends; 0: for ever."""
+    watchdog_slow: int = 10_800
+    """Seconds that the watchdog allows besides for what may compile: the first two steps of each row length, the first
+    evaluation and the first checkpoint (xla, neuron, torch_compile); and, on every backend, for the end of a run: its
+    last evaluation, the baselines and the export. What comes before the first step is not watched."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,10 @@ class RecompileGuard:
         self._before = 0
         self._seen: dict[int, list[Signature]] = {}  # row length -> signatures of its first steps' batches
 
+    def warms_up(self, batches: Sequence[Batch]) -> bool:
+        """Whether a step on `batches` is one of its bucket's first, which may compile."""
+        return len(self._seen.get(batches[0].input_ids.shape[1], [])) < WARM_UP
+
     def begin(self) -> None:
         """A step begins: what was compiled until now (validation, checkpoints) does not count against it."""
         self._before = self._graphs()

@@ -174,6 +174,7 @@ def _ranges(cfg: TrainConfig) -> list[tuple[str, float, float, float]]:
         ("loop.eval_every", cfg.loop.eval_every, 0, MOST),
         ("loop.patience", cfg.loop.patience, 0, MOST),
         ("loop.watchdog", cfg.loop.watchdog, 0, MOST),
+        ("loop.watchdog_slow", cfg.loop.watchdog_slow, 0, MOST),
         ("checkpoint.every", cfg.checkpoint.every, 0, MOST),
         ("checkpoint.keep", cfg.checkpoint.keep, 1, MOST),
         ("log.every", cfg.log.every, 1, MOST),

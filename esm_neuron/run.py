@@ -42,6 +42,7 @@ FREE_FIELDS = {
     "data.train", "data.valid", "data.test", "data.cache", "data.relatives", "model.gradient_checkpointing",
     "loop.rows_per_device", "loop.eval_rows_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
     "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog",
+    "loop.watchdog_slow",
 }  # fmt: skip
 """The same for single fields; the data itself is compared by its fingerprint."""
 
@@ -145,7 +146,10 @@ def _train(cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> Ou
     try:
         fit = trainer.fit()
         if fit.stopped_by is None:
-            result = _finish(cfg, task, built, trainer, fit, loaders, leaks, say)
+            with trainer.watchdog as dog:
+                passes = sum(map(len, loaders.held_out().values()))
+                dog.expect("the end of the run (last evaluation, baselines, export)", passes + 1, slow=True)
+                result = _finish(cfg, task, built, trainer, fit, loaders, leaks, say)
     finally:
         for callback in trainer.callbacks:
             callback.on_end(result)

@@ -78,7 +78,10 @@ class Trainer:
         self.saver = Saver(self.folder, cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
         self.guard = RecompileGuard(cfg.loop.on_recompile, backend.graphs, train.row_lengths)
         self.watch = StepWatch()
-        self.watchdog = Watchdog(cfg.loop.watchdog, Path(cfg.output) / f"hung-rank{backend.topology.rank}.txt")
+        stacks = Path(cfg.output) / f"hung-rank{backend.topology.rank}.txt"
+        self.watchdog = Watchdog(cfg.loop.watchdog, stacks, cfg.loop.watchdog_slow)
+        self._compiles = backend.static_shapes or cfg.loop.torch_compile
+        self._compiled: set[str] = set()  # what has been done once, steps apart
         self._unseen: list[tuple[int, Tensor, Tensor]] = []  # step, its totals and norm, all still on the device
         self._began = self._logged_seconds = 0.0
         self._logged_residues = 0
@@ -104,9 +107,9 @@ class Trainer:
         self.watch.load_state_dict(self.state.watch)
         if self.backend.topology.is_main:
             checkpoint.drop_after(self.folder, self.state.step)
-        best = self.stopper.best_step
-        if best is not None and best not in checkpoint.steps(self.folder):
-            log.warning("the best checkpoint, of step %d, is gone: the best one is looked for anew", best)
+        unusable = from_main(self.backend, self._best_is_unusable)
+        if unusable is not None:
+            log.warning("the best step is looked for anew among those after %d: %s", self.state.step, unusable)
             self.stopper.best, self.stopper.best_step = None, None
         self._logged_seconds, self._logged_residues = self.state.seconds, self.state.residues
         return self.state.step
@@ -116,6 +119,17 @@ class Trainer:
         if snapshot is not None:
             checkpoint.check_identity(snapshot.state.run, self.state.run, self.folder)
         return snapshot
+
+    def _best_is_unusable(self) -> str | None:
+        """Why the best checkpoint could not be put back at the end, known before training and not after it."""
+        best = self.stopper.best_step
+        if best is None or best == self.state.step:  # the latter has just been read
+            return None
+        try:
+            checkpoint.verify(checkpoint.step_folder(self.folder, best))
+        except CheckpointError as error:
+            return str(error)
+        return None
 
     def fit(self) -> Fit:
         """Train from the present step to the last one, evaluating and saving on the way."""
@@ -132,6 +146,8 @@ class Trainer:
             self._start_clock()
             self.watchdog.expect(f"step {self.state.step + 1}")
             for data in ahead:
+                if self._compiles and self.guard.warms_up(data.batches):
+                    self.watchdog.expect(f"step {data.step + 1}", slow=True)
                 self.guard.begin()
                 self._train_step(data)
                 self.guard.end(data.step, data.batches)
@@ -273,7 +289,7 @@ class Trainer:
         if self.valid_loader is None:
             return
         self._stop_clock()
-        self.watchdog.expect(f"the evaluation after step {self.state.step}", len(self.valid_loader) + 1)
+        self._expect("evaluation", len(self.valid_loader) + 1)
         values = self.evaluate(self.valid_loader)
         watched = values[self.task.metric]
         self.stopper.update(watched if isinstance(watched, (int, float)) else None, self.state.step)
@@ -298,7 +314,7 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint from rank 0; every rank learns whether it worked, or whether the one before did."""
         self._stop_clock()
-        self.watchdog.expect(f"the checkpoint after step {self.state.step}")
+        self._expect("checkpoint")
         if self._unseen:  # a stop between two looks
             self._look()
             self.backend.sync()
@@ -309,6 +325,12 @@ class Trainer:
         snapshot = Snapshot(copy(self.state), weights, moments)
         agree_on_main(self.backend, lambda: self.saver.save(snapshot, self.stopper.best_step))
         self._start_clock()
+
+    def _expect(self, what: str, units: int = 1) -> None:
+        """Have the watchdog expect an evaluation or a checkpoint; the first one of a process may compile."""
+        first = what not in self._compiled
+        self._compiled.add(what)
+        self.watchdog.expect(f"the {what} after step {self.state.step}", units, slow=self._compiles and first)
 
     def _start_clock(self) -> None:
         self._began = time.perf_counter()

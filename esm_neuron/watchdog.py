@@ -22,10 +22,11 @@ class Watchdog:
     Args:
         seconds: that one unit of work may take; 0: no limit, and nothing is started.
         file: where the stacks of all threads are written, besides stderr.
+        slow: seconds besides, for work that may compile or is known to be long.
     """
 
-    def __init__(self, seconds: float, file: Path) -> None:
-        self._seconds, self._file = seconds, file
+    def __init__(self, seconds: float, file: Path, slow: float = 0.0) -> None:
+        self._seconds, self._file, self._slow = seconds, file, slow
         self._what, self._allowed, self._deadline = "", 0.0, float("inf")
         self._over = threading.Event()
 
@@ -43,10 +44,10 @@ class Watchdog:
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
 
-    def expect(self, what: str, units: int = 1) -> None:
+    def expect(self, what: str, units: int = 1, slow: bool = False) -> None:
         """From now on `what` is done, in `units` that may each take the time; what came before is done."""
         if self._seconds:
-            self._allowed = units * self._seconds
+            self._allowed = units * self._seconds + slow * self._slow
             self._what, self._deadline = what, time.monotonic() + self._allowed
             faulthandler.dump_traceback_later(self._allowed + GRACE, exit=True, file=2)
 

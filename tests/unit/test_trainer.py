@@ -177,7 +177,9 @@ def test_bf16_trains_close_to_fp32(toy: Toy) -> None:
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
-def test_patience_ends_training_and_the_best_weights_are_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_ends_training_and_the_best_weights_are_kept(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     cfg = toy(loop={"max_steps": 40, "eval_every": 2, "patience": 3}, checkpoint={"keep": 1}, optim={"lr": 1e-2})
     measured = Trainer.evaluate
     scripted = iter([0.1, 0.5, 0.4, 0.5, 0.3])
@@ -198,6 +200,11 @@ def test_patience_ends_training_and_the_best_weights_are_kept(toy: Toy, monkeypa
     assert any(not torch.equal(last[name], value) for name, value in best.items())
     again = train(resumed(cfg))  # a run that stopped early stays stopped
     assert (again["train"]["steps"], again["chosen_step"]) == (10, 4)
+    damaged = Path(cfg.output) / "checkpoints" / "step-00000004" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    anew = train(resumed(cfg))  # found when resuming, not when the best weights are wanted
+    assert anew["chosen_step"] == 10
+    assert f"the best step is looked for anew among those after 10: {damaged}: content differs" in caplog.text
 
 
 def test_without_validation_rows_the_last_weights_are_taken(toy: Toy) -> None:

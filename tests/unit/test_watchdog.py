@@ -5,11 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from esm_neuron import run, settings
+from esm_neuron.backends.cpu import CpuBackend
+from esm_neuron.config import TrainConfig
+from esm_neuron.rules import validate
 from esm_neuron.watchdog import EXIT_HUNG, Watchdog
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 HANGING = """
 import re, sys, threading, time
@@ -66,3 +73,37 @@ def test_work_that_gets_on_is_left_alone(tmp_path: Path, seconds: float) -> None
             time.sleep(0.1)
     time.sleep(0.3)
     assert not (tmp_path / "file").exists()
+
+
+def test_what_may_compile_has_longer(
+    tmp_path: Path, toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Watchdog(0.2, tmp_path / "file", slow=60) as dog:
+        dog.expect("step 1", slow=True)
+        time.sleep(0.5)  # without what is allowed besides, this process would end here
+
+    allowed: list[tuple[str, float]] = []
+
+    class Noted(Watchdog):
+        def expect(self, what: str, units: int = 1, slow: bool = False) -> None:
+            super().expect(what, units, slow)
+            allowed.append((what, self._allowed))
+
+    monkeypatch.setattr("esm_neuron.trainer.Watchdog", Noted)
+    monkeypatch.setattr(CpuBackend, "static_shapes", True)
+    cfg = toy(loop={"max_steps": 4, "eval_every": 2, "watchdog": 600, "watchdog_slow": 7200})
+    run.train(cfg, str)
+    steps = [seconds for what, seconds in allowed if what.startswith("step")]
+    assert steps == [600, 7800, 600, 7800, 600, 600], "a batch is waited for, then a step that may compile"
+    rest = [(what, seconds) for what, seconds in allowed if not what.startswith("step")]
+    (_, first), one, (_, later), two, (end, last) = rest
+    assert first - later == 7200 and later % 600 == 0
+    assert (one, two) == (("the checkpoint after step 2", 7800), ("the checkpoint after step 4", 600))
+    assert end.startswith("the end of the run") and last > 7800
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*trn1*.yaml")), ids=lambda path: path.stem)
+def test_it_is_on_in_the_configs_for_trn1(path: Path) -> None:
+    cfg = settings.parse(["--config", str(path)])
+    validate(cfg)
+    assert cfg.loop.watchdog >= 300 and cfg.loop.watchdog_slow >= 2 * 3600
