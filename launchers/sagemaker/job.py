@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,6 +32,12 @@ OWN = ("config", "output", "backend", "checkpoint.resume", "data.train", "data.v
 """Settings that the launcher and the entry point give themselves."""
 BACKENDS = {"neuron": "neuron", "gpu": "cuda"}
 """Kind of an instance -> the backend that runs on it."""
+
+SDK_HYPERPARAMETERS = (
+    "sagemaker_submit_directory", "sagemaker_program", "sagemaker_container_log_level", "sagemaker_job_name",
+    "sagemaker_region", "sagemaker_torch_distributed_enabled", "sagemaker_instance_type",
+)  # fmt: skip
+"""What the SDK adds to a job's hyperparameters; the service counts them too."""
 
 _NUMBER = r"(-?[0-9.]+(?:e[+-]?[0-9]+)?)"
 TRAIN_METRICS = ("loss", "lr", "grad_norm", "residues_per_second", "graphs")
@@ -97,8 +104,6 @@ class Job:
     """VPC subnets."""
     security_groups: tuple[str, ...] = ()
     """VPC security groups."""
-    volume_kms_key: str | None = None
-    """Key for the EBS volume; instances with local NVMe refuse it."""
     output_kms_key: str | None = None
     """Key for results in S3."""
     encrypt_traffic: bool = False
@@ -211,8 +216,6 @@ class Job:
         warm = f"keep_alive={self.keep_alive}"
         check(0 <= self.keep_alive <= MOST_WARM, f"{warm} is outside 0 to {MOST_WARM} seconds")
         check(not (self.spot and self.keep_alive), f"{warm}: spot instances have no warm pool; use one of the two")
-        local = f"volume_kms_key: {kind} has local NVMe, which refuses it and encrypts by itself; leave it out"
-        check(not (self.volume_kms_key and instance.nvme), local)
         check(self.volume_gb >= 1, f"volume_gb={self.volume_gb} must be at least 1")
         if self.compile_only:
             check(instance.kind == "neuron", f"compile_only: only Trainium compiles ahead; train on {kind} at once")
@@ -238,13 +241,15 @@ class Job:
             check(self.run.model.init == "random" or self.model is not None, weights)
 
     def _check_limits(self) -> None:
+        encoded = {name: json.dumps(text) for name, text in self.hyperparameters.items()}  # as the SDK sends them
         limits = (
-            ("hyperparameters", self.hyperparameters, 100, 256, 2500),
-            ("environment", self.variables, 100, 512, 512),
-            ("tags", self.tags, 50, 128, 256),
+            ("hyperparameters", encoded, len(SDK_HYPERPARAMETERS), 100, 256, 2500),
+            ("environment", self.variables, 0, 100, 512, 512),
+            ("tags", self.tags, 0, 50, 128, 256),
         )
-        for what, values, most, key, value in limits:
-            require(len(values) <= most, f"{what}: {len(values)} of them; the service takes {most}")
+        for what, values, added, most, key, value in limits:
+            count = f"{len(values) + added} of them" + (f", {added} by the SDK" if added else "")
+            require(len(values) + added <= most, f"{what}: {count}; the service takes {most}")
             for name, text in values.items():
                 require(1 <= len(name) <= key, f"{what}: {name[:40]}... has {len(name)} characters; at most {key}")
                 require(len(text) <= value, f"{what}: the value of {name} has {len(text)} characters; at most {value}")
@@ -252,7 +257,12 @@ class Job:
         require(not reserved, f"tags: {', '.join(reserved)}: aws: is the service's own; choose another name")
 
     def _check_run(self) -> None:
-        cfg, instance = self.run, self.instance
+        data = {split: self.inputs.get(split) for split in SPLITS}
+        given = (
+            f"train: no training file; give --train FILE or --train s3://bucket/prefix, or data.train in {self.config}"
+        )
+        require(data["train"] is not None, given)
+        cfg, instance = replace(self.run, data=replace(self.run.data, **data)), self.instance
         validate(cfg)
         topology = Topology(world=instance.devices * self.instance_count, tp=cfg.parallel.tp)
         shape = known_shape(cfg.model.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import boto3
 import sagemaker
-from botocore.awsrequest import AWSResponse
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from job import Job, is_s3, metric_definitions
 from sagemaker.inputs import TrainingInput
 from sagemaker.pytorch import PyTorch
@@ -20,12 +20,21 @@ REQUEST = "provide-client-params.sagemaker.CreateTrainingJob"
 SDK_CONFIG = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
 
 
-class Nothing(io.BytesIO):
+UPLOAD = b"<InitiateMultipartUploadResult><UploadId>dry-run</UploadId></InitiateMultipartUploadResult>"
+
+
+class Body(io.BytesIO):
     """The body of an answer to a request that was not sent."""
 
     def stream(self, **_: Any) -> Any:
-        """No chunks."""
-        return iter(())
+        """All of it."""
+        yield self.read()
+
+
+def answer(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
+    """What a dry run is told: yes; and, where a large upload begins (the source archive's), a number for its parts."""
+    body = UPLOAD if request.url.endswith("?uploads") else b""
+    return AWSResponse(request.url, 200, {"ETag": "dry-run"}, Body(body))
 
 
 def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
@@ -43,7 +52,7 @@ def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
     sent: list[dict[str, Any]] = []
     boto.events.register(REQUEST, lambda params, **_: sent.append(dict(params)))
     if dry:
-        boto.events.register_first("before-send.*", lambda request, **_: AWSResponse(request.url, 200, {}, Nothing()))
+        boto.events.register_first("before-send.*", answer)
     bucket = job.output.removeprefix("s3://").partition("/")[0]
     # a config of our own: the SDK's default files would change the request unseen, and it would report each call home
     session = sagemaker.Session(boto_session=boto, default_bucket=bucket, sagemaker_config=SDK_CONFIG)
@@ -78,7 +87,6 @@ def estimator(job: Job, folder: Path, session: sagemaker.Session) -> PyTorch:
         use_spot_instances=job.spot,
         max_run=job.max_run,
         volume_size=job.volume_gb,
-        volume_kms_key=job.volume_kms_key,
         output_kms_key=job.output_kms_key,
         encrypt_inter_container_traffic=job.encrypt_traffic,
         enable_network_isolation=job.network_isolation,

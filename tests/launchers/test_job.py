@@ -12,7 +12,7 @@ import launch
 import pytest
 import stage
 import yaml
-from job import BACKENDS, Job, metric_definitions
+from job import BACKENDS, SDK_HYPERPARAMETERS, Job, metric_definitions
 
 import esm_neuron
 from esm_neuron import run, settings
@@ -46,7 +46,6 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"spot": True, "max_run": 7200, "max_wait": 3600}, "max_wait=3600 is below max_run=7200"),
         ({"spot": True, "keep_alive": 600}, "keep_alive=600: spot instances have no warm pool; use one of the two"),
         ({"keep_alive": 3601}, "keep_alive=3601 is outside 0 to 3600 seconds"),
-        ({"volume_kms_key": "key"}, "volume_kms_key: ml.trn1.32xlarge has local NVMe, which refuses it"),
         ({"volume_gb": 0}, "volume_gb=0 must be at least 1"),
         ({"output": "bucket/esm"}, "output=bucket/esm is no S3 URI; it looks like s3://bucket/prefix"),
         ({"checkpoints": "s3://"}, "checkpoints=s3:// is no S3 URI"),
@@ -69,6 +68,7 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"overrides": ("--parallel.tp", "3")}, "tp=3 does not divide the world of 32 processes"),
         ({"overrides": ("--loop.rows_per_step", "48")}, "loop.rows_per_step=48 is not a multiple of 32"),
         ({"train": "nowhere.csv"}, "train=nowhere.csv: no such file"),
+        ({"config": {"data": {"train": None}}}, "train: no training file; give --train FILE or --train s3://bucket"),
         ({"compile_only": True}, "compile_only: its programs would be lost; add --compile-cache"),
         ({"overrides": ("--adapter.kind", "qlora")}, "adapter.kind=qlora with backend=neuron"),
         ({"compile_only": True, "instance_type": "ml.g5.2xlarge"}, "only Trainium compiles ahead"),
@@ -81,12 +81,35 @@ def test_what_the_service_would_refuse_late(described: Described, changes: dict[
     assert "\n" not in str(refused.value)
 
 
-def test_too_many_hyperparameters_are_counted_with_the_jobs_own(
+def test_the_jobs_own_data_is_what_is_checked(described: Described) -> None:
+    """A config without data.train, as those of configs/cuda, is whole with the job's."""
+    splits = {"train": "s3://bucket/train/", "valid": "s3://bucket/valid/"}
+    job = Job(**described(config={"data": {"train": None, "valid": None, "test": None}}, **splits))
+    assert job.run.data.train is None and job.inputs == splits
+    with pytest.raises(ConfigError, match="data.test='s3://bucket/.*has a zero byte"):
+        Job(**described(config={"data": {"train": None}}, **splits, test="s3://bucket/\0"))
+
+
+def test_hyperparameters_are_counted_with_those_of_the_sdk(
     described: Described, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = {f"h{n}": "1" for n in range(101)}
-    monkeypatch.setattr(Job, "hyperparameters", property(lambda job: many))
-    with pytest.raises(ConfigError, match="hyperparameters: 101 of them; the service takes 100"):
+    found: dict[str, str] = {}
+    monkeypatch.setattr(Job, "hyperparameters", property(lambda job: found))
+    most = 100 - len(SDK_HYPERPARAMETERS)
+    found |= {f"h{n}": "1" for n in range(most)}
+    Job(**described())
+    found["more"] = "1"
+    with pytest.raises(ConfigError, match="hyperparameters: 101 of them, .*; the service takes 100"):
+        Job(**described())
+
+
+def test_hyperparameters_are_measured_as_they_are_sent(described: Described, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK sends JSON: quotes around a value, a backslash before each of its own."""
+    found = {"note": '"' * 1249}
+    monkeypatch.setattr(Job, "hyperparameters", property(lambda job: found))
+    Job(**described())
+    found["note"] += "x"
+    with pytest.raises(ConfigError, match="the value of note has 2501 characters; at most 2500"):
         Job(**described())
 
 
@@ -193,7 +216,7 @@ def test_the_words_of_the_command(described: Described) -> None:
         launch.parse([*words, "--spots", "1"])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*_trn1*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("localization_*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_fit_their_instances(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each config names in its first line the instances it is for: `# ml.trn1.32xlarge x 1, 2, 4: ...`."""
     monkeypatch.chdir(ROOT)
