@@ -219,9 +219,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Evaluate the best weights, write them and the result."""
     backend = trainer.backend
-    chosen = trainer.load_best()
+    chosen, weights = trainer.load_best()
     scores = score(trainer, loaders.train.table, loaders.held_out(), leaks, say)
-    weights, _ = backend.gather_state(built.model, trainer.optimizer)
     trainable, total = parameter_count(built.model)
     state = fit.state
     result = finite({

@@ -141,9 +141,9 @@ class Trainer:
             self.watchdog,
             closing(prefetch(map(self.train_loader.load, steps), AHEAD)) as ahead,
         ):
+            self._start_clock()
             if self.cfg.loop.on_nonfinite == "rollback" and self.state.step == 0:
                 self._save()  # something to go back to
-            self._start_clock()
             self.watchdog.expect(f"step {self.state.step + 1}")
             for data in ahead:
                 if self._compiles and self.guard.warms_up(data.batches):
@@ -301,15 +301,20 @@ class Trainer:
         """The figures of a loader's table over all ranks."""
         return evaluate(self.model, self.task, self.backend, loader)
 
-    def load_best(self) -> int:
-        """Put the weights of the best validated step back, where there is one; returns the step of the weights."""
+    def load_best(self) -> tuple[int, dict[str, Tensor]]:
+        """Put the weights of the best validated step back, where there is one.
+
+        Returns:
+            The step of the weights, and the trained ones, whole (on the main rank). Not to be gathered again: under
+            ZeRO-1 the optimizer's master copies, which `Backend.gather_state` reads, are still those of the last step.
+        """
         best = self.stopper.best_step
         if best is None or best == self.state.step:
-            return self.state.step
+            return self.state.step, self.backend.gather_state(self.model, self.optimizer)[0]
         # the checkpoints of this run may lie on the main rank's node alone, as on SageMaker
         weights = from_main(self.backend, lambda: checkpoint.load(checkpoint.step_folder(self.folder, best)).model)
         self.backend.load_weights(self.model, weights)
-        return best
+        return best, weights
 
     def _save(self) -> None:
         """Write a checkpoint from rank 0; every rank learns whether it worked, or whether the one before did."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,11 @@ import parity
 import pytest
 import torch
 from parity import EXACT, KINDS, PACKED, STEP_1, STEP_20, WORLDS, Case, difference, differences
+from safetensors.torch import load_file
 from torch import Tensor
+
+from esm_neuron import checkpoint
+from esm_neuron.adapters import saved_key
 
 World = Callable[[dict[parity.World, list[Case]], parity.World], dict[str, Path]]
 
@@ -156,8 +162,27 @@ def test_a_rank_that_dies_ends_the_others_and_nothing_is_saved(bereft: tuple[Any
     ended, output = bereft
     assert ended.code != 0
     assert "exitcode  : 13" in ended.output
-    assert not (output / "checkpoints").exists()
+    assert checkpoint.steps(output / "checkpoints") == [2, 3], "the newest two are kept"
     assert float((output / "died").read_text()) + 60 > ended.at
+
+
+@pytest.mark.parametrize("zero1", [True, False])
+def test_a_finished_run_writes_the_weights_that_validation_chose(
+    torchrun: Callable[..., Any], tmp_path: Path, zero1: bool
+) -> None:
+    """From a file to the adapter; ZeRO-1's master copies are those of the last step when the best ones come back."""
+    rng = random.Random(0)
+    rows = [f"p{i},{''.join(rng.choices('ACDEFGHIKLMNPQRSTVWY', k=20))},{'abc'[i % 3]}" for i in range(60)]
+    (tmp_path / "proteins.csv").write_text("id,sequence,label\n" + "\n".join(rows) + "\n")
+    options = {"output": str(tmp_path), "backend": "neuron", "set": {"parallel.zero1": zero1}}
+    ended = torchrun(2, [{"run": "finish", "with": options}])
+    assert ended.code == 0, ended.output[-4000:]
+    assert json.loads((tmp_path / "result.json").read_text())["chosen_step"] == 1
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    first, last = (checkpoint.load(checkpoint.step_folder(tmp_path / "checkpoints", step)).model for step in (1, 5))
+    for name, value in first.items():
+        assert torch.equal(written[saved_key(name)], value), name
+    assert any(not torch.equal(last[name], value) for name, value in first.items())
 
 
 @pytest.mark.skipif("PARITY_PAGE" not in os.environ, reason="make parity NXD_SRC=<folder> writes docs/parity.md")
@@ -199,7 +224,8 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
         "- The general index's empty packages in place of Neuron's: "
         f"`{(reference['placeholders'] / 'message.txt').read_text(encoding='utf-8')}`",
         f"- A rank that dies (exit code 13) in step 4 of a world of two: the world had ended {seconds:.0f} s later, "
-        "with torchrun's exit code and the dead rank's named, and no checkpoint. A survivor that no agent ends says: "
+        "with torchrun's exit code and the dead rank's named, and no checkpoint after step 3's. A survivor that no "
+        "agent ends says: "
         "`rank 0: a peer has failed or does not answer (...); nothing is saved from here on. ...` "
         "(`tests/unit/test_distributed.py`).",
         "",
