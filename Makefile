@@ -73,7 +73,8 @@ test-launchers: $(VENV)/.launchers-tests ## test the launchers: nodes of this ma
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m launchers tests/launchers
 
 fuzz: $(VENV)/.installed ## 10,000 cases of every format, settings, variants and checkpoints, from new seeds: an hour or two
-	FUZZ_CASES=10000 $(PYTEST) -n 2 tests/unit/test_fuzz.py
+	rm -f benchmarks/results/fuzz.json
+	FUZZ_CASES=10000 FUZZ_COUNTS=benchmarks/results/fuzz.json $(PYTEST) -n 2 tests/unit/test_fuzz_*.py
 
 audit: $(VENV)/.installed ## our code by bandit, the locked packages by pip-audit (asks PyPI's advisories)
 	$(BIN)/bandit -q -c pyproject.toml -r esm_neuron launchers

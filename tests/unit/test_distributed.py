@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from esm_neuron import run, settings
+from esm_neuron import checkpoint, run, settings
 from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import ConfigError
 from esm_neuron.parallel.topology import Topology
 from esm_neuron.signals import EXIT_STOPPED
+from esm_neuron.watchdog import EXIT_HUNG
 
 Toy = Callable[..., TrainConfig]
 
@@ -152,10 +153,7 @@ def test_one_process_hands_over_to_two_and_two_to_one(
         assert run.train(moved, str).stopped_by == "SIGTERM"
     moved = replace(moved, checkpoint=replace(moved.checkpoint, resume="auto"))
     with torchrun(moved) as process:
-        deadline = time.monotonic() + PATIENCE
-        while process.poll() is None and len(losses(moved)) < 6:
-            assert time.monotonic() < deadline, printed(moved)
-            time.sleep(0.01)
+        wait_for_steps(moved, 6, process)
         # One rank alone is told; the other must learn it from its peer, or both would wait forever.
         last = max(workers(process), key=rank_of)
         assert rank_of(last) == 1
@@ -164,15 +162,15 @@ def test_one_process_hands_over_to_two_and_two_to_one(
     assert "resumed after step 3 of 120" in printed(moved)
     assert "stopped by SIGTERM; the state is saved" in printed(moved)
     assert f"exitcode  : {EXIT_STOPPED}" in printed(moved)
-    stopped = max(int(f.name.removeprefix("step-")) for f in (Path(moved.output) / "checkpoints").iterdir())
+    stopped = max(saved_steps(moved))
     assert 6 <= stopped < 120 and stopped == lines(moved)[-1]["step"]
     run.train(moved, str)
     assert_close_end(moved, whole, same_figures)
 
 
-def test_a_rank_whose_peer_is_killed_ends_with_the_reason_and_saves_nothing(toy: Toy) -> None:
-    """Without an agent such as torchrun's, which would end the survivor itself."""
-    cfg = toy("bereft", loop={"max_steps": 100_000, "rows_per_device": 2}, checkpoint={"every": 3})
+@contextmanager
+def two_ranks(cfg: TrainConfig) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Training in two processes, six steps on, without an agent such as torchrun's, which would end a survivor."""
     path = Path(f"{cfg.output}.yaml")
     path.write_text(settings.dump(cfg))
     with socket.socket() as free:
@@ -186,21 +184,76 @@ def test_a_rank_whose_peer_is_killed_ends_with_the_reason_and_saves_nothing(toy:
         with Path(f"{cfg.output}.{rank}.log").open("w") as log:
             ranks.append(subprocess.Popen(words, env={**os.environ, **world}, stdout=log, stderr=log))
     try:
-        deadline = time.monotonic() + PATIENCE
-        while len(losses(cfg)) < 6 and ranks[0].poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        ranks[1].kill()
-        assert ranks[0].wait(60) == 1
+        wait_for_steps(cfg, 6, ranks[0])
+        yield ranks
     finally:
         for process in ranks:
             process.kill()
+            process.wait()
+
+
+def wait_for_steps(cfg: TrainConfig, count: int, process: subprocess.Popen[Any]) -> None:
+    """Return when metrics.jsonl has the losses of `count` steps, or when `process` has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and len(losses(cfg)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def saved_steps(cfg: TrainConfig) -> list[int]:
+    return checkpoint.steps(Path(cfg.output) / "checkpoints")
+
+
+def assert_nothing_saved_since(cfg: TrainConfig, failed_at: int) -> None:
+    """The peer failed when `failed_at` was the last step of the log: what it had done by then is saved, and no more."""
+    done = lines(cfg)[-1]["step"]
+    assert done <= failed_at + 1, "a step that the failed peer had already done its share of"
+    assert saved_steps(cfg) and max(saved_steps(cfg)) <= done
+    assert not (Path(cfg.output) / "result.json").exists()
+
+
+ENDLESS: dict[str, Any] = {"max_steps": 100_000, "rows_per_device": 2}
+
+
+def test_a_rank_whose_peer_is_killed_ends_with_the_reason_and_saves_nothing(toy: Toy) -> None:
+    cfg = toy("bereft", loop=ENDLESS, checkpoint={"every": 3})
+    with two_ranks(cfg) as ranks:
+        ranks[1].kill()
+        failed_at = lines(cfg)[-1]["step"]
+        assert ranks[0].wait(60) == 1
     last = Path(f"{cfg.output}.0.log").read_text().splitlines()[-1]
     assert last.startswith("esm-neuron: error: rank 0: a peer has failed or does not answer (")
     assert last.endswith("then go on with --checkpoint.resume auto")
-    saved = [int(f.name.removeprefix("step-")) for f in (Path(cfg.output) / "checkpoints").glob("step-*")]
-    assert saved and max(saved) <= lines(cfg)[-1]["step"]
-    assert not (Path(cfg.output) / "result.json").exists()
+    assert_nothing_saved_since(cfg, failed_at)
+
+
+def test_a_rank_whose_peer_hangs_is_ended_by_its_watchdog_and_saves_nothing(toy: Toy) -> None:
+    cfg = toy("waiting", loop={**ENDLESS, "watchdog": 20}, checkpoint={"every": 3})
+    with two_ranks(cfg) as ranks:
+        ranks[1].send_signal(signal.SIGSTOP)
+        failed_at = lines(cfg)[-1]["step"]
+        assert ranks[0].wait(60) == EXIT_HUNG
+    said = (Path(cfg.output) / "hung-rank0.txt").read_text()
+    assert " has taken more than 20 s (loop.watchdog)" in said and "in fit" in said, "the stack of the waiting thread"
+    assert said.splitlines()[0] in Path(f"{cfg.output}.0.log").read_text()
+    assert_nothing_saved_since(cfg, failed_at)
+
+
+def test_torchrun_ends_the_peer_of_a_killed_worker_and_a_resume_goes_on(toy: Toy) -> None:
+    cfg = toy("orphaned", loop={"max_steps": 120, "rows_per_device": 2, "eval_every": 40}, checkpoint={"every": 3})
+    with torchrun(cfg) as process:
+        wait_for_steps(cfg, 6, process)
+        found = workers(process)
+        os.kill(max(found, key=rank_of), signal.SIGKILL)
+        failed_at = lines(cfg)[-1]["step"]
+        assert process.wait(60) != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+    assert "exitcode  : -9" in printed(cfg) or "closing signal SIGTERM" in printed(cfg), printed(cfg)
+    assert_nothing_saved_since(cfg, failed_at)
+    newest = max(saved_steps(cfg))
+    said: list[str] = []
+    outcome = run.train(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")), said.append)
+    assert f"resumed after step {newest} of 120" in said and outcome.result["train"]["steps"] == 120
 
 
 def rank_of(pid: int) -> int:
