@@ -49,8 +49,6 @@ class Instance:
     """Bandwidth of a device to its peers in the machine, GB/s."""
     network: float | None
     """Bandwidth of the machine to others, Gbit/s; None: it works alone."""
-    nvme: bool
-    """Whether it has local NVMe volumes."""
     prices: dict[str, float | None]
     """Market (`ec2`, `sagemaker`) -> dollars an hour on demand; None: not known."""
 
@@ -240,7 +238,8 @@ def step_seconds(
 
 
 def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> str:
-    """The estimates for a person: every degree on the instance `asked`, the cheapest of each other instance."""
+    """The estimates for a person: every degree on the instance `asked`; of each other instance the cheapest, or where
+    its price is not known the fastest."""
     assumed = prices.assumptions
     mine = [e for e in made if e.instance == asked]
     nodes = made[0].nodes if made else 1
@@ -256,7 +255,7 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
     for name in prices.instances:
         fit = [e for e in made if e.instance == name != asked and e.refused is None]
         if fit:
-            lines.append(_row(min(fit, key=lambda e: e.hours)))
+            lines.append(_row(min(fit, key=lambda e: e.hours if e.dollars is None else e.dollars)))
     return "\n".join(lines)
 
 

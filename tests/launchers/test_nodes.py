@@ -140,6 +140,26 @@ def test_slurm_signals_every_process_and_the_requeued_job_goes_on(
     assert_same_end(out, whole)
 
 
+def test_a_signal_to_torchrun_alone_saves_and_the_same_command_goes_on(
+    long: TrainConfig, config: Path, whole: Path, tmp_path: Path
+) -> None:
+    """As a container's runtime or a supervisor stops it: one signal to the process that was started, torchrun.sh's."""
+    out, log = tmp_path / "out", tmp_path / "node.log"
+    cfg = replace(long, output=str(out))
+    node = torchrun(cfg, config, log, NPROC_PER_NODE="2")
+    wait_for(lambda: len(steps(out)) > 20, node)
+    node.send_signal(signal.SIGTERM)
+    assert node.wait(PATIENCE) != 0
+    said = log.read_text()
+    assert "stopped by SIGTERM; the state is saved" in said, said[-3000:]
+    stopped = steps(out)[-1]
+    assert 20 < stopped < STEPS
+    assert (out / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").exists()
+    assert torchrun(cfg, config, log, NPROC_PER_NODE="2").wait(PATIENCE) == 0, log.read_text()[-3000:]
+    assert f"resumed after step {stopped} of {STEPS}" in log.read_text()
+    assert_same_end(out, whole)
+
+
 def test_mpi_a_killed_worker_is_restarted_and_nothing_is_lost(
     long: TrainConfig, config: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -7,11 +7,13 @@ import json
 import socket
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import launch
 import pytest
-from job import Job, metric_definitions
+from job import SDK_HYPERPARAMETERS, Job, metric_definitions
 
 pytestmark = pytest.mark.launchers
 boto3 = pytest.importorskip("boto3")
@@ -20,6 +22,7 @@ moto = pytest.importorskip("moto")
 service = pytest.importorskip("service")
 
 Described = Callable[..., dict[str, Any]]
+ROOT = Path(__file__).parents[2]
 BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked": True}
 CACHE = {"compile_cache": "s3://bucket/cache"}
 
@@ -27,7 +30,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "trn1": {},
     "trn1 x 4": {"instance_count": 4, "encrypt_traffic": True, "tags": {"team": "proteins"}},
     "trn1n x 2": {"instance_type": "ml.trn1n.32xlarge", "instance_count": 2, **CACHE},
-    "g5 qlora": {"instance_type": "ml.g5.2xlarge", "overrides": ("--adapter.kind", "qlora", "--optim.lr", "1e-4")},
+    "g5 qlora": {
+        "config": ROOT / "configs" / "localization_650m_g5_qlora.yaml",
+        "instance_type": "ml.g5.2xlarge",
+        "train": "s3://bucket/data/train/",
+        "overrides": ("--optim.lr", "1e-4"),
+    },
     "compile only": {"compile_only": True, **CACHE},
     "spot": {"spot": True, "max_run": 3600, "max_wait": 7200, "checkpoints": "s3://bucket/earlier"},
     "warm pool": {"keep_alive": 600},
@@ -54,6 +62,12 @@ def account(credentials: None) -> Any:
         yield
 
 
+def make(name: str, described: Described) -> Job:
+    """A job of `JOBS`; the configuration of `described`, unless it names a file."""
+    model = {"model": {"name": "tiny", "init": "random"}} if name == "isolated" else None
+    return Job(**{**described(model), **JOBS[name]})
+
+
 def dry(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The request of --dry-run, on a machine without keys that cannot open a connection."""
     with monkeypatch.context() as patch:
@@ -73,8 +87,7 @@ def dry(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
 def test_the_request_is_the_one_that_was_printed(
     name: str, described: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, credentials: None
 ) -> None:
-    model = {"config": {"model": {"name": "tiny", "init": "random"}}} if name == "isolated" else {}
-    job = Job(**described(**{**JOBS[name], **model}))
+    job = make(name, described)
     printed = dry(job, tmp_path, monkeypatch)
     with moto.mock_aws():
         region = {"LocationConstraint": "us-west-2"}
@@ -91,13 +104,16 @@ def expect(name: str, job: Job, sent: dict[str, Any]) -> None:
     resources, hyper = sent["ResourceConfig"], {k: json.loads(v) for k, v in sent["HyperParameters"].items()}
     assert resources["InstanceType"] == job.instance_type and resources["InstanceCount"] == job.instance_count
     assert hyper["sagemaker_torch_distributed_enabled"] is True and hyper["sagemaker_program"] == "entry.py"
-    assert hyper["config"] == "run.yaml" and hyper["backend"] == ("cuda" if "g5" in job.instance_type else "neuron")
+    assert hyper["config"] == job.config.name
+    assert hyper["backend"] == ("cuda" if "g5" in job.instance_type else "neuron")
+    assert set(sent["HyperParameters"]) - set(SDK_HYPERPARAMETERS) == set(job.hyperparameters)
+    assert set(SDK_HYPERPARAMETERS) <= set(sent["HyperParameters"])
     assert sent["AlgorithmSpecification"]["MetricDefinitions"] == metric_definitions()
     assert sent["AlgorithmSpecification"]["TrainingImage"] == job.image_uri
     assert sent["CheckpointConfig"] == {"S3Uri": job.checkpoints or "s3://bucket/esm/job-1/checkpoints"}
     assert sent["OutputDataConfig"]["S3OutputPath"] == "s3://bucket/esm/job-1"
     channels = {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in sent["InputDataConfig"]}
-    assert channels["train"] == "s3://bucket/esm/job-1/input/train/train.csv"
+    assert channels["train"] == (job.train or "s3://bucket/esm/job-1/input/train/train.csv")
     assert ("code" in channels) == (name == "isolated"), "isolated containers get their code as a channel"
     assert sent.get("Environment", {}) == job.variables
     wanted: dict[str, dict[str, Any]] = {
@@ -114,7 +130,7 @@ def expect(name: str, job: Job, sent: dict[str, Any]) -> None:
     assert resources.get("KeepAlivePeriodInSeconds") == (600 if name == "warm pool" else None)
     assert sent["OutputDataConfig"].get("KmsKeyId") == ("key" if name == "vpc and keys" else None)
     if name == "g5 qlora":
-        assert hyper["optim.lr"] == "1e-4" and hyper["adapter.kind"] == "qlora"
+        assert hyper["optim.lr"] == "1e-4" and job.run.adapter.kind == "qlora"
     if name == "trn1n x 2":
         assert sent["Environment"]["FI_PROVIDER"] == "efa" and sent["Environment"]["FI_EFA_USE_DEVICE_RDMA"] == "1"
     if name == "compile only":
@@ -122,7 +138,9 @@ def expect(name: str, job: Job, sent: dict[str, Any]) -> None:
         assert sent["Environment"] == variables
 
 
-IAM = {"HeadBucket": "ListBucket", "HeadObject": "GetObject", "CreateMultipartUpload": "PutObject"}
+IAM = {"HeadBucket": "ListBucket", "HeadObject": "GetObject"} | dict.fromkeys(
+    ("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"), "PutObject"
+)
 """Operations of S3 whose right has another name."""
 MADE_FOR = {"sagemaker": "arn:aws:sagemaker:REGION:ACCOUNT:training-job/esm-neuron-*", "s3": "arn:aws:s3:::BUCKET"}
 
@@ -172,9 +190,15 @@ def test_the_uploaded_archive(described: Described, account: None, tmp_path: Pat
 def test_against_a_server_of_its_own(
     described: Described, tmp_path: Path, credentials: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """moto over HTTP: what botocore really writes on the wire is taken."""
+    """moto over HTTP: what botocore really writes on the wire is taken, and is what was printed, for all jobs."""
     from moto.server import ThreadedMotoServer
 
+    def small(folder: Path, *_: Any) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "entry.py").touch()
+        return folder
+
+    monkeypatch.setattr(service, "stage", small)  # quick; the archive has a test of its own
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
@@ -182,12 +206,47 @@ def test_against_a_server_of_its_own(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         region = {"LocationConstraint": "us-west-2"}
         boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
-        sent = service.submit(Job(**described()), tmp_path, dry=False, wait=False)
-        known = boto3.client("sagemaker", region_name="us-west-2").describe_training_job(TrainingJobName="job-1")
+        client = boto3.client("sagemaker", region_name="us-west-2")
+        for number, name in enumerate(JOBS):
+            folder = tmp_path / str(number)
+            job = replace(make(name, described), name=f"job-{number}")
+            printed = dry(job, folder, monkeypatch)
+            assert service.submit(job, folder / "sent", dry=False, wait=False) == printed, name
+            known = client.describe_training_job(TrainingJobName=job.name)
+            image = known["AlgorithmSpecification"].pop("TrainingImage")
+            assert image == printed["AlgorithmSpecification"]["TrainingImage"]
+            # moto answers with metric definitions of its own
+            kept = {key: value for key, value in known.items() if key in printed and key != "AlgorithmSpecification"}
+            assert {"HyperParameters", "ResourceConfig", "InputDataConfig", "CheckpointConfig"} <= set(kept)
+            assert kept == {key: printed[key] for key in kept}, name
     finally:
         server.stop()
-    assert known["HyperParameters"] == sent["HyperParameters"]
-    assert known["ResourceConfig"]["InstanceType"] == "ml.trn1.32xlarge"
+
+
+def test_the_command_prints_the_request_that_it_sends(
+    described: Described, credentials: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = described()
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--spot", "true", "--tags.team", "proteins"]
+    assert launch.main([*words, "--dry-run", "--", "--optim.lr", "3e-4"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    sent: list[dict[str, Any]] = []
+    really = service.submit
+
+    def submit(*how: Any) -> dict[str, Any]:
+        sent.append(really(*how))
+        return sent[0]
+
+    monkeypatch.setattr(service, "submit", submit)
+    with moto.mock_aws():  # only now: it would take the dry run's calls as well
+        region = {"LocationConstraint": "us-west-2"}
+        boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
+        assert launch.main([*words, "--", "--optim.lr", "3e-4"]) == 0
+        known = boto3.client("sagemaker", region_name="us-west-2").describe_training_job(TrainingJobName="job-1")
+    assert "job-1: checkpoints in s3://bucket/esm/job-1/checkpoints" in capsys.readouterr().out
+    assert sent == [printed] and json.loads(printed["HyperParameters"]["optim.lr"]) == "3e-4"
+    assert known["HyperParameters"] == printed["HyperParameters"]
 
 
 def test_wait_follows_the_logs(described: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

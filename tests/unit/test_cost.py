@@ -140,3 +140,17 @@ def test_a_price_list_with_a_wrong_field_is_refused(tmp_path: Path) -> None:
     path.write_text((files("esm_neuron") / "instances.yaml").read_text().replace("gib: 16", "gibs: 16"))
     with pytest.raises(ConfigError, match=r"--prices .*prices\.yaml: .*gib"):
         cost.read_prices(path)
+
+
+def test_of_other_instances_the_cheapest_is_shown_or_the_fastest_where_no_price_is_known() -> None:
+    slow = cost.Estimate(
+        instance="trn1.32xlarge", nodes=1, tp=1, dp=32, state_gib=1, peak_gib=2, hours=9, dollars=50, spot_dollars=5
+    )
+    fast = replace(slow, tp=8, dp=4, hours=3, dollars=70)
+
+    def shown(*found: cost.Estimate) -> list[str]:
+        rows = cost.render(list(found), PRICES, "g5.2xlarge", "ec2").splitlines()
+        return [row.split()[1] for row in rows if row.startswith("trn1.32xlarge")]
+
+    assert shown(fast, slow) == shown(slow, fast) == ["1"]
+    assert shown(replace(slow, dollars=None), replace(fast, dollars=None)) == ["8"]
