@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def score(
         table, answers = loader.table, collect(trainer.model, task, backend, loader)
         if cfg.log.answers:
             related = leaks.related.get(split)
-            agree_on_main(backend, lambda: save_answers(path, task, table, answers, related))  # noqa: B023 - called at once
+            agree_on_main(backend, partial(save_answers, path, task, table, answers, related))
         figures[split] = task.figures(table, answers, intervals=True)
         rows = leaks.clean(split)
         if rows is not None:

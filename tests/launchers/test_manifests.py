@@ -36,7 +36,7 @@ def built(folder: Path) -> dict[str, Any]:
         manifest = json.loads(json.dumps(yaml.safe_load(path.read_text())))  # an anchor's one thing is two things now
     manifest["metadata"]["name"] += kustomization.get("nameSuffix", "")
     for patch in kustomization.get("patches", []):
-        jsonpatch = pytest.importorskip("jsonpatch")
+        jsonpatch = pytest.importorskip("jsonpatch", reason="make test-launchers installs jsonpatch")
         assert patch["target"] == {"kind": manifest["kind"]}
         manifest = jsonpatch.apply_patch(manifest, yaml.safe_load(patch["patch"]))
     return manifest
@@ -123,7 +123,7 @@ def test_a_folder_that_holds_the_one_built_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.launchers
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on this machine; with it: make test-launchers")
 @pytest.mark.parametrize("make", [train, compile_ahead])
 def test_kubectl_makes_the_same(make: Any) -> None:
     folder = LAUNCHERS / "k8s" / ("train" if make is train else "compile")
