@@ -104,6 +104,8 @@ class Job:
     """VPC subnets."""
     security_groups: tuple[str, ...] = ()
     """VPC security groups."""
+    volume_kms_key: str | None = None
+    """Refused: all instances here have local NVMe, which encrypts by itself and takes no key."""
     output_kms_key: str | None = None
     """Key for results in S3."""
     encrypt_traffic: bool = False
@@ -216,6 +218,8 @@ class Job:
         warm = f"keep_alive={self.keep_alive}"
         check(0 <= self.keep_alive <= MOST_WARM, f"{warm} is outside 0 to {MOST_WARM} seconds")
         check(not (self.spot and self.keep_alive), f"{warm}: spot instances have no warm pool; use one of the two")
+        local = f"volume_kms_key: {kind} has local NVMe, which encrypts by itself and takes no key; leave it out"
+        check(self.volume_kms_key is None, local)
         check(self.volume_gb >= 1, f"volume_gb={self.volume_gb} must be at least 1")
         if self.compile_only:
             check(instance.kind == "neuron", f"compile_only: only Trainium compiles ahead; train on {kind} at once")
@@ -265,10 +269,17 @@ class Job:
         cfg, instance = replace(self.run, data=replace(self.run.data, **data)), self.instance
         validate(cfg)
         topology = Topology(world=instance.devices * self.instance_count, tp=cfg.parallel.tp)
-        shape = known_shape(cfg.model.name)
+        name = cfg.model.name
+        if self.model is not None:
+            unread = f"model={self.model}: with model.init=random no weights are read; leave --model out"
+            require(cfg.model.init == "pretrained", unread)
+            pinned = f"model.revision={cfg.model.revision} is of a hub id, not of --model; pin it by model.sha256"
+            require(cfg.model.revision is None, pinned)
+            name = name if is_s3(self.model) else self.model
+        shape = known_shape(name)
         if shape is not None:
             legal = legal_tp(shape.heads, shape.intermediate, cfg.parallel.pad_heads)
-            cure = f"does not cut {cfg.model.name}; use {', '.join(map(str, legal))}"
+            cure = f"does not cut {name}; use {', '.join(map(str, legal))}"
             require(cfg.parallel.tp in legal, f"parallel.tp={cfg.parallel.tp} {cure}")
         if instance.kind == "neuron":
             topology.validate_neuron(instance.devices, instance.devices)

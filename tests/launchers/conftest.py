@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launchers" / "sagemaker"))
 
 Toy = Callable[..., TrainConfig]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`make test-launchers` runs all of this folder, what `make test` runs too among it."""
+    if config.option.markexpr == "launchers":
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
+                item.add_marker("launchers")
 
 
 @pytest.fixture
@@ -40,3 +49,23 @@ def described(toy: Toy, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return {**values, **changes}
 
     return describe
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that open nothing."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+
+
+@pytest.fixture
+def account(credentials: None) -> Iterator[None]:
+    """moto in this process, with a bucket."""
+    import boto3
+    import moto
+
+    with moto.mock_aws():
+        region = {"LocationConstraint": "us-west-2"}
+        boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
+        yield

@@ -46,6 +46,7 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"spot": True, "max_run": 7200, "max_wait": 3600}, "max_wait=3600 is below max_run=7200"),
         ({"spot": True, "keep_alive": 600}, "keep_alive=600: spot instances have no warm pool; use one of the two"),
         ({"keep_alive": 3601}, "keep_alive=3601 is outside 0 to 3600 seconds"),
+        ({"volume_kms_key": "key"}, "volume_kms_key: ml.trn1.32xlarge has local NVMe, which encrypts by itself"),
         ({"volume_gb": 0}, "volume_gb=0 must be at least 1"),
         ({"output": "bucket/esm"}, "output=bucket/esm is no S3 URI; it looks like s3://bucket/prefix"),
         ({"checkpoints": "s3://"}, "checkpoints=s3:// is no S3 URI"),
@@ -69,6 +70,14 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"overrides": ("--loop.rows_per_step", "48")}, "loop.rows_per_step=48 is not a multiple of 32"),
         ({"train": "nowhere.csv"}, "train=nowhere.csv: no such file"),
         ({"config": {"data": {"train": None}}}, "train: no training file; give --train FILE or --train s3://bucket"),
+        (
+            {"config": {"model": {"init": "random"}}, "model": "s3://bucket/esm2/"},
+            "no weights are read; leave --model out",
+        ),
+        (
+            {"model": "s3://bucket/esm2/", "overrides": ("--model.revision", "a" * 40)},
+            f"model.revision={'a' * 40} is of a hub id, not of --model; pin it by model.sha256",
+        ),
         ({"compile_only": True}, "compile_only: its programs would be lost; add --compile-cache"),
         ({"overrides": ("--adapter.kind", "qlora")}, "adapter.kind=qlora with backend=neuron"),
         ({"compile_only": True, "instance_type": "ml.g5.2xlarge"}, "only Trainium compiles ahead"),
@@ -228,3 +237,14 @@ def test_shipped_configs_fit_their_instances(path: Path, monkeypatch: pytest.Mon
         values = {"config": path, "instance_type": head[1], "instance_count": count, "name": "job"}
         where = {"output": "s3://bucket/esm", "role": "arn:aws:iam::123456789012:role/r", "region": "us-east-1"}
         assert Job(**values, **where).run == replace(cfg)
+
+
+def test_the_15b_fits_with_padded_heads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its config says of less memory a core: 40 heads over 32 cores."""
+    monkeypatch.chdir(ROOT)
+    values = {"config": Path("configs/localization_15b_trn1.yaml"), "instance_type": "ml.trn1.32xlarge", "name": "job"}
+    where = {"output": "s3://bucket/esm", "role": "arn:aws:iam::123456789012:role/r", "region": "us-east-1"}
+    padded = ("--parallel.tp", "32", "--parallel.pad_heads", "true")
+    assert [Job(**values, **where, overrides=padded, instance_count=n).run.parallel.tp for n in (1, 2, 4)] == [32] * 3
+    with pytest.raises(ConfigError, match="parallel.tp=32 does not cut facebook/esm2_t48_15B_UR50D"):
+        Job(**values, **where, overrides=padded[:2])

@@ -50,6 +50,19 @@ def compile_ahead() -> dict[str, Any]:
     return built(LAUNCHERS / "k8s" / "compile")
 
 
+def volume() -> list[dict[str, Any]]:
+    """The objects of the folder `volume`, in order: the volume, its claim, a pod."""
+    folder = LAUNCHERS / "k8s" / "volume"
+    names = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    return [one for name in names for one in yaml.safe_load_all((folder / name).read_text())]
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(page, commands) of each block of shell in the pages of the launchers."""
+    pages = {name: (ROOT / "docs" / name).read_text() for name in ("ec2-trn1.md", "sagemaker.md", "hyperpod.md")}
+    return [(name, block) for name in pages for block in re.findall(r"^```sh\n(.*?)^```$", pages[name], re.M | re.S)]
+
+
 def replicas(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return list(manifest["spec"]["pytorchReplicaSpecs"].values())
 
@@ -66,6 +79,25 @@ def test_pods_ask_for_a_whole_trn1_and_run_the_script_of_this_repository() -> No
         assert container["name"] == "pytorch" and (ROOT / container["command"][0]).exists()
         cfg = settings.parse(container["args"])
         assert cfg.backend == "neuron" and (ROOT / container["args"][1]).exists()
+
+
+def test_the_volume_is_the_one_that_pods_claim() -> None:
+    lustre, claim, shell = volume()
+    for pod in (*(replica["template"] for replica in replicas(train())), shell):
+        claims = [one["persistentVolumeClaim"] for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
+        assert claims == [{"claimName": claim["metadata"]["name"]}]
+    assert claim["spec"]["volumeName"] == lustre["metadata"]["name"]
+    assert claim["spec"]["resources"]["requests"]["storage"] == lustre["spec"]["capacity"]["storage"]
+    assert claim["spec"]["accessModes"] == lustre["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert lustre["spec"]["csi"]["volumeAttributes"]["dnsname"].startswith(lustre["spec"]["csi"]["volumeHandle"])
+
+
+@pytest.mark.parametrize(("page", "block"), blocks())
+def test_commands_of_the_pages_are_shell_and_name_what_is_here(page: str, block: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{page}: {done.stderr}"
+    named = re.findall(r"(?<![\w/.])(?:launchers|configs|constraints)/[\w/.-]*\w", block)
+    assert [name for name in named if not (ROOT / name).exists()] == [], page
 
 
 def test_the_image_copies_what_the_manifest_runs_and_pip_reads() -> None:
@@ -115,6 +147,15 @@ def test_manifests_fit_the_schemas(make: Any) -> None:
     assert client.sanitize_for_serialization(job) == manifest
 
 
+@pytest.mark.launchers
+def test_the_volume_fits_its_schemas() -> None:
+    import kubernetes_validate
+
+    assert [one["kind"] for one in volume()] == ["PersistentVolume", "PersistentVolumeClaim", "Pod"]
+    for one in volume():
+        kubernetes_validate.validate(one, KUBERNETES, strict=True)
+
+
 def test_a_folder_that_holds_the_one_built_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ahead").mkdir()
     (tmp_path / "ahead" / "kustomization.yaml").write_text("resources: [..]")
@@ -130,6 +171,16 @@ def test_kubectl_makes_the_same(make: Any) -> None:
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout) == make()
+
+
+@pytest.mark.launchers
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on this machine; with it: make test-launchers")
+def test_kubectl_takes_the_volume() -> None:
+    words = ["kubectl", "kustomize", LAUNCHERS / "k8s" / "volume"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+    assert made == {one["kind"]: one for one in volume()}
 
 
 @pytest.mark.launchers

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -127,8 +128,9 @@ def test_slurm_signals_every_process_and_the_requeued_job_goes_on(
     }
     job = start(words, ROOT, log, **slurm)
     wait_for(lambda: len(steps(out)) > 20, job)
-    for group in map(int, groups.read_text().split()):
-        os.killpg(group, signal.SIGTERM)  # as Slurm does: torchrun and workers alike; torchrun passes its own on
+    agents = [psutil.Process(int(group)) for group in groups.read_text().split()]
+    for process in [*agents, *(worker for agent in agents for worker in agent.children(recursive=True))]:
+        process.send_signal(signal.SIGTERM)  # as Slurm does: torchrun and workers alike; torchrun passes its own on
     assert job.wait(PATIENCE) != 0
     said = log.read_text()
     assert "stopped by SIGTERM; the state is saved" in said, said[-3000:]

@@ -17,7 +17,6 @@ from job import SDK_HYPERPARAMETERS, Job, metric_definitions
 
 pytestmark = pytest.mark.launchers
 boto3 = pytest.importorskip("boto3")
-BaseClient = pytest.importorskip("botocore.client").BaseClient
 moto = pytest.importorskip("moto")
 service = pytest.importorskip("service")
 
@@ -43,23 +42,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "isolated": {"network_isolation": True, **BAKED},
 }
 """What is special about a job -> its values."""
-
-
-@pytest.fixture
-def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys that open nothing."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
-
-
-@pytest.fixture
-def account(credentials: None) -> Any:
-    """moto in this process, with a bucket."""
-    with moto.mock_aws():
-        region = {"LocationConstraint": "us-west-2"}
-        boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
-        yield
 
 
 def make(name: str, described: Described) -> Job:
@@ -136,36 +118,6 @@ def expect(name: str, job: Job, sent: dict[str, Any]) -> None:
     if name == "compile only":
         variables = {"RUN_NEURON_PARALLEL_COMPILE": "1", "NEURON_COMPILE_CACHE_URL": "s3://bucket/cache"}
         assert sent["Environment"] == variables
-
-
-IAM = {"HeadBucket": "ListBucket", "HeadObject": "GetObject"} | dict.fromkeys(
-    ("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"), "PutObject"
-)
-"""Operations of S3 whose right has another name."""
-MADE_FOR = {"sagemaker": "arn:aws:sagemaker:REGION:ACCOUNT:training-job/esm-neuron-*", "s3": "arn:aws:s3:::BUCKET"}
-
-
-def test_the_launchers_policy_allows_every_call_and_no_other(
-    described: Described, account: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: set[str] = set()
-    really = BaseClient._make_api_call
-
-    def call(client: Any, operation: str, params: dict[str, Any]) -> Any:
-        called.add(f"{client.meta.service_model.service_name}:{IAM.get(operation, operation)}")
-        return really(client, operation, params)
-
-    monkeypatch.setattr(BaseClient, "_make_api_call", call)
-    service.submit(Job(**described()), tmp_path, dry=False, wait=False)
-    policy = json.loads((Path(service.__file__).parent / "launcher-policy.json").read_text())
-    allowed = {
-        action: statement["Resource"]
-        for statement in policy["Statement"]
-        for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
-    }
-    assert {"sagemaker:CreateTrainingJob", "s3:PutObject"} <= called <= set(allowed)
-    for name in called:
-        assert allowed[name].startswith(MADE_FOR[name.partition(":")[0]])
 
 
 def test_the_uploaded_archive(described: Described, account: None, tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Least rights on SageMaker: a policy is its table in docs/sagemaker.md, and holds what a job uses and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job import Job
+
+Described = Callable[..., dict[str, Any]]
+ROOT = Path(__file__).parents[2]
+POLICIES = ("role-policy.json", "launcher-policy.json")
+ANYWHERE = {"ecr:GetAuthorizationToken", "cloudwatch:PutMetricData"}
+"""Actions that IAM grants on everything or not at all."""
+FOR_THE_SERVICE = {"iam:PassRole", "sagemaker:AddTags", "s3:AbortMultipartUpload"}
+"""The launcher's rights without a call of its own: to lend a role, to tag the new job, to end a failed upload."""
+RIGHTS = {"HeadBucket": "ListBucket", "HeadObject": "GetObject"} | dict.fromkeys(
+    ("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"), "PutObject"
+)
+"""Operations of S3 whose right has another name."""
+NAMES = {"REGION": "us-west-2", "IMAGE-ACCOUNT": "763104351884", "ACCOUNT": "123456789012", "BUCKET": "bucket"}
+NAMES |= {"PREFIX": "esm", "ROLE": "trainer", "IMAGE-REPOSITORY": "pytorch-training-neuronx"}
+"""What a user puts for the words in capitals."""
+
+
+def statements(policy: str) -> list[dict[str, Any]]:
+    """The policy's statements, actions as a list."""
+    read = json.loads((ROOT / "launchers" / "sagemaker" / policy).read_text())
+    assert set(read) == {"Version", "Statement"} and read["Version"] == "2012-10-17"
+    found: list[dict[str, Any]] = read["Statement"]
+    return [{**one, "Action": [one["Action"]] if isinstance(one["Action"], str) else one["Action"]} for one in found]
+
+
+def allowed(policy: str) -> dict[str, str]:
+    """Action -> the one resource that it is allowed on."""
+    pairs = [(action, one["Resource"]) for one in statements(policy) for action in one["Action"]]
+    assert max(Counter(action for action, _ in pairs).values()) == 1, "each action once"
+    return dict(pairs)
+
+
+def filled(resource: str) -> str:
+    """A resource with a user's names."""
+    return re.sub("|".join(NAMES), lambda found: NAMES[found[0]], resource)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_is_its_table_in_the_documentation(policy: str) -> None:
+    text = (ROOT / "docs" / "sagemaker.md").read_text()
+    table = text.partition(f"[{policy}]")[2].partition("\n\n| ")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| .+ \|$", table, re.M)
+    assert len(rows) == table.count("\n") - 1, "every row but the head"
+    assert dict(rows) == allowed(policy) and len(rows) == len(dict(rows))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_action_is_a_family_and_no_resource_is_everything(policy: str) -> None:
+    for one in statements(policy):
+        assert set(one) <= {"Sid", "Effect", "Action", "Resource", "Condition"} and one["Effect"] == "Allow"
+    for action, resource in allowed(policy).items():
+        assert re.fullmatch(r"[a-z0-9]+:[A-Z][A-Za-z]+", action), action
+        if resource == "*":
+            assert action in ANYWHERE
+        else:
+            pinned = r"arn:aws:(s3:::BUCKET|(sagemaker|logs|ecr):REGION:(IMAGE-)?ACCOUNT:|iam::ACCOUNT:role/ROLE$)"
+            assert re.match(pinned, resource) and not re.search(r"\*.", resource), f"{action} on {resource}"
+
+
+def test_what_is_allowed_under_a_condition() -> None:
+    conditions = {
+        action: one["Condition"]["StringEquals"]
+        for policy in POLICIES
+        for one in statements(policy)
+        for action in one["Action"]
+        if "Condition" in one
+    }
+    assert conditions == {
+        "cloudwatch:PutMetricData": {"cloudwatch:namespace": "/aws/sagemaker/TrainingJobs"},
+        "iam:PassRole": {"iam:PassedToService": "sagemaker.amazonaws.com"},
+    }
+
+
+def test_the_role_reaches_the_image_and_every_place_of_a_job(described: Described) -> None:
+    job = Job(**described(compile_cache="s3://bucket/esm/cache"))
+    rights = {action: filled(resource) for action, resource in allowed("role-policy.json").items()}
+    registry, _, repository = job.image_uri.partition("/")
+    account, _, _, region = registry.split(".")[:4]
+    image = f"arn:aws:ecr:{region}:{account}:repository/{repository.partition(':')[0]}"
+    assert {rights[action] for action in rights if action.startswith("ecr:") and action not in ANYWHERE} == {image}
+    for uri in (job.prefix, job.checkpoint_uri, str(job.compile_cache)):
+        for action in ("s3:GetObject", "s3:PutObject"):
+            assert fnmatchcase(f"arn:aws:s3:::{uri.removeprefix('s3://')}/a/b", rights[action])
+    kept = f"arn:aws:s3:::{job.checkpoint_uri.removeprefix('s3://')}/step/manifest.json"
+    assert not fnmatchcase(kept, rights["s3:DeleteObject"]), "checkpoints cannot be deleted by a job"
+    assert fnmatchcase("arn:aws:s3:::bucket/esm/cache/lock", rights["s3:DeleteObject"])
+
+
+def arn(service: str, params: dict[str, Any]) -> str:
+    """The resource of a call."""
+    if service == "s3":
+        return "arn:aws:s3:::" + params["Bucket"] + (f"/{params['Key']}" if "Key" in params else "")
+    kind, name = {
+        "sagemaker": ("training-job/", "TrainingJobName"),
+        "logs": ("log-group:", "logGroupName"),
+    }[service]
+    return f"arn:aws:{service}:us-west-2:123456789012:{kind}{params[name]}"
+
+
+@pytest.mark.launchers
+def test_the_launcher_makes_each_call_that_it_may_and_no_other(
+    described: Described, account: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+    import service
+    from botocore.client import BaseClient
+
+    job = Job(**described(name="esm-neuron-1", tags={"team": "proteins"}, compile_cache="s3://bucket/esm/cache"))
+    logs = boto3.client("logs", region_name="us-west-2")
+    logs.create_log_group(logGroupName="/aws/sagemaker/TrainingJobs")
+    logs.create_log_stream(logGroupName="/aws/sagemaker/TrainingJobs", logStreamName=f"{job.name}/algo-1")
+    called: dict[str, set[str]] = {}
+    really = BaseClient._make_api_call
+
+    def call(client: Any, operation: str, params: dict[str, Any]) -> Any:
+        name = client.meta.service_model.service_name
+        called.setdefault(f"{name}:{RIGHTS.get(operation, operation)}", set()).add(arn(name, params))
+        return really(client, operation, params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseClient, "_make_api_call", call)
+        sent = service.submit(job, tmp_path, dry=False, wait=True)
+    rights = {action: filled(resource) for action, resource in allowed("launcher-policy.json").items()}
+    assert set(called) == set(rights) - FOR_THE_SERVICE
+    for action, resources in called.items():
+        assert all(fnmatchcase(resource, rights[action]) for resource in resources), f"{action} on {resources}"
+    assert sent["RoleArn"] == filled(allowed("launcher-policy.json")["iam:PassRole"])
