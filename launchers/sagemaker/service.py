@@ -8,11 +8,16 @@ from typing import Any
 
 import boto3
 import sagemaker
+from boto3.exceptions import Boto3Error
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from botocore.exceptions import BotoCoreError, ClientError
 from job import Job, is_s3, metric_definitions
+from sagemaker.exceptions import UnexpectedStatusException
 from sagemaker.inputs import TrainingInput
 from sagemaker.pytorch import PyTorch
 from stage import stage
+
+from esm_neuron.errors import ConfigError, TrainingError
 
 REQUEST = "provide-client-params.sagemaker.CreateTrainingJob"
 """botocore's event with the very request that is about to be sent."""
@@ -45,6 +50,10 @@ def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
         folder: an empty folder for the source archive.
         dry: do all of it, but answer every call ourselves instead of sending it; no account is needed.
         wait: follow the logs until the job has ended.
+
+    Raises:
+        ConfigError: AWS refused a call: keys, rights, the bucket, a quota, a name that was used before.
+        TrainingError: the job that was followed did not complete.
     """
     keys = {"aws_access_key_id": "dry-run", "aws_secret_access_key": "dry-run"} if dry else {}  # nosec B105
     boto3.setup_default_session(region_name=job.region, **keys)  # the SDK makes a client of it beside those of ours
@@ -57,8 +66,19 @@ def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
     # a config of our own: the SDK's default files would change the request unseen, and it would report each call home
     session = sagemaker.Session(boto_session=boto, default_bucket=bucket, sagemaker_config=SDK_CONFIG)
     started = estimator(job, folder, session)
-    started.fit(channels(job, session), job_name=job.name, wait=wait, logs="All" if wait else None)
+    try:
+        started.fit(channels(job, session), job_name=job.name, wait=wait, logs="All" if wait else None)
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        cure = "check your keys, the bucket, the job's name, and your rights (docs/sagemaker.md)"
+        raise ConfigError(f"AWS took no job {job.name} in {job.region}: {_one_line(error)}; {cure}") from error
+    except UnexpectedStatusException as error:
+        cure = f"mend it and go on with --checkpoints {job.checkpoint_uri}"
+        raise TrainingError(f"{job.name} ended as {error.actual_status}: {_one_line(error)}; {cure}") from error
     return sent[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def estimator(job: Job, folder: Path, session: sagemaker.Session) -> PyTorch:

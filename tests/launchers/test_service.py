@@ -15,6 +15,8 @@ import launch
 import pytest
 from job import SDK_HYPERPARAMETERS, Job, metric_definitions
 
+from esm_neuron.errors import ConfigError, TrainingError
+
 pytestmark = pytest.mark.launchers
 boto3 = pytest.importorskip("boto3")
 moto = pytest.importorskip("moto")
@@ -42,6 +44,18 @@ JOBS: dict[str, dict[str, Any]] = {
     "isolated": {"network_isolation": True, **BAKED},
 }
 """What is special about a job -> its values."""
+
+
+@pytest.fixture
+def small_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources of one empty file: quick. The archive has a test of its own."""
+
+    def small(folder: Path, *_: Any) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "entry.py").touch()
+        return folder
+
+    monkeypatch.setattr(service, "stage", small)
 
 
 def make(name: str, described: Described) -> Job:
@@ -140,17 +154,11 @@ def test_the_uploaded_archive(described: Described, account: None, tmp_path: Pat
 
 
 def test_against_a_server_of_its_own(
-    described: Described, tmp_path: Path, credentials: None, monkeypatch: pytest.MonkeyPatch
+    described: Described, tmp_path: Path, credentials: None, monkeypatch: pytest.MonkeyPatch, small_archive: None
 ) -> None:
     """moto over HTTP: what botocore really writes on the wire is taken, and is what was printed, for all jobs."""
     from moto.server import ThreadedMotoServer
 
-    def small(folder: Path, *_: Any) -> Path:
-        folder.mkdir(parents=True)
-        (folder / "entry.py").touch()
-        return folder
-
-    monkeypatch.setattr(service, "stage", small)  # quick; the archive has a test of its own
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
@@ -199,6 +207,26 @@ def test_the_command_prints_the_request_that_it_sends(
     assert "job-1: checkpoints in s3://bucket/esm/job-1/checkpoints" in capsys.readouterr().out
     assert sent == [printed] and json.loads(printed["HyperParameters"]["optim.lr"]) == "3e-4"
     assert known["HyperParameters"] == printed["HyperParameters"]
+
+
+def test_a_job_that_aws_does_not_take_or_that_fails_is_one_line(
+    described: Described, account: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_archive: None
+) -> None:
+    from sagemaker.exceptions import UnexpectedStatusException
+
+    with pytest.raises(
+        ConfigError, match="AWS took no job job-1 in us-west-2: .*NoSuchBucket.*; check your keys"
+    ) as no:
+        service.submit(Job(**described(output="s3://nobody/esm")), tmp_path / "a", dry=False, wait=False)
+
+    def fit(*_: Any, **__: Any) -> None:
+        raise UnexpectedStatusException("Error for Training job job-1: Failed.\nReason: AlgorithmError", [], "Failed")
+
+    monkeypatch.setattr(service.PyTorch, "fit", fit)
+    with pytest.raises(TrainingError, match="job-1 ended as Failed: .*AlgorithmError; mend it and go on with") as ended:
+        service.submit(Job(**described()), tmp_path / "b", dry=False, wait=True)
+    assert "\n" not in str(no.value) + str(ended.value)
+    assert str(ended.value).endswith("--checkpoints s3://bucket/esm/job-1/checkpoints")
 
 
 def test_wait_follows_the_logs(described: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
