@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import soak
+import tiny_run
 
 RESULTS = Path(__file__).resolve().parent / "results" / "faults.json"
 STEPS = 20
@@ -193,7 +193,7 @@ def command(cfg: Any, process: Callable[[], None]) -> None:
 
 def run(cfg: Any, process: Callable[[], None] = nothing) -> tuple[int, list[str]]:
     """Exit code, and what was said in warnings and errors."""
-    child = soak.FORK.Process(target=command, args=(cfg, process))
+    child = tiny_run.FORK.Process(target=command, args=(cfg, process))
     child.start()
     child.join()
     text = Path(f"{cfg.output}.log").read_text(encoding="utf-8")
@@ -218,7 +218,7 @@ def whole_steps(cfg: Any) -> list[int]:
 
 def inject(fault: Fault, folder: Path, number: int) -> dict[str, Any]:
     """One fault, its outcome, and whether a run that finished left what the unbroken one did."""
-    cfg = soak.configuration(folder, f"run{number}", soak.Mode(), STEPS)
+    cfg = tiny_run.configuration(folder, f"run{number}", tiny_run.Mode(), STEPS)
     for name, value in (fault.settings or {}).items():
         section, leaf = name.split(".")
         cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{leaf: value})})
@@ -229,7 +229,7 @@ def inject(fault: Fault, folder: Path, number: int) -> dict[str, Any]:
         fault.files(out)
     code, said = run(cfg, fault.process)
     finished = (out / "result.json").exists()
-    same = soak.left(out) == soak.left(folder / "whole") if finished else None
+    same = tiny_run.left(out) == tiny_run.left(folder / "whole") if finished else None
     return {"fault": fault.name, "exit": code, "said": said, "finished": finished, "as_unbroken": same,
             "whole_checkpoints": whole_steps(cfg)}  # fmt: skip
 
@@ -247,11 +247,11 @@ def main() -> None:
     words.add_argument("--only", nargs="+", default=[""], help="parts of names: the other faults' results stay")
     only = words.parse_args().only
     results = {} if not RESULTS.exists() else {r["fault"]: r for r in json.loads(RESULTS.read_text(encoding="utf-8"))}
-    soak.import_all(["lora"])
+    tiny_run.import_all(["lora"])
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
-        soak.write_proteins(folder)
-        code, said = run(soak.configuration(folder, "whole", soak.Mode(), STEPS))
+        tiny_run.write_proteins(folder)
+        code, said = run(tiny_run.configuration(folder, "whole", tiny_run.Mode(), STEPS))
         if code:
             sys.exit(f"the unbroken run ended with {code}: {said}")
         for number, fault in enumerate(FAULTS):

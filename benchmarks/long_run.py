@@ -28,7 +28,7 @@ os.environ.setdefault("USE_TORCH_XLA", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import soak
+import tiny_run
 from scipy import stats
 
 from esm_neuron import run
@@ -97,8 +97,8 @@ def main() -> None:
     run._callbacks = lambda cfg, begin: [make(cfg, begin)[0], sampler]  # the file, not the console
     with tempfile.TemporaryDirectory(prefix="long-run-") as name:
         folder = Path(name)
-        soak.write_proteins(folder)
-        cfg = soak.configuration(folder, "run", soak.Mode({"backend": args.backend}), steps=10**8)
+        tiny_run.write_proteins(folder)
+        cfg = tiny_run.configuration(folder, "run", tiny_run.Mode(backend=args.backend), steps=10**8)
         cfg = replace(
             cfg,
             loop=replace(cfg.loop, eval_every=200),

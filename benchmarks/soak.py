@@ -14,9 +14,7 @@ everything and run nothing.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -29,49 +27,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PJRT_DEVICE", "CPU")
-os.environ.setdefault("USE_TORCH_XLA", "0")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+from tiny_run import FORK, MODES, Mode, configuration, import_all, left, write_proteins
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "soak.json"
-TIMING = {"residues_per_second", "graphs", "peak_memory_gb", "seconds"}
-"""Values that depend on the clock, or on what was compiled before."""
+RESULTS = Path(__file__).resolve().parent / "results" / "soak.json"
 PATIENCE = 60.0
 """Seconds in which a rank whose peer is dead must have ended."""
 KINDS = ("step", "write", "evaluate", "hang")
 WATCHDOG = 15
 """Seconds after which the peers of a rank that hangs end."""
-FORK = multiprocessing.get_context("fork")
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One way to train."""
-
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    processes: int = 1
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-FULL, MASKED = {"adapter": {"kind": "none", "dropout": 0.0}}, {"task": {"name": "masked_lm"}}
-SPMD = {"backend": "xla", "parallel": {"tp": 2}, "loop": {"rows_per_device": 1}}
-MODES = {
-    "lora": Mode(),
-    "full": Mode(FULL),
-    "masked-lm": Mode({**MASKED, **FULL}),
-    "asynchronous": Mode({"checkpoint": {"asynchronous": True}}),
-    "gloo": Mode({"loop": {"rows_per_device": 1}}, processes=2),
-    "xla": Mode({"backend": "xla"}),
-    "spmd": Mode(SPMD, environment={"CPU_NUM_DEVICES": "4"}),
-    "nxd": Mode({"backend": "neuron", "loop": {"rows_per_device": 1}}, processes=2, environment={"NXD_CPU_MODE": "1"}),
-}
 
 
 @dataclass(frozen=True)
@@ -83,41 +51,6 @@ class Kill:
     at: float
     """Seconds after training has begun; or which file, or batch, counted from 0."""
     rank: int = 0
-
-
-def configuration(folder: Path, output: str, mode: Mode, steps: int) -> Any:
-    """A tiny run with all that a resumed one could get wrong: dropout, accumulation, packs, epochs that end within."""
-    from esm_neuron.config import TrainConfig
-
-    sections: dict[str, Any] = {
-        "model": {"name": "tiny", "init": "random", "dropout": 0.1},
-        "data": {
-            **{split: str(folder / f"{split}.csv") for split in ("train", "valid", "test")},
-            "max_residues": 62, "window_overlap": 8, "row_tokens": 128, "max_segments": 6,
-        },
-        "adapter": {"dropout": 0.1},
-        "optim": {"lr": 5e-3, "warmup_steps": 3},
-        "loop": {"max_steps": steps, "rows_per_step": 4, "rows_per_device": 2, "eval_rows_per_device": 2,
-                 "eval_every": max(2, steps // 6), "watchdog": 3600},
-        "checkpoint": {"every": 3, "keep": 3, "resume": "auto"},
-        "log": {"every": 1, "tensorboard": False, "baselines": False},
-    }  # fmt: skip
-    cfg = TrainConfig(output=str(folder / output), backend=mode.settings.get("backend", "cpu"))
-    for name in {*sections, *mode.settings} - {"backend"}:
-        values = {**sections.get(name, {}), **mode.settings.get(name, {})}
-        cfg = replace(cfg, **{name: replace(getattr(cfg, name), **values)})
-    return cfg
-
-
-def write_proteins(folder: Path) -> None:
-    """Random proteins of 20 to 60 residues with one of two labels."""
-    rng = random.Random(0)
-    for split, count in (("train", 60), ("valid", 24), ("test", 24)):
-        rows = ["id,sequence,label"]
-        for number in range(count):
-            label, alphabet = (("a", "ACDEFGHIKL"), ("b", "FGHIKLMNPQRSTVWY"))[number % 2]
-            rows.append(f"{split}{number},{''.join(rng.choices(alphabet, k=rng.randint(20, 60)))},{label}")
-        (folder / f"{split}.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def die() -> None:
@@ -242,7 +175,8 @@ def attempt(cfg: Any, mode: Mode, kill: Kill | None) -> Ended:
             if process is not victim:
                 process.join(PATIENCE)
             if process.is_alive() and process is not victim:
-                process.kill()
+                for each in ranks:
+                    each.kill()
                 raise RuntimeError(f"{cfg.output}: a rank was alive {PATIENCE:g} s after its peer had failed")
         survived = time.monotonic() - died
         if victim.is_alive():
@@ -272,31 +206,6 @@ def check_not_ahead(output: Path) -> None:
     done = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
     if saved > done:
         raise RuntimeError(f"{output}: a checkpoint of step {saved}, but step {done} was the last one done")
-
-
-def left(output: Path) -> dict[str, Any]:
-    """What a finished run has left, but for clocks: content by name."""
-    from esm_neuron.files import sha256
-
-    found: dict[str, Any] = {}
-    for path in sorted(p for p in output.rglob("*") if p.is_file()):
-        name = str(path.relative_to(output))
-        if path.suffix in (".safetensors", ".parquet", ".csv"):
-            found[name] = sha256(path)
-        elif path.name == "metrics.jsonl":
-            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            found[name] = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
-        elif path.name in ("result.json", "state.json"):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = without_timing(content)
-    return found
-
-
-def without_timing(value: Any) -> Any:
-    """`value` without the entries named in TIMING, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_timing(item) for key, item in value.items() if key not in TIMING}
-    return value
 
 
 def ask(cfg: Any) -> None:
@@ -353,8 +262,8 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
         cfg = configuration(folder, output, mode, steps)
         while sum(found.values()) < kills:
             kill = draw(rng, mode, whole.seconds, steps)
-            watchdog = WATCHDOG if kill.kind == "hang" else cfg.loop.watchdog
-            ended = attempt(replace(cfg, loop=replace(cfg.loop, watchdog=watchdog)), mode, kill)
+            limits = {"watchdog": WATCHDOG, "watchdog_slow": WATCHDOG} if kill.kind == "hang" else {}
+            ended = attempt(replace(cfg, loop=replace(cfg.loop, **limits)), mode, kill)
             if ended.codes[kill.rank] == 0:
                 break  # it was through before the moment came
             if ended.codes[kill.rank] != -signal.SIGKILL or 0 in ended.codes:
@@ -374,25 +283,6 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
     }  # fmt: skip
 
 
-def import_all(modes: list[str]) -> None:
-    """Everything that forks will need; nothing of it may start threads or open devices."""
-    if "nxd" in modes:
-        sys.path[:0] = [os.environ["NXD_SRC"], str(ROOT / "tests" / "nxd")]
-        from standins import vendor
-
-        vendor.install()
-        for package in ("neuronx_distributed.optimizer", "optimum.neuron.peft"):
-            importlib.import_module(package)
-    import torch
-
-    torch.set_num_threads(1)
-    needed = ["esm_neuron.answers.predict", "esm_neuron.run", "torch._dynamo", "pyarrow.pandas_compat"]
-    needed += ["bitsandbytes"] if importlib.util.find_spec("bitsandbytes") else []  # peft looks for it
-    needed += ["torch_xla"] if {"xla", "spmd"} & set(modes) else []
-    for package in needed:
-        importlib.import_module(package)
-
-
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = ["| mode | processes | kills | in the loop | in a checkpoint | in an evaluation | hung | files | differ |"]
@@ -406,7 +296,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> int:
     """Soak the modes asked for; the exit code is 1 where anything differed."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    able = [name for name in MODES if name != "nxd" or "NXD_SRC" in os.environ]
+    able = [name for name in MODES if not name.startswith("nxd") or "NXD_SRC" in os.environ]
     words.add_argument("--modes", nargs="+", choices=list(MODES), default=able)
     words.add_argument("--kills", type=int, default=8, help="kills a mode, at least")
     words.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")

@@ -7,11 +7,12 @@ clusters splits a line that arrives in pieces.
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -19,6 +20,9 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from esm_neuron.errors import CheckpointError
+from esm_neuron.files import write_text
+
+log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 """Named values: numbers, None where undefined, strings such as the split, intervals [low, high]."""
@@ -128,9 +132,7 @@ class JsonlLogger:
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
-        aside = self.path.with_name(self.path.name + ".tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_text(self.path, "".join(kept))
 
     def _step(self, number: int, line: str) -> int:
         try:
@@ -142,8 +144,21 @@ class JsonlLogger:
 
     def _append(self, record: Record) -> None:
         line = json.dumps(finite(record), allow_nan=False) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
+        with (
+            _naming(self.path),
+            open(self.path, "ab") as file,
+        ):  # unbuffered, half a line would be no error
             file.write(line.encode())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an error of the file system say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 class TensorBoardLogger:
@@ -153,6 +168,7 @@ class TensorBoardLogger:
         """Write event files under `folder`; a viewer hides what an earlier run wrote there after step `start`."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder = folder
         self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def on_log(self, step: int, total: int, record: Record) -> None:
@@ -164,14 +180,18 @@ class TensorBoardLogger:
         self._scalars(str(record["split"]), step, record)
 
     def on_end(self, result: Record) -> None:
-        """Close the event file."""
-        self.writer.close()
+        """Close the event file. A disk that is full is said and no error: why the run ended, or its result, stands."""
+        try:
+            self.writer.close()
+        except OSError as error:
+            log.warning("%s: the last values could not be written (%s)", self.folder, error.strerror)
 
     def _scalars(self, group: str, step: int, record: Record) -> None:
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(f"{group}/{name}", value, step)
-        self.writer.flush()
+        with _naming(self.folder):
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(f"{group}/{name}", value, step)
+            self.writer.flush()
 
 
 @dataclass

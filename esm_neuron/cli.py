@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -309,10 +311,18 @@ def show_traceback(kind: type[BaseException], error: BaseException, trace: Trace
     say("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
+def show_failure(failed: threading.ExceptHookArgs) -> None:
+    """`threading.excepthook` of a program: what failed beside it; an error of the file system is one line."""
+    if isinstance(failed.exc_value, OSError):
+        say(f"WARNING: {failed.thread and failed.thread.name}: {failed.exc_value}")
+    elif failed.exc_value is not None:
+        show_traceback(failed.exc_type, failed.exc_value, failed.exc_traceback)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code. A known error is one line."""
     if argv is None:  # as a program: a traceback, which is a bug's, quotes what libraries said
-        sys.excepthook = show_traceback
+        sys.excepthook, threading.excepthook = show_traceback, show_failure
     try:
         return run(argv)
     except EsmNeuronError as error:
@@ -321,6 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a disk that is full, a folder that cannot be written
         say(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")
         return 2
+    except KeyboardInterrupt:  # ctrl-C where no step has to be finished first
+        say("esm-neuron: stopped by SIGINT")
+        return 128 + signal.SIGINT
 
 
 def run(argv: Sequence[str] | None = None) -> int:

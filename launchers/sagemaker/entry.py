@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -108,5 +109,5 @@ def write_failure(base: Path, reason: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.excepthook = cli.show_traceback  # what it prints is kept in CloudWatch
+    sys.excepthook, threading.excepthook = cli.show_traceback, cli.show_failure  # CloudWatch keeps what they print
     sys.exit(main(sys.argv[1:], os.environ))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import multiprocessing
+import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -96,6 +100,28 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_line_that_the_disk_does_not_take_whole_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        JsonlLogger(Path("/dev/full")).on_log(1, 2, RECORD)
+    path = tmp_path / "metrics.jsonl"
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # room for one line and a part of the next
+        log = JsonlLogger(path)
+        log.on_log(1, 2, RECORD)
+        try:
+            log.on_log(2, 2, RECORD)
+        except OSError as error:
+            os._exit(7 if str(path) in str(error) else 8)
+
+    process = multiprocessing.get_context("fork").Process(target=fill)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7
+    JsonlLogger(path).truncate_after(2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+
+
 @pytest.mark.parametrize("damaged", ["not json\n", '["step"]\n', '{"loss": 1}\n', '{"step": null}\n'])
 def test_a_damaged_metrics_file_is_named_by_line(tmp_path: Path, damaged: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -115,6 +141,24 @@ def test_tensorboard_gets_scalars_by_group(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in RECORD} | {"valid/mcc"}
     assert [(e.step, e.value) for e in events.Scalars("valid/mcc")] == [(10, pytest.approx(0.35))]
+
+
+def test_an_event_file_that_cannot_be_ended_leaves_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = TensorBoardLogger(tmp_path)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(log.writer, "flush", full)
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+            log.on_log(1, 2, RECORD)
+        patched.setattr(log.writer, "close", full)
+        log.on_end({})
+    assert f"{tmp_path}: the last values could not be written (No space left on device)" in caplog.text
+    log.on_end({})
 
 
 def test_early_stopping_keeps_the_best_and_stops_after_its_patience() -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ def words_of(cfg: TrainConfig) -> list[str]:
     path = Path(cfg.output).with_suffix(".yaml")
     path.write_text(settings.dump(cfg))
     return ["train", "--config", str(path)]
+
+
+def test_ctrl_c_is_one_line(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(words: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", interrupted)
+    assert call("doctor") == Said(130, "", "esm-neuron: stopped by SIGINT\n")
 
 
 def test_settings_that_cannot_be_are_refused(toy: Toy, tmp_path: Path, refused: Callable[..., str]) -> None:

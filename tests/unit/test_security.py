@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,11 +209,17 @@ def test_no_message_and_no_log_line_has_a_secret(
     assert "hunter2" not in RedactingFormatter("%(message)s").format(record)
     monkeypatch.setattr(sys, "argv", ["esm-neuron", "--version"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     assert cli.main() == 0
-    sys.excepthook(RuntimeError, RuntimeError(f"GET {secret}"), None)
-    assert capsys.readouterr().err.startswith(
-        "RuntimeError: GET https://***@example.org/x.csv?X-Amz-Signature=***&token=***"
-    )
+    error = RuntimeError(f"GET {secret}")
+    sys.excepthook(RuntimeError, error, None)
+    threading.excepthook(threading.ExceptHookArgs((RuntimeError, error, None, None)))
+    full = OSError(28, "No space left on device", secret)
+    threading.excepthook(threading.ExceptHookArgs((OSError, full, None, threading.Thread(name="writer"))))
+    shown = "RuntimeError: GET https://***@example.org/x.csv?X-Amz-Signature=***&token=***"
+    *tracebacks, line = capsys.readouterr().err.splitlines()
+    assert tracebacks == [shown, shown]
+    assert line.startswith("WARNING: writer: [Errno 28] No space left on device: 'https://***@example.org/x.csv?")
     monkeypatch.syspath_prepend(str(ROOT / "launchers" / "sagemaker"))
     import entry
 
