@@ -19,11 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import wait_for
 
 from esm_neuron import checkpoint
 from esm_neuron.checkpoint import Saver, Snapshot, TrainState
-from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.files import claimed, new_folder, write_json, write_text
+from esm_neuron.errors import CheckpointError
+from esm_neuron.files import write_json
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
 FORK = multiprocessing.get_context("fork")
@@ -359,83 +360,6 @@ def test_a_process_killed_while_saving_leaves_whole_checkpoints(tmp_path: Path) 
         assert not list(root.glob(".step*"))
         shutil.rmtree(root)
     assert interrupted > 0  # at least one was killed in the middle of a save
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def claim_from_another_process(folder: Path) -> int | None:
-    """Exit code of a process that claims `folder`: 0 when it could, 3 when it was refused."""
-
-    def child() -> None:
-        try:
-            with claimed(folder):
-                os._exit(0)
-        except ConfigError as error:
-            os._exit(3 if str(folder) in str(error) and "in use" in str(error) else 4)
-
-    process = FORK.Process(target=child)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def test_one_process_at_a_time_holds_an_output_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    with claimed(folder):
-        assert claim_from_another_process(folder) == 3
-    assert claim_from_another_process(folder) == 0
-
-
-def hold_for_ever(folder: Path) -> None:
-    with claimed(folder):
-        (folder / "held").touch()
-        time.sleep(600)
-
-
-def test_a_killed_process_lets_go_of_its_folder(tmp_path: Path) -> None:
-    process = FORK.Process(target=hold_for_ever, args=(tmp_path,))
-    process.start()
-    wait_for((tmp_path / "held").exists)
-    assert claim_from_another_process(tmp_path) == 3
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
-    assert claim_from_another_process(tmp_path) == 0
-
-
-def test_a_folder_that_cannot_be_claimed_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"file/out cannot be written"), claimed(tmp_path / "file" / "out"):
-        pass
-
-
-def test_a_text_file_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_text(path, "old")
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"x": float("nan")})
-    assert path.read_text() == "old"
-    write_json(path, {"é": 1})
-    assert json.loads(path.read_text()) == {"é": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_new_folder_takes_the_old_ones_place_only_when_it_is_done(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    with new_folder(target) as aside:
-        (aside / "old").touch()
-    with pytest.raises(FileNotFoundError), new_folder(target) as aside:
-        (aside / "not there" / "new").touch()
-    assert [p.name for p in target.iterdir()] == ["old"]
-    with new_folder(target) as aside:
-        (aside / "new").touch()
-        assert [p.name for p in target.iterdir()] == ["old"]
-    assert [p.name for p in target.iterdir()] == ["new"]
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_a_resumed_run_passed_over_is_dropped(tmp_path: Path) -> None:

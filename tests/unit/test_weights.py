@@ -5,61 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import small_weights
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import EsmConfig, EsmForMaskedLM, EsmForSequenceClassification, EsmModel
+from small_weights import QUERY, WORDS, nothing_new, on_meta, one_line_of, state_of, tiny
+from transformers import EsmForMaskedLM, EsmModel
 
 from esm_neuron.config import ModelConfig
-from esm_neuron.errors import CheckpointError, ConfigError, EsmNeuronError
+from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.loading import load_into
-from esm_neuron.parallel.slices import join, shard_of
 from esm_neuron.safetensors_folder import SafetensorsFolder, write_safetensors_folder
 from esm_neuron.shapes import SHAPES, EsmShape, esm_config
 from esm_neuron.weights import Draw, RandomWeights, open_weights, read_config
 
-QUERY = "esm.encoder.layer.0.attention.self.query.weight"
-WORDS = "esm.embeddings.word_embeddings.weight"
-DECODER = "lm_head.decoder.weight"
-
-
-def nothing_new(_: str) -> bool:
-    return False
-
-
-def tiny() -> EsmConfig:
-    return esm_config(SHAPES["tiny"])
-
-
-def on_meta(kind: Callable[[EsmConfig], torch.nn.Module], config: EsmConfig) -> torch.nn.Module:
-    with torch.device("meta"):
-        return kind(config)
-
-
-def state_of(kind: Callable[[EsmConfig], torch.nn.Module] = EsmForMaskedLM) -> dict[str, torch.Tensor]:
-    """A model's state with no value left at an initial constant, so that a tensor in the wrong place shows."""
-    model, generator = kind(tiny()), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(generator=generator)
-    return dict(model.state_dict())
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_safetensors_folder(state_of().items(), tiny(), tmp_path / "base")
-    return tmp_path / "base"
-
-
-def one_line_of(caught: pytest.ExceptionInfo[EsmNeuronError]) -> str:
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+folder = small_weights.folder
 
 
 # --- shapes
@@ -218,6 +182,10 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match=r"index\.json (is no index|lists no)") as caught:
             SafetensorsFolder(base)
         one_line_of(caught)
+
+
+def test_files_are_plain_safetensors(folder: Path) -> None:
+    assert set(load_file(folder / "model.safetensors")) == set(state_of())
 
 
 # --- open_weights
@@ -381,177 +349,3 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match="the hub did not give it .* hf download nobody/nothing") as caught:
         open_weights(ModelConfig(name="nobody/nothing", revision="v1"), 0)
     assert "at revision v1" in one_line_of(caught)
-
-
-# --- load_into
-
-
-def classifier(config: EsmConfig) -> EsmForSequenceClassification:
-    config.num_labels = 3
-    return EsmForSequenceClassification(config)
-
-
-def in_head(name: str) -> bool:
-    return name.startswith("classifier.")
-
-
-def test_a_masked_lm_is_filled_and_stays_tied(folder: Path) -> None:
-    model, state = on_meta(EsmForMaskedLM, tiny()), state_of()
-    report = load_into(model, SafetensorsFolder(folder), Draw(0, 0.02), nothing_new)
-    assert dict.fromkeys(state, True) == {k: torch.equal(v, state[k]) for k, v in model.state_dict().items()}
-    assert model.lm_head.decoder.weight is model.esm.embeddings.word_embeddings.weight
-    assert set(report.loaded) == {n for n, _ in model.named_parameters()}
-    assert report.drawn == ()
-    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
-    # the computed buffers are those of a model that transformers builds off meta
-    reference = EsmForMaskedLM(tiny())
-    reference.load_state_dict(state)
-    tokens = torch.tensor([[0, 5, 6, 32, 7, 2]])
-    with torch.no_grad():
-        assert torch.equal(model.eval()(tokens).logits, reference.eval()(tokens).logits)
-
-
-def test_a_real_model_is_filled_in_place(folder: Path) -> None:
-    model = EsmForMaskedLM(tiny())
-    before = model.get_parameter(QUERY)
-    load_into(model, SafetensorsFolder(folder), Draw(0, 0.02), nothing_new)
-    assert model.get_parameter(QUERY) is before
-    assert torch.equal(before, state_of()[QUERY])
-
-
-@pytest.mark.parametrize("drop_decoder", [True, False])
-def test_the_decoder_may_be_left_out_but_not_differ(tmp_path: Path, drop_decoder: bool) -> None:
-    state = state_of()
-    state[DECODER] = state[DECODER] + 1
-    if drop_decoder:
-        del state[DECODER]
-    write_safetensors_folder(state.items(), tiny(), tmp_path / "base")
-    model = on_meta(EsmForMaskedLM, tiny())
-    if drop_decoder:
-        load_into(model, SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new)
-        assert torch.equal(model.lm_head.decoder.weight, state[WORDS])
-    else:
-        with pytest.raises(CheckpointError, match="are one tensor in the model, but differ"):
-            load_into(model, SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new)
-
-
-@pytest.mark.parametrize("prefixed", [True, False])
-def test_both_prefixes_load_and_a_new_head_is_drawn(tmp_path: Path, prefixed: bool) -> None:
-    state = state_of(partial(EsmModel, add_pooling_layer=True))
-    stored = {f"esm.{key}" if prefixed else key: value for key, value in state.items()}
-    del stored[next(key for key in stored if "contact_head.regression.weight" in key)]
-    stored["esm.embeddings.position_embeddings.weight"] = torch.zeros(1026, 32)
-    write_safetensors_folder(stored.items(), tiny(), tmp_path / "base")
-    model, draw = on_meta(classifier, tiny()), Draw(5, 0.02)
-    report = load_into(model, SafetensorsFolder(tmp_path / "base"), draw, in_head)
-    loaded = {f"esm.{key}" for key in state if not key.startswith("pooler.") and "inv_freq" not in key}
-    assert set(report.loaded) == loaded - {"esm.contact_head.regression.weight"}
-    for name in report.loaded:
-        assert torch.equal(model.get_parameter(name), state[name.removeprefix("esm.")])
-    heads = {f"classifier.{part}.{leaf}" for part in ("dense", "out_proj") for leaf in ("weight", "bias")}
-    assert set(report.drawn) == heads | {"esm.contact_head.regression.weight"}
-    assert torch.equal(model.get_parameter("classifier.dense.weight"), draw("classifier.dense.weight", (32, 32)))
-    assert {key.removeprefix("esm.").split(".")[0] for key in report.ignored} == {"pooler", "embeddings", "encoder"}
-
-
-def test_an_encoder_takes_a_masked_lm_checkpoint(folder: Path) -> None:
-    model = on_meta(partial(EsmModel, add_pooling_layer=False), tiny())
-    report = load_into(model, SafetensorsFolder(folder), Draw(0, 0.02), nothing_new)
-    assert torch.equal(model.get_parameter(QUERY.removeprefix("esm.")), state_of()[QUERY])
-    assert report.drawn == () and {k.split(".")[0] for k in report.ignored if "inv_freq" not in k} == {"lm_head"}
-
-
-def damaged(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    state = state_of() | {k: v for k, v in changes.items() if v is not None}
-    return {k: v for k, v in state.items() if changes.get(k, v) is not None}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({QUERY: None}, f"lacks 1 of the model's parameters: {QUERY};"),
-        ({"lm_head.bias": None}, "lacks 1 .* lm_head.bias"),
-        ({QUERY: torch.zeros(32, 16)}, rf"{QUERY} is \[32, 16\].* the model wants \[32, 32\]"),
-        ({QUERY: torch.zeros(32, 32, dtype=torch.int8)}, f"{QUERY} is torch.int8, no float"),
-        ({"esm.encoder.layer.2.output.dense.bias": torch.zeros(32)}, "has 1 tensors .* esm.encoder.layer.2.output"),
-        ({"trunk.x": torch.zeros(1)}, "has 1 tensors that the model does not: trunk.x"),
-        ({"lm_head.extra": torch.zeros(1)}, "has 1 tensors .* lm_head.extra"),
-        ({QUERY.removeprefix("esm."): torch.zeros(32, 32)}, "has both"),
-    ],
-)
-def test_a_checkpoint_that_does_not_match_is_refused(
-    tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
-) -> None:
-    write_safetensors_folder(damaged(**changes).items(), tiny(), tmp_path / "base")
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_into(on_meta(EsmForMaskedLM, tiny()), SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new)
-    one_line_of(caught)
-
-
-def test_many_missing_keys_are_counted(tmp_path: Path) -> None:
-    config = tiny()
-    config.num_hidden_layers = 3
-    write_safetensors_folder(state_of().items(), tiny(), tmp_path / "base")
-    with pytest.raises(CheckpointError, match="lacks 16 of .* and 13 more"):
-        load_into(on_meta(EsmForMaskedLM, config), SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new)
-
-
-def test_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
-    state = EsmForSequenceClassification(tiny()).state_dict()  # 2 classes
-    write_safetensors_folder(state.items(), tiny(), tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"classifier.out_proj.weight is \[2, 32\].* wants \[3, 32\]"):
-        load_into(on_meta(classifier, tiny()), SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), in_head)
-
-
-def test_the_dtype_is_the_models(folder: Path) -> None:
-    model = on_meta(EsmForMaskedLM, tiny()).to(torch.bfloat16)
-    load_into(model, SafetensorsFolder(folder), Draw(0, 0.02), nothing_new)
-    assert torch.equal(model.get_parameter(QUERY), state_of()[QUERY].bfloat16())
-
-
-class Recorder:
-    """A source that notes how many numbers each read brought."""
-
-    def __init__(self, source: SafetensorsFolder) -> None:
-        self.source, self.name, self.reference, self.read_sizes = source, source.name, source.reference, {}
-        self.keys, self.shape = source.keys, source.shape
-
-    def read(self, key: str, index: tuple[slice, ...] | None = None) -> torch.Tensor:
-        tensor = self.source.read(key, index)
-        self.read_sizes[key] = tensor.numel()
-        return tensor
-
-
-@pytest.mark.parametrize("tp", [2, 4, 8])  # 8 pads the 4 heads with 4 zero ones
-def test_ranks_read_their_slices_and_the_slices_make_the_whole(folder: Path, tp: int) -> None:
-    state, heads = state_of(), tiny().num_attention_heads
-    parts: dict[str, list[torch.Tensor]] = {}
-    for rank in range(tp):
-        model, source = on_meta(EsmForMaskedLM, tiny()), Recorder(SafetensorsFolder(folder))
-        for name, parameter in list(model.named_parameters()):
-            local = shard_of(name, parameter.shape, heads, tp, rank).shape
-            if local != tuple(parameter.shape):
-                owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-                shrunk = torch.nn.Parameter(torch.empty(local, device="meta"))
-                shrunk.tensor_model_parallel = True
-                setattr(owner, leaf, shrunk)
-        load_into(model, source, Draw(0, 0.02), nothing_new, partial(shard_of, heads=heads, tp=tp, tp_rank=rank))
-        for name, parameter in model.named_parameters():
-            parts.setdefault(name, []).append(parameter.detach())
-        assert source.read_sizes["esm.encoder.layer.1.intermediate.dense.weight"] == 128 * 32 // tp
-        assert model.get_parameter(QUERY).tensor_model_parallel, "the marks of a parallel layer must stay"
-    for name, pieces in parts.items():
-        assert torch.equal(join(name, pieces, heads), state[name])
-    query = torch.cat(parts[QUERY])
-    assert query.shape[0] == max(32, 8 * tp) and not query[32:].any()
-
-
-def test_every_source_gives_equal_random_shards() -> None:
-    source = RandomWeights(tiny(), 0)
-    whole = source.read(QUERY)
-    halves = [shard_of(QUERY, (32, 32), 4, 2, rank).read(partial(source.read, QUERY)) for rank in range(2)]
-    assert torch.equal(torch.cat(halves), whole)
-
-
-def test_files_are_plain_safetensors(folder: Path) -> None:
-    assert set(load_file(folder / "model.safetensors")) == set(state_of())
