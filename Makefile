@@ -103,7 +103,7 @@ bench-gpu: $(VENV)/.installed ## the same on a CUDA GPU: 650M, full, LoRA and QL
 	$(BIN)/python benchmarks/throughput.py --backend cuda --shape esm2_t33_650M --precision bf16 --rows 1024 --batch 32 \
 		--max-steps 30 --warmup 5 --adapters none lora qlora --checkpointing off on
 
-soak: $(VENV)/.installed ## kill training at 64 random moments, resume it, compare with runs that were not killed
+soak: $(VENV)/.installed ## kill training at 8 random moments in each of 13 modes, resume it, compare with runs that were not killed
 	$(BIN)/python benchmarks/soak.py
 
 long-run: $(VENV)/.installed ## half an hour of tiny training: does memory grow, or files, threads, programs?
