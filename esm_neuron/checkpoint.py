@@ -192,6 +192,12 @@ def newest(root: Path, say: Callable[[str], None] = log.warning) -> Snapshot | N
     return None
 
 
+def fingerprint(root: Path, step: int) -> str | None:
+    """What two checkpoints of equal content share, None where there is none: the hash of its manifest."""
+    manifest = step_folder(root, step) / MANIFEST
+    return sha256(manifest) if manifest.is_file() else None
+
+
 def drop_after(root: Path, step: int) -> None:
     """Delete the checkpoints of steps after `step`: damaged ones that a resumed run has passed over, and will redo."""
     for later in steps(root):

@@ -18,6 +18,7 @@ from esm_neuron.backends.neuron_env import (
     PLACEHOLDERS,
     SETTINGS,
     apply_settings,
+    cache_conflict,
     installed_version,
     neuron_cores,
 )
@@ -152,7 +153,8 @@ def render(diagnosis: Diagnosis) -> str:
 def environment_page() -> str:
     """docs/neuron-environment.md, from the table that the code follows."""
     bf16 = TrainConfig(loop=LoopConfig(precision="bf16"), parallel=ParallelConfig(zero1=False))
-    rows = [f"| `{s.name}` | `{s.value(bf16, True)}` | {s.meaning} |" for s in SETTINGS]
+    values = ((s, s.value(bf16, True)) for s in SETTINGS)
+    rows = [f"| `{s.name}` | {'not set' if value is None else f'`{value}`'} | {s.meaning} |" for s, value in values]
     return "\n".join(
         [
             "# Environment of the neuron backend",
@@ -165,9 +167,6 @@ def environment_page() -> str:
             "| Variable | Value | Meaning |",
             "| --- | --- | --- |",
             *rows,
-            "",
-            "`NEURON_COMPILE_CACHE_URL` is yours alone: the folder or S3 prefix where compiled programs are kept.",
-            "Locks on it break on NFS.",
             "",
         ]
     )
@@ -209,6 +208,9 @@ def _xla() -> str:
 
 def _no_trainium() -> list[Lack]:
     found = []
+    if (conflict := cache_conflict(os.environ)) is not None:
+        what, _, cure = conflict.rpartition("; ")
+        found.append(Lack(what, cure))
     major, minor, _ = platform.python_version_tuple()
     if (int(major), int(minor)) > (3, 11):
         found.append(Lack(f"Python {major}.{minor}: the Neuron wheels are for 3.10 and 3.11", "use Python 3.11"))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from esm_neuron import checkpoint, settings
 from esm_neuron.agreement import agree, agree_on_main, from_main
-from esm_neuron.backends import create_backend
+from esm_neuron.backends import opened_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, build_model
 from esm_neuron.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite
@@ -69,12 +69,8 @@ def train(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> Outcome:
             "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
             "use `compile` instead of `train`"
         )
-    backend = create_backend(cfg)
-    try:
-        with _claimed_output(cfg, backend):
-            return _train(cfg, backend, say if backend.topology.is_main else _say_nothing)
-    finally:
-        backend.close()
+    with opened_backend(cfg) as backend, _claimed_output(cfg, backend):
+        return _train(cfg, backend, say if backend.topology.is_main else _say_nothing)
 
 
 def compile_programs(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> int:
@@ -89,16 +85,12 @@ def compile_programs(cfg: TrainConfig, say: Callable[[str], None] = log.info) ->
         EsmNeuronError: settings, data or weights that cannot be used; a backend that compiles nothing.
     """
     validate(cfg)
-    backend = create_backend(cfg)
-    say = say if backend.topology.is_main else _say_nothing
-    try:
+    with opened_backend(cfg) as backend:
         if not backend.static_shapes:
             raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for --backend xla or neuron")
-        job = _Job.of(cfg, backend, say)
+        job = _Job.of(cfg, backend, say if backend.topology.is_main else _say_nothing)
         job.trainer.compile(list(job.loaders.held_out().values()))
         return backend.graphs()
-    finally:
-        backend.close()
 
 
 @dataclass(frozen=True)
@@ -291,8 +283,7 @@ def evaluate(
     """
     cfg, task = read_run(run, backend_name)
     cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
-    backend = create_backend(cfg)
-    try:
+    with opened_backend(cfg) as backend:
         table, report = load_inputs(source, cfg.data, cfg.task)
         (say if backend.topology.is_main else _say_nothing)(report.summary())
         built = build_trained(cfg, task, backend)
@@ -301,8 +292,6 @@ def evaluate(
         values = finite(evaluate_table(built.model, task, backend, loader, intervals=True))
         if target is not None:
             agree_on_main(backend, lambda: write_json(target, values))
-    finally:
-        backend.close()
     return dict(values)
 
 

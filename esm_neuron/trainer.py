@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from esm_neuron import checkpoint
 from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends.base import Backend
+from esm_neuron.backends.common import from_peers
 from esm_neuron.callbacks import Callback, EarlyStopping, JsonlLogger
 from esm_neuron.checkpoint import Saver, Snapshot, TrainState
 from esm_neuron.config import TrainConfig
@@ -140,6 +141,7 @@ class Trainer:
             StopSignal() as stop,
             self.watchdog,
             closing(prefetch(map(self.train_loader.load, steps), AHEAD)) as ahead,
+            from_peers(self.backend.topology.rank),
         ):
             self._start_clock()
             if self.cfg.loop.on_nonfinite == "rollback" and self.state.step == 0:
@@ -254,14 +256,14 @@ class Trainer:
     def _roll_back(self) -> int:
         """Put weights and moments of the newest checkpoint back, and go on after this step; returns its step."""
 
-        def read() -> Snapshot:
+        def find() -> int:
             self.saver.settle()
             snapshot = checkpoint.newest(self.folder)
             if snapshot is None:
                 raise CheckpointError(f"{self.folder}: there is no checkpoint left to go back to")
-            return snapshot
+            return snapshot.state.step
 
-        snapshot = from_main(self.backend, read)
+        snapshot = self._load(from_main(self.backend, find))
         self.backend.load_state(self.model, self.optimizer, snapshot.model, snapshot.optimizer)
         return snapshot.state.step
 
@@ -311,10 +313,20 @@ class Trainer:
         best = self.stopper.best_step
         if best is None or best == self.state.step:
             return self.state.step, self.backend.gather_state(self.model, self.optimizer)[0]
-        # the checkpoints of this run may lie on the main rank's node alone, as on SageMaker
-        weights = from_main(self.backend, lambda: checkpoint.load(checkpoint.step_folder(self.folder, best)).model)
+        weights = self._load(best).model
         self.backend.load_weights(self.model, weights)
         return best, weights
+
+    def _load(self, step: int) -> Snapshot:
+        """A checkpoint of this run, on every rank."""
+
+        def read() -> Snapshot:
+            return checkpoint.load(checkpoint.step_folder(self.folder, step))
+
+        seen = self.backend.gather_host(checkpoint.fingerprint(self.folder, step))
+        # Files are mapped, so ranks that read for themselves share the memory. But a checkpoint may lie on the main
+        # rank's node alone, as on SageMaker, or beside an older one of the same step.
+        return agree(self.backend, read) if len(set(seen)) == 1 else from_main(self.backend, read)
 
     def _save(self) -> None:
         """Write a checkpoint from rank 0; every rank learns whether it worked, or whether the one before did."""

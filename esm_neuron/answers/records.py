@@ -15,7 +15,7 @@ from esm_neuron.agreement import agree, agree_on_main
 from esm_neuron.answers.opened import Opened
 from esm_neuron.answers.parts import Answers
 from esm_neuron.answers.stream import Advance, Piece, read_once, stream
-from esm_neuron.backends import create_backend
+from esm_neuron.backends import opened_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, ModelMaker
 from esm_neuron.config import TrainConfig
@@ -54,8 +54,8 @@ def answer_file(
     opened: Opened, answerer: Answerer, source: Path, target: Path, resume: bool, say: Callable[[str], None]
 ) -> int:
     """Answer every record of `source` and write `target`; returns the records written, see `predict` and `embed`."""
-    cfg, backend = opened.cfg, create_backend(opened.cfg)
-    try:
+    cfg = opened.cfg
+    with opened_backend(cfg) as backend:
         say = say if backend.topology.is_main else say_nothing
         inputs = InputChunks(source, cfg.data)
         tokens = piece_tokens(cfg, backend, answerer.batches)
@@ -76,8 +76,6 @@ def answer_file(
         written = stream(backend, target, survey, identity, pieces, answer, resume, say)
         write_rejected(backend, target, rejected, say)
         return written
-    finally:
-        backend.close()
 
 
 def write_rejected(backend: Backend, target: Path, rows: Sequence[Rejected], say: Callable[[str], None]) -> None:

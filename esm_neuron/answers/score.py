@@ -30,7 +30,7 @@ from esm_neuron.answers.parts import JOIN, Answers, check_target, read_back
 from esm_neuron.answers.records import answer_table, piece_tokens, say_nothing, write_rejected
 from esm_neuron.answers.stream import Advance, read_once, stream
 from esm_neuron.answers.variants import Variant
-from esm_neuron.backends import create_backend
+from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, TaskConfig, TrainConfig, require
 from esm_neuron.data.batch import Batch, ExampleTable, Target
 from esm_neuron.data.splits import InputChunks
@@ -208,9 +208,9 @@ def score(
     require(
         not needs or wild_type is not None, f"--method {method} of variants needs the wild type; give --wild-type FILE"
     )
-    cfg, backend_ = opened.cfg, create_backend(opened.cfg)
-    main = backend_.topology.is_main
-    try:
+    cfg = opened.cfg
+    with opened_backend(cfg) as backend_:
+        main = backend_.topology.is_main
         protein = agree(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None
         tokens = piece_tokens(cfg, backend_)
         if protein is not None and method == "masked-marginal":
@@ -237,8 +237,6 @@ def score(
         )
         rows = stream(backend_, target, survey, identity, table, answer, resume, say)
         write_rejected(backend_, target, rejected, say)
-    finally:
-        backend_.close()
     found: dict[str, Any] = {"method": method, "rows": rows}
     return {**found, **_agreement(target, method)} if columns.score and main else found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from esm_neuron.backends.base import Backend
@@ -26,3 +28,15 @@ def create_backend(cfg: TrainConfig) -> Backend:
     module, name = _BACKENDS[cfg.backend]
     backend: Backend = getattr(import_module(module), name)(cfg)
     return backend
+
+
+@contextmanager
+def opened_backend(cfg: TrainConfig) -> Iterator[Backend]:
+    """`create_backend`, and its `close` at the end; after an error without waiting for peers, who may be gone."""
+    backend = create_backend(cfg)
+    try:
+        yield backend
+    except BaseException:
+        backend.close(wait=False)
+        raise
+    backend.close()

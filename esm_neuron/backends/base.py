@@ -145,6 +145,6 @@ class Backend(Protocol):
         """Most bytes of tensors that the device has held so far; None where it does not say."""
         ...
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def close(self, wait: bool = True) -> None:
+        """Leave the process group; with `wait`, once the device has done all it was told."""
         ...

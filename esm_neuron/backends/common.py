@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from esm_neuron.config import OptimConfig
 from esm_neuron.errors import CheckpointError, TrainingError
+
+PEER_LOST = re.compile(r"gloo|connection|broken pipe|socket|timed?[ _]?out", re.IGNORECASE)
+"""In what torch.distributed, its stores and device runtimes say of a collective that a peer has left."""
 
 Place = Callable[[Tensor, Tensor], Tensor]
 """(whole tensor, target) -> the tensor where and as the target is."""
@@ -143,7 +148,7 @@ def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
 
 @contextmanager
 def from_peers(rank: int) -> Iterator[None]:
-    """Around a collective over the host: its failure in one line, for rank `rank`.
+    """Around collectives: a failure that is a peer's in one line, for rank `rank`; any other goes up as it is.
 
     Raises:
         TrainingError: a peer has ended, or has not answered within the process group's time.
@@ -151,6 +156,8 @@ def from_peers(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not PEER_LOST.search(str(error)):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(
             f"rank {rank}: a peer has failed or does not answer ({reason}); nothing is saved from here on. Look for "

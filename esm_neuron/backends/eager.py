@@ -195,6 +195,6 @@ class EagerBackend:
     def peak_memory(self) -> int | None:
         return None
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -27,7 +27,7 @@ from esm_neuron.backends.common import (
     trainable,
     undoable,
 )
-from esm_neuron.backends.neuron_env import CURE, apply_settings, check_packages, neuron_cores
+from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_conflict, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
 from esm_neuron.config import OptimConfig, TrainConfig
 from esm_neuron.errors import ConfigError
@@ -53,6 +53,8 @@ class NeuronBackend:
     def __init__(self, cfg: TrainConfig) -> None:
         self.topology = Topology.from_env(cfg.parallel.tp, neuron=True)
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if (conflict := cache_conflict(os.environ)) is not None:
+            raise ConfigError(conflict)
         apply_settings(cfg, nodes=self.topology.world > local_world)
         check_packages()
         self._import_vendor(lora=cfg.adapter.kind == "lora")
@@ -285,8 +287,9 @@ class NeuronBackend:
     def peak_memory(self) -> int | None:
         return None
 
-    def close(self) -> None:
-        self._xm.wait_device_ops()
+    def close(self, wait: bool = True) -> None:
+        if wait:
+            self._xm.wait_device_ops()
         self._state.destroy_model_parallel()
         dist.destroy_process_group()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ PACKAGES = ("torch-neuronx", "neuronx-cc", "libneuronxla", "neuronx-distributed"
 PLACEHOLDERS = ("0.1", "1.0")
 """Versions under which the general package index holds empty packages of these names."""
 CURE = "install the Neuron SDK's wheels: pip install -r constraints/neuron.txt"
+CACHE = "NEURON_COMPILE_CACHE_URL"
 CORES_A_DEVICE = 2
 """NeuronCores of a Trainium1 chip (/dev/neuron*)."""
 
@@ -61,8 +62,14 @@ SETTINGS = (
     Setting("FI_PROVIDER", lambda cfg, nodes: "efa" if nodes else None, "Several nodes: the EFA network."),
     Setting("FI_EFA_USE_DEVICE_RDMA", lambda cfg, nodes: "1" if nodes else None, "Several nodes: device to device."),
     Setting("FI_EFA_FORK_SAFE", lambda cfg, nodes: "1" if nodes else None, "Several nodes: old kernels need it."),
+    Setting(
+        CACHE,
+        lambda cfg, nodes: None,
+        "Yours alone: the folder or S3 prefix where compiled programs are kept; not NFS, where its locks break. "
+        "--cache_dir in NEURON_CC_FLAGS would overrule it, so that both are refused.",
+    ),
 )
-"""Every variable the backend sets. NEURON_COMPILE_CACHE_URL is the user's alone: where compiled programs are kept."""
+"""Every variable that matters to the backend; it sets those that have a value and that the user has not set."""
 
 
 def apply_settings(cfg: TrainConfig, nodes: bool, env: MutableMapping[str, str] | None = None) -> dict[str, str]:
@@ -82,6 +89,19 @@ def apply_settings(cfg: TrainConfig, nodes: bool, env: MutableMapping[str, str] 
             written[setting.name] = value
     env.update(written)
     return written
+
+
+def cache_conflict(env: Mapping[str, str]) -> str | None:
+    """Why compiled programs would not go where NEURON_COMPILE_CACHE_URL says, with the cure; None where they would."""
+    flags = env.get("NEURON_CC_FLAGS", "").replace("=", " ").split()
+    url = env.get(CACHE)
+    if url is None or "--cache_dir" not in flags:
+        return None
+    folder = dict(zip(flags, [*flags[1:], ""], strict=True))["--cache_dir"]
+    return (
+        f"NEURON_CC_FLAGS has --cache_dir {folder}, which the compiler would use in place of {CACHE}={url}; remove one "
+        "of the two"
+    )
 
 
 def check_packages() -> None:

@@ -165,5 +165,6 @@ class XlaBackend:
     def peak_memory(self) -> int | None:
         return None
 
-    def close(self) -> None:
-        self._xm.wait_device_ops()
+    def close(self, wait: bool = True) -> None:
+        if wait:
+            self._xm.wait_device_ops()

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import json
+import hashlib
 import math
 import os
-import sys
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import neuronx_distributed._version
 import numpy as np
 import torch
 import torch.distributed as dist
 from optimum.neuron.peft.tuners.lora.layer import NeuronLoraLayer
 from peft import PeftModel
 from safetensors.torch import save_file
-from standins import collectives, vendor
 from torch import Tensor, nn
-from vendor_calls import vendor_calls
 
 from esm_neuron.adapters import saved_key
 from esm_neuron.backends import create_backend, neuron
 from esm_neuron.backends.base import Backend
 from esm_neuron.backends.neuron import NeuronBackend
-from esm_neuron.backends.neuron_env import check_packages
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
@@ -47,7 +41,7 @@ from esm_neuron.config import (
 from esm_neuron.data.batch import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS
-from esm_neuron.errors import ConfigError
+from esm_neuron.errors import TrainingError
 from esm_neuron.evaluate import forward, on_device, run_passes
 from esm_neuron.export import plain_model, read_adapter, write_results
 from esm_neuron.model import encoder_of, set_attention
@@ -227,6 +221,26 @@ def left_out(output: str, **options: Any) -> None:
     run.leave({**results, "finite": torch.tensor(finite), "seen": torch.tensor([len(found) for found in norms])})
 
 
+def dropout(output: str, **options: Any) -> None:
+    """Losses with dropout; every rank's random numbers of a pass, and how many weights its copies of differ."""
+    run = Run.start(configuration(output, **options))
+    results, topology = run.train(), run.backend.topology
+    run.backend.seed(1, 2, 3)
+    shapes = {n: whole_shape(n, p.shape, run.built.config.num_attention_heads, topology.tp) for n, p in
+              run.model.named_parameters() if p.requires_grad}  # fmt: skip
+    mine = {n: hashlib.sha256(p.detach().cpu().numpy().tobytes()).hexdigest() for n, p in run.model.named_parameters()
+            if p.requires_grad}  # fmt: skip
+    whole = {n for n, p in run.model.named_parameters() if n in shapes and tuple(p.shape) == shapes[n]}
+    ranks = run.backend.gather_host((topology.tp_rank, torch.rand(8).tolist(), mine))
+    digests: dict[tuple[str, int], set[str]] = {}
+    for tp_rank, _, theirs in ranks:
+        for name, digest in theirs.items():
+            digests.setdefault((name, 0 if name in whole else tp_rank), set()).add(digest)
+    differ = sum(len(found) > 1 for found in digests.values())
+    masks = torch.tensor([mask for _, mask, _ in ranks])
+    run.leave({**results, "masks": masks, "copies_differ": torch.tensor(differ)})
+
+
 def by_protein(output: str, **options: Any) -> None:
     """Logits of every protein, in a data-parallel world of one, and the gradients of the mean loss of all."""
     run = Run.start(configuration(output, **options))
@@ -363,33 +377,6 @@ def load_sharded(output: str, adapter: str, **options: Any) -> None:
     run.leave({"logits": run.outputs()})
 
 
-def find_placeholders(output: str) -> None:
-    """The message where pip has installed the general index's empty packages: these have metadata and no more."""
-    for name in ("torch_neuronx", "neuronx_distributed"):
-        info = Path(output, f"{name}-1.0.dist-info")
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", encoding="utf-8")
-    sys.path.insert(0, output)
-    refused(output, check_packages)
-
-
-def describe_stand_ins(output: str) -> None:
-    """What is not the real code in a world on gloo, as a list."""
-    lines = [
-        "- `cpu`, `xla`, SPMD: nothing of torch, torch_xla, transformers or peft is replaced.",
-        "- NxD, closed packages (`tests/nxd/standins/vendor.py`): any name of "
-        f"{', '.join(vendor.ROOTS)} can be imported; a call raises but for {', '.join(vendor.VALUES)} and the "
-        f"decorators {', '.join(vendor.DECORATORS)}, which return the function.",
-        "- NxD, torch_xla on gloo and eager tensors (`tests/nxd/standins/collectives.py`): "
-        f"{', '.join(collectives.SERVED)}; every other public function of xla_model and runtime raises.",
-        *(f"- NxD, patch: {patch}." for patch in collectives.PATCHES),
-        "- NxD runs with its own switch NXD_CPU_MODE=1: it proves arithmetic and sharding, not lazy tracing. "
-        "Tracing at tp1 on XLA:CPU is `test_one_program_a_pass_and_one_an_update_on_xla`, in the same run.",
-    ]
-    Path(output, "message.txt").write_text("\n".join(lines), encoding="utf-8")
-    dist.destroy_process_group()
-
-
 def die(output: str, **options: Any) -> None:
     """Rank 1 vanishes in the fourth step, as after a hardware fault; every step before it has been saved."""
     run = Run.start(configuration(output, set={"checkpoint.every": 1}, **options))
@@ -402,50 +389,9 @@ def die(output: str, **options: Any) -> None:
         step(data)
 
     run.trainer._train_step = until_the_fault
-    run.trainer.fit()
-
-
-def refuse(output: str, **options: Any) -> None:
-    """The message with which building ends."""
-    refused(output, lambda: Run.start(configuration(output, **options)))
-
-
-def refused(output: str, act: Callable[[], object]) -> None:
-    """Keep the message of the ConfigError that `act` raises."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would race with the survivor's own words
     try:
-        act()
-    except ConfigError as error:
-        Path(output, "message.txt").write_text(str(error), encoding="utf-8")
-    dist.destroy_process_group()
-
-
-def signatures(output: str) -> None:
-    """The parameters of every vendor function that the engine calls."""
-    contract = {}
-    for name in sorted(vendor_calls()):
-        module, _, attribute = name.rpartition(".")
-        target = getattr(importlib.import_module(module), attribute)
-        # a class that hands (*args, **kwargs) on says nothing: its parent has the parameters
-        candidates = target.__mro__ if inspect.isclass(target) else (target,)
-        named = ([str(p) for p in inspect.signature(c).parameters.values()] for c in candidates)
-        parameters = next(found for found in named if found != ["*args", "**kwargs"])
-        contract[name] = [parameter.partition(":")[0].partition("=")[0].strip() for parameter in parameters]
-    Path(output, "contract.json").write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
-    Path(output, "version.txt").write_text(neuronx_distributed._version.__version__, encoding="utf-8")
-    dist.destroy_process_group()
-
-
-def call_unlisted(output: str) -> None:
-    """The messages of stand-ins that serve nothing."""
-    import torch_neuronx.xla_impl
-    import torch_xla.core.xla_model as xm
-    import torch_xla.runtime as xr
-
-    messages = []
-    for function in (torch_neuronx.xla_impl.compile_graph, xm.all_to_all, xr.process_index):
-        try:
-            function()
-        except AssertionError as error:
-            messages.append(str(error))
-    Path(output, "message.txt").write_text("\n".join(messages), encoding="utf-8")
-    dist.destroy_process_group()
+        run.trainer.fit()
+    except TrainingError as error:
+        Path(output, "reason").write_text(str(error), encoding="utf-8")
+        raise

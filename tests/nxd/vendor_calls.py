@@ -1,4 +1,4 @@
-"""Which functions of neuronx_distributed our engine calls, and how, read from its source text."""
+"""What our engine uses of neuronx_distributed and optimum-neuron, and how, read from its source text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 
 ENGINE = Path(__file__).resolve().parents[2] / "esm_neuron" / "backends" / "neuron.py"
 CONTRACT = Path(__file__).resolve().parent / "contract.json"
-"""Name of every function of `vendor_calls` -> its parameters, as the real package has them."""
+"""As the real packages have them, NxD in the version named there: `calls`, each function's parameters, those with a
+default marked by `=`; `attributes` of the ZeRO-1 optimizer; `names`, the optimum-neuron objects imported, in words."""
 
-ROOTS = {"self._nxd": "neuronx_distributed", "nxd": "neuronx_distributed"}
-"""How the engine's source spells the package."""
+ZERO1 = "neuronx_distributed.optimizer.NeuronZero1Optimizer"
+ROOTS = {"self._nxd": "neuronx_distributed", "nxd": "neuronx_distributed", "zero": ZERO1}
+"""How the engine's source spells the package, and an optimizer of its."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class Call:
 
 def vendor_calls(source: str | None = None) -> dict[str, list[Call]]:
     """Full name of each called function -> the calls; locals that stand for a module are followed."""
-    tree = ast.parse(ENGINE.read_text(encoding="utf-8") if source is None else source)
+    tree = ast.parse(_source(source))
     spelled = dict(ROOTS)
     for target, value in _assignments(tree):
         path = _resolve(value, spelled)
-        if path is not None:
+        if path is not None and not path.startswith(f"{ZERO1}."):  # its values are no vendor's functions
             spelled[target] = path
     calls: dict[str, list[Call]] = {}
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
@@ -43,16 +45,47 @@ def vendor_calls(source: str | None = None) -> dict[str, list[Call]]:
     return calls
 
 
+def attributes(source: str | None = None) -> set[str]:
+    """Attributes of the ZeRO-1 optimizer that are read or set, by name or by `getattr(optimizer, ...)`."""
+    tree = ast.parse(_source(source))
+    found = {node.attr for node in ast.walk(tree)
+             if isinstance(node, ast.Attribute) and ROOTS.get(ast.unparse(node.value)) == ZERO1}  # fmt: skip
+    called = {name.rpartition(".")[2] for name in vendor_calls(source) if name.startswith(f"{ZERO1}.")}
+    asked = (
+        node.args[1].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and [ast.unparse(part) for part in (node.func, *node.args[:1])] == ["getattr", "optimizer"]
+        and isinstance(node.args[1], ast.Constant)
+    )
+    return (found - called) | set(map(str, asked))
+
+
+def imported(source: str | None = None, package: str = "optimum") -> set[str]:
+    """Full names of what is imported from `package`."""
+    imports = (node for node in ast.walk(ast.parse(_source(source))) if isinstance(node, ast.ImportFrom))
+    return {f"{i.module}.{a.name}" for i in imports if (i.module or "").split(".")[0] == package for a in i.names}
+
+
 def misfits(calls: dict[str, list[Call]], contract: dict[str, list[str]]) -> list[str]:
-    """What in `calls` the contract's signatures do not take."""
+    """What in `calls` the contract's signatures do not take, or miss."""
     wrong = [f"{name} is not in {CONTRACT.name}" for name in calls if name not in contract]
     for name, parameters in ((name, contract[name]) for name in calls if name in contract):
+        names = [p.rstrip("=") for p in parameters]
         anything = any(p.startswith("*") for p in parameters)
         for call in calls[name]:
-            unknown = [k for k in call.keywords if k not in parameters and not anything]
-            if unknown or (call.positional > len(parameters) and not anything):
-                wrong.append(f"line {call.line}: {name} takes {parameters}, not {unknown or call.positional}")
+            unknown = [k for k in call.keywords if k not in names and not anything]
+            missing = [
+                p for p in parameters[call.positional :] if p[-1] != "=" and p[0] != "*" and p not in call.keywords
+            ]
+            if unknown or missing or (call.positional > len(parameters) and not anything):
+                given = unknown or (f"without {missing}" if missing else call.positional)
+                wrong.append(f"line {call.line}: {name} takes {parameters}, not {given}")
     return wrong
+
+
+def _source(source: str | None) -> str:
+    return ENGINE.read_text(encoding="utf-8") if source is None else source
 
 
 def _assignments(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:

@@ -19,10 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from esm_neuron import checkpoint, run, settings
-from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.config import TrainConfig
-from esm_neuron.errors import ConfigError
-from esm_neuron.parallel.topology import Topology
 from esm_neuron.signals import EXIT_STOPPED
 from esm_neuron.watchdog import EXIT_HUNG
 
@@ -260,42 +257,3 @@ def rank_of(pid: int) -> int:
     """RANK in the environment of a process."""
     environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next(int(entry.removeprefix(b"RANK=")) for entry in environment if entry.startswith(b"RANK="))
-
-
-class Peer:
-    """A rank of two, for what needs no second process: its peer has this to say."""
-
-    def __init__(self, rank: int, theirs: Any) -> None:
-        self.topology, self.theirs = Topology(rank=rank, local_rank=rank, world=2), theirs
-
-    def gather_host(self, value: Any) -> list[Any]:
-        return [value, self.theirs] if self.topology.rank == 0 else [self.theirs, value]
-
-
-def test_what_fails_on_one_rank_fails_on_both_with_one_error() -> None:
-    def fail() -> None:
-        raise ConfigError("the output is in use")
-
-    failed = ConfigError("the output is in use")
-    with pytest.raises(ConfigError, match="^the output is in use$"):
-        agree_on_main(Peer(0, None), fail)
-    with pytest.raises(ConfigError, match="^rank 0: the output is in use$"):
-        agree_on_main(Peer(1, failed), fail)
-    with pytest.raises(ConfigError, match="^rank 1: the output is in use$"):
-        agree(Peer(0, failed), lambda: 5)
-    assert agree(Peer(0, None), lambda: 5) == 5
-    assert agree_on_main(Peer(1, None), fail) is None, "only the main rank acts"
-
-
-def test_what_only_the_main_rank_can_read_reaches_all() -> None:
-    class Broadcasting(Peer):
-        def broadcast_host(self, value: Any) -> Any:
-            return value if self.topology.is_main else "read by rank 0"
-
-    def unreadable() -> str:
-        raise OSError("only on the first node")
-
-    assert from_main(Broadcasting(0, None), lambda: "mine") == "mine"
-    assert from_main(Broadcasting(1, None), unreadable) == "read by rank 0"
-    with pytest.raises(OSError, match="rank 0: only on the first node"):
-        from_main(Broadcasting(1, OSError("only on the first node")), unreadable)

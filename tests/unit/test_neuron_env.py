@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 
 from esm_neuron.backends import neuron_env
-from esm_neuron.backends.neuron_env import SETTINGS, apply_settings, check_packages, neuron_cores
+from esm_neuron.backends.neuron import NeuronBackend
+from esm_neuron.backends.neuron_env import (
+    CACHE,
+    SETTINGS,
+    apply_settings,
+    cache_conflict,
+    check_packages,
+    neuron_cores,
+)
 from esm_neuron.config import LoopConfig, ParallelConfig, TrainConfig
+from esm_neuron.doctor import Lack, lacks
 from esm_neuron.errors import ConfigError
 
 FP32 = TrainConfig()
@@ -58,6 +67,23 @@ def test_the_users_settings_win() -> None:
         "--auto-cast=all --verbose=info --model-type=transformer --enable-saturate-infinity --retry_failed_compilation"
     )
     assert apply_settings(FP32, nodes=False, env=env) == {}
+
+
+def test_a_compilers_own_cache_folder_beside_the_cache_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler would follow the flag without a word, and a node would compile again what S3 already holds."""
+    env = {"NEURON_CC_FLAGS": "-O1 --cache_dir=/scratch --verbose=info", CACHE: "s3://bucket/cache"}
+    expected = (
+        "NEURON_CC_FLAGS has --cache_dir /scratch, which the compiler would use in place of "
+        "NEURON_COMPILE_CACHE_URL=s3://bucket/cache; remove one of the two"
+    )
+    assert cache_conflict(env) == expected
+    assert cache_conflict({**env, "NEURON_CC_FLAGS": "--cache_dir /scratch"}) == expected
+    assert cache_conflict({CACHE: env[CACHE]}) is None and cache_conflict({"NEURON_CC_FLAGS": "--cache_dir=/x"}) is None
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="remove one of the two"):
+        NeuronBackend(FP32)
+    assert Lack(expected.rpartition("; ")[0], "remove one of the two") in lacks("neuron")
 
 
 def test_every_setting_says_what_it_is_for() -> None:

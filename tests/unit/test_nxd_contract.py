@@ -1,4 +1,4 @@
-"""Our calls of neuronx_distributed against the signatures that `make test-nxd` wrote from the real package."""
+"""What we use of neuronx_distributed and optimum-neuron against what `make test-nxd` wrote from the real packages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ import vendor_calls
 def test_every_call_fits_its_signature() -> None:
     contract = json.loads(vendor_calls.CONTRACT.read_text(encoding="utf-8"))
     calls = vendor_calls.vendor_calls()
-    assert vendor_calls.misfits(calls, contract) == []
-    assert set(contract) == set(calls), "run make test-nxd, which rewrites the contract"
+    assert vendor_calls.misfits(calls, contract["calls"]) == []
+    assert set(contract["calls"]) == set(calls), "run make test-nxd, which rewrites the contract"
     layers = "neuronx_distributed.parallel_layers.layers"
     assert {f"{layers}.ColumnParallelLinear", f"{layers}.RowParallelLinear"} < set(calls)
+
+
+def test_every_attribute_and_import_is_there() -> None:
+    contract = json.loads(vendor_calls.CONTRACT.read_text(encoding="utf-8"))
+    assert set(contract["attributes"]) == vendor_calls.attributes() >= {"max_norm", "grad_norm", "base_optimizer"}
+    assert set(contract["names"]) == vendor_calls.imported() != set()
+    (lora,) = contract["names"].values()
+    linears = {pair.partition(" -> ")[0].rpartition(".")[2] for pair in lora}
+    assert {"ColumnParallelLinear", "RowParallelLinear"} <= linears, "optimum-neuron has LoRA layers for our linears"
 
 
 def test_a_call_that_does_not_fit_is_found() -> None:
@@ -25,9 +34,12 @@ def test_a_call_that_does_not_fit_is_found() -> None:
     calls = vendor_calls.vendor_calls(source)
     name = "neuronx_distributed.grads.reduce"
     assert list(calls) == [name]
-    assert vendor_calls.misfits(calls, {name: ["a", "b", "size"]}) == []
+    assert vendor_calls.misfits(calls, {name: ["a", "b", "size", "more="]}) == []
     assert vendor_calls.misfits(calls, {name: ["a", "b"]}) == [f"line 4: {name} takes ['a', 'b'], not ['size']"]
     assert vendor_calls.misfits(calls, {name: ["size"]}) == [f"line 4: {name} takes ['size'], not 2"]
+    assert vendor_calls.misfits(calls, {name: ["a", "b=", "size=", "d"]}) == [
+        f"line 4: {name} takes ['a', 'b=', 'size=', 'd'], not without ['d']"
+    ]
     assert vendor_calls.misfits(calls, {}) == [f"{name} is not in contract.json"]
 
 
@@ -48,7 +60,10 @@ def test_a_page_whose_engine_has_changed_is_found(tmp_path: Path, monkeypatch: p
     page.write_text(parity.page("0.15", {("xla", "cls"): dict.fromkeys(parity.KINDS, 0.0)}, ["- a fact"]))
     assert parity.stale() == []
     with (tmp_path / "esm_neuron" / parity.ENGINE[-1]).open("a") as source:
-        source.write("\n")
+        source.write('\n# a remark\n"""And another."""\n')
+    assert parity.stale() == []
+    with (tmp_path / "esm_neuron" / parity.ENGINE[-1]).open("a") as source:
+        source.write("AHEAD = 3\n")
     assert len(parity.stale()) == 1 and parity.stale()[0].startswith(
         "docs/parity.md: the engine's sources have changed"
     )
