@@ -67,7 +67,7 @@ test-gpu: $(VENV)/.installed ## test on a CUDA GPU
 	$(PYTEST) -m gpu
 
 test-trn1: ## test on a trn1 instance, in the active environment (constraints/neuron.txt)
-	python -m pytest -m trn1
+	python -m pytest -m trn1 tests/trn1
 
 test-launchers: $(VENV)/.launchers-tests ## test the launchers: nodes of this machine, SageMaker's containers, AWS stood in for
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m launchers tests/launchers
