@@ -192,10 +192,9 @@ def newest(root: Path, say: Callable[[str], None] = log.warning) -> Snapshot | N
     return None
 
 
-def fingerprint(root: Path, step: int) -> str | None:
-    """What two checkpoints of equal content share, None where there is none: the hash of its manifest."""
-    manifest = step_folder(root, step) / MANIFEST
-    return sha256(manifest) if manifest.is_file() else None
+def fingerprint(folder: Path) -> str:
+    """What two checkpoints of equal content share: the hash of their manifest."""
+    return sha256(folder / MANIFEST)
 
 
 def drop_after(root: Path, step: int) -> None:

@@ -18,7 +18,7 @@ from esm_neuron.backends.neuron_env import (
     PLACEHOLDERS,
     SETTINGS,
     apply_settings,
-    cache_conflict,
+    cache_trouble,
     installed_version,
     neuron_cores,
 )
@@ -82,19 +82,19 @@ def examine(cfg: TrainConfig, env: Mapping[str, str] | None = None) -> Diagnosis
         versions=versions,
         devices={"cpu": _cpu(), "cuda": _cuda(), "neuron": _neuron(), "xla": _xla()},
         environment=environment(cfg, dict(os.environ if env is None else env)),
-        lacks={name: tuple(lacks(name)) for name in get_args(BackendName)},
+        lacks={name: tuple(lacks(name, env)) for name in get_args(BackendName)},
     )
 
 
-def lacks(backend: str) -> list[Lack]:
-    """What `backend` needs and does not find."""
+def lacks(backend: str, env: Mapping[str, str] | None = None) -> list[Lack]:
+    """What `backend` needs and does not find; `env`: the environment, None: this process's."""
     found = missing_packages("")
     if backend != "cpu":
         found += missing_packages(backend)
     if backend == "cuda" and _cuda() == NO_GPU:
         found.append(Lack("torch finds no CUDA GPU", "use a machine with an NVIDIA GPU and its driver"))
     if backend == "neuron":
-        found += _no_trainium()
+        found += _no_trainium(os.environ if env is None else env)
     return found
 
 
@@ -206,10 +206,10 @@ def _xla() -> str:
         return f"none: {' '.join(str(error).split())}"
 
 
-def _no_trainium() -> list[Lack]:
+def _no_trainium(env: Mapping[str, str]) -> list[Lack]:
     found = []
-    if (conflict := cache_conflict(os.environ)) is not None:
-        what, _, cure = conflict.rpartition("; ")
+    if (trouble := cache_trouble(env)) is not None:
+        what, _, cure = trouble.rpartition("; ")
         found.append(Lack(what, cure))
     major, minor, _ = platform.python_version_tuple()
     if (int(major), int(minor)) > (3, 11):

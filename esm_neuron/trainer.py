@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from esm_neuron import checkpoint
 from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends.base import Backend
-from esm_neuron.backends.common import from_peers
 from esm_neuron.callbacks import Callback, EarlyStopping, JsonlLogger
 from esm_neuron.checkpoint import Saver, Snapshot, TrainState
 from esm_neuron.config import TrainConfig
@@ -35,6 +34,7 @@ from esm_neuron.tasks import Task
 from esm_neuron.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 AHEAD = 2
 """Steps whose batches are made before the device asks for them."""
@@ -141,7 +141,6 @@ class Trainer:
             StopSignal() as stop,
             self.watchdog,
             closing(prefetch(map(self.train_loader.load, steps), AHEAD)) as ahead,
-            from_peers(self.backend.topology.rank),
         ):
             self._start_clock()
             if self.cfg.loop.on_nonfinite == "rollback" and self.state.step == 0:
@@ -263,7 +262,7 @@ class Trainer:
                 raise CheckpointError(f"{self.folder}: there is no checkpoint left to go back to")
             return snapshot.state.step
 
-        snapshot = self._load(from_main(self.backend, find))
+        snapshot = self._load(from_main(self.backend, find), lambda snapshot: snapshot)
         self.backend.load_state(self.model, self.optimizer, snapshot.model, snapshot.optimizer)
         return snapshot.state.step
 
@@ -313,20 +312,34 @@ class Trainer:
         best = self.stopper.best_step
         if best is None or best == self.state.step:
             return self.state.step, self.backend.gather_state(self.model, self.optimizer)[0]
-        weights = self._load(best).model
+        weights = self._load(best, lambda snapshot: snapshot.model)
         self.backend.load_weights(self.model, weights)
         return best, weights
 
-    def _load(self, step: int) -> Snapshot:
-        """A checkpoint of this run, on every rank."""
+    def _load(self, step: int, take: Callable[[Snapshot], T]) -> T:
+        """What `take` takes of a checkpoint of this run, on every rank.
 
-        def read() -> Snapshot:
-            return checkpoint.load(checkpoint.step_folder(self.folder, step))
+        Files are mapped, so that ranks which read for themselves share the memory. But the checkpoint may lie on the
+        main rank's node alone, as on SageMaker, or be another or damaged elsewhere: then the main rank sends it.
 
-        seen = self.backend.gather_host(checkpoint.fingerprint(self.folder, step))
-        # Files are mapped, so ranks that read for themselves share the memory. But a checkpoint may lie on the main
-        # rank's node alone, as on SageMaker, or beside an older one of the same step.
-        return agree(self.backend, read) if len(set(seen)) == 1 else from_main(self.backend, read)
+        Raises:
+            CheckpointError: the main rank has none that is whole.
+        """
+        folder = checkpoint.step_folder(self.folder, step)
+        try:
+            mine: T | CheckpointError = take(checkpoint.load(folder))
+            seen = self.backend.gather_host(checkpoint.fingerprint(folder))
+        except CheckpointError as error:
+            mine = error
+            seen = self.backend.gather_host(None)
+
+        def found() -> T:
+            if isinstance(mine, CheckpointError):
+                raise mine
+            return mine
+
+        alike = len(set(seen)) == 1 and seen[0] is not None
+        return found() if alike else from_main(self.backend, found)
 
     def _save(self) -> None:
         """Write a checkpoint from rank 0; every rank learns whether it worked, or whether the one before did."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
 from esm_neuron.backends.base import Backend
+from esm_neuron.backends.common import from_peers
 from esm_neuron.config import TrainConfig
 from esm_neuron.rules import check_backend
+
+log = logging.getLogger(__name__)
 
 _BACKENDS = {
     "cpu": ("esm_neuron.backends.cpu", "CpuBackend"),
@@ -32,11 +36,20 @@ def create_backend(cfg: TrainConfig) -> Backend:
 
 @contextmanager
 def opened_backend(cfg: TrainConfig) -> Iterator[Backend]:
-    """`create_backend`, and its `close` at the end; after an error without waiting for peers, who may be gone."""
+    """`create_backend`, and its `close` at the end; after an error without waiting for peers, who may be gone.
+
+    Raises:
+        ConfigError: as `create_backend`.
+        TrainingError: a collective within the block failed because a peer is gone or does not answer.
+    """
     backend = create_backend(cfg)
     try:
-        yield backend
+        with from_peers(backend.topology):
+            yield backend
     except BaseException:
-        backend.close(wait=False)
+        try:
+            backend.close(wait=False)
+        except RuntimeError as error:  # of groups whose peers are gone; the first error is the one to be read
+            log.warning("leaving the process group failed too: %s", error)
         raise
     backend.close()

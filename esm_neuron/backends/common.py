@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from esm_neuron.config import OptimConfig
 from esm_neuron.errors import CheckpointError, TrainingError
+from esm_neuron.parallel.topology import Topology
 
 PEER_LOST = re.compile(r"gloo|connection|broken pipe|socket|timed?[ _]?out", re.IGNORECASE)
 """In what torch.distributed, its stores and device runtimes say of a collective that a peer has left."""
@@ -147,8 +148,8 @@ def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
 
 
 @contextmanager
-def from_peers(rank: int) -> Iterator[None]:
-    """Around collectives: a failure that is a peer's in one line, for rank `rank`; any other goes up as it is.
+def from_peers(topology: Topology) -> Iterator[None]:
+    """Around collectives: a failure that is a peer's in one line of this rank; any other goes up as it is.
 
     Raises:
         TrainingError: a peer has ended, or has not answered within the process group's time.
@@ -156,12 +157,13 @@ def from_peers(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not PEER_LOST.search(str(error)):
+        lost = isinstance(error, dist.DistError) or PEER_LOST.search(str(error))
+        if topology.world == 1 or not lost:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(
-            f"rank {rank}: a peer has failed or does not answer ({reason}); nothing is saved from here on. Look for "
-            "the first error among the ranks, then go on with --checkpoint.resume auto"
+            f"rank {topology.rank}: a peer has failed or does not answer ({reason}); nothing is saved from here on. "
+            "Look for the first error among the ranks, then go on with --checkpoint.resume auto"
         ) from error
 
 

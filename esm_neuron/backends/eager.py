@@ -19,7 +19,6 @@ from esm_neuron.adapters import store_frozen_linears
 from esm_neuron.backends import common, fsdp
 from esm_neuron.backends.common import (
     adamw,
-    from_peers,
     mix_seed,
     normalise_clip_update,
     trainable,
@@ -149,8 +148,7 @@ class EagerBackend:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if self.topology.world > 1:
-            with from_peers(self.topology.rank):
-                dist.all_reduce(tensor)
+            dist.all_reduce(tensor)
         return tensor
 
     def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
@@ -160,22 +158,19 @@ class EagerBackend:
         if self.topology.world == 1:
             return [value]
         values: list[Any] = [None] * self.topology.world
-        with from_peers(self.topology.rank):
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
         return values
 
     def broadcast_host(self, value: T) -> T:
         values = [value]
         if self.topology.world > 1:
-            with from_peers(self.topology.rank):
-                dist.broadcast_object_list(values)
+            dist.broadcast_object_list(values)
         return values[0]
 
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with from_peers(self.topology.rank) if self._fsdp else nullcontext():
-            return common.gather_state(model, optimizer, fsdp.fetch)
+        return common.gather_state(model, optimizer, fsdp.fetch)
 
     def load_state(
         self,

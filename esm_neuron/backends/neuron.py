@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from transformers.models.esm.modeling_esm import EsmSelfAttention
 
 from esm_neuron.backends.common import (
-    from_peers,
     make_gradient_buffers,
     mean_scale,
     mix_seed,
     trainable,
     undoable,
 )
-from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_conflict, check_packages, neuron_cores
+from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_trouble, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
 from esm_neuron.config import OptimConfig, TrainConfig
 from esm_neuron.errors import ConfigError
@@ -53,8 +52,8 @@ class NeuronBackend:
     def __init__(self, cfg: TrainConfig) -> None:
         self.topology = Topology.from_env(cfg.parallel.tp, neuron=True)
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if (conflict := cache_conflict(os.environ)) is not None:
-            raise ConfigError(conflict)
+        if (trouble := cache_trouble(os.environ)) is not None:
+            raise ConfigError(trouble)
         apply_settings(cfg, nodes=self.topology.world > local_world)
         check_packages()
         self._import_vendor(lora=cfg.adapter.kind == "lora")
@@ -115,7 +114,12 @@ class NeuronBackend:
 
     def _parallel_linear(self, linear: nn.Linear, name: str, style: Style) -> nn.Module:
         inputs, outputs = linear.in_features, linear.out_features
-        common = {"bias": True, "dtype": linear.weight.dtype, "device": torch.device("meta")}
+        common = {
+            "bias": True,
+            "sequence_parallel_enabled": False,
+            "dtype": linear.weight.dtype,
+            "device": torch.device("meta"),
+        }
         layers = self._nxd.parallel_layers.layers
         padded = padded_heads(self._heads, self.topology.tp)
         if style == "column":
@@ -235,8 +239,7 @@ class NeuronBackend:
         self._torch_xla.sync()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        with from_peers(self.topology.rank):
-            dist.all_reduce(tensor, group=self._state.get_data_parallel_group())
+        dist.all_reduce(tensor, group=self._state.get_data_parallel_group())
         return tensor
 
     def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
@@ -247,21 +250,18 @@ class NeuronBackend:
 
     def gather_host(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.topology.world
-        with from_peers(self.topology.rank):
-            dist.all_gather_object(values, value, group=self._whole_world)
+        dist.all_gather_object(values, value, group=self._whole_world)
         return values
 
     def broadcast_host(self, value: T) -> T:
         values = [value]
-        with from_peers(self.topology.rank):
-            dist.broadcast_object_list(values, group=self._whole_world)
+        dist.broadcast_object_list(values, group=self._whole_world)
         return values[0]
 
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with from_peers(self.topology.rank):
-            return self._sharded().gather(model, optimizer)
+        return self._sharded().gather(model, optimizer)
 
     def load_state(
         self,

@@ -65,8 +65,8 @@ SETTINGS = (
     Setting(
         CACHE,
         lambda cfg, nodes: None,
-        "Yours alone: the folder or S3 prefix where compiled programs are kept; not NFS, where its locks break. "
-        "--cache_dir in NEURON_CC_FLAGS would overrule it, so that both are refused.",
+        "Yours alone: the folder or S3 prefix where compiled programs are kept. NFS, where its locks break, is "
+        "refused, and so is --cache_dir in NEURON_CC_FLAGS beside it, which would overrule it.",
     ),
 )
 """Every variable that matters to the backend; it sets those that have a value and that the user has not set."""
@@ -91,17 +91,31 @@ def apply_settings(cfg: TrainConfig, nodes: bool, env: MutableMapping[str, str] 
     return written
 
 
-def cache_conflict(env: Mapping[str, str]) -> str | None:
-    """Why compiled programs would not go where NEURON_COMPILE_CACHE_URL says, with the cure; None where they would."""
-    flags = env.get("NEURON_CC_FLAGS", "").replace("=", " ").split()
+def cache_trouble(env: Mapping[str, str], mounts: Path = Path("/proc/mounts")) -> str | None:
+    """Why compiled programs cannot be kept where NEURON_COMPILE_CACHE_URL says, with the cure; None where they can."""
     url = env.get(CACHE)
-    if url is None or "--cache_dir" not in flags:
+    if url is None:
         return None
-    folder = dict(zip(flags, [*flags[1:], ""], strict=True))["--cache_dir"]
-    return (
-        f"NEURON_CC_FLAGS has --cache_dir {folder}, which the compiler would use in place of {CACHE}={url}; remove one "
-        "of the two"
-    )
+    flags = env.get("NEURON_CC_FLAGS", "").replace("=", " ").split()
+    if "--cache_dir" in flags:
+        folder = dict(zip(flags, [*flags[1:], ""], strict=True))["--cache_dir"]
+        return (
+            f"NEURON_CC_FLAGS has --cache_dir {folder}, which the compiler would use in place of {CACHE}={url}; remove "
+            "one of the two"
+        )
+    if "://" not in url and file_system(Path(url), mounts).startswith("nfs"):
+        return f"{CACHE}={url} is on NFS, where the compiler's locks break; use a local folder, FSx for Lustre or S3"
+    return None
+
+
+def file_system(folder: Path, mounts: Path) -> str:
+    """Kind of the file system that `folder` is, or would be, on; "" where the system does not say."""
+    if not mounts.is_file():
+        return ""
+    rows = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
+    above = {folder.resolve(), *folder.resolve().parents}
+    kinds = {point: kind for _, point, kind, *_ in rows if Path(point) in above}
+    return kinds[max(kinds, key=len)] if kinds else ""
 
 
 def check_packages() -> None:

@@ -6,9 +6,8 @@ import hashlib
 import math
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from esm_neuron.adapters import saved_key
-from esm_neuron.backends import create_backend, neuron
+from esm_neuron.backends import create_backend, neuron, opened_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.backends.neuron import NeuronBackend
+from esm_neuron.backends.spmd import SpmdBackend
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
@@ -45,12 +45,11 @@ from esm_neuron.errors import TrainingError
 from esm_neuron.evaluate import forward, on_device, run_passes
 from esm_neuron.export import plain_model, read_adapter, write_results
 from esm_neuron.model import encoder_of, set_attention
-from esm_neuron.parallel.slices import whole_shape
+from esm_neuron.parallel.slices import cut_of, whole_shape
 from esm_neuron.run import train
-from esm_neuron.safetensors_folder import write_safetensors_folder
 from esm_neuron.tasks import Task, create_task
 from esm_neuron.trainer import Trainer
-from esm_neuron.weights import Draw, open_weights
+from esm_neuron.weights import Draw
 
 RESULTS = "results.safetensors"
 LABELS = ("a", "b", "c")
@@ -114,10 +113,10 @@ class Run:
         return self.built.model
 
     @classmethod
-    def start(cls, cfg: TrainConfig) -> Run:
+    def start(cls, cfg: TrainConfig, backend: Backend | None = None) -> Run:
         """Build; under LoRA every trained weight gets a value of its own, since a `lora_B` of 0 would hide much."""
         task = create_task(cfg.task, LABELS)
-        backend = create_backend(cfg)
+        backend = backend or create_backend(cfg)
         built = build_model(cfg, task, backend)
         model, heads, tp = built.model, built.config.num_attention_heads, backend.topology.tp  # 1 under SPMD
         draw = Draw(cfg.seed + 1, 0.1)
@@ -222,23 +221,31 @@ def left_out(output: str, **options: Any) -> None:
 
 
 def dropout(output: str, **options: Any) -> None:
-    """Losses with dropout; every rank's random numbers of a pass, and how many weights its copies of differ."""
+    """Losses with dropout; every process's random numbers of a pass; copies of trained weights, and how many differ."""
     run = Run.start(configuration(output, **options))
-    results, topology = run.train(), run.backend.topology
+    results = run.train()
     run.backend.seed(1, 2, 3)
-    shapes = {n: whole_shape(n, p.shape, run.built.config.num_attention_heads, topology.tp) for n, p in
-              run.model.named_parameters() if p.requires_grad}  # fmt: skip
-    mine = {n: hashlib.sha256(p.detach().cpu().numpy().tobytes()).hexdigest() for n, p in run.model.named_parameters()
-            if p.requires_grad}  # fmt: skip
-    whole = {n for n, p in run.model.named_parameters() if n in shapes and tuple(p.shape) == shapes[n]}
-    ranks = run.backend.gather_host((topology.tp_rank, torch.rand(8).tolist(), mine))
-    digests: dict[tuple[str, int], set[str]] = {}
-    for tp_rank, _, theirs in ranks:
-        for name, digest in theirs.items():
-            digests.setdefault((name, 0 if name in whole else tp_rank), set()).add(digest)
-    differ = sum(len(found) > 1 for found in digests.values())
-    masks = torch.tensor([mask for _, mask, _ in ranks])
-    run.leave({**results, "masks": masks, "copies_differ": torch.tensor(differ)})
+    masks = torch.tensor(run.backend.gather_host(torch.rand(8).tolist()))
+    copies: dict[tuple[str, int | None], list[str]] = {}
+    for name, part, digest in (held for rank in run.backend.gather_host(list(held_parts(run))) for held in rank):
+        copies.setdefault((name, part), []).append(digest)
+    counts = {"copies": min(map(len, copies.values())), "differ": sum(len(set(found)) > 1 for found in copies.values())}
+    run.leave({**results, "masks": masks, **{name: torch.tensor(count) for name, count in counts.items()}})
+
+
+def held_parts(run: Run) -> Iterator[tuple[str, int | None, str]]:
+    """Of each trained weight, for each device of this process: name, which tensor-parallel part, None for all of it,
+    and a hash of its values."""
+    heads, spmd = run.built.config.num_attention_heads, isinstance(run.backend, SpmdBackend)
+    topology = run.backend._grid if isinstance(run.backend, SpmdBackend) else run.backend.topology
+    for name, parameter in ((n, p.detach()) for n, p in run.model.named_parameters() if p.requires_grad):
+        shape = parameter.shape if spmd else whole_shape(name, parameter.shape, heads, topology.tp)
+        cut = cut_of(name, shape, heads, topology.tp).dim is not None
+        shards = run.backend._wrap(parameter).local_shards if isinstance(run.backend, SpmdBackend) else None
+        parts = [parameter.cpu()] if shards is None else [shard.data.cpu() for shard in shards]
+        for device, values in enumerate(parts):
+            tp_rank = device % topology.tp if spmd else topology.tp_rank
+            yield name, tp_rank if cut else None, hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
 def by_protein(output: str, **options: Any) -> None:
@@ -255,11 +262,18 @@ def by_protein(output: str, **options: Any) -> None:
 
 
 def lazy(output: str, **options: Any) -> None:
-    """Train on XLA:CPU in a world of one; losses, and the number of programs after each step."""
+    """Compile ahead, then train and evaluate on XLA:CPU in a world of one.
+
+    Losses, and the number of programs after compiling, before each update and after the evaluation.
+    """
     neuron.neuron_cores = lambda: 2  # a trn1.2xlarge, as far as the backend can see
-    run = Run.start(configuration(output, **options))
+    cfg = configuration(output, **options)
+    ahead = Run.start(cfg, create_backend(cfg))
+    ahead.trainer.compile([ahead.held_out()])
+    ahead.backend.sync()
+    programs = [ahead.backend.graphs()]
+    run = Run.start(cfg, ahead.backend)
     run.backend.sync()
-    programs: list[int] = []
     step = run.backend.step
 
     def counted(*args: Any) -> Tensor:
@@ -267,58 +281,8 @@ def lazy(output: str, **options: Any) -> None:
         return step(*args)
 
     run.backend.step = counted
-    run.leave({**run.train(), "programs": torch.tensor(programs)})
-
-
-def write_650m(output: str) -> None:
-    """A checkpoint of the 650M shape with cheap weights, in shards as the hub's."""
-    config, source = open_weights(ModelConfig(name="esm2_t33_650M", init="random"), 0)
-    state = ((key, torch.full(source.shape(key), 0.01)) for key in sorted(source.keys()))
-    write_safetensors_folder(state, config, Path(output) / "model", max_shard_bytes=500_000_000)
-    dist.destroy_process_group()
-
-
-def load_650m(output: str, model: str, **options: Any) -> None:
-    """Bytes of anonymous memory at the peak of building, over those after the imports; and what this rank holds."""
-    cfg = configuration(output, **options)
-    cfg = replace(cfg, model=ModelConfig(name=model))
-    task, backend = create_task(cfg.task, LABELS), NeuronBackend(cfg)
-    with Watch() as watch:
-        built = build_model(cfg, task, backend)
-    held = sum(t.nbytes for t in (*built.model.parameters(), *built.model.buffers()))
-    heads, tp = built.config.num_attention_heads, backend.topology.tp
-    block = {n: p for n, p in built.model.named_parameters() if ".layer.0." in n and "lora" not in n}
-    layer = sum(math.prod(whole_shape(n, p.shape, heads, tp)) * p.element_size() for n, p in block.items())
-    ranks = backend.gather_host((watch.peak - watch.before, held, layer))
-    if backend.topology.is_main:
-        save_file({"peak_held_layer": torch.tensor(ranks)}, Path(output) / RESULTS)
-    backend.close()
-
-
-class Watch:
-    """Samples this process's anonymous memory every millisecond within the block."""
-
-    def __enter__(self) -> Watch:
-        self.before = self.peak = anonymous_memory()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._done.wait(0.001):
-            self.peak = max(self.peak, anonymous_memory())
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.peak = max(self.peak, anonymous_memory())
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process that no file backs."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+    results = {**run.train(), **run.figures()}
+    run.leave({**results, "programs": torch.tensor([*programs, run.backend.graphs()])})
 
 
 def resume(output: str, source: str | None = None, **options: Any) -> None:
@@ -356,12 +320,13 @@ def finish(output: str, **options: Any) -> None:
 
 
 def load_plain(output: str, adapter: str) -> None:
-    """Logits of plain PEFT's `from_pretrained` on the whole model: no backend, no NxD."""
+    """Logits of plain PEFT's `from_pretrained` on the whole model, and its own copy: no backend, no NxD."""
     cfg = configuration(output)
     task = create_task(cfg.task, LABELS)
     model, _ = plain_model(cfg, task)
     set_attention(encoder_of(model), cfg.data.max_residues + 2, "segments")
     plain = PeftModel.from_pretrained(model, adapter).eval()
+    plain.save_pretrained(Path(output) / "saved")  # as a user of PEFT would pass it on
     assert not any(isinstance(module, NeuronLoraLayer) for module in plain.modules())
     with torch.no_grad():
         logits = forward(plain, evaluation_batch(cfg, task))
@@ -379,19 +344,22 @@ def load_sharded(output: str, adapter: str, **options: Any) -> None:
 
 def die(output: str, **options: Any) -> None:
     """Rank 1 vanishes in the fourth step, as after a hardware fault; every step before it has been saved."""
-    run = Run.start(configuration(output, set={"checkpoint.every": 1}, **options))
-    step = run.trainer._train_step
-
-    def until_the_fault(data: StepData) -> None:
-        if data.step == 3 and run.backend.topology.rank == 1:
-            Path(output, "died").write_text(str(time.time()))
-            os._exit(13)
-        step(data)
-
-    run.trainer._train_step = until_the_fault
+    values = {"checkpoint.every": 1, **options.pop("set", {})}
+    cfg = configuration(output, set=values, **options)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would race with the survivor's own words
     try:
-        run.trainer.fit()
+        with opened_backend(cfg) as backend:
+            run = Run.start(cfg, backend)
+            step = run.trainer._train_step
+
+            def until_the_fault(data: StepData) -> None:
+                if data.step == 3 and backend.topology.rank == 1:
+                    Path(output, "died").write_text(str(time.time()))
+                    os._exit(13)
+                step(data)
+
+            run.trainer._train_step = until_the_fault
+            run.trainer.fit()
     except TrainingError as error:
         Path(output, "reason").write_text(str(error), encoding="utf-8")
         raise

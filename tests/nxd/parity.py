@@ -15,17 +15,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 ENGINE = (
     "adapters.py", "attention.py", "backends/base.py", "backends/common.py", "backends/cpu.py", "backends/eager.py",
-    "backends/neuron.py", "backends/neuron_state.py", "backends/spmd.py", "backends/xla.py", "build.py", "evaluate.py",
-    "loading.py", "model.py", "optim.py", "parallel/plan.py", "parallel/slices.py", "parallel/topology.py",
-    "trainer.py", "weights.py",
+    "backends/neuron.py", "backends/neuron_env.py", "backends/neuron_state.py", "backends/spmd.py", "backends/xla.py",
+    "build.py", "checkpoint.py", "evaluate.py", "export.py", "loading.py", "model.py", "optim.py", "parallel/plan.py",
+    "parallel/slices.py", "parallel/topology.py", "trainer.py", "weights.py",
 )  # fmt: skip
 """What decides the numbers of a parallel run, below `esm_neuron`; compared without comments and docstrings."""
+PROOF = ("cases.py", "memory_cases.py", "vendor_cases.py", "worker.py", "standins/collectives.py", "standins/vendor.py")
+"""What ran it, beside this file: the same."""
 
 Case = tuple[str, str, dict[str, Any]]
-"""Name, function of `cases.py` or `vendor_cases.py`, its arguments without `output`."""
+"""Name, function of a file that `worker.py` imports, its arguments without `output`."""
 World = int | str
 """Processes of NxD on gloo, or a key of LAZY."""
 LAZY = {"xla": 1, "spmd": 4}
@@ -65,6 +68,7 @@ WORLDS: dict[World, list[Case]] = {
         _parity("full", "cpu", **FULL),
         *_by_protein("cpu"),
         ("whole run", "resume", {"backend": "cpu", "set": {**STEPS, "loop.max_steps": 10}}),
+        _parity("mlmfull", "cpu", **MLM, **FULL),
         ("plain", "load_plain", {"adapter": "{root}/2/adapter/adapter"}),
         ("650M", "write_650m", {}),
         ("signatures", "signatures", {}),
@@ -92,6 +96,7 @@ WORLDS: dict[World, list[Case]] = {
         _parity("mlm tp2", "neuron", 2, **MLM, **PLAIN),
         _parity("mlm tp2 zero1", "neuron", 2, **MLM),
         _parity("full tp2", "neuron", 2, **FULL, **PLAIN),
+        _parity("mlmfull tp2", "neuron", 2, **MLM, **FULL, **PLAIN),
         _parity("cls tp1 dp2 zero1", "neuron", 1),
         _parity("cls tp2 recomputed", "neuron", 2, model__gradient_checkpointing=True),
         _parity("full tp2 bf16", "neuron", 2, **FULL, loop__precision="bf16"),
@@ -115,10 +120,12 @@ WORLDS: dict[World, list[Case]] = {
         _parity("mlm tp2 dp2", "neuron", 2, **MLM, **PLAIN),
         _parity("mlm tp2 dp2 zero1", "neuron", 2, **MLM),
         _parity("full tp2 dp2 zero1", "neuron", 2, **FULL),
+        _parity("mlmfull tp2 dp2 zero1", "neuron", 2, **MLM, **FULL),
+        _parity("full tp2 dp2 bf16", "neuron", 2, **FULL, **PLAIN, loop__precision="bf16"),
         (
             "sharded",
             "load_sharded",
-            {"backend": "neuron", "set": {"parallel.tp": 4}, "adapter": "{root}/2/adapter/adapter"},
+            {"backend": "neuron", "set": {"parallel.tp": 4}, "adapter": "{root}/1/plain/saved"},
         ),
     ],
     8: [
@@ -154,8 +161,15 @@ KINDS = {
 
 def difference(got: Any, expected: Any, least: float = 0.0) -> float:
     """Largest difference as a share of the expected tensor's largest value, or of `least` where that is larger."""
+    assert all(bool(value.isfinite().all()) for value in (got, expected)), "a value is no number"
     scale = max(float(expected.abs().max()), least) or 1.0
     return float((got - expected).abs().max()) / scale
+
+
+def floored(results: Mapping[str, Any]) -> list[str]:
+    """Names of the gradients that are compared with GRADIENT_FLOOR, being smaller."""
+    sizes = {key.split("/", 1)[1]: float(g.abs().max()) for key, g in results.items() if key.startswith("gradient/")}
+    return sorted(name for name, size in sizes.items() if size < GRADIENT_FLOOR * max(sizes.values()))
 
 
 def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
@@ -171,10 +185,11 @@ def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str
 
 
 def digest() -> str:
-    """sha256 of the engine's sources, names included; comments, docstrings and empty lines are not."""
+    """sha256 of the sources of engine and cases, names included; comments, docstrings and empty lines are not."""
     found = hashlib.sha256()
-    for name in ENGINE:
-        code = code_alone((ROOT / "esm_neuron" / name).read_text(encoding="utf-8"))
+    files = [*(f"esm_neuron/{name}" for name in ENGINE), *(f"tests/nxd/{name}" for name in PROOF)]
+    for name in files:
+        code = code_alone((ROOT / name).read_text(encoding="utf-8"))
         found.update(f"{name}\n{code}\n".encode())
     return found.hexdigest()
 
@@ -193,6 +208,9 @@ def code_alone(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
+PAGES = {"parity.md": "neuronx-distributed 0.15", "parity-nxd-0.18.md": "neuronx-distributed 0.18"}
+"""What is committed in docs/, and what it was made with."""
+
 WHERE: dict[World, str] = {
     1: "CPU",
     "xla": "XLA:CPU",
@@ -209,19 +227,21 @@ def page(version: str, compared: Mapping[tuple[World, str], Mapping[str, float]]
         "cls": "sequence classification, LoRA",
         "mlm": "masked LM, LoRA",
         "full": "sequence classification, all weights",
+        "mlmfull": "masked LM, all weights",
     }
     columns = list(KINDS)
     lines = [
         "# Parity",
         "",
         f"Made by `make parity NXD_SRC=<folder>` with neuronx_distributed {version}; not edited by hand.",
-        "`make lint` fails when the engine's sources have changed since.",
+        "`make lint` fails when the sources of the engine or of its cases have changed since.",
         "",
-        f"Engine sources, sha256: `{digest()}`",
+        f"Sources, sha256: `{digest()}`",
         "",
         "Each row is one run of 20 steps of the shape `tiny` (dropout 0, float32, clipped at 0.5, warm-up and cosine)",
         "beside the same run on one plain CPU process. A figure is the largest difference of any tensor of its kind as",
-        f"a share of that tensor's largest value. Allowed: {STEP_1:g} for logits, loss and every gradient of step 1,",
+        f"a share of that tensor's largest value, or, of gradients below {GRADIENT_FLOOR:g} of the model's largest, of",
+        f"that floor (the tensors are named below). Allowed: {STEP_1:g} for logits, loss and every gradient of step 1,",
         f"{STEP_20:g} for what comes after: losses and norms of all steps, and after 20 steps weights, AdamW moments",
         "and the figures of an evaluation over all ranks.",
         "",
@@ -236,13 +256,14 @@ def page(version: str, compared: Mapping[tuple[World, str], Mapping[str, float]]
 
 
 def stale() -> list[str]:
-    """Pages whose engine is not today's."""
-    pages = sorted((ROOT / "docs").glob("parity*.md"))
+    """Pages whose engine is not today's, or that are missing."""
+    of_today = re.compile(rf"sha256: `{digest()}`")
     return [
-        f"docs/{page.name}: the engine's sources have changed since it was made; run make parity NXD_SRC=<folder>"
-        for page in pages
-        if re.findall(r"sha256: `(\w+)`", page.read_text(encoding="utf-8")) != [digest()]
-    ] or ([] if pages else ["docs/parity.md is missing; run make parity NXD_SRC=<folder>"])
+        f"docs/{name} is {'of other sources than these' if page.exists() else 'missing'}; run make parity "
+        f"NXD_SRC=<folder of {version}> PAGE=docs/{name}"
+        for name, version in PAGES.items()
+        if not (page := ROOT / "docs" / name).exists() or not of_today.search(page.read_text(encoding="utf-8"))
+    ]
 
 
 if __name__ == "__main__":

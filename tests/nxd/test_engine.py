@@ -14,7 +14,7 @@ import parity
 import pytest
 import torch
 import vendor_calls
-from parity import EXACT, KINDS, PACKED, STEP_1, STEP_20, WORLDS, Case, difference, differences
+from parity import EXACT, KINDS, PACKED, STEP_1, STEP_20, WORLDS, Case, difference, differences, floored
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -51,18 +51,18 @@ def packed_against_alone(
     return differences(tensors(folders["packed"]), tensors(folders["alone"]))
 
 
-def test_one_program_a_pass_and_one_an_update_on_xla(
+def test_a_run_needs_no_program_that_was_not_compiled_ahead(
     torchrun: Callable[..., Any], world: World, tensors: Callable[[Path], dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    """NxD layers and ZeRO-1 traced lazily at tp 1: nothing is compiled after step 1, not even for learning rate 0."""
+    """NxD layers and ZeRO-1 traced lazily at tp 1: `compile` has made whatever a run and its evaluation need."""
     ended = torchrun("xla", [{"run": "lazy", "with": {"output": str(tmp_path), "backend": "neuron"}}])
     assert ended.code == 0, ended.output[-4000:]
     expected, got = tensors(world(WORLDS, 1)["cls"]), tensors(tmp_path)
     assert difference(got["losses"], expected["losses"]) <= STEP_20
-    before_updates = got["programs"].tolist()
-    assert len(before_updates) == 20
-    assert before_updates[1] == before_updates[0] + 1
-    assert set(before_updates[1:]) == {before_updates[1]}
+    assert all(difference(value, expected[key]) <= STEP_20 for key, value in got.items() if key.startswith("figure/"))
+    programs = got["programs"].tolist()
+    assert len(programs) == 22 and programs[0] > 0
+    assert set(programs) == {programs[0]}
 
 
 def test_the_reference_clips_and_moves(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:
@@ -83,6 +83,16 @@ def test_a_loss_that_is_no_number_on_one_rank_moves_nothing_on_any(
     assert any(key.endswith("/step") and value == 3 for key, value in before.items())
     assert {key for key, value in before.items() if not torch.equal(found[f"after/{key}"], value)} == set()
     assert found["finite"] and found["seen"].tolist() == [1, 1]
+
+
+def test_bf16_without_masters_goes_where_float32_goes(
+    world: World, tensors: Callable[[Path], dict[str, Tensor]]
+) -> None:
+    """Rounded to nearest here; on the device stochastically, so that small updates survive."""
+    expected, got = tensors(world(WORLDS, 1)["full"]), tensors(world(WORLDS, 4)["full tp2 dp2 bf16"])
+    key = "weight/esm.encoder.layer.0.intermediate.dense.weight"
+    assert torch.equal(got[key].bfloat16().float(), got[key].float())
+    torch.testing.assert_close(got["losses"], expected["losses"], rtol=0.05, atol=0.05)
 
 
 def test_bf16_keeps_float32_masters(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:
@@ -110,11 +120,14 @@ def test_spmd_in_bf16_goes_where_float32_goes(world: World, tensors: Callable[[P
 def test_dropout_is_one_within_a_model_and_another_in_its_copies(
     kind: parity.World, world: World, tensors: Callable[[Path], dict[str, Tensor]]
 ) -> None:
-    """At tp2 x dp2: a mask that differed between the shards of a model would drive their common weights apart."""
+    """At tp2 x dp2: a mask that differed between the shards of a model would drive their common weights apart.
+
+    Under SPMD the masks are XLA's own business; the copies on the four devices are read one by one.
+    """
     without, got = tensors(world(WORLDS, 1)["cls"]), tensors(world(WORLDS, kind)["dropout"])
-    assert torch.isfinite(got["losses"]).all() and got["losses"][-1] < got["losses"][0]
     assert difference(got["losses"], without["losses"]) > STEP_20
-    assert int(got["copies_differ"]) == 0
+    assert got["losses"][-1] < got["losses"][0]
+    assert (int(got["copies"]), int(got["differ"])) == (2, 0), "of a tensor-parallel part; whole weights have four"
     if kind == 4:  # ranks 0 and 1 hold one model, 2 and 3 the other
         masks = got["masks"]
         assert torch.equal(masks[0], masks[1]) and torch.equal(masks[2], masks[3])
@@ -172,7 +185,7 @@ def test_a_rank_never_holds_more_than_its_slice_and_a_layer(
     assert ranks.shape == (4, 3)
     for peak, held, layer in ranks.tolist():
         assert 600e6 < held < 700e6 and layer == 4 * (12 * 1280**2 + 13 * 1280)
-        assert peak <= held + layer
+        assert 0.9 * held < peak <= held + layer
 
 
 def test_heads_that_tp_does_not_divide(world: World) -> None:
@@ -180,11 +193,13 @@ def test_heads_that_tp_does_not_divide(world: World) -> None:
     assert message == "tp=8 does not divide 4 attention heads of tiny; use tp=1, 2 or 4, or parallel.pad_heads=true"
 
 
-@pytest.fixture(scope="module")
-def bereft(torchrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["a copy of the model", "a half of the model"])
+def bereft(
+    request: pytest.FixtureRequest, torchrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
     """A world of two whose rank 1 has died in its fourth step, and its output folder."""
-    output = tmp_path_factory.mktemp("bereft")
-    return torchrun(2, [{"run": "die", "with": {"output": str(output), "backend": "neuron"}}]), output
+    output, options = tmp_path_factory.mktemp("bereft"), {"backend": "neuron", "set": {"parallel.tp": request.param}}
+    return torchrun(2, [{"run": "die", "with": {"output": str(output), **options}}]), output
 
 
 def test_a_rank_that_dies_ends_the_others_and_nothing_is_saved(bereft: tuple[Any, Path]) -> None:
@@ -226,12 +241,15 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
         compared[kind, name] = {kind: value for kind, (value, _) in found.items()}
     packed = {kind: packed_against_alone(world(WORLDS, kind), tensors) for kind in (1, "xla", "spmd", 2)}
     whole, second = tensors(reference["whole run"]), tensors(world(WORLDS, 2)["second half"])
+    floors = sorted({name for case in ("cls", "mlm", "full", "mlmfull") for name in floored(tensors(reference[case]))})
     trained = tensors(world(WORLDS, 2)["adapter"])["logits"]
     plain, sharded = (tensors(folder)["logits"] for folder in (reference["plain"], world(WORLDS, 4)["sharded"]))
     peak, held, layer = (1e-6 * tensors(world(WORLDS, 4)["memory"])["peak_held_layer"].max(0).values).tolist()
     ended, output = bereft
     seconds = ended.at - float((output / "died").read_text())
     facts = [
+        f"Gradients compared with the floor: {', '.join(f'`{name}`' for name in floors) or 'none'}.",
+        "",
         "## Packs",
         "Logits of 24 proteins and gradients of their mean loss, several to a row against each in a row of its own "
         f"(allowed {PACKED['logits']:g} and {PACKED['gradient']:g}):",
@@ -243,7 +261,8 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
         "",
         "## Round trips",
         "- Adapter trained at tp2 with ZeRO-1, in plain PEFT on the whole model: logits differ by "
-        f"{difference(plain, trained):.1e}; the same adapter in a world of tp4: {difference(sharded, trained):.1e}.",
+        f"{difference(plain, trained):.1e}; as PEFT has saved it, in a world of tp4: "
+        f"{difference(sharded, trained):.1e}.",
         "- Checkpoint of tp2 x dp1 after 6 steps, continued at tp1 x dp2, beside one process that was never stopped: "
         f"losses of the next 4 steps differ by {difference(second['losses'], whole['losses'][6:]):.1e}, gradient norms "
         f"by {difference(second['norms'], whole['norms'][6:]):.1e}.",

@@ -2,8 +2,8 @@
 
 Without NXD_CPU_MODE it is a world of one on XLA:CPU: nothing of torch_xla is replaced, so that graphs can be counted.
 
-torchrun starts it with a file of cases; every case is a function of `cases.py` or
-`vendor_cases.py` and its arguments. All cases share one
+torchrun starts it with a file of cases; every case is a function of
+`cases.py`, `memory_cases.py` or `vendor_cases.py` and its arguments. All cases share one
 process, because importing NxD takes longer than training a tiny model, and each has process groups of its own.
 """
 
@@ -33,6 +33,7 @@ def main(cases_file: str) -> None:
 
     torch.set_num_threads(1)
     import cases
+    import memory_cases
     import vendor_cases
     from standins import collectives
 
@@ -48,7 +49,7 @@ def main(cases_file: str) -> None:
             if number == 0:
                 collectives.install()
             collectives.forget_groups()
-        module = cases if hasattr(cases, case["run"]) else vendor_cases
+        module = next(m for m in (cases, memory_cases, vendor_cases) if hasattr(m, case["run"]))
         getattr(module, case["run"])(**case["with"])
 
 

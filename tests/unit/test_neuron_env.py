@@ -13,7 +13,7 @@ from esm_neuron.backends.neuron_env import (
     CACHE,
     SETTINGS,
     apply_settings,
-    cache_conflict,
+    cache_trouble,
     check_packages,
     neuron_cores,
 )
@@ -76,14 +76,31 @@ def test_a_compilers_own_cache_folder_beside_the_cache_url_is_refused(monkeypatc
         "NEURON_CC_FLAGS has --cache_dir /scratch, which the compiler would use in place of "
         "NEURON_COMPILE_CACHE_URL=s3://bucket/cache; remove one of the two"
     )
-    assert cache_conflict(env) == expected
-    assert cache_conflict({**env, "NEURON_CC_FLAGS": "--cache_dir /scratch"}) == expected
-    assert cache_conflict({CACHE: env[CACHE]}) is None and cache_conflict({"NEURON_CC_FLAGS": "--cache_dir=/x"}) is None
+    assert cache_trouble(env) == expected
+    assert cache_trouble({**env, "NEURON_CC_FLAGS": "--cache_dir /scratch"}) == expected
+    assert cache_trouble({CACHE: env[CACHE]}) is None and cache_trouble({"NEURON_CC_FLAGS": "--cache_dir=/x"}) is None
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="remove one of the two"):
         NeuronBackend(FP32)
     assert Lack(expected.rpartition("; ")[0], "remove one of the two") in lacks("neuron")
+
+
+def test_a_cache_on_nfs_is_refused(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    rows = [
+        f"fs-1:/ {tmp_path}/efs nfs4 rw 0 0",
+        f"fs-2@tcp:/x {tmp_path}/efs/fsx lustre rw 0 0",
+        "/dev/nvme0n1p1 / ext4 rw 0 0",
+    ]
+    mounts.write_text("\n".join(rows) + "\n")
+    assert cache_trouble({CACHE: f"{tmp_path}/efs/cache"}, mounts) == (
+        f"NEURON_COMPILE_CACHE_URL={tmp_path}/efs/cache is on NFS, where the compiler's locks break; use a local "
+        "folder, FSx for Lustre or S3"
+    )
+    for fine in (f"{tmp_path}/efs/fsx/cache", f"{tmp_path}/cache", "s3://bucket/efs"):
+        assert cache_trouble({CACHE: fine}, mounts) is None
+    assert cache_trouble({CACHE: str(tmp_path)}, tmp_path / "no such file") is None
 
 
 def test_every_setting_says_what_it_is_for() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import parity
 import pytest
+import torch
 import vendor_calls
 
 
@@ -55,15 +57,25 @@ def test_a_page_whose_engine_has_changed_is_found(tmp_path: Path, monkeypatch: p
     shutil.copytree(parity.ROOT / "esm_neuron", tmp_path / "esm_neuron")
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(parity, "ROOT", tmp_path)
-    assert parity.stale() == ["docs/parity.md is missing; run make parity NXD_SRC=<folder>"]
-    page = tmp_path / "docs" / "parity.md"
-    page.write_text(parity.page("0.15", {("xla", "cls"): dict.fromkeys(parity.KINDS, 0.0)}, ["- a fact"]))
+    shutil.copytree(parity.HERE, tmp_path / "tests" / "nxd")
+    lines = [f"docs/{name} is missing; run make parity NXD_SRC=<folder of {version}> PAGE=docs/{name}"
+             for name, version in parity.PAGES.items()]  # fmt: skip
+    assert parity.stale() == lines
+    for name in parity.PAGES:
+        page = parity.page("0.15", {("xla", "cls"): dict.fromkeys(parity.KINDS, 0.0)}, ["- a fact"])
+        (tmp_path / "docs" / name).write_text(page)
     assert parity.stale() == []
     with (tmp_path / "esm_neuron" / parity.ENGINE[-1]).open("a") as source:
         source.write('\n# a remark\n"""And another."""\n')
     assert parity.stale() == []
     with (tmp_path / "esm_neuron" / parity.ENGINE[-1]).open("a") as source:
         source.write("AHEAD = 3\n")
-    assert len(parity.stale()) == 1 and parity.stale()[0].startswith(
-        "docs/parity.md: the engine's sources have changed"
-    )
+    assert parity.stale() == [line.replace("is missing", "is of other sources than these") for line in lines]
+
+
+def test_a_value_that_is_no_number_is_no_small_difference() -> None:
+    good = {"logits/": torch.ones(2), "gradient/w": torch.ones(3)}
+    assert parity.differences(good, good)["logits"] == (0.0, "logits/")
+    for spoiled in good:
+        with pytest.raises(AssertionError, match="no number"):
+            parity.differences({**good, spoiled: good[spoiled] * math.nan}, good)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from parity import difference
 from torch import Tensor, nn
 
 from esm_neuron import run
@@ -193,12 +194,6 @@ class Run:
         """The validation data in passes of `rows`, however many devices share them."""
         cfg = replace(self.cfg, loop=replace(self.cfg.loop, eval_rows_per_device=rows))
         return EvalLoader(self.loaders.valid.table, self.task, cfg)
-
-
-def difference(got: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the expected tensor's largest value."""
-    assert got.shape == expected.shape
-    return float((got - expected).abs().max() / expected.abs().max())
 
 
 def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

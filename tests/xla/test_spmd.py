@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import parity
 import pytest
 
 pytestmark = pytest.mark.xla
@@ -40,6 +41,7 @@ TILES = {
 
 def _work(mode: str, devices: int, folder: Path) -> dict[str, Any]:
     env = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), "USE_TORCH_XLA": "0"}
+    env["PYTHONPATH"] = os.pathsep.join([str(parity.HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, str(WORKER), mode, str(folder)], capture_output=True, text=True, env=env, timeout=600
     )
