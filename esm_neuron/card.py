@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from esm_neuron import __version__
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.records import is_hub
-from esm_neuron.metrics.text import clean_of, counted, leak_text, shown, verdict
+from esm_neuron.metrics.text import clean_of, counted, leak_text, shown, trained_text, verdict
 from esm_neuron.safetensors_folder import BaseReference
 from esm_neuron.templates import environment
 
@@ -29,6 +29,9 @@ TASKS = {
 HUB_METRICS = {"mcc": "matthews_correlation", "macro_f1": "f1", "auroc": "roc_auc", "spearman": "spearmanr",
                "pearson": "pearsonr", "r2": "r_squared"}  # fmt: skip
 """Figure -> the hub's name for it, where that is another."""
+
+_TAGS = {"lora": ("lora",), "qlora": ("lora", "qlora")}
+"""Kind of adapter -> what the hub calls it."""
 
 
 def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference, kind: Kind) -> str:
@@ -48,6 +51,7 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
     clean = (result.get("clean") or {}).get(split, {})
     text = environment().get_template("model_card.md.jinja").render(
         cfg=cfg,
+        lora=trained_text(cfg.adapter) if cfg.adapter.kind in _TAGS else None,
         result=result,
         base=base,
         base_name=_base_name(cfg),
@@ -114,7 +118,7 @@ def _metadata(cfg: TrainConfig, result: Mapping[str, Any], name: str, pipeline: 
         pipeline_tag=pipeline,
         base_model=base,
         base_model_relation=None if base is None else "adapter" if kind == "adapter" else "finetune",
-        tags=["biology", "protein", "esm", "esm-2", "esm-neuron", *(["lora"] if cfg.adapter.kind == "lora" else [])],
+        tags=["biology", "protein", "esm", "esm-2", "esm-neuron", *_TAGS.get(cfg.adapter.kind, ())],
         model_name=name,
         eval_results=results or None,
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from esm_neuron.config import AdapterConfig
+
 NAMES = {
     "loss": "loss", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mcc": "MCC",
     "macro_f1": "macro-F1", "micro_f1": "micro-F1", "auroc": "AUROC", "auprc": "AUPRC",
@@ -52,6 +54,13 @@ def show(figures: Mapping[str, Any], name: str) -> Shown:
     """One figure of an evaluation."""
     bounds = figures.get(f"{name}_ci")
     return Shown(name, figures.get(name), None if bounds is None else (bounds[0], bounds[1]))
+
+
+def trained_text(adapter: AdapterConfig) -> str:
+    """What of a model was trained, such as `LoRA` or `QLoRA (nf4)`."""
+    if adapter.kind == "qlora":
+        return f"QLoRA ({adapter.quantization})"
+    return {"none": "full fine-tuning", "head": "head only", "lora": "LoRA"}[adapter.kind]
 
 
 def counted(figures: Mapping[str, Any], task: str) -> str:

@@ -13,7 +13,7 @@ from esm_neuron import __version__, settings
 from esm_neuron.files import new_folder
 from esm_neuron.finished import Finished, read_finished
 from esm_neuron.folders import REJECTED, REPORT
-from esm_neuron.metrics.text import NAMES, Shown, clean_of, counted, leak_text, show, shown, verdict
+from esm_neuron.metrics.text import NAMES, Shown, clean_of, counted, leak_text, show, shown, trained_text, verdict
 from esm_neuron.report import charts
 from esm_neuron.report.style import COLOURS, Chart, save_png
 from esm_neuron.report.views import View, view
@@ -121,6 +121,7 @@ def _render(finished: Finished, split: str | None, found: View | None, drawn: li
         folder=finished.folder.resolve().name,
         cfg=cfg,
         result=result,
+        trained=trained_text(cfg.adapter),
         split=split and SPLITS[split],
         scored=counted(figures, cfg.task.name) if split else "",
         tiles=[show(figures, name) for name in _order(figures, metric)[:4]],

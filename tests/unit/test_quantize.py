@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +33,7 @@ from esm_neuron.files import write_json, write_text
 from esm_neuron.model import encoder_of, parameter_count
 from esm_neuron.parallel.plan import PLAN, in_block
 from esm_neuron.quantize import KINDS, Int8Linear, Nf4Linear, QuantizedLinear
+from esm_neuron.report import write_report
 from esm_neuron.rules import validate
 from esm_neuron.settings import dump
 from esm_neuron.tasks import create_task
@@ -156,7 +158,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     logits = logits_of(built.model)
     unscored: dict[str, Any] = {
         "task": "sequence_classification", "model": "tiny", "init": "random", "backend": "cpu", "adapter": "qlora",
-        "metric": "mcc", "parameters": {"trainable": 0, "total": 0}, "chosen_step": 0, "train": {"steps": 0},
+        "metric": "mcc", "parameters": {"trainable": 0, "total": 0}, "chosen_step": 0,
+        "train": {"steps": 0, "residues": 0, "seconds": 0.0, "residues_per_second": None, "padding_efficiency": 1.0},
         "data": {}, "valid": None, "test": None, "baselines": {},
     }  # fmt: skip
     write_results(cfg, create_task(cfg.task, ("A", "B")), built, trained, unscored)
@@ -179,6 +182,17 @@ def test_an_export_answers_as_the_trained_model(finished: tuple[TrainConfig, Ten
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert plain.dtype == torch.float32
     torch.testing.assert_close(logits_of(plain), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_report_and_card_name_a_quantized_base(finished: tuple[TrainConfig, Tensor], tmp_path: Path) -> None:
+    cfg, _ = finished
+    what = f"QLoRA ({cfg.adapter.quantization})"
+    assert what in write_report(Path(cfg.output)).read_text()
+    card = (Path(cfg.output) / "adapter" / "README.md").read_text()
+    assert f"A {what} adapter of ESM-2" in card and f"({what}, r 4)" in card
+    assert {"lora", "qlora"} <= set(ModelCard(card).data.tags)
+    export(Path(cfg.output), tmp_path / "merged")
+    assert f"{what} merged into its weights" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_an_adapter_travels_to_a_float_base(finished: tuple[TrainConfig, Tensor]) -> None:
