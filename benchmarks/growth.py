@@ -1,13 +1,15 @@
 """How residues per second grow with data size and with sequence length: ours and HF Trainer's best, in turn, one run.
 
-Every point is one process of `throughput.py`'s; the points of a curve alternate between the contestants. Writes
-`results/growth-BACKEND.json` and `.png`.
+Every point is one process of `throughput.py`'s; who comes first alternates from point to point and from repeat to
+repeat. Writes `results/growth-BACKEND-SHAPE.json` after every point, and a plot at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -15,74 +17,93 @@ from typing import Any
 
 import matplotlib as mpl
 import throughput
+from contestants import HERE, OURS, Contestant, flags, run, write_rows
+from machine import machine
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-CONTESTANTS = (throughput.Contestant(throughput.OURS, "fp32"), throughput.Contestant("HF group_by_length", "fp32"))
-COLOURS = {throughput.OURS: "#c8553d", "HF group_by_length": "#6b7f99"}
+CONTESTANTS = (Contestant(OURS, "fp32"), Contestant("HF group_by_length", "fp32"))
+COLOURS = {OURS: "#c8553d", "HF group_by_length": "#6b7f99"}
+AXES = {"rows": "training proteins", "max-residues": "longest protein, residues"}
 
 
-def measure(axis: str, value: int, base: list[str]) -> list[dict[str, Any]]:
-    """Both contestants at one value of `--axis`."""
-    args = throughput.arguments([*base, f"--{axis}", str(value)])
-    points = []
+def measure(who: Contestant, axis: str, value: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One contestant at one value of `--axis`."""
     with tempfile.TemporaryDirectory() as folder:
-        rows_per_step = throughput.write_rows(args, Path(folder))
-        for who in CONTESTANTS:
-            figures = throughput.run(who, args, Path(folder), rows_per_step)
-            if "error" in figures:
-                sys.exit(f"{who.label}, {axis}={value}: {figures['error']}")
-            points.append({"axis": axis, "value": value, "setting": who.name, **figures})
-            print(f"{axis}={value}, {who.name}: {figures['residues_per_second']:.0f} residues/s", file=sys.stderr)
-    return points
+        figures = run(who, args, Path(folder), write_rows(args, Path(folder)))
+    shown = figures.get("error") or f"{figures['residues_per_second']:.0f} residues/s"
+    print(f"{axis}={value}, {who.name}: {shown}", file=sys.stderr, flush=True)
+    return {"axis": axis, "value": value, "setting": who.name, **figures}
 
 
 def plot(points: list[dict[str, Any]], title: str, path: Path) -> None:
-    """A panel an axis, a line a contestant."""
-    axes = list(dict.fromkeys(point["axis"] for point in points))
-    figure, panels = plt.subplots(1, len(axes), figsize=(5 * len(axes), 3.4), sharey=True, squeeze=False)
-    for panel, axis in zip(panels[0], axes, strict=True):
+    """A panel an axis, a line of medians and the range a contestant."""
+    figure, panels = plt.subplots(1, len(AXES), figsize=(5 * len(AXES), 3.4), sharey=True)
+    for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
         for who in CONTESTANTS:
-            mine = [point for point in points if (point["axis"], point["setting"]) == (axis, who.name)]
-            values, rates = [p["value"] for p in mine], [p["residues_per_second"] for p in mine]
-            panel.plot(values, rates, marker="o", color=COLOURS[who.name], label=who.name)
-        panel.set_xlabel({"rows": "training proteins", "max-residues": "longest protein, residues"}[axis])
+            rates: dict[int, list[float]] = {}
+            for point in points:
+                if (point["axis"], point["setting"]) == (axis, who.name) and "error" not in point:
+                    rates.setdefault(point["value"], []).append(point["residues_per_second"])
+            medians = [statistics.median(seen) for seen in rates.values()]
+            colour = COLOURS[who.name]
+            panel.plot(list(rates), medians, marker="o", color=colour, label=who.name)
+            panel.vlines(list(rates), [min(r) for r in rates.values()], [max(r) for r in rates.values()], color=colour)
+        panel.set_xlabel(label)
         panel.set_ylim(bottom=0)
         panel.set_xscale("log", base=2)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("residues per second")
-    panels[0][0].legend(frameon=False)
+    panels[0].set_ylabel("residues per second (median, range)")
+    panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def main() -> None:
-    """Measure every point and write them."""
+def point_of(args: argparse.Namespace, rows: int, max_residues: int) -> argparse.Namespace:
+    """What `throughput.py` would be asked for: one pass over the rows, or `--max-steps` where that is less."""
+    options = {
+        "backend": args.backend, "shape": args.shape, "precision": "fp32", "threads": args.threads, "rows": rows,
+        "max-residues": max_residues,
+    }  # fmt: skip
+    asked = throughput.arguments(flags(options))
+    fewer = {"max-steps": args.max_steps} if math.ceil(rows / asked.batch) > args.max_steps else {}
+    return throughput.arguments(flags(options | fewer))
+
+
+def main() -> int:
+    """Measure every point and write them; exit code 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=("cpu", "xla"), default="cpu", help="xla is XLA:CPU, compilation included")
     parser.add_argument("--shape", default="esm2_t6_8M")
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 32, 64, 128], help="data sizes, in proteins")
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 192, 512, 1600], help="data sizes, in proteins")
     parser.add_argument("--max-residues", type=int, nargs="+", default=[126, 254, 510, 1022], help="lengths")
-    parser.add_argument("--fixed-rows", type=int, default=48, help="proteins while lengths grow")
+    parser.add_argument("--fixed-rows", type=int, default=192, help="proteins while lengths grow")
     parser.add_argument("--fixed-length", type=int, default=510, help="longest protein while the data grow")
-    parser.add_argument("--output", type=Path, default=throughput.HERE / "results")
+    parser.add_argument("--max-steps", type=int, default=52, help="most optimizer steps of a point, warm-up included")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    base = ["--backend", args.backend, "--shape", args.shape, "--precision", "fp32"]
-    by_size = [*base, "--max-residues", str(args.fixed_length)]
-    points = [point for rows in args.rows for point in measure("rows", rows, by_size)]
-    by_length = [*base, "--rows", str(args.fixed_rows)]
-    points += [point for length in args.max_residues for point in measure("max-residues", length, by_length)]
+    sizes = [("rows", rows, rows, args.fixed_length) for rows in args.rows]
+    lengths = [("max-residues", longest, args.fixed_rows, longest) for longest in args.max_residues]
+    wanted = [(axis, value, point_of(args, rows, longest)) for axis, value, rows, longest in [*sizes, *lengths]]
     args.output.mkdir(parents=True, exist_ok=True)
-    stem = args.output / f"growth-{args.backend}"
+    stem = args.output / f"growth-{args.backend}-{args.shape}"
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    record = {"machine": throughput.machine(), "settings": settings, "points": points}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    described, points = machine(), list[dict[str, Any]]()
+    for repeat in range(args.repeats):
+        for number, (axis, value, asked) in enumerate(wanted):
+            for who in CONTESTANTS[:: 1 if (repeat + number) % 2 == 0 else -1]:
+                points.append(measure(who, axis, value, asked))
+                record = {"machine": described, "settings": settings, "points": points}
+                stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     plot(points, f"LoRA fine-tuning, {args.shape} on {args.backend}, fp32", stem.with_suffix(".png"))
     print(f"written: {stem}.json, {stem}.png")
+    return int(any("error" in point for point in points))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

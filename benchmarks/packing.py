@@ -1,7 +1,7 @@
 """How fast, how lean and how tight packing is: `python benchmarks/packing.py --sequences 50000000`.
 
 Lengths are drawn from a log-normal law close to UniProt's (median 300 residues) and cropped, or read from the sequence
-column of a TSV file. Prints one JSON line.
+column of a TSV file. Prints one JSON line, and writes it with the machine to `results/packing-SOURCE.json`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import argparse
 import json
 import resource
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from machine import machine
 
 from esm_neuron.data.packing import plan_epoch
 
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--row_lengths", type=int, nargs="+", default=[1024], help="row lengths in tokens")
     parser.add_argument("--max_segments", type=int, default=32, help="most sequences in a row")
     parser.add_argument("--rows_per_step", type=int, default=64, help="rows of a step")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -62,6 +65,11 @@ def main() -> None:
         "efficiency_unpacked": round(float(lengths.mean()) / longest, 4),
     }
     print(json.dumps(result))
+    source = Path(args.tsv).name if args.tsv else "drawn"
+    settings = {**{name: value for name, value in vars(args).items() if name != "output"}, "tsv": source}
+    args.output.mkdir(parents=True, exist_ok=True)
+    target = args.output / f"packing-{source.split('.')[0]}-{len(lengths)}.json"
+    target.write_text(json.dumps({"machine": machine(), "settings": settings, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""`esm-neuron train` with a clock on what comes before its own: python benchmarks/timed_train.py FILE --output OUT ...
+
+The run's own seconds begin with its first step. What is compiled before (weights, gradients and moments are made by
+programs too) is part of what one waits for, so the seconds from the building of the model to the first step are
+written to FILE, as JSON; hf_trainer.py starts its clock at the same place.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from esm_neuron import run
+from esm_neuron.cli import main
+from esm_neuron.trainer import Trainer
+
+
+def watch(target: Path) -> None:
+    """Have `run.train` write its set-up seconds to `target`."""
+    build, fit = run.build_model, Trainer.fit
+    began: list[float] = []
+
+    def build_watched(*args: Any) -> Any:
+        began.append(time.perf_counter())
+        return build(*args)
+
+    def fit_watched(self: Trainer) -> Any:
+        target.write_text(json.dumps({"setup_seconds": time.perf_counter() - began[0]}))
+        return fit(self)
+
+    run.build_model, Trainer.fit = build_watched, fit_watched  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    watch(Path(sys.argv[1]))
+    sys.exit(main(["train", *sys.argv[2:]]))
