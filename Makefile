@@ -21,7 +21,7 @@ DATA := data
 DATASETS := scl2205 disorder amyloid_dms
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-gpu soak long-run results lock clean
+.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-smoke bench-gpu soak long-run results lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,14 @@ format: $(VENV)/.installed ## rewrite the code in the house style
 
 bench: $(VENV)/.installed ## residues per second against HF Trainer + PEFT on the same rows
 	$(BIN)/python benchmarks/throughput.py
+
+bench-smoke: $(VENV)/.installed ## whether the benchmarks run: two or three steps of the shape `tiny`, a few minutes
+	rm -rf runs/bench-smoke
+	$(BIN)/python benchmarks/throughput.py --shape tiny --rows 32 --max-steps 3 --max-residues 126 --output runs/bench-smoke
+	$(BIN)/python benchmarks/growth.py --shape tiny --rows 32 --fixed-rows 32 --fixed-length 62 --max-residues 126 \
+		--max-steps 3 --output runs/bench-smoke
+	$(BIN)/python benchmarks/packed_accuracy.py --shape tiny --seeds 1 --steps 2 --every 1 --folder runs/bench-smoke \
+		--output runs/bench-smoke
 
 bench-gpu: $(VENV)/.installed ## the same on a CUDA GPU: 650M, full, LoRA and QLoRA, tokens, MFU and peak memory
 	$(BIN)/python benchmarks/throughput.py --backend cuda --shape esm2_t33_650M --precision bf16 --rows 1024 --batch 32 \

@@ -35,6 +35,8 @@ INSTALL = {
 }
 """Extra of the package -> how it is installed."""
 NO_GPU = "none"
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Of x86's AVX-512 and AMX, and of Arm, in /proc/cpuinfo."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,15 @@ def environment_page() -> str:
             "",
         ]
     )
+
+
+def has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether the processor multiplies bfloat16 itself; None where the system does not say."""
+    if not cpuinfo.exists():
+        return None
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    return bool(flags & BF16_FLAGS)
 
 
 def _cpu() -> str:

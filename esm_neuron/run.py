@@ -21,6 +21,7 @@ from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
 from esm_neuron.data.splits import Splits, load_inputs, load_splits
 from esm_neuron.data.validate import rejected_table
+from esm_neuron.doctor import has_bf16_units
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.evaluate import evaluate as evaluate_table
 from esm_neuron.export import MAY_CHANGE, build_trained, read_run, write_results
@@ -257,6 +258,11 @@ def _notes(trainer: Trainer) -> Iterator[str]:
         yield (
             f"NOTE: optim.warmup_steps={cfg.optim.warmup_steps} of {trainer.total_steps} steps: the learning rate "
             "never reaches optim.lr"
+        )
+    if cfg.backend == "cpu" and cfg.loop.precision == "bf16" and has_bf16_units() is False:
+        yield (
+            "NOTE: loop.precision=bf16 on a CPU without bf16 units: it is emulated, and may take many times as long as "
+            "--loop.precision fp32"
         )
 
 

@@ -222,13 +222,15 @@ def test_the_answers_that_a_run_keeps_are_those_of_predict_and_make_its_report(
 
 
 def test_settings_that_are_rarely_meant_are_noted(
-    module_toy: Callable[..., TrainConfig],
+    module_toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run, "has_bf16_units", lambda: False)
     cfg = module_toy(
         "noted", data={"valid": None, "valid_fraction": 0.0}, optim={"warmup_steps": 9},
-        loop={"patience": 3}, log={"baselines": False},
+        loop={"patience": 3, "precision": "bf16"}, log={"baselines": False},
     )  # fmt: skip
     said: list[str] = []
     run.train(cfg, said.append)
     assert any(line.startswith("NOTE: loop.patience=3 never ends training") for line in said)
     assert any(line.startswith("NOTE: optim.warmup_steps=9 of 8 steps: the learning rate never") for line in said)
+    assert any(line.startswith("NOTE: loop.precision=bf16 on a CPU without bf16 units") for line in said)

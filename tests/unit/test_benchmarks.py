@@ -1,0 +1,113 @@
+"""benchmarks/throughput.py and growth.py: what they ask for, refuse, leave out and make of a run's files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from esm_neuron import settings
+from esm_neuron.doctor import has_bf16_units
+from esm_neuron.rules import validate
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def throughput() -> Iterator[ModuleType]:
+    """The program as a module."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("throughput")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("words", ["--max-steps 2", "--rows 16", "--backend cuda --warmup 5 --max-steps 5"])
+def test_a_warm_up_that_leaves_nothing_is_refused(
+    throughput: ModuleType, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        throughput.arguments(words.split())
+    assert "none would be timed" in capsys.readouterr().err
+
+
+def test_different_measurements_have_different_files(throughput: ModuleType) -> None:
+    asked = ["", "--rows 64", "--precision fp32", "--checkpointing on", "--checkpointing off on", "--adapters none",
+             "--max-steps 9", "--shape tiny", "--backend xla"]  # fmt: skip
+    stems = {throughput.stem_of(throughput.arguments(words.split())) for words in asked}
+    assert len(stems) == len(asked)
+
+
+def test_our_flags_are_settings_and_validation_rows_have_training_classes(
+    throughput: ModuleType, tmp_path: Path
+) -> None:
+    rows = [(f"p{i}", "MKVAC" * 9, "ab"[i % 2], "train") for i in range(40)]
+    rows += [(f"v{i}", "MKVAC" * 9, "abz"[i], "valid") for i in range(3)]
+    pd.DataFrame(rows, columns=["entry", "sequence", "label", "split"]).to_csv(
+        tmp_path / "x.tsv", sep="\t", index=False
+    )
+    args = throughput.arguments(f"--data {tmp_path / 'x.tsv'} --rows 40 --max-residues 62 --max-steps 4".split())
+    rows_per_step = throughput.write_rows(args, tmp_path)
+    assert rows_per_step == round(8 * 47 / 64)
+    assert pd.read_csv(tmp_path / "valid.tsv", sep="\t")["label"].tolist() == ["a", "b"]
+    contestants = importlib.import_module("contestants")
+    who = contestants.Contestant(contestants.OURS, "bf16", "none", True)
+    cfg = settings.parse(contestants.ours(who, args, tmp_path, rows_per_step))
+    validate(cfg)
+    assert (cfg.loop.precision, cfg.model.gradient_checkpointing, cfg.loop.eval_rows_per_device) == ("bf16", True, 6)
+    assert contestants.planned(contestants.ours(who, args, tmp_path, rows_per_step)) >= 4
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"), [(2, (2 + 1) / (2 / 100 + 1 / 50)), (0, 900 / (10 + 20))], ids=["after", "from the build"]
+)
+def test_our_rate(throughput: ModuleType, tmp_path: Path, warmup: int, expected: float) -> None:
+    lines: list[dict[str, Any]] = [
+        {"step": step, "residues_per_second": rate, "graphs": 5} for step, rate in ((2, 7.0), (4, 100.0), (5, 50.0))
+    ]
+    lines.append({"step": 5, "split": "valid", "loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train = {"steps": 5, "residues": 900, "seconds": 20.0, "padding_efficiency": 0.9, "graphs": 7}
+    (tmp_path / "result.json").write_text(json.dumps({"train": train}))
+    figures = importlib.import_module("contestants").read_ours(tmp_path, warmup, 10.0)
+    assert figures["residues_per_second"] == pytest.approx(expected)
+    assert (figures["steps"], figures["graphs"], figures["graphs_in_all"]) == (5 - warmup, 5, 7)
+
+
+@pytest.mark.parametrize(("units", "slow", "left_out"), [(False, 20.0, True), (False, 30.0, False), (True, 1.0, False)])
+def test_bf16_is_left_out_where_it_is_emulated_too_slowly(
+    throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: bool, slow: float, left_out: bool
+) -> None:
+    def run(who: Any, args: Any, folder: Path, rows_per_step: int) -> dict[str, float]:
+        assert (args.max_steps, args.batch, rows_per_step) == (2, 1, 1)
+        return {"residues_per_second": {"fp32": 100.0, "bf16": slow}[who.precision]}
+
+    monkeypatch.setattr(throughput, "run", run)
+    monkeypatch.setattr(throughput, "has_bf16_units", lambda: units)
+    who, args = throughput.Contestant(throughput.OURS, "bf16"), throughput.arguments([])
+    why = throughput.too_slow(who, args, tmp_path)
+    assert (why is not None) == left_out and (why is None or "5.0 times" in why)
+    assert throughput.too_slow(throughput.Contestant(throughput.OURS, "fp32"), args, tmp_path) is None
+
+
+def test_growth_has_a_timed_step_everywhere(throughput: ModuleType) -> None:
+    growth = importlib.import_module("growth")
+    given = throughput.argparse.Namespace(backend="cpu", shape="tiny", threads=1, max_steps=52)
+    assert growth.point_of(given, 64, 510).max_steps is None
+    assert growth.point_of(given, 1600, 510).max_steps == 52
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [("flags\t\t: fpu avx2\n", False), ("flags : avx512_bf16\n", True), ("Features : fp asimd bf16\n", True)],
+)
+def test_bf16_units_are_read_from_the_processors_flags(tmp_path: Path, text: str, units: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert has_bf16_units(tmp_path / "cpuinfo") is units
+    assert has_bf16_units(tmp_path / "missing") is None
