@@ -136,8 +136,11 @@ def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     unused = _UNCACHED_DATA - by_clusters
     data = {name: value for name, value in asdict(cfg.data).items() if name not in unused}
     task = {name: value for name, value in asdict(cfg.task).items() if name not in _UNCACHED_TASK}
-    content = [content_hash(path) for path in data_files(cfg.data).values()]
-    return [_CACHE_VERSION, VOCABULARY, needs_labels, cfg.seed, data, task, content]
+    files = data_files(cfg.data)
+    fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
+    may_sample = any(fraction > 0 and split not in files for split, fraction in fractions.items())
+    seed = cfg.seed if may_sample else None
+    return [_CACHE_VERSION, VOCABULARY, needs_labels, seed, data, task, [content_hash(path) for path in files.values()]]
 
 
 def _save(splits: Splits, folder: Path) -> None:

@@ -109,18 +109,24 @@ def open_table(stem: Path) -> ExampleTable:
 def cached(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     """`folder`/`key`, filled by `make` where it is not there whole; processes that want it too wait.
 
+    To prove it, all of it is read; processes do that side by side.
+
     Raises:
         ConfigError: the cache folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f".{key}.lock").open("w")
+        lock = (folder / f".{key}.lock").open("w+")
     except OSError as error:
         raise ConfigError(f"data.cache={folder} cannot be written ({error.strerror}); choose another folder") from None
     path = folder / key
     with lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if _damage(path) is None:
+            return path
+        fcntl.flock(lock, fcntl.LOCK_UN)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        damage = _damage(path)
+        damage = _damage(path)  # again: another process may have made it in between
         if damage:
             if path.exists():
                 log.warning("%s: %s; the cached data are made again", path, damage)

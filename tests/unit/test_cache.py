@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,7 @@ from esm_neuron.config import DataConfig, TrainConfig
 from esm_neuron.data import splits as splits_module
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.splits import Splits, load_splits
+from esm_neuron.data.store import cached
 from esm_neuron.errors import ConfigError
 
 
@@ -168,3 +170,29 @@ def test_processes_share_one_entry_and_memory_does_not_grow_with_the_file(tmp_pa
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
     grown = max(memory for _, _, memory in answers) - memory
     assert grown < 120_000 * 200  # of 120,000 rows more, half their residues: neither texts nor tokens are held
+
+
+def test_another_seed_is_another_entry_only_where_rows_are_sampled(
+    cfg: TrainConfig, proteins: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = str(tmp_path / "cache")
+    reseeded = replace(cfg, seed=cfg.seed + 1)
+    assert through(cfg, cache=cache).fingerprint != through(reseeded, cache=cache).fingerprint
+    own = {"cache": cache, "valid": str(proteins("v.csv", 20, seed=1)), "test_fraction": 0.0}
+    first = through(cfg, **own)
+    forbid(monkeypatch)
+    assert equal(through(reseeded, **own), first)
+
+
+def test_a_whole_entry_is_proven_by_several_at_once(tmp_path: Path) -> None:
+    def make(folder: Path) -> None:
+        (folder / "x").write_text("x")
+
+    path = cached(tmp_path, "k", make)
+    with (tmp_path / ".k.lock").open("w+") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # another process that reads it
+        reader = threading.Thread(target=cached, args=(tmp_path, "k", make), daemon=True)
+        reader.start()
+        reader.join(30)
+        assert not reader.is_alive()
+    assert path == tmp_path / "k"
