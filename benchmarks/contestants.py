@@ -101,6 +101,7 @@ def ours(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step:
         "data.id_column": "entry",
         "data.max_residues": args.max_residues,
         "data.row_tokens": args.max_residues + 2,
+        "data.window_overlap": 0,  # nothing is windowed, and the default is longer than short caps
         "data.relatives": "off",
         "optim.lr": args.lr,
         "optim.schedule": "linear",
