@@ -6,9 +6,8 @@ intervals. What is counted is what the model is given: the cropped sequence, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +29,10 @@ END = 50
 REACH = 7
 """Neighbours on each side that the baseline of residue classes sees."""
 MOST_ROWS, MOST_RESIDUES = 20_000, 50_000
-"""Training rows, or residues, that a baseline is fitted on at most: drawn from them where there are more."""
+"""Training rows, or residues, that a baseline is fitted on at most: drawn from them where there are more, and one more
+for each class that a draw has none of."""
+CHUNK = 1 << 18
+"""Tokens looked at together: the tables may be files larger than the memory."""
 LEAST = np.exp(-50.0)
 """Least probability that a logarithm is taken of, so that a cross entropy stays a number."""
 
@@ -68,37 +70,32 @@ def fit_baselines(task: TaskConfig, train: ExampleTable) -> list[Baseline]:
 
 
 def _class_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
-    rows = _sample(len(train.ids), MOST_ROWS)
-    shares = np.bincount(train.labels, minlength=classes) / len(train.labels)
-    model = _logistic().fit(composition_features(train)[rows], train.labels[rows])
-
-    def composition(table: ExampleTable) -> list[np.ndarray]:
-        probabilities = np.zeros((len(table.ids), classes))  # a class without training rows has probability 0
-        probabilities[:, model.classes_] = model.predict_proba(composition_features(table))
-        return [_log(probabilities)[table.record]]
-
+    counts, rows = _draw(train.labels, classes, MOST_ROWS)
+    shares = counts / counts.sum()
+    classify = _classifier(_logistic(), composition_features(train, rows), train.labels[rows], shares)
     return [
         Baseline("majority", lambda table: [np.tile(_log(shares), (len(table), 1))], len(train.ids), len(train.ids)),
-        Baseline("composition", composition, len(rows), len(train.ids)),
+        Baseline(
+            "composition",
+            lambda table: [_log(classify(composition_features(table)))[table.record]],
+            len(rows),
+            len(train.ids),
+        ),
     ]
 
 
 def _multi_label_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
     rows = _sample(len(train.ids), MOST_ROWS)
     shares = train.labels.mean(0)
-    features = composition_features(train)[rows]
-    models = []
-    for c in range(classes):
-        own = train.labels[rows, c]
-        models.append(_logistic().fit(features, own) if 0 < own.sum() < len(own) else None)
+    features = composition_features(train, rows)
+    having = [
+        _classifier(_logistic(), features, train.labels[rows, c], np.array([1 - shares[c], shares[c]]))
+        for c in range(classes)
+    ]
 
     def composition(table: ExampleTable) -> list[np.ndarray]:
         seen = composition_features(table)
-        each = [
-            np.full(len(seen), share) if model is None else model.predict_proba(seen)[:, 1]
-            for model, share in zip(models, shares, strict=True)
-        ]
-        return [_logit(np.stack(each, axis=1))[table.record]]
+        return [_logit(np.stack([classify(seen)[:, 1] for classify in having], axis=1))[table.record]]
 
     return [
         Baseline("majority", lambda table: [np.tile(_logit(shares), (len(table), 1))], len(train.ids), len(train.ids)),
@@ -109,7 +106,7 @@ def _multi_label_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
 def _regression_baselines(_: int, train: ExampleTable) -> list[Baseline]:
     rows = _sample(len(train.ids), MOST_ROWS)
     mean = train.labels.mean()
-    model = make_pipeline(StandardScaler(), Ridge()).fit(composition_features(train)[rows], train.labels[rows])
+    model = make_pipeline(StandardScaler(), Ridge()).fit(composition_features(train, rows), train.labels[rows])
     return [
         Baseline("mean", lambda table: [np.full(len(table), mean)], len(train.ids), len(train.ids)),
         Baseline(
@@ -122,26 +119,31 @@ def _regression_baselines(_: int, train: ExampleTable) -> list[Baseline]:
 
 
 def _residue_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
-    known = np.flatnonzero(train.labels >= 0)
-    rows = known[_sample(len(known), MOST_RESIDUES)]
-    shares = np.bincount(train.labels[known], minlength=classes) / len(known)
-    model = LogisticRegression(max_iter=1000).fit(window_features(train, rows), train.labels[rows])
+    counts, rows = _draw(train.labels, classes, MOST_RESIDUES)
+    known, shares = int(counts.sum()), counts / counts.sum()
+    classify = _classifier(
+        LogisticRegression(max_iter=1000), window_features(train, rows), train.labels[rows], shares
+    )
 
     def window(table: ExampleTable) -> list[np.ndarray]:
-        probabilities = np.zeros((len(table.tokens), classes))
-        probabilities[:, model.classes_] = model.predict_proba(window_features(table, np.arange(len(table.tokens))))
-        return [_log(probabilities)]
+        places = np.arange(len(table.tokens))
+        found = [classify(window_features(table, part)) for _, part in _chunks(places)]
+        return [_log(np.concatenate(found))]
 
     return [
-        Baseline("majority", lambda table: [np.tile(_log(shares), (len(table.tokens), 1))], len(known), len(known)),
-        Baseline("window", window, len(rows), len(known)),
+        Baseline("majority", lambda table: [np.tile(_log(shares), (len(table.tokens), 1))], known, known),
+        Baseline("window", window, len(rows), known),
     ]
 
 
 def _unigram(_: int, train: ExampleTable) -> list[Baseline]:
     """Every residue by its frequency in training, each token of the alphabet counted once more; all residues of a
     table are asked, not only those that were hidden from the network."""
-    counts = np.bincount(train.tokens, minlength=len(VOCABULARY)) + 1
+    counts = np.zeros(len(VOCABULARY), dtype=np.int64)
+    for _start, tokens in _chunks(train.tokens):
+        counts += np.bincount(tokens, minlength=len(VOCABULARY))
+    residues = int(counts[UNK + 1 :].sum())
+    counts += 1
     counts[: UNK + 1] = 0
     loss, likeliest = -_log(counts / counts.sum()), int(counts.argmax())
 
@@ -150,16 +152,17 @@ def _unigram(_: int, train: ExampleTable) -> list[Baseline]:
         columns = (loss[table.tokens] * real, real, table.tokens == likeliest)
         return [np.add.reduceat(column.astype(np.float64), starts) for column in columns]
 
-    residues = int((train.tokens > UNK).sum())
     return [Baseline("unigram", answer, residues, residues)]
 
 
-def composition_features(table: ExampleTable) -> np.ndarray:
-    """float64 [records, 61]: amino-acid frequencies of the protein, its first and its last 50 residues, log length."""
-    features = np.zeros((len(table.ids), 3 * len(AMINO_ACIDS) + 1))
+def composition_features(table: ExampleTable, records: np.ndarray | None = None) -> np.ndarray:
+    """float64 [records, 61]: amino-acid frequencies of the protein, its first and its last 50 residues, log length; of
+    all records of the table, or of those asked for."""
+    records = np.arange(len(table.ids)) if records is None else records
+    features = np.zeros((len(records), 3 * len(AMINO_ACIDS) + 1))
     order = np.argsort(table.record, kind="stable")
-    bounds = np.searchsorted(table.record[order], np.arange(len(features) + 1))
-    for row, (start, stop) in enumerate(pairwise(bounds)):
+    starts, stops = (np.searchsorted(table.record, records, side, order) for side in ("left", "right"))
+    for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         tokens = np.concatenate([table.sequence(example) for example in order[start:stop]])
         residues = tokens[tokens > UNK]  # the specials come first in the alphabet
         parts = (residues, residues[:END], residues[-END:])
@@ -186,6 +189,60 @@ def _frequencies(tokens: np.ndarray) -> np.ndarray:
 
 def _logistic() -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+
+
+def _classifier(
+    model: Any, features: np.ndarray | sparse.csr_matrix, labels: np.ndarray, shares: np.ndarray
+) -> Callable[[np.ndarray | sparse.csr_matrix], np.ndarray]:
+    """From features to probabilities, float64 [rows, classes], by a model fitted on rows of the classes `labels`.
+
+    A class without such rows has probability 0. With rows of one class only nothing can be fitted, and the answer is
+    `shares`, float64 [classes].
+    """
+    if len(np.unique(labels)) < 2:
+        return lambda seen: np.tile(shares, (seen.shape[0], 1))
+    model.fit(features, labels)
+
+    def probabilities(seen: np.ndarray | sparse.csr_matrix) -> np.ndarray:
+        found = np.zeros((seen.shape[0], len(shares)))
+        found[:, model.classes_] = model.predict_proba(seen)
+        return found
+
+    return probabilities
+
+
+def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """An array CHUNK values at a time, each part with the place it begins at."""
+    return ((start, values[start : start + CHUNK]) for start in range(0, len(values), CHUNK))
+
+
+def _draw(labels: np.ndarray, classes: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit a classifier on.
+
+    Args:
+        labels: int [n]: class indices, -1 where it is not known.
+        classes: how many there are.
+        most: rows to draw by a fixed seed where more are known.
+
+    Returns:
+        int64 [classes]: how many rows each class has. int64: the rows drawn, rising, and of each class that has none
+        among them its first.
+    """
+    counts, first = np.zeros(classes, dtype=np.int64), np.full(classes, -1)
+    for start, part in _chunks(labels):
+        here = np.bincount(part[part >= 0], minlength=classes)
+        for new in np.flatnonzero((counts == 0) & (here > 0)):
+            first[new] = start + int(np.argmax(part == new))
+        counts += here
+    picks, rows, seen = _sample(int(counts.sum()), most), list[np.ndarray](), 0
+    for start, part in _chunks(labels):
+        known = np.flatnonzero(part >= 0)
+        low, high = np.searchsorted(picks, (seen, seen + len(known)))
+        rows.append(start + known[picks[low:high] - seen])
+        seen += len(known)
+    drawn = np.concatenate(rows)
+    lacking = np.setdiff1d(np.flatnonzero(counts), labels[drawn])
+    return counts, np.sort(np.concatenate([drawn, first[lacking]]))
 
 
 def _sample(n: int, most: int) -> np.ndarray:

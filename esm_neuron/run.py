@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from esm_neuron import checkpoint, settings
 from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends import opened_backend
@@ -245,8 +247,7 @@ def _finish(
 
 def _size(table: ExampleTable) -> dict[str, int]:
     """Records of a split, and the residues in them before they were cut."""
-    _, bounds = table.residue_slots()
-    return {"records": len(table.ids), "residues": int(bounds[-1])}
+    return {"records": len(table.ids), "residues": int(table.whole_residues().sum(dtype=np.int64))}
 
 
 def _notes(trainer: Trainer) -> Iterator[str]:

@@ -55,6 +55,10 @@ class ExampleTable:
         """uint8 [n]: the tokens of one example."""
         return self.tokens[self.offsets[example] : self.offsets[example + 1]]
 
+    def whole_residues(self) -> np.ndarray:
+        """int [records]: residues of each record's sequence before it was cut."""
+        return self.residues if len(self.residues) else self.lengths[np.argsort(self.record)] - 2
+
     def residue_slots(self) -> tuple[np.ndarray, np.ndarray]:
         """Where each token belongs among the residues of all records, laid end to end.
 
@@ -64,8 +68,7 @@ class ExampleTable:
         """
         inner = self.lengths - 2
         starts = self.starts if len(self.starts) else np.stack([np.zeros_like(inner), inner - inner // 2], axis=1)
-        residues = self.residues if len(self.residues) else inner[np.argsort(self.record)]
-        bounds = np.concatenate([[0], np.cumsum(residues, dtype=np.int64)])
+        bounds = np.concatenate([[0], np.cumsum(self.whole_residues(), dtype=np.int64)])
         example = np.repeat(np.arange(len(self)), self.lengths)
         place = np.arange(len(self.tokens)) - self.offsets[example] - 1
         first = (inner - inner // 2)[example]

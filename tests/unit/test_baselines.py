@@ -136,3 +136,53 @@ def test_a_sample_is_fitted_on_and_said_where_there_are_too_many_rows(monkeypatc
     assert fitted[1].figures(create_task(AB, ("A", "B")), signal(100, 1, 0.15))["fitted_on"] == 50
     monkeypatch.setattr(baselines, "MOST_ROWS", 200)
     assert capped(fit_baselines(AB, signal(200, 0, 0.15))) == ""
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 18])
+def test_a_class_that_the_sample_lacks_keeps_a_row(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(baselines, "CHUNK", chunk)
+    monkeypatch.setattr(baselines, "MOST_ROWS", 5)
+    train, test = signal(100, 0, 0.15), signal(20, 1, 0.15)
+    train.labels[:] = 0
+    train.labels[37] = 1
+    found = figures(AB, train, test)
+    assert found["composition"]["fitted_on"] == 6, "five drawn, and the one of the rare class"
+    assert np.isfinite(found["composition"]["loss"]) and found["majority"]["loss"] > 0
+    monkeypatch.setattr(baselines, "MOST_RESIDUES", 5)
+    train, test = residue_signal(20, 0), residue_signal(10, 1)
+    where = np.flatnonzero(train.labels >= 0)
+    train.labels[where] = 0
+    train.labels[where[301]] = 1
+    found = figures(replace(AB, name="residue_classification"), train, test)
+    assert (found["window"]["fitted_on"], found["window"]["training"]) == (6, 580)
+    train.labels[where[301]] = 0
+    found = figures(replace(AB, name="residue_classification"), train, test)
+    assert found["window"]["loss"] == found["majority"]["loss"], "with one class alone there is nothing to fit"
+
+
+def test_what_is_drawn_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = residue_signal(20, 0).labels
+    counts, rows = baselines._draw(labels, 2, 50)
+    known = np.flatnonzero(labels >= 0)
+    assert counts.tolist() == np.bincount(labels[known]).tolist()
+    assert rows.tolist() == known[baselines._sample(len(known), 50)].tolist()
+    monkeypatch.setattr(baselines, "CHUNK", 11)
+    again = baselines._draw(labels, 2, 50)
+    assert [array.tolist() for array in again] == [counts.tolist(), rows.tolist()]
+
+
+def test_only_the_sample_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = table(["A" * 60, "L" * 60, "W" * 60], [0, 1], record=[0, 1, 0])
+    assert (composition_features(many, np.array([1])) == composition_features(many)[[1]]).all()
+    monkeypatch.setattr(baselines, "MOST_ROWS", 5)
+    sizes: list[int] = []
+
+    def noted(table: ExampleTable, records: np.ndarray | None = None) -> np.ndarray:
+        features = composition_features(table, records)
+        sizes.append(len(features))
+        return features
+
+    monkeypatch.setattr(baselines, "composition_features", noted)
+    fit_baselines(AB, signal(50, 0, 0.15))
+    fit_baselines(TaskConfig(name="regression", target_mean=0.0, target_sd=1.0), signal(50, 0, 0.15))
+    assert max(sizes) <= 6

@@ -53,6 +53,23 @@ def test_a_relative_has_about_the_same_length() -> None:
     assert find_relatives(parts, table([sequence, protein(rng)]), "kmer").tolist() == [True, True, False, False]
 
 
+def test_residues_that_two_windows_share_count_once() -> None:
+    rng = np.random.default_rng(0)
+    sequence = protein(rng, 520)
+
+    def windows(sequence: str, size: int = 510) -> ExampleTable:
+        """As `data.long_sequences=window` cuts it, with the most that two can share."""
+        cut = [sequence[:size], sequence[-size:]] if len(sequence) > size else [sequence]
+        tokens, offsets = encode_many(cut)
+        ones, length = np.ones(len(cut), np.float32), np.array([len(sequence)], np.int32)
+        return ExampleTable(tokens, offsets, np.zeros(len(cut), np.int64), ones, np.empty(0), ["a"], residues=length)
+
+    copy = mutated(sequence[:505], rng, 0.9)
+    assert find_relatives(windows(copy), windows(sequence), "kmer").tolist() == [True]
+    assert find_relatives(windows(sequence), windows(copy), "kmer").tolist() == [True]
+    assert find_relatives(windows(sequence[:300]), windows(sequence), "kmer").tolist() == [False]
+
+
 def test_variants_of_one_protein_are_relatives_though_every_kmer_is_common() -> None:
     rng = np.random.default_rng(0)
     wild = protein(rng, 42)
