@@ -121,9 +121,7 @@ def _regression_baselines(_: int, train: ExampleTable) -> list[Baseline]:
 def _residue_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
     counts, rows = _draw(train.labels, classes, MOST_RESIDUES)
     known, shares = int(counts.sum()), counts / counts.sum()
-    classify = _classifier(
-        LogisticRegression(max_iter=1000), window_features(train, rows), train.labels[rows], shares
-    )
+    classify = _classifier(LogisticRegression(max_iter=1000), window_features(train, rows), train.labels[rows], shares)
 
     def window(table: ExampleTable) -> list[np.ndarray]:
         places = np.arange(len(table.tokens))

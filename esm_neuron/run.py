@@ -14,6 +14,7 @@ import numpy as np
 
 from esm_neuron import checkpoint, settings
 from esm_neuron.agreement import agree, agree_on_main, from_main
+from esm_neuron.answers.records import say_nothing, write_rejected
 from esm_neuron.backends import opened_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, build_model
@@ -21,8 +22,8 @@ from esm_neuron.callbacks import Callback, JsonlLogger, ProgressConsole, TensorB
 from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
-from esm_neuron.data.splits import Splits, load_inputs, load_splits
-from esm_neuron.data.validate import rejected_table
+from esm_neuron.data.splits import InputChunks, Splits, load_splits
+from esm_neuron.data.validate import save_rejected
 from esm_neuron.doctor import has_bf16_units
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.evaluate import evaluate as evaluate_table
@@ -73,7 +74,7 @@ def train(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> Outcome:
             "use `compile` instead of `train`"
         )
     with opened_backend(cfg) as backend, _claimed_output(cfg, backend):
-        return _train(cfg, backend, say if backend.topology.is_main else _say_nothing)
+        return _train(cfg, backend, say if backend.topology.is_main else say_nothing)
 
 
 def compile_programs(cfg: TrainConfig, say: Callable[[str], None] = log.info) -> int:
@@ -91,7 +92,7 @@ def compile_programs(cfg: TrainConfig, say: Callable[[str], None] = log.info) ->
     with opened_backend(cfg) as backend:
         if not backend.static_shapes:
             raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for --backend xla or neuron")
-        job = _Job.of(cfg, backend, say if backend.topology.is_main else _say_nothing)
+        job = _Job.of(cfg, backend, say if backend.topology.is_main else say_nothing)
         job.trainer.compile(list(job.loaders.held_out().values()))
         return backend.graphs()
 
@@ -149,10 +150,6 @@ def _train(cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> Ou
         for callback in trainer.callbacks:
             callback.on_end(result)
     return Outcome(result, fit.stopped_by)
-
-
-def _say_nothing(_: str) -> None:
-    """What every rank but the main one prints."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +277,8 @@ def evaluate(
     Args:
         run: output folder of a training run.
         source: FASTA, CSV or TSV with labels; row filters and split column of the training are not applied.
-        target: JSON file to write besides; None for none.
+        target: JSON file to write besides, with TARGET.rejected.tsv where rows were left out or changed; None for
+            none.
         backend_name: where to run; None: where it was trained.
         say: told what was read, left out or cut.
         overrides: words that overrule the run's settings, such as `--data.label_column class`, see `MAY_CHANGE`.
@@ -291,14 +289,17 @@ def evaluate(
     cfg, task = read_run(run, backend_name)
     cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
     with opened_backend(cfg) as backend:
-        table, report = load_inputs(source, cfg.data, cfg.task)
-        (say if backend.topology.is_main else _say_nothing)(report.summary())
+        say = say if backend.topology.is_main else say_nothing
+        inputs = InputChunks(source, cfg.data, cfg.task)
+        table = agree(backend, inputs.read)
+        say(inputs.report.summary())
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
         values = finite(evaluate_table(built.model, task, backend, loader, intervals=True))
         if target is not None:
             agree_on_main(backend, lambda: write_json(target, values))
+            write_rejected(backend, target, inputs.rejected, say)
     return dict(values)
 
 
@@ -364,8 +365,7 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
         raise ConfigError(f"{out / CONFIG}: does not read back as the configuration of this run; please report it")
     for name, ids in splits.sampled.items():
         write_text(out / f"{name}_ids.txt", "\n".join(ids) + "\n")
-    if splits.rejected:
-        write_text(out / REJECTED, rejected_table(splits.rejected))
+    save_rejected(out / REJECTED, splits.rejected)
 
 
 def _callbacks(cfg: TrainConfig, begin: int) -> list[Callback]:

@@ -22,9 +22,8 @@ from esm_neuron.config import TrainConfig
 from esm_neuron.data.batch import ExampleTable, TargetMaker
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
-from esm_neuron.data.validate import Rejected, rejected_table
+from esm_neuron.data.validate import Rejected, save_rejected
 from esm_neuron.evaluate import Asks, collect_here
-from esm_neuron.files import write_text
 
 BATCHES = 32
 """Batches that a piece fills, about: the last one is half empty on average, which costs 1 / 64 of the work."""
@@ -79,10 +78,10 @@ def answer_file(
 
 
 def write_rejected(backend: Backend, target: Path, rows: Sequence[Rejected], say: Callable[[str], None]) -> None:
-    """Write the rows that were left out or changed beside `target`, where there are any."""
+    """Write the rows that were left out or changed beside `target`; where there are none, remove an older file."""
     path = target.with_name(f"{target.name}.rejected.tsv")
+    agree_on_main(backend, lambda: save_rejected(path, rows))
     if rows:
-        agree_on_main(backend, lambda: write_text(path, rejected_table(rows)))
         say(f"the {len(rows)} rows left out or changed are in {path}")
 
 

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.batch import ExampleTable, select_records
-from esm_neuron.data.labels import KINDS, LabelRows, balance
+from esm_neuron.data.labels import KINDS, LabelRows, balance, label_keys
 from esm_neuron.data.records import LIST_JOINER
-from esm_neuron.data.relatives import Method, find_relatives
+from esm_neuron.data.relatives import MOST, Method, find_relatives
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validate import Checker, is_missing, text_hashes
+from esm_neuron.data.validate import Checker, labelled, text_hashes
 
 SHOWN = 20
 """Labels that the text names."""
@@ -30,7 +29,7 @@ class Leak:
     in_train: int
     """With a sequence that is a training row's too."""
     related: int | None
-    """With a relative among the training rows; None: not looked for."""
+    """With a relative among the training rows; None: not looked for (by choice, or over `relatives.MOST` rows)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,10 @@ class Check:
         if self.splits is not None:
             lines.append("splits: " + ", ".join(f"{name} {count}" for name, count in self.splits.items()))
         for name, leak in self.leaks.items():
-            related = "relatives not looked for" if leak.related is None else f"{leak.related} with a relative there"
+            related = f"{leak.related} with a relative there"
+            if leak.related is None:
+                many = f" ({self.rows} rows are more than {MOST})" if self.rows > MOST else ""
+                related = f"relatives not looked for{many}"
             lines.append(f"leaks: {name}: of {leak.rows} rows {leak.in_train} are in the training rows, {related}")
         lines.append(f"faults: {self.faults}" if self.faults else "faults: none")
         return "\n".join([*lines, *(f"  {fault}" for fault in self.first_faults)])
@@ -93,7 +95,7 @@ def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | No
         path: see `sources.read_chunks`.
         cfg: columns; with a split column, the first of `split_names` is the training rows.
         task: whose labels the label column has, one of `labels.KINDS`; None: there are none to look at.
-        method: how relatives are found; None: they are not looked for.
+        method: how relatives are found; None: they are not looked for, as in files of more than `relatives.MOST` rows.
 
     Raises:
         DataError: the file cannot be read, is malformed or empty, or lacks a column.
@@ -101,8 +103,9 @@ def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | No
     checker = Checker(cfg, path)
     tokens: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
-    texts: dict[str, list[str]] = {"label": [], "split": []}
+    splits: list[str] = []
     hashes: list[np.ndarray] = []
+    label_hashes: list[np.ndarray] = []
     names: Counter[str] = Counter()
     values: list[float] = []
     joiner = LIST_JOINER if task is None else KINDS[task].joiner
@@ -110,14 +113,13 @@ def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | No
         clean = checker(rows)
         columns = clean.to_pydict()
         if task is not None:
-            told = clean.filter(pa.array([not is_missing(text) for text in columns["label"]], pa.bool_()))
-            found = balance(task, LabelRows.of(told, path, cfg.label_column), checker.problems)
+            found = balance(task, LabelRows.of(labelled(clean), path, cfg.label_column), checker.problems)
+            label_hashes.append(text_hashes(label_keys(task, LabelRows.of(clean, path, cfg.label_column))))
             if isinstance(found, Counter):
                 names.update(found)
             else:
                 values += found
-        for name in texts.keys() & columns.keys():
-            texts[name] += columns[name]
+        splits += columns.get("split", [])
         hashes.append(text_hashes(columns["sequence"]))
         flat, offsets = encode_many(columns["sequence"])
         tokens.append(flat)
@@ -133,11 +135,11 @@ def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | No
         lengths={name: int(value) for name, value in _quartiles(residues).items()},
         alphabet={VOCABULARY[4 + i]: int(letters[i]) for i in order},
         repeated=len(sequences) - len(np.unique(sequences)),
-        conflicting=_conflicting(sequences, texts["label"]) if task is not None else 0,
+        conflicting=_conflicting(sequences, np.concatenate(label_hashes)) if task is not None else 0,
         labels=None if task is None or task == "regression" else dict(names.most_common()),
         values=_quartiles(np.array(values)) if values else None,
-        splits=dict(Counter(texts["split"]).most_common()) if cfg.split_column is not None else None,
-        leaks=_leaks(table, sequences, np.array(texts["split"]), cfg.split_names[0], method),
+        splits=dict(Counter(splits).most_common()) if cfg.split_column is not None else None,
+        leaks=_leaks(table, sequences, np.array(splits), cfg.split_names[0], method if len(table) <= MOST else None),
         faults=checker.problems.total,
         first_faults=tuple(checker.problems.first),
     )
@@ -154,9 +156,9 @@ def _table(tokens: np.ndarray, lengths: np.ndarray) -> ExampleTable:
     return ExampleTable(tokens, offsets, np.arange(n), np.ones(n, np.float32), np.empty(0), [str(i) for i in range(n)])
 
 
-def _conflicting(sequences: np.ndarray, labels: Sequence[str]) -> int:
-    """Rows whose sequence has more than one label."""
-    pairs = np.unique(np.stack([sequences, text_hashes(labels)], axis=1), axis=0)
+def _conflicting(sequences: np.ndarray, labels: np.ndarray) -> int:
+    """Rows whose sequence has more than one label, by the hashes of both."""
+    pairs = np.unique(np.stack([sequences, labels], axis=1), axis=0)
     different, times = np.unique(pairs[:, 0], return_counts=True)
     return int(np.isin(sequences, different[times > 1]).sum())
 

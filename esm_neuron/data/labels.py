@@ -26,6 +26,8 @@ MOST_CLASSES = np.iinfo(np.int16).max
 """Class indices are int16."""
 LONGEST_NAME = 1000
 """Characters of a class name; a longer one is another column's content."""
+COLUMNS = ("id", "label", "sequence", "line")
+"""Columns of rows that `LabelRows` needs."""
 BINS = 10
 """Quantiles of a regression's values that a sample of rows is spread over."""
 
@@ -39,18 +41,19 @@ class LabelRows:
     """Residues of each row's sequence."""
     lines: Sequence[int]
     """Line or record number of each row."""
+    ids: Sequence[str]
     source: str
     column: str
 
     @classmethod
     def of(cls, rows: pa.Table, source: str, column: str) -> LabelRows:
-        """Those of a table with the columns label, sequence and line."""
+        """Those of a table with the columns in `COLUMNS`."""
         lengths = pc.utf8_length(rows["sequence"]).to_pylist()
-        return cls(rows["label"].to_pylist(), lengths, rows["line"].to_pylist(), source, column)
+        return cls(rows["label"].to_pylist(), lengths, rows["line"].to_pylist(), rows["id"].to_pylist(), source, column)
 
     def problem(self, problems: Problems, row: int, message: str) -> None:
         """Note what is wrong with a row's label."""
-        problems.add(self.lines[row], f"column {self.column!r}: {message}")
+        problems.add(self.lines[row], f"column {self.column!r} of {quote(self.ids[row])}: {message}")
 
 
 Parse = Callable[[str, int], list[str]]
@@ -125,28 +128,47 @@ def balance(task: str, rows: LabelRows, problems: Problems) -> Counter[str] | li
     return Counter(name for names in _parsed(parse, rows, problems) for name in names)
 
 
+def label_keys(task: str, rows: LabelRows) -> list[str]:
+    """A text for each label, the same for two that say the same, such as `A;B` and `B;A`, or 1 and 1.0; a label that
+    cannot be read stands for itself."""
+    kind = KINDS[task]
+
+    def key(text: str, length: int) -> str:
+        try:
+            if kind.parse is None:
+                return repr(_number(text))
+            names = kind.parse(text, length)
+        except ValueError:
+            return text
+        return kind.joiner.join(sorted(names) if task == "multi_label" else names)
+
+    return [key(text, length) for text, length in zip(rows.texts, rows.lengths, strict=True)]
+
+
 def class_names(task: TaskConfig, train: Iterable[LabelRows]) -> tuple[str, ...]:
     """The configured class names, or the sorted ones of the training rows, given in chunks; none for a task without
     classes.
 
     Raises:
-        DataError: a label that cannot be read; fewer than two classes, or more than `MOST_CLASSES`.
-        ConfigError: a name twice, or one that answers use for another column.
+        DataError: labels that cannot be read, those of all chunks together; fewer than two classes, or more than
+            `MOST_CLASSES`.
+        ConfigError: a name twice.
     """
     parse = KINDS[task.name].parse
     present: set[str] = set()
+    problems = Problems("")
     for rows in train:
-        problems = Problems(rows.source)
+        problems.source = rows.source
         if parse is None:
             _numbers(rows, problems)
         else:
             present.update(name for names in _parsed(parse, rows, problems) for name in names)
-        problems.raise_any()
         if len(present) > MOST_CLASSES:
             raise DataError(
                 f"{rows.source}: column {rows.column!r} has more than {MOST_CLASSES} classes in the training rows; "
                 "is it the right one? data.label_column names it, and numbers are for task.name=regression"
             )
+    problems.raise_any()
     if parse is None:
         return ()
     if task.name == "residue_classification":

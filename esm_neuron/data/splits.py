@@ -13,14 +13,14 @@ import numpy as np
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.data.batch import ExampleTable
 from esm_neuron.data.intake import SPLITS, Part, data_files, passes, read_parts
-from esm_neuron.data.labels import KINDS, STRATA, LabelRows, class_names, joiner_of, resolve
+from esm_neuron.data.labels import COLUMNS, KINDS, STRATA, LabelRows, class_names, joiner_of, label_keys, resolve
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.relatives import MOST, clusters
 from esm_neuron.data.sources import CHUNK_ROWS, read_chunks
 from esm_neuron.data.store import TableWriter, cached, content_hash, content_key, open_table
 from esm_neuron.data.tables import CUTS, chunk_table
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validate import Checker, Problems, Rejected, Report, text_hashes
+from esm_neuron.data.validate import Checker, Problems, Rejected, Report, labelled, text_hashes
 from esm_neuron.errors import ConfigError, DataError
 
 _SAMPLING = 2**63
@@ -109,7 +109,7 @@ def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
         parts |= {"train": parts["train"].take(~chosen), name: parts["train"].take(chosen)}
         sampled[name] = tuple(parts[name].column("id"))
     tables: dict[str, ExampleTable] = {}
-    shared = _shared(parts)
+    shared = _shared(parts, cfg)
     for name in (split for split in SPLITS if split in parts):
         tables[name], report = _table(parts[name], cfg.data, task, None if folder is None else folder / name)
         reports.append(replace(report, name=f"{name} split", **shared[name]))
@@ -209,13 +209,25 @@ class InputChunks:
         cuts = Report(name=self._path)
         joiner = joiner_of(self._task) if self._task is not None else LIST_JOINER
         chunks = read_chunks(self._path, self._cfg, self._task is not None, joiner, self._rows)
-        for rows in checker.chunks(chunks):
+        for usable in checker.chunks(chunks):
+            rows = usable if self._task is None else labelled(usable)
             table, more = chunk_table(rows, self._path, self._cfg, self._task, checker.problems)
             cuts = cuts.plus(more, CUTS)
             self.report = checker.report().plus(cuts, CUTS)
             if not checker.problems.total:
                 yield table
         self.report = checker.report().plus(cuts, CUTS)
+
+    def read(self) -> ExampleTable:
+        """The whole file as one table in memory.
+
+        Raises:
+            DataError: as when it is iterated.
+        """
+        writer = TableWriter(None)
+        for table in self:
+            writer.add(table)
+        return writer.table()
 
 
 def load_inputs(path: str | Path, cfg: DataConfig, task: TaskConfig | None = None) -> tuple[ExampleTable, Report]:
@@ -225,14 +237,11 @@ def load_inputs(path: str | Path, cfg: DataConfig, task: TaskConfig | None = Non
         DataError: the file or a row cannot be used; a label that training did not know.
     """
     chunks = InputChunks(path, cfg, task)
-    writer = TableWriter(None)
-    for table in chunks:
-        writer.add(table)
-    return writer.table(), chunks.report
+    return chunks.read(), chunks.report
 
 
 def _label_rows(part: Part, cfg: DataConfig) -> Iterator[LabelRows]:
-    return (LabelRows.of(rows, part.source, cfg.label_column) for rows in part.chunks(["label", "sequence", "line"]))
+    return (LabelRows.of(rows, part.source, cfg.label_column) for rows in part.chunks(COLUMNS))
 
 
 def _families(train: Part, cfg: DataConfig) -> np.ndarray:
@@ -330,11 +339,12 @@ def _table(part: Part, cfg: DataConfig, task: TaskConfig | None, stem: Path | No
     return writer.table(), report
 
 
-def _shared(parts: Mapping[str, Part]) -> dict[str, dict[str, int]]:
+def _shared(parts: Mapping[str, Part], cfg: TrainConfig) -> dict[str, dict[str, int]]:
     """Split -> exact repeats of whole sequences: within it, with training, those whose labels disagree, and ids that
     name another sequence in training. Compared by 64-bit hashes, so that no sequence is held."""
     hashes = {
-        name: {column: _hashes(part, column) for column in ("id", "sequence", "label")} for name, part in parts.items()
+        name: {column: _hashes(part, column) for column in ("id", "sequence")} | {"label": _label_hashes(part, cfg)}
+        for name, part in parts.items()
     }
     train = hashes["train"]
     counts = {}
@@ -354,10 +364,15 @@ def _shared(parts: Mapping[str, Part]) -> dict[str, dict[str, int]]:
 
 
 def _hashes(part: Part, column: str) -> np.ndarray:
-    """uint64 [rows]: a hash of every value of a column; empty where there is no such column."""
-    if column not in part.rows.column_names:
-        return np.empty(0, dtype=np.uint64)
+    """uint64 [rows]: a hash of every value of a column."""
     return np.concatenate([text_hashes(chunk[column].to_pylist()) for chunk in part.chunks([column])])
+
+
+def _label_hashes(part: Part, cfg: TrainConfig) -> np.ndarray:
+    """uint64 [rows]: a hash of what every label says; empty where there are none."""
+    if "label" not in part.rows.column_names:
+        return np.empty(0, dtype=np.uint64)
+    return np.concatenate([text_hashes(label_keys(cfg.task.name, rows)) for rows in _label_rows(part, cfg.data)])
 
 
 def _renamed(own: Mapping[str, np.ndarray], train: Mapping[str, np.ndarray]) -> int:

@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -63,13 +63,21 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
             picks = pick_columns(path, header, columns)
         elif len(record) != len(header):
             cure = f"quote values that hold {delimiter!r}" if len(record) > len(header) else "fill the row up"
+            row = _row_name(record, columns, picks)
             raise DataError(
-                f"{path}:{start}: {len(record)} values in a row, {len(header)} columns in the header; {cure}"
+                f"{path}:{start}: {len(record)} values in {row}, {len(header)} columns in the header; {cure}"
             )
         else:
             yield start, [record[pick] for pick in picks]
     if not header:
         raise DataError(f"{path}: the file is empty; give one with a header line and rows")
+
+
+def _row_name(record: Sequence[str], columns: Sequence[Column], picks: Sequence[int]) -> str:
+    """A row of the wrong width, by its id where that can be told."""
+    places = (pick for column, pick in zip(columns, picks, strict=True) if column.name == "id" and pick < len(record))
+    name = next((record[pick].strip() for pick in places), "")
+    return f"the row of {name[:60]!r}" if name else "a row"
 
 
 def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
@@ -79,7 +87,7 @@ def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     start, residues, header, parts = 0, 0, "", list[str]()
 
     def record() -> Record:
-        fields = _header_fields(path, start, header)
+        fields = _header_fields(path, start, header, {column.source for column in wanted})
         seen.add(fields)
         special = {"id": header.split()[0], "sequence": "".join(parts)}
         return start, [special.get(column.name, fields.get(column.source, "")) for column in columns]
@@ -108,12 +116,13 @@ def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     seen.check(path)
 
 
-def _header_fields(path: str, line: int, header: str) -> dict[str, str]:
+def _header_fields(path: str, line: int, header: str, wanted: Container[str]) -> dict[str, str]:
+    """All fields; those that nobody wants are a description, which may be written in any way."""
     fields: dict[str, str] = {}
     for key, quoted, bare in _HEADER_FIELD.findall(header):
-        if bare.startswith('"'):
+        if key in wanted and bare.startswith('"'):
             raise DataError(f"{path}:{line}: the quote after {key}= is not closed; close it with '\"'")
-        if key in fields:
+        if key in wanted and key in fields:
             raise DataError(f"{path}:{line}: the header has {key}= twice; keep one")
         fields[key] = quoted or bare
     return fields

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from esm_neuron.data.records import place, row_unit
 from esm_neuron.data.sources import make_rows
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, replace_bad_residues
 from esm_neuron.errors import DataError
+from esm_neuron.files import write_text
 
 MOST_LISTED = 20
 """Problems that an error lists; the rest is counted."""
@@ -135,6 +137,14 @@ def rejected_table(rows: Sequence[Rejected]) -> str:
     return text.getvalue()
 
 
+def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:
+    """Write the rows that were left out or changed; where there are none, remove what an earlier run has written."""
+    if rows:
+        write_text(path, rejected_table(rows))
+    else:
+        path.unlink(missing_ok=True)
+
+
 class Checker:
     """Takes the rows of one file, in as many chunks as they come, and gives those that can be used.
 
@@ -175,14 +185,14 @@ class Checker:
         return make_rows(clean)
 
     def chunks(self, chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """The usable rows of each chunk that has any, until a problem is met; then the rest is only searched for more.
+        """What is left of each chunk that is not left out whole; once `problems` has one, only good to find more.
 
         Raises:
             DataError: as `finish`, after the last chunk.
         """
         for rows in chunks:
             usable = self(rows)
-            if len(usable) and not self.problems.total:
+            if len(usable):
                 yield usable
         self.finish()
 
@@ -261,6 +271,11 @@ def check_rows(rows: pa.Table, cfg: DataConfig, source_name: str) -> tuple[pa.Ta
 def is_missing(value: str) -> bool:
     """Whether a value stands for nothing: '' or NaN. NA and None can be labels."""
     return value == "" or value.lower() == "nan"
+
+
+def labelled(rows: pa.Table) -> pa.Table:
+    """The rows that have a label; the others were noted as problems by a `Checker`."""
+    return rows.filter(pa.array([not is_missing(text) for text in rows["label"].to_pylist()], pa.bool_()))
 
 
 def quote(value: str) -> str:

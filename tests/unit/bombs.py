@@ -67,7 +67,8 @@ def rows_of(path: Path) -> int:
 
 def many_classes(names: Iterator[str], task: str) -> None:
     texts = list(names)
-    class_names(TaskConfig(name=task), [LabelRows(texts, [3] * len(texts), list(range(len(texts))), "x.csv", "label")])  # type: ignore[arg-type]
+    rows = LabelRows(texts, [3] * len(texts), list(range(len(texts))), texts, "x.csv", "label")
+    class_names(TaskConfig(name=task), [rows])  # type: ignore[arg-type]
 
 
 def said(call: Callable[[], object]) -> object:

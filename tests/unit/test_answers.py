@@ -285,6 +285,10 @@ def test_bad_rows_are_counted_or_named(trained: TrainConfig, tmp_path: Path) -> 
     assert list(pd.read_csv(tmp_path / "out.csv")["id"]) == ["a", "c", "d"]
     replaced = ("--data.on_bad_residue=replace",)
     assert predict(trained.output, source, tmp_path / "out.csv", settings=replaced, say=said.append) == 4
+    assert "replaced by X" in (tmp_path / "out.csv.rejected.tsv").read_text()
+    source.write_text(">a\nACDE\n")
+    assert predict(trained.output, source, tmp_path / "out.csv") == 1
+    assert not (tmp_path / "out.csv.rejected.tsv").exists(), "it told of another file"
 
 
 def test_what_cannot_be_answered_is_one_line(trained: TrainConfig, plain: Path, tmp_path: Path) -> None:

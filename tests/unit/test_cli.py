@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EsmForMaskedLM
 
 from esm_neuron import cli, run, settings
+from esm_neuron.backends.eager import EagerBackend
 from esm_neuron.config import TrainConfig
 from esm_neuron.files import claimed
 from esm_neuron.safetensors_folder import SafetensorsFolder
@@ -131,7 +132,7 @@ def test_data_that_cannot_be_used_is_refused(toy: Toy, proteins: Proteins, refus
     assert f"bad.csv:2: the sequence of '{first}' has '*' (a stop codon) at residue 3" in refused_with(
         good.replace(sequence, sequence[:2] + "*" + sequence[3:])
     )
-    assert "bad.csv:2: 2 values in a row, 3 columns in the header" in refused_with(f"{lines[0]}\na,b\n")
+    assert "bad.csv:2: 2 values in the row of 'a', 3 columns in the header" in refused_with(f"{lines[0]}\na,b\n")
     bad.unlink()
     assert "bad.csv: no such file" in refused(*given)
     change(Path(str(cfg.data.test)), "alpha", "gamma")
@@ -205,9 +206,28 @@ def test_evaluate_gives_the_figures_of_the_run(
     expected = json.loads((Path(trained.output) / "result.json").read_text())["test"]
     same_figures(figures, expected, rel=1e-6)
     half = tmp_path / "half.csv"
-    half.write_text("\n".join(Path(str(trained.data.test)).read_text().splitlines()[:11]) + "\n")
-    said = call("evaluate", "--model", trained.output, "--input", half)
+    lines = Path(str(trained.data.test)).read_text().splitlines()
+    half.write_text("\n".join([*lines[:11], lines[11].replace(",", ",M*", 1)]) + "\n")
+    out = ("--output", tmp_path / "half.json")
+    said = call("evaluate", "--model", trained.output, "--input", half, *out, "--data.on_bad_residue=skip")
     assert json.loads(said.out)["n"] == 10
+    rejected = (tmp_path / "half.json.rejected.tsv").read_text().splitlines()
+    assert len(rejected) == 2 and rejected[1].startswith(f"{half}\t12\t{lines[11].split(',')[0]}\t")
+
+
+def test_all_ranks_learn_that_one_cannot_read_what_is_evaluated(
+    trained: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    told: list[object] = []
+    gather = EagerBackend.gather_host
+
+    def noted(self: EagerBackend, value: object) -> list[object]:
+        told.append(value)
+        return gather(self, value)
+
+    monkeypatch.setattr(EagerBackend, "gather_host", noted)
+    assert "none.csv: no such file" in refused("evaluate", "--model", trained.output, "--input", tmp_path / "none.csv")
+    assert "no such file" in str(told[-1])
 
 
 def test_predict_answers_every_record_in_its_order(

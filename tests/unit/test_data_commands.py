@@ -52,6 +52,15 @@ def test_check_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 are in the training rows, relatives not looked for" in capsys.readouterr().out
 
 
+def test_check_looks_for_no_relatives_in_a_file_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("esm_neuron.data.check.MOST", 4)
+    assert cli.main(["data", "check", str(write(tmp_path / "x.csv")), "--split_column", "split"]) == 0
+    said = "1 are in the training rows, relatives not looked for (5 rows are more than 4)\n"
+    assert said in capsys.readouterr().out
+
+
 def test_check_lists_faults_and_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "x.csv")
     path.write_text(path.read_text() + "a,MK*V,in,test\nz,,in,test\n")
@@ -72,19 +81,19 @@ def test_check_lists_faults_and_exits_with_1(tmp_path: Path, capsys: pytest.Capt
             "residue_classification",
             ["HHE", "E-E", "HH"],
             {"labels": {"H": 2, "E": 3, "-": 1}},
-            ":4: column 'y': 2",
+            ":4: column 'y' of '2': 2",
         ),
         (
             "multi_label",
             ["in;out", "in", "in;in"],
             {"labels": {"in": 2, "out": 1}},
-            "4: column 'y': label 'in;in'",
+            "4: column 'y' of '2': label 'in;in'",
         ),
         (
             "regression",
             ["1", "-3.5", "x"],
             {"values": [-3.5, -2.375, -1.25, -0.125, 1]},
-            "4: column 'y': 'x' is no",
+            "4: column 'y' of '2': 'x' is no",
         ),
     ],
 )

@@ -194,7 +194,7 @@ def test_garbage_is_refused(folder: Path, name: str, content: bytes) -> None:
 def test_labels_become_targets_or_problems(task: Any, texts: list[str], lengths: st.DataObject) -> None:
     cfg = TaskConfig(name=task)
     sizes = [lengths.draw(st.just(len(text)) | st.integers(1, 12)) for text in texts]
-    rows = LabelRows(texts, sizes, list(range(1, len(texts) + 1)), "x.csv", "label")
+    rows = LabelRows(texts, sizes, list(range(1, len(texts) + 1)), texts, "x.csv", "label")
     names = refused(lambda: class_names(cfg, [rows]))
     if isinstance(names, Refusal):
         return

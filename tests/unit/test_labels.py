@@ -12,7 +12,8 @@ import pytest
 
 from esm_neuron import settings
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
-from esm_neuron.data.splits import Splits, load_inputs, load_splits
+from esm_neuron.data.check import check_file
+from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.rules import validate
 
@@ -110,9 +111,38 @@ FAULTS: dict[str, tuple[str, list[Row], str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_label_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, fault: str) -> None:
     task, rows, message = FAULTS[fault]
-    with pytest.raises(DataError, match=rf"^\S+x.tsv:3: column 'label': {message}") as caught:
+    with pytest.raises(DataError, match=rf"^\S+x.tsv:3: column 'label' of 'p1': {message}") as caught:
         load(tmp_path, task, rows)
     assert "\n" not in str(caught.value)
+
+
+def test_faults_of_all_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esm_neuron.data.intake.CHUNK_ROWS", 2)
+    monkeypatch.setattr("esm_neuron.data.sources.CHUNK_ROWS", 2)
+    rows = [("MK", text) for text in ("1", "high", "2", "low", "3", "none")]
+    with pytest.raises(DataError, match=r"3 problems \(all listed\):\n.*'high'.*\n.*'low'.*\n.*column 'label' of 'p5'"):
+        load(tmp_path, "regression", rows)
+    path = tmp_path / "y.csv"
+    path.write_text("id,sequence,label\na,MK,1\nb,MK,high\nc,MK,\nd,M*,2\ne,MK,low\nf,MK,3\n")
+    with pytest.raises(DataError, match=r"4 problems \(all listed\):(\n.*){4}$") as caught:
+        InputChunks(path, DataConfig(), TaskConfig(name="regression"), rows=2).read()
+    assert [line.split(": ")[0].rsplit(":")[-1] for line in str(caught.value).splitlines()[1:]] == ["3", "4", "5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("task", "same", "other"),
+    [
+        ("multi_label", ("A;B", "B; A"), "A"),
+        ("regression", ("1", "1.0"), "1.5"),
+        ("residue_classification", ("HE", "H, E"), "HH"),
+    ],
+)
+def test_labels_that_say_the_same_do_not_conflict(tmp_path: Path, task: str, same: tuple[str, str], other: str) -> None:
+    rows = [("MK", same[0]), ("MK", same[1]), ("AC", same[0]), ("AC", other)]
+    splits = load(tmp_path, task, rows)
+    assert splits.reports[1].conflicting == 2
+    cfg = DataConfig(split_column=None)
+    assert check_file(str(tmp_path / "x.tsv"), cfg, task, None).conflicting == 2
 
 
 @pytest.mark.parametrize(
@@ -124,7 +154,7 @@ def test_a_label_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, fault:
 )
 def test_a_label_that_training_does_not_know_is_refused(tmp_path: Path, task: str, strange: str, message: str) -> None:
     label = "A;B" if task == "multi_label" else "AB"
-    with pytest.raises(DataError, match=rf"x.tsv:3: column 'label': {message}"):
+    with pytest.raises(DataError, match=rf"x.tsv:3: column 'label' of 'p1': {message}"):
         load(tmp_path, task, [("MK", label), ("MK", strange)], ["train", "test"])
 
 

@@ -99,6 +99,13 @@ def test_fasta_headers(tmp_path: Path, suffix: str) -> None:
     assert got["line"] == [1, 5]
 
 
+def test_a_description_may_be_written_in_any_way(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.fa", ">P1 note=\"5' end note=x label=in\nMK\n>P2 label=out GN=a GN=b\nMK\n")
+    assert columns(path)["label"] == ["in", "out"]
+    (tmp_path / "b.fa").write_text(">P1 label=in label=out\nMK\n")
+    assert columns(tmp_path / "b.fa", need_label=False)["id"] == ["P1"]
+
+
 def test_fasta_without_labels_needs_no_header_fields(tmp_path: Path) -> None:
     got = columns(write(tmp_path / "a.fa", ">P1\n>P2\nAAA"), need_label=False)
     assert got == {"line": [1, 2], "id": ["P1", "P2"], "sequence": ["", "AAA"]}
@@ -192,8 +199,12 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.csv.gz", b"", ": the file is empty; "),
     ("a.fa", "\n", ": the file is empty; "),
     ("a.csv", HEAD, ": the file has no rows; "),
-    ("a.csv", HEAD + "P1,MKV,in\nP2,MKV,in,4\n", ":3: 4 values in a row, 3 columns in the header; quote values"),
-    ("a.csv", HEAD + "P1,MKV\n", ":2: 2 values in a row, 3 columns in the header; fill"),
+    (
+        "a.csv",
+        HEAD + "P1,MKV,in\nP2,MKV,in,4\n",
+        ":3: 4 values in the row of 'P2', 3 columns in the header; quote",
+    ),
+    ("a.csv", HEAD + "P1,MKV\n", ":2: 2 values in the row of 'P1', 3 columns in the header; fill"),
     ("a.csv", HEAD + 'P1,MKV,in\n\nP2,"MKV,in\nP3,MKV,in\n', ":4: unexpected end of data; close the quotes"),
     ("a.csv", HEAD + 'P1,"MK"V,in\n', ":2: ',' expected after '\"'; close the quotes"),
     ("a.csv", HEAD + f'P1,"{"A" * 140_000},in\n', r":2: field larger than field limit \(131072\); close"),

@@ -192,7 +192,9 @@ def test_class_names(tmp_path: Path) -> None:
     assert splits.train.labels.tolist() == [1, 0, 0]
     with pytest.raises(ConfigError, match="has a name twice"):
         load(path, labels=("out", "in", "in"), split_column="split")
-    with pytest.raises(DataError, match="x.csv:2: column 'label': label 'in' is not one of the classes 'out', 'x'; "):
+    with pytest.raises(
+        DataError, match="x.csv:2: column 'label' of 'a': label 'in' is not one of the classes 'out', 'x'; "
+    ):
         load(path, labels=("out", "x"), split_column="split", keep={"id": list("abcg")})
     with pytest.raises(DataError, match="x.csv: column 'label' has one class only, 'in', in the training rows; "):
         load(path, split_column="split", keep={"label": ["in"]})
@@ -200,7 +202,9 @@ def test_class_names(tmp_path: Path) -> None:
 
 def test_a_label_that_training_does_not_have(tmp_path: Path) -> None:
     rows = [*ROWS, ("h", "HHH", "sideways", "test", "False")]
-    message = "^.*x.csv:9: column 'label': label 'sideways' is not one of the classes 'in', 'out'; correct it, "
+    message = (
+        "^.*x.csv:9: column 'label' of '[^']+': label 'sideways' is not one of the classes 'in', 'out'; correct it, "
+    )
     with pytest.raises(DataError, match=message) as caught:
         load(write(tmp_path, rows), split_column="split")
     assert "\n" not in str(caught.value)

@@ -106,7 +106,7 @@ def test_chunks_are_checked_as_a_whole_file_is(size: int) -> None:
     assert str(caught.value).startswith("x.csv: 18 problems")
 
 
-def test_chunks_are_given_until_a_problem_and_none_is_lost() -> None:
+def test_chunks_are_given_and_problems_raised_after_the_last() -> None:
     rows = make_rows({"line": [1, 2, 3, 4], "id": list("abcd"), "sequence": ["MKV", "M*", "MK-V", "MKV"]})
     checker = Checker(DataConfig(on_bad_residue="skip"), "x.parquet")
     given = list(checker.chunks([rows.slice(i, 1) for i in range(4)]))
@@ -115,6 +115,6 @@ def test_chunks_are_given_until_a_problem_and_none_is_lost() -> None:
     reason = "the sequence has '-' (a gap) at residue 3, outside the ESM alphabet"
     assert checker.rejected[1] == Rejected("x.parquet", 3, "c", reason, "left out")
     strict = Checker(DataConfig(), "x.parquet").chunks([rows.slice(0, 1), rows.slice(1, 1), rows.slice(3, 1)])
-    assert next(strict)["id"].to_pylist() == ["a"]
+    assert [next(strict)["id"].to_pylist() for _ in range(3)] == [["a"], ["b"], ["d"]]
     with pytest.raises(DataError, match="^x.parquet: record 2: the sequence of 'b' has"):
         next(strict)
