@@ -159,7 +159,8 @@ def composition_features(table: ExampleTable, records: np.ndarray | None = None)
     records = np.arange(len(table.ids)) if records is None else records
     features = np.zeros((len(records), 3 * len(AMINO_ACIDS) + 1))
     order = np.argsort(table.record, kind="stable")
-    starts, stops = (np.searchsorted(table.record, records, side, order) for side in ("left", "right"))
+    starts = np.searchsorted(table.record, records, "left", order)
+    stops = np.searchsorted(table.record, records, "right", order)
     for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         tokens = np.concatenate([table.sequence(example) for example in order[start:stop]])
         residues = tokens[tokens > UNK]  # the specials come first in the alphabet

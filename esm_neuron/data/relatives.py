@@ -102,7 +102,7 @@ def _linked(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarra
 def _residues(table: ExampleTable) -> np.ndarray:
     """int64 [records]: residues of a record that are in the table, those that two windows share counted once."""
     found = np.bincount(table.record, table.lengths - _SPECIALS, len(table.ids)).astype(np.int64)
-    return np.minimum(found, table.residues) if len(table.residues) else found
+    return np.asarray(np.minimum(found, table.residues)) if len(table.residues) else found
 
 
 def _profiles(table: ExampleTable) -> sparse.csr_matrix:

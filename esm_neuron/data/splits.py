@@ -211,6 +211,8 @@ class InputChunks:
         chunks = read_chunks(self._path, self._cfg, self._task is not None, joiner, self._rows)
         for usable in checker.chunks(chunks):
             rows = usable if self._task is None else labelled(usable)
+            if not len(rows):
+                continue
             table, more = chunk_table(rows, self._path, self._cfg, self._task, checker.problems)
             cuts = cuts.plus(more, CUTS)
             self.report = checker.report().plus(cuts, CUTS)

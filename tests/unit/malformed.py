@@ -27,8 +27,8 @@ from esm_neuron.settings import read_config
 INTRODUCTION = """# Errors
 Malformed files and the line that refuses each, made by `python tests/unit/malformed.py > docs/errors.md`; a test holds
 the page to what the code says. The exit code is 2. A line says where (file, line or record, column), what is wrong and
-its cure, and of a row its id. Several bad rows of one file (ids, sequences, labels) are listed together, the first 20 and
-the count; a file that is malformed as such (a value too many, JSON that breaks off, a quote that is not closed) is read no
+its cure, and of a row its id. Bad rows of one file (ids, sequences, labels) are listed together, the first 20 and the
+count; a file that is malformed as such (a value too many, JSON that breaks off, a quote that is not closed) is read no
 further than the first such place, since what follows it may be no rows. `--data.on_bad_residue skip` and
 `replace` turn the error of a bad character into a count and a line of rejected.tsv. What is in parentheses may be a
 library's wording.

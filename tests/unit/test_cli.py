@@ -227,7 +227,7 @@ def test_all_ranks_learn_that_one_cannot_read_what_is_evaluated(
 
     monkeypatch.setattr(EagerBackend, "gather_host", noted)
     assert "none.csv: no such file" in refused("evaluate", "--model", trained.output, "--input", tmp_path / "none.csv")
-    assert "no such file" in str(told[-1])
+    assert any("none.csv: no such file" in str(value) for value in told)
 
 
 def test_predict_answers_every_record_in_its_order(
