@@ -331,7 +331,7 @@ class Trainer:
             seen = self.backend.gather_host(checkpoint.fingerprint(folder))
         except CheckpointError as error:
             mine = error
-            seen = self.backend.gather_host(None)
+            seen = self.backend.gather_host(None)  # type: ignore[arg-type]  # a list of str or None, as above
 
         def found() -> T:
             if isinstance(mine, CheckpointError):
