@@ -51,7 +51,7 @@ def packed_against_alone(
     return differences(tensors(folders["packed"]), tensors(folders["alone"]))
 
 
-def test_a_run_needs_no_program_that_was_not_compiled_ahead(
+def test_one_program_a_pass_and_one_an_update_on_xla(
     torchrun: Callable[..., Any], world: World, tensors: Callable[[Path], dict[str, Tensor]], tmp_path: Path
 ) -> None:
     """NxD layers and ZeRO-1 traced lazily at tp 1: `compile` has made whatever a run and its evaluation need."""
