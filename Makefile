@@ -83,7 +83,7 @@ audit: $(VENV)/.installed ## our code by bandit, the locked packages by pip-audi
 test-hub: $(VENV)/.installed ## test with real checkpoints downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub
 
-lint: $(VENV)/.installed ## ruff, the one-way import rules, and whether docs/parity.md is of this engine
+lint: $(VENV)/.installed ## ruff, the one-way import rules, and whether docs/parity*.md are of this engine
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports
