@@ -25,7 +25,7 @@ from esm_neuron.errors import ConfigError, DataError
 
 _SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 """Of what `_save` writes: another number makes every cached folder anew."""
 _UNCACHED_DATA = {"cache", "relatives", "packing", "row_tokens", "max_segments", "max_buckets"}
 _UNCACHED_TASK = {
