@@ -328,10 +328,10 @@ class Trainer:
         folder = checkpoint.step_folder(self.folder, step)
         try:
             mine: T | CheckpointError = take(checkpoint.load(folder))
-            seen = self.backend.gather_host(checkpoint.fingerprint(folder))
+            seen = self.backend.gather_host(checkpoint.fingerprint(folder))  # type: list[str | None]
         except CheckpointError as error:
             mine = error
-            seen = self.backend.gather_host(None)  # type: ignore[arg-type]  # a list of str or None, as above
+            seen = self.backend.gather_host(None)
 
         def found() -> T:
             if isinstance(mine, CheckpointError):

@@ -18,9 +18,9 @@ from job import SDK_HYPERPARAMETERS, Job, metric_definitions
 from esm_neuron.errors import ConfigError, TrainingError
 
 pytestmark = pytest.mark.launchers
-boto3 = pytest.importorskip("boto3")
-moto = pytest.importorskip("moto")
-service = pytest.importorskip("service")
+boto3 = pytest.importorskip("boto3", reason="make test-launchers installs boto3")
+moto = pytest.importorskip("moto", reason="make test-launchers installs moto")
+service = pytest.importorskip("service", reason="make test-launchers installs sagemaker")
 
 Described = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[2]
