@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ class Predictor:
         return cls(cfg, task, backend, build_trained(cfg, task, backend).model)
 
     def answer(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        """What the task says of each (id, sequence), in order: the columns of `esm-neuron predict`.
+        """What the task says of each (id, sequence), in order: the columns of `esm-neuron predict`, None for NaN.
 
         Sequences pass the checks of the training's data section: bad residues and long sequences are treated as there.
 
@@ -69,6 +70,11 @@ class Predictor:
 
 
 def _plain(column: Sequence[Any] | np.ndarray) -> list[Any]:
-    """A column as Python's own numbers, lists and strings, which JSON can say."""
-    values = np.asarray(column) if isinstance(column, np.ndarray) else column
-    return [value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value for value in values]
+    """A column as Python's own numbers, lists and strings, which JSON can say: None for what is not finite."""
+    return [_finite(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value) for value in column]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

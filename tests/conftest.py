@@ -145,6 +145,13 @@ LABEL_COLUMNS = {
 }
 """Task -> the column of `labelled.csv` that it learns from."""
 
+LEARNT: dict[str, dict[str, Any]] = {
+    "sequence_classification": {"class_weights": {"alpha": 1.0, "beta": 3.0}, "label_smoothing": 0.1},
+    "multi_label": {"class_weights": {"alpha": 0.5, "beta": 1.0, "rich": 4.0}, "label_smoothing": 0.1},
+    "residue_classification": {"class_weights": {"E": 1.0, "H": 3.0}, "label_smoothing": 0.1, "focal_gamma": 2.0},
+}
+"""Task -> what of its loss is not plain, so that whatever shares a run's work has to weigh as one process does."""
+
 
 def make_task_toys(make: Toy, folder: Path) -> dict[str, TrainConfig]:
     """A quick run of every task, under `folder`: windows for half of the proteins, attention pooling, two epochs. The
@@ -173,7 +180,7 @@ def make_task_toys(make: Toy, folder: Path) -> dict[str, TrainConfig]:
     return {
         task: make(
             task,
-            task={"name": task},
+            task={"name": task, **LEARNT.get(task, {})},
             model={"pooling": "attention"},
             data={**data, "label_column": column},
             loop={"max_steps": 6, "rows_per_device": 2, "eval_every": 3},

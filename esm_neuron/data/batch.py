@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
@@ -58,6 +59,10 @@ class ExampleTable:
     def whole_residues(self) -> np.ndarray:
         """int [records]: residues of each record's sequence before it was cut."""
         return self.residues if len(self.residues) else self.lengths[np.argsort(self.record)] - 2
+
+    def content(self, example: int) -> int:
+        """A hash of an example's tokens, 0 to 2^64 - 1: a name that does not depend on the rest of the table."""
+        return int.from_bytes(hashlib.blake2b(self.sequence(example).tobytes(), digest_size=8).digest(), "little")
 
     def residue_slots(self) -> tuple[np.ndarray, np.ndarray]:
         """Where each token belongs among the residues of all records, laid end to end.
@@ -138,7 +143,8 @@ class TargetMaker(Protocol):
     per_token: bool
 
     def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Input, label and weight of one example; `rng` is seeded by (seed, epoch, example)."""
+        """Input, label and weight of one example; `rng` is seeded by (seed, epoch, example), in evaluation
+        by (seed, tokens)."""
         ...
 
 

@@ -209,8 +209,8 @@ class TrainLoader:
 class EvalLoader:
     """One rank's batches that together, over all ranks, hold every example exactly once.
 
-    Every rank gives the same number of batches, filled up with rows of weight 0. Plan and randomness depend on the seed
-    and the table alone, so two evaluations answer the same questions. Can be iterated any number of times.
+    Every rank gives the same number of batches, filled up with rows of weight 0. The plan depends on the seed and the
+    table alone, an example's randomness on the seed and its tokens. Can be iterated any number of times.
 
     Args:
         table, task, cfg, dp, dp_rank, local_dp, static_shapes: as for `TrainLoader`.
@@ -287,7 +287,9 @@ class _Collator:
             members[r, : len(row)] = row
             end = 0
             for s, example in enumerate(row.tolist()):
-                target = self._task.target(self._table, example, _rng(self._seed, epoch, example))
+                # a protein is evaluated alike whatever shares its file, piece or request
+                name = self._table.content(example) if epoch == _EVALUATION else example
+                target = self._task.target(self._table, example, _rng(self._seed, epoch, name))
                 start, end = end, end + len(target.tokens)
                 input_ids[r, start:end] = target.tokens
                 segment_ids[r, start:end] = s

@@ -2,7 +2,8 @@
 
 Requests: application/json `{"records": [{"id": "P1", "sequence": "MKT..."}]}` or `{"sequences": ["MKT..."]}`, or FASTA
 as text/plain. The answer is JSON, `{"answers": [{"id": "P1", "label": "membrane", ...}]}` in the order of the request,
-with the columns of `esm-neuron predict`. A request that cannot be used is an error of one line.
+with the columns of `esm-neuron predict`; null for what is not known, as of residues that were cut off. A request that
+cannot be used is an error of one line.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def predict_fn(records: Records, model: Predictor) -> list[dict[str, Any]]:
 
 def output_fn(answers: list[dict[str, Any]], accept: str) -> str:
     """The answers as JSON, whatever is asked for: there is one form."""
-    return json.dumps({"answers": answers})
+    return json.dumps({"answers": answers}, allow_nan=False)
 
 
 def _fasta(text: str) -> Records:

@@ -93,6 +93,11 @@ def test_requests_that_cannot_be_used(body: str, kind: str, message: str) -> Non
     assert "\n" not in str(refused.value)
 
 
+def test_an_answer_that_json_cannot_say_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        inference.output_fn([{"id": "a", "perplexity": float("nan")}], "application/json")
+
+
 def test_no_run_no_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert hosting.main(["--model", str(tmp_path / "none"), "--output", str(tmp_path / "m.tar.gz")]) == 2
     assert capsys.readouterr().err.startswith("hosting.py: error: --model ")

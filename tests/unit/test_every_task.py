@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esm_neuron import run
+from esm_neuron import run, settings
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.relatives import related_rows
 from esm_neuron.data.splits import load_splits
 from esm_neuron.export import read_run
 from esm_neuron.report import write_report
+from esm_neuron.serving import Predictor
 from esm_neuron.tasks import TASKS
 
 METRICS = {
@@ -110,33 +111,69 @@ def test_the_finished_run_reads_back_with_what_training_decided(
     same_figures(again, results[task]["test"], rel=1e-5)
 
 
+def losses(cfg: TrainConfig) -> list[float]:
+    """Of every step of a run."""
+    lines = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "split" not in line]
+
+
 WORKER = """
 import json, os, sys
 from pathlib import Path
 import torch.distributed as dist
-from esm_neuron import run
+from esm_neuron import run, settings
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-for number, (folder, source) in enumerate(json.loads(sys.argv[1])):
+for number, words in enumerate(json.loads(sys.argv[1])):
     # keys of its own: over the same ones a second group would find the addresses of the first
     dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=world)
-    run.evaluate(Path(folder), Path(source), Path(folder) / "two.json", say=str)
+    if len(words) == 1:
+        run.train(settings.read_config(Path(words[0])), str)
+    else:
+        run.evaluate(Path(words[0]), Path(words[1]), Path(words[0]) / "two.json", say=str)
 """
 
 
-def test_two_processes_give_the_figures_of_one_to_the_sixth_digit(
-    results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path,
-    same_figures: Callable[..., None],
-) -> None:  # fmt: skip
-    worker = tmp_path / "worker.py"
+def on_two_ranks(cfg: TrainConfig) -> TrainConfig:
+    """The same training, for two processes."""
+    return replace(cfg, output=f"{cfg.output}_two", log=replace(cfg.log, baselines=False))
+
+
+@pytest.fixture(scope="module")
+def on_two(
+    results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Every run evaluated again, and every task trained anew, by two processes on gloo."""
+    folder = tmp_path_factory.mktemp("two")
+    worker = folder / "worker.py"
     worker.write_text(WORKER)
-    runs = json.dumps([(cfg.output, cfg.data.test) for cfg in task_toys.values()])
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker), runs]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    jobs = [[cfg.output, str(cfg.data.test)] for cfg in task_toys.values()]
     for task, cfg in task_toys.items():
-        found = json.loads((Path(cfg.output) / "two.json").read_text())
-        same_figures(found, results[task]["test"], rel=1e-6, abs=1e-6)
+        (folder / f"{task}.yaml").write_text(settings.dump(on_two_ranks(cfg)))
+        jobs.append([str(folder / f"{task}.yaml")])
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
+    done = subprocess.run([*words, json.dumps(jobs)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.usefixtures("on_two")
+def test_two_processes_give_the_figures_of_one_to_the_sixth_digit(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+) -> None:
+    found = json.loads((Path(task_toys[task].output) / "two.json").read_text())
+    same_figures(found, results[task]["test"], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.usefixtures("on_two")
+def test_two_processes_train_as_one(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+) -> None:
+    cfg = on_two_ranks(task_toys[task])
+    assert losses(cfg) == pytest.approx(losses(task_toys[task]), rel=1e-5)
+    found = json.loads((Path(cfg.output) / "result.json").read_text())
+    same_figures(found["test"], results[task]["test"], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -150,13 +187,9 @@ def test_neither_packing_nor_the_size_of_a_batch_changes_a_figure_before_the_six
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_passes_and_filler_change_no_loss(
-    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig]
+def test_passes_and_filler_change_neither_losses_nor_figures(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
 ) -> None:
-    def losses(cfg: TrainConfig) -> list[float]:
-        lines = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())
-        return [line["loss"] for line in lines if "split" not in line]
-
     cfg = task_toys[task]
     # the weights that the run drew, so that a difference is one of arithmetic
     single = replace(
@@ -165,6 +198,7 @@ def test_passes_and_filler_change_no_loss(
     )  # fmt: skip
     result = run.train(single, str).result
     assert losses(single) == pytest.approx(losses(cfg), rel=1e-5)
+    same_figures(result["test"], results[task]["test"], rel=1e-4, abs=1e-5)
     assert result["baselines"] == {}
 
 
@@ -219,6 +253,52 @@ def test_the_answers_that_a_run_keeps_are_those_of_predict_and_make_its_report(
     elif task != "masked_lm":
         assert list(kept["truth"]) == list(rows[str(cfg.data.label_column)])
     assert len(list((write_report(Path(cfg.output))).parent.glob("*.png"))) >= 3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_answer_depends_on_no_other_record_nor_on_its_place_among_them(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from esm_neuron.answers import records
+    from esm_neuron.answers.predict import predict
+
+    cfg = task_toys[task]
+    expected = pd.read_parquet(Path(cfg.output) / "answers-test.parquet").set_index("id")
+    pd.read_csv(str(cfg.data.test))[::-1].to_csv(tmp_path / "reversed.csv", index=False)
+    monkeypatch.setattr(records, "piece_tokens", lambda *_: 200)
+    predict(cfg.output, tmp_path / "reversed.csv", tmp_path / "answers.parquet", say=str)
+    found = pd.read_parquet(tmp_path / "answers.parquet").set_index("id")
+    assert list(found.index) == list(expected.index)[::-1]
+    for name in found:
+        both = [np.hstack(list(frame.loc[expected.index, name])) for frame in (found, expected)]
+        if name in ("label", "labels"):
+            assert list(both[0]) == list(both[1])
+        else:
+            np.testing.assert_allclose(*(values.astype(float) for values in both), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["residue_classification", "masked_lm"])
+def test_what_has_no_answer_is_null_in_json(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
+) -> None:
+    from esm_neuron.answers.predict import predict
+
+    run_, limit = task_toys[task].output, task_toys[task].data.max_residues
+    rows = [("long", "ACDEFGHIKL" * 6), *((residue, residue) for residue in "ACDEFGHIKL")]
+    pd.DataFrame(rows, columns=["id", "sequence"]).to_csv(tmp_path / "some.csv", index=False)
+    predict(run_, tmp_path / "some.csv", tmp_path / "a.jsonl", settings=["--data.long_sequences=crop"], say=str)
+    predictor = Predictor.open(Path(run_))
+    data = replace(predictor.cfg.data, long_sequences="crop")
+    answers = replace(predictor, cfg=replace(predictor.cfg, data=data)).answer(rows)
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    for found in (json.loads(json.dumps(answers, allow_nan=False)), lines):
+        if task == "masked_lm":
+            assert {row["perplexity"] is None for row in found} == {True, False}
+            assert all((row["hidden"] == 0) == (row["loss"] is None) for row in found)
+        else:
+            assert found[0]["labels"][limit:] == "-" * (60 - limit) and "-" not in found[0]["labels"][:limit]
+            assert [p is None for p in found[0]["p_E"]] == [False] * limit + [True] * (60 - limit)
 
 
 def test_settings_that_are_rarely_meant_are_noted(
