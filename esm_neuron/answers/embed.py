@@ -78,13 +78,17 @@ class Embedding:
 
 
 def per_record(table: ExampleTable, answers: Sequence[np.ndarray], per_residue: bool) -> list[np.ndarray]:
-    """float32 [H] of each record; or [residues, H], those that were cut off left out. Windows are averaged."""
+    """float32 [H] of each record; or [residues, H], NaN for those that were cut off. Windows are averaged."""
     if not per_residue:
         return list(record_mean(table, answers[0]).astype(np.float32))
+    slot, bounds = table.residue_slots()
     if len(table) > len(table.ids):
-        slot, bounds = table.residue_slots()
-        return np.split(residue_mean(slot, bounds, answers[0]).astype(np.float32), bounds[1:-1])
-    return [answers[0][start + 1 : end - 1] for start, end in zip(table.offsets[:-1], table.offsets[1:], strict=True)]
+        vectors = residue_mean(slot, bounds, answers[0]).astype(np.float32)
+    else:
+        shown = slot >= 0
+        vectors = np.full((bounds[-1], answers[0].shape[1]), np.nan, np.float32)
+        vectors[slot[shown]] = answers[0][shown]
+    return np.split(vectors, bounds[1:-1])
 
 
 def as_table(ids: Sequence[str], vectors: Sequence[np.ndarray]) -> pa.Table:
@@ -122,7 +126,8 @@ def embed(
         model: output folder of a training run, a Hugging Face folder of ESM-2, or a hub id.
         source: as for `predict`.
         target: Parquet (columns `id`, `embedding`) or safetensors (id -> array).
-        pooling: the mean over residues, the state of <cls>, or one vector a residue. Windows are averaged.
+        pooling: the mean over residues, the state of <cls>, or one vector a residue, in the protein's own
+            numbering (NaN for residues that were cut off). Windows are averaged.
         backend, settings, resume, say: as for `predict`.
 
     Returns:

@@ -49,7 +49,11 @@ class Opened:
             "version": __version__,
             "base weights": built.source.reference.sha256,
             "adapter": sha256(adapter) if trained else None,
+            "seed": cfg.seed,
+            "model.pooling": cfg.model.pooling,
             "loop.precision": cfg.loop.precision,
+            **{f"adapter.{name}": value for name, value in settings.plain(cfg.adapter).items()},
+            **{f"task.{name}": value for name, value in settings.plain(cfg.task).items()},
             **{f"data.{name}": value for name, value in data.items()},
             **more,
         }

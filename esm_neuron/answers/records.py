@@ -103,9 +103,13 @@ def answer_table(
 
 
 def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[ExampleTable]]:
-    """Tables of whole records with at most `tokens` tokens, or one record, from larger ones; labels are left out."""
+    """Tables of whole records with at most `tokens` tokens, or one record, from larger ones; labels are left out.
+
+    Residues that were cut off count too, for answers may have a row for them.
+    """
     for table in tables:
-        ends = table.offsets[np.searchsorted(table.record, np.arange(len(table.ids)), side="right")]
+        shown = np.bincount(table.record, table.lengths, len(table.ids))
+        ends = np.cumsum(np.maximum(shown, table.residues))
         first = 0
         while first < len(table.ids):
             begin = ends[first - 1] if first else 0
@@ -133,6 +137,6 @@ def _records(table: ExampleTable, first: int, last: int) -> ExampleTable:
 
 def _digest(table: ExampleTable) -> bytes:
     digest = hashlib.sha256(repr(list(table.ids)).encode())
-    for array in (table.tokens, table.offsets, table.record):
+    for array in (table.tokens, table.offsets, table.record, table.starts, table.residues):
         digest.update(np.ascontiguousarray(array).data)
     return digest.digest()

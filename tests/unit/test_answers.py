@@ -25,7 +25,8 @@ from esm_neuron.answers.embed import embed
 from esm_neuron.answers.parts import Parts
 from esm_neuron.answers.predict import predict
 from esm_neuron.backends import create_backend
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import DataConfig, TrainConfig
+from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import ConfigError, DataError, TrainingError
 from esm_neuron.export import build_trained, export, read_run
@@ -200,6 +201,21 @@ def test_a_residue_in_two_windows_gets_the_mean_of_both(plain: Path, tmp_path: P
         assert np.abs(found[name] - expected).max() < 2e-6
 
 
+@pytest.mark.parametrize(("how", "shown"), [("crop", [*range(12)]), ("crop_ends", [*range(6), *range(16, 22)])])
+def test_residues_that_are_cut_off_keep_their_place_and_have_no_embedding(
+    plain: Path, tmp_path: Path, how: str, shown: list[int]
+) -> None:
+    source, long = tmp_path / "long.fasta", "MNPQRSTVWYACDEFGHIKLMN"
+    source.write_text(f">short\nMKV\n>long\n{long}\n")
+    words = (f"--data.long_sequences={how}", "--data.max_residues=12")
+    embed(str(plain), source, tmp_path / "x.safetensors", "residue", settings=words)
+    found = load_file(tmp_path / "x.safetensors")
+    short, cut = (each[1:-1] for each in alone(plain, ["MKV", "".join(long[place] for place in shown)]))
+    assert found["long"].shape == (22, short.shape[1]) and np.abs(found["short"] - short).max() < 2e-6
+    assert np.abs(found["long"][shown] - cut).max() < 2e-6
+    assert np.isnan(np.delete(found["long"], shown, axis=0)).all()
+
+
 def test_a_run_embeds_with_its_adapter(trained: TrainConfig, tmp_path: Path) -> None:
     source = Path(str(trained.data.test))
     embed(trained.output, source, tmp_path / "run.parquet")
@@ -250,6 +266,11 @@ def test_a_killed_command_goes_on_and_loses_no_row(
     source.write_text(text.replace("A", "G", 1))
     assert "begun with another input; give --resume the same" in refused("--resume")
     source.write_text(text)
+    config = Path(trained.output) / "config.yaml"
+    kept_config = config.read_text()
+    config.write_text(kept_config.replace("- alpha\n  - beta", "- beta\n  - alpha"))
+    assert "begun with another task.labels; give" in refused("--resume")
+    config.write_text(kept_config)
     assert cli.main([*command, "--resume"]) == 0
     said = capsys.readouterr().err
     assert f"resumed: {len(kept)} of " in said and "2500 records answered" in said
@@ -257,6 +278,22 @@ def test_a_killed_command_goes_on_and_loses_no_row(
     predict(trained.output, source, tmp_path / "whole.csv", settings=SMALL)
     assert target.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert list(pd.read_csv(target)["id"]) == list(pd.read_csv(source)["id"])
+
+
+def test_what_was_cut_off_is_part_of_the_input(proteins: Proteins) -> None:
+    """A longer tail is not shown to the model, and yet there are more answers."""
+    cfg = DataConfig(max_residues=12)
+
+    def digests(path: Path) -> list[bytes]:
+        return [piece.digest for piece in records.table_pieces(InputChunks(path, cfg), 200)]
+
+    source = proteins("p.csv", 5)
+    before = digests(source)
+    assert len(before) > 1, "cut residues count in a piece"
+    rows = pd.read_csv(source)
+    rows["sequence"] += "A"
+    rows.to_csv(source, index=False)
+    assert not set(before) & set(digests(source))
 
 
 def test_two_processes_write_what_one_writes(trained: TrainConfig, proteins: Proteins, tmp_path: Path) -> None:
