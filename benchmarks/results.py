@@ -30,12 +30,14 @@ from esm_neuron import run, settings
 from esm_neuron.baselines import fit_baselines
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.batch import select_records
+from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.splits import load_splits
 from esm_neuron.finished import read_finished
 from esm_neuron.folders import RESULT
 from esm_neuron.held_out import as_table
 from esm_neuron.metrics.bootstrap import bootstrap, interval
 from esm_neuron.metrics.classification import confusion_scores
+from esm_neuron.metrics.ranking import Curve
 from esm_neuron.metrics.regression import correlations, ranks
 from esm_neuron.metrics.text import LOWER_IS_BETTER, NAMES, counted, number, show
 from esm_neuron.tasks import TASKS, create_task
@@ -68,7 +70,9 @@ class Experiment:
 EXPERIMENTS = (
     Experiment("demo", "Cytoplasm or membrane (scl2205, 2 classes)", ("mcc", "accuracy"), "composition"),
     Experiment("classes", "Subcellular location (scl2205, 13 classes)", ("mcc", "accuracy"), "composition"),
-    Experiment("multi_label", "All locations of a protein (scl2205, multi-label)", ("macro_f1",), "composition"),
+    Experiment(
+        "multi_label", "All locations of a protein (scl2205, multi-label)", ("macro_f1", "auroc"), "composition",
+    ),
     Experiment("residues", "Disordered residues (AA_LDR)", ("mcc", "accuracy"), "window"),
     Experiment(
         "regression", "Nucleation of amyloid-beta variants (Seuma et al. 2021)", ("spearman",), "composition",
@@ -139,6 +143,7 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
         "runs": {init: {key: one.result[key] for key in SHOWN} for init, one in finished.items()},
         "figures": figures,
         "differences": differences,
+        "silent": [name for name, said in answers.items() if "label" in said and (said["label"] == "").all()],
     }  # fmt: skip
 
 
@@ -157,9 +162,16 @@ def scorer(
     if task in ("sequence_classification", "residue_classification"):
         cells = confusion_cells(labels, answers, task == "residue_classification")
         return lambda counts: confusion_scores((counts @ cells).reshape(-1, len(labels), len(labels)))[metric]
+    if task == "multi_label" and metric == "auroc":
+        everyone = np.arange(len(answers))
+        curves = [
+            Curve.of(answers[f"p_{label}"].to_numpy(), has_label(answers["truth"], label), everyone, len(answers))
+            for label in labels
+        ]
+        return lambda counts: np.asarray(np.mean([curve.areas(counts)[0] for curve in curves], axis=0))
     if task == "multi_label":
         truth, said = (
-            np.array([[label in text.split(";") for label in labels] for text in answers[name]], float)
+            np.stack([has_label(answers[name], label) for label in labels], axis=1).astype(float)
             for name in ("truth", "label")
         )
         return lambda counts: macro_f1(counts @ (truth * said), counts @ (truth + said))
@@ -169,6 +181,11 @@ def scorer(
     hidden = answers["hidden"].to_numpy(float)
     loss = np.where(hidden > 0, answers["loss"], 0.0) * hidden
     return lambda counts: np.exp((counts @ loss) / (counts @ hidden))
+
+
+def has_label(texts: pd.Series, label: str) -> np.ndarray:
+    """bool [proteins]: whether `label` is among those that each text joins."""
+    return np.array([label in text.split(LIST_JOINER) for text in texts])
 
 
 def confusion_cells(labels: tuple[str, ...], answers: pd.DataFrame, per_residue: bool) -> np.ndarray:

@@ -46,13 +46,15 @@ def made(task: str, seed: int, n: int = 60) -> pd.DataFrame:
         return pd.DataFrame({"truth": each, "labels": said})
     words = ["a", "b", "c"] if task == "sequence_classification" else ["a", "a;b", "b;c", "c"]
     right = truth.choice(words, n)
-    return pd.DataFrame(
-        {"truth": right, "label": np.where(noise.random(n) < 0.2 * seed, noise.choice(words, n), right)}
-    )
+    said = np.where(noise.random(n) < 0.2 * seed, noise.choice(words, n), right)
+    p = {f"p_{c}": np.round([(c in text) + noise.normal(0, seed) for text in right], 1) for c in "abc"}
+    return pd.DataFrame({"truth": right, "label": said, **p})
 
 
-def expected(task: str, answers: pd.DataFrame) -> float:
+def expected(task: str, metric: str, answers: pd.DataFrame) -> float:
     """The same figure by scikit-learn and pandas."""
+    if metric == "auroc":
+        return float(sk.roc_auc_score(answers["truth"].str.get_dummies(";"), answers[["p_a", "p_b", "p_c"]]))
     if task == "regression":
         return float(answers["value"].corr(answers["truth"], method="spearman"))
     if task == "masked_lm":
@@ -72,6 +74,7 @@ def expected(task: str, answers: pd.DataFrame) -> float:
     [
         ("sequence_classification", "mcc"),
         ("multi_label", "macro_f1"),
+        ("multi_label", "auroc"),
         ("residue_classification", "mcc"),
         ("regression", "spearman"),
         ("masked_lm", "perplexity"),
@@ -81,13 +84,13 @@ def test_a_difference_is_that_of_the_figures_and_drawn_in_pairs(results: ModuleT
     one, other = made(task, 1), made(task, 2)
     labels = ("a", "b") if task == "residue_classification" else ("a", "b", "c")
     found = results.paired(task, metric, labels, one, other)
-    assert found["difference"] == pytest.approx(expected(task, one) - expected(task, other), abs=1e-9)
+    assert found["difference"] == pytest.approx(expected(task, metric, one) - expected(task, metric, other), abs=1e-9)
     low, high = found["difference_ci"]
     assert low < found["difference"] < high
     drawn = np.random.default_rng(0).integers(0, len(one), len(one))
     multiplicities = np.bincount(drawn, minlength=len(one))[None].astype(float)
     again = results.scorer(task, metric, labels, one)(multiplicities)[0]
-    assert again == pytest.approx(expected(task, one.iloc[drawn].reset_index(drop=True)), abs=1e-9)
+    assert again == pytest.approx(expected(task, metric, one.iloc[drawn].reset_index(drop=True)), abs=1e-9)
     assert results.paired(task, metric, labels, one, one)["difference_ci"] == [0, 0]
     same = results.verdict(metric, {"difference": 0.1, "difference_ci": [-0.1, 0.3]})
     assert (same, results.verdict(metric, {"difference": 0.1, "difference_ci": [0.05, 0.3]})) == (
