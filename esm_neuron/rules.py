@@ -89,11 +89,12 @@ def check_values(cfg: TrainConfig) -> None:
         f"data.max_residues={cfg.data.max_residues} and 2 specials do not fit a row of "
         f"data.row_tokens={cfg.data.row_tokens}; use data.max_residues <= {cfg.data.row_tokens - 2}",
     )
-    require(
-        0 <= cfg.data.window_overlap < cfg.data.max_residues,
-        f"data.window_overlap={cfg.data.window_overlap} must be 0 to {cfg.data.max_residues - 1} "
-        "(less than data.max_residues)",
-    )
+    if cfg.data.long_sequences == "window":
+        require(
+            cfg.data.window_overlap < cfg.data.max_residues,
+            f"data.window_overlap={cfg.data.window_overlap} must be 0 to {cfg.data.max_residues - 1} "
+            "(less than data.max_residues)",
+        )
     for name, value, low, high in _ranges(cfg):
         require(low <= value <= high, f"{name}={value} is outside {low} to {high}")
     for name, value in (("loop.epochs", cfg.loop.epochs), ("optim.lr", cfg.optim.lr)):
@@ -157,6 +158,7 @@ def _ranges(cfg: TrainConfig) -> list[tuple[str, float, float, float]]:
         ("data.valid_fraction", cfg.data.valid_fraction, 0, 0.9),
         ("data.test_fraction", cfg.data.test_fraction, 0, 0.9),
         ("data.max_residues", cfg.data.max_residues, 1, MOST),
+        ("data.window_overlap", cfg.data.window_overlap, 0, MOST),
         ("data.row_tokens", cfg.data.row_tokens, 3, MOST),
         ("data.max_segments", cfg.data.max_segments, 1, MOST),
         ("data.max_buckets", cfg.data.max_buckets, 1, 8),

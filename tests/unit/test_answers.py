@@ -285,7 +285,7 @@ def test_what_was_cut_off_is_part_of_the_input(proteins: Proteins) -> None:
     cfg = DataConfig(max_residues=12)
 
     def digests(path: Path) -> list[bytes]:
-        return [piece.digest for piece in records.table_pieces(InputChunks(path, cfg), 200)]
+        return [piece.digest for piece in records.table_pieces(InputChunks(path, cfg), 40)]
 
     source = proteins("p.csv", 5)
     before = digests(source)

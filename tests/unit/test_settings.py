@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TaskName, TrainConfig
 from esm_neuron.errors import ConfigError
-from esm_neuron.rules import validate
+from esm_neuron.rules import check_values, validate
 from esm_neuron.settings import dump, known_keys, make_parser, parse, read_config
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=12)
@@ -161,6 +161,13 @@ def test_a_value_of_the_wrong_type_is_named(folder: Path, flag: str, word: str) 
     by_file = refusal("--config", written(folder, text))
     assert leaf in by_file
     assert word.strip("[]") in by_file
+
+
+def test_windows_must_overlap_by_less_than_their_length_and_other_cuts_need_no_overlap() -> None:
+    short = DataConfig(max_residues=12, window_overlap=12)
+    check_values(TrainConfig(data=short))
+    with pytest.raises(ConfigError, match=r"data.window_overlap=12 must be 0 to 11 \(less than data.max_residues\)"):
+        check_values(TrainConfig(data=replace(short, long_sequences="window")))
 
 
 @pytest.mark.parametrize(

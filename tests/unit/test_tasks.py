@@ -285,7 +285,9 @@ def test_figures_and_outputs_do_not_depend_on_how_examples_are_batched(name: str
         return task.figures(table, answers), pd.DataFrame(task.outputs(table, answers), index=table.ids)
 
     expected, table_of_answers = answered(packing=False, row_tokens=64, rows=1, static=False)
-    assert expected.get("n_records", expected["n"]) == 12
+    # in a short protein there may be nothing hidden
+    asked = (table_of_answers["hidden"] > 0).sum() if name == "masked_lm" else 12
+    assert expected.get("n_records", expected["n"]) == asked > 10
     assert expected[task.metric] is not None
     for layout in [(True, 64, 3, True), (True, 200, 2, False), (False, 64, 5, True), (True, 1024, 1, True)]:
         found, frame = answered(*layout)
