@@ -131,7 +131,8 @@ def report(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     """Merge a run's adapter into its base and write a Hugging Face folder with a model card."""
-    parser = _parser("export", export)
+    parser = ArgumentParser(prog="esm-neuron export", description=export.__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     args = parser.parse_args(argv)
     from esm_neuron.export import export as run_export

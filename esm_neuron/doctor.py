@@ -28,12 +28,13 @@ from esm_neuron.parallel.topology import NEURON_CORES
 SHOWN = ("esm-neuron", "torch", "torch_xla", "transformers", "peft", "bitsandbytes", "optimum-neuron", *PACKAGES)
 """Packages whose versions are printed."""
 INSTALL = {
-    "": "pip install esm-neuron",
-    "cuda": "pip install 'esm-neuron[cuda]'",
-    "xla": "pip install 'esm-neuron[xla]'",
-    "neuron": "pip install -r constraints/neuron.txt",
+    "": "pip install -e .",
+    "cuda": "pip install -e '.[cuda]'",
+    "xla": "pip install -e '.[xla]'",
+    "neuron": "pip install --extra-index-url https://pip.repos.neuron.amazonaws.com -c constraints/neuron.txt "
+    "-e '.[neuron]'",
 }
-"""Extra of the package -> how it is installed."""
+"""Extra of the package -> how it is installed, in the repository's folder."""
 NO_GPU = "none"
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Of x86's AVX-512 and AMX, and of Arm, in /proc/cpuinfo."""

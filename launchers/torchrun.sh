@@ -66,6 +66,8 @@ if command -v neuron-ls >/dev/null; then
   cores=$(neuron-ls --json-output | "$python" -c "$count" 2>/dev/null) ||
     die "neuron-ls lists no NeuronCores; check the driver, or set NPROC_PER_NODE and take neuron-ls out of PATH"
   processes=$cores
+elif [[ -e /dev/neuron0 && -z ${NPROC_PER_NODE:-} ]]; then
+  die "/dev/neuron0 is here and neuron-ls is not in PATH, so the NeuronCores cannot be counted; add /opt/aws/neuron/bin"
 elif command -v nvidia-smi >/dev/null; then
   processes=$(nvidia-smi --list-gpus | wc -l)
 fi
