@@ -56,7 +56,7 @@ def test_nothing_is_missing_where_all_is_there(installed: dict[str, str]) -> Non
 
 def test_a_missing_package_is_named_with_its_cure(installed: dict[str, str]) -> None:
     del installed["torch_xla"]
-    assert missing_packages("xla") == [Lack("torch_xla is not installed", "pip install 'esm-neuron[xla]'")]
+    assert missing_packages("xla") == [Lack("torch_xla is not installed", "pip install -e '.[xla]'")]
     assert lacks("cpu") == []
 
 
