@@ -120,7 +120,7 @@ def placed(
     example = members[used]
     if not per_token:
         return (example, *(answer[used] for answer in answers))
-    lengths = np.where(used, table.lengths[members], 0)
+    lengths = np.where(used, table.tokens_of(members), 0)
     filled = np.arange(answers[0].shape[1]) < lengths.sum(1, keepdims=True)
     size = lengths[used]
     first = np.cumsum(size) - size
@@ -173,7 +173,7 @@ def collect_here(
         if not all(np.isfinite(values).all() for values in found.parts[-1][1:]):
             shown = ", ".join(repr(table.ids[record]) for record in table.record[example][:3])
             raise TrainingError(f"an answer to {shown} or a record beside them is no number; the weights are not sound")
-        advance(int(table.lengths[example].sum()))
+        advance(int(table.tokens_of(example).sum()))
 
     run_passes(model, task, backend, loader, take)
     return found.whole()

@@ -49,6 +49,10 @@ class ExampleTable:
         """int64 [examples]: tokens of each example, specials included."""
         return np.diff(self.offsets)
 
+    def tokens_of(self, examples: np.ndarray) -> np.ndarray:
+        """int64, shaped as `examples`: tokens of some examples, at the cost of these alone."""
+        return self.offsets[examples + 1] - self.offsets[examples]
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -24,7 +24,15 @@ ENGINE = (
     "parallel/slices.py", "parallel/topology.py", "trainer.py", "weights.py",
 )  # fmt: skip
 """What decides the numbers of a parallel run, below `esm_neuron`; compared without comments and docstrings."""
-PROOF = ("cases.py", "memory_cases.py", "vendor_cases.py", "worker.py", "standins/collectives.py", "standins/vendor.py")
+PROOF = (
+    "answer_cases.py",
+    "cases.py",
+    "memory_cases.py",
+    "vendor_cases.py",
+    "worker.py",
+    "standins/collectives.py",
+    "standins/vendor.py",
+)
 """What ran it, beside this file: the same."""
 
 Case = tuple[str, str, dict[str, Any]]
@@ -61,6 +69,24 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 """Worlds in which one rank's loss is no number."""
 
+COMMANDS = {
+    "evaluate": ("cls", "labelled.csv", "figures.json"),
+    "predict": ("cls", "labelled.csv", "answers.csv"),
+    "embed": ("cls", "labelled.csv", "vectors.parquet"),
+    "predict hidden": ("mlm", "labelled.csv", "answers.csv"),
+    "embed residues": ("mlm", "labelled.csv", "vectors.safetensors"),
+    "score": ("mlm", "variants.csv", "scores.csv"),
+}
+"""Case of `answer_cases.py` -> the run that answers, its input, the file that it leaves."""
+
+
+def _answers(backend: str, tp: int = 1) -> list[Case]:
+    return [
+        (command, "answer", {"command": command, "made": "{root}/1/runs", "backend": backend, "tp": tp})
+        for command in COMMANDS
+    ]
+
+
 WORLDS: dict[World, list[Case]] = {
     1: [
         _parity("cls", "cpu"),
@@ -69,6 +95,8 @@ WORLDS: dict[World, list[Case]] = {
         *_by_protein("cpu"),
         ("whole run", "resume", {"backend": "cpu", "set": {**STEPS, "loop.max_steps": 10}}),
         _parity("mlmfull", "cpu", **MLM, **FULL),
+        ("runs", "make_runs", {}),
+        *_answers("cpu"),
         ("plain", "load_plain", {"adapter": "{root}/2/adapter/adapter"}),
         ("650M", "write_650m", {}),
         ("signatures", "signatures", {}),
@@ -127,6 +155,7 @@ WORLDS: dict[World, list[Case]] = {
             "load_sharded",
             {"backend": "neuron", "set": {"parallel.tp": 4}, "adapter": "{root}/1/plain/saved"},
         ),
+        *_answers("neuron", 2),
     ],
     8: [
         _parity("cls tp8 padded", "neuron", 8, **PADDED, **PLAIN),
