@@ -7,6 +7,7 @@ counted around each step: no absolute number, which depends on the device and it
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
@@ -33,7 +34,7 @@ def signature(batch: Batch) -> Signature:
 
 
 class RecompileGuard:
-    """Watches the steps of one run.
+    """Watches the steps and evaluations of one run.
 
     Args:
         on_recompile: what to do about an unplanned program.
@@ -45,13 +46,14 @@ class RecompileGuard:
         self._action, self._graphs, self._planned = on_recompile, graphs, tuple(row_lengths)
         self._before = 0
         self._seen: dict[int, list[Signature]] = {}  # row length -> signatures of its first steps' batches
+        self._evaluated: Counter[int] = Counter()  # row length -> evaluations with such rows
 
     def warms_up(self, batches: Sequence[Batch]) -> bool:
         """Whether a step on `batches` is one of its bucket's first, which may compile."""
         return len(self._seen.get(batches[0].input_ids.shape[1], [])) < WARM_UP
 
     def begin(self) -> None:
-        """A step begins: what was compiled until now (validation, checkpoints) does not count against it."""
+        """A step or an evaluation begins: what was compiled until now does not count against it."""
         self._before = self._graphs()
 
     def end(self, step: int, batches: Sequence[Batch]) -> None:
@@ -66,9 +68,26 @@ class RecompileGuard:
             if compiled and (reason := self._reason(found, length, len(batches))):
                 self._report(f"step {step} compiled {compiled} unplanned program{'s' * (compiled > 1)}: {reason}")
                 return
-        seen = self._seen.setdefault(batches[0].input_ids.shape[1], [])
-        if len(seen) < WARM_UP:
-            seen.append(signature(batches[0]))
+        length = batches[0].input_ids.shape[1]
+        seen = self._seen.setdefault(length, [])
+        if len(seen) < WARM_UP:  # of the many lengths without static shapes, only that they were there
+            seen.append(signature(batches[0]) if length in self._planned else ())
+
+    def end_evaluation(self, step: int, row_lengths: Sequence[int]) -> None:
+        """An evaluation after step `step`, on rows of these lengths, is done: one program a length, made early.
+
+        Raises:
+            ConfigError: with `on_recompile` "error", it compiled a program that was not planned.
+        """
+        compiled = self._graphs() - self._before
+        planned = sum(self._evaluated[length] < WARM_UP for length in row_lengths)
+        self._evaluated.update(row_lengths)
+        if compiled > planned:
+            lengths = " and ".join(map(str, row_lengths))
+            self._report(
+                f"the evaluation after step {step} compiled {compiled} programs, {planned} of them planned, on rows of "
+                f"{lengths} tokens: another shape, or a Python value in the pass changed"
+            )
 
     def _reason(self, found: Signature, length: int, passes: int) -> str | None:
         """Why the program is unplanned, None where it was to be expected."""

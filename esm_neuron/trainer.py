@@ -299,8 +299,11 @@ class Trainer:
         self._start_clock()
 
     def evaluate(self, loader: EvalLoader) -> dict[str, Value]:
-        """The figures of a loader's table over all ranks."""
-        return evaluate(self.model, self.task, self.backend, loader)
+        """The figures of a loader's table over all ranks; raises as `RecompileGuard.end_evaluation`, too."""
+        self.guard.begin()
+        values = evaluate(self.model, self.task, self.backend, loader)
+        self.guard.end_evaluation(self.state.step, loader.row_lengths)
+        return values
 
     def load_best(self) -> tuple[int, dict[str, Tensor]]:
         """Put the weights of the best validated step back, where there is one.

@@ -239,6 +239,8 @@ class EvalLoader:
         self._collator = _Collator(table, task, _segments(cfg), cfg.seed, static_shapes)
         chosen = (cfg.data.row_tokens,) if row_lengths is None else row_lengths
         self._plan = evaluation_plan(cfg, lengths, chosen, dp * local_dp)
+        self.row_lengths: tuple[int, ...] = tuple(sorted(self._plan.step(step)[0] for step in self._plan.first_steps()))
+        """Tokens of the rows that its batches have."""
         self.padding_efficiency: float = self._plan.efficiency(lengths)
         """Share of the slots, filler rows included, that hold tokens."""
 

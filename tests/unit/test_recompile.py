@@ -51,6 +51,24 @@ class Run:
         self.guard.end(self.step, batches or (batch(),))
         self.step += 1
 
+    def evaluate(self, compiled: int, *row_lengths: int) -> None:
+        self.guard.begin()
+        self.graphs += compiled
+        self.guard.end_evaluation(self.step, row_lengths or (128,))
+
+
+def test_the_first_two_evaluations_on_rows_of_a_length_may_compile_a_program_each() -> None:
+    run_ = Run()
+    for compiled in (1, 1, 0):
+        run_.evaluate(compiled)
+    run_.evaluate(1, 64, 128)
+    with pytest.raises(
+        ConfigError, match="compiled 2 programs, 1 of them planned, on rows of 64 and 128"
+    ):
+        run_.evaluate(2, 64, 128)
+    with pytest.raises(ConfigError, match="compiled 1 programs, 0 of them planned"):
+        run_.evaluate(1)
+
 
 def test_the_first_two_steps_of_each_bucket_may_compile() -> None:
     steps = Run()

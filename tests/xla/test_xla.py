@@ -127,6 +127,11 @@ def test_recomputing_blocks_changes_nothing(said: dict[str, Any]) -> None:
     assert len(said["again"]["losses"]) == 6
 
 
+def test_a_step_reads_nothing_from_the_device_before_the_log_is_due(said: dict[str, Any]) -> None:
+    *quiet, logged = said["reads"]
+    assert quiet == [0] * 5 and logged > 0
+
+
 def test_several_processes_are_refused(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,11 @@ def compiled() -> int:
     return int(data[0]) if data else 0
 
 
+def moved_to_host() -> int:
+    data = met.metric_data("TransferFromDeviceTime")
+    return int(data[0]) if data else 0
+
+
 @contextmanager
 def patched(owner: type, name: str, make: Callable[[Any], Any]) -> Any:
     before = getattr(owner, name)
@@ -128,6 +133,23 @@ def count_graphs(cfg: TrainConfig) -> dict[str, int]:
         run.train(cfg, str)
         graphs.note("end")
     return dict(graphs.found)
+
+
+def count_reads(cfg: TrainConfig) -> list[int]:
+    """Train; tensors that each step brought from the device to the host."""
+    found = []
+
+    def train_step(original: Any) -> Any:
+        def wrapped(self: Trainer, data: Any) -> None:
+            before = moved_to_host()
+            original(self, data)
+            found.append(moved_to_host() - before)
+
+        return wrapped
+
+    with patched(Trainer, "_train_step", train_step):
+        run.train(cfg, str)
+    return found
 
 
 def figures(cfg: TrainConfig) -> dict[str, Any]:
@@ -251,6 +273,8 @@ def main(config: Path, folder: Path) -> None:
         make("again", model={"gradient_checkpointing": True}, loop={"max_steps": 6})
     )
     said["again"] = figures(make("again"))
+    quiet = replace(make("quiet", loop={"max_steps": 6, "eval_every": 6}), log=replace(base.log, every=6))
+    said["reads"] = count_reads(replace(quiet, checkpoint=replace(quiet.checkpoint, every=6)))
     print(json.dumps(said))
 
 
