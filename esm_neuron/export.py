@@ -140,6 +140,21 @@ def _write_adapter(
     return out / ADAPTER
 
 
+def moved(cfg: TrainConfig, backend: BackendName) -> TrainConfig:
+    """A run's configuration on another device, without what only its own has: as many cores, its number formats.
+
+    A CPU answers in float32: those without bf16 units emulate it, at a fraction of the speed.
+    """
+    precision = "fp32" if backend == "cpu" else cfg.loop.precision
+    return replace(
+        cfg,
+        backend=backend,
+        parallel=ParallelConfig(),
+        loop=replace(cfg.loop, tf32=False, torch_compile=False, precision=precision),
+        optim=replace(cfg.optim, kind="adamw"),
+    )
+
+
 def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:
     """Configuration and task of a finished run, ready for `build_trained`.
 
@@ -159,12 +174,9 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
         model = replace(model, name=str(folder / MODEL), init="pretrained", revision=None, sha256=None)
     elif is_carried(model):
         model = replace(model, name=str(folder / BASE), init="pretrained", revision=None, sha256=None)
-    elsewhere = backend is not None and backend != cfg.backend
-    parallel = ParallelConfig() if elsewhere else cfg.parallel  # another device may not have as many cores
-    cfg = replace(cfg, output=str(folder), model=model, backend=backend or cfg.backend, parallel=parallel)
-    if elsewhere:  # what only the one device has
-        loop = replace(cfg.loop, tf32=False, torch_compile=False)
-        cfg = replace(cfg, loop=loop, optim=replace(cfg.optim, kind="adamw"))
+    cfg = replace(cfg, output=str(folder), model=model)
+    if backend is not None and backend != cfg.backend:
+        cfg = moved(cfg, backend)
     if not cfg.can_quantize and cfg.adapter.kind == "qlora":
         log.warning("trained on quantized weights, answered from float ones: answers differ by the quantization error")
         cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))

@@ -25,7 +25,7 @@ try:
     import bitsandbytes.functional as bnb
 except ImportError as error:
     raise ConfigError(
-        f"adapter.kind=qlora needs bitsandbytes ({error}); pip install 'esm-neuron[cuda]', or use adapter.kind=lora "
+        f"adapter.kind=qlora needs bitsandbytes ({error}); pip install -e '.[cuda]', or use adapter.kind=lora "
         "with loop.precision=bf16"
     ) from error
 

@@ -34,7 +34,7 @@ def signature(batch: Batch) -> Signature:
 
 
 class RecompileGuard:
-    """Watches the steps and evaluations of one run.
+    """Watches the steps and validations of one run.
 
     Args:
         on_recompile: what to do about an unplanned program.
@@ -46,14 +46,14 @@ class RecompileGuard:
         self._action, self._graphs, self._planned = on_recompile, graphs, tuple(row_lengths)
         self._before = 0
         self._seen: dict[int, list[Signature]] = {}  # row length -> signatures of its first steps' batches
-        self._evaluated: Counter[int] = Counter()  # row length -> evaluations with such rows
+        self._validated: Counter[int] = Counter()  # row length -> validations with such rows
 
     def warms_up(self, batches: Sequence[Batch]) -> bool:
         """Whether a step on `batches` is one of its bucket's first, which may compile."""
         return len(self._seen.get(batches[0].input_ids.shape[1], [])) < WARM_UP
 
     def begin(self) -> None:
-        """A step or an evaluation begins: what was compiled until now does not count against it."""
+        """A step or a validation begins: what was compiled until now does not count against it."""
         self._before = self._graphs()
 
     def end(self, step: int, batches: Sequence[Batch]) -> None:
@@ -73,21 +73,25 @@ class RecompileGuard:
         if len(seen) < WARM_UP:  # of the many lengths without static shapes, only that they were there
             seen.append(signature(batches[0]) if length in self._planned else ())
 
-    def end_evaluation(self, step: int, row_lengths: Sequence[int]) -> None:
-        """An evaluation after step `step`, on rows of these lengths, is done: one program a length, made early.
+    def end_validation(self, step: int, row_lengths: Sequence[int]) -> None:
+        """A validation after step `step`, on rows of these lengths, is done: as with steps, the first two may compile.
 
         Raises:
             ConfigError: with `on_recompile` "error", it compiled a program that was not planned.
         """
         compiled = self._graphs() - self._before
-        planned = sum(self._evaluated[length] < WARM_UP for length in row_lengths)
-        self._evaluated.update(row_lengths)
-        if compiled > planned:
+        warms_up = any(self._validated[length] < WARM_UP for length in row_lengths)
+        self._validated.update(row_lengths)
+        if compiled and not warms_up:
             lengths = " and ".join(map(str, row_lengths))
             self._report(
-                f"the evaluation after step {step} compiled {compiled} programs, {planned} of them planned, on rows of "
-                f"{lengths} tokens: another shape, or a Python value in the pass changed"
+                f"the validation after step {step} compiled {compiled} unplanned program{'s' * (compiled > 1)}: its "
+                f"rows have {lengths} tokens, as before, so another shape or a Python value in the pass changed"
             )
+
+    def weights_were_given(self) -> None:
+        """Weights came from a checkpoint: a device may lay them out otherwise than what it computed."""
+        self._validated.clear()
 
     def _reason(self, found: Signature, length: int, passes: int) -> str | None:
         """Why the program is unplanned, None where it was to be expected."""

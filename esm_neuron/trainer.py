@@ -264,6 +264,7 @@ class Trainer:
 
         snapshot = self._load(from_main(self.backend, find), lambda snapshot: snapshot)
         self.backend.load_state(self.model, self.optimizer, snapshot.model, snapshot.optimizer)
+        self.guard.weights_were_given()
         return snapshot.state.step
 
     def _log(self, step: int, rate: float, totals: Tensor, norm: Tensor) -> None:
@@ -291,19 +292,18 @@ class Trainer:
             return
         self._stop_clock()
         self._expect("evaluation", len(self.valid_loader) + 1)
+        self.guard.begin()
         values = self.evaluate(self.valid_loader)
         watched = values[self.task.metric]
         self.stopper.update(watched if isinstance(watched, (int, float)) else None, self.state.step)
         for callback in self.callbacks:
             callback.on_eval(self.state.step, {"split": "valid", **values})
+        self.guard.end_validation(self.state.step, self.valid_loader.row_lengths)
         self._start_clock()
 
     def evaluate(self, loader: EvalLoader) -> dict[str, Value]:
-        """The figures of a loader's table over all ranks; raises as `RecompileGuard.end_evaluation`, too."""
-        self.guard.begin()
-        values = evaluate(self.model, self.task, self.backend, loader)
-        self.guard.end_evaluation(self.state.step, loader.row_lengths)
-        return values
+        """The figures of a loader's table over all ranks."""
+        return evaluate(self.model, self.task, self.backend, loader)
 
     def load_best(self) -> tuple[int, dict[str, Tensor]]:
         """Put the weights of the best validated step back, where there is one.

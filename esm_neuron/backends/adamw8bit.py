@@ -22,8 +22,7 @@ def paged_adamw8bit(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> to
         from bitsandbytes.optim.adamw import PagedAdamW8bit
     except ImportError as error:
         raise ConfigError(
-            f"optim.kind=adamw8bit needs bitsandbytes ({error}); pip install 'esm-neuron[cuda]', or use "
-            "optim.kind=adamw"
+            f"optim.kind=adamw8bit needs bitsandbytes ({error}); pip install -e '.[cuda]', or use optim.kind=adamw"
         ) from error
     make_gradient_buffers(groups)
     named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]

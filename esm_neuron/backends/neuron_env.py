@@ -15,7 +15,11 @@ PACKAGES = ("torch-neuronx", "neuronx-cc", "libneuronxla", "neuronx-distributed"
 """Packages of the Neuron SDK's own index."""
 PLACEHOLDERS = ("0.1", "1.0")
 """Versions under which the general package index holds empty packages of these names."""
-CURE = "install the Neuron SDK's wheels: pip install -r constraints/neuron.txt"
+INSTALL = (
+    "pip install --extra-index-url https://pip.repos.neuron.amazonaws.com -c constraints/neuron.txt -e '.[neuron]'"
+)
+"""In the repository's folder."""
+CURE = f"install the Neuron SDK's wheels: {INSTALL}"
 CACHE = "NEURON_COMPILE_CACHE_URL"
 CORES_A_DEVICE = 2
 """NeuronCores of a Trainium1 chip (/dev/neuron*)."""

@@ -39,7 +39,7 @@ def import_torch_xla() -> Any:
         import torch_xla.debug.metrics
         import torch_xla.utils.checkpoint
     except ImportError as error:
-        raise ConfigError(f"backend xla needs torch_xla ({error}); pip install 'esm-neuron[xla]'") from error
+        raise ConfigError(f"backend xla needs torch_xla ({error}); pip install -e '.[xla]'") from error
     return torch_xla
 
 

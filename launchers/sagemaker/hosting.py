@@ -22,7 +22,7 @@ from stage import HERE, copy_package, requirements
 from esm_neuron import settings
 from esm_neuron.config import AdapterConfig, BackendName, require
 from esm_neuron.errors import EsmNeuronError
-from esm_neuron.export import CONFIG, MODEL, export
+from esm_neuron.export import CONFIG, MODEL, export, moved
 from esm_neuron.files import write_text
 
 TORCH = "torch==2.8.*"
@@ -36,8 +36,8 @@ def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
         EsmNeuronError: `run` is no finished run, or its weights are damaged.
     """
     export(run, folder / MODEL)
-    cfg = settings.read_config(run / CONFIG)
-    write_text(folder / CONFIG, settings.dump(replace(cfg, adapter=AdapterConfig(kind="none"), backend=backend)))
+    cfg = replace(moved(settings.read_config(run / CONFIG), backend), adapter=AdapterConfig(kind="none"))
+    write_text(folder / CONFIG, settings.dump(cfg))
     code = folder / "code"
     code.mkdir()
     shutil.copy2(HERE / "inference.py", code)

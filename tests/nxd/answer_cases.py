@@ -12,12 +12,14 @@ from parity import COMMANDS
 from esm_neuron import run
 from esm_neuron.answers.embed import embed
 from esm_neuron.answers.predict import predict
-from esm_neuron.answers.score import score
+from esm_neuron.answers.score import Method, score
 from esm_neuron.config import BackendName
 from esm_neuron.data.tokenizer import RESIDUES
 
 SMALL = ("--data.max_residues=46", "--data.row_tokens=48", "--loop.eval_rows_per_device=1")
 """So that there are several pieces for the copies of the model to share."""
+METHODS: dict[str, Method] = {"score": "pseudo-perplexity", "score marginals": "masked-marginal"}
+"""A pass a residue, shared by all; or one piece, while a copy of the model has nothing to do."""
 
 
 def make_runs(output: str) -> None:
@@ -31,7 +33,9 @@ def make_runs(output: str) -> None:
     (folder / "variants.csv").write_text("\n".join(["variant", *variants, ""]), encoding="utf-8")
     (folder / "wild.fasta").write_text(f">wild\n{wild}\n", encoding="utf-8")
     for name, task in (("cls", "sequence_classification"), ("mlm", "masked_lm")):
-        cfg = configuration(str(folder / name), set={"task.name": task, "loop.max_steps": 4, "optim.lr": 0.02})
+        labels = LABELS if name == "cls" else None
+        few = {"task.name": task, "task.labels": labels, "loop.max_steps": 4, "optim.lr": 0.02}
+        cfg = configuration(str(folder / name), set=few)
         data = replace(cfg.data, train=str(folder / "labelled.csv"), valid_fraction=0.1, relatives="off")
         run.train(replace(cfg, data=data, log=replace(cfg.log, baselines=False, answers=False)), str)
 
@@ -49,4 +53,5 @@ def answer(output: str, command: str, made: str, backend: BackendName, tp: int =
         pooling = "residue" if "residues" in command else "mean"
         embed(str(model), wanted, into, pooling, backend=backend, settings=words, say=str)
     else:
-        score(str(model), wanted, into, wild_type=Path(made) / "wild.fasta", backend=backend, settings=words, say=str)
+        method, wild = METHODS[command], Path(made) / "wild.fasta"
+        score(str(model), wanted, into, method, wild_type=wild, backend=backend, settings=words, say=str)

@@ -76,6 +76,7 @@ COMMANDS = {
     "predict hidden": ("mlm", "labelled.csv", "answers.csv"),
     "embed residues": ("mlm", "labelled.csv", "vectors.safetensors"),
     "score": ("mlm", "variants.csv", "scores.csv"),
+    "score marginals": ("mlm", "variants.csv", "scores.csv"),
 }
 """Case of `answer_cases.py` -> the run that answers, its input, the file that it leaves."""
 

@@ -295,6 +295,7 @@ def test_evaluation_with_the_buckets_of_training() -> None:
     loader = EvalLoader(table, Label(), make_config(), row_lengths=(24, ROW))
     batches = list(loader)
     assert {batch.input_ids.shape for batch in batches} == {(6, 24), (3, ROW)}
+    assert loader.row_lengths == (24, ROW)
     assert examples_of(batches) == list(range(len(table)))
 
 

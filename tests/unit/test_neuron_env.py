@@ -34,7 +34,8 @@ def test_placeholder_packages_are_named_with_the_cure(monkeypatch: pytest.Monkey
         check_packages()
     assert str(error.value) == (
         f"torch-neuronx {version}, neuronx-distributed {version}: empty placeholder of the general package index; "
-        "install the Neuron SDK's wheels: pip install -r constraints/neuron.txt"
+        "install the Neuron SDK's wheels: pip install --extra-index-url https://pip.repos.neuron.amazonaws.com "
+        "-c constraints/neuron.txt -e '.[neuron]'"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,14 @@ import pytest
 import torch
 
 from esm_neuron import run
+from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import OnRecompile, TrainConfig
 from esm_neuron.data.batch import Batch
+from esm_neuron.data.loader import EvalLoader
 from esm_neuron.errors import ConfigError
+from esm_neuron.metrics import Value
 from esm_neuron.recompile import RecompileGuard
+from esm_neuron.trainer import Trainer
 
 
 def batch(rows: int = 4, tokens: int = 128, segments: int = 6, weights: torch.dtype = torch.float32) -> Batch:
@@ -51,23 +56,47 @@ class Run:
         self.guard.end(self.step, batches or (batch(),))
         self.step += 1
 
-    def evaluate(self, compiled: int, *row_lengths: int) -> None:
+    def validate(self, compiled: int, *row_lengths: int) -> None:
         self.guard.begin()
         self.graphs += compiled
-        self.guard.end_evaluation(self.step, row_lengths or (128,))
+        self.guard.end_validation(self.step, row_lengths or (128,))
 
 
-def test_the_first_two_evaluations_on_rows_of_a_length_may_compile_a_program_each() -> None:
-    run_ = Run()
-    for compiled in (1, 1, 0):
-        run_.evaluate(compiled)
-    run_.evaluate(1, 64, 128)
-    with pytest.raises(
-        ConfigError, match="compiled 2 programs, 1 of them planned, on rows of 64 and 128"
-    ):
-        run_.evaluate(2, 64, 128)
-    with pytest.raises(ConfigError, match="compiled 1 programs, 0 of them planned"):
-        run_.evaluate(1)
+def test_the_first_two_validations_on_rows_of_a_length_may_compile() -> None:
+    steps = Run()
+    for compiled in (1, 2, 0):
+        steps.validate(compiled)
+    steps.validate(1, 64, 128)
+    with pytest.raises(ConfigError, match="after step 0 compiled 1 unplanned program: its rows have 128 tokens, as "):
+        steps.validate(1)
+    steps.guard.weights_were_given()
+    steps.validate(1)
+
+
+def test_a_late_program_of_a_validation_stops_the_run_after_its_figures_are_written(
+    toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = toy(loop={"max_steps": 8, "eval_every": 2})
+    compiled = [0]
+    evaluate = Trainer.evaluate
+
+    def late(self: Trainer, loader: EvalLoader) -> dict[str, Value]:
+        compiled[0] += self.state.step == 6
+        return evaluate(self, loader)
+
+    monkeypatch.setattr(CpuBackend, "graphs", lambda self: compiled[0])
+    monkeypatch.setattr(Trainer, "evaluate", late)
+    with pytest.raises(ConfigError, match="the validation after step 6 compiled 1 unplanned program"):
+        run.train(cfg)
+    last = json.loads((Path(cfg.output) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["split"]) == (6, "valid")
+
+
+def test_lengths_that_nobody_planned_cost_no_memory() -> None:
+    steps = Run("ignore")
+    for tokens in range(200, 260):
+        steps(0, batch(1, tokens))
+    assert not any(signature for seen in steps.guard._seen.values() for signature in seen)
 
 
 def test_the_first_two_steps_of_each_bucket_may_compile() -> None:
