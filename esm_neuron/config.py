@@ -218,8 +218,9 @@ class LoopConfig:
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
     on_recompile: OnRecompile = "error"
-    """A training step that compiles a program after its bucket's first two steps, or a validation after the first two on
-    rows of its lengths, where shapes are static (xla, neuron): stop and name what changed, warn and go on, or say nothing."""
+    """A training step that compiles a program after its bucket's first two steps, or a validation after the first two
+    on rows of its lengths, where shapes are static (xla, neuron): stop and name what changed, warn and go on, or say
+    nothing."""
     on_nonfinite: OnNonfinite = "stop"
     """A step whose loss or gradient is not finite never moves the weights, and its records are named in
     `output`/nonfinite.jsonl. Then: stop; skip it and go on; or go back to the weights of the newest checkpoint and on
