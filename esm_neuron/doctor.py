@@ -22,6 +22,7 @@ from esm_neuron.backends.neuron_env import (
     installed_version,
     neuron_cores,
 )
+from esm_neuron.backends.neuron_env import INSTALL as NEURON_INSTALL
 from esm_neuron.config import BackendName, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.parallel.topology import NEURON_CORES
 
@@ -31,8 +32,7 @@ INSTALL = {
     "": "pip install -e .",
     "cuda": "pip install -e '.[cuda]'",
     "xla": "pip install -e '.[xla]'",
-    "neuron": "pip install --extra-index-url https://pip.repos.neuron.amazonaws.com -c constraints/neuron.txt "
-    "-e '.[neuron]'",
+    "neuron": NEURON_INSTALL,
 }
 """Extra of the package -> how it is installed, in the repository's folder."""
 NO_GPU = "none"
