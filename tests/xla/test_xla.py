@@ -62,6 +62,13 @@ def test_answers_are_those_of_the_cpu_by_one_program(said: dict[str, Any]) -> No
     assert xla["programs"] == [1, 1], "a piece must not make a shape of its own"
 
 
+def test_variants_are_scored_as_on_the_cpu_by_one_program(said: dict[str, Any]) -> None:
+    scored = said["scored"]
+    assert len(scored["cpu"]) == 10 and len(set(scored["cpu"])) == 10
+    assert scored["xla"] == pytest.approx(scored["cpu"], abs=1e-5)
+    assert scored["programs"] == 1
+
+
 ONCE = {"first pass", "first update", "first evaluation"}
 SET_UP = 2
 """Most programs before the first step: the gradient buffers and the optimizer's state."""

@@ -27,6 +27,7 @@ import torch_xla.debug.metrics as met
 from esm_neuron import run, settings
 from esm_neuron.answers.embed import embed
 from esm_neuron.answers.predict import predict
+from esm_neuron.answers.score import score
 from esm_neuron.backends.xla import XlaBackend
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.loader import TrainLoader
@@ -235,6 +236,27 @@ def answer(folder: Path, source: Path) -> dict[str, Any]:
     return found
 
 
+def score_variants(folder: Path) -> dict[str, Any]:
+    """Variants of one protein scored by the masked-LM run `mlm_cpu` on both devices; programs of the second's."""
+    wild = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIE"
+    (folder / "wild.fasta").write_text(f">wild\n{wild}\n")
+    pd.DataFrame({"variant": [f"{wild[at]}{at + 1}G" for at in range(0, 30, 3)]}).to_csv(folder / "v.csv", index=False)
+    small = ("--loop.eval_rows_per_device=2", "--data.row_tokens=64", "--data.max_residues=62")
+    found, before = {}, compiled()
+    for name in ("cpu", "xla"):
+        target = folder / f"scored-{name}.csv"
+        score(
+            str(folder / "mlm_cpu"),
+            folder / "v.csv",
+            target,
+            wild_type=folder / "wild.fasta",
+            backend=name,
+            settings=small,
+        )
+        found[name] = list(pd.read_csv(target)["masked_marginal"])
+    return {**found, "programs": compiled() - before}
+
+
 def main(config: Path, folder: Path) -> None:
     base = settings.read_config(config)
 
@@ -267,6 +289,7 @@ def main(config: Path, folder: Path) -> None:
     said["counts"]["masked_lm"] = count_graphs(make("mlm", **masked, loop={"max_steps": 6}))
     said["mlm"] = figures(make("mlm"))
     said["mlm_cpu"] = train(make("mlm_cpu", "cpu", **masked, loop={"max_steps": 6}))
+    said["scored"] = score_variants(folder)
     said["counts"]["bf16"] = count_graphs(make("bf16", loop={"precision": "bf16", "max_steps": 6}))
     said["bf16"] = figures(make("bf16"))
     said["counts"]["checkpointing"] = count_graphs(
