@@ -24,6 +24,7 @@ from esm_neuron.backends.common import (
     trainable,
 )
 from esm_neuron.config import OptimConfig, TrainConfig, require
+from esm_neuron.low_rank import fuse_lora
 from esm_neuron.model import encoder_of
 from esm_neuron.parallel.slices import Shard
 from esm_neuron.parallel.topology import Topology
@@ -84,6 +85,7 @@ class EagerBackend:
     def prepare(self, model: nn.Module) -> nn.Module:
         if self._bf16:
             store_frozen_linears(model, torch.bfloat16)
+        fuse_lora(model)
         if self._compile:
             for block in encoder_of(model).encoder.layer:
                 block.compile()

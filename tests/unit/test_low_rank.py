@@ -1,0 +1,136 @@
+"""The fused LoRA layer against PEFT's own, and what is left to PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from esm_neuron import low_rank, run
+from esm_neuron.config import TrainConfig
+from esm_neuron.low_rank import FusedLoraLinear, fuse_lora
+
+ROWS = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
+
+
+def layers(dropout: float = 0.0, bias: bool = True, **options: bool) -> tuple[PeftModel, PeftModel]:
+    """PEFT's own and ours with the same weights, none of them zero; two linears, of which the second is wider."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(12, 8, bias=bias), nn.Linear(8, 20, bias=bias))
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=["0", "1"], lora_dropout=dropout, **options)
+    plain = get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    fused = deepcopy(plain)
+    fuse_lora(fused)
+    return plain, fused
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    """Equal to rounding, as a share of the largest."""
+    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+def answered(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output and every gradient of a loss with unlike weights."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (out * torch.linspace(-1, 1, out.shape[-1])).square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert x.grad is not None and len(gradients) == 4
+    return {"out": out.detach(), "x": x.grad, **gradients}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry a call of the fused product."""
+    found: list[int] = []
+    apply = low_rank._LowRank.apply
+    monkeypatch.setattr(low_rank._LowRank, "apply", lambda *given: found.append(1) or apply(*given))
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_and_gradients_are_those_of_peft(calls: list[int], bias: bool) -> None:
+    plain, fused = layers(bias=bias)
+    expected, found = answered(plain, ROWS), answered(fused, ROWS)
+    assert len(calls) == 2
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert near(found[name], value), name
+
+
+def test_under_autocast_it_is_as_near_to_float32_as_peft(calls: list[int]) -> None:
+    plain, fused = layers()
+    exact = answered(plain, ROWS)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, found = answered(plain, ROWS), answered(fused, ROWS)
+    assert len(calls) == 2
+    assert found["out"].dtype == torch.bfloat16
+    for name, value in exact.items():
+        assert found[name].dtype == rounded[name].dtype
+        error, of_peft = ((each[name].float() - value).norm() / value.norm() for each in (found, rounded))
+        assert 0 < error < max(2 * float(of_peft), 0.01), name
+
+
+def test_what_is_not_plain_goes_the_way_of_peft(calls: list[int]) -> None:
+    plain, fused = layers(dropout=0.5)
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        model.dropped = answered(model, ROWS)
+        model.eval()
+    assert calls == [] and torch.equal(fused.dropped["out"], plain.dropped["out"])
+    assert near(fused(ROWS), plain(ROWS)) and len(calls) == 2, "there is no dropout in evaluation"
+    with fused.disable_adapter(), plain.disable_adapter():
+        assert torch.equal(fused(ROWS), plain(ROWS))
+    before = fused(ROWS)
+    fused.merge_adapter()
+    calls.clear()
+    assert near(fused(ROWS), before) and calls == []
+    dora, also = layers(use_dora=True)
+    assert torch.equal(dora(ROWS), also(ROWS)) and calls == []
+
+
+def test_a_linear_that_is_trained_itself_goes_the_way_of_peft(calls: list[int]) -> None:
+    _, fused = layers()
+    fused.requires_grad_(True)
+    fused(ROWS).sum().backward()
+    assert calls == []
+
+
+def test_runs_use_it_and_leave_plain_adapters(
+    toy: Callable[..., TrainConfig], calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = toy("fused", loop={"max_steps": 4})
+    losses = _losses(cfg)
+    assert len(calls) > 100
+    calls.clear()
+    monkeypatch.setattr("esm_neuron.backends.eager.fuse_lora", lambda model: None)
+    assert _losses(toy("plain", loop={"max_steps": 4})) == pytest.approx(losses, rel=1e-5)
+    assert calls == []
+
+
+def _losses(cfg: TrainConfig) -> list[float]:
+    run.train(cfg, str)
+    lines = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "split" not in line]
+
+
+def test_quantized_linears_keep_their_class() -> None:
+    class Special(nn.Linear):
+        """As bitsandbytes' are."""
+
+    model = get_peft_model(nn.Sequential(Special(4, 4), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0", "1"]))
+    fuse_lora(model)
+    kinds = [type(model.get_submodule(f"base_model.model.{place}")) is FusedLoraLinear for place in "01"]
+    assert kinds == [False, True]
