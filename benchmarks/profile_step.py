@@ -1,8 +1,8 @@
-"""Where the time of a training step goes on the CPU: `python benchmarks/profile_step.py [--shape ...] [--adapter ...]`.
+"""Where the time of a training step goes on the CPU: `python benchmarks/profile_step.py`.
 
 Trains as `throughput.py` does, ours alone, and records steps after a warm-up with torch's profiler. An operation's own
-time counts, without that of those it calls. Prints the shares by kind and writes them, with the 25 longest operations
-and the machine, to `results/profile-SHAPE-ADAPTER.json`.
+time counts, without that of those it calls; what is left of the steps' time is Python, and waiting for the next batch.
+Prints the shares by kind and writes them, with the 25 longest operations and the machine, to `results/profile-*.json`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,24 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["USE_TORCH_XLA"] = "0"
 
 import throughput
+import torch
 from contestants import HERE, OURS, Contestant, ours, write_rows
 from machine import load, machine
+
+from esm_neuron.backends.cpu import CpuBackend
+from esm_neuron.cli import main as train
+from esm_neuron.trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch.autograd.profiler_util import FunctionEvent
 
 KINDS = {
     "matrix products": ("addmm", "mm", "bmm", "baddbmm"),
@@ -28,9 +37,9 @@ KINDS = {
     "GELU": ("gelu",),
     "layer norm": ("layer_norm",),
     "copies": ("copy_", "cat", "index", "gather", "embedding", "clone", "pad"),
-    "optimizer": ("adam", "foreach", "_linalg"),
 }
-"""Kind -> parts of names of its operations; what has none of them is element-wise, or waits."""
+"""Kind -> names of matrix products, and parts of the other operations' names; what has none of them is element-wise."""
+UPDATE, REST, BETWEEN = "update", "element-wise and the rest", "between operations"
 LONGEST = 25
 
 
@@ -39,67 +48,72 @@ def kind_of(name: str) -> str:
     operation = name.removeprefix("aten::")
     if operation in KINDS["matrix products"]:
         return "matrix products"
-    others = {kind: parts for kind, parts in KINDS.items() if kind != "matrix products"}
-    found = (kind for kind, parts in others.items() if any(part in operation.lower() for part in parts))
-    return next(found, "element-wise and the rest")
+    others = (kind for kind, parts in KINDS.items() if kind != "matrix products")
+    return next((kind for kind in others if any(part in operation for part in KINDS[kind])), REST)
+
+
+def in_update(event: FunctionEvent) -> bool:
+    """Whether an operation was called, at any depth, by the clipping and the optimizer."""
+    caller: FunctionEvent | None = event
+    while caller is not None and caller.name != UPDATE:
+        caller = caller.cpu_parent
+    return caller is not None
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """Shares of the recorded steps' time."""
-    import torch
-    from torch.profiler import ProfilerActivity
-
-    from esm_neuron.cli import main as train
-    from esm_neuron.trainer import Trainer
-
+    """Shares of the time of the recorded steps."""
     torch.set_num_threads(args.threads)
-    step, recorder = Trainer._train_step, torch.profiler.profile(activities=[ProfilerActivity.CPU])
+    step, update = Trainer._train_step, CpuBackend.step
+    recorder, clock = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), [0.0]
 
     def recorded(self: Trainer, data: Any) -> None:
         if self.state.step == args.warmup:
             recorder.start()
+            clock[0] = -time.perf_counter()
         step(self, data)
         if self.state.step == args.max_steps:
+            clock[0] += time.perf_counter()
             recorder.stop()
 
-    Trainer._train_step = recorded  # type: ignore[method-assign]
+    def named_update(*given: Any) -> Any:
+        with torch.profiler.record_function(UPDATE):
+            return update(*given)
+
+    Trainer._train_step, CpuBackend.step = recorded, named_update  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         rows_per_step = write_rows(args, Path(name))
         words = ours(Contestant(OURS, "fp32", args.adapters[0]), args, Path(name), rows_per_step)
         if code := train(["train", *words]):
             sys.exit(code)
-    times: Counter[str] = Counter()
-    for event in recorder.key_averages():
-        times[event.key] += event.self_cpu_time_total
-    total, kinds = sum(times.values()), Counter[str]()
-    for operation, spent in times.items():
-        kinds[kind_of(operation)] += spent
+    kinds, operations = Counter[str](), Counter[str]()
+    for event in recorder.events() or ():
+        operations[event.name] += event.self_cpu_time_total / 1e6
+        kinds[UPDATE if in_update(event) else kind_of(event.name)] += event.self_cpu_time_total / 1e6
+    kinds[BETWEEN] = clock[0] - kinds.total()
     return {
         "steps": args.max_steps - args.warmup,
         "rows_per_step": rows_per_step,
-        "seconds": total / 1e6,
-        "kinds": {kind: spent / total for kind, spent in kinds.most_common()},
-        "longest": {operation: spent / total for operation, spent in times.most_common(LONGEST)},
+        "seconds": clock[0],
+        "kinds": {kind: spent / clock[0] for kind, spent in kinds.most_common()},
+        "longest": {operation: spent / clock[0] for operation, spent in operations.most_common(LONGEST)},
     }
 
 
 def main() -> None:
     """See the top of the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="esm2_t6_8M")
     parser.add_argument("--adapter", choices=("none", "lora"), default="lora")
-    parser.add_argument("--max-residues", type=int, default=1022)
     parser.add_argument("--output", type=Path, default=HERE / "results")
     own = parser.parse_args()
-    words = [*("--shape", own.shape), *("--adapters", own.adapter), *("--max-residues", str(own.max_residues))]
-    args = throughput.arguments([*words, *["--rows", "64", "--warmup", "2", "--max-steps", "6"]])
+    words = ["--shape", own.shape, "--adapters", own.adapter, "--precision", "fp32", "--rows", "64", "--max-steps", "6"]
+    args = throughput.arguments(words)
     before = load()
-    found = profile(args)
-    record = {"machine": machine(), "load_before": before, "shape": own.shape, "adapter": own.adapter, **found}
+    record = {"machine": machine(), "load_before": before, "settings": throughput.settings_of(args), **profile(args)}
     own.output.mkdir(parents=True, exist_ok=True)
-    path = own.output / f"profile-{own.shape}-{own.adapter}.json"
+    path = own.output / f"profile-{throughput.stem_of(args)}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for name, share in found["kinds"].items():
+    for name, share in record["kinds"].items():
         print(f"{share:6.1%}  {name}")
 
 

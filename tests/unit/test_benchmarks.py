@@ -96,6 +96,22 @@ def test_bf16_is_left_out_where_it_is_emulated_too_slowly(
     assert throughput.too_slow(throughput.Contestant(throughput.OURS, "fp32"), args, tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::gelu_backward", "GELU"),
+        ("aten::native_layer_norm", "layer norm"),
+        ("aten::index_select", "copies"),
+        ("aten::mul", "element-wise and the rest"),
+        ("aten::addmm_", "element-wise and the rest"),
+    ],
+)
+def test_operations_have_their_kind_in_a_profile(throughput: ModuleType, operation: str, kind: str) -> None:
+    assert importlib.import_module("profile_step").kind_of(operation) == kind
+
+
 def test_growth_has_a_timed_step_everywhere(throughput: ModuleType) -> None:
     growth = importlib.import_module("growth")
     given = throughput.argparse.Namespace(backend="cpu", shape="tiny", threads=1, max_steps=52)
