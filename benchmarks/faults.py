@@ -8,24 +8,34 @@ Each fault meets a copy of a finished run of 20 steps, or a new run, in a fork o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import pkgutil
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tiny_run
 
+from esm_neuron.config import BackendName
+
 RESULTS = Path(__file__).resolve().parent / "results" / "faults.json"
 STEPS = 20
+BALLAST = "ballast"
+"""The file that fills the run's disk."""
 
 
 def nothing(*_: Any) -> None:
@@ -45,6 +55,8 @@ class Fault:
     """`section.name` -> value."""
     resumed: bool = True
     """Whether a finished run is resumed, or a new one started."""
+    disk: bool = False
+    """Whether the run has a disk of its own, a tmpfs of 16 MB, which only root may mount."""
 
 
 def newest(run: Path, file: str) -> Path:
@@ -74,18 +86,41 @@ def other_version(run: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"version": 1', '"version": 9'), encoding="utf-8")
 
 
-def small_disk() -> None:
-    """From step 8 on no file may grow beyond 20 kB."""
-    from esm_neuron.trainer import Trainer
+def from_step_8(act: Callable[[Path], object]) -> Callable[[], None]:
+    """`act` on the run's folder before step 8."""
 
-    step = Trainer._train_step
+    def arm() -> None:
+        from esm_neuron.trainer import Trainer
 
-    def limited(self: Any, data: Any) -> None:
-        if data.step == 7:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        step(self, data)
+        step = Trainer._train_step
 
-    Trainer._train_step = limited
+        def broken(self: Any, data: Any) -> None:
+            if data.step == 7:
+                act(Path(self.cfg.output))
+            step(self, data)
+
+        Trainer._train_step = broken
+
+    return arm
+
+
+def small_files(_: Path) -> None:
+    """No file may grow beyond 20 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def fill(run: Path, free: int) -> None:
+    """Write on the run's disk until it has `free` bytes left."""
+    with (run / BALLAST).open("wb", buffering=0) as file:
+        with suppress(OSError):
+            while file.write(bytes(4096)) == 4096:
+                pass
+        file.truncate(file.tell() - free)
+
+
+def become_nobody(_: Path) -> None:
+    """A user who may read and not write what root has made."""
+    os.setuid(65534)
 
 
 def spoil(*steps: int) -> Callable[[], None]:
@@ -121,31 +156,57 @@ def hang() -> None:
     TrainLoader.load = stuck
 
 
-def signals(*numbers: signal.Signals) -> Callable[[], None]:
-    """The first comes after step 6; each later one 6 s on, while evaluation is held up."""
+def signalled(owner: str, name: str, call: int, *pauses: float) -> Callable[[], None]:
+    """SIGTERM in a call of a function, the `call`th: at its beginning, and again after each pause, in seconds."""
 
     def arm() -> None:
-        from esm_neuron.trainer import Trainer
+        place = pkgutil.resolve_name(owner)
+        real, calls = getattr(place, name), itertools.count(1)
 
-        step, validate = Trainer._train_step, Trainer._validate
+        def busy(*args: Any, **options: Any) -> Any:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+                for pause in pauses:
+                    time.sleep(pause)
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **options)
 
-        def watched(self: Any, data: Any) -> None:
-            step(self, data)
-            if data.step == 5:
-                for late, number in enumerate(numbers):
-                    timer = threading.Timer(0.01 + 6 * late, os.kill, (os.getpid(), number))
-                    timer.daemon = True
-                    timer.start()
-
-        def slow(self: Any) -> None:
-            if len(numbers) > 1:
-                threading.Event().wait(20)
-            validate(self)
-
-        Trainer._train_step, Trainer._validate = watched, slow
+        setattr(place, name, busy)
 
     return arm
 
+
+def signalled_compiling(*moments: float) -> Callable[[], None]:
+    """SIGTERM so many seconds after the first program has gone to the compiler; the second is no echo after 0.2 s."""
+
+    def arm() -> None:
+        from esm_neuron import signals
+        from esm_neuron.backends.xla import XlaBackend
+
+        sync, calls, signals.ECHO = XlaBackend.sync, itertools.count(), 0.2
+
+        def compiling(self: Any) -> None:
+            began = time.monotonic()
+            first = next(calls) == 0
+            for moment in moments if first else ():
+                timer = threading.Timer(moment, os.kill, (os.getpid(), signal.SIGTERM))
+                timer.daemon = True
+                timer.start()
+            sync(self)
+            if first:
+                print(f"WARNING: compiled for {time.monotonic() - began:.1f} s", flush=True)
+
+        XlaBackend.sync = compiling
+
+    return arm
+
+
+STEP = ("esm_neuron.trainer:Trainer", "_train_step", 6)
+EVALUATE = ("esm_neuron.evaluate", "forward", 7)
+"""The second batch of the evaluation after step 6."""
+SAVE = ("esm_neuron.checkpoint", "save_file", 4)
+"""The second file of the checkpoint of step 6."""
+XLA = {"backend": "xla"}
 
 FAULTS = [
     Fault("a bit of the newest checkpoint's weights flipped", flip),
@@ -155,11 +216,21 @@ FAULTS = [
     Fault("its manifest of version 9", other_version),
     Fault("every checkpoint damaged", all_damaged),
     Fault("another learning rate on resuming", settings={"optim.lr": 1e-3}),
-    Fault("from step 8 on no file may grow beyond 20 kB", process=small_disk, resumed=False),
+    Fault("from step 8 on no file may grow beyond 20 kB", process=from_step_8(small_files), resumed=False),
     Fault(
-        "the same, saving beside training", process=small_disk, resumed=False,
+        "the same, saving beside training", process=from_step_8(small_files), resumed=False,
         settings={"checkpoint.asynchronous": True},
     ),
+    Fault(
+        "before step 8 the disk fills up but for 16 kB", process=from_step_8(partial(fill, free=16_384)),
+        resumed=False, disk=True,
+    ),
+    Fault(
+        "before step 8 the disk fills up to the last byte, with TensorBoard's file on it",
+        process=from_step_8(partial(fill, free=0)), resumed=False, disk=True, settings={"log.tensorboard": True},
+    ),
+    Fault("the folder may only be read", process=partial(become_nobody, Path()), resumed=False),
+    Fault("before step 8 the folder may only be read", process=from_step_8(become_nobody), resumed=False),
     Fault("the loss of step 8 is NaN: stop", process=spoil(8), resumed=False),
     Fault("the loss of step 8 is NaN: skip", process=spoil(8), resumed=False, settings={"loop.on_nonfinite": "skip"}),
     Fault(
@@ -167,10 +238,23 @@ FAULTS = [
         settings={"loop.on_nonfinite": "rollback"},
     ),
     Fault("the loader hangs in step 7", process=hang, resumed=False, settings={"loop.watchdog": 3}),
-    Fault("SIGTERM after step 6", process=signals(signal.SIGTERM), resumed=False),
+    Fault("SIGTERM in step 6", process=signalled(*STEP), resumed=False),
+    Fault("SIGTERM in the evaluation after step 6", process=signalled(*EVALUATE), resumed=False),
     Fault(
-        "SIGTERM after step 6, and again in its evaluation, 6 s later",
-        process=signals(signal.SIGTERM, signal.SIGTERM), resumed=False,
+        "SIGTERM in the evaluation after step 6, and again there, 6 s later", process=signalled(*EVALUATE, 6.0),
+        resumed=False,
+    ),
+    Fault("SIGTERM while the checkpoint of step 6 is written", process=signalled(*SAVE), resumed=False),
+    Fault(
+        "SIGTERM while the checkpoint of step 6 is written, and again there, 6 s later",
+        process=signalled(*SAVE, 6.0), resumed=False,
+    ),
+    Fault(
+        "xla: SIGTERM while the first program compiles", process=signalled_compiling(0.1), resumed=False, settings=XLA
+    ),
+    Fault(
+        "xla: SIGTERM while the first program compiles, and again there",
+        process=signalled_compiling(0.1, 0.6), resumed=False, settings=XLA,
     ),
 ]  # fmt: skip
 
@@ -216,29 +300,59 @@ def whole_steps(cfg: Any) -> list[int]:
     return found
 
 
+def unbroken(folder: Path, backend: BackendName) -> dict[str, Any]:
+    """What a run leaves that nothing happens to; it is trained where it was not yet."""
+    cfg = tiny_run.configuration(folder, f"whole-{backend}", tiny_run.Mode(backend=backend), STEPS)
+    if not Path(cfg.output).exists():
+        code, said = run(cfg)
+        if code:
+            sys.exit(f"the unbroken run ended with {code}: {said}")
+    return tiny_run.left(Path(cfg.output))
+
+
+@contextmanager
+def own_disk(folder: Path) -> Iterator[None]:
+    """A small tmpfs at `folder`."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def inject(fault: Fault, folder: Path, number: int) -> dict[str, Any]:
-    """One fault, its outcome, and whether a run that finished left what the unbroken one did."""
-    cfg = tiny_run.configuration(folder, f"run{number}", tiny_run.Mode(), STEPS)
-    for name, value in (fault.settings or {}).items():
+    """One fault, its outcome, and whether a run that finished, or went on without it, left what the unbroken did."""
+    chosen = dict(fault.settings or {})
+    backend = chosen.pop("backend", "cpu")
+    expected = unbroken(folder, backend)
+    plain = cfg = tiny_run.configuration(folder, f"run{number}", tiny_run.Mode(backend=backend), STEPS)
+    for name, value in chosen.items():
         section, leaf = name.split(".")
         cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{leaf: value})})
     out = Path(cfg.output)
-    if fault.resumed:
-        shutil.copytree(folder / "whole", out)
-        (out / "result.json").unlink()
-        fault.files(out)
-    code, said = run(cfg, fault.process)
-    finished = (out / "result.json").exists()
-    same = tiny_run.left(out) == tiny_run.left(folder / "whole") if finished else None
-    return {"fault": fault.name, "exit": code, "said": said, "finished": finished, "as_unbroken": same,
-            "whole_checkpoints": whole_steps(cfg)}  # fmt: skip
+    with own_disk(out) if fault.disk else nullcontext():
+        if fault.resumed:
+            shutil.copytree(folder / f"whole-{backend}", out)
+            (out / "result.json").unlink()
+            fault.files(out)
+        code, said = run(cfg, fault.process)
+        finished = (out / "result.json").exists()
+        found = {"fault": fault.name, "exit": code, "said": said, "finished": finished,
+                 "as_unbroken": tiny_run.left(out) == expected if finished else None,
+                 "whole_checkpoints": whole_steps(cfg), "goes_on": None}  # fmt: skip
+        if not (finished or fault.resumed):
+            (out / BALLAST).unlink(missing_ok=True)
+            found["goes_on"] = run(plain)[0] == 0 and tiny_run.left(out) == expected
+    return found
 
 
 def outcome(found: dict[str, Any]) -> str:
     """One cell of the table."""
     end = {True: "finished, byte for byte as unbroken", False: "finished", None: f"ended with {found['exit']}"}
     kept = f"whole checkpoints: {', '.join(map(str, found['whole_checkpoints'])) or 'none'}"
-    return f"{end[found['as_unbroken']]}; {kept} | {' / '.join(found['said'])}"
+    on = {True: "; gone on without it: byte for byte as unbroken", False: "; GONE ON, AND DIFFERS", None: ""}
+    return f"{end[found['as_unbroken']]}; {kept}{on[found.get('goes_on')]} | {' / '.join(found['said'])}"
 
 
 def main() -> None:
@@ -247,17 +361,15 @@ def main() -> None:
     words.add_argument("--only", nargs="+", default=[""], help="parts of names: the other faults' results stay")
     only = words.parse_args().only
     results = {} if not RESULTS.exists() else {r["fault"]: r for r in json.loads(RESULTS.read_text(encoding="utf-8"))}
-    tiny_run.import_all(["lora"])
+    chosen = {number: fault for number, fault in enumerate(FAULTS) if any(part in fault.name for part in only)}
+    tiny_run.import_all(["xla"] if XLA in [fault.settings for fault in chosen.values()] else ["lora"])
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
         tiny_run.write_proteins(folder)
-        code, said = run(tiny_run.configuration(folder, "whole", tiny_run.Mode(), STEPS))
-        if code:
-            sys.exit(f"the unbroken run ended with {code}: {said}")
-        for number, fault in enumerate(FAULTS):
-            if any(part in fault.name for part in only):
-                results[fault.name] = inject(fault, folder, number)
-                print(results[fault.name], flush=True)
+        folder.chmod(0o755)
+        for number, fault in chosen.items():
+            results[fault.name] = inject(fault, folder, number)
+            print(results[fault.name], flush=True)
     found = [results[fault.name] for fault in FAULTS if fault.name in results]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
