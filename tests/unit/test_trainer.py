@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esm_neuron import run, settings
+from esm_neuron import checkpoint, run, settings
 from esm_neuron.adapters import saved_key
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.callbacks import Callback
@@ -248,6 +250,32 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(toy: Toy, watched_by: Call
     for file in extra.iterdir():
         file.unlink()
     extra.rmdir()  # the stop's own checkpoint, which the uninterrupted run has no reason to write
+    assert_same_end(stopped, whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "last"), [(Trainer, "evaluate", 2, 8), (checkpoint, "save_file", 4, 9)]
+)
+def test_a_signal_in_an_evaluation_or_a_save_lets_it_finish(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, last: int
+) -> None:
+    """The evaluation after step 8, or the second file of its checkpoint, after which one more step is done."""
+    whole, stopped = (interruptible(toy, output, "lora") for output in ("whole", "stopped"))
+    train(whole)
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        assert run.train(stopped, quiet).stopped_by == "SIGTERM"
+    assert checkpoints(stopped)[-1] == f"step-{last:08d}"
+    train(resumed(stopped))
+    if last != 8:  # a checkpoint that the uninterrupted run has no reason to write
+        shutil.rmtree(Path(stopped.output) / "checkpoints" / f"step-{last:08d}")
     assert_same_end(stopped, whole)
 
 
