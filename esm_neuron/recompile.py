@@ -68,9 +68,10 @@ class RecompileGuard:
             if compiled and (reason := self._reason(found, length, len(batches))):
                 self._report(f"step {step} compiled {compiled} unplanned program{'s' * (compiled > 1)}: {reason}")
                 return
-        seen = self._seen.setdefault(batches[0].input_ids.shape[1], [])
-        if len(seen) < WARM_UP:
-            seen.append(signature(batches[0]))
+        length = batches[0].input_ids.shape[1]
+        seen = self._seen.setdefault(length, [])
+        if len(seen) < WARM_UP:  # of the many lengths without static shapes, only that they were there
+            seen.append(signature(batches[0]) if length in self._planned else ())
 
     def end_validation(self, step: int, row_lengths: Sequence[int]) -> None:
         """A validation after step `step`, on rows of these lengths, is done: as with steps, the first two may compile.
