@@ -32,7 +32,7 @@ class _LowRank(torch.autograd.Function):
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         rows, w, down, up, hidden = ctx.saved_tensors
         kinds = ctx.dtypes
