@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from esm_neuron.data.tokenizer import CLS, EOS
 
 ROTARY_BASE = 10_000.0
+APART = -1e9
+"""Score of a pair that does not see each other: its exp is 0, and unlike float32's lowest it is finite in bfloat16."""
 
 
 Angle = tuple[Tensor, Tensor]
@@ -133,15 +135,17 @@ def mean_over(membership: Tensor, hidden: Tensor) -> Tensor:
 
 def masked_attention(segment_ids: Tensor) -> Attention:
     """One product a row with everything outside a token's own segment masked away; static shapes."""
-    same = segment_ids.unsqueeze(1).unsqueeze(-1) == segment_ids.unsqueeze(1).unsqueeze(-2)
-    bias = torch.where(same, 0.0, torch.finfo(torch.float32).min)
+    ids = segment_ids.int()
+    same = ids.unsqueeze(1).unsqueeze(-1) == ids.unsqueeze(1).unsqueeze(-2)
+    bias = torch.where(same, 0.0, APART)
     return partial(_attend_masked, bias)
 
 
 def _attend_masked(bias: Tensor, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     scores = torch.matmul(query, key.transpose(2, 3)).float() + bias
-    weights = F.dropout(scores.softmax(dim=-1).to(value.dtype), p=dropout, training=dropout > 0)
+    # torch.nn.functional's, which torch_neuronx replaces by one kernel
+    weights = F.dropout(F.softmax(scores, dim=-1).to(value.dtype), p=dropout, training=dropout > 0)
     return torch.matmul(weights, value).transpose(1, 2)
 
 

@@ -23,7 +23,7 @@ from esm_neuron.backends.neuron_env import (
     neuron_cores,
 )
 from esm_neuron.backends.neuron_env import INSTALL as NEURON_INSTALL
-from esm_neuron.config import BackendName, LoopConfig, ParallelConfig, TrainConfig
+from esm_neuron.config import AdapterConfig, BackendName, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.parallel.topology import NEURON_CORES
 
 SHOWN = ("esm-neuron", "torch", "torch_xla", "transformers", "peft", "bitsandbytes", "optimum-neuron", *PACKAGES)
@@ -155,7 +155,9 @@ def render(diagnosis: Diagnosis) -> str:
 
 def environment_page() -> str:
     """docs/neuron-environment.md, from the table that the code follows."""
-    bf16 = TrainConfig(loop=LoopConfig(precision="bf16"), parallel=ParallelConfig(zero1=False))
+    bf16 = TrainConfig(
+        loop=LoopConfig(precision="bf16"), parallel=ParallelConfig(zero1=False), adapter=AdapterConfig(kind="none")
+    )
     values = ((s, s.value(bf16, True)) for s in SETTINGS)
     rows = [f"| `{s.name}` | {'not set' if value is None else f'`{value}`'} | {s.meaning} |" for s, value in values]
     return "\n".join(
@@ -164,7 +166,7 @@ def environment_page() -> str:
             "",
             "The backend sets these variables before the Neuron packages are imported, each unless you have set it;",
             "to `NEURON_CC_FLAGS` it adds the flags that yours do not name. Values are those of the default seed, on",
-            "several nodes, with `loop.precision: bf16` and `parallel.zero1: false`, where all of them apply.",
+            "several nodes, with `loop.precision: bf16`, `parallel.zero1: false` and `adapter.kind: none`: then all apply.",
             "`esm-neuron doctor --config FILE` prints what a run would see, and who set it.",
             "",
             "| Variable | Value | Meaning |",

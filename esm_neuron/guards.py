@@ -17,6 +17,8 @@ DEVIATIONS = 8.0
 """How far above the median a spike is, in deviations by the median of absolute ones (times 1.4826: the normal's)."""
 FLOOR = 0.01
 """Least deviation as a share of the median, for losses that hardly move."""
+LARGEST = 3e38
+"""A loss or norm from here on is infinite: Neuron's compiler writes infinity as float32's largest number, 3.4e38."""
 GIVE_UP = 10
 """Steps that are not finite, one after the other, after which no setting goes on."""
 
@@ -36,7 +38,7 @@ class StepWatch:
 
     def take_in(self, step: int, loss: float | None, norm: float) -> None:
         """The mean loss of a step (None: nothing was to be learnt) and its gradient's norm; warns of a spike."""
-        if not math.isfinite(norm):
+        if not norm < LARGEST:  # NaN is not, either
             self.nonfinite.append({"step": step, "loss": _sayable(loss), "grad_norm": _sayable(norm)})
             self.in_a_row += 1
             return

@@ -95,6 +95,12 @@ else
   command+=(--rdzv_backend=c10d "--rdzv_endpoint=$address:$port" "--rdzv_id=$run_id"
     "--rdzv_conf=is_host=$host,read_timeout=600,join_timeout=1800")
 fi
+# A process that is killed while it compiles leaves a lock on its program, and every later one waits for it.
+cache=${NEURON_COMPILE_CACHE_URL:-/var/tmp/neuron-compile-cache}
+if ((cores > 0)) && [[ -z $dry_run && -d $cache ]] && ! pgrep -x neuronx-cc >/dev/null; then
+  neuron_parallel_compile --command clear-locks || echo "torchrun.sh: the locks in $cache were not cleared" >&2
+fi
+
 if [[ $stage == compile ]]; then
   command+=(--max_restarts=0 -m esm_neuron.cli compile "${flags[@]}")
   if ((cores > 0)); then

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from esm_neuron.config import OptimConfig
+from esm_neuron.config import OptimConfig, TrainConfig
 from esm_neuron.errors import CheckpointError, TrainingError
+from esm_neuron.guards import LARGEST
 from esm_neuron.parallel.topology import Topology
 
 PEER_LOST = re.compile(r"gloo|connection|broken pipe|socket|timed?[ _]?out", re.IGNORECASE)
@@ -107,11 +109,16 @@ def normalise_clip_update(
         undo = undoable(optimizer)
         optimizer.step()
         undo(norm)
-    elif torch.isfinite(norm):
+    elif is_number(norm):
         optimizer.step()
     for grad in grads:
         grad.zero_()
     return norm
+
+
+def patience(cfg: TrainConfig) -> timedelta:
+    """How long ranks wait for each other: half an hour, or what the watchdog allows the slowest part of a run."""
+    return timedelta(seconds=max(1800, cfg.loop.watchdog + cfg.loop.watchdog_slow))
 
 
 def mean_scale(totals: Tensor) -> Tensor:
@@ -121,7 +128,12 @@ def mean_scale(totals: Tensor) -> Tensor:
     """
     loss, weight = totals[0], totals[1]
     scale = 1.0 / torch.where(weight > 0, weight, torch.ones_like(weight))
-    return torch.where(torch.isfinite(loss), scale, torch.full_like(scale, float("nan")))
+    return torch.where(is_number(loss), scale, torch.full_like(scale, float("nan")))
+
+
+def is_number(value: Tensor) -> Tensor:
+    """Whether a loss or a norm is neither NaN nor infinite, nor what Neuron's compiler makes of infinity."""
+    return value.abs() < LARGEST
 
 
 def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
@@ -139,10 +151,10 @@ def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
     before = {key: tensor.detach().clone() for key, tensor in held.items()}
 
     def undo(norm: Tensor) -> None:
-        finite = torch.isfinite(norm)
+        sound = is_number(norm)
         with torch.no_grad():
             for key, tensor in held.items():
-                tensor.copy_(torch.where(finite, tensor, before[key]))
+                tensor.copy_(torch.where(sound, tensor, before[key]))
 
     return undo
 

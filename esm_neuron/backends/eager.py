@@ -21,6 +21,7 @@ from esm_neuron.backends.common import (
     adamw,
     mix_seed,
     normalise_clip_update,
+    patience,
     trainable,
 )
 from esm_neuron.config import OptimConfig, TrainConfig, require
@@ -72,9 +73,10 @@ class EagerBackend:
             "parallel.fsdp=false",
         )
         self._bf16 = cfg.loop.precision == "bf16"
+        self._drops = cfg.model.dropout > 0 or cfg.adapter.dropout > 0
         self._fsdp, self._compile = cfg.parallel.fsdp, cfg.loop.torch_compile
         if self.topology.world > 1 and not dist.is_initialized():
-            dist.init_process_group(processes)
+            dist.init_process_group(processes, timeout=patience(cfg))
 
     def shard(self, model: nn.Module) -> None:
         """Nothing is sharded: tp is 1."""
@@ -105,7 +107,7 @@ class EagerBackend:
 
     def checkpoint_fn(self) -> Callable[..., Any]:
         def recompute(fn: Callable[..., Any], *args: Any) -> Any:
-            return checkpoint(fn, *args, use_reentrant=False)
+            return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=self._drops)
 
         return recompute
 

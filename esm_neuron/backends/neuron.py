@@ -17,18 +17,20 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.esm.modeling_esm import EsmSelfAttention
 
 from esm_neuron.backends.common import (
     make_gradient_buffers,
     mean_scale,
     mix_seed,
+    patience,
     trainable,
     undoable,
 )
 from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_trouble, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
-from esm_neuron.config import OptimConfig, TrainConfig
+from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
 from esm_neuron.parallel.plan import HEADED, PLAN, Style, in_block, padded_heads
 from esm_neuron.parallel.slices import Shard, shard_of
@@ -38,6 +40,14 @@ T = TypeVar("T")
 
 TRUNK = re.compile(r"(?:.*\.)?(esm|lm_head)\.(?!.*\.lora_).*")
 """Parameters of ESM-2 itself: stored in bfloat16 under `loop.precision` bf16; LoRA matrices and task heads are not."""
+
+
+class FloatLayerNorm(nn.LayerNorm):
+    """A norm of bfloat16 states in float32, as CPUs and GPUs compute it: XLA would sum in the states' own type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
 
 
 class NeuronBackend:
@@ -60,10 +70,11 @@ class NeuronBackend:
         if not self._nxd.utils.cpu_mode():  # NXD_CPU_MODE: NxD's own switch, for machines without the chip
             self.topology.validate_neuron(neuron_cores(), local_world)
         self._parallel, self._bf16, self._model_name = cfg.parallel, cfg.loop.precision == "bf16", cfg.model.name
+        self._patience = patience(cfg)
         self._join_world()
         self.device = self._torch_xla.device()
-        self._whole_world = dist.new_group(backend="gloo")
-        self._groups = host_groups(self.topology)
+        self._whole_world = dist.new_group(backend="gloo", timeout=self._patience)
+        self._groups = host_groups(self.topology, self._patience)
         self._heads = 0
 
     def _import_vendor(self, lora: bool) -> None:
@@ -88,8 +99,14 @@ class NeuronBackend:
 
     def _join_world(self) -> None:
         if not dist.is_initialized():
+            require(
+                "RANK" in os.environ,
+                "backend neuron runs a process a NeuronCore, under torchrun: launchers/torchrun.sh for training, "
+                "torchrun --nproc_per_node=N -m esm_neuron.cli COMMAND for answers, or answer with --backend cpu",
+            )
             importlib.import_module("torch_xla.distributed.xla_backend")  # registers the process group's kind
-            dist.init_process_group("xla")
+            dist.init_process_group("xla", timeout=self._patience)
+        self._check_world()
         self._state.initialize_model_parallel(tensor_model_parallel_size=self.topology.tp)
         theirs = self._state.get_data_parallel_rank(), self._state.get_tensor_model_parallel_rank()
         ours = self.topology.dp_rank, self.topology.tp_rank
@@ -97,6 +114,17 @@ class NeuronBackend:
             raise ConfigError(
                 f"neuronx_distributed puts rank {self.topology.rank} at (dp, tp) {theirs}, not {ours}; {CURE}"
             )
+
+    def _check_world(self) -> None:
+        """Raise ConfigError where torch_xla sees another world: its collectives would then sum nothing, silently."""
+        runtime = self._torch_xla.runtime
+        theirs, ours = (
+            (runtime.global_ordinal(), runtime.world_size()),
+            (self.topology.rank, self.topology.world),
+        )
+        require(
+            theirs == ours, f"torch_xla is rank {theirs[0]} of {theirs[1]}, torchrun {ours[0]} of {ours[1]}; {CURE}"
+        )
 
     def shard(self, model: nn.Module) -> None:
         config: Any = model.config
@@ -141,6 +169,9 @@ class NeuronBackend:
             for name, parameter in model.named_parameters():
                 if TRUNK.fullmatch(name):
                     parameter.data = parameter.data.to(torch.bfloat16)
+            for module in model.modules():
+                if type(module) is nn.LayerNorm:
+                    module.__class__ = FloatLayerNorm
         self._mark_parallel(model)
         # NxD's own: a plain .to() makes new parameters on XLA, without the marks and with ties cut
         self._nxd.utils.model_utils.move_model_to_device(model, self.device)

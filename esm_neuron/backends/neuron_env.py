@@ -39,7 +39,9 @@ class Setting:
 
 def _stochastic(cfg: TrainConfig, value: str) -> str | None:
     # with ZeRO-1 the weights have float32 masters, and rounding to nearest is right
-    return value if cfg.loop.precision == "bf16" and not cfg.parallel.zero1 else None
+    # a LoRA run's trained matrices are float32
+    rounds = cfg.loop.precision == "bf16" and not cfg.parallel.zero1 and cfg.adapter.kind == "none"
+    return value if rounds else None
 
 
 SETTINGS = (
@@ -52,11 +54,17 @@ SETTINGS = (
         "again what failed before, since failures are cached.",
         flags=True,
     ),
+    Setting(
+        "XLA_PARAMETER_WRAPPING_THREADSHOLD",  # spelled so
+        lambda cfg, nodes: "100000",
+        "A program with more inputs gets them as a tuple, and Neuron takes none; torch_xla's 3,200 are fewer than the "
+        "update of all weights has.",
+    ),
     Setting("NEURON_FUSE_SOFTMAX", lambda cfg, nodes: "1", "One kernel for the softmax of attention."),
     Setting(
         "NEURON_RT_STOCHASTIC_ROUNDING_EN",
         lambda cfg, nodes: _stochastic(cfg, "1"),
-        "loop.precision bf16 without parallel.zero1: small updates to bf16 weights survive on average.",
+        "loop.precision bf16 and all weights trained without parallel.zero1: small updates survive on average.",
     ),
     Setting(
         "NEURON_RT_STOCHASTIC_ROUNDING_SEED",

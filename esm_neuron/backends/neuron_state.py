@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -131,12 +132,12 @@ class ShardedState:
         return padded.chunk(self.topology.dp)[self.topology.dp_rank]
 
 
-def host_groups(topology: Topology) -> Groups:
+def host_groups(topology: Topology, patience: timedelta) -> Groups:
     """This rank's tensor-parallel and data-parallel groups on the host (gloo); called by all ranks alike."""
     mine: list[Any] = []
     for all_groups in (topology.tp_groups(), topology.dp_groups()):
         for ranks in all_groups:
-            group = dist.new_group(ranks, backend="gloo")
+            group = dist.new_group(ranks, backend="gloo", timeout=patience)
             if topology.rank in ranks:
                 mine.append(group)
     return mine[0], mine[1]

@@ -65,6 +65,18 @@ def test_one_program_a_pass_and_one_an_update_on_xla(
     assert set(programs) == {programs[0]}
 
 
+def test_recomputed_blocks_have_their_gradients_on_xla(
+    torchrun: Callable[..., Any], world: World, tensors: Callable[[Path], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """torch_xla's own checkpointing under NxD's layers and LoRA: reentrant, it drops what no input asks for."""
+    again = {"output": str(tmp_path), "backend": "neuron", "set": {"model.gradient_checkpointing": True}}
+    ended = torchrun("xla", [{"run": "lazy", "with": again}])
+    assert ended.code == 0, ended.output[-4000:]
+    expected, got = tensors(world(WORLDS, 1)["cls"]), tensors(tmp_path)
+    assert difference(got["losses"], expected["losses"]) <= STEP_20
+    assert len(set(got["programs"].tolist())) == 1
+
+
 def test_the_reference_clips_and_moves(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:
     """Parity would prove little if nothing were clipped or nothing were learnt."""
     reference = tensors(world(WORLDS, 1)["cls"])

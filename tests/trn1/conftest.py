@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -75,9 +76,12 @@ def command(tmp_path: Path) -> Callable[..., str]:
             launch = [sys.executable]
         words = [*before, *launch, "-m", "esm_neuron.cli", name, "--config", str(path)]
         # A group of its own: on a timeout the workers must not go on holding the NeuronCores.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # sockets of all peers, as launchers/torchrun.sh does
         process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env={"MALLOC_ARENA_MAX": "64", **os.environ},
+        )  # fmt: skip
         try:
             said, _ = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:

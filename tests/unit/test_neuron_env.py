@@ -17,13 +17,13 @@ from esm_neuron.backends.neuron_env import (
     check_packages,
     neuron_cores,
 )
-from esm_neuron.config import LoopConfig, ParallelConfig, TrainConfig
+from esm_neuron.config import AdapterConfig, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.doctor import Lack, lacks
 from esm_neuron.errors import ConfigError
 
 FP32 = TrainConfig()
 BF16 = replace(FP32, loop=LoopConfig(precision="bf16"))
-BF16_PLAIN = replace(BF16, parallel=ParallelConfig(zero1=False))
+BF16_PLAIN = replace(BF16, parallel=ParallelConfig(zero1=False), adapter=AdapterConfig(kind="none"))
 
 
 @pytest.mark.parametrize("version", ["0.1", "1.0"])
