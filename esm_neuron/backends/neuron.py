@@ -118,13 +118,9 @@ class NeuronBackend:
     def _check_world(self) -> None:
         """Raise ConfigError where torch_xla sees another world: its collectives would then sum nothing, silently."""
         runtime = self._torch_xla.runtime
-        theirs, ours = (
-            (runtime.global_ordinal(), runtime.world_size()),
-            (self.topology.rank, self.topology.world),
-        )
-        require(
-            theirs == ours, f"torch_xla is rank {theirs[0]} of {theirs[1]}, torchrun {ours[0]} of {ours[1]}; {CURE}"
-        )
+        theirs = f"rank {runtime.global_ordinal()} of {runtime.world_size()}"
+        ours = f"rank {self.topology.rank} of {self.topology.world}"
+        require(theirs == ours, f"torch_xla is {theirs}, torchrun's is {ours}; {CURE}")
 
     def shard(self, model: nn.Module) -> None:
         config: Any = model.config
