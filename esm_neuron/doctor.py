@@ -166,7 +166,7 @@ def environment_page() -> str:
             "",
             "The backend sets these variables before the Neuron packages are imported, each unless you have set it;",
             "to `NEURON_CC_FLAGS` it adds the flags that yours do not name. Values are those of the default seed, on",
-            "several nodes, with `loop.precision: bf16`, `parallel.zero1: false`, `adapter.kind: none`: all apply then.",
+            "several nodes, with `loop.precision: bf16`, `parallel.zero1: false`, `adapter.kind: none`: all apply.",
             "`esm-neuron doctor --config FILE` prints what a run would see, and who set it.",
             "",
             "| Variable | Value | Meaning |",
