@@ -18,6 +18,7 @@ SOURCES := esm_neuron tests launchers $(wildcard benchmarks)
 DEMO := runs/demo
 PAGE := docs/parity.md
 DATA := data
+BENCH_BATCH := 8
 DATASETS := scl2205 disorder amyloid_dms
 PYTEST = $(BIN)/python -m pytest
 
@@ -107,9 +108,13 @@ bench-smoke: $(VENV)/.installed ## whether the benchmarks run: two or three step
 	$(BIN)/python benchmarks/packed_accuracy.py --shape tiny --seeds 1 --steps 2 --every 1 --folder runs/bench-smoke \
 		--output runs/bench-smoke
 
-bench-gpu: $(VENV)/.installed ## the same on a CUDA GPU: 650M, full, LoRA and QLoRA, tokens, MFU and peak memory
-	$(BIN)/python benchmarks/throughput.py --backend cuda --shape esm2_t33_650M --precision bf16 --rows 1024 --batch 32 \
-		--max-steps 30 --warmup 5 --adapters none lora qlora --checkpointing off on
+bench-gpu: $(VENV)/.installed ## the same on a CUDA GPU (BENCH_BATCH=4 on one with 24 GB): 650M, full, LoRA and QLoRA, tokens, MFU and peak memory
+	$(BIN)/python benchmarks/throughput.py --backend cuda --shape esm2_t33_650M --precision bf16 --rows 1600 \
+		--batch $(BENCH_BATCH) --max-steps 52 --adapters none lora qlora --checkpointing off on --compile off on
+	$(BIN)/python benchmarks/throughput.py --backend cuda --shape esm2_t33_650M --precision bf16 --rows 416 --batch 8 \
+		--max-residues 510 --max-steps 52 --adapters qlora --checkpointing on
+	$(BIN)/python benchmarks/throughput.py --backend cuda --shape esm2_t36_3B --precision bf16 --rows 416 --batch 8 \
+		--max-steps 12 --adapters qlora --checkpointing on --settings ours
 
 soak: $(VENV)/.installed ## kill training at 8 random moments in each of 13 modes, resume it, compare with runs that were not killed
 	$(BIN)/python benchmarks/soak.py

@@ -23,8 +23,11 @@ HERE = Path(__file__).parent
 OURS = "esm-neuron packed"
 LOG_TAIL = 2000
 """Characters of a failed run's output that are shown."""
-BF16_TFLOPS = {"A10G": 70, "A100": 312, "H100": 989, "H200": 989, "L40S": 362, "L4": 121}
-"""Part of a GPU's name -> its peak with float32 sums."""
+BF16_TFLOPS = {
+    "A10G": 70, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "L40S": 362, "L40": 181,
+    "L4": 121,
+}  # fmt: skip
+"""Part of a GPU's name -> its peak with float32 sums; the first that fits."""
 FIGURES_FILE, SETUP_FILE = "figures.json", "setup.json"
 """What hf_trainer.py and timed_train.py measured."""
 NEVER = 1_000_000
@@ -43,12 +46,15 @@ class Contestant:
     """none (everything is trained), lora or qlora."""
     again: bool = False
     """Whether blocks are computed again in the backward pass (gradient checkpointing)."""
+    compiled: bool = False
+    """Ours: whether blocks go through torch.compile."""
 
     @property
     def label(self) -> str:
         """All that tells it from others."""
         adapter = "full" if self.adapter == "none" else self.adapter
-        return f"{self.name} {adapter} {self.precision}{' checkpointing' if self.again else ''}"
+        more = [*["checkpointing"] * self.again, *["torch.compile"] * self.compiled]
+        return " ".join([self.name, adapter, self.precision, *more])
 
 
 def write_rows(args: argparse.Namespace, folder: Path) -> int:
@@ -111,6 +117,7 @@ def ours(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step:
         "loop.rows_per_device": rows_per_step,
         "loop.eval_rows_per_device": rows_per_step,  # no more memory than training takes
         "loop.precision": who.precision,
+        "loop.torch_compile": str(who.compiled).lower(),
         "loop.eval_every": NEVER,
         "checkpoint.every": NEVER,
         # A line at the end of the warm-up; without one, none, since a line makes an XLA device wait.
@@ -138,6 +145,8 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: 
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     if args.backend == "xla":
         env["PJRT_DEVICE"] = "CPU"
+    if args.backend == "cuda":  # of several GPUs Trainer would make one by DataParallel, and its batch larger
+        env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with tempfile.TemporaryDirectory(dir=folder) as own, open(Path(own) / "log", "w+") as log:
         own_folder = Path(own)
         for name in ("train.tsv", "valid.tsv"):
@@ -169,19 +178,21 @@ def speeds(who: Contestant, args: argparse.Namespace, folder: Path, figures: dic
     """tokens_per_second (specials counted, padding not) and, where the device's peak is known, mfu from 0 to 1.
 
     Floating-point operations that the model asks for, a token: 2 a weight of the linears and 4 a neighbour and channel
-    in attention (PaLM, arXiv:2204.02311, appendix B), once forward and once for the inputs' gradients, and once more
-    for the weights' where they are trained. Computing a block again is not counted.
+    in attention (PaLM, arXiv:2204.02311, appendix B). The linears once forward and once for the inputs' gradients, and
+    once more for the weights' where they are trained; attention, whose products have two inputs, three times. Computing
+    a block again is not counted.
     """
     lengths = pd.read_csv(folder / "train.tsv", sep="\t")["sequence"].str.len().clip(upper=args.max_residues)
     tokens = figures["residues_per_second"] * (lengths.sum() + 2 * len(lengths)) / lengths.sum()
-    if args.peak_tflops is None:
+    peak = args.peak_tflops or (known_peak(who.precision) if args.backend == "cuda" else None)
+    if peak is None:
         return {"tokens_per_second": tokens}
     shape = SHAPES[args.shape]
     linears = shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.intermediate)
     neighbours = ((lengths + 2) ** 2).sum() / (lengths + 2).sum()
     passes = 3 if who.adapter == "none" else 2
-    asked = passes * (2 * linears + 4 * shape.layers * shape.hidden * neighbours)
-    return {"tokens_per_second": tokens, "mfu": asked * tokens / (args.peak_tflops * 1e12)}
+    asked = passes * 2 * linears + 3 * 4 * shape.layers * shape.hidden * neighbours
+    return {"tokens_per_second": tokens, "mfu": asked * tokens / (peak * 1e12)}
 
 
 def known_peak(precision: str) -> float | None:

@@ -179,7 +179,7 @@ def quantized(model: Any, precision: str) -> Any:
     )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = EsmForSequenceClassification.from_pretrained(folder, quantization_config=nf4)
+        loaded = EsmForSequenceClassification.from_pretrained(folder, quantization_config=nf4, dtype=torch.float32)
     return prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
 
 

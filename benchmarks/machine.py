@@ -33,7 +33,18 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit(),
+        "gpu": gpu(),
     }
+
+
+def gpu() -> str | None:
+    """Name, memory, driver, power limit and clock of the first GPU; None where there is none."""
+    asked = "name,memory.total,driver_version,power.limit,clocks.max.sm"
+    try:
+        words = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "--id=0"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
 
 
 def commit() -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-from contestants import HERE, OURS, Contestant, known_peak, run, write_rows
+from contestants import HERE, OURS, Contestant, run, write_rows
 from machine import machine
 
 mpl.use("Agg")
@@ -54,6 +54,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--adapters", nargs="+", choices=("none", "lora", "qlora"), default=["lora"])
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"], help="of gradients")
+    parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"], help="ours, by torch.compile")
     parser.add_argument("--peak-tflops", type=float, help="of the device in this precision; default: by a GPU's name")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="which to run")
     parser.add_argument(
@@ -81,7 +82,9 @@ def stem_of(args: argparse.Namespace) -> str:
     """The files' name: all that tells one measurement from another, so that none overwrites another."""
     again = {("off",): [], ("on",): ["checkpointing"]}.get(tuple(args.checkpointing), ["checkpointing_off_on"])
     steps = [f"{args.max_steps}steps"] * bool(args.max_steps)
-    parts = [args.backend, args.shape, "+".join(args.precision), "+".join(args.adapters), *again, f"{args.rows}rows"]
+    compiled = ["compiled"] * ("on" in args.compile)
+    parts = [args.backend, args.shape, "+".join(args.precision), "+".join(args.adapters), *again, *compiled]
+    parts.append(f"{args.rows}rows")
     return "-".join([*parts, *steps])
 
 
@@ -105,12 +108,14 @@ def too_slow(who: Contestant, args: argparse.Namespace, folder: Path) -> str | N
 
 
 def summary(contestants: Iterable[Contestant], runs: dict[Contestant, list[dict[str, Any]]]) -> pd.DataFrame:
-    """One row a contestant: medians over its runs, the ratio to the fastest HF setting, and how much of ours over it is
-    padding: the ratio of the padding efficiencies, which is what packing alone could give."""
+    """One row a contestant: medians over its runs, the ratio to the fastest HF setting with the same adapter and
+    checkpointing in any precision, and how much of ours over it is padding: the ratio of the padding efficiencies,
+    which is what packing alone could give."""
     rows = []
     for who in contestants:
         done = [r for r in runs[who] if "error" not in r]
-        row: dict[str, Any] = {"setting": who.name, "label": who.label, "precision": who.precision, "runs": len(done)}
+        row: dict[str, Any] = {"setting": who.name, "label": who.label, "precision": who.precision}
+        row |= {"adapter": who.adapter, "checkpointing": who.again, "runs": len(done)}
         for name in FIGURES:
             values = [r[name] for r in done if name in r]
             row[name] = statistics.median(values) if values else float("nan")
@@ -118,8 +123,10 @@ def summary(contestants: Iterable[Contestant], runs: dict[Contestant, list[dict[
         row["high"] = max((r["residues_per_second"] for r in done), default=float("nan"))
         rows.append(row)
     table = pd.DataFrame(rows)
-    fastest = table.loc[table["setting"] != OURS, "residues_per_second"].max()
-    table["to_fastest_hf"] = table["residues_per_second"] / fastest
+    peers = table["residues_per_second"].where(table["setting"] != OURS)
+    table["to_fastest_hf"] = table["residues_per_second"] / peers.groupby(
+        [table["adapter"], table["checkpointing"]]
+    ).transform("max")
     ours = table.loc[table["setting"] == OURS, "padding_efficiency"].max()
     table["padding_alone"] = ours / table["padding_efficiency"]
     return table.dropna(axis=1, how="all")
@@ -146,14 +153,15 @@ def write_record(
 
 
 def plot(table: pd.DataFrame, title: str, path: Path) -> None:
-    """Bars of residues per second and of padding efficiency, fastest HF setting marked."""
+    """Bars of residues per second and of padding efficiency; the fastest HF setting of one kind of run is marked."""
     labels = table["label"].tolist()
     colours = ["#c8553d" if setting == OURS else "#6b7f99" for setting in table["setting"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 * len(labels) + 1.4), sharey=True)
     rate = table["residues_per_second"]
     spread = [rate - table["low"], table["high"] - rate]
     bars = left.barh(labels, rate, xerr=spread, color=colours, ecolor="#333333", capsize=3)
-    left.axvline(rate[table["setting"] != OURS].max(), color="#333333", linewidth=0.8, linestyle="--", zorder=0)
+    if len(table[["adapter", "checkpointing"]].drop_duplicates()) == 1:
+        left.axvline(rate[table["setting"] != OURS].max(), color="#333333", linewidth=0.8, linestyle="--", zorder=0)
     left.bar_label(bars, [f"{value:,.0f}" for value in rate], padding=6, bbox={"color": "white", "pad": 1})
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.set_xlabel("residues per second (median, range)")
@@ -176,10 +184,12 @@ def main() -> int:
     """Run everything; exit code 1 where a setting failed."""
     args = arguments()
     names = [OURS if name == "ours" else f"HF {name}" for name in args.settings]
-    if args.backend == "cuda" and args.peak_tflops is None:
-        args.peak_tflops = known_peak(args.precision[0])
-    ways = product(args.precision, args.adapters, args.checkpointing, names)
-    contestants = [Contestant(name, precision, adapter, again == "on") for precision, adapter, again, name in ways]
+    ways = product(args.precision, args.adapters, args.checkpointing, names, args.compile)
+    contestants = [
+        Contestant(name, precision, adapter, again == "on", compiled == "on")
+        for precision, adapter, again, name, compiled in ways
+        if name == OURS or compiled == "off"
+    ]
     described = machine()
     args.output.mkdir(parents=True, exist_ok=True)
     record = args.output / f"{stem_of(args)}.json"

@@ -112,6 +112,20 @@ def test_operations_have_their_kind_in_a_profile(throughput: ModuleType, operati
     assert importlib.import_module("profile_step").kind_of(operation) == kind
 
 
+def test_the_fastest_peer_has_the_same_adapter_and_checkpointing(throughput: ModuleType) -> None:
+    ours, peer = throughput.OURS, "HF dynamic"
+    rates = {
+        (ours, "bf16", "lora", False): 300, (peer, "bf16", "lora", False): 100, (peer, "fp32", "lora", False): 150,
+        (ours, "bf16", "qlora", True): 80, (peer, "bf16", "qlora", True): 40,
+    }  # fmt: skip
+    contestants = [throughput.Contestant(*of) for of in rates]
+    runs = {
+        who: [{"residues_per_second": rate, "padding_efficiency": 1.0}]
+        for who, rate in zip(contestants, rates.values(), strict=True)
+    }
+    assert throughput.summary(contestants, runs)["to_fastest_hf"].tolist() == pytest.approx([2, 2 / 3, 1, 2, 1])
+
+
 def test_growth_has_a_timed_step_everywhere(throughput: ModuleType) -> None:
     growth = importlib.import_module("growth")
     given = throughput.argparse.Namespace(backend="cpu", shape="tiny", threads=1, max_steps=52)
