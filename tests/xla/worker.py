@@ -240,7 +240,9 @@ def score_variants(folder: Path) -> dict[str, Any]:
     """Variants of one protein scored by the masked-LM run `mlm_cpu` on both devices; programs of the second's."""
     wild = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIE"
     (folder / "wild.fasta").write_text(f">wild\n{wild}\n")
-    pd.DataFrame({"variant": [f"{wild[at]}{at + 1}G" for at in range(0, 30, 3)]}).to_csv(folder / "v.csv", index=False)
+    others = ["A" if residue == "G" else "G" for residue in wild]
+    variants = [f"{wild[at]}{at + 1}{others[at]}" for at in range(0, 30, 3)]
+    pd.DataFrame({"variant": variants}).to_csv(folder / "v.csv", index=False)
     small = ("--loop.eval_rows_per_device=2", "--data.row_tokens=64", "--data.max_residues=62")
     found, before = {}, compiled()
     for name in ("cpu", "xla"):
