@@ -258,8 +258,9 @@ def _moment(cfg: TrainConfig, shape: EsmShape) -> int:
     wide = shape.intermediate // cfg.parallel.tp
     if cfg.adapter.kind == "head":  # a forward pass alone: its widest place, and the vectors that come and go
         return 2 * _number(cfg) * wide + 4 * FLOAT32 * shape.hidden
-    if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type
-        return 2 * FLOAT32 * wide
+    if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type, `low_rank` does not
+        fused = cfg.adapter.kind == "lora" and cfg.backend in ("cpu", "cuda") and not cfg.adapter.dropout
+        return 2 * (_number(cfg) if fused else FLOAT32) * wide
     return _number(cfg) * wide + FLOAT32 * shape.hidden
 
 

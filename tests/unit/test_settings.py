@@ -246,7 +246,9 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_example_configuration_is_valid(path: Path) -> None:
-    validate(read_config(path))
+    cfg = read_config(path)
+    own = cfg.data.train is None  # for the user's file
+    validate(replace(cfg, data=replace(cfg.data, train="my.csv")) if own else cfg)
 
 
 def test_every_task_has_an_example_configuration() -> None:
