@@ -1,0 +1,82 @@
+"""Every setting and its meaning: `python tests/unit/settings_page.py > docs/settings.md` writes the page."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG = Path(__file__).parents[2] / "esm_neuron" / "config.py"
+HEAD = """# Settings
+Made from `esm_neuron/config.py` by `python tests/unit/settings_page.py > docs/settings.md`. Each is a key of the YAML
+file and a flag: `--optim.lr 3e-4`. `esm-neuron train --print_config` prints them all with their values.
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of a section's class."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def classes() -> dict[str, ast.ClassDef]:
+    """The dataclasses of config.py by name."""
+    tree = ast.parse(CONFIG.read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def fields(section: ast.ClassDef) -> Iterator[Setting]:
+    """The fields of a class, each with the docstring behind it."""
+    for place, node in enumerate(section.body):
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            behind = section.body[place + 1] if place + 1 < len(section.body) else None
+            told = isinstance(behind, ast.Expr) and isinstance(behind.value, ast.Constant)
+            meaning = str(behind.value.value) if told else ""  # type: ignore[union-attr]
+            default = ast.unparse(node.value).replace("field(default_factory=dict)", "{}")
+            yield Setting(ast.unparse(node.target), ast.unparse(node.annotation), default, meaning)
+
+
+def page() -> str:
+    """docs/settings.md."""
+    found, aliases = classes(), literals()
+    top = list(fields(found["TrainConfig"]))
+    lines = [HEAD, *table("", [setting for setting in top if setting.kind not in found], aliases)]
+    for section in (setting for setting in top if setting.kind in found):
+        about = ast.get_docstring(found[section.kind]) or ""
+        rows = table(f"{section.name}.", list(fields(found[section.kind])), aliases)
+        lines += [f"\n## {section.name}\n{about}\n", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def literals() -> dict[str, str]:
+    """Names of config.py that stand for one of several words -> the words."""
+    tree = ast.parse(CONFIG.read_text(encoding="utf-8"))
+    return {
+        ast.unparse(node.targets[0]): ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal[")
+    }
+
+
+def table(prefix: str, settings: list[Setting], aliases: dict[str, str]) -> list[str]:
+    """A row a setting."""
+    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for each in settings:
+        kind = each.kind
+        for name, words in aliases.items():
+            kind = re.sub(rf"\b{name}\b", words, kind)
+        kind = re.sub(r"Literal\[(.*?)\]", lambda match: match[1].replace(", ", " or "), kind).replace(" | ", " or ")
+        meaning = re.sub(r"(?<!`)<(\w+)>(?!`)", r"`<\1>`", " ".join(each.meaning.split()))
+        lines.append(f"| `{prefix}{each.name}` | `{kind}` | `{each.default}` | {meaning} |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
