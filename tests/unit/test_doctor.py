@@ -10,7 +10,7 @@ import pytest
 
 from esm_neuron import cli, doctor
 from esm_neuron.backends.neuron_env import PACKAGES, SETTINGS
-from esm_neuron.config import LoopConfig, ParallelConfig, TrainConfig
+from esm_neuron.config import AdapterConfig, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.doctor import Lack, environment, environment_page, lacks, missing_packages, render
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,8 @@ def test_the_page_is_the_table_of_the_code() -> None:
 
 def test_the_environment_says_who_set_what() -> None:
     env = {"NEURON_FUSE_SOFTMAX": "0", "NEURON_CC_FLAGS": "--auto-cast=all"}
-    cfg = TrainConfig(seed=7, loop=LoopConfig(precision="bf16"), parallel=ParallelConfig(zero1=False))
+    whole = AdapterConfig(kind="none")
+    cfg = TrainConfig(seed=7, loop=LoopConfig(precision="bf16"), parallel=ParallelConfig(zero1=False), adapter=whole)
     rows = {row.name: row for row in environment(cfg, env)}
     assert (rows["NEURON_FUSE_SOFTMAX"].value, rows["NEURON_FUSE_SOFTMAX"].set_by) == ("0", "user")
     assert rows["NEURON_CC_FLAGS"].set_by == "both"
