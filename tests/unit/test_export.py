@@ -27,10 +27,19 @@ from transformers import (
 
 from esm_neuron.backends import create_backend
 from esm_neuron.build import Built, build_model
-from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
+from esm_neuron.config import (
+    AdapterConfig,
+    DataConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from esm_neuron.data.tokenizer import PAD
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.export import build_trained, export, read_run, write_results
+from esm_neuron.export import build_trained, export, moved, read_run, write_results
 from esm_neuron.files import write_json, write_text
 from esm_neuron.model import PackedForPooledClassification
 from esm_neuron.settings import dump
@@ -325,6 +334,18 @@ def test_a_pooled_adapter_names_a_base_that_plain_transformers_refuses(run: Call
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "base")
     cfg, task = read_run(tmp_path / "out", "cpu")
     assert same(logits_of(build_trained(cfg, task, create_backend(cfg)).model), finished.logits)
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("cpu", "fp32"), ("xla", "bf16")])
+def test_a_run_on_another_device_leaves_behind_what_only_its_own_has(backend: Any, precision: str) -> None:
+    loop = LoopConfig(precision="bf16", tf32=True, torch_compile=True, eval_rows_per_device=3)
+    trained = TrainConfig(
+        backend="cuda", loop=loop, parallel=ParallelConfig(fsdp=True), optim=OptimConfig(kind="adamw8bit", lr=1e-4)
+    )
+    found = moved(trained, backend)
+    assert (found.backend, found.parallel, found.optim.kind) == (backend, ParallelConfig(), "adamw")
+    assert (found.loop.precision, found.loop.tf32, found.loop.torch_compile) == (precision, False, False)
+    assert (found.loop.eval_rows_per_device, found.optim.lr, found.adapter) == (3, 1e-4, trained.adapter)
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
