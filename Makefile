@@ -22,7 +22,7 @@ BENCH_BATCH := 8
 DATASETS := scl2205 disorder amyloid_dms
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-smoke bench-gpu soak long-run results lock clean
+.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-speed bench-smoke bench-gpu soak long-run results lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,7 +97,18 @@ format: $(VENV)/.installed ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(VENV)/.installed ## residues per second against HF Trainer + PEFT on the same rows
+bench: $(VENV)/.installed $(DATA)/scl2205.tsv.gz ## the record of docs/performance.md: about three hours on 2 cores that do nothing else
+	$(BIN)/python benchmarks/throughput.py --repeats 5
+	$(BIN)/python benchmarks/throughput.py --backend xla --precision fp32 --rows 128 --repeats 3 --peer-repeats 1
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/packed_accuracy.py
+	$(BIN)/python benchmarks/throughput.py --shape esm2_t30_150M --precision fp32 --checkpointing on --rows 24 --warmup 1
+	$(BIN)/python benchmarks/throughput.py --shape esm2_t33_650M --precision fp32 --checkpointing on --rows 6 --batch 2 --warmup 1
+	$(BIN)/python benchmarks/packing.py --tsv $(DATA)/scl2205.tsv.gz
+	$(BIN)/python benchmarks/packing.py --sequences 50000000
+	$(BIN)/python benchmarks/profile_step.py
+
+bench-speed: $(VENV)/.installed ## residues per second against HF Trainer + PEFT on the same rows, once each: about 12 minutes
 	$(BIN)/python benchmarks/throughput.py
 
 bench-smoke: $(VENV)/.installed ## whether the benchmarks run: two or three steps of the shape `tiny`, a few minutes

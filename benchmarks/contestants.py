@@ -143,6 +143,7 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: 
     before = {"load_before": load()}
     threads = str(args.threads)
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or its pool of compilers starts beside the first steps, for nothing
     if args.backend == "xla":
         env["PJRT_DEVICE"] = "CPU"
     if args.backend == "cuda":  # of several GPUs Trainer would make one by DataParallel, and its batch larger

@@ -1,4 +1,4 @@
-"""One setting of Hugging Face Trainer + PEFT, measured in a process of its own; prints one JSON line.
+"""One setting of Hugging Face Trainer + PEFT, measured in a process of its own; writes its `--figures`, as JSON.
 
 What a careful user of Trainer would write: EsmForSequenceClassification, LoRA on all six linears of a block, AdamW, and
 batches padded to the cap, to their longest member, or grouped by length first. What counts is residues of proteins that
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -145,7 +144,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "graphs": graphs() if args.backend == "xla" else 0,
         "padding_efficiency": tokens / slots if slots else 0.0,
         **({"peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if args.backend == "cuda" else {}),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 

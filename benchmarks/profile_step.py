@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
 
 KINDS = {
-    "matrix products": ("addmm", "mm", "bmm", "baddbmm"),
+    "matrix products": ("addmm", "addmm_", "mm", "bmm", "baddbmm"),
     "attention": ("attention",),
     "GELU": ("gelu",),
     "layer norm": ("layer_norm",),

@@ -79,13 +79,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def stem_of(args: argparse.Namespace) -> str:
-    """The files' name: all that tells one measurement from another, so that none overwrites another."""
+    """The files' name: every option that is not the default, so that no measurement overwrites another."""
     again = {("off",): [], ("on",): ["checkpointing"]}.get(tuple(args.checkpointing), ["checkpointing_off_on"])
-    steps = [f"{args.max_steps}steps"] * bool(args.max_steps)
     compiled = ["compiled"] * ("on" in args.compile)
     parts = [args.backend, args.shape, "+".join(args.precision), "+".join(args.adapters), *again, *compiled]
     parts.append(f"{args.rows}rows")
-    return "-".join([*parts, *steps])
+    usual = arguments(["--backend", args.backend])
+    for name in ("max_steps", "repeats", "peer_repeats", "batch", "max_residues", "warmup", "threads", "lr"):
+        value = getattr(args, name)
+        if value != getattr(usual, name):
+            parts.append(f"{value:g}{name.removeprefix('max_').replace('_', '')}")
+    if set(args.settings) != set(SETTINGS):
+        parts.append("+".join(args.settings))
+    if args.data != usual.data:
+        parts.append(args.data.name.split(".")[0])
+    return "-".join(parts)
 
 
 def too_slow(who: Contestant, args: argparse.Namespace, folder: Path) -> str | None:

@@ -262,6 +262,11 @@ def _notes(trainer: Trainer) -> Iterator[str]:
             "NOTE: loop.precision=bf16 on a CPU without bf16 units: it is emulated, and may take many times as long as "
             "--loop.precision fp32"
         )
+    if cfg.backend == "cpu" and cfg.loop.precision == "fp32" and has_bf16_units():
+        yield (
+            "NOTE: this CPU has bf16 units: --loop.precision bf16 may be faster; it is not chosen by itself, since other "
+            "machines would give other numbers"
+        )
 
 
 def evaluate(

@@ -33,7 +33,7 @@ class Backend(Protocol):
     static_shapes: bool
     """True where a new shape means a new compiled program."""
     attention: str
-    """Which attention of `esm_neuron.attention` fits the device: "segments" or "masked"."""
+    """Which attention of `esm_neuron.attention` fits the device: "segments", "varlen" or "masked"."""
 
     lora_modules: Mapping[type, type]
     """Linear class -> LoRA layer class, for linears that PEFT does not know."""

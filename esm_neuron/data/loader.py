@@ -152,8 +152,9 @@ class TrainLoader:
         self._planned = (0, self._plan(0))
         self.steps_per_epoch: int = len(self._planned[1])
         """Optimizer steps in one pass over the examples, the same in every epoch."""
-        self.padding_efficiency: float = self._planned[1].efficiency(self._lengths)
-        """Share of an epoch's slots, filler rows included, that hold tokens."""
+        batches = None if static_shapes else self.passes * dp
+        self.padding_efficiency: float = self._planned[1].efficiency(self._lengths, batches)
+        """Share of the slots computed in an epoch that hold tokens."""
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
         """Optimizer steps of a run: `max_steps`, or else those of `epochs` passes, at least 1."""
@@ -241,8 +242,6 @@ class EvalLoader:
         self._plan = evaluation_plan(cfg, lengths, chosen, dp * local_dp)
         self.row_lengths: tuple[int, ...] = tuple(sorted(self._plan.step(step)[0] for step in self._plan.first_steps()))
         """Tokens of the rows that its batches have."""
-        self.padding_efficiency: float = self._plan.efficiency(lengths)
-        """Share of the slots, filler rows included, that hold tokens."""
 
     def __len__(self) -> int:
         """Batches of this rank, the same on every rank."""

@@ -70,6 +70,14 @@ class PackPlan:
         slots = self.rows * self.row_tokens
         return float(lengths[self.members].sum(dtype=np.int64) / slots) if slots else 1.0
 
+    def trimmed_slots(self, lengths: np.ndarray, rows: int) -> int:
+        """Slots of all rows in batches of `rows`, each as wide as its longest row; `lengths` as in `efficiency`."""
+        filled = (
+            np.add.reduceat(lengths[self.members].astype(np.int64), self.row_offsets[:-1]) if self.rows else _NOBODY
+        )
+        batches = np.pad(filled, (0, -len(filled) % rows)).reshape(-1, rows)
+        return int((batches.max(axis=1, initial=0) * (batches > 0).sum(axis=1)).sum())
+
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -103,11 +111,20 @@ class EpochPlan:
         _, first = np.unique(self.bucket[:limit], return_index=True)
         return sorted(first.tolist())
 
-    def efficiency(self, lengths: np.ndarray) -> float:
-        """Share of all slots, filler rows included, that hold tokens; `lengths` as in `PackPlan.efficiency`."""
+    def efficiency(self, lengths: np.ndarray, batches: int | None = None) -> float:
+        """Share of the slots that are computed which hold tokens.
+
+        Args:
+            lengths: as in `PackPlan.efficiency`.
+            batches: batches that a step is laid out in, over all passes and ranks, where each leaves out its filler
+                rows and the columns that are padding in all its rows; None: all rows are whole, filler rows too.
+        """
         tokens = sum(int(lengths[pack.members].sum(dtype=np.int64)) for pack in self.packs)
-        step_slots = np.array([p.row_tokens * r for p, r in zip(self.packs, self.rows_per_step, strict=True)])
-        return tokens / int(step_slots[self.bucket].sum())
+        if batches is None:
+            step_slots = np.array([p.row_tokens * r for p, r in zip(self.packs, self.rows_per_step, strict=True)])
+            return tokens / int(step_slots[self.bucket].sum())
+        pairs = zip(self.packs, self.rows_per_step, strict=True)
+        return tokens / sum(pack.trimmed_slots(lengths, rows // batches) for pack, rows in pairs)
 
 
 def pack_histogram(counts: np.ndarray, row_lengths: Sequence[int], max_segments: int) -> list[Recipe]:
@@ -193,11 +210,6 @@ def plan_buckets(
         _fill([recipe for recipe in recipes if recipe.row_tokens == row_tokens], row_tokens, draw, rng, order.dtype)
         for row_tokens in sorted(set(row_lengths))
     )
-
-
-def plan_packs(lengths: np.ndarray, row_tokens: int, max_segments: int, rng: np.random.Generator) -> PackPlan:
-    """`plan_buckets` with one row length."""
-    return plan_buckets(lengths, (row_tokens,), max_segments, rng)[0]
 
 
 def plan_epoch(

@@ -25,13 +25,13 @@ from esm_neuron.errors import ConfigError, DataError
 
 _SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 """Of what `_save` writes: another number makes every cached folder anew."""
-_UNCACHED_DATA = {"cache", "relatives", "packing", "row_tokens", "max_segments", "max_buckets"}
+_UNCACHED_DATA = {"cache", "relatives", "packing", "row_tokens", "max_segments", "max_buckets", *SPLITS}
 _UNCACHED_TASK = {
     "class_weights", "label_smoothing", "focal_gamma", "mask_probability", "target_mean", "target_sd",
 }  # fmt: skip
-"""Settings that change nothing in the tables."""
+"""Settings that change nothing in the tables; of the files, the content is what counts."""
 _META = "splits.json"
 _ROWS = {"valid": "validation", "test": "test"}
 """Split -> what errors call its rows."""
@@ -85,8 +85,8 @@ def load_splits(cfg: TrainConfig, needs_labels: bool) -> Splits:
         splits = _make(cfg, needs_labels, None)
     else:
         key = content_key(_cache_key(cfg, needs_labels))
-        folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, needs_labels, aside), aside))
-        splits = _load(folder, cfg.task)
+        folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, needs_labels, aside), cfg, aside))
+        splits = _load(folder, cfg)
     return replace(splits, task=resolve(cfg.task, splits.labels, splits.train.labels)) if needs_labels else splits
 
 
@@ -131,7 +131,7 @@ def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
 
 
 def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
-    """All that the tables follow from: the files' content, settings that matter, the alphabet, this code's version."""
+    """All that the tables follow from: the files' kind and content, settings that matter, the alphabet, the version."""
     by_clusters = {"relatives"} if cfg.data.sample == "clusters" else set()
     unused = _UNCACHED_DATA - by_clusters
     data = {name: value for name, value in asdict(cfg.data).items() if name not in unused}
@@ -140,12 +140,14 @@ def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
     may_sample = any(fraction > 0 and split not in files for split, fraction in fractions.items())
     seed = cfg.seed if may_sample else None
-    return [_CACHE_VERSION, VOCABULARY, needs_labels, seed, data, task, [content_hash(path) for path in files.values()]]
+    contents = [(split, Path(path).suffixes[-2:], content_hash(path)) for split, path in files.items()]
+    return [_CACHE_VERSION, VOCABULARY, needs_labels, seed, data, task, contents]
 
 
-def _save(splits: Splits, folder: Path) -> None:
+def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:
     """Write what `_load` reads back beside the tables, which `_make` has put in `folder`."""
     meta = {
+        "files": list(data_files(cfg.data).values()),
         "splits": [name for name in SPLITS if getattr(splits, name) is not None],
         "labels": splits.labels,
         "reports": [asdict(report) for report in splits.reports],
@@ -156,19 +158,23 @@ def _save(splits: Splits, folder: Path) -> None:
     (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _load(folder: Path, task: TaskConfig) -> Splits:
+def _load(folder: Path, cfg: TrainConfig) -> Splits:
+    """The splits kept in `folder`; what was said of a file is said of the one that has its place and content now."""
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    now = dict(zip(meta["files"], data_files(cfg.data).values(), strict=True))
     tables = {name: open_table(folder / name) for name in meta["splits"]}
     return Splits(
         train=tables["train"],
         valid=tables.get("valid"),
         test=tables.get("test"),
         labels=tuple(meta["labels"]),
-        reports=tuple(Report(**report) for report in meta["reports"]),
+        reports=tuple(
+            Report(**{**report, "name": now.get(report["name"], report["name"])}) for report in meta["reports"]
+        ),
         fingerprint=meta["fingerprint"],
         sampled={name: tuple(ids) for name, ids in meta["sampled"].items()},
-        rejected=tuple(Rejected(**row) for row in meta["rejected"]),
-        task=task,
+        rejected=tuple(Rejected(**{**row, "file": now[row["file"]]}) for row in meta["rejected"]),
+        task=cfg.task,
     )
 
 

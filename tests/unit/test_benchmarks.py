@@ -39,9 +39,12 @@ def test_a_warm_up_that_leaves_nothing_is_refused(
 
 def test_different_measurements_have_different_files(throughput: ModuleType) -> None:
     asked = ["", "--rows 64", "--precision fp32", "--checkpointing on", "--checkpointing off on", "--adapters none",
-             "--max-steps 9", "--shape tiny", "--backend xla"]  # fmt: skip
+             "--max-steps 9", "--shape tiny", "--backend xla", "--repeats 5", "--peer-repeats 2", "--batch 4",
+             "--max-residues 510", "--warmup 1", "--threads 1", "--lr 0.01", "--settings ours", "--data own.tsv",
+             "--compile on"]  # fmt: skip
     stems = {throughput.stem_of(throughput.arguments(words.split())) for words in asked}
     assert len(stems) == len(asked)
+    assert throughput.stem_of(throughput.arguments([])) == "cpu-esm2_t6_8M-fp32+bf16-lora-192rows"
 
 
 def test_our_flags_are_settings_and_validation_rows_have_training_classes(
@@ -105,7 +108,7 @@ def test_bf16_is_left_out_where_it_is_emulated_too_slowly(
         ("aten::native_layer_norm", "layer norm"),
         ("aten::index_select", "copies"),
         ("aten::mul", "element-wise and the rest"),
-        ("aten::addmm_", "element-wise and the rest"),
+        ("aten::addmm_", "matrix products"),
     ],
 )
 def test_operations_have_their_kind_in_a_profile(throughput: ModuleType, operation: str, kind: str) -> None:

@@ -115,6 +115,21 @@ def test_other_settings_and_another_content_are_another_entry(cfg: TrainConfig, 
     assert through(cfg, cache=cache).fingerprint == through(cfg).fingerprint != first
 
 
+def test_a_copy_elsewhere_has_the_same_entry_and_is_called_by_its_own_name(
+    cfg: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, copy = str(tmp_path / "cache"), tmp_path / "other" / "y.csv"
+    copy.parent.mkdir()
+    copy.write_bytes(Path(str(cfg.data.train)).read_bytes())
+    through(cfg, cache=cache)
+    plain = through(cfg, train=str(copy))
+    assert plain.rejected and {row.file for row in plain.rejected} == {plain.reports[0].name} == {str(copy)}
+    forbid(monkeypatch)
+    assert equal(through(cfg, cache=cache, train=str(copy)), plain)
+    with pytest.raises(AssertionError, match="tokenized again"):
+        through(cfg, cache=cache, train=str(copy.rename(copy.with_suffix(".tsv"))))
+
+
 @pytest.mark.parametrize("harm", ["change", "cut", "remove", "manifest"])
 def test_a_damaged_entry_is_made_again_with_a_warning(
     cfg: TrainConfig, tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 
 from esm_neuron import run, settings
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import LoopConfig, TrainConfig
 from esm_neuron.data.relatives import related_rows
 from esm_neuron.data.splits import load_splits
 from esm_neuron.export import read_run
@@ -314,3 +315,6 @@ def test_settings_that_are_rarely_meant_are_noted(
     assert any(line.startswith("NOTE: loop.patience=3 never ends training") for line in said)
     assert any(line.startswith("NOTE: optim.warmup_steps=9 of 8 steps: the learning rate never") for line in said)
     assert any(line.startswith("NOTE: loop.precision=bf16 on a CPU without bf16 units") for line in said)
+    monkeypatch.setattr(run, "has_bf16_units", lambda: True)
+    trainer: Any = SimpleNamespace(cfg=replace(cfg, loop=LoopConfig()), valid_loader=object(), total_steps=99)
+    assert [note[:58] for note in run._notes(trainer)] == ["NOTE: this CPU has bf16 units: --loop.precision bf16 may b"]

@@ -211,6 +211,18 @@ def test_last_step_is_filled_with_rows_of_no_weight() -> None:
     assert loader.padding_efficiency == table.lengths.sum() / (16 * ROW)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("dp", [1, 2])
+def test_efficiency_is_of_what_is_computed_where_shapes_are_free(dp: int, packing: bool) -> None:
+    table, cfg = make_table(), make_config(rows_per_step=8, rows_per_device=2, packing=packing)
+    ranks = [TrainLoader(table, Label(), cfg, dp, rank, static_shapes=False) for rank in range(dp)]
+    made = [batch for rank in ranks for step in range(rank.steps_per_epoch) for batch in rank.batches(step)]
+    held = [batch for batch in made if (batch.segment_ids != PAD_SEGMENT).any()]  # an empty one has a slot, for a shape
+    slots = sum(batch.input_ids.numel() for batch in held)
+    assert ranks[0].padding_efficiency == pytest.approx(table.lengths.sum() / slots)
+    assert ranks[0].padding_efficiency > TrainLoader(table, Label(), cfg, dp).padding_efficiency
+
+
 @pytest.mark.parametrize("task", [Label(), Hide()])
 def test_batch_of_filler_rows_alone_looks_like_any_other(task: Label | Hide) -> None:
     loader = TrainLoader(make_table(2), task, make_config(packing=False))

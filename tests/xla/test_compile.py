@@ -21,18 +21,12 @@ pytestmark = pytest.mark.xla
 WORKER = Path(__file__).with_name("compile_worker.py")
 
 
-def lengthen(cfg: TrainConfig) -> TrainConfig:
-    """`cfg` on proteins of which every third is three times as long: two row lengths pay."""
-    for path in map(Path, (str(cfg.data.train), str(cfg.data.valid), str(cfg.data.test))):
-        head, *rows = path.read_text().splitlines()
-        cells = [row.split(",") for row in rows]
-        longer = [[name, residues * (1 if n % 3 else 3), label] for n, (name, residues, label) in enumerate(cells)]
-        path.write_text("\n".join([head, *map(",".join, longer)]) + "\n")
-    return cfg
-
-
 @pytest.fixture(scope="module")
-def said(module_toy: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def said(
+    module_toy: Callable[..., TrainConfig],
+    lengthened: Callable[[TrainConfig], TrainConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
     """What the worker saw."""
     folder = tmp_path_factory.mktemp("compile")
     answer = folder / "said.json"
@@ -40,7 +34,7 @@ def said(module_toy: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPa
         data={"max_residues": 190, "row_tokens": 192, "max_segments": 2, "max_buckets": 3},
         loop={"max_steps": 20, "eval_every": 10},
     )
-    (folder / "run.yaml").write_text(settings.dump(lengthen(replace(cfg, backend="xla"))))
+    (folder / "run.yaml").write_text(settings.dump(lengthened(replace(cfg, backend="xla"))))
     command = [sys.executable, str(WORKER), str(folder / "run.yaml"), str(folder), str(answer)]
     environment = {**os.environ, "PJRT_DEVICE": "CPU"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)

@@ -24,6 +24,9 @@ import pandas as pd
 import torch_xla
 import torch_xla.debug.metrics as met
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+from packs import LAYOUTS, alone, answers, build, difference, gradients, proteins
+
 from esm_neuron import run, settings
 from esm_neuron.answers.embed import embed
 from esm_neuron.answers.predict import predict
@@ -259,6 +262,24 @@ def score_variants(folder: Path) -> dict[str, Any]:
     return {**found, "programs": compiled() - before}
 
 
+def packs() -> dict[str, dict[str, float]]:
+    """Kind of model -> how far proteins in packs are from each alone, in logits and in any gradient."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in ("mean", "residues", "masked_lm"):
+        model, sequences = build(kind, "masked").to(torch_xla.device()), proteins(masked=True)
+        answered = alone(model, sequences)
+        expected = {name: gradient.cpu() for name, gradient in gradients(model, answered).items()}
+        for layout, (rows, width) in LAYOUTS.items():
+            got = answers(model, sequences, rows, width)
+            learnt = gradients(model, got)
+            found[f"{kind}, {layout}"] = {
+                "logits": max(difference(got[number], logits) for number, logits in answered.items()),
+                "gradients": max(difference(learnt[name], gradient) for name, gradient in expected.items()),
+                "compared": len(learnt),
+            }
+    return found
+
+
 def main(config: Path, folder: Path) -> None:
     base = settings.read_config(config)
 
@@ -268,7 +289,7 @@ def main(config: Path, folder: Path) -> None:
 
     torch_xla.device()  # before the first backward pass, even one on the CPU: autograd counts devices then
     accumulate, drop = {"rows_per_device": 2}, {"dropout": 0.1}
-    said: dict[str, Any] = {}
+    said: dict[str, Any] = {"packs": packs()}
     said["cpu"] = train(make("cpu", "cpu"))
     said["counts"] = {"lora": count_graphs(make("xla"))}
     said["xla"] = figures(make("xla"))
