@@ -1,8 +1,8 @@
 """Attention over packs: rotary positions that restart at each segment, and segments that do not see each other.
 
 Three forms of the same sum. `segments` runs torch's fused attention once a segment and never touches padding or pairs
-across segments: for the CPU. `varlen` does so in one call, by CUDA's kernels for segments of any length. `masked` is one
-block-diagonal product of a static shape: for devices that compile.
+across segments: for the CPU. `varlen` does so in one call, by CUDA's kernels for segments of any length. `masked` is
+one block-diagonal product of a static shape: for devices that compile.
 """
 
 from __future__ import annotations

@@ -264,8 +264,8 @@ def _notes(trainer: Trainer) -> Iterator[str]:
         )
     if cfg.backend == "cpu" and cfg.loop.precision == "fp32" and has_bf16_units():
         yield (
-            "NOTE: this CPU has bf16 units: --loop.precision bf16 may be faster; it is not chosen by itself, since other "
-            "machines would give other numbers"
+            "NOTE: this CPU has bf16 units: --loop.precision bf16 may be faster; it is not chosen by itself, since "
+            "another machine would then give other numbers"
         )
 
 
