@@ -2,7 +2,7 @@
 
 Lengths are drawn from a log-normal law close to UniProt's (median 300 residues) and cropped, or read from the sequence
 column of a TSV file. Planned once without a clock, so that numpy's own set-up is not counted. Prints one JSON line, and
-writes it with the machine to `results/packing-SOURCE-SEQUENCES-ROW_LENGTHS-ROWS_PER_STEP.json`.
+writes it with the machine to `results/packing-SOURCE-SEQUENCES-ROW_LENGTHSxROWS_PER_STEP-SEGMENTS.json`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     source = Path(args.tsv).name if args.tsv else "drawn"
     settings = {**{name: value for name, value in vars(args).items() if name != "output"}, "tsv": source}
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = f"{'+'.join(map(str, args.row_lengths))}x{args.rows_per_step}"
+    rows = f"{'+'.join(map(str, args.row_lengths))}x{args.rows_per_step}-{args.max_segments}segments"
     target = args.output / f"packing-{source.split('.')[0]}-{len(lengths)}-{rows}.json"
     target.write_text(json.dumps({"machine": machine(), "settings": settings, **result}, indent=1) + "\n")
 

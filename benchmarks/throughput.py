@@ -27,6 +27,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from esm_neuron.data.store import content_key
 from esm_neuron.doctor import has_bf16_units
 
 SETTINGS = ("ours", "padded", "dynamic", "group_by_length")
@@ -80,19 +81,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def stem_of(args: argparse.Namespace) -> str:
     """The files' name: every option that is not the default, so that no measurement overwrites another."""
-    again = {("off",): [], ("on",): ["checkpointing"]}.get(tuple(args.checkpointing), ["checkpointing_off_on"])
-    compiled = ["compiled"] * ("on" in args.compile)
-    parts = [args.backend, args.shape, "+".join(args.precision), "+".join(args.adapters), *again, *compiled]
+    parts = [args.backend, args.shape, "+".join(args.precision), "+".join(args.adapters)]
+    for option, name in ((args.checkpointing, "checkpointing"), (args.compile, "compiled")):
+        if "on" in option:
+            parts.append(name if option == ["on"] else f"{name}_off_on")
     parts.append(f"{args.rows}rows")
     usual = arguments(["--backend", args.backend])
-    for name in ("max_steps", "repeats", "peer_repeats", "batch", "max_residues", "warmup", "threads", "lr"):
+    for name in (
+        "max_steps", "repeats", "peer_repeats", "batch", "max_residues", "warmup", "threads", "lr", "peak_tflops"
+    ):  # fmt: skip
         value = getattr(args, name)
         if value != getattr(usual, name):
             parts.append(f"{value:g}{name.removeprefix('max_').replace('_', '')}")
     if set(args.settings) != set(SETTINGS):
         parts.append("+".join(args.settings))
     if args.data != usual.data:
-        parts.append(args.data.name.split(".")[0])
+        parts.append(f"{args.data.name.split('.')[0]}_{content_key([str(args.data.resolve())])[:8]}")
     return "-".join(parts)
 
 

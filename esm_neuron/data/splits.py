@@ -168,9 +168,7 @@ def _load(folder: Path, cfg: TrainConfig) -> Splits:
         valid=tables.get("valid"),
         test=tables.get("test"),
         labels=tuple(meta["labels"]),
-        reports=tuple(
-            Report(**{**report, "name": now.get(report["name"], report["name"])}) for report in meta["reports"]
-        ),
+        reports=tuple(Report(**{**one, "name": now.get(one["name"], one["name"])}) for one in meta["reports"]),
         fingerprint=meta["fingerprint"],
         sampled={name: tuple(ids) for name, ids in meta["sampled"].items()},
         rejected=tuple(Rejected(**{**row, "file": now[row["file"]]}) for row in meta["rejected"]),

@@ -41,7 +41,7 @@ def test_different_measurements_have_different_files(throughput: ModuleType) -> 
     asked = ["", "--rows 64", "--precision fp32", "--checkpointing on", "--checkpointing off on", "--adapters none",
              "--max-steps 9", "--shape tiny", "--backend xla", "--repeats 5", "--peer-repeats 2", "--batch 4",
              "--max-residues 510", "--warmup 1", "--threads 1", "--lr 0.01", "--settings ours", "--data own.tsv",
-             "--compile on"]  # fmt: skip
+             "--data other/own.tsv", "--compile on", "--compile off on", "--peak-tflops 70"]  # fmt: skip
     stems = {throughput.stem_of(throughput.arguments(words.split())) for words in asked}
     assert len(stems) == len(asked)
     assert throughput.stem_of(throughput.arguments([])) == "cpu-esm2_t6_8M-fp32+bf16-lora-192rows"

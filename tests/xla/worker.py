@@ -262,9 +262,9 @@ def score_variants(folder: Path) -> dict[str, Any]:
     return {**found, "programs": compiled() - before}
 
 
-def packs() -> dict[str, dict[str, float]]:
-    """Kind of model -> how far proteins in packs are from each alone, in logits and in any gradient."""
-    found: dict[str, dict[str, float]] = {}
+def packs() -> dict[str, dict[str, list[float]]]:
+    """Kind of model and layout -> how far proteins in packs are from each alone, in logits and in each gradient."""
+    found: dict[str, dict[str, list[float]]] = {}
     for kind in ("mean", "residues", "masked_lm"):
         model, sequences = build(kind, "masked").to(torch_xla.device()), proteins(masked=True)
         answered = alone(model, sequences)
@@ -273,9 +273,8 @@ def packs() -> dict[str, dict[str, float]]:
             got = answers(model, sequences, rows, width)
             learnt = gradients(model, got)
             found[f"{kind}, {layout}"] = {
-                "logits": max(difference(got[number], logits) for number, logits in answered.items()),
-                "gradients": max(difference(learnt[name], gradient) for name, gradient in expected.items()),
-                "compared": len(learnt),
+                "logits": [difference(got[number], logits) for number, logits in answered.items()],
+                "gradients": [difference(learnt[name], gradient) for name, gradient in expected.items()],
             }
     return found
 
