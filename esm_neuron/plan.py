@@ -45,8 +45,8 @@ class Bucket:
     share: float
     """Part of the epoch's residues, 0 to 1."""
     efficiency: float
-    """Share of the slots, filler rows included, that hold tokens: all that static shapes compute. Where shapes are free
-    (cpu, cuda) less is computed, and result.json's `padding_efficiency` is higher."""
+    """Share of the slots, filler rows included, that hold tokens; 1 where there is no row. Static shapes compute all of
+    them; where shapes are free (cpu, cuda) less is computed, and result.json's `padding_efficiency` is higher."""
     steps: int
     """Optimizer steps an epoch."""
     rows_per_step: int
