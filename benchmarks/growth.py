@@ -51,9 +51,10 @@ def plot(points: list[dict[str, Any]], title: str, path: Path) -> None:
             panel.plot(list(rates), medians, marker="o", color=colour, label=who.name)
             panel.vlines(list(rates), [min(r) for r in rates.values()], [max(r) for r in rates.values()], color=colour)
         panel.set_xlabel(label)
-        panel.set_ylim(bottom=0)
         panel.set_xscale("log", base=2)
+        panel.set_xticks(list(rates), [f"{value:,}" for value in rates])
         panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=0)  # of both, which share it; sooner it would leave out what is drawn later
     panels[0].set_ylabel("residues per second (median, range)")
     panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
