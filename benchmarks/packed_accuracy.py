@@ -26,6 +26,7 @@ from machine import ROOT, load, machine
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 CONFIG = ROOT / "configs" / "demo.yaml"
 WAYS = {"packed": "#c8553d", "unpacked": "#6b7f99"}
@@ -103,6 +104,8 @@ def plot(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
             mean = [statistics.mean(point[name] for point in points) for points in zip(*curves[way], strict=True)]
             panel.plot([p["residues"] for p in curves[way][0]], mean, color=colour, lw=2.2, label=way)
         panel.set_xlabel("training residues seen")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         panel.set_ylabel(title)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
