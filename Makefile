@@ -102,8 +102,8 @@ bench: $(VENV)/.installed $(DATA)/scl2205.tsv.gz ## the record of docs/performan
 	$(BIN)/python benchmarks/throughput.py --backend xla --precision fp32 --rows 128 --repeats 3 --peer-repeats 1
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/packed_accuracy.py
-	$(BIN)/python benchmarks/throughput.py --shape esm2_t30_150M --precision fp32 --checkpointing on --rows 24 --warmup 1
-	$(BIN)/python benchmarks/throughput.py --shape esm2_t33_650M --precision fp32 --checkpointing on --rows 6 --batch 2 --warmup 1
+	$(BIN)/python benchmarks/throughput.py --shape esm2_t30_150M --precision fp32 --checkpointing on --rows 16 --warmup 1 --settings ours group_by_length
+	$(BIN)/python benchmarks/throughput.py --shape esm2_t33_650M --precision fp32 --checkpointing on --rows 6 --batch 2 --warmup 1 --settings ours group_by_length
 	$(BIN)/python benchmarks/packing.py --tsv $(DATA)/scl2205.tsv.gz
 	$(BIN)/python benchmarks/packing.py --sequences 50000000
 	$(BIN)/python benchmarks/profile_step.py
