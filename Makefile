@@ -22,7 +22,7 @@ BENCH_BATCH := 8
 DATASETS := scl2205 disorder amyloid_dms
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-speed bench-smoke bench-gpu soak long-run results lock clean
+.PHONY: help install demo test test-nxd parity test-gpu test-trn1 test-launchers test-hub fuzz audit lint type format bench bench-speed bench-smoke bench-gpu soak faults long-run results lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -130,8 +130,12 @@ bench-gpu: $(VENV)/.installed ## the same on a CUDA GPU (BENCH_BATCH=4 on one wi
 soak: $(VENV)/.installed ## kill training at 8 random moments in each of 13 modes, resume it, compare with runs that were not killed
 	$(BIN)/python benchmarks/soak.py
 
-long-run: $(VENV)/.installed ## half an hour of tiny training: does memory grow, or files, threads, programs?
+faults: $(VENV)/.installed ## break things on purpose: what training says, leaves, and goes on from; some take root
+	$(BIN)/python benchmarks/faults.py
+
+long-run: $(VENV)/.installed ## an hour of tiny training, half on the CPU, half on XLA:CPU: does memory grow, or files, threads, programs?
 	$(BIN)/python benchmarks/long_run.py
+	$(BIN)/python benchmarks/long_run.py --backend xla
 
 $(DATA)/%.tsv.gz: | $(VENV)/.installed
 	$(BIN)/esm-neuron data get $(firstword $(subst _, ,$*)) --output $(DATA)

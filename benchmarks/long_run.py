@@ -1,7 +1,7 @@
 """Does anything grow while a run goes on? Memory, open files, threads and compiled programs over half an hour.
 
-python benchmarks/long_run.py                              30 minutes on the CPU
-python benchmarks/long_run.py --minutes 5 --backend xla    shorter, on XLA:CPU
+python benchmarks/long_run.py                  30 minutes on the CPU
+python benchmarks/long_run.py --backend xla    on XLA:CPU, where programs are counted
 
 A tiny model trains with accumulation, packs, an evaluation every 200 steps and a checkpoint every 100, and is asked to
 stop by SIGTERM when the time is over. Samples of a minute are averaged, since neighbouring ones are alike; slopes are
@@ -33,7 +33,7 @@ from scipy import stats
 
 from esm_neuron import run
 
-RESULTS = Path(__file__).resolve().parent / "results" / "long_run.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 QUANTITIES = {"memory_mb": "MB of resident memory", "files": "open files", "threads": "threads", "graphs": "programs"}
 WARM_UP = 0.2
 """Share of the time that is left out: allocators and caches fill."""
@@ -90,7 +90,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--minutes", type=float, default=30.0)
     words.add_argument("--backend", choices=["cpu", "xla"], default="cpu")
-    words.add_argument("--results", type=Path, default=RESULTS)
+    words.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     args = words.parse_args()
     sampler = Sampler(60 * args.minutes)
     make = run._callbacks
@@ -113,8 +113,8 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "backend": args.backend, "minutes": args.minutes,
         "steps": sampler.step, "samples": len(sampler.samples), "slopes": slopes,
     }  # fmt: skip
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / f"long_run-{args.backend}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for quantity, words_for_it in QUANTITIES.items():
         found = slopes[quantity]
         print(f"{words_for_it}: {found['per_hour']:+.3f} an hour ({found['low']:+.3f} to {found['high']:+.3f})")

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -39,7 +40,11 @@ PATIENCE = 60.0
 """Seconds in which a rank whose peer is dead must have ended."""
 KINDS = ("step", "write", "evaluate", "hang")
 WATCHDOG = 15
-"""Seconds after which the peers of a rank that hangs end."""
+"""Seconds that a peer of a rank that hangs allows a step, a checkpoint, or a batch of an evaluation."""
+PATIENCE_HUNG = 300.0
+"""Seconds in which it must have ended: the last evaluation has most batches."""
+LONGEST = 1200.0
+"""Seconds after which an attempt is ended, and counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def arm(kill: Kill) -> None:
 
     if kill.kind == "write":
         checkpoint.save_file = counted(checkpoint.save_file, cut=True)
-        for name in ("write_json", "sha256", "prune"):
+        for name in ("write_json", "prune"):  # called by nothing that reads
             setattr(checkpoint, name, counted(getattr(checkpoint, name)))
     elif kill.kind == "evaluate":
         evaluate.forward = counted(evaluate.forward)
@@ -117,6 +122,7 @@ def train(cfg: Any, mode: Mode, rank: int, port: int, kill: Kill | None) -> None
 
         if cfg.backend == "neuron":
             join_standins()
+        note_steps(Path(f"{cfg.output}.{rank}.step"))
         if kill is not None and kill.rank == rank:
             arm(kill)
         try:
@@ -129,6 +135,23 @@ def train(cfg: Any, mode: Mode, rank: int, port: int, kill: Kill | None) -> None
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def note_steps(path: Path) -> None:
+    """Have this rank keep the number of its last whole step in a file, which a kill leaves as it is."""
+    from esm_neuron.trainer import Trainer
+
+    step, fit, file = Trainer._train_step, Trainer.fit, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+
+    def noted(trainer: Any, data: Any) -> None:
+        step(trainer, data)
+        os.pwrite(file, b"%08d" % trainer.state.step, 0)
+
+    def begun(trainer: Any) -> Any:
+        os.pwrite(file, b"%08d" % trainer.state.step, 0)
+        return fit(trainer)
+
+    Trainer._train_step, Trainer.fit = noted, begun
 
 
 def join_standins() -> None:
@@ -156,7 +179,7 @@ def attempt(cfg: Any, mode: Mode, kill: Kill | None) -> Ended:
     """All ranks of one attempt, to their end.
 
     Raises:
-        RuntimeError: a rank lived on a minute after its peer had died.
+        RuntimeError: a rank lived on a minute after its peer had died, or five after it hung; or nothing ended at all.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -165,24 +188,31 @@ def attempt(cfg: Any, mode: Mode, kill: Kill | None) -> Ended:
     ranks = [FORK.Process(target=train, args=(cfg, mode, rank, port, kill)) for rank in range(mode.processes)]
     for process in ranks:
         process.start()
-    survived = 0.0
-    if kill is not None:
-        victim = ranks[kill.rank]
-        while victim.is_alive() and not is_stopped(victim.pid):
-            time.sleep(0.05)
-        died = time.monotonic()
+    survived, last = 0.0, began + LONGEST
+    try:
+        if kill is not None:
+            victim = ranks[kill.rank]
+            while victim.is_alive() and not is_stopped(victim.pid):
+                if time.monotonic() > last:
+                    raise RuntimeError(f"{cfg.output}: not ended after {LONGEST:g} s")
+                time.sleep(0.05)
+            died = time.monotonic()
+            patience = PATIENCE_HUNG if kill.kind == "hang" else PATIENCE
+            for process in (each for each in ranks if each is not victim):
+                process.join(max(0.0, died + patience - time.monotonic()))
+                if process.is_alive():
+                    raise RuntimeError(f"{cfg.output}: a rank was alive {patience:g} s after its peer had failed")
+            survived = time.monotonic() - died
+            if victim.is_alive():
+                victim.kill()
         for process in ranks:
-            if process is not victim:
-                process.join(PATIENCE)
-            if process.is_alive() and process is not victim:
-                for each in ranks:
-                    each.kill()
-                raise RuntimeError(f"{cfg.output}: a rank was alive {PATIENCE:g} s after its peer had failed")
-        survived = time.monotonic() - died
-        if victim.is_alive():
-            victim.kill()
-    for process in ranks:
-        process.join()
+            process.join(max(0.0, last - time.monotonic()))
+            if process.is_alive():
+                raise RuntimeError(f"{cfg.output}: not ended after {LONGEST:g} s")
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
     return Ended([process.exitcode or 0 for process in ranks], time.monotonic() - began, survived)
 
 
@@ -194,18 +224,19 @@ def is_stopped(pid: int | None) -> bool:
         return False
 
 
-def check_not_ahead(output: Path) -> None:
-    """After a kill: nothing may be saved of a step that was not done by all, and logged.
+def check_not_ahead(output: Path, processes: int) -> None:
+    """After a kill: nothing may be saved of a step that not all ranks have done.
 
     Raises:
         RuntimeError: something is.
     """
     saved = max((int(p.name.removeprefix("step-")) for p in (output / "checkpoints").glob("step-*")), default=0)
-    log = output / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    done = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+    files = [Path(f"{output}.{rank}.step") for rank in range(processes)]
+    done = min(int(file.read_bytes() or b"0") if file.exists() else 0 for file in files)
     if saved > done:
-        raise RuntimeError(f"{output}: a checkpoint of step {saved}, but step {done} was the last one done")
+        raise RuntimeError(
+            f"{output}: a checkpoint of step {saved}, but step {done} was the last one all ranks had done"
+        )
 
 
 def ask(cfg: Any) -> None:
@@ -228,7 +259,7 @@ def draw(rng: random.Random, mode: Mode, seconds: float, steps: int) -> Kill:
     """The next kill: of any kind alike, but twice as often anywhere in the loop."""
     kind = rng.choice((*KINDS, "step") if mode.processes > 1 else (*KINDS[:3], "step"))
     if kind == "write":
-        return Kill(kind, rng.randrange(steps // 3 * 8 // 4))
+        return Kill(kind, rng.randrange(steps // 3 * 5 // 4))
     at = rng.randrange(12) if kind == "evaluate" else rng.uniform(0, seconds / 2)
     return Kill(kind, at, rng.randrange(mode.processes))
 
@@ -268,7 +299,7 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
                 break  # it was through before the moment came
             if ended.codes[kill.rank] != -signal.SIGKILL or 0 in ended.codes:
                 raise RuntimeError(f"{cfg.output}: {kill} ended with {ended.codes}; see {cfg.output}.*.log")
-            check_not_ahead(Path(cfg.output))
+            check_not_ahead(Path(cfg.output), mode.processes)
             found[kill.kind] += 1
             longest = max(longest, ended.survived)
             print(f"  {name}: kill {sum(found.values())}, {kill}, after {ended.seconds:.1f} s", flush=True)
@@ -294,7 +325,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Soak the modes asked for; the exit code is 1 where anything differed."""
+    """Soak the modes asked for; the exit code is 1 where anything differed or failed: its folder is then kept."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     able = [name for name in MODES if not name.startswith("nxd") or "NXD_SRC" in os.environ]
     words.add_argument("--modes", nargs="+", choices=list(MODES), default=able)
@@ -307,20 +338,28 @@ def main() -> int:
     import_all(args.modes)
     before = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
     results: dict[str, Any] = dict(before.get("modes", {}))
-    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in args.modes:
-            began = time.monotonic()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="soak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for name in args.modes:
+        began = time.monotonic()
+        results.pop(name, None)
+        try:
             results[name] = soak(name, args.kills, args.steps, args.seed, folder / name)
             results[name] |= {"seed": args.seed, "minutes": round((time.monotonic() - began) / 60, 1)}
+            failed |= bool(results[name]["different"])
             print(f"{name}: {results[name]}", flush=True)
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            kept = {mode: results[mode] for mode in MODES if mode in results}
-            content = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "modes": kept}
-            args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except RuntimeError as error:
+            failed = True
+            print(f"{name}: FAILED: {error}", flush=True)
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        kept = {mode: results[mode] for mode in MODES if mode in results}
+        content = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "modes": kept}
+        args.results.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(table(kept))
-    return int(any(results[name]["different"] for name in args.modes))
+    if not (failed or args.folder):
+        shutil.rmtree(folder)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.files import sha256
+from esm_neuron.folders import PASSED_OVER
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("USE_TORCH_XLA", "0")
@@ -98,7 +99,7 @@ def write_proteins(folder: Path) -> None:
 def left(output: Path) -> dict[str, Any]:
     """What a finished run has left, but for clocks: content by name."""
     found: dict[str, Any] = {}
-    for path in sorted(p for p in output.rglob("*") if p.is_file()):
+    for path in sorted(p for p in output.rglob("*") if p.is_file() and not p.parent.name.startswith(PASSED_OVER)):
         name = str(path.relative_to(output))
         if path.suffix in (".safetensors", ".parquet", ".csv"):
             found[name] = sha256(path)

@@ -128,15 +128,13 @@ class JsonlLogger:
         """
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-        kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
-        write_text(self.path, "".join(kept))
+        *lines, _ = self.path.read_bytes().split(b"\n")
+        kept = [line.decode() for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
-    def _step(self, number: int, line: str) -> int:
+    def _step(self, number: int, line: bytes) -> int:
         try:
-            return int(json.loads(line)["step"])
+            return int(json.loads(line.decode())["step"])
         except (ValueError, TypeError, KeyError):
             raise CheckpointError(
                 f"{self.path}:{number}: not a JSON object with a step; delete the line (or the file) to resume"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import new_folder, read_json, sha256, write_json
+from esm_neuron.folders import PASSED_OVER
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +108,12 @@ def load(folder: Path) -> Snapshot:
 class Saver:
     """Writes the checkpoints of a run under `root` and prunes them; with `asynchronous`, in a thread of its own.
 
-    One snapshot at most is held: `settle` must be called before the next one is made, and at the end.
+    One snapshot at most is held: `settle` must be called before the next one is made, and at the end. `every`: steps
+    between regular checkpoints, see `prune`.
     """
 
-    def __init__(self, root: Path, keep: int, asynchronous: bool) -> None:
-        self._root, self._keep = root, keep
+    def __init__(self, root: Path, keep: int, every: int, asynchronous: bool) -> None:
+        self._root, self._keep, self._every = root, keep, every
         self._pool = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
 
@@ -133,9 +134,16 @@ class Saver:
         if pending is not None:
             pending.result()
 
+    def close(self) -> None:
+        """Wait for what is still being written. A failure is said and not raised: another error ends the run."""
+        try:
+            self.settle()
+        except CheckpointError as error:
+            log.warning("%s", error)
+
     def _write(self, snapshot: Snapshot, best: int | None) -> None:
         save(self._root, snapshot)
-        prune(self._root, self._keep, best)
+        prune(self._root, self._keep, best, self._every)
 
 
 def verify(folder: Path) -> None:
@@ -161,7 +169,11 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{path}: a link, which may lead anywhere; copy the checkpoint with its files")
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
-        if sha256(path) != digest:
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend the disk or the rights") from error
+        if found != digest:
             raise CheckpointError(
                 f"{path}: content differs from its manifest; the checkpoint is damaged, delete its folder"
             )
@@ -173,18 +185,22 @@ def steps(root: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in names if m)
 
 
-def newest(root: Path, say: Callable[[str], None] = log.warning) -> Snapshot | None:
-    """The newest whole checkpoint under `root`, None when there is none; says which damaged ones it passed over.
+def newest(root: Path, every: int = 1) -> Snapshot | None:
+    """The newest whole checkpoint under `root`, None when there is none; says in the log which ones it passed over.
+
+    Args:
+        root: folder of the checkpoints.
+        every: only those of steps that are its multiples.
 
     Raises:
         CheckpointError: there are checkpoints and not one is whole.
     """
-    found = steps(root)
+    found = [step for step in steps(root) if step % every == 0]
     for step in reversed(found):
         try:
             return load(step_folder(root, step))
         except CheckpointError as error:
-            say(f"passed over a damaged checkpoint: {error}")
+            log.warning("passed over a checkpoint: %s", error)
     if found:
         raise CheckpointError(
             f"{root}: none of its {len(found)} checkpoints is whole; start again with another --output"
@@ -197,17 +213,34 @@ def fingerprint(folder: Path) -> str:
     return sha256(folder / MANIFEST)
 
 
-def drop_after(root: Path, step: int) -> None:
-    """Delete the checkpoints of steps after `step`: damaged ones that a resumed run has passed over, and will redo."""
+def set_aside_after(root: Path, step: int) -> None:
+    """Rename the checkpoints of steps after `step`, which a resumed run has passed over and will write anew.
+
+    They are not deleted: a newer release may have written them, or their disk may be read again another day.
+    """
     for later in steps(root):
         if later > step:
-            shutil.rmtree(step_folder(root, later))
+            folder, number = step_folder(root, later), 1
+            while (aside := root / f"{PASSED_OVER}{folder.name}-{number}").exists():
+                number += 1
+            folder.rename(aside)
+            log.warning("%s is now %s; delete it when it is of no use", folder, aside.name)
 
 
-def prune(root: Path, keep: int, best: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and what killed processes left half-written."""
-    for step in steps(root)[:-keep]:
-        if step != best:
+def prune(root: Path, keep: int, best: int | None, every: int = 1) -> None:
+    """Delete all checkpoints but those named, and what killed processes left half-written.
+
+    Args:
+        root: their folder.
+        keep: how many of the newest stay.
+        best: step of the best one, which stays.
+        every: the newest of the steps that are its multiples stays too: what a rollback goes back to, however often a
+            run was stopped in between.
+    """
+    found = steps(root)
+    regular = [step for step in found if step % every == 0]
+    for step in found[:-keep]:
+        if step not in (best, *regular[-1:]):
             shutil.rmtree(step_folder(root, step))
     for aside in root.glob(".step-*.tmp"):
         shutil.rmtree(aside)

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from esm_neuron.config import BackendName, TrainConfig, require
 from esm_neuron.errors import ConfigError, EsmNeuronError
-from esm_neuron.redact import RedactingFormatter, redact
+from esm_neuron.redact import RedactedRecord, RedactingFormatter, redact
 from esm_neuron.signals import EXIT_STOPPED
 
 
@@ -356,6 +356,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         say(f"esm-neuron: error: unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
         return 2
+    logging.setLogRecordFactory(RedactedRecord)  # libraries have loggers and handlers of their own
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from esm_neuron.config import TrainConfig, require
@@ -26,6 +24,7 @@ from esm_neuron.parallel.topology import NEURON_TP, legal_tp
 from esm_neuron.plan import RunPlan
 from esm_neuron.rules import check_backend
 from esm_neuron.shapes import EsmShape
+from esm_neuron.strict_yaml import read_yaml
 
 GIB = 2**30
 
@@ -117,10 +116,10 @@ def read_prices(path: Path | None = None) -> PriceList:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PriceList)
+    values = read_yaml(Path(__file__).with_name("instances.yaml") if path is None else path, "--prices")
     try:
-        text = (files("esm_neuron") / "instances.yaml" if path is None else path).read_text(encoding="utf-8")
-        return PriceList(**vars(parser.instantiate(parser.parse_object(yaml.safe_load(text)))))
-    except (OSError, ValueError, TypeError, ArgumentError, yaml.YAMLError) as error:
+        return PriceList(**vars(parser.instantiate(parser.parse_object(values))))
+    except (ValueError, TypeError, ArgumentError) as error:
         raise ConfigError(f"--prices {path}: {' '.join(str(error).split())}; see esm_neuron/instances.yaml") from error
 
 

@@ -18,6 +18,8 @@ REPORT = "report"
 """The page of `esm-neuron report` and its pictures."""
 CARD = "README.md"
 """Model card, in the folder of an adapter or a model."""
+PASSED_OVER = "passed-over-"
+"""What the name of a checkpoint begins with that a resumed run could not read."""
 
 
 def answers_name(split: str) -> str:

@@ -34,8 +34,16 @@ def redact(text: str) -> str:
     return text
 
 
+class RedactedRecord(logging.LogRecord):
+    """A log record whose text has no secrets, whichever logger makes it and whichever handler writes it."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        """The text."""
+        return redact(super().getMessage())
+
+
 class RedactingFormatter(logging.Formatter):
-    """Log lines, and the tracebacks in them, without secrets."""
+    """Log lines without secrets, in the tracebacks under them too."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from esm_neuron.config import TrainConfig, require
+from esm_neuron.config import TrainConfig
 from esm_neuron.errors import ConfigError
 from esm_neuron.rules import check_values
+from esm_neuron.strict_yaml import check_text, read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
         ConfigError: an unknown or repeated key, a value of the wrong type, an unreadable file.
     """
     for path in _config_files(argv):
-        _check_yaml(path)
+        read_yaml(path, "--config")
     return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
 
 
@@ -86,8 +86,8 @@ def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], comm
 def _parsed(words: list[str], command: str, start: TrainConfig | None = None) -> TrainConfig:
     """What the words make of `start`, or of the defaults."""
     for word in words:
-        if ("&" in word and "*" in word) or word.count("[") + word.count("{") > DEPTH_LIMIT:
-            _check_flag(word)
+        name, equals, text = word.partition("=")
+        check_text(name, text if equals else word)
     parser = make_parser(command)
     try:
         namespace = None if start is None else parser.parse_object(plain(start))
@@ -99,14 +99,6 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
     for name in _nothing("", plain(cfg), plain(TrainConfig())):
         raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
     return cfg
-
-
-def _check_flag(word: str) -> None:
-    """Refuse a value whose aliases or depth would fill the memory, as in a file."""
-    loader = _StrictLoader(word.partition("=")[2] or word)
-    loader.name = word.partition("=")[0][:60]
-    with suppress(yaml.YAMLError):  # no YAML, so plain text
-        loader.get_single_node()
 
 
 def _nothing(name: str, value: Any, default: Any) -> Iterator[str]:
@@ -145,45 +137,6 @@ def _config_files(argv: Sequence[str]) -> Iterator[Path]:
             yield Path(word.partition("=")[2])
 
 
-CONFIG_LIMIT = 1 << 22
-"""Most bytes of a YAML file: the names of 30,000 classes with 100 characters each are less."""
-DEPTH_LIMIT = 20
-"""How deep lists and mappings may nest; those of settings are three deep."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key twice is an error: otherwise the first of two `lr` lines would be lost without a word.
-
-    Without aliases, of which ten lines can make a billion values, and without depths that end in Python's stack.
-    """
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        where = f"{self.name}:{event.start_mark.line + 1}"
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{where}: an alias, *{event.anchor}; write out the value that it stands for")
-        if self._depth == DEPTH_LIMIT:
-            raise ConfigError(f"{where}: nested more than {DEPTH_LIMIT} deep; settings are `section: {{name: value}}`")
-        self._depth += 1
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"{self.name}:{key.start_mark.line + 1}: a key that is no text; write NAME: VALUE")
-            if key.value in seen:
-                raise ConfigError(
-                    f"{self.name}:{key.start_mark.line + 1}: key {key.value!r} comes twice; keep one of them"
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 class _QuotingDumper(yaml.SafeDumper):
     """Quotes text that begins like a number: a bare 1e3, a fine label, is text to PyYAML and 1000.0 to jsonargparse."""
 
@@ -194,27 +147,6 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _QuotingDumper.add_representer(str, _represent_text)
-
-
-def _check_yaml(path: Path) -> None:
-    try:
-        require(not path.exists() or path.is_file(), f"--config {path}: no regular file; check the path")
-        with path.open("rb") as file:
-            content = file.read(CONFIG_LIMIT + 1)
-        require(
-            len(content) <= CONFIG_LIMIT, f"--config {path}: more than {CONFIG_LIMIT} bytes; is this the right file?"
-        )
-        loader = _StrictLoader(content.decode("utf-8"))
-        loader.name = str(path)
-        value = loader.get_single_data()
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); check the path") from error
-    # beside its own kind, yaml raises whatever int, float, date and a dictionary raise at `!!int x` and the like
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        held = "nothing" if value is None else type(value).__name__
-        raise ConfigError(f"--config {path}: holds {held}, must be sections such as `optim:`; see --help")
 
 
 def _explain(message: str) -> str:

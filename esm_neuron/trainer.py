@@ -76,7 +76,7 @@ class Trainer:
         self.stopper = EarlyStopping(cfg.loop.patience, task.greater_is_better)
         self.state = TrainState(run=dict(identity))
         self.folder = Path(cfg.output) / "checkpoints"
-        self.saver = Saver(self.folder, cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
+        self.saver = Saver(self.folder, cfg.checkpoint.keep, self.save_every, cfg.checkpoint.asynchronous)
         self.guard = RecompileGuard(cfg.loop.on_recompile, backend.graphs, train.row_lengths)
         self.watch = StepWatch()
         stacks = Path(cfg.output) / f"hung-rank{backend.topology.rank}.txt"
@@ -107,7 +107,7 @@ class Trainer:
         self.stopper.load_state_dict(self.state.stopper)
         self.watch.load_state_dict(self.state.watch)
         if self.backend.topology.is_main:
-            checkpoint.drop_after(self.folder, self.state.step)
+            checkpoint.set_aside_after(self.folder, self.state.step)
         unusable = from_main(self.backend, self._best_is_unusable)
         if unusable is not None:
             log.warning("the best step is looked for anew among those after %d: %s", self.state.step, unusable)
@@ -140,6 +140,7 @@ class Trainer:
         with (
             StopSignal() as stop,
             self.watchdog,
+            closing(self.saver),
             closing(prefetch(map(self.train_loader.load, steps), AHEAD)) as ahead,
         ):
             self._start_clock()
@@ -164,7 +165,7 @@ class Trainer:
                     self._save()
                 if ends:
                     agree_on_main(self.backend, self.saver.settle)
-                    return Fit(self.state, None if last else stopped_by)
+                    return Fit(self.state, stopped_by)
                 self.watchdog.expect(f"step {done + 1}")
         return Fit(self.state, None)
 
@@ -196,7 +197,7 @@ class Trainer:
         totals = self._totals.clone()
         norm = self.backend.step(self.model, self.optimizer, totals, self.cfg.optim.max_grad_norm)
         self._totals.zero_()
-        self.state.residues += data.stats.global_residues
+        self.state.residues += data.residues
         self.state.step = step + 1
         self._unseen.append((step + 1, totals, norm))
         if self._looks_after(step + 1):
@@ -253,11 +254,15 @@ class Trainer:
             lines.on_log(step["step"], self.total_steps, {**step, "action": action, "ids": ids})
 
     def _roll_back(self) -> int:
-        """Put weights and moments of the newest checkpoint back, and go on after this step; returns its step."""
+        """Put weights and moments of the newest regular checkpoint back, and go on after this step; returns its step.
+
+        What the best step, or a signal, had saved in between is no place to go back to: a run that was stopped and one
+        that was not must go back to the same.
+        """
 
         def find() -> int:
             self.saver.settle()
-            snapshot = checkpoint.newest(self.folder)
+            snapshot = checkpoint.newest(self.folder, self.save_every)
             if snapshot is None:
                 raise CheckpointError(f"{self.folder}: there is no checkpoint left to go back to")
             return snapshot.state.step

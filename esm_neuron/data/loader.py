@@ -32,20 +32,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class StepStats:
-    """How much one optimizer step holds, for the log."""
-
-    residues: int
-    """Residues of this data-parallel rank, specials left out."""
-    global_residues: int
-    """Residues of all ranks."""
-    slots: int
-    """Places for tokens in the plan's rows of this rank, filler rows included."""
-    global_slots: int
-    """The same of all ranks."""
-
-
-@dataclass(frozen=True)
 class StepData:
     """One rank's share of an optimizer step."""
 
@@ -53,8 +39,8 @@ class StepData:
     """Optimizer step from 0, over all epochs."""
     batches: list[Batch]
     """One batch for each accumulated pass."""
-    stats: StepStats
-    """What the batches hold."""
+    residues: int
+    """Residues in the batches of all ranks, specials left out."""
 
 
 def select_row_lengths(cfg: TrainConfig, lengths: np.ndarray, hidden_size: int) -> tuple[int, ...]:
@@ -172,13 +158,7 @@ class TrainLoader:
         # Pass by pass, then rank by rank: two passes of one rank hold what one pass of each of two ranks holds.
         share = [_share(rows[n * count : (n + 1) * count], self._dp, self._dp_rank) for n in range(self.passes)]
         batches = [self._collator(part, row_tokens, epoch) for part in share]
-        stats = StepStats(
-            residues=sum(self._residues(part) for part in share),
-            global_residues=self._residues(rows),
-            slots=len(rows) * row_tokens // self._dp,
-            global_slots=len(rows) * row_tokens,
-        )
-        return StepData(step, batches, stats)
+        return StepData(step, batches, self._residues(rows))
 
     def record_ids(self, step: int) -> list[str]:
         """Names of the records, over all ranks, that optimizer step `step` learns from."""

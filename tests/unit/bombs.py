@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm_neuron.config import DataConfig, TaskConfig
+from esm_neuron.cost import read_prices
 from esm_neuron.data.labels import LabelRows, class_names
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.errors import EsmNeuronError
@@ -54,6 +55,8 @@ def fill(folder: Path) -> None:
         "long.parquet": parquet(20_000_000, 2),
         "deep.yaml": b"data: " + b"[" * 100_000,
         "aliases.yaml": "\n".join(ten).encode(),
+        "text.yaml": b"output: '{a: &a [x], b: &b [*a, *a], c: [*b, *b]}'",
+        "text_in_text.yaml": b"data: {id_column: \"['{a: &a [x], b: &b [*a, *a]}']\"}",
         "long.yaml": b"# " + b"x" * (1 << 23),
     }
     for name, content in files.items():
@@ -91,6 +94,8 @@ def main(folder: Path) -> None:
     aliases = "{a: &a [x], b: &b [*a, *a], c: [*b, *b]}"
     found["aliases in a flag"] = said(lambda: parse([f"--data.keep={aliases}"]))
     found["a deep flag"] = said(lambda: parse(["--data.keep=" + "[" * 100_000]))
+    found["prices"] = said(lambda: read_prices(folder / "aliases.yaml"))
+    found["deep prices"] = said(lambda: read_prices(folder / "deep.yaml"))
     found["a class a row"] = said(lambda: many_classes((f"c{i}" for i in range(1_000_000)), "sequence_classification"))
     found["a million classes in a row"] = said(
         lambda: many_classes(iter([";".join(map(str, range(1_000_000)))]), "multi_label")

@@ -122,10 +122,12 @@ def test_a_line_that_the_disk_does_not_take_whole_is_an_error_that_names_the_fil
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
 
 
-@pytest.mark.parametrize("damaged", ["not json\n", '["step"]\n', '{"loss": 1}\n', '{"step": null}\n'])
-def test_a_damaged_metrics_file_is_named_by_line(tmp_path: Path, damaged: str) -> None:
+@pytest.mark.parametrize(
+    "damaged", [b"not json\n", b'["step"]\n', b'{"loss": 1}\n', b'{"step": null}\n', b'{"step": 2, "lo\xf3s": 1}\n']
+)
+def test_a_damaged_metrics_file_is_named_by_line(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n' + damaged)
+    path.write_bytes(b'{"step": 1}\n' + damaged)
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: not a JSON object with a step"):
         JsonlLogger(path).truncate_after(5)
 

@@ -101,18 +101,35 @@ DAMAGE: dict[str, Callable[[Path], None]] = {"flipped": flip_a_bit, "truncated":
 
 @pytest.mark.parametrize("file", [f for f in FILES if f != "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_refused_by_the_files_name_and_the_one_before_is_taken(root: Path, file: str, damage: str) -> None:
+def test_damage_is_refused_by_the_files_name_and_the_one_before_is_taken(
+    root: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = checkpoint.step_folder(root, 12)
     DAMAGE[damage](folder / file)
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(folder)
     assert str(folder / file) in str(caught.value)
-    said: list[str] = []
-    newest = checkpoint.newest(root, said.append)
+    newest = checkpoint.newest(root)
     assert newest is not None
     assert same(newest, snapshot(2))
-    assert len(said) == 1
-    assert str(folder / file) in said[0]
+    (said,) = caplog.messages
+    assert said.startswith("passed over a checkpoint: ") and str(folder / file) in said
+
+
+def test_a_file_that_cannot_be_read_is_named_and_the_checkpoint_before_is_taken(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, real = checkpoint.step_folder(root, 12) / "optimizer.safetensors", checkpoint.sha256
+
+    def failing(file: Path) -> str:
+        if file == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "sha256", failing)
+    newest = checkpoint.newest(root)
+    assert newest is not None and same(newest, snapshot(2))
+    assert f"{path}: cannot be read (Input/output error)" in caplog.text
 
 
 def edit(**values: object) -> Callable[[Path], None]:
@@ -159,13 +176,12 @@ def test_another_version_is_said_to_be_one(root: Path) -> None:
         checkpoint.load(checkpoint.step_folder(root, 12))
 
 
-def test_none_whole_is_an_error_and_not_a_new_start(root: Path) -> None:
+def test_none_whole_is_an_error_and_not_a_new_start(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in checkpoint.steps(root):
         flip_a_bit(checkpoint.step_folder(root, step) / "model.safetensors")
-    said: list[str] = []
     with pytest.raises(CheckpointError, match="none of its 3 checkpoints is whole"):
-        checkpoint.newest(root, said.append)
-    assert len(said) == 3
+        checkpoint.newest(root)
+    assert len(caplog.messages) == 3
 
 
 @pytest.mark.parametrize(
@@ -179,6 +195,19 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, best: 
     checkpoint.prune(tmp_path, keep, best)
     assert checkpoint.steps(tmp_path) == left
     assert (tmp_path / "notes").is_dir()
+
+
+def test_pruning_keeps_what_a_rollback_goes_back_to(tmp_path: Path) -> None:
+    for step in (3, 6, 7, 8):
+        checkpoint.step_folder(tmp_path, step).mkdir()
+    checkpoint.prune(tmp_path, 2, None, every=3)
+    assert checkpoint.steps(tmp_path) == [6, 7, 8]
+
+
+def test_the_newest_of_regular_steps(root: Path) -> None:
+    for every, step in ((1, 12), (2, 12), (5, None)):
+        found = checkpoint.newest(root, every)
+        assert (found and found.state.step) == step
 
 
 def test_pruning_removes_what_a_killed_process_left(root: Path) -> None:
@@ -279,7 +308,7 @@ def test_a_folder_that_may_only_be_read_is_one_line_and_stays() -> None:
 
 
 def test_saving_beside_training_holds_one_copy_loses_none_and_says_what_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real, writing, most = checkpoint.save, [0], [0]
     may_write = threading.Event()
@@ -296,7 +325,7 @@ def test_saving_beside_training_holds_one_copy_loses_none_and_says_what_failed(
             writing[0] -= 1
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    saver = Saver(tmp_path, keep=2, asynchronous=True)
+    saver = Saver(tmp_path, keep=2, every=1, asynchronous=True)
     held = snapshot(1)
     alive = weakref.ref(held)
     saver.save(held, best=None)
@@ -318,6 +347,9 @@ def test_saving_beside_training_holds_one_copy_loses_none_and_says_what_failed(
     assert checkpoint.steps(tmp_path) == [2, 4]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None and same(newest, snapshot(4)) and most == [1]
+    saver.save(snapshot(3), best=None)
+    saver.close()  # as when another error ends the run
+    assert caplog.messages == ["the disk is full"]
 
 
 @pytest.mark.parametrize("where", ["save_file", "write_json", "sha256"])
@@ -362,9 +394,17 @@ def test_a_process_killed_while_saving_leaves_whole_checkpoints(tmp_path: Path) 
     assert interrupted > 0  # at least one was killed in the middle of a save
 
 
-def test_what_a_resumed_run_passed_over_is_dropped(tmp_path: Path) -> None:
+def test_what_a_resumed_run_passed_over_is_set_aside(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Otherwise pruning, which counts by step, would delete the new checkpoints in favour of the damaged one."""
-    for step in (1, 2, 3):
-        checkpoint.step_folder(tmp_path, step).mkdir()
-    checkpoint.drop_after(tmp_path, 1)
-    assert checkpoint.steps(tmp_path) == [1]
+    edit(version=9)(checkpoint.step_folder(root, 12) / "manifest.json")
+    before = (checkpoint.step_folder(root, 12) / "manifest.json").read_bytes()
+    checkpoint.set_aside_after(root, 2)
+    assert checkpoint.steps(root) == [1, 2]
+    checkpoint.save(root, snapshot(12))
+    checkpoint.set_aside_after(root, 2)
+    kept = sorted(root.glob("passed-over-*"))
+    assert [path.name for path in kept] == ["passed-over-step-00000012-1", "passed-over-step-00000012-2"]
+    assert (kept[0] / "manifest.json").read_bytes() == before, "the release that wrote it can still read it"
+    assert all("delete it when it is of no use" in said for said in caplog.messages)
+    checkpoint.prune(root, 1, None)
+    assert checkpoint.steps(root) == [2] and len(list(root.glob("passed-over-*"))) == 2

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esm_neuron import run
+from esm_neuron import checkpoint, run
 from esm_neuron.backends.common import adamw, normalise_clip_update
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import OptimConfig, TrainConfig
@@ -123,7 +123,7 @@ def test_rollback_takes_the_weights_back_and_goes_on_with_the_next_records(
     cfg = toy("out", loop={"on_nonfinite": "rollback"}, checkpoint={"every": 3, "keep": 100}, log={"every": 100})
     poison(monkeypatch, {2, 6}, INF)
     assert run.train(cfg, str).result["train"]["steps"] == 8
-    assert tensors(cfg, 6) == tensors(cfg, 4), "validated, saved as the best, and gone back to"
+    assert tensors(cfg, 6) == tensors(cfg, 3) != tensors(cfg, 4), "the regular one before, not step 4's, the best"
     assert tensors(cfg, 3) == tensors(cfg, 0), "a step that failed before any was saved goes back to the start"
     assert tensors(cfg, 4) != tensors(cfg, 3) and tensors(cfg, 8) != tensors(cfg, 6)
     assert [(r["step"], r["action"]) for r in named(cfg)] == [(2, "rollback"), (6, "rollback")]
@@ -145,20 +145,47 @@ def test_a_run_that_left_steps_out_and_was_stopped_ends_as_one_that_was_not(
     whole, stopped = toy("whole", **settings), toy("stopped", **settings)
     poison(monkeypatch, {3, 6})
     run.train(whole, str)
-    train_step = run.Trainer._train_step
-
-    def signalled(self: run.Trainer, data: StepData) -> None:
-        train_step(self, data)
-        if data.step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run.Trainer, "_train_step", signalled)
+        signal_in_step(patch, 4)
         assert run.train(stopped, str).stopped_by == "SIGTERM"
     assert not (Path(stopped.output) / "nonfinite.jsonl").exists()
     run.train(replace(stopped, checkpoint=replace(stopped.checkpoint, resume="auto")), str)
     assert tensors(stopped, 8) == tensors(whole, 8)
     assert named(stopped) == named(whole) and [r["step"] for r in named(whole)] == [3, 6]
+
+
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_run_that_was_stopped_rolls_back_to_where_one_that_was_not_does(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Not to what the stop has saved: before the bad step, or after it, when nothing had been done about it yet."""
+    settings = {
+        "loop": {"on_nonfinite": "rollback", "eval_every": 8},
+        "log": {"every": 8},
+        "checkpoint": {"every": 3, "keep": 1},
+    }
+    whole, stopped = toy("whole", **settings), toy("stopped", **settings)
+    poison(monkeypatch, {5})
+    run.train(whole, str)
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, stop)
+        assert run.train(stopped, str).stopped_by == "SIGTERM"
+    assert checkpoint.steps(Path(stopped.output) / "checkpoints") == [3, stop]
+    run.train(replace(stopped, checkpoint=replace(stopped.checkpoint, resume="auto")), str)
+    assert tensors(stopped, 8) == tensors(whole, 8)
+    assert named(stopped) == named(whole) and [r["step"] for r in named(whole)] == [5]
+
+
+def signal_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM at the end of a step, counted from 1."""
+    train_step = run.Trainer._train_step
+
+    def signalled(self: run.Trainer, data: StepData) -> None:
+        train_step(self, data)
+        if data.step == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(run.Trainer, "_train_step", signalled)
 
 
 def one_rank(rank: int, port: int, bad: int, answers: Any) -> None:

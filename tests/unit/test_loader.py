@@ -168,10 +168,7 @@ def test_a_step_holds_the_same_rows_on_any_number_of_ranks_and_passes(
         for name in ("input_ids", "segment_ids", "positions", "labels", "weights"):
             one, other = (torch.cat([getattr(b, name) for b in batches]) for batches in (expected, in_order))
             assert torch.equal(one, other), name
-        stats = [rank.load(step).stats for rank in ranks]
-        assert {s.global_residues for s in stats} == {alone.load(step).stats.residues}
-        assert sum(s.residues for s in stats) == stats[0].global_residues
-        assert sum(s.slots for s in stats) == stats[0].global_slots
+        assert {rank.load(step).residues for rank in ranks} == {alone.load(step).residues}
 
 
 def test_randomness_of_an_example_does_not_depend_on_its_neighbours() -> None:
@@ -234,14 +231,13 @@ def test_batch_of_filler_rows_alone_looks_like_any_other(task: Label | Hide) -> 
         assert getattr(full, name).dtype == getattr(filler, name).dtype
 
 
-def test_stats_count_residues_without_specials() -> None:
+def test_residues_are_counted_without_specials() -> None:
     table = make_table()
     loader = TrainLoader(table, Label(), make_config())
-    stats = [loader.load(step).stats for step in range(loader.steps_per_epoch)]
     residues = int(table.lengths.sum()) - 2 * len(table)
-    assert sum(s.residues for s in stats) == sum(s.global_residues for s in stats) == residues
-    tokens = residues + 2 * len(table)
-    assert loader.padding_efficiency == pytest.approx(tokens / sum(s.global_slots for s in stats))
+    assert sum(loader.load(step).residues for step in range(loader.steps_per_epoch)) == residues
+    slots = sum(batch.input_ids.numel() for step in range(loader.steps_per_epoch) for batch in loader.batches(step))
+    assert loader.padding_efficiency == pytest.approx((residues + 2 * len(table)) / slots)
 
 
 def test_total_steps() -> None:

@@ -49,7 +49,7 @@ def test_the_plan_is_what_the_loader_does(bucketed: TrainConfig) -> None:
         data = loader.load(step)
         length = data.batches[0].input_ids.shape[1]
         shapes[length] += 1
-        residues[length] += data.stats.global_residues
+        residues[length] += data.residues
         rows = sum(batch.input_ids.shape[0] for batch in data.batches)
         assert rows == next(b.rows_per_step for b in plan.buckets if b.row_tokens == length)
     assert len(shapes) > 1, "the toy data must give several buckets"

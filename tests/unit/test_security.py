@@ -143,9 +143,13 @@ def test_small_files_cannot_fill_a_memory(tmp_path: Path) -> None:
         "long.parquet": ": record 1: holds 20000001 characters, more than 16777216",
         "deep.yaml": ":1: nested more than 20 deep",
         "aliases.yaml": ":2: an alias, *x0",
+        "text.yaml": "text.yaml:1: an alias, *a",
+        "text_in_text.yaml": "text_in_text.yaml:1: an alias, *a",
         "long.yaml": ": more than 4194304 bytes",
         "aliases in a flag": "an alias, *a",
         "a deep flag": "nested more than 20 deep",
+        "prices": ":2: an alias, *x0",
+        "deep prices": ":1: nested more than 20 deep",
         "a class a row": "more than 32767 classes",
         "a million classes in a row": "more than 32767 classes",
         "one class of a million letters": "a label has more than 1000 characters",
@@ -207,6 +211,13 @@ def test_no_message_and_no_log_line_has_a_secret(
     record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "retrying %s", (secret,), None)
     assert RedactingFormatter("%(message)s").format(record).startswith("retrying https://***@example.org/x.csv?")
     assert "hunter2" not in RedactingFormatter("%(message)s").format(record)
+    library, own = logging.getLogger("a_library"), logging.StreamHandler()  # as huggingface_hub has one
+    library.addHandler(own)
+    library.warning("Error while downloading from %s", secret)
+    library.removeHandler(own)
+    said = capsys.readouterr().err
+    assert said.startswith("Error while downloading from https://***@example.org/x.csv?X-Amz-Signature=***&token=***")
+    assert "hunter2" not in said
     monkeypatch.setattr(sys, "argv", ["esm-neuron", "--version"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)

@@ -253,6 +253,20 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(toy: Toy, watched_by: Call
     assert_same_end(stopped, whole)
 
 
+def test_a_signal_in_the_last_step_leaves_the_end_of_the_run_to_a_resume(
+    toy: Toy, watched_by: Callable[..., None]
+) -> None:
+    """The last evaluation and the baselines may take longer than a cluster waits."""
+    whole, stopped = (interruptible(toy, name, "lora") for name in ("whole", "stopped"))
+    train(whole)
+    watched_by(SignalAt(int(checkpoints(whole)[-1].removeprefix("step-")), signal.SIGTERM))
+    assert run.train(stopped, quiet).stopped_by == "SIGTERM"
+    assert checkpoints(stopped)[-1] == checkpoints(whole)[-1] and not (Path(stopped.output) / "result.json").exists()
+    watched_by()
+    train(resumed(stopped))
+    assert_same_end(stopped, whole)
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "call", "last"), [(Trainer, "evaluate", 2, 8), (checkpoint, "save_file", 4, 9)]
 )
