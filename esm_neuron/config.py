@@ -230,8 +230,8 @@ class LoopConfig:
     its threads to stderr and `output`/hung-rank<N>.txt, and ends; 0: for ever."""
     watchdog_slow: int = 10_800
     """Seconds that the watchdog allows besides for what may compile: the first two steps of each row length, the first
-    evaluation and the first checkpoint (xla, neuron, torch_compile); and, on every backend, for the end of a run: its
-    last evaluation, the baselines and the export. What comes before the first step is not watched."""
+    evaluation and the first checkpoint (xla, neuron, torch_compile); and, on every backend, for the start of a run: its
+    data, weights and checkpoint; and for its end: the last evaluation, the baselines and the export."""
 
 
 @dataclass(frozen=True, kw_only=True)

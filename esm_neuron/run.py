@@ -36,6 +36,7 @@ from esm_neuron.scores import Leaks, find_leaks, score
 from esm_neuron.shapes import SHAPES
 from esm_neuron.tasks import TASKS, Task, create_task
 from esm_neuron.trainer import Fit, Trainer
+from esm_neuron.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -130,14 +131,16 @@ class _Job:
 
 
 def _train(cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> Outcome:
-    job = _Job.of(cfg, backend, say)
-    cfg, splits, task, built, loaders, trainer = job.cfg, job.splits, job.task, job.built, job.loaders, job.trainer
-    begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
-    if begin:
-        say(f"resumed after step {begin} of {trainer.total_steps}")
-    leaks = from_main(backend, lambda: find_leaks(cfg, loaders.tables(), say))
-    agree_on_main(backend, lambda: _write_settings(cfg, splits))
-    trainer.callbacks = agree_on_main(backend, lambda: _callbacks(cfg, begin)) or []
+    with Watchdog.of(cfg, backend.topology.rank) as dog:
+        dog.expect("the start of the run (data, weights, checkpoint)", slow=True)
+        job = _Job.of(cfg, backend, say)
+        cfg, splits, task, built, loaders, trainer = job.cfg, job.splits, job.task, job.built, job.loaders, job.trainer
+        begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
+        if begin:
+            say(f"resumed after step {begin} of {trainer.total_steps}")
+        leaks = from_main(backend, lambda: find_leaks(cfg, loaders.tables(), say))
+        agree_on_main(backend, lambda: _write_settings(cfg, splits))
+        trainer.callbacks = agree_on_main(backend, lambda: _callbacks(cfg, begin)) or []
     result: dict[str, Any] = {}
     try:
         fit = trainer.fit()

@@ -79,8 +79,7 @@ class Trainer:
         self.saver = Saver(self.folder, cfg.checkpoint.keep, self.save_every, cfg.checkpoint.asynchronous)
         self.guard = RecompileGuard(cfg.loop.on_recompile, backend.graphs, train.row_lengths)
         self.watch = StepWatch()
-        stacks = Path(cfg.output) / f"hung-rank{backend.topology.rank}.txt"
-        self.watchdog = Watchdog(cfg.loop.watchdog, stacks, cfg.loop.watchdog_slow)
+        self.watchdog = Watchdog.of(cfg, backend.topology.rank)
         self._compiles = backend.static_shapes or cfg.loop.torch_compile
         self._compiled: set[str] = set()  # what has been done once, steps apart
         self._unseen: list[tuple[int, Tensor, Tensor]] = []  # step, its totals and norm, all still on the device

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from esm_neuron.config import TrainConfig
+
 EXIT_HUNG = 70
 """Exit code of a process that its watchdog has ended (EX_SOFTWARE of sysexits.h)."""
 GRACE = 10.0
@@ -29,6 +31,11 @@ class Watchdog:
         self._seconds, self._file, self._slow = seconds, file, slow
         self._what, self._allowed, self._deadline = "", 0.0, float("inf")
         self._over = threading.Event()
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, rank: int) -> Watchdog:
+        """The watchdog of a run's process: `loop.watchdog`, and a file of this rank in its folder."""
+        return cls(cfg.loop.watchdog, Path(cfg.output) / f"hung-rank{rank}.txt", cfg.loop.watchdog_slow)
 
     def __enter__(self) -> Watchdog:
         if self._seconds:

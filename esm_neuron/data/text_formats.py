@@ -43,6 +43,7 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
             yield line
 
     # The csv module, not pandas: it alone tells the line of a record, also after quoted newlines and blank lines.
+    csv.field_size_limit(LINE_LIMIT)  # a value may be as long as its record
     records = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
     picks: list[int] = []

@@ -73,6 +73,12 @@ def test_values_stay_as_they_are_written(tmp_path: Path) -> None:
     assert (got["id"], got["label"]) == (["007", "NA", "null"], ["1.0", "NA", ""])
 
 
+def test_a_value_may_be_as_long_as_its_record(tmp_path: Path) -> None:
+    """The csv module by itself takes 131,072 characters: labels of titin's residues may be more."""
+    (tmp_path / "a.csv").write_text("id,sequence,label\nP1,MKV," + "01 " * 60_000 + "\n")
+    assert len(read_rows(tmp_path / "a.csv", DataConfig(), True)["label"][0].as_py()) >= 179_999
+
+
 def test_columns_are_chosen_by_the_configuration(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "entry,seq,loc,fold,leaky\nP1,MKV,in,train,False\n")
     names = {"id_column": "entry", "sequence_column": "seq", "label_column": "loc", "split_column": "fold"}
@@ -207,7 +213,6 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.csv", HEAD + "P1,MKV\n", ":2: 2 values in the row of 'P1', 3 columns in the header; fill"),
     ("a.csv", HEAD + 'P1,MKV,in\n\nP2,"MKV,in\nP3,MKV,in\n', ":4: unexpected end of data; close the quotes"),
     ("a.csv", HEAD + 'P1,"MK"V,in\n', ":2: ',' expected after '\"'; close the quotes"),
-    ("a.csv", HEAD + f'P1,"{"A" * 140_000},in\n', r":2: field larger than field limit \(131072\); close"),
     ("a.csv", HEAD.encode() + b"P1,MK\xe9,in\n", ":2: byte 0xe9 at position 6 is not UTF-8; save"),
     ("a.csv", HEAD.encode("utf-16"), ":1: a zero byte; .* save the file as UTF-8"),
     ("a.csv", HEAD + "P1,MKV,in\rP2,MKV,in\n", ":2: a carriage return within a line; save"),

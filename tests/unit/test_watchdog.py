@@ -53,6 +53,22 @@ def test_a_hung_process_ends_with_its_reason_and_its_stacks(tmp_path: Path) -> N
         assert any("in wait_for_a_peer" in line for line in stacks)
 
 
+def test_a_start_that_hangs_ends_with_its_stacks(toy: Callable[..., TrainConfig]) -> None:
+    cfg = toy(loop={"watchdog": 1, "watchdog_slow": 1})
+    config = Path(f"{cfg.output}.yaml")
+    config.write_text(settings.dump(cfg))
+    code = (
+        "import sys, threading\nfrom esm_neuron import cli, run\n"
+        "run.load_splits = lambda *_: threading.Event().wait()\n"
+        "sys.exit(cli.main(['train', '--config', sys.argv[1]]))"
+    )
+    words = [sys.executable, "-c", code, str(config)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_HUNG, done.stderr
+    said = (Path(cfg.output) / "hung-rank0.txt").read_text()
+    assert "the start of the run (data, weights, checkpoint) has taken more than 2 s" in said and "in <lambda>" in said
+
+
 def test_a_call_that_keeps_the_interpreter_is_ended_too(tmp_path: Path) -> None:
     done, _ = hang("keep_the_interpreter", tmp_path / "file")
     assert done.returncode == 1
@@ -89,14 +105,16 @@ def test_what_may_compile_has_longer(
             super().expect(what, units, slow)
             allowed.append((what, self._allowed))
 
-    monkeypatch.setattr("esm_neuron.trainer.Watchdog", Noted)
+    for module in ("trainer", "run"):
+        monkeypatch.setattr(f"esm_neuron.{module}.Watchdog", Noted)
     monkeypatch.setattr(CpuBackend, "static_shapes", True)
     cfg = toy(loop={"max_steps": 4, "eval_every": 2, "watchdog": 600, "watchdog_slow": 7200})
     run.train(cfg, str)
     steps = [seconds for what, seconds in allowed if what.startswith("step")]
     assert steps == [600, 7800, 600, 7800, 600, 600], "a batch is waited for, then a step that may compile"
     rest = [(what, seconds) for what, seconds in allowed if not what.startswith("step")]
-    (_, first), one, (_, later), two, (end, last) = rest
+    start, (_, first), one, (_, later), two, (end, last) = rest
+    assert start == ("the start of the run (data, weights, checkpoint)", 7800)
     assert first - later == 7200 and later % 600 == 0
     assert (one, two) == (("the checkpoint after step 2", 7800), ("the checkpoint after step 4", 600))
     assert end.startswith("the end of the run") and last > 7800
