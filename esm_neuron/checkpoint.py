@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 MANIFEST = "manifest.json"
 TENSORS = ("model", "optimizer")
+_UNREADABLE = "mend the disk or the rights, nothing was deleted"
+"""The cure where the file system fails."""
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -138,7 +140,7 @@ class Saver:
         """Wait for what is still being written. A failure is said and not raised: another error ends the run."""
         try:
             self.settle()
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             log.warning("%s", error)
 
     def _write(self, snapshot: Snapshot, best: int | None) -> None:
@@ -153,7 +155,9 @@ def verify(folder: Path) -> None:
         version = manifest["version"]
         files = {n: str(entry["sha256"]) for n, entry in manifest["files"].items()} if version == VERSION else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: not a readable manifest ({error}); delete the folder") from error
+        gone = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        cure = _UNREADABLE if gone else "delete the folder"
+        raise CheckpointError(f"{folder / MANIFEST}: not a readable manifest ({error}); {cure}") from error
     if version != VERSION:
         raise CheckpointError(
             f"{folder}: checkpoint version {version}, this package reads {VERSION}; use the release that wrote it"
@@ -165,14 +169,14 @@ def verify(folder: Path) -> None:
         )
     for name, digest in files.items():
         path = folder / name
-        if path.is_symlink():
-            raise CheckpointError(f"{path}: a link, which may lead anywhere; copy the checkpoint with its files")
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
         try:
+            if path.is_symlink():
+                raise CheckpointError(f"{path}: a link, which may lead anywhere; copy the checkpoint with its files")
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
             found = sha256(path)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); mend the disk or the rights") from error
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
         if found != digest:
             raise CheckpointError(
                 f"{path}: content differs from its manifest; the checkpoint is damaged, delete its folder"
@@ -190,12 +194,12 @@ def newest(root: Path, every: int = 1) -> Snapshot | None:
 
     Args:
         root: folder of the checkpoints.
-        every: only those of steps that are its multiples.
+        every: those of steps that are its multiples are taken before all others.
 
     Raises:
         CheckpointError: there are checkpoints and not one is whole.
     """
-    found = [step for step in steps(root) if step % every == 0]
+    found = sorted(steps(root), key=lambda step: (step % every == 0, step))
     for step in reversed(found):
         try:
             return load(step_folder(root, step))

@@ -223,8 +223,9 @@ class LoopConfig:
     nothing."""
     on_nonfinite: OnNonfinite = "stop"
     """A step whose loss or gradient is not finite never moves the weights, and its records are named in
-    `output`/nonfinite.jsonl. Then: stop; skip it and go on; or go back to the weights of the newest checkpoint and on
-    with the next step's records. Seen at the next line of the log, evaluation or checkpoint."""
+    `output`/nonfinite.jsonl. Then: stop; skip it and go on; or go back to the weights of the newest checkpoint that
+    `checkpoint.every` asked for, and on with the next step's records. Seen at the next line of the log, evaluation or
+    checkpoint."""
     watchdog: int = 0
     """Seconds that a step, a batch of an evaluation or a checkpoint may take before the process writes the stacks of
     its threads to stderr and `output`/hung-rank<N>.txt, and ends; 0: for ever."""
@@ -241,7 +242,7 @@ class CheckpointConfig:
     every: int = 0
     """Optimizer steps between checkpoints; 0: at each validation."""
     keep: int = 2
-    """Newest checkpoints kept; the best one is kept besides."""
+    """Newest checkpoints kept; besides, the best one and the newest that `every` asked for."""
     resume: Literal["no", "auto"] = "no"
     """`auto` continues from the newest complete checkpoint in `output`, or starts when there is none."""
     asynchronous: bool = False

@@ -116,7 +116,8 @@ def read_prices(path: Path | None = None) -> PriceList:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PriceList)
-    values = read_yaml(Path(__file__).with_name("instances.yaml") if path is None else path, "--prices")
+    own = Path(__file__).with_name("instances.yaml")
+    values = read_yaml(own if path is None else path, "--prices", "esm_neuron/instances.yaml")
     try:
         return PriceList(**vars(parser.instantiate(parser.parse_object(values))))
     except (ValueError, TypeError, ArgumentError) as error:

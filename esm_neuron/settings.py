@@ -58,7 +58,7 @@ def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
         ConfigError: an unknown or repeated key, a value of the wrong type, an unreadable file.
     """
     for path in _config_files(argv):
-        read_yaml(path, "--config")
+        read_yaml(path, "--config", "--help")
     return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
 
 
@@ -87,7 +87,7 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
     """What the words make of `start`, or of the defaults."""
     for word in words:
         name, equals, text = word.partition("=")
-        check_text(name, text if equals else word)
+        check_text(name[:60], text if equals else word)
     parser = make_parser(command)
     try:
         namespace = None if start is None else parser.parse_object(plain(start))

@@ -29,7 +29,7 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         where = f"{self.name}:{event.start_mark.line + 1}"
-        if isinstance(event, yaml.AliasEvent):
+        if isinstance(event, yaml.AliasEvent) and event.anchor in self.anchors:
             raise ConfigError(f"{where}: an alias, *{event.anchor}; write out the value that it stands for")
         if self._depth == DEPTH_LIMIT:
             raise ConfigError(f"{where}: nested more than {DEPTH_LIMIT} deep; nothing of ours is; take levels out")
@@ -51,12 +51,13 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, option: str) -> dict[Any, Any]:
+def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
     """The mapping in a YAML file.
 
     Args:
         path: the file, at most `SIZE_LIMIT` bytes.
         option: the flag that named it, for errors.
+        cure: where to see what it should hold, for the error that it holds none.
 
     Raises:
         ConfigError: it cannot be read, is no YAML or no mapping, or has what `_StrictLoader` refuses.
@@ -77,28 +78,34 @@ def read_yaml(path: Path, option: str) -> dict[Any, Any]:
         raise ConfigError(f"{named}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         held = "nothing" if value is None else type(value).__name__
-        raise ConfigError(f"{named}: holds {held}, must be sections such as `optim:`; see --help")
+        raise ConfigError(f"{named}: holds {held}, must be sections of NAME: VALUE; see {cure}")
     for text in _texts(value):  # jsonargparse reads each as YAML once more
-        check_text(str(path), text)
+        check_text(f"{named}: the text {text[:40]!r}", text)
     return value
 
 
-def check_text(name: str, text: str) -> None:
+def check_text(name: str, text: str, level: int = 0) -> None:
     """Refuse a text that would fill the memory if it were read as YAML, and texts within it that would.
 
+    Args:
+        name: what errors call it.
+        text: any text; what is no YAML passes, as plain text.
+        level: how many texts it is within.
+
     Raises:
-        ConfigError: it has aliases, or is nested too deeply; text that is no YAML passes, as plain text.
+        ConfigError: it has aliases, or is nested too deeply.
     """
     if not ("&" in text and "*" in text) and text.count("[") + text.count("{") <= DEPTH_LIMIT:
         return
+    require(level < DEPTH_LIMIT, f"{name}: texts within texts, more than {DEPTH_LIMIT} deep; nothing of ours is")
     loader = _StrictLoader(text)
-    loader.name = name[:60]
+    loader.name = name
     value = None
     with suppress(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
         value = loader.get_single_data()
     for inner in _texts(value):
         if inner != text:
-            check_text(name, inner)
+            check_text(name, inner, level + 1)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -46,7 +46,7 @@ class Fit:
 
     state: TrainState
     stopped_by: str | None
-    """Name of the signal that ended it early, None otherwise."""
+    """Name of the signal that asked it to end, also in its last step; None without one."""
 
 
 class Trainer:
@@ -105,8 +105,7 @@ class Trainer:
         self.state = snapshot.state
         self.stopper.load_state_dict(self.state.stopper)
         self.watch.load_state_dict(self.state.watch)
-        if self.backend.topology.is_main:
-            checkpoint.set_aside_after(self.folder, self.state.step)
+        agree_on_main(self.backend, lambda: checkpoint.set_aside_after(self.folder, self.state.step))
         unusable = from_main(self.backend, self._best_is_unusable)
         if unusable is not None:
             log.warning("the best step is looked for anew among those after %d: %s", self.state.step, unusable)
@@ -158,15 +157,18 @@ class Trainer:
                     self._answer_nonfinite()
                 if done % self.eval_every == 0 or last:
                     self._validate()
-                stopped_by = next(filter(None, self.backend.gather_host(stop.received)), None)
-                ends = last or self.stopper.stop or stopped_by is not None
+                ends = last or self.stopper.stop or self._asked_to_stop(stop) is not None
                 if done % self.save_every == 0 or self.stopper.best_step == done or ends:
                     self._save()
                 if ends:
                     agree_on_main(self.backend, self.saver.settle)
-                    return Fit(self.state, stopped_by)
+                    return Fit(self.state, self._asked_to_stop(stop))
                 self.watchdog.expect(f"step {done + 1}")
         return Fit(self.state, None)
+
+    def _asked_to_stop(self, stop: StopSignal) -> str | None:
+        """The signal that any rank has received so far."""
+        return next(filter(None, self.backend.gather_host(stop.received)), None)
 
     def compile(self, held_out: Sequence[EvalLoader]) -> None:
         """Run every program of a run: two training steps of each bucket, and one pass of each evaluation's bucket.
@@ -255,8 +257,8 @@ class Trainer:
     def _roll_back(self) -> int:
         """Put weights and moments of the newest regular checkpoint back, and go on after this step; returns its step.
 
-        What the best step, or a signal, had saved in between is no place to go back to: a run that was stopped and one
-        that was not must go back to the same.
+        What the best step, or a signal, had saved in between is taken only if there is no other, as after a change of
+        `checkpoint.every`: a run that was stopped and one that was not must go back to the same.
         """
 
         def find() -> int:

@@ -8,8 +8,10 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from functools import reduce
 from itertools import islice
 from pathlib import Path
+from textwrap import indent
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,6 +59,7 @@ def fill(folder: Path) -> None:
         "aliases.yaml": "\n".join(ten).encode(),
         "text.yaml": b"output: '{a: &a [x], b: &b [*a, *a], c: [*b, *b]}'",
         "text_in_text.yaml": b"data: {id_column: \"['{a: &a [x], b: &b [*a, *a]}']\"}",
+        "texts.yaml": reduce(lambda inner, _: "output: |\n" + indent(inner, " "), range(30), "&*").encode(),
         "long.yaml": b"# " + b"x" * (1 << 23),
     }
     for name, content in files.items():

@@ -176,6 +176,20 @@ def test_a_run_that_was_stopped_rolls_back_to_where_one_that_was_not_does(
     assert named(stopped) == named(whole) and [r["step"] for r in named(whole)] == [5]
 
 
+def test_a_rollback_takes_what_there_is_where_no_checkpoint_is_regular(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a run that stopped, and is then told to roll back and to save at other steps."""
+    cfg = toy("out", loop={"eval_every": 8}, log={"every": 8}, checkpoint={"every": 3, "keep": 9})
+    poison(monkeypatch, {4})
+    with pytest.raises(TrainingError):
+        run.train(cfg, str)
+    told = replace(cfg.checkpoint, resume="auto", every=5)
+    run.train(replace(cfg, loop=replace(cfg.loop, on_nonfinite="rollback"), checkpoint=told), str)
+    assert tensors(cfg, 5) == tensors(cfg, 3) and tensors(cfg, 8) != tensors(cfg, 5)
+    assert [(r["step"], r["action"]) for r in named(cfg)] == [(4, "rollback")]
+
+
 def signal_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM at the end of a step, counted from 1."""
     train_step = run.Trainer._train_step

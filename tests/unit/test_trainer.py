@@ -253,13 +253,22 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(toy: Toy, watched_by: Call
     assert_same_end(stopped, whole)
 
 
-def test_a_signal_in_the_last_step_leaves_the_end_of_the_run_to_a_resume(
-    toy: Toy, watched_by: Callable[..., None]
+@pytest.mark.parametrize("within", ["step", "save"])
+def test_a_signal_in_the_last_step_or_save_leaves_the_end_of_the_run_to_a_resume(
+    toy: Toy, watched_by: Callable[..., None], monkeypatch: pytest.MonkeyPatch, within: str
 ) -> None:
     """The last evaluation and the baselines may take longer than a cluster waits."""
     whole, stopped = (interruptible(toy, name, "lora") for name in ("whole", "stopped"))
     train(whole)
-    watched_by(SignalAt(int(checkpoints(whole)[-1].removeprefix("step-")), signal.SIGTERM))
+    last, save = int(checkpoints(whole)[-1].removeprefix("step-")), checkpoint.save
+
+    def saved(root: Path, snapshot: checkpoint.Snapshot) -> Path:
+        if within == "save" and snapshot.state.step == last:
+            signal.raise_signal(signal.SIGTERM)
+        return save(root, snapshot)
+
+    monkeypatch.setattr(checkpoint, "save", saved)
+    watched_by(*[SignalAt(last, signal.SIGTERM)] * (within == "step"))
     assert run.train(stopped, quiet).stopped_by == "SIGTERM"
     assert checkpoints(stopped)[-1] == checkpoints(whole)[-1] and not (Path(stopped.output) / "result.json").exists()
     watched_by()
