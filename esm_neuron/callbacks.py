@@ -11,10 +11,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
@@ -118,8 +119,8 @@ class JsonlLogger:
     def on_end(self, result: Record) -> None:
         """Nothing: every line is on disk already."""
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of steps above `step`, so that a run resumed there writes no step twice.
+    def truncate_after(self, step: int, pending: Container[int] = ()) -> None:
+        """Drop the lines of steps above `step`, and of steps still to be written, so that none is written twice.
 
         A last line that a kill cut short is dropped too. The file is replaced whole.
 
@@ -129,8 +130,9 @@ class JsonlLogger:
         if not self.path.exists():
             return
         *lines, _ = self.path.read_bytes().split(b"\n")
-        kept = [line.decode() for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        numbers = [self._step(number, line) for number, line in enumerate(lines, 1)]
+        kept = [line for line, of in zip(lines, numbers, strict=True) if of <= step and of not in pending]
+        write_text(self.path, "".join(f"{line.decode()}\n" for line in kept))
 
     def _step(self, number: int, line: bytes) -> int:
         try:
@@ -230,8 +232,16 @@ class EarlyStopping:
         return {name: value for name, value in asdict(self).items() if name in ("best", "best_step", "bad")}
 
     def load_state_dict(self, state: Record) -> None:
-        """Go on from `state`; patience and direction stay those of the present config."""
-        self.best, self.best_step, self.bad = state["best"], state["best_step"], state["bad"]
+        """Go on from `state`; patience and direction stay those of the present config.
+
+        Raises:
+            CheckpointError: it is not what `state_dict` gives.
+        """
+        best, best_step, bad = (state.get(name) for name in ("best", "best_step", "bad"))
+        sound = (best is None) == (best_step is None) and isinstance(best, (int, float, NoneType))
+        if not (sound and isinstance(best_step, (int, NoneType)) and isinstance(bad, int)):
+            raise CheckpointError("state.json: no sound `stopper`; delete the checkpoint's folder")
+        self.best, self.best_step, self.bad = best, best_step, bad
 
 
 FORMATS = {"lr": ".1e", "grad_norm": ".2f", "residues_per_second": ".0f"}

@@ -150,6 +150,8 @@ class Saver:
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there and has its hash."""
+    for path in (folder, folder / MANIFEST):
+        _refuse_link(path)
     try:
         manifest = read_json(folder / MANIFEST)
         version = manifest["version"]
@@ -170,8 +172,7 @@ def verify(folder: Path) -> None:
     for name, digest in files.items():
         path = folder / name
         try:
-            if path.is_symlink():
-                raise CheckpointError(f"{path}: a link, which may lead anywhere; copy the checkpoint with its files")
+            _refuse_link(path)
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
             found = sha256(path)
@@ -181,6 +182,20 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{path}: content differs from its manifest; the checkpoint is damaged, delete its folder"
             )
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, None if it can."""
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: a link, which may lead anywhere; copy the checkpoint with its files")
 
 
 def steps(root: Path) -> list[int]:
@@ -213,22 +228,35 @@ def newest(root: Path, every: int = 1) -> Snapshot | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """What two checkpoints of equal content share: the hash of their manifest."""
-    return sha256(folder / MANIFEST)
+    """What two checkpoints of equal content share: the hash of their manifest.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return sha256(folder / MANIFEST)
+    except OSError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
 
 
 def set_aside_after(root: Path, step: int) -> None:
-    """Rename the checkpoints of steps after `step`, which a resumed run has passed over and will write anew.
-
-    They are not deleted: a newer release may have written them, or their disk may be read again another day.
-    """
+    """Rename the checkpoints of steps after `step`, which a resumed run has passed over and will write anew."""
     for later in steps(root):
         if later > step:
-            folder, number = step_folder(root, later), 1
-            while (aside := root / f"{PASSED_OVER}{folder.name}-{number}").exists():
-                number += 1
-            folder.rename(aside)
-            log.warning("%s is now %s; delete it when it is of no use", folder, aside.name)
+            set_aside(step_folder(root, later))
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a checkpoint that cannot be used, if it is there.
+
+    It is not deleted: a newer release may have written it, or its disk may be read again another day.
+    """
+    number = 1
+    while (aside := folder.with_name(f"{PASSED_OVER}{folder.name}-{number}")).exists():
+        number += 1
+    if folder.exists():
+        folder.rename(aside)
+        log.warning("%s is now %s; delete it when it is of no use", folder, aside.name)
 
 
 def prune(root: Path, keep: int, best: int | None, every: int = 1) -> None:
@@ -245,7 +273,11 @@ def prune(root: Path, keep: int, best: int | None, every: int = 1) -> None:
     regular = [step for step in found if step % every == 0]
     for step in found[:-keep]:
         if step not in (best, *regular[-1:]):
-            shutil.rmtree(step_folder(root, step))
+            folder = step_folder(root, step)
+            if folder.is_symlink():
+                folder.unlink()  # and not what it leads to
+            else:
+                shutil.rmtree(folder)
     for aside in root.glob(".step-*.tmp"):
         shutil.rmtree(aside)
 

@@ -9,13 +9,13 @@ import signal
 import sys
 import threading
 import traceback
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
 
+from esm_neuron.command_parser import CommandParser
 from esm_neuron.config import BackendName, TrainConfig, require
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import RedactedRecord, RedactingFormatter, redact
@@ -120,7 +120,7 @@ def score(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """A finished run as one HTML page, with its charts as PNG: curves, figures, calibration, errors."""
-    parser = ArgumentParser(prog="esm-neuron report", description=report.__doc__)
+    parser = CommandParser(prog="esm-neuron report", description=report.__doc__)
     parser.add_argument("run", type=Path, help="output folder of a training run; the page is written to its report/")
     args = parser.parse_args(argv)
     from esm_neuron.report import write_report
@@ -131,7 +131,7 @@ def report(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     """Merge a run's adapter into its base and write a Hugging Face folder with a model card."""
-    parser = ArgumentParser(prog="esm-neuron export", description=export.__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="esm-neuron export", description=export.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     args = parser.parse_args(argv)
@@ -144,7 +144,7 @@ def export(argv: Sequence[str]) -> int:
 
 def convert(argv: Sequence[str]) -> int:
     """Turn a folder of PyTorch pickle shards into sharded safetensors."""
-    parser = ArgumentParser(prog="esm-neuron convert", description=convert.__doc__)
+    parser = CommandParser(prog="esm-neuron convert", description=convert.__doc__)
     parser.add_argument("source", type=Path, help="folder with pytorch_model*.bin and config.json")
     parser.add_argument("target", type=Path, help="folder to write")
     args = parser.parse_args(argv)
@@ -157,7 +157,7 @@ def convert(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """Packs, programs, parallelism, time and dollars of a run, before it: --config FILE and flags as for train."""
-    parser = ArgumentParser(prog="esm-neuron plan", description=plan.__doc__, add_help=False, allow_abbrev=False)
+    parser = CommandParser(prog="esm-neuron plan", description=plan.__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument("--devices", type=int, default=1, help="data-parallel devices of the run; default 1")
     parser.add_argument(
         "--instance", help="add time and dollars: ml.trn1.32xlarge (SageMaker), trn1.32xlarge (EC2), ..."
@@ -217,7 +217,7 @@ def compile_ahead(argv: Sequence[str]) -> int:
 
 def doctor(argv: Sequence[str]) -> int:
     """What is installed, which devices there are, and what each backend lacks."""
-    parser = ArgumentParser(prog="esm-neuron doctor", description=doctor.__doc__)
+    parser = CommandParser(prog="esm-neuron doctor", description=doctor.__doc__)
     parser.add_argument("--backend", choices=get_args(BackendName), help="exit with 1 when this one cannot run here")
     parser.add_argument("--config", type=Path, help="YAML of a run: decides which variables are set; default: defaults")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -284,8 +284,8 @@ MODELS = "output folder of a training run, Hugging Face folder of ESM-2, or hub 
 
 def _answer_parser(
     name: str, command: Callable[..., int], model: str, formats: str, source: str = "FASTA, CSV, TSV, JSONL or Parquet"
-) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"esm-neuron {name}", description=command.__doc__, allow_abbrev=False)
+) -> CommandParser:
+    parser = CommandParser(prog=f"esm-neuron {name}", description=command.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help=model)
     parser.add_argument("--input", required=True, type=Path, help=source)
     parser.add_argument("--output", required=True, type=Path, help=f"file to write: {formats}, by its suffix")
@@ -294,8 +294,8 @@ def _answer_parser(
     return parser
 
 
-def _parser(name: str, command: Callable[..., int]) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"esm-neuron {name}", description=command.__doc__, allow_abbrev=False)
+def _parser(name: str, command: Callable[..., int]) -> CommandParser:
+    parser = CommandParser(prog=f"esm-neuron {name}", description=command.__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--backend", choices=get_args(BackendName), help="where to run; default: where it was trained")
     return parser
@@ -324,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the process's exit code. A known error is one line."""
     if argv is None:  # as a program: a traceback, which is a bug's, quotes what libraries said
         sys.excepthook, threading.excepthook = show_traceback, show_failure
+        logging.captureWarnings(True)  # as log lines: these hold no secrets
     try:
         return run(argv)
     except EsmNeuronError as error:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.data.loader import accumulated_passes
@@ -27,6 +27,9 @@ from esm_neuron.shapes import EsmShape
 from esm_neuron.strict_yaml import read_yaml
 
 GIB = 2**30
+
+# jsonargparse names the classes within a mapping by their import paths; a list may name no others
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["esm_neuron.cost"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +123,7 @@ def read_prices(path: Path | None = None) -> PriceList:
     values = read_yaml(own if path is None else path, "--prices", "esm_neuron/instances.yaml")
     try:
         return PriceList(**vars(parser.instantiate(parser.parse_object(values))))
-    except (ValueError, TypeError, ArgumentError) as error:
+    except (ValueError, TypeError, OverflowError, ArgumentError) as error:
         raise ConfigError(f"--prices {path}: {' '.join(str(error).split())}; see esm_neuron/instances.yaml") from error
 
 

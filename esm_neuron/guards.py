@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from esm_neuron.errors import CheckpointError
+
 log = logging.getLogger(__name__)
 
 WINDOW, LEAST = 64, 16
@@ -64,7 +66,19 @@ class StepWatch:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; an empty one is that of a checkpoint from before there was a watch."""
+        """Go on from `state`; an empty one is that of a checkpoint from before there was a watch.
+
+        Raises:
+            CheckpointError: it is not what `state_dict` gives.
+        """
+        mine = self.state_dict()
+        losses, steps = state.get("recent", []), state.get("nonfinite", [])
+        if (
+            any(type(value) is not type(mine.get(name)) for name, value in state.items())
+            or not all(isinstance(loss, (int, float)) for loss in losses)
+            or not all(isinstance(step, dict) and set(step) == {"step", "loss", "grad_norm"} for step in steps)
+        ):
+            raise CheckpointError("state.json: no sound `watch`; delete the checkpoint's folder")
         for name, value in state.items():
             setattr(self, name, value)
 

@@ -1,7 +1,8 @@
 """Secrets out of text: what goes to a terminal, a log or a file passes here first.
 
 Known are passwords in URLs, the signatures and tokens of signed URLs (S3, Azure, Google), tokens of the Hugging Face
-hub and of GitHub, AWS keys, and whatever is written behind a name such as `password=` or `HF_TOKEN=`.
+hub and of GitHub, AWS keys, and what is written behind a name such as `password=` or `HF_TOKEN=`
+or a flag such as `--token`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _NAMES = (
 )
 _PATTERNS = (
     re.compile(r"(?P<keep>:/{1,2})[^\s/'\"]+(?=@)"),  # pathlib makes one slash of two
-    re.compile(rf"(?<![\w-])(?P<keep>(?:{_NAMES})['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)\]}}]+", re.IGNORECASE),
+    re.compile(rf"(?<!\w)(?<!\w-)(?P<keep>(?:{_NAMES})['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)\]}}]+", re.IGNORECASE),
+    re.compile(rf"(?<!\S)(?P<keep>--(?:{_NAMES})\s+)(?!-)\S+", re.IGNORECASE),
     re.compile(r"(?P<keep>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
     re.compile(r"\bgh[opsur]_[A-Za-z0-9]{16,}"),

@@ -118,7 +118,7 @@ def _texts(name: str, value: object) -> Iterator[tuple[str, str]]:
 def _check_text(name: str, text: str) -> None:
     """Refuse what no file can hold, and secrets: settings are written to config.yaml, cards and reports."""
     sound = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
-    require(sound, f"{name}={text[:60]!r} has a zero byte or half a surrogate pair; remove it")
+    require(sound, f"{name}={redact(text)[:60]!r} has a zero byte or half a surrogate pair; remove it")
     require(
         redact(text) == text,
         f"{name}={redact(text)[:100]!r} holds a secret, and settings are saved and shown; name a file, or a hub id "

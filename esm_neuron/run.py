@@ -140,7 +140,8 @@ def _train(cfg: TrainConfig, backend: Backend, say: Callable[[str], None]) -> Ou
             say(f"resumed after step {begin} of {trainer.total_steps}")
         leaks = from_main(backend, lambda: find_leaks(cfg, loaders.tables(), say))
         agree_on_main(backend, lambda: _write_settings(cfg, splits))
-        trainer.callbacks = agree_on_main(backend, lambda: _callbacks(cfg, begin)) or []
+        pending = [step["step"] for step in trainer.watch.nonfinite]
+        trainer.callbacks = agree_on_main(backend, lambda: _callbacks(cfg, begin, pending)) or []
     result: dict[str, Any] = {}
     try:
         fit = trainer.fit()
@@ -376,11 +377,12 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
     save_rejected(out / REJECTED, splits.rejected)
 
 
-def _callbacks(cfg: TrainConfig, begin: int) -> list[Callback]:
+def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int] = ()) -> list[Callback]:
+    """What watches a run from step `begin` on, its logs cut there; `pending`: earlier steps still to be named."""
     out = Path(cfg.output)
     jsonl = JsonlLogger(out / METRICS)
-    for log_of_steps in (jsonl, JsonlLogger(out / NONFINITE)):
-        log_of_steps.truncate_after(begin)
+    jsonl.truncate_after(begin)
+    JsonlLogger(out / NONFINITE).truncate_after(begin, pending)
     callbacks: list[Callback] = [jsonl, ProgressConsole(begin)]
     if cfg.log.tensorboard:
         callbacks.append(TensorBoardLogger(out / "tensorboard", begin))

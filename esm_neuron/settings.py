@@ -16,13 +16,15 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import ConfigError
+from esm_neuron.redact import redact
 from esm_neuron.rules import check_values
 from esm_neuron.strict_yaml import check_text, read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# a value may name no class or function: jsonargparse would import it, and an import runs what it finds
+set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
 
 _UNKNOWN = (
     re.compile(r"unrecognized arguments: -*(?P<option>[^\s=]+)", re.IGNORECASE),
@@ -58,7 +60,8 @@ def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
         ConfigError: an unknown or repeated key, a value of the wrong type, an unreadable file.
     """
     for path in _config_files(argv):
-        read_yaml(path, "--config", "--help")
+        for key, value in read_yaml(path, "--config", "--help").items():
+            _check_holder(f"{path}: {key}", key, value)
     return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
 
 
@@ -86,19 +89,49 @@ def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], comm
 def _parsed(words: list[str], command: str, start: TrainConfig | None = None) -> TrainConfig:
     """What the words make of `start`, or of the defaults."""
     for word in words:
-        name, equals, text = word.partition("=")
-        check_text(name[:60], text if equals else word)
+        name, _, text = word.partition("=")
+        _check_holder(name, name.removeprefix("--") if word.startswith("--") else None, text)
+        for part in (word, text):  # a value may be a word of its own, with a sign of equality in it
+            check_text(redact(name)[:60], part)
     parser = make_parser(command)
     try:
         namespace = None if start is None else parser.parse_object(plain(start))
         values = parser.instantiate(parser.parse_args(words, namespace=namespace))
     # jsonargparse lets through what yaml raises at values such as `!!timestamp x`
-    except (argparse.ArgumentError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (
+        argparse.ArgumentError,
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise ConfigError(_explain(str(error))) from error
     cfg = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     for name in _nothing("", plain(cfg), plain(TrainConfig())):
         raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
     return cfg
+
+
+def _check_holder(name: str, key: object, value: object) -> None:
+    """Refuse a file named where settings belong: jsonargparse would read it, without the care of `read_yaml`.
+
+    Args:
+        name: what errors call it.
+        key: a section, a setting or anything else.
+        value: what it is to be.
+
+    Raises:
+        ConfigError: the section, or `config` within a file, is no mapping.
+    """
+    sections = {f.name for f in fields(TrainConfig) if isinstance(f.default_factory, type)}
+    if key in sections and not isinstance(value, dict):
+        raise ConfigError(
+            f"{name} is a section: give its settings by name, as --{key}.NAME VALUE or NAME: VALUE under it"
+        )
+    if key == "config" and not name.startswith("--"):
+        raise ConfigError(f"{name}: a configuration cannot name another; give both as --config, the later one rules")
 
 
 def _nothing(name: str, value: Any, default: Any) -> Iterator[str]:
@@ -152,6 +185,8 @@ _QuotingDumper.add_representer(str, _represent_text)
 def _explain(message: str) -> str:
     """jsonargparse's message on one line, with the nearest known key where one is unknown."""
     message = " ".join(message.split())
+    if denied := re.search(r"Importing '(.+?)' is not allowed", message):
+        return f"a setting names a module, {denied[1]!r}; none is imported: write out the settings, NAME: VALUE"
     found = next(filter(None, (pattern.search(message) for pattern in _UNKNOWN)), None)
     if found is None:
         return re.sub(r"Parser key \"([\w.]+)\"", r"\1", re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", message))

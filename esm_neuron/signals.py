@@ -28,6 +28,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the signal that came, None so far."""
+        self.answered = False
+        """Whether someone has said that the run ends for a signal; one that nobody answers is sent again at the end."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -63,3 +65,5 @@ class StopSignal:
         self._listener.join()
         os.close(self._bell)
         os.close(self._heard)
+        if kind is None and self.received and not self.answered:  # it came after the last look
+            signal.raise_signal(signal.Signals[self.received])

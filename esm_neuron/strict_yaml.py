@@ -11,11 +11,14 @@ import yaml
 
 from esm_neuron.config import require
 from esm_neuron.errors import ConfigError
+from esm_neuron.redact import redact
 
 SIZE_LIMIT = 1 << 22
 """Most bytes of a YAML file: the names of 30,000 classes with 100 characters each are less."""
 DEPTH_LIMIT = 20
 """How deep lists and mappings may nest; those of settings are three deep."""
+_NESTING = "[{-?:"
+"""Characters of which YAML needs one a level."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -80,7 +83,7 @@ def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
         held = "nothing" if value is None else type(value).__name__
         raise ConfigError(f"{named}: holds {held}, must be sections of NAME: VALUE; see {cure}")
     for text in _texts(value):  # jsonargparse reads each as YAML once more
-        check_text(f"{named}: the text {text[:40]!r}", text)
+        check_text(f"{named}: the text {redact(text)[:40]!r}", text)
     return value
 
 
@@ -95,7 +98,7 @@ def check_text(name: str, text: str, level: int = 0) -> None:
     Raises:
         ConfigError: it has aliases, or is nested too deeply.
     """
-    if not ("&" in text and "*" in text) and text.count("[") + text.count("{") <= DEPTH_LIMIT:
+    if not ("&" in text and "*" in text) and sum(map(text.count, _NESTING)) <= DEPTH_LIMIT:
         return
     require(level < DEPTH_LIMIT, f"{name}: texts within texts, more than {DEPTH_LIMIT} deep; nothing of ours is")
     loader = _StrictLoader(text)

@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ from esm_neuron.guards import GIVE_UP, StepWatch
 from esm_neuron.metrics import Value
 from esm_neuron.optim import learning_rate, parameter_groups
 from esm_neuron.recompile import RecompileGuard
+from esm_neuron.shared_checkpoint import load_shared
 from esm_neuron.signals import StopSignal
 from esm_neuron.tasks import Task
 from esm_neuron.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 AHEAD = 2
 """Steps whose batches are made before the device asks for them."""
@@ -83,6 +83,7 @@ class Trainer:
         self._compiles = backend.static_shapes or cfg.loop.torch_compile
         self._compiled: set[str] = set()  # what has been done once, steps apart
         self._unseen: list[tuple[int, Tensor, Tensor]] = []  # step, its totals and norm, all still on the device
+        self._untold: OSError | None = None  # why a callback could not write
         self._began = self._logged_seconds = 0.0
         self._logged_residues = 0
 
@@ -90,8 +91,8 @@ class Trainer:
         """Go on from the newest whole checkpoint of the run's folder, if there is one; returns its step.
 
         Raises:
-            CheckpointError: the checkpoints belong to another run, none of them is whole, or the ranks see different
-                ones.
+            CheckpointError: the checkpoints belong to another run, none of them is whole, the ranks see different
+                ones, or the best one cannot be read and no step is left to train.
         """
         snapshot = agree(self.backend, self._newest)
         found = self.backend.gather_host(None if snapshot is None else snapshot.state.step)
@@ -106,10 +107,7 @@ class Trainer:
         self.stopper.load_state_dict(self.state.stopper)
         self.watch.load_state_dict(self.state.watch)
         agree_on_main(self.backend, lambda: checkpoint.set_aside_after(self.folder, self.state.step))
-        unusable = from_main(self.backend, self._best_is_unusable)
-        if unusable is not None:
-            log.warning("the best step is looked for anew among those after %d: %s", self.state.step, unusable)
-            self.stopper.best, self.stopper.best_step = None, None
+        self._check_best()
         self._logged_seconds, self._logged_residues = self.state.seconds, self.state.residues
         return self.state.step
 
@@ -119,16 +117,29 @@ class Trainer:
             checkpoint.check_identity(snapshot.state.run, self.state.run, self.folder)
         return snapshot
 
-    def _best_is_unusable(self) -> str | None:
-        """Why the best checkpoint could not be put back at the end, known before training and not after it."""
-        best = self.stopper.best_step
-        if best is None or best == self.state.step:  # the latter has just been read
-            return None
-        try:
-            checkpoint.verify(checkpoint.step_folder(self.folder, best))
-        except CheckpointError as error:
-            return str(error)
-        return None
+    def _check_best(self) -> None:
+        """Make sure, before training and not after it, that the best checkpoint can be put back at the end.
+
+        One that cannot is set aside, and the best of the steps to come takes its place.
+
+        Raises:
+            CheckpointError: there are no steps to come.
+        """
+        done, best = self.state.step, self.stopper.best_step
+        if best is None or best == done:  # the latter has just been read
+            return
+        folder = checkpoint.step_folder(self.folder, best)
+        unusable = from_main(self.backend, lambda: checkpoint.damage(folder))
+        if unusable is None:
+            return
+        if self.stopper.stop or done == self.total_steps:
+            raise CheckpointError(
+                f"training is over, its best step is {best}, and {unusable}; or delete the checkpoint of step {done}, "
+                "and the best of the steps that are then trained again is taken"
+            )
+        agree_on_main(self.backend, lambda: checkpoint.set_aside(folder))
+        log.warning("the best step is looked for anew among those after %d: %s", done, unusable)
+        self.stopper.best, self.stopper.best_step = None, None
 
     def fit(self) -> Fit:
         """Train from the present step to the last one, evaluating and saving on the way."""
@@ -157,18 +168,28 @@ class Trainer:
                     self._answer_nonfinite()
                 if done % self.eval_every == 0 or last:
                     self._validate()
-                ends = last or self.stopper.stop or self._asked_to_stop(stop) is not None
+                ends = self._asked_to_stop(stop) is not None or last or self.stopper.stop
                 if done % self.save_every == 0 or self.stopper.best_step == done or ends:
                     self._save()
                 if ends:
                     agree_on_main(self.backend, self.saver.settle)
                     return Fit(self.state, self._asked_to_stop(stop))
                 self.watchdog.expect(f"step {done + 1}")
-        return Fit(self.state, None)
+            return Fit(self.state, self._asked_to_stop(stop))
 
     def _asked_to_stop(self, stop: StopSignal) -> str | None:
-        """The signal that any rank has received so far."""
-        return next(filter(None, self.backend.gather_host(stop.received)), None)
+        """The signal that any rank has received so far.
+
+        Raises:
+            OSError: what a callback of the main rank met since the last time; raised on every rank.
+        """
+        heard = self.backend.gather_host((stop.received, self._untold))
+        failure = next((error for _, error in heard if error is not None), None)
+        if failure is not None:
+            raise failure
+        found = next((name for name, _ in heard if name is not None), None)
+        stop.answered = found is not None
+        return found
 
     def compile(self, held_out: Sequence[EvalLoader]) -> None:
         """Run every program of a run: two training steps of each bucket, and one pass of each evaluation's bucket.
@@ -268,7 +289,7 @@ class Trainer:
                 raise CheckpointError(f"{self.folder}: there is no checkpoint left to go back to")
             return snapshot.state.step
 
-        snapshot = self._load(from_main(self.backend, find), lambda snapshot: snapshot)
+        snapshot = load_shared(self.backend, self.folder, from_main(self.backend, find), lambda snapshot: snapshot)
         self.backend.load_state(self.model, self.optimizer, snapshot.model, snapshot.optimizer)
         self.guard.weights_were_given()
         return snapshot.state.step
@@ -289,9 +310,16 @@ class Trainer:
         peak = self.backend.peak_memory()
         if peak is not None:
             record["peak_memory_gb"] = peak / 1e9
-        for callback in self.callbacks:
-            callback.on_log(step, self.total_steps, record)
+        self._tell(lambda callback: callback.on_log(step, self.total_steps, record))
         self._start_clock()
+
+    def _tell(self, what: Callable[[Callback], None]) -> None:
+        """Tell the callbacks; a disk that does not take it is an error of all ranks when they next ask for signals."""
+        try:
+            for callback in self.callbacks:
+                what(callback)
+        except OSError as error:
+            self._untold = self._untold or error
 
     def _validate(self) -> None:
         if self.valid_loader is None:
@@ -302,8 +330,7 @@ class Trainer:
         values = self.evaluate(self.valid_loader)
         watched = values[self.task.metric]
         self.stopper.update(watched if isinstance(watched, (int, float)) else None, self.state.step)
-        for callback in self.callbacks:
-            callback.on_eval(self.state.step, {"split": "valid", **values})
+        self._tell(lambda callback: callback.on_eval(self.state.step, {"split": "valid", **values}))
         self.guard.end_validation(self.state.step, self.valid_loader.row_lengths)
         self._start_clock()
 
@@ -321,34 +348,9 @@ class Trainer:
         best = self.stopper.best_step
         if best is None or best == self.state.step:
             return self.state.step, self.backend.gather_state(self.model, self.optimizer)[0]
-        weights = self._load(best, lambda snapshot: snapshot.model)
+        weights = load_shared(self.backend, self.folder, best, lambda snapshot: snapshot.model)
         self.backend.load_weights(self.model, weights)
         return best, weights
-
-    def _load(self, step: int, take: Callable[[Snapshot], T]) -> T:
-        """What `take` takes of a checkpoint of this run, on every rank.
-
-        Files are mapped, so that ranks which read for themselves share the memory. But the checkpoint may lie on the
-        main rank's node alone, as on SageMaker, or be another or damaged elsewhere: then the main rank sends it.
-
-        Raises:
-            CheckpointError: the main rank has none that is whole.
-        """
-        folder = checkpoint.step_folder(self.folder, step)
-        try:
-            mine: T | CheckpointError = take(checkpoint.load(folder))
-            seen = self.backend.gather_host(checkpoint.fingerprint(folder))  # type: list[str | None]
-        except CheckpointError as error:
-            mine = error
-            seen = self.backend.gather_host(None)
-
-        def found() -> T:
-            if isinstance(mine, CheckpointError):
-                raise mine
-            return mine
-
-        alike = len(set(seen)) == 1 and seen[0] is not None
-        return found() if alike else from_main(self.backend, found)
 
     def _save(self) -> None:
         """Write a checkpoint from rank 0; every rank learns whether it worked, or whether the one before did."""

@@ -221,7 +221,11 @@ def load_state(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             for kind, value in optimizer.state[parameter].items():
-                saved = moments[f"{name}/{kind}"]
+                saved = moments.get(f"{name}/{kind}")
+                if saved is None or saved.shape != torch.as_tensor(value).shape:
+                    raise CheckpointError(
+                        f"the saved optimizer state has no {kind} of {name} that fits; delete the checkpoint's folder"
+                    )
                 if isinstance(value, Tensor):
                     value.copy_(place(saved, value))
                 else:  # a count of steps

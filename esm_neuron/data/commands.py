@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+from esm_neuron.command_parser import CommandParser
 from esm_neuron.config import DataConfig, TaskConfig, TaskName
 
 
 def check(argv: Sequence[str]) -> int:
     """Lengths, alphabet, repeats, labels, conflicts, leaks and faults of a file; exit code 1 where rows have faults."""
-    parser = ArgumentParser(prog="esm-neuron data check", description=check.__doc__)
+    parser = CommandParser(prog="esm-neuron data check", description=check.__doc__)
     parser.add_argument(
         "file", help="FASTA, CSV, TSV, JSONL, Parquet, a saved dataset or hf://owner/name@revision/split"
     )
@@ -53,7 +53,7 @@ def get(argv: Sequence[str]) -> int:
     from esm_neuron.data.download import RECIPES
     from esm_neuron.data.download import get as fetch
 
-    parser = ArgumentParser(prog="esm-neuron data get", description=get.__doc__)
+    parser = CommandParser(prog="esm-neuron data get", description=get.__doc__)
     parser.add_argument("name", choices=list(RECIPES), help="which data set, see docs/data.md")
     parser.add_argument("--output", type=Path, default=Path("data"), help="folder to write to; default: %(default)s")
     parser.add_argument("--archive", type=Path, help="the package's wheel or .tar.gz where pip cannot fetch it")
@@ -69,7 +69,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check, "get": ge
 
 def data(argv: Sequence[str]) -> int:
     """Look at a file of proteins (`data check`), or get those of the docs (`data get`)."""
-    parser = ArgumentParser(prog="esm-neuron data", description=data.__doc__)
+    parser = CommandParser(prog="esm-neuron data", description=data.__doc__)
     parser.add_argument("command", choices=list(COMMANDS), help="`data check --help` and `data get --help` tell more")
     args = parser.parse_args(argv[:1])
     return COMMANDS[args.command](argv[1:])

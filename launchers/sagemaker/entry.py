@@ -80,7 +80,9 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         return error.exit_code if isinstance(error, EsmNeuronError) else 2
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:
-            write_failure(base_folder(env), traceback.format_exc()[-SHOWN:])
+            write_failure(
+                base_folder(env), redact(traceback.format_exc())[-SHOWN:]
+            )  # cut first, a secret loses its name
         raise
 
 

@@ -20,10 +20,12 @@ from pathlib import Path
 from stage import HERE, copy_package, requirements
 
 from esm_neuron import settings
+from esm_neuron.command_parser import CommandParser
 from esm_neuron.config import AdapterConfig, BackendName, require
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.export import CONFIG, MODEL, export, moved
 from esm_neuron.files import write_text
+from esm_neuron.redact import redact
 
 TORCH = "torch==2.8.*"
 """Inference images bring an older one."""
@@ -60,7 +62,7 @@ def pack(run: Path, target: Path, backend: BackendName) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Pack one run; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--output", required=True, type=Path, help="model.tar.gz to write")
     parser.add_argument(
@@ -69,11 +71,11 @@ def main(argv: Sequence[str]) -> int:
         default="cpu",
         help="the endpoint's device (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         pack(args.model, args.output, args.backend)
     except EsmNeuronError as error:
-        sys.stderr.write(f"hosting.py: error: {error}\n")
+        sys.stderr.write(redact(f"hosting.py: error: {error}\n"))
         return error.exit_code
     return 0
 

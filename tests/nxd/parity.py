@@ -21,7 +21,8 @@ ENGINE = (
     "adapters.py", "attention.py", "backends/base.py", "backends/common.py", "backends/cpu.py", "backends/eager.py",
     "backends/neuron.py", "backends/neuron_env.py", "backends/neuron_state.py", "backends/spmd.py", "backends/xla.py",
     "build.py", "checkpoint.py", "evaluate.py", "export.py", "loading.py", "low_rank.py", "model.py", "optim.py",
-    "parallel/plan.py", "parallel/slices.py", "parallel/topology.py", "trainer.py", "weights.py",
+    "parallel/plan.py", "parallel/slices.py", "parallel/topology.py", "shared_checkpoint.py",
+    "trainer.py", "weights.py",
 )  # fmt: skip
 """What decides the numbers of a parallel run, below `esm_neuron`; compared without comments and docstrings."""
 PROOF = (

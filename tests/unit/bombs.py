@@ -61,6 +61,7 @@ def fill(folder: Path) -> None:
         "text_in_text.yaml": b"data: {id_column: \"['{a: &a [x], b: &b [*a, *a]}']\"}",
         "texts.yaml": reduce(lambda inner, _: "output: |\n" + indent(inner, " "), range(30), "&*").encode(),
         "long.yaml": b"# " + b"x" * (1 << 23),
+        "dashes.yaml": b"output: '" + b"- " * 1_000_000 + b"x'",
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -96,6 +97,9 @@ def main(folder: Path) -> None:
         found[path.name] = said(lambda p=path: str(read_config(p)) if p.suffix == ".yaml" else rows_of(p))
     aliases = "{a: &a [x], b: &b [*a, *a], c: [*b, *b]}"
     found["aliases in a flag"] = said(lambda: parse([f"--data.keep={aliases}"]))
+    behind = "{q: '=', a: &a [x], b: &b [*a, *a], c: [*b, *b]}"
+    found["aliases behind a sign of equality"] = said(lambda: parse(["--data.keep", behind]))
+    found["dashes in a flag"] = said(lambda: parse(["--output", "- " * 100_000 + "x"]))
     found["a deep flag"] = said(lambda: parse(["--data.keep=" + "[" * 100_000]))
     found["prices"] = said(lambda: read_prices(folder / "aliases.yaml"))
     found["deep prices"] = said(lambda: read_prices(folder / "deep.yaml"))

@@ -97,6 +97,8 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
     for step in (30, 40, 50):
         resumed.on_log(step, 50, {"loss": 0.5})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30, 40, 50]
+    resumed.truncate_after(40, pending=[20])  # of which a checkpoint says that it is still to be written
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 30, 40]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -181,3 +183,17 @@ def test_early_stopping_goes_on_where_a_checkpoint_left_it() -> None:
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after == before
     assert [before.stop, after.update(0.1, 30), after.stop, after.best_step] == [False, False, True, 10]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"best": 1.0, "best_step": None, "bad": 0},
+        {"best": "1", "best_step": 2, "bad": 0},
+        {"best": 1.0, "best_step": "../x", "bad": 0},
+    ],
+)
+def test_a_state_that_is_none_of_early_stopping_is_refused(state: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match="no sound `stopper`"):
+        EarlyStopping(1, True).load_state_dict(state)

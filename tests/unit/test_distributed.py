@@ -67,7 +67,7 @@ def stopping_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """Training within the block is asked to stop after `step`."""
     make = run._callbacks
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_callbacks", lambda cfg, begin: [*make(cfg, begin), Stop(step)])
+        patch.setattr(run, "_callbacks", lambda *of: [*make(*of), Stop(step)])
         yield
 
 
@@ -222,6 +222,19 @@ def test_a_rank_whose_peer_is_killed_ends_with_the_reason_and_saves_nothing(toy:
     assert last.startswith("esm-neuron: error: rank 0: a peer has failed or does not answer (")
     assert last.endswith("then go on with --checkpoint.resume auto")
     assert_nothing_saved_since(cfg, failed_at)
+
+
+def test_a_disk_that_is_full_for_the_main_rank_ends_all_ranks_with_its_error(toy: Toy) -> None:
+    cfg = toy("full", loop=ENDLESS, checkpoint={"every": 3})
+    log = Path(cfg.output) / "metrics.jsonl"
+    with two_ranks(cfg) as ranks:
+        aside = log.with_name("new")
+        aside.symlink_to("/dev/full")
+        aside.replace(log)
+        assert [rank.wait(60) for rank in ranks] == [2, 2]
+    for rank in "01":
+        last = Path(f"{cfg.output}.{rank}.log").read_text().splitlines()[-1]
+        assert last.startswith(f"esm-neuron: error: [Errno 28] No space left on device: '{log}'; free space"), last
 
 
 def test_a_rank_whose_peer_hangs_is_ended_by_its_watchdog_and_saves_nothing(toy: Toy) -> None:

@@ -23,7 +23,7 @@ from esm_neuron.backends.common import adamw, normalise_clip_update
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import OptimConfig, TrainConfig
 from esm_neuron.data.loader import StepData, TrainLoader
-from esm_neuron.errors import TrainingError
+from esm_neuron.errors import CheckpointError, TrainingError
 from esm_neuron.guards import GIVE_UP, LEAST, StepWatch, spike_limit
 
 Toy = Callable[..., TrainConfig]
@@ -254,6 +254,15 @@ def test_a_spike_is_far_above_what_the_losses_do_and_not_their_noise(caplog: pyt
     again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
     assert again == watch
     again.load_state_dict({})
+    for wrong in (
+        {"taken": 1},
+        {"recent": "abc"},
+        {"recent": [None]},
+        {"nonfinite": [{"step": 1}]},
+        {"in_a_row": None},
+    ):
+        with pytest.raises(CheckpointError, match="no sound `watch`"):
+            again.load_state_dict(wrong)
     assert again == watch
     assert spike_limit([2.0] * LEAST) == pytest.approx(2.16), "losses that do not move still have a floor"
 

@@ -28,6 +28,7 @@ from esm_neuron.data.sources import read_rows
 from esm_neuron.errors import CheckpointError, ConfigError, DataError
 from esm_neuron.redact import RedactingFormatter, redact
 from esm_neuron.rules import check_values
+from esm_neuron.settings import parse
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -86,6 +87,56 @@ def test_a_checkpoint_has_no_links(tmp_path: Path) -> None:
     (folder / "state.json").symlink_to(tmp_path / "state.json")
     with pytest.raises(CheckpointError, match=r"state\.json: a link, which may lead anywhere"):
         checkpoint.load(folder)
+    (tmp_path / "state.json").replace(folder / "state.json")
+    checkpoint.load(folder)
+    (folder / "manifest.json").rename(tmp_path / "manifest.json")
+    (folder / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"manifest\.json: a link, which may lead anywhere"):
+        checkpoint.load(folder)
+
+
+def test_a_checkpoint_is_no_link_and_what_it_leads_to_is_not_deleted(tmp_path: Path) -> None:
+    elsewhere = checkpoint.save(tmp_path / "other", Snapshot(TrainState(step=1), {"a": torch.zeros(2)}, {}))
+    link = tmp_path / "run" / elsewhere.name
+    checkpoint.save(tmp_path / "run", Snapshot(TrainState(step=2), {"a": torch.zeros(2)}, {}))
+    link.symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="step-00000001: a link, which may lead anywhere"):
+        checkpoint.load(link)
+    checkpoint.prune(tmp_path / "run", 1, None)
+    assert checkpoint.steps(tmp_path / "run") == [2]
+    checkpoint.load(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        ("optim: EVIL.X\n", [], "optim is a section"),
+        ("optim: {class_path: EVIL.X}\n", [], "names a module"),
+        ("optim: {class_path: EVIL.X, init_args: {lr: 1}}\n", [], "names a module"),
+        ("optim.class_path: EVIL.X\n", [], "names a module"),
+        ("optim: other.yaml\n", [], "optim is a section"),
+        ("config: other.yaml\n", [], "cannot name another"),
+        ("seed: 1\n", ["--optim", "EVIL.X"], "--optim is a section"),
+        ("seed: 1\n", ["--optim=EVIL.X"], "--optim is a section"),
+        ("seed: 1\n", ["--optim.class_path=EVIL.X"], "optim"),
+        ("seed: 1\n", ["--optim", "other.yaml"], "--optim is a section"),
+        ("seed: 1\n", ['--data.keep={"class_path": "EVIL.X"}'], "data.keep"),
+    ],
+)
+def test_a_setting_names_no_module_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, flags: list[str], said: str
+) -> None:
+    """jsonargparse would import the module, and so run it, and read the file without a look at its size or depth."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil_module.py").write_text("open('ran', 'w')\nclass X: ...\n")
+    (tmp_path / "other.yaml").write_text("lr: 0.5\n")
+    path = tmp_path / "c.yaml"
+    path.write_text(text.replace("EVIL", "evil_module"))
+    with pytest.raises(ConfigError) as refused:
+        parse(["--config", str(path), *(flag.replace("EVIL", "evil_module") for flag in flags)])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists() and "evil_module" not in sys.modules
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -147,6 +198,9 @@ def test_small_files_cannot_fill_a_memory(tmp_path: Path) -> None:
         "text_in_text.yaml": ": the text \"['{a: &a [x], b: &b [*a, *a]}']\":1: an alias, *a",
         "texts.yaml": ": texts within texts, more than 20 deep",
         "long.yaml": ": more than 4194304 bytes",
+        "dashes.yaml": "nested more than 20 deep",
+        "aliases behind a sign of equality": "an alias, *a",
+        "dashes in a flag": "nested more than 20 deep",
         "aliases in a flag": "an alias, *a",
         "a deep flag": "nested more than 20 deep",
         "prices": ":2: an alias, *x0",
@@ -172,6 +226,7 @@ SECRETS = {
     'Authorization: Bearer abcdefghijkl, {"HF_TOKEN": "xyz"}': 'Authorization: Bearer ***, {"HF_TOKEN": "***"}',
     "aws_secret_access_key = abc/def+1": "aws_secret_access_key = ***",
     "key AKIAIOSFODNN7EXAMPLE ghp_0123456789abcdef0123": "key *** ***",
+    "--password=abc --hub_token abc --sig=1 -- --secret": "--password=*** --hub_token *** --sig=*** -- --secret",
 }
 
 
@@ -204,10 +259,12 @@ def test_no_message_and_no_log_line_has_a_secret(
         ["plan", f"--model.revision={TOKEN}", "--data.train", "x.csv"],
         ["plan", "--data.train", "x.csv", "--model.name", secret],
         ["data", "check", secret],
+        ["report", "x", f"--token={TOKEN}", "--password", "hunter2"],
+        ["predict", "--model", "x", "--input", "y", "--output", "z", "--backend", secret],
     ):
         assert cli.main(words) != 0
     said = capsys.readouterr().err
-    assert said.count("***") >= 4
+    assert said.count("***") >= 7 and len(said.splitlines()) == 6
     assert not any(part in said for part in ("hunter2", "0123abcd", TOKEN))
     record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "retrying %s", (secret,), None)
     assert RedactingFormatter("%(message)s").format(record).startswith("retrying https://***@example.org/x.csv?")

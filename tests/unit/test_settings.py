@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from esm_neuron import cost
 from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TaskName, TrainConfig
 from esm_neuron.errors import ConfigError
 from esm_neuron.rules import check_values, validate
@@ -168,6 +169,16 @@ def test_windows_must_overlap_by_less_than_their_length_and_other_cuts_need_no_o
     check_values(TrainConfig(data=short))
     with pytest.raises(ConfigError, match=r"data.window_overlap=12 must be 0 to 11 \(less than data.max_residues\)"):
         check_values(TrainConfig(data=replace(short, long_sequences="window")))
+
+
+def test_a_number_too_large_for_a_float_is_refused(folder: Path) -> None:
+    many = "1" + "0" * 400
+    assert "too large" in refusal("--optim.lr", many)
+    assert "too large" in refusal("--config", written(folder, f"optim: {{lr: {many}}}"))
+    own = Path(cost.__file__).with_name("instances.yaml").read_text()
+    prices = written(folder, own.replace("fp32: 23.75", f"fp32: {many}"))
+    with pytest.raises(ConfigError, match="too large"):
+        cost.read_prices(Path(prices))
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ class Stop:
 def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
     """`cfg` stopped by SIGTERM after step `at` and resumed: how the first ended, what the second compiled, and all."""
     make = run._callbacks
-    run._callbacks = lambda cfg, begin: [*make(cfg, begin), Stop(at)]
+    run._callbacks = lambda *of: [*make(*of), Stop(at)]
     stopped_by = run.train(cfg, str).stopped_by
     run._callbacks = make
     counts = count_graphs(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")))
