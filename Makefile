@@ -127,7 +127,7 @@ bench-gpu: $(VENV)/.installed ## the same on a CUDA GPU (BENCH_BATCH=4 on one wi
 	$(BIN)/python benchmarks/throughput.py --backend cuda --shape esm2_t36_3B --precision bf16 --rows 416 --batch 8 \
 		--max-steps 12 --adapters qlora --checkpointing on --settings ours
 
-soak: $(VENV)/.installed ## kill training at 8 random moments in each of 13 modes, resume it, compare with runs that were not killed
+soak: $(VENV)/.installed ## kill training at 8 random moments in each of 17 modes, resume it, compare with runs that were not killed
 	$(BIN)/python benchmarks/soak.py
 
 faults: $(VENV)/.installed ## break things on purpose: what training says, leaves, and goes on from; some take root

@@ -40,17 +40,23 @@ WARM_UP = 0.2
 
 
 class Sampler:
-    """A callback that notes what this process holds, at most once a second, and ends the run after `seconds`."""
+    """A callback that notes what this process holds, at most once a second, and ends the run after `seconds`.
+
+    It adds up by the minute, in memory taken before: a list that grows would be part of what is measured.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.began, self.seconds = time.monotonic(), seconds
-        self.samples: list[dict[str, float]] = []
-        self.step = 0
+        self.last, self.step = -1.0, 0
+        self.sums = np.zeros((int(seconds / 60) + 10, len(QUANTITIES)))
+        self.counts = np.zeros(len(self.sums), dtype=np.int64)
 
     def on_log(self, step: int, total: int, record: Any) -> None:
         now, self.step = time.monotonic() - self.began, step
-        if not self.samples or now - self.samples[-1]["at"] >= 1:
-            self.samples.append({"at": now, **held(), "graphs": record["graphs"]})
+        if now - self.last >= 1:
+            self.last, values = now, {**held(), "graphs": record["graphs"]}
+            self.sums[int(now / 60)] += [values[name] for name in QUANTITIES]
+            self.counts[int(now / 60)] += 1
         if now > self.seconds:
             signal.raise_signal(signal.SIGTERM)
 
@@ -68,14 +74,16 @@ def held() -> dict[str, float]:
     return {"memory_mb": memory, "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()}
 
 
-def slope(samples: list[dict[str, float]], name: str) -> dict[str, float]:
-    """Growth of a quantity per hour, with its 95 % interval, from the means of minutes after the warm-up."""
-    begin = samples[-1]["at"] * WARM_UP
-    late = [sample for sample in samples if sample["at"] >= begin]
-    minutes = np.array([int(sample["at"] / 60) for sample in late])
-    values = np.array([sample[name] for sample in late])
-    at = np.unique(minutes)
-    means = np.array([values[minutes == minute].mean() for minute in at])
+def slope(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """Growth of a quantity per hour, with its 95 % interval, from the means of minutes after the warm-up.
+
+    Args:
+        sums: [minutes] the quantity's values, added up.
+        counts: [minutes] how many.
+    """
+    at = np.flatnonzero(counts)
+    at = at[at >= at[-1] * WARM_UP]
+    means = sums[at] / counts[at]
     fit = stats.linregress(at / 60, means)
     error = fit.stderr if np.ptp(means) else 0.0  # of values that never change scipy has none
     half = float(stats.t.ppf(0.975, len(at) - 2) * error)
@@ -94,7 +102,7 @@ def main() -> None:
     args = words.parse_args()
     sampler = Sampler(60 * args.minutes)
     make = run._callbacks
-    run._callbacks = lambda cfg, begin: [make(cfg, begin)[0], sampler]  # the file, not the console
+    run._callbacks = lambda *of: [make(*of)[0], sampler]  # the file, not the console
     with tempfile.TemporaryDirectory(prefix="long-run-") as name:
         folder = Path(name)
         tiny_run.write_proteins(folder)
@@ -108,10 +116,10 @@ def main() -> None:
         outcome = run.train(cfg, str)
     if outcome.stopped_by != "SIGTERM":
         sys.exit("the run ended before its time")
-    slopes = {quantity: slope(sampler.samples, quantity) for quantity in QUANTITIES}
+    slopes = {name: slope(sampler.sums[:, index], sampler.counts) for index, name in enumerate(QUANTITIES)}
     content = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "backend": args.backend, "minutes": args.minutes,
-        "steps": sampler.step, "samples": len(sampler.samples), "slopes": slopes,
+        "steps": sampler.step, "samples": int(sampler.counts.sum()), "slopes": slopes,
     }  # fmt: skip
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / f"long_run-{args.backend}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -54,6 +54,7 @@ MODES = {
     "full": Mode(FULL),
     "masked-lm": Mode(MASKED),
     "asynchronous": Mode({"checkpoint": {"asynchronous": True}}),
+    "gloo-asynchronous": Mode({**ONE_ROW, "checkpoint": {"asynchronous": True}}, processes=2),
     **{
         f"{name}{trained}": replace(mode, settings={**mode.settings, **settings})
         for name, mode in DEVICES.items()
