@@ -20,7 +20,7 @@ _NAMES = (
 _PATTERNS = (
     re.compile(r"(?P<keep>:/{1,2})[^\s/'\"]+(?=@)"),  # pathlib makes one slash of two
     re.compile(rf"(?<!\w)(?<!\w-)(?P<keep>(?:{_NAMES})['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)\]}}]+", re.IGNORECASE),
-    re.compile(rf"(?<!\S)(?P<keep>--(?:{_NAMES})\s+)(?!-)\S+", re.IGNORECASE),
+    re.compile(rf"(?<!\S)(?P<keep>--[\w.-]*?(?:{_NAMES})(?:\s+|=))(?!-)\S+", re.IGNORECASE),
     re.compile(r"(?P<keep>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
     re.compile(r"\bgh[opsur]_[A-Za-z0-9]{16,}"),

@@ -101,10 +101,10 @@ def check_text(name: str, text: str, level: int = 0) -> None:
     if not ("&" in text and "*" in text) and sum(map(text.count, _NESTING)) <= DEPTH_LIMIT:
         return
     require(level < DEPTH_LIMIT, f"{name}: texts within texts, more than {DEPTH_LIMIT} deep; nothing of ours is")
-    loader = _StrictLoader(text)
-    loader.name = name
     value = None
     with suppress(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
+        loader = _StrictLoader(text)  # which already refuses what cannot be printed
+        loader.name = name
         value = loader.get_single_data()
     for inner in _texts(value):
         if inner != text:
