@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from esm_neuron.checkpoint import Snapshot, TrainState
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import CheckpointError, ConfigError, TrainingError
 from esm_neuron.parallel.topology import Topology
-from esm_neuron.trainer import Trainer
+from esm_neuron.shared_checkpoint import load_shared
 
 
 class Peer:
@@ -120,9 +119,9 @@ def test_each_rank_reads_a_checkpoint_that_all_see_and_the_main_one_sends_what_i
             sent.append(value)
             return value
 
-    trainer = SimpleNamespace(backend=Sending(0, None), folder=tmp_path)
-    loaded = Trainer._load(trainer, 3, lambda snapshot: snapshot.model)  # type: ignore[arg-type]
+    backend = Sending(0, None)
+    loaded = load_shared(backend, tmp_path, 3, lambda snapshot: snapshot.model)
     assert torch.equal(loaded["w"], torch.ones(2))
     assert [list(value) for value in sent] == ([] if theirs == "same" else [["w"]]), "moments stay here"
     with pytest.raises(CheckpointError, match="manifest.json"):
-        Trainer._load(trainer, 4, lambda snapshot: snapshot.model)  # type: ignore[arg-type]
+        load_shared(backend, tmp_path, 4, lambda snapshot: snapshot.model)
