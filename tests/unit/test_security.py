@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,7 +258,10 @@ def test_text_without_secrets_stays() -> None:
 
 
 def test_no_message_and_no_log_line_has_a_secret(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     secret = f"https://me:hunter2@example.org/x.csv?X-Amz-Signature=0123abcd&token={TOKEN}"
     for words in (
@@ -286,6 +290,10 @@ def test_no_message_and_no_log_line_has_a_secret(
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     assert cli.main() == 0
+    with caplog.at_level(logging.WARNING):
+        warnings.warn(f"GET {secret}", stacklevel=1)  # as a library does
+    logging.captureWarnings(False)
+    assert "GET https://***@example.org/x.csv" in caplog.text and "hunter2" not in caplog.text
     error = RuntimeError(f"GET {secret}")
     sys.excepthook(RuntimeError, error, None)
     threading.excepthook(threading.ExceptHookArgs((RuntimeError, error, None, None)))
