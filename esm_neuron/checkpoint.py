@@ -7,6 +7,7 @@ functions of the seed and the step, so a resumed run draws what an uninterrupted
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -194,7 +195,11 @@ def damage(folder: Path) -> str | None:
 
 
 def _refuse_link(path: Path) -> None:
-    if path.is_symlink():
+    try:
+        linked = path.is_symlink()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
+    if linked:
         raise CheckpointError(f"{path}: a link, which may lead anywhere; copy the checkpoint with its files")
 
 
@@ -252,9 +257,9 @@ def set_aside(folder: Path) -> None:
     It is not deleted: a newer release may have written it, or its disk may be read again another day.
     """
     number = 1
-    while (aside := folder.with_name(f"{PASSED_OVER}{folder.name}-{number}")).exists():
+    while os.path.lexists(aside := folder.with_name(f"{PASSED_OVER}{folder.name}-{number}")):
         number += 1
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere, too
         folder.rename(aside)
         log.warning("%s is now %s; delete it when it is of no use", folder, aside.name)
 

@@ -134,8 +134,8 @@ class Trainer:
             return
         if self.stopper.stop or done == self.total_steps:
             raise CheckpointError(
-                f"training is over, its best step is {best}, and {unusable}; or delete the checkpoint of step {done}, "
-                "and the best of the steps that are then trained again is taken"
+                f"training is over and its best step, {best}, cannot be read: {unusable}; bring this folder back, or "
+                f"train again into another --output: the weights of step {done} are not taken in its place"
             )
         agree_on_main(self.backend, lambda: checkpoint.set_aside(folder))
         log.warning("the best step is looked for anew among those after %d: %s", done, unusable)

@@ -80,10 +80,11 @@ class ShardedState:
         for item in held(model, optimizer):
             by_rows = item.master is not item.parameter
             sources = {kind: moments.get(f"{item.name}/{kind}") for kind in item.state}
-            lacking = [kind for kind, source in sources.items() if source is None]
-            if lacking:
+            whole = {kind: weights[item.name].shape if value.ndim else () for kind, value in item.state.items()}
+            unfit = [kind for kind, source in sources.items() if source is None or source.shape != whole[kind]]
+            if unfit:
                 raise CheckpointError(
-                    f"the checkpoint lacks {item.name}/{lacking[0]}; it was cut short, use the checkpoint before it"
+                    f"the checkpoint has no {item.name}/{unfit[0]} that fits; use the checkpoint before it"
                 )
             targets = [(item.master, weights[item.name])] if by_rows else []
             targets += [(item.state[kind], source) for kind, source in sources.items() if source is not None]

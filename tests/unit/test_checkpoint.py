@@ -203,3 +203,28 @@ def test_what_a_resumed_run_passed_over_is_set_aside(root: Path, caplog: pytest.
     assert all("delete it when it is of no use" in said for said in caplog.messages)
     checkpoint.prune(root, 1, None)
     assert checkpoint.steps(root) == [2] and len(list(root.glob("passed-over-*"))) == 2
+
+
+def test_a_link_that_leads_nowhere_is_set_aside_too(root: Path) -> None:
+    link = checkpoint.step_folder(root, 13)
+    link.symlink_to(root / "gone")
+    found = checkpoint.newest(root)
+    assert found is not None and found.state.step == 12
+    checkpoint.set_aside_after(root, 12)
+    assert checkpoint.steps(root) == [1, 2, 12]
+    checkpoint.save(root, snapshot(13))
+
+
+def test_a_folder_that_cannot_be_looked_at_is_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a disk that fails, or of another user's on NFS; a test that runs as root may look at all of its own."""
+    stat = Path.is_symlink
+
+    def is_symlink(self: Path) -> bool:
+        if self.name == "step-00000012":
+            raise OSError(5, "Input/output error", str(self))
+        return stat(self)
+
+    monkeypatch.setattr(Path, "is_symlink", is_symlink)
+    assert "Input/output error); mend the disk" in str(checkpoint.damage(checkpoint.step_folder(root, 12)))
+    found = checkpoint.newest(root)
+    assert found is not None and found.state.step == 2
