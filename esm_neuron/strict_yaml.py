@@ -65,7 +65,7 @@ def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
     Raises:
         ConfigError: it cannot be read, is no YAML or no mapping, or has what `_StrictLoader` refuses.
     """
-    named = f"{option} {path}"
+    named = f"{option} {path if str(path).isprintable() else ascii(str(path))}"
     try:
         require(not path.exists() or path.is_file(), f"{named}: no regular file; check the path")
         with path.open("rb") as file:

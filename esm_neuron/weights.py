@@ -227,7 +227,7 @@ def read_config(folder: Path) -> EsmConfig:
         ("pad_token_id", config.pad_token_id, PAD_TOKEN),
         ("emb_layer_norm_before", bool(config.emb_layer_norm_before), False),
         ("is_folding_model", config.is_folding_model, False),
-        ("hidden_act", config.hidden_act, "gelu"),
+        ("hidden_act", getattr(config, "hidden_act", None), "gelu"),  # EsmConfig has no default of its own
     ]
     for name, value, esm2 in facts:
         require(value == esm2, f"{path} is not of an ESM-2: {name} is {value!r}, must be {esm2!r}; use an ESM-2 model")

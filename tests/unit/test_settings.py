@@ -205,6 +205,7 @@ def test_a_file_that_is_not_utf8_is_refused(folder: Path) -> None:
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     assert str(folder / "none.yaml") in refusal("--config", str(folder / "none.yaml"))
+    assert refusal("--config", "\r").startswith("--config '\\r': cannot be read")
 
 
 def test_a_number_like_label_stays_text(folder: Path) -> None:

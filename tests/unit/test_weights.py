@@ -257,6 +257,15 @@ def test_a_config_cannot_ask_for_the_moon(folder: Path, key: str, value: object,
     one_line_of(caught)
 
 
+def test_a_config_without_its_activation_is_refused(folder: Path) -> None:
+    """Found by fuzzing: a letter of the key was damaged, and transformers' EsmConfig has no default for it."""
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["hidden_act"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match="hidden_act is None, must be 'gelu'"):
+        read_config(folder)
+
+
 def test_a_config_cannot_name_code(folder: Path) -> None:
     (folder / "evil.py").write_text("raise SystemExit('ran')")
     raw = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.Evil"}}
