@@ -35,9 +35,11 @@ BATCH = 1024
 NESTED_LIMIT = 1 << 30
 """Bytes that the lists of records decoded together can have, were every entry as long as all that is stored."""
 
+_WORD = r"\w[\w.-]*"  # no "..", which would lead out of a folder
 _HUB = re.compile(
-    r"hf:/{1,2}(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)(?:/(?P<config>[\w.-]+))?/(?P<split>[\w.-]+)"
+    rf"hf:/{{1,2}}(?P<name>{_WORD}/{_WORD})@(?P<revision>{_WORD})(?:/(?P<config>{_WORD}))?/(?P<split>{_WORD})"
 )
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
@@ -155,7 +157,11 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
 def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
     """Records of a hub dataset `hf://owner/name@revision/split` or `hf://owner/name@revision/config/split`.
 
-    The revision is asked for, so that a table made today can be made again.
+    The revision is asked for, so that a table made today can be made again. It comes from the hub: the package would
+    rather read a folder ./owner/name, and without a network what it has stored last, whatever revision that is.
+
+    Raises:
+        DataError: no such name, or the hub does not give this revision.
     """
     found = _HUB.fullmatch(source)
     if found is None:
@@ -163,12 +169,21 @@ def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
             f"{source}: not the name of a hub dataset; write hf://owner/name@revision/split, or "
             "hf://owner/name@revision/config/split, the revision best a commit hash"
         )
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules.cache.cache import Cache
 
+    revision = found["revision"]
     try:
-        dataset = load_dataset(
-            found["name"], found["config"], split=found["split"], revision=found["revision"], token=False
+        builder = load_dataset_builder(
+            f"hf://datasets/{found['name']}", found["config"], revision=revision, token=False
         )
+        if isinstance(builder, Cache):
+            there = f"revision {builder.hash}, configuration {builder.config.name}"
+            raise LookupError(f"the hub did not give it, and what the cache holds ({there}) may be another")
+        if _COMMIT.fullmatch(revision) and builder.hash != revision:
+            raise LookupError(f"revision {builder.hash} came")
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=found["split"])
     except Exception as error:  # connections, names, formats: the package has no common kind of error
         cure = "check owner, name, revision, split and network, or save it to a folder and name that"
         raise DataError(f"{source}: cannot be read from the hub ({_said(error)}); {cure}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data import text_formats
@@ -156,24 +156,81 @@ def test_a_folder_of_several_splits_names_them(tmp_path: Path) -> None:
     assert columns(tmp_path / "d" / "train")["id"] == ["P1", "P2"]
 
 
+COMMIT, OTHER = "0a1b2c3d4e" * 4, "f" * 40
+
+
+class FakeBuilder:
+    """What `datasets.load_dataset_builder` gives for a hub dataset."""
+
+    def __init__(self, commit: str) -> None:
+        self.hash, self.prepared = commit, False
+
+    def download_and_prepare(self) -> None:
+        self.prepared = True
+
+    def as_dataset(self, split: str) -> Dataset:
+        assert self.prepared
+        return Dataset.from_dict(records(label=["in", "out"], id=[split, "P2"]))
+
+
 def test_a_hub_dataset_is_asked_for_by_its_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(*names: str | None, **options: object) -> Dataset:
+    def load(*names: str | None, **options: object) -> FakeBuilder:
         asked.append((names, options))
-        return Dataset.from_dict(records(label=["in", "out"]))
+        return FakeBuilder(COMMIT)
 
-    monkeypatch.setattr("datasets.load_dataset", load)
-    assert columns("hf://owner/name@0a1b2c/train")["label"] == ["in", "out"]
-    assert columns(Path("hf://owner/name@0a1b2c/small/test"))["line"] == [1, 2]
-    pinned = {"revision": "0a1b2c", "token": False}
+    monkeypatch.setattr("datasets.load_dataset_builder", load)
+    assert columns(f"hf://owner/name@{COMMIT}/train") == EXPECTED | {"line": [1, 2], "id": ["train", "P2"]}
+    assert columns(Path(f"hf://owner/name@{COMMIT}/small/test"))["id"] == ["test", "P2"]
+    assert columns("hf://owner/name@v1.0/train")["id"] == ["train", "P2"]
     assert asked == [
-        (("owner/name", None), {"split": "train", **pinned}),
-        (("owner/name", "small"), {"split": "test", **pinned}),
+        (("hf://datasets/owner/name", None), {"revision": COMMIT, "token": False}),
+        (("hf://datasets/owner/name", "small"), {"revision": COMMIT, "token": False}),
+        (("hf://datasets/owner/name", None), {"revision": "v1.0", "token": False}),
     ]
-    for wrong in ("hf://owner/name/train", "hf://owner/name@0a1b2c", "hf://name@0a1b2c/train"):
+    with pytest.raises(DataError, match=rf"@{OTHER}/train: .*\(revision {COMMIT} came\); check owner, name, revision"):
+        columns(f"hf://owner/name@{OTHER}/train")
+    names = ("owner/name/train", "owner/name@0a1b2c", "name@0a1b2c/train", "../name@main/train", "owner/..@main/train")
+    for wrong in (*names, "owner/name@../train", "owner/name@main/../train", "./name@main/train"):
         with pytest.raises(DataError, match="not the name of a hub dataset; write hf://owner/name@revision/split, or"):
-            columns(wrong)
+            columns(f"hf://{wrong}")
+    assert len(asked) == 4
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the working one, beside an empty cache of `datasets`, where no hub is asked."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "work"
+
+
+def test_a_folder_is_not_taken_for_a_hub_dataset_of_its_name(offline: Path) -> None:
+    folder = offline / "owner" / "name"
+    folder.mkdir(parents=True)
+    write(folder / "train.csv", "id,sequence,label\nWRONG,MKV,in\n")
+    taken = load_dataset("owner/name", split="train", revision=COMMIT)  # the package's own way
+    assert taken["id"] == ["WRONG"]
+    with pytest.raises(
+        DataError, match=rf"{COMMIT}/train: cannot be read from the hub .*; check owner, .* and network"
+    ):
+        columns(f"hf://owner/name@{COMMIT}/train")
+
+
+@pytest.mark.parametrize("asked", [COMMIT, "main", "v1.0", f"{COMMIT}/default"])
+def test_what_another_revision_left_in_the_cache_is_not_taken(offline: Path, asked: str) -> None:
+    from datasets.packaged_modules.csv.csv import Csv
+
+    file = write(offline / "a.csv", "id,sequence,label\nWRONG,MKV,in\n")
+    made = Csv(cache_dir=str(offline / "made"), dataset_name="name", data_files={"train": [str(file)]})
+    made.download_and_prepare(str(offline.parent / "cache" / "owner___name" / "default" / "0.0.0" / OTHER))
+    taken = load_dataset("owner/name", split="train", revision=COMMIT)  # the package's own way
+    assert taken["id"] == ["WRONG"]
+    with pytest.raises(DataError, match=rf"the cache holds \(revision {OTHER}, configuration default\) may be another"):
+        columns(f"hf://owner/name@{asked}/train")
 
 
 @pytest.mark.parametrize("name", ["a.fasta", "a.csv", "a.parquet"])
