@@ -1,8 +1,8 @@
 """Secrets out of text: what goes to a terminal, a log or a file passes here first.
 
 Known are passwords in URLs, the signatures and tokens of signed URLs (S3, Azure, Google), tokens of the Hugging Face
-hub and of GitHub, AWS keys, and what is written behind a name such as `password=` or `HF_TOKEN=`
-or a flag such as `--token`.
+hub and of GitHub, AWS keys, and what is written behind a name such as `password=`, `HF_TOKEN=`, `AccountKey=` or
+`x-api-key:`, or a flag such as `--token`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import re
 HIDDEN = "***"
 """Written in a secret's place."""
 
-_NAMES = (
-    r"x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|aws_access_key_id|aws_secret_access_key|"
-    r"aws_session_token|signature|sig|\w*(?:api|access|secret)[-_]?key|\w*token|\w*password|passwd|\w*secret"
-)
+_WHOLE = r"x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|aws_access_key_id|signature|sig|passwd"
+_ENDS = r"(?:api|access|secret|account)[-_]?key|token|password|secret"
+# A word is looked at from its start alone, once by each of the two: no time that grows with the square of its length.
+_NAME = rf"(?<![\w-])(?:(?:[\w-]*-)?(?:{_WHOLE})|[\w-]*(?:{_ENDS}))"
 _PATTERNS = (
     re.compile(r"(?P<keep>:/{1,2})[^\s/'\"]+(?=@)"),  # pathlib makes one slash of two
-    re.compile(rf"(?<!\w)(?<!\w-)(?P<keep>(?:{_NAMES})['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)\]}}]+", re.IGNORECASE),
-    re.compile(rf"(?<!\S)(?P<keep>--[\w.-]*?(?:{_NAMES})(?:\s+|=))(?!-)\S+", re.IGNORECASE),
+    # before the names: of `X-Auth-Token: Bearer V` they would hide the first word alone
     re.compile(r"(?P<keep>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
+    re.compile(rf"(?P<keep>{_NAME}['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)\]}}]+", re.IGNORECASE),
+    re.compile(rf"(?<!\S)(?P<keep>--[\w.-]*?(?:{_WHOLE}|{_ENDS})(?:\s+|=))(?!-)\S+", re.IGNORECASE),
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
     re.compile(r"\bgh[opsur]_[A-Za-z0-9]{16,}"),
+    re.compile(r"\bgithub_pat_\w{20,}"),
     re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
 )
 
