@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +18,11 @@ EXIT_HUNG = 70
 """Exit code of a process that its watchdog has ended (EX_SOFTWARE of sysexits.h)."""
 GRACE = 10.0
 """Seconds after which faulthandler's own thread acts, which needs no turn of the interpreter: a call into C that keeps
-the interpreter lock stops the watchdog's thread too. It writes to stderr alone, and the exit code is 1."""
+the interpreter lock stops the watchdog's thread too. It writes to stderr alone, and the exit code is 1. It alone has no
+patience: where, besides, stderr is a full pipe that nobody reads, the process stays."""
+PATIENCE = 3.0
+"""Seconds that the file and stderr each have to take the reason: a file system can hang, and a pipe that nobody reads
+can be full. Both together are over before GRACE is."""
 
 
 class Watchdog:
@@ -69,12 +76,28 @@ class Watchdog:
             f"all threads are in {self._file}; nothing is saved from here on, go on with --checkpoint.resume auto\n"
         )
         try:
-            _tell(2, reason)
-            _tell(os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), reason)
+            said = reason.encode() + _stacks()
+            writes = (self._file.write_bytes, partial(os.write, 2))
+            tellers = [threading.Thread(target=_tell, args=(write, said), daemon=True) for write in writes]
+            for teller in tellers:
+                teller.start()
+            for teller in tellers:
+                teller.join(PATIENCE)
         finally:
             os._exit(EXIT_HUNG)
 
 
-def _tell(file: int, reason: str) -> None:
-    os.write(file, reason.encode())
-    faulthandler.dump_traceback(file)
+def _stacks() -> bytes:
+    """The stacks of all threads. Into memory, since faulthandler keeps the interpreter lock while it writes."""
+    try:
+        with open(os.memfd_create("stacks"), "w+b", buffering=0) as memory:
+            faulthandler.dump_traceback(memory)
+            memory.seek(0)
+            return memory.read()
+    except OSError as error:
+        return f"no stacks: {error.strerror}\n".encode()
+
+
+def _tell(write: Callable[[bytes], int], said: bytes) -> None:
+    with contextlib.suppress(OSError):  # the other one may be told
+        write(said)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ HANGING = """
 import re, sys, threading, time
 from pathlib import Path
 from esm_neuron import watchdog
-watchdog.GRACE = 1.0
+watchdog.GRACE, watchdog.PATIENCE = 5.0, 1.0
 
 def wait_for_a_peer():
     threading.Event().wait()
@@ -79,6 +81,33 @@ def test_a_folder_that_is_gone_does_not_keep_it_alive(tmp_path: Path) -> None:
     done, _ = hang("wait_for_a_peer", tmp_path / "gone" / "file")
     assert done.returncode == EXIT_HUNG
     assert "in wait_for_a_peer" in done.stderr
+
+
+def test_a_full_pipe_that_nobody_reads_does_not_keep_it_alive(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    words = [sys.executable, "-c", HANGING.replace("{hang}", "wait_for_a_peer"), str(file)]
+    with subprocess.Popen(words, stderr=writer) as process:
+        try:
+            assert process.wait(60) == EXIT_HUNG
+        finally:
+            process.kill()
+            os.close(writer)
+            os.close(reader)
+    said = file.read_text()
+    assert said.startswith("esm-neuron: error: step 7 has taken more than 1 s") and "in wait_for_a_peer" in said
+
+
+def test_a_file_system_that_hangs_does_not_keep_it_alive(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")  # it waits for a reader
+    done, _ = hang("wait_for_a_peer", tmp_path / "file")
+    assert done.returncode == EXIT_HUNG
+    assert "step 7 has taken more than 1 s" in done.stderr and "in wait_for_a_peer" in done.stderr
 
 
 @pytest.mark.parametrize("seconds", [0, 0.2])
