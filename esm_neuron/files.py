@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from esm_neuron.errors import ConfigError
 
@@ -104,12 +104,30 @@ def sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
+def flock(lock: IO[str], operation: int, what: str) -> None:
+    """`fcntl.flock` for `what`, a setting and its folder.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `operation` is not to wait.
+        ConfigError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(lock, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # ENOSYS, EOPNOTSUPP, ENOLCK: as on Lustre without `flock`
+        raise ConfigError(
+            f"{what} cannot be locked ({error.strerror}); choose a folder on a file system with locks, or mount this "
+            "one with them (Lustre: mount -o flock)"
+        ) from error
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process until the block ends, or the process dies.
 
     Raises:
-        ConfigError: another process holds it, or it cannot be written.
+        ConfigError: another process holds it, or it cannot be written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +136,8 @@ def claimed(folder: Path) -> Iterator[None]:
         raise ConfigError(f"output={folder} cannot be written ({error.strerror}); choose another --output") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, f"output={folder}")
+        except BlockingIOError as error:
             raise ConfigError(
                 f"output={folder} is in use by a running process; wait for it or choose another --output"
             ) from error

@@ -23,7 +23,7 @@ import pyarrow as pa
 from esm_neuron.data.batch import ExampleTable, join_tables, shifted
 from esm_neuron.data.records import is_hub
 from esm_neuron.errors import ConfigError
-from esm_neuron.files import new_folder, sha256, write_json
+from esm_neuron.files import flock, new_folder, sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -112,20 +112,21 @@ def cached(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     To prove it, all of it is read; processes do that side by side.
 
     Raises:
-        ConfigError: the cache folder cannot be written.
+        ConfigError: the cache folder cannot be written or locked.
     """
+    what = f"data.cache={folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / f".{key}.lock").open("w+")
     except OSError as error:
-        raise ConfigError(f"data.cache={folder} cannot be written ({error.strerror}); choose another folder") from None
+        raise ConfigError(f"{what} cannot be written ({error.strerror}); choose another folder") from None
     path = folder / key
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        flock(lock, fcntl.LOCK_SH, what)
         if _damage(path) is None:
             return path
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock, fcntl.LOCK_UN, what)
+        flock(lock, fcntl.LOCK_EX, what)
         damage = _damage(path)  # again: another process may have made it in between
         if damage:
             if path.exists():

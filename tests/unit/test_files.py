@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 
+from esm_neuron.data.store import cached
 from esm_neuron.errors import ConfigError
 from esm_neuron.files import claimed, new_folder, write_json, write_text
 
@@ -61,6 +63,21 @@ def test_a_folder_that_cannot_be_claimed_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/out cannot be written"), claimed(tmp_path / "file" / "out"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_no_running_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    said = rf"{tmp_path} cannot be locked \({os.strerror(number)}\); .* \(Lustre: mount -o flock\)$"
+    with pytest.raises(ConfigError, match=f"^output={said}"), claimed(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match=f"^data.cache={said}"):
+        cached(tmp_path, "key", lambda folder: None)
 
 
 def test_a_text_file_is_replaced_whole(tmp_path: Path) -> None:
