@@ -14,14 +14,17 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from snapshots import FORK, same, snapshot
 from waiting import wait_for
 
-from esm_neuron import checkpoint
+from esm_neuron import checkpoint, run
+from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.checkpoint import Saver, Snapshot
+from esm_neuron.config import TrainConfig
 from esm_neuron.errors import CheckpointError
 
 
@@ -156,6 +159,61 @@ def test_saving_beside_training_holds_one_copy_loses_none_and_says_what_failed(
     saver.save(snapshot(3), best=None)
     saver.close()  # as when another error ends the run
     assert caplog.messages == ["the disk is full"]
+
+
+def test_a_run_gathers_no_snapshot_while_one_is_still_written(
+    toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save here ends only once it is waited for, as on a disk that is slower than training."""
+    write, save, settle, gather = checkpoint.save, Saver.save, Saver.settle, CpuBackend.gather_state
+    waited_for, held, seen = threading.Event(), [], []
+
+    def gated_write(root: Path, snapshot: Snapshot) -> Path:
+        assert waited_for.wait(60)
+        folder = write(root, snapshot)
+        held.remove(snapshot.state.step)
+        return folder
+
+    def noted_save(self: Saver, snapshot: Snapshot, best: int | None) -> None:
+        waited_for.clear()
+        held.append(snapshot.state.step)
+        save(self, snapshot, best)
+
+    def opening_settle(self: Saver) -> None:
+        waited_for.set()
+        settle(self)
+
+    def noted_gather(self: CpuBackend, *of: Any) -> Any:
+        seen.append(list(held))
+        return gather(self, *of)
+
+    monkeypatch.setattr(checkpoint, "save", gated_write)
+    monkeypatch.setattr(Saver, "save", noted_save)
+    monkeypatch.setattr(Saver, "settle", opening_settle)
+    monkeypatch.setattr(CpuBackend, "gather_state", noted_gather)
+    cfg = toy(loop={"max_steps": 6}, checkpoint={"asynchronous": True, "every": 2, "keep": 100})
+    run.train(cfg, str)
+    assert checkpoint.steps(Path(cfg.output) / "checkpoints") == [2, 4, 6]
+    assert len(seen) >= 3 and seen == [[]] * len(seen)
+
+
+def test_a_save_that_failed_beside_training_ends_the_run_before_the_next(
+    toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, begun = checkpoint.save, []
+
+    def fail_once(root: Path, snapshot: Snapshot) -> Path:
+        begun.append(snapshot.state.step)
+        if begun == [2]:
+            raise CheckpointError("the disk is full")
+        return write(root, snapshot)
+
+    monkeypatch.setattr(checkpoint, "save", fail_once)
+    cfg = toy(loop={"max_steps": 6}, checkpoint={"asynchronous": True, "every": 2})
+    with pytest.raises(CheckpointError, match="^the disk is full$"):
+        run.train(cfg, str)
+    assert begun == [2]
+    assert not (Path(cfg.output) / "result.json").exists()
 
 
 @pytest.mark.parametrize("where", ["save_file", "write_json", "sha256"])
