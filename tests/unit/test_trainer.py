@@ -253,7 +253,9 @@ def interruptible(toy: Toy, output: str, kind: str, **loop: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(toy: Toy, watched_by: Callable[..., None], kind: str) -> None:
+def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(
+    toy: Toy, watched_by: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     whole, stopped = (interruptible(toy, name, kind) for name in ("whole", "stopped"))
     train(whole)
     watched_by(SignalAt(6, signal.SIGTERM))
@@ -263,7 +265,10 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(toy: Toy, watched_by: Call
     assert signal.getsignal(signal.SIGTERM) is before
     assert checkpoints(stopped)[-1] == "step-00000006" and not (Path(stopped.output) / "result.json").exists()
     watched_by()
+    trained, step = [], Trainer._train_step
+    monkeypatch.setattr(Trainer, "_train_step", lambda of, data: (trained.append(data.step + 1), step(of, data)))
     train(resumed(stopped))
+    assert trained == [7, 8, 9, 10, 11, 12], "a run that starts anew ends the same"
     extra = Path(stopped.output) / "checkpoints" / "step-00000006"
     assert {file.name for file in extra.iterdir()} >= {"model.safetensors", "optimizer.safetensors"}
     for file in extra.iterdir():

@@ -114,6 +114,7 @@ def test_passes_do_not_change_the_arithmetic(said: dict[str, Any]) -> None:
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(said: dict[str, Any]) -> None:
     resumed, whole = said["resumed"], said["whole"]
     assert resumed["stopped_by"] == "SIGTERM"
+    assert resumed["trained"] == [6, 7, 8], "a run that starts anew ends the same"
     for name in ("losses", "norms", "rates", "steps", "weights"):
         assert resumed[name] == whole[name], name
     assert len(whole["losses"]) == 8

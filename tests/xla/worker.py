@@ -192,13 +192,23 @@ class Stop:
 
 
 def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
-    """`cfg` stopped by SIGTERM after step `at` and resumed: how the first ended, what the second compiled, and all."""
+    """`cfg` stopped by SIGTERM after step `at` and resumed: how it ended, steps and programs of the second, and all."""
+    trained = []
+
+    def train_step(original: Any) -> Any:
+        def wrapped(self: Trainer, data: Any) -> None:
+            trained.append(data.step + 1)
+            original(self, data)
+
+        return wrapped
+
     make = run._callbacks
     run._callbacks = lambda *of: [*make(*of), Stop(at)]
     stopped_by = run.train(cfg, str).stopped_by
     run._callbacks = make
-    counts = count_graphs(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")))
-    return {"stopped_by": stopped_by, "counts": counts, **figures(cfg)}
+    with patched(Trainer, "_train_step", train_step):
+        counts = count_graphs(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")))
+    return {"stopped_by": stopped_by, "trained": trained, "counts": counts, **figures(cfg)}
 
 
 def leave_out(cfg: TrainConfig, bad: int) -> dict[str, Any]:
