@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_run
+from machine import commit
 
 from esm_neuron.config import BackendName
 
@@ -345,12 +346,15 @@ def inject(fault: Fault, folder: Path, number: int) -> dict[str, Any]:
             fault.files(out)
         code, said = run(cfg, fault.process)
         finished = (out / "result.json").exists()
+        if finished and fault.resumed and not tiny_run.begun_after(cfg):
+            sys.exit(f"{fault.name}: the run began anew, which ends with the same bytes")
         found = {"fault": fault.name, "exit": code, "said": said, "finished": finished,
                  "as_unbroken": tiny_run.left(out) == expected if finished else None,
-                 "whole_checkpoints": whole_steps(cfg), "goes_on": None}  # fmt: skip
+                 "whole_checkpoints": whole_steps(cfg), "goes_on": None, "commit": commit()}  # fmt: skip
         if not (finished or fault.resumed):
             (out / BALLAST).unlink(missing_ok=True)
             found["goes_on"] = run(plain)[0] == 0 and tiny_run.left(out) == expected
+            found["goes_on"] &= tiny_run.begun_after(plain) == max(found["whole_checkpoints"], default=0)
     return found
 
 

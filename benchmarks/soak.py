@@ -6,9 +6,10 @@ NXD_SRC=<folder> python benchmarks/soak.py --modes nxd the real neuronx-distribu
 
 A kill is SIGKILL, from within the process so that it can be placed: at a random time of the training loop, after a
 random file of a checkpoint (the file cut in half), or before a random batch of an evaluation. Where there are peers,
-one rank is killed and the others must end by themselves within a minute; or it hangs, stopped by SIGSTOP, and their
-watchdogs must end them. Moments are drawn from --seed. Attempts are forks of this process, which has imported
-everything and run nothing.
+one rank is killed and the others must end by themselves within a minute, by an error with its reason; or it hangs,
+stopped by SIGSTOP, and their watchdogs must end them. A mode has each kind once before any twice, and each attempt must
+go on from the newest checkpoint: one that began anew would end with the same bytes. Moments are drawn from --seed.
+Attempts are forks of this process, which has imported everything and run nothing.
 """
 
 from __future__ import annotations
@@ -23,16 +24,14 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from killed_rank import EXIT_ERROR, LONGEST, Kill, begin_file, step_file, train
+from machine import commit
 from tiny_run import FORK, MODES, Mode, configuration, import_all, left, write_proteins
 
 RESULTS = Path(__file__).resolve().parent / "results" / "soak.json"
@@ -43,124 +42,6 @@ WATCHDOG = 15
 """Seconds that a peer of a rank that hangs allows a step, a checkpoint, or a batch of an evaluation."""
 PATIENCE_HUNG = 300.0
 """Seconds in which it must have ended: the last evaluation has most batches."""
-LONGEST = 1200.0
-"""Seconds after which an attempt is ended, and counts as failed."""
-
-
-@dataclass(frozen=True)
-class Kill:
-    """When a process ends itself by SIGKILL."""
-
-    kind: str
-    """`step`, `write`, `evaluate`, or `hang`: at a moment as for `step`, stopped rather than killed."""
-    at: float
-    """Seconds after training has begun; or which file, or batch, counted from 0."""
-    rank: int = 0
-
-
-def die() -> None:
-    """As by `kill -9`."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def arm(kill: Kill) -> None:
-    """Have this process die at the moment of `kill`."""
-    from esm_neuron import checkpoint, evaluate
-    from esm_neuron.trainer import Trainer
-
-    passed = Counter[str]()
-
-    def counted(real: Callable[..., Any], cut: bool = False) -> Callable[..., Any]:
-        def wrapped(*args: Any, **options: Any) -> Any:
-            passed["calls"] += 1
-            now = passed["calls"] > kill.at
-            if now and not cut:
-                die()
-            value = real(*args, **options)
-            if now:
-                os.truncate(args[1], args[1].stat().st_size // 2)
-                die()
-            return value
-
-        return wrapped
-
-    if kill.kind == "write":
-        checkpoint.save_file = counted(checkpoint.save_file, cut=True)
-        for name in ("write_json", "prune"):  # called by nothing that reads
-            setattr(checkpoint, name, counted(getattr(checkpoint, name)))
-    elif kill.kind == "evaluate":
-        evaluate.forward = counted(evaluate.forward)
-    else:
-        fit = Trainer.fit
-
-        def hang() -> None:
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-        def timed(trainer: Any) -> Any:
-            timer = threading.Timer(kill.at, hang if kill.kind == "hang" else die)
-            timer.daemon = True
-            timer.start()
-            return fit(trainer)
-
-        Trainer.fit = timed
-
-
-def train(cfg: Any, mode: Mode, rank: int, port: int, kill: Kill | None) -> None:
-    """In a fork: one rank of one attempt; the process ends with its exit code."""
-    with Path(f"{cfg.output}.{rank}.log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    os.environ.update(mode.environment)
-    if mode.processes > 1:
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": mode.processes, "LOCAL_WORLD_SIZE": mode.processes}
-        os.environ.update({name: str(value) for name, value in world.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    code = 1
-    try:
-        from esm_neuron import run
-        from esm_neuron.errors import EsmNeuronError
-
-        if cfg.backend == "neuron":
-            join_standins()
-        note_steps(Path(f"{cfg.output}.{rank}.step"))
-        if kill is not None and kill.rank == rank:
-            arm(kill)
-        try:
-            run.train(cfg, str)
-            code = 0
-        except EsmNeuronError as error:
-            print(f"rank {rank}: {error}", flush=True)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
-def note_steps(path: Path) -> None:
-    """Have this rank keep the number of its last whole step in a file, which a kill leaves as it is."""
-    from esm_neuron.trainer import Trainer
-
-    step, fit, file = Trainer._train_step, Trainer.fit, os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-
-    def noted(trainer: Any, data: Any) -> None:
-        step(trainer, data)
-        os.pwrite(file, b"%08d" % trainer.state.step, 0)
-
-    def begun(trainer: Any) -> Any:
-        os.pwrite(file, b"%08d" % trainer.state.step, 0)
-        return fit(trainer)
-
-    Trainer._train_step, Trainer.fit = noted, begun
-
-
-def join_standins() -> None:
-    """As tests/nxd/worker.py does: a process group on gloo, and torch_xla's calls between processes on it."""
-    import torch.distributed as dist
-    from standins import collectives
-
-    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
-    collectives.install()
 
 
 @dataclass
@@ -224,19 +105,48 @@ def is_stopped(pid: int | None) -> bool:
         return False
 
 
-def check_not_ahead(output: Path, processes: int) -> None:
+def newest_step(output: Path) -> int:
+    """The step of the newest checkpoint that can be seen, which is to be whole; 0: none."""
+    return max((int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*")), default=0)
+
+
+def check_not_ahead(cfg: Any, processes: int) -> None:
     """After a kill: nothing may be saved of a step that not all ranks have done.
 
     Raises:
         RuntimeError: something is.
     """
-    saved = max((int(p.name.removeprefix("step-")) for p in (output / "checkpoints").glob("step-*")), default=0)
-    files = [Path(f"{output}.{rank}.step") for rank in range(processes)]
+    saved, files = newest_step(Path(cfg.output)), [step_file(cfg, rank) for rank in range(processes)]
     done = min(int(file.read_bytes() or b"0") if file.exists() else 0 for file in files)
     if saved > done:
         raise RuntimeError(
-            f"{output}: a checkpoint of step {saved}, but step {done} was the last one all ranks had done"
+            f"{cfg.output}: a checkpoint of step {saved}, but step {done} was the last one all ranks had done"
         )
+
+
+def check_went_on(cfg: Any, processes: int, newest: int) -> None:
+    """After an attempt: every rank that came to train has gone on from the checkpoint that was the `newest` before it.
+
+    Raises:
+        RuntimeError: one has begun elsewhere.
+    """
+    for rank in range(processes):
+        file = begin_file(cfg, rank)
+        if file.exists() and (begun := int(file.read_text(encoding="ascii"))) != newest:
+            raise RuntimeError(f"{cfg.output}: rank {rank} began after step {begun}, its newest checkpoint is {newest}")
+
+
+def check_ended_by_kill(cfg: Any, kill: Kill, codes: list[int]) -> None:
+    """One rank was killed; its peers ended with an error that gives the reason, or by their watchdogs if it hung.
+
+    Raises:
+        RuntimeError: they ended otherwise.
+    """
+    from esm_neuron.watchdog import EXIT_HUNG
+
+    peers = EXIT_HUNG if kill.kind == "hang" else EXIT_ERROR
+    if codes != [-signal.SIGKILL if rank == kill.rank else peers for rank in range(len(codes))]:
+        raise RuntimeError(f"{cfg.output}: {kill} ended with {codes}; see {cfg.output}.*.log")
 
 
 def ask(cfg: Any) -> None:
@@ -255,9 +165,10 @@ def ask(cfg: Any) -> None:
         raise RuntimeError(f"{cfg.output}: predict ended with {process.exitcode}")
 
 
-def draw(rng: random.Random, mode: Mode, seconds: float, steps: int) -> Kill:
-    """The next kill: of any kind alike, but twice as often anywhere in the loop."""
-    kind = rng.choice((*KINDS, "step") if mode.processes > 1 else (*KINDS[:3], "step"))
+def draw(rng: random.Random, mode: Mode, seconds: float, steps: int, found: Counter[str]) -> Kill:
+    """The next kill: of a kind that was not `found` yet, then of any alike, but twice as often anywhere in the loop."""
+    kinds = KINDS if mode.processes > 1 else KINDS[:3]
+    kind = rng.choice([kind for kind in kinds if not found[kind]] or [*kinds, "step"])
     if kind == "write":
         return Kill(kind, rng.randrange(steps // 3 * 5 // 4))
     at = rng.randrange(12) if kind == "evaluate" else rng.uniform(0, seconds / 2)
@@ -268,15 +179,26 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
     """Run a mode to its end under at least `kills` kills.
 
     Raises:
-        RuntimeError: an attempt ended otherwise than by its kill or by finishing.
+        RuntimeError: an attempt ended otherwise than by its kill or by finishing, or began elsewhere.
     """
     mode, rng = MODES[name], random.Random(f"{name} {seed}")
     folder.mkdir()
     write_proteins(folder)
+    resumed = 0
+
+    def tried(cfg: Any, kill: Kill | None) -> Ended:
+        nonlocal resumed
+        newest = newest_step(Path(cfg.output))
+        for rank in range(mode.processes):
+            begin_file(cfg, rank).unlink(missing_ok=True)
+        ended = attempt(cfg, mode, kill)
+        check_went_on(cfg, mode.processes, newest)
+        resumed += newest > 0
+        return ended
 
     def finish(output: str) -> tuple[Any, Ended]:
         cfg = configuration(folder, output, mode, steps)
-        ended = attempt(cfg, mode, None)
+        ended = tried(cfg, None)
         if any(ended.codes):
             raise RuntimeError(f"{cfg.output}: ended with {ended.codes}; see {cfg.output}.*.log")
         if cfg.task.name != "masked_lm":
@@ -292,14 +214,13 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
         output = f"killed-{rounds}"
         cfg = configuration(folder, output, mode, steps)
         while sum(found.values()) < kills:
-            kill = draw(rng, mode, whole.seconds, steps)
+            kill = draw(rng, mode, whole.seconds, steps, found)
             limits = {"watchdog": WATCHDOG, "watchdog_slow": WATCHDOG} if kill.kind == "hang" else {}
-            ended = attempt(replace(cfg, loop=replace(cfg.loop, **limits)), mode, kill)
+            ended = tried(replace(cfg, loop=replace(cfg.loop, **limits)), kill)
             if ended.codes[kill.rank] == 0:
                 break  # it was through before the moment came
-            if ended.codes[kill.rank] != -signal.SIGKILL or 0 in ended.codes:
-                raise RuntimeError(f"{cfg.output}: {kill} ended with {ended.codes}; see {cfg.output}.*.log")
-            check_not_ahead(Path(cfg.output), mode.processes)
+            check_ended_by_kill(cfg, kill, ended.codes)
+            check_not_ahead(cfg, mode.processes)
             found[kill.kind] += 1
             longest = max(longest, ended.survived)
             print(f"  {name}: kill {sum(found.values())}, {kill}, after {ended.seconds:.1f} s", flush=True)
@@ -308,9 +229,9 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
         got = left(Path(cfg.output))
         different += [f"{output}/{key}" for key in sorted({*got, *expected}) if got.get(key) != expected.get(key)]
     return {
-        "kills": sum(found.values()), **{f"in {kind}": found[kind] for kind in KINDS},
+        "kills": sum(found.values()), **{f"in {kind}": found[kind] for kind in KINDS}, "resumed": resumed,
         "runs": rounds, "steps": steps, "processes": mode.processes, "compared": len(expected),
-        "different": different, "survivors_ended_after_s": round(longest, 1),
+        "different": different, "survivors_ended_after_s": round(longest, 1), "commit": commit(),
     }  # fmt: skip
 
 

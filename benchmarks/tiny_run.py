@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,6 +112,13 @@ def left(output: Path) -> dict[str, Any]:
             content = json.loads(path.read_text(encoding="utf-8"))
             found[name] = without_timing(content)
     return found
+
+
+def begun_after(cfg: TrainConfig) -> int:
+    """The step that a run, by the log beside its folder, went on from; 0: it began anew, and can end with equal bytes."""
+    said = Path(f"{cfg.output}.log").read_text(encoding="utf-8")
+    found = re.search(r"^resumed after step (\d+)", said, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def without_timing(value: Any) -> Any:
