@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -161,13 +162,14 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: 
         before["wall_seconds"] = time.perf_counter() - began
         log.seek(0)
         text = log.read()
+        if args.keep:
+            keep(args.keep, who, own_folder)
         if process.returncode:
             return {**before, "error": f"exit code {process.returncode}: {text[-LOG_TAIL:]}"}
         if who.name == OURS:
             setup = json.loads((own_folder / SETUP_FILE).read_text())["setup_seconds"]
             figures = read_ours(own_folder / "out", args.warmup, setup)
-            if args.backend == "xla":
-                figures["programs_planned"] = planned(ours(who, args, own_folder, rows_per_step))
+            figures |= planned(ours(who, args, own_folder, rows_per_step), args.backend)
         else:
             figures = json.loads((own_folder / FIGURES_FILE).read_text())
     if figures["steps"] <= 0:
@@ -206,14 +208,29 @@ def known_peak(precision: str) -> float | None:
     return next((peak for gpu, peak in BF16_TFLOPS.items() if gpu in name), None)
 
 
-def planned(words: list[str]) -> int:
-    """Programs that `esm-neuron plan` foresees for a run, its evaluation included."""
+def keep(folder: Path, who: Contestant, run_folder: Path) -> None:
+    """Copy what a run printed and wrote down, under a number of its own."""
+    number = len(list(folder.glob("*"))) if folder.exists() else 0
+    kept = folder / f"{number:03d}-{who.label.replace(' ', '-')}"
+    kept.mkdir(parents=True)
+    for file in (run_folder / "log", run_folder / FIGURES_FILE, *(run_folder / "out").glob("*.json*")):
+        if file.exists():
+            shutil.copy(file, kept)
+
+
+def planned(words: list[str], backend: str) -> dict[str, float]:
+    """What `esm-neuron plan` foresees of a run: on xla its programs, the evaluation's included; on cuda its memory."""
     from esm_neuron import settings
     from esm_neuron.data.splits import load_splits
     from esm_neuron.plan import make_plan
 
+    if backend == "cpu":
+        return {}
     cfg = settings.parse(words)
-    return make_plan(cfg, load_splits(cfg, needs_labels=True)).programs
+    plan = make_plan(cfg, load_splits(cfg, needs_labels=True))
+    if backend == "xla":
+        return {"programs_planned": plan.programs}
+    return {"predicted_gpu_gb": plan.memory.total / 1e9} if plan.memory else {}
 
 
 def read_ours(out: Path, warmup: int, setup_seconds: float) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from esm_neuron.doctor import has_bf16_units
 SETTINGS = ("ours", "padded", "dynamic", "group_by_length")
 FIGURES = (
     "residues_per_second", "tokens_per_second", "mfu", "padding_efficiency", "graphs", "graphs_in_all",
-    "programs_planned", "peak_gpu_gb", "peak_rss_mb",
+    "programs_planned", "peak_gpu_gb", "predicted_gpu_gb", "peak_rss_mb",
 )  # fmt: skip
 TRIAL_RESIDUES = 254
 """Longest protein of the trial steps that show whether bf16 is worth the time."""
@@ -67,6 +67,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--keep", type=Path, help="copy what each run printed and its metrics.jsonl to this folder")
     args = parser.parse_args(argv)
     if args.warmup is None:
         args.warmup = 0 if args.backend == "xla" else 2
@@ -146,7 +147,7 @@ def summary(contestants: Iterable[Contestant], runs: dict[Contestant, list[dict[
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The command's options, the data by its name alone."""
-    return {**{k: v for k, v in vars(args).items() if k not in ("data", "output")}, "data": args.data.name}
+    return {**{k: v for k, v in vars(args).items() if k not in ("data", "output", "keep")}, "data": args.data.name}
 
 
 def write_record(

@@ -64,7 +64,25 @@ def test_our_flags_are_settings_and_validation_rows_have_training_classes(
     cfg = settings.parse(contestants.ours(who, args, tmp_path, rows_per_step))
     validate(cfg)
     assert (cfg.loop.precision, cfg.model.gradient_checkpointing, cfg.loop.eval_rows_per_device) == ("bf16", True, 6)
-    assert contestants.planned(contestants.ours(who, args, tmp_path, rows_per_step)) >= 4
+    words = contestants.ours(who, args, tmp_path, rows_per_step)
+    assert contestants.planned(words, "cpu") == {}
+    assert contestants.planned(words, "xla")["programs_planned"] >= 4
+    peak = contestants.planned(words, "cuda")["predicted_gpu_gb"]
+    assert peak == pytest.approx(7.5e6 * 16 / 1e9, rel=0.5), "8M: weights, gradients and moments are most of it"
+
+
+def test_what_a_run_printed_is_kept_and_no_other_takes_its_place(throughput: ModuleType, tmp_path: Path) -> None:
+    contestants = importlib.import_module("contestants")
+    who, ran, kept = contestants.Contestant("HF padded", "bf16", "qlora", True), tmp_path / "run", tmp_path / "kept"
+    (ran / "out").mkdir(parents=True)
+    for number in range(2):
+        (ran / "log").write_text(f"run {number}")
+        (ran / "out" / "metrics.jsonl").write_text("{}")
+        contestants.keep(kept, who, ran)
+    found = {str(file.relative_to(kept)): file.read_text() for file in kept.rglob("*") if file.is_file()}
+    name = "HF-padded-qlora-bf16-checkpointing"
+    assert found == {f"00{n}-{name}/{file}": text for n in (0, 1) for file, text in
+                     (("log", f"run {n}"), ("metrics.jsonl", "{}"))}  # fmt: skip
 
 
 @pytest.mark.parametrize(
