@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,14 +20,20 @@ def shard_fully(model: nn.Module, device: str, ranks: int) -> None:
     """
     mesh = init_device_mesh(device, (ranks,))
     for module in (*encoder_of(model).encoder.layer, model):
-        cut = fully_shard(module, mesh=mesh)
+        # Also the root, which FSDP2 would leave whole after a forward pass, for the backward pass to come. After a
+        # validation none comes, and a checkpoint would look for moments by parameters that the optimizer does not have.
+        cut = fully_shard(module, mesh=mesh, reshard_after_forward=True)
         cut.set_gradient_divide_factor(1.0)
         cut.set_force_sum_reduction_for_comms(True)  # else a factor of 1 asks for an operation that only NCCL has
 
 
 def fetch(tensor: Tensor) -> Tensor:
-    """The whole tensor on the host; a collective where it is cut."""
-    return copy_to_host(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+    """The whole tensor on the host; where it is cut, a collective that leaves it on rank 0 and nothing elsewhere: a
+    host has a rank a GPU, and not the memory for as many copies of a model and its moments."""
+    if not isinstance(tensor, DTensor):
+        return copy_to_host(tensor)
+    whole = tensor.full_tensor()
+    return copy_to_host(whole if dist.get_rank() == 0 else whole.new_empty(0))
 
 
 def place(whole: Tensor, target: Tensor) -> Tensor:

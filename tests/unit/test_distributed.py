@@ -89,20 +89,23 @@ def losses(cfg: TrainConfig) -> list[float]:
     return [line["loss"] for line in lines(cfg) if "split" not in line]
 
 
-def assert_close_end(one: TrainConfig, other: TrainConfig, same_figures: Callable[..., None]) -> None:
-    """Equal to rounding: the losses, the validations, the last weights, the test figures; equal: what was counted."""
-    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+def assert_close_end(
+    one: TrainConfig, other: TrainConfig, same_figures: Callable[..., None], rel: float = 1e-5, apart: float = 2e-5
+) -> None:
+    """Equal to rounding: the losses, the validations, the last weights and moments, the test figures; equal: what was
+    counted. `rel`: of losses, ten times as much of figures; `apart`: of weights and moments."""
+    assert losses(one) == pytest.approx(losses(other), rel=rel)
     results = [json.loads((Path(cfg.output) / "result.json").read_text()) for cfg in (one, other)]
     for split in ("valid", "test"):
-        same_figures(results[0][split], results[1][split], rel=1e-4)
+        same_figures(results[0][split], results[1][split], rel=10 * rel)
     assert results[0]["train"]["residues"] == results[1]["train"]["residues"]
     assert results[0]["chosen_step"] == results[1]["chosen_step"]
     step = results[0]["train"]["steps"]
-    weights = [
-        load_file(Path(cfg.output) / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for cfg in (one, other)
-    ]
-    for name, value in weights[0].items():
-        assert value.numpy() == pytest.approx(weights[1][name].numpy(), abs=2e-5), name
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        states = [load_file(Path(cfg.output) / "checkpoints" / f"step-{step:08d}" / file) for cfg in (one, other)]
+        assert states[0].keys() == states[1].keys(), file
+        for name, value in states[0].items():
+            assert value.numpy() == pytest.approx(states[1][name].numpy(), abs=apart), name
 
 
 def test_two_processes_train_as_one_does_and_evaluate_every_row_once(
@@ -118,12 +121,26 @@ def test_two_processes_train_as_one_does_and_evaluate_every_row_once(
     assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)], "one rank writes"
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision", "rel", "apart"), [("none", "fp32", 1e-5, 2e-5), ("lora", "bf16", 1e-2, 5e-3)]
+)
 def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, same_figures: Callable[..., None]
+    toy: Toy,
+    monkeypatch: pytest.MonkeyPatch,
+    same_figures: Callable[..., None],
+    kind: str,
+    precision: str,
+    rel: float,
+    apart: float,
 ) -> None:
-    """FSDP2 of a whole model on gloo, from a checkpoint of one process, computes what that process would have."""
-    values: dict[str, Any] = {"adapter": {"kind": "none"}, "optim": {"lr": 1e-3}, "checkpoint": {"keep": 100}}
-    whole, moved = (toy(name, loop={"rows_per_device": 2}, **values) for name in ("whole", "moved"))
+    """FSDP2 on gloo, from a checkpoint of one process, computes and saves what that process would have.
+
+    LoRA in bf16 has frozen linears in bfloat16 and trained matrices in float32 in one block. The last checkpoint is
+    written after a validation, whose forward pass must not leave any weight put together.
+    """
+    values: dict[str, Any] = {"adapter": {"kind": kind}, "optim": {"lr": 1e-3}, "checkpoint": {"keep": 100}}
+    loop = {"rows_per_device": 2, "precision": precision}
+    whole, moved = (toy(name, loop=loop, **values) for name in ("whole", "moved"))
     run.train(whole, str)
     with stopping_after(3, monkeypatch):
         assert run.train(moved, str).stopped_by == "SIGTERM"
@@ -136,7 +153,7 @@ def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
     with torchrun(moved) as process:
         assert process.wait(PATIENCE) == 0, printed(moved)
     assert "resumed after step 3 of 8" in printed(moved)
-    assert_close_end(moved, whole, same_figures)
+    assert_close_end(moved, whole, same_figures, rel, apart)
 
 
 def test_one_process_hands_over_to_two_and_two_to_one(
