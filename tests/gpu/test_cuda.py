@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from esm_neuron import run
+from esm_neuron import run, settings
 from esm_neuron.config import TrainConfig
+from esm_neuron.files import sha256
 
 Toy = Callable[..., TrainConfig]
 
@@ -53,3 +58,61 @@ def test_compiled_blocks_and_tf32_compute_the_same(toy: Toy) -> None:
     plain = replace(toy("plain"), backend="cuda")
     fast = replace(toy("fast", loop={"torch_compile": True, "tf32": True}), backend="cuda")
     assert losses(fast) == pytest.approx(losses(plain), rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "qlora"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bytes(toy: Toy, kind: str) -> None:
+    def of(name: str, steps: int) -> TrainConfig:
+        return replace(
+            toy(name, adapter={"kind": kind}, loop={"max_steps": steps, "eval_every": 4}, checkpoint={"every": 4}),
+            backend="cuda",
+        )
+
+    whole = of("whole", 8)
+    run.train(whole, str)
+    again = of("again", 8)
+    run.train(again, str)
+    saved = Path(again.output) / "checkpoints"
+    for file in (saved / "step-00000008").iterdir():
+        file.unlink()
+    (saved / "step-00000008").rmdir()
+    (Path(again.output) / "result.json").unlink()
+    said: list[str] = []
+    run.train(replace(again, checkpoint=replace(again.checkpoint, resume="auto")), said.append)
+    assert any(line.startswith("resumed after step 4") for line in said)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (Path(cfg.output) / "checkpoints" / "step-00000008" / file for cfg in (whole, again))
+        assert sha256(one) == sha256(other), file
+
+
+@pytest.mark.parametrize(("kind", "fsdp", "precision"), [("lora", False, "fp32"), ("none", True, "fp32"),
+                                                         ("lora", True, "bf16")])  # fmt: skip
+def test_two_gpus_train_as_one_does(toy: Toy, kind: str, fsdp: bool, precision: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    loop = {"rows_per_device": 2, "precision": precision}
+    one, two = (replace(toy(name, adapter={"kind": kind}, loop=loop), backend="cuda") for name in ("one", "two"))
+    two = replace(two, parallel=replace(two.parallel, fsdp=fsdp))
+    path = Path(f"{two.output}.yaml")
+    path.write_text(settings.dump(two))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*words, "-m", "esm_neuron.cli", "train", "--config", str(path)], check=True)
+    both = [line["loss"] for line in lines(two)]
+    assert both == pytest.approx(losses(one), rel=2e-2 if precision == "bf16" else 1e-4)
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_a_weight_quantized_here_is_the_one_that_the_cpu_makes(bits: str) -> None:
+    """A run is exported by the CPU's quantization of its base, whatever it was trained on."""
+    from esm_neuron.quantize import Int8Linear, Nf4Linear  # needs bitsandbytes
+
+    torch.manual_seed(0)
+    weight = torch.randn(256, 192) * 0.02
+    kind = {"nf4": Nf4Linear, "int8": Int8Linear}[bits]
+    held = []
+    for device in ("cpu", "cuda"):
+        linear = kind(nn.Linear(192, 256, device="meta"), torch.float32, torch.device(device))
+        linear.receive(weight)
+        held.append(linear.whole(torch.float32).cpu())
+    apart = (held[0] - held[1]).norm() / (held[0] - weight).norm()
+    assert apart < 0.02, "a few weights at the border of two levels, beside the error of quantization itself"

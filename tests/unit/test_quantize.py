@@ -209,6 +209,12 @@ def test_an_adapter_travels_to_a_float_base(finished: tuple[TrainConfig, Tensor]
     assert torch.allclose(
         logits_of(build_trained(elsewhere, task, create_backend(elsewhere)).model), travelled, atol=1e-5
     )
+    in_bf16 = replace(elsewhere, loop=replace(elsewhere.loop, precision="bf16"))
+    backend = create_backend(in_bf16)
+    with backend.autocast():
+        rounded = logits_of(backend.prepare(build_trained(in_bf16, task, backend).model)).float()
+    assert 0 < rms(rounded - travelled) / rms(travelled) < 0.02
+    assert rms(rounded - logits) / rms(logits) < DISTANCE[cfg.adapter.quantization] + 0.02
 
 
 @pytest.mark.parametrize(
