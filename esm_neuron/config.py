@@ -212,7 +212,8 @@ class LoopConfig:
     tf32: bool = False
     """cuda: float32 matrix products in TensorFloat-32: faster, 10 bits of mantissa."""
     torch_compile: bool = False
-    """cpu, cuda: compile each block with torch.compile: minutes at the start, and again for new row lengths."""
+    """cuda: compile each block with torch.compile, attention left as it is: minutes at the start, and again for new row
+    lengths."""
     eval_every: int = 0
     """Optimizer steps between validations; 0: once an epoch."""
     patience: int = 0

@@ -59,8 +59,9 @@ def check_backend(cfg: TrainConfig) -> None:
     )
     require(cuda or not cfg.loop.tf32, f"loop.tf32=true {here}: only GPUs have it; use loop.tf32=false")
     require(
-        eager or not cfg.loop.torch_compile,
-        f"loop.torch_compile=true {here}: it compiles without being asked; use loop.torch_compile=false",
+        cuda or not cfg.loop.torch_compile,
+        f"loop.torch_compile=true {here}: it is for cuda; cpu attends segment by segment, which would be compiled anew "
+        "for each pack, and xla and neuron compile without being asked; use loop.torch_compile=false",
     )
 
 

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from esm_neuron.attention import ATTENTIONS, Attention, varlen_attention
 from esm_neuron.backends.eager import EagerBackend
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.parallel.topology import Topology
+
+UNCOMPILED = "varlen_uncompiled"
+"""Name of `varlen` as compiled blocks call it."""
+
+
+class Uncompiled:
+    """An attention that torch.compile leaves as it is.
+
+    Within a compiled block it would be another program for the bounds of each pack, and torch.compile gives a block up
+    after eight.
+    """
+
+    def __init__(self, attend: Attention) -> None:
+        self._attend = attend
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """See `Attention`."""
+        return self._attend(query, key, value, dropout)
+
+
+ATTENTIONS[UNCOMPILED] = lambda segment_ids: Uncompiled(varlen_attention(segment_ids))
 
 
 class CudaBackend(EagerBackend):
     """See `base.Backend`."""
 
     name = "cuda"
-    attention = "varlen"
 
     def __init__(self, cfg: TrainConfig) -> None:
         device = choose_device(Topology.from_env().local_rank)
@@ -24,6 +47,7 @@ class CudaBackend(EagerBackend):
         )
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.loop.tf32
         super().__init__(cfg, device, "cpu:gloo,cuda:nccl")
+        self.attention = UNCOMPILED if cfg.loop.torch_compile else "varlen"
         torch.cuda.reset_peak_memory_stats(device)
 
     def peak_memory(self) -> int | None:

@@ -5,17 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import packs
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from esm_neuron.attention import ATTENTIONS, varlen_attention
 from esm_neuron.backends import common, create_backend, cuda
 from esm_neuron.backends.adamw8bit import paged_adamw8bit
 from esm_neuron.backends.eager import buckets
-from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, OptimConfig, ParallelConfig, TrainConfig
+from esm_neuron.build import build_model
+from esm_neuron.config import (
+    AdapterConfig,
+    DataConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from esm_neuron.errors import ConfigError
+from esm_neuron.model import encoder_of
 from esm_neuron.rules import validate
+from esm_neuron.tasks import create_task
 
 
 def test_gradients_are_summed_in_buckets_that_keep_their_order() -> None:
@@ -34,6 +47,41 @@ def test_one_kernel_over_all_segments_is_attention_within_each() -> None:
     torch.testing.assert_close(outputs["varlen"], outputs["segments"])
     gradients = {name: torch.autograd.grad(out.square().sum(), inputs) for name, out in outputs.items()}
     torch.testing.assert_close(gradients["varlen"], gradients["segments"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "qlora"])
+def test_compiled_blocks_compute_the_same_by_few_programs_whatever_the_packs(kind: Any) -> None:
+    """By dynamo and aot_autograd, which decide what is a program; no compiler of kernels is needed for that."""
+    cfg = TrainConfig(
+        data=DataConfig(train="train.csv", max_residues=62),
+        model=ModelConfig(name="tiny", init="random"),
+        adapter=AdapterConfig(kind=kind, r=4),
+    )
+    task, backend = create_task(cfg.task, packs.CLASSES), create_backend(cfg)
+    model = build_model(cfg, task, backend).model.train()
+    encoder = encoder_of(model)
+    encoder.attention = cuda.UNCOMPILED
+    laid = [
+        packs.lay(packs.proteins(False, seed), rows, 72)
+        for seed in range(2)
+        for rows in ([[1, 0], [3, 2]], [[4], [1, 3]], [[0, 2, 3], [1]], [[2, 0], [4]], [[3], [0]], [[2, 0, 3], [3, 2]])
+    ]
+
+    def learnt(given: dict[str, Any]) -> list[torch.Tensor]:
+        model.zero_grad()
+        answers = model(**given).logits
+        answers.square().sum().backward()
+        return [answers.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = [learnt(given) for given in laid]
+    torch._dynamo.reset()
+    for block in encoder.encoder.layer:
+        block.compile(backend="aot_eager")
+    programs = []
+    for given, plain in zip(laid, expected, strict=True):
+        torch.testing.assert_close(learnt(given), plain)
+        programs.append(counters["stats"]["unique_graphs"])
+    assert 0 < programs[0] == programs[-1]
 
 
 def test_the_bounds_of_segments_are_those_of_the_rows() -> None:
@@ -65,6 +113,7 @@ def test_a_gpu_that_is_not_there_is_an_error_with_its_cure(monkeypatch: pytest.M
         ),
         ({"optim": OptimConfig(kind="adamw8bit")}, "use optim.kind=adamw"),
         ({"backend": "neuron", "loop": LoopConfig(torch_compile=True)}, "use loop.torch_compile=false"),
+        ({"backend": "cpu", "loop": LoopConfig(torch_compile=True)}, "use loop.torch_compile=false"),
         ({"loop": LoopConfig(tf32=True)}, "use loop.tf32=false"),
     ],
 )
