@@ -268,11 +268,11 @@ def test_text_without_secrets_stays() -> None:
 
 @pytest.mark.parametrize("part", ["-", "a", "a-", "--a", "token-", "token ", "sig-", "x-amz-", "github_pat-", "://a"])
 def test_long_text_is_looked_at_once(part: str) -> None:
-    """What takes a millisecond for a line takes seconds for a megabyte, and not hours."""
+    """Tenths of a second, and not the minutes of a pattern that looks at each character from each other one."""
     began = time.process_time()
-    for text in (part * 100_000, "--" + part * 100_000, "token" + part * 100_000 + "=", " " * 100_000 + part):
+    for text in (part * 10_000, "--" + part * 10_000, "token" + part * 10_000 + "=", " " * 10_000 + part):
         redact(text)
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 10
 
 
 def test_no_message_and_no_log_line_has_a_secret(
