@@ -115,7 +115,7 @@ def left(output: Path) -> dict[str, Any]:
 
 
 def begun_after(cfg: TrainConfig) -> int:
-    """The step that a run, by the log beside its folder, went on from; 0: it began anew, and can end with equal bytes."""
+    """The step that a run, by the log beside its folder, went on from; 0: it began anew, which can end as well."""
     said = Path(f"{cfg.output}.log").read_text(encoding="utf-8")
     found = re.search(r"^resumed after step (\d+)", said, re.MULTILINE)
     return int(found[1]) if found else 0
