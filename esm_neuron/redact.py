@@ -13,8 +13,8 @@ import re
 HIDDEN = "***"
 """Written in a secret's place."""
 
-_WHOLE = r"x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|aws_access_key_id|signature|sig|passwd"
-_ENDS = r"(?:api|access|secret|account)[-_]?key|token|password|secret"
+_WHOLE = r"x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|aws_access_key_id|signature|sig"
+_ENDS = r"(?:api|access|secret|account)[-_]?key|token|password|passwd|secret"
 # A word is looked at from its start alone, once by each of the two: no time that grows with the square of its length.
 _NAME = rf"(?<![\w-])(?:(?:[\w-]*-)?(?:{_WHOLE})|[\w-]*(?:{_ENDS}))"
 _PATTERNS = (

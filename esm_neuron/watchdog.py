@@ -79,10 +79,14 @@ class Watchdog:
             said = reason.encode() + _stacks()
             writes = (self._file.write_bytes, partial(os.write, 2))
             tellers = [threading.Thread(target=_tell, args=(write, said), daemon=True) for write in writes]
-            for teller in tellers:
-                teller.start()
-            for teller in tellers:
-                teller.join(PATIENCE)
+            try:
+                for teller in tellers:
+                    teller.start()
+                for teller in tellers:
+                    teller.join(PATIENCE)
+            except RuntimeError:  # no more threads to be had, which may be why it hangs
+                for write in writes:
+                    _tell(write, said)
         finally:
             os._exit(EXIT_HUNG)
 

@@ -33,7 +33,8 @@ class Backend(Protocol):
     static_shapes: bool
     """True where a new shape means a new compiled program."""
     attention: str
-    """Which attention of `esm_neuron.attention` fits the device: "segments", "varlen" or "masked"."""
+    """Which of `attention.ATTENTIONS` fits the device: "segments", "varlen" (on cuda with torch.compile
+    "varlen_uncompiled") or "masked"."""
 
     lora_modules: Mapping[type, type]
     """Linear class -> LoRA layer class, for linears that PEFT does not know."""

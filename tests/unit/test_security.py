@@ -232,7 +232,7 @@ SECRETS = {
     "--hub_token=abc --client-secret=x --tokens 3": "--hub_token=*** --client-secret=*** --tokens 3",
     f"git clone, as github_pat_11{'aB3_' * 20}": "git clone, as ***",
     "x-api-key: abc\nX-Auth-Token: abc": "x-api-key: ***\nX-Auth-Token: ***",
-    "client-secret=a/b+c= my-passwd=x": "client-secret=*** my-passwd=***",
+    "client-secret=a/b+c= my-passwd=x MYSQL_PASSWD=x": "client-secret=*** my-passwd=*** MYSQL_PASSWD=***",
     "https://x.org/?access-token=abc&x=1": "https://x.org/?access-token=***&x=1",
     '{"refresh-token": "abc", "x": 1}': '{"refresh-token": "***", "x": 1}',
     "AccountName=x;AccountKey=a+b/c==;EndpointSuffix=y": "AccountName=x;AccountKey=***;EndpointSuffix=y",

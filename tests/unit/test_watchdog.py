@@ -29,6 +29,12 @@ watchdog.GRACE, watchdog.PATIENCE = 5.0, 1.0
 def wait_for_a_peer():
     threading.Event().wait()
 
+def wait_without_threads():
+    def refuse(thread):  # as at a limit of threads, which can be why a process hangs
+        raise RuntimeError("can't start new thread")
+    threading.Thread.start = refuse
+    wait_for_a_peer()
+
 def keep_the_interpreter():
     re.match(r"(a+)+b", "a" * 60)
 
@@ -101,6 +107,13 @@ def test_a_full_pipe_that_nobody_reads_does_not_keep_it_alive(tmp_path: Path) ->
             os.close(reader)
     said = file.read_text()
     assert said.startswith("esm-neuron: error: step 7 has taken more than 1 s") and "in wait_for_a_peer" in said
+
+
+def test_a_process_that_may_start_no_thread_says_why_it_ends(tmp_path: Path) -> None:
+    done, _ = hang("wait_without_threads", tmp_path / "file")
+    assert done.returncode == EXIT_HUNG
+    for said in (done.stderr, (tmp_path / "file").read_text()):
+        assert "step 7 has taken more than 1 s" in said and "in wait_for_a_peer" in said
 
 
 def test_a_file_system_that_hangs_does_not_keep_it_alive(tmp_path: Path) -> None:
