@@ -88,6 +88,7 @@ def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -
     """The values of each column, of as many records at once as hold LINE_LIMIT characters, or of one."""
     done = 0
     for batch in batches:
+        batch.validate(full=True)  # a damaged file's values can lie outside of the dictionary that has been read
         sizes = np.sum([_characters(batch[name]) for name in dict.fromkeys(names)], axis=0)
         starts, held = [0], 0
         for row, size in enumerate(sizes.tolist()):

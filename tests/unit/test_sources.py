@@ -233,6 +233,17 @@ def test_what_another_revision_left_in_the_cache_is_not_taken(offline: Path, ask
         columns(f"hf://owner/name@{asked}/train")
 
 
+def test_a_parquet_value_outside_of_its_dictionary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a flipped bit can do, found by fuzzing: an index of 239 into a dictionary of one text."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(records(label=["in", "out"])), path)
+    broken = pa.DictionaryArray.from_arrays(pa.array([0, 239], pa.int32()), pa.array(["MKV"]), safe=False)
+    batch = pa.RecordBatch.from_arrays([broken] * 3, names=["id", "sequence", "label"])
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter([batch]))
+    with pytest.raises(DataError, match=r"a.parquet: no sound Parquet file \(.*239"):
+        columns(path)
+
+
 @pytest.mark.parametrize("name", ["a.fasta", "a.csv", "a.parquet"])
 def test_chunks_hold_all_rows_in_order_whatever_their_size(tmp_path: Path, name: str) -> None:
     ids = [f"P{i}" for i in range(2500)]  # more than the readers' own batches
