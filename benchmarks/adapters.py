@@ -1,11 +1,11 @@
 """docs/adapters.md: the demo's task with all weights, LoRA, QLoRA and the head alone trained, `--seeds` times each.
 
     python benchmarks/adapters.py              # train what has not finished, write the page
-    python benchmarks/adapters.py --only lora head   # train these alone; no page
+    python benchmarks/adapters.py --only lora qlora   # train these alone; no page
 
 Every run starts from `mini` and has the rows, steps and residues of the others of its seed; the seed decides the order
 of rows, the drawn weights and nothing of the data. Validation chooses the step of a run, and the learning rate of a
-kind in runs with a seed of its own; test rows are answered once. As it stands: about 130 minutes of one core.
+kind by runs with seeds of their own, whose test figures nobody looks at. OMP_NUM_THREADS says how many cores it takes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import results  # sets what must be set before torch is imported
 from scipy import stats
 
 from esm_neuron import settings
-from esm_neuron.config import TrainConfig
-from esm_neuron.finished import read_finished
-from esm_neuron.metrics.bootstrap import bootstrap, interval
+from esm_neuron.config import TrainConfig, require
+from esm_neuron.finished import Finished, read_finished
+from esm_neuron.metrics.bootstrap import bootstrap
 from esm_neuron.metrics.text import NAMES
 
 RATES = {"none": (2.5e-4, 5e-4, 1e-3), "lora": (1e-3, 2e-3, 4e-3), "head": (2.5e-3, 5e-3, 1e-2)}
@@ -34,6 +34,8 @@ TITLES = {"none": "all weights", "lora": "LoRA", "qlora": "QLoRA (NF4)", "head":
 """adapter.kind -> what the page calls it."""
 REFERENCE = "lora"
 """What the others are compared with; QLoRA, the same with fewer bits, takes its learning rate."""
+SEARCH_SEEDS = 2
+"""Runs of a learning rate that is tried."""
 METRICS = ("mcc", "accuracy")
 SAVED = results.HERE / "results" / "adapters.json"
 PAGE = results.PAGE.with_name("adapters.md")
@@ -44,7 +46,7 @@ def configured(kind: str, seed: int, lr: float, args: argparse.Namespace) -> Tra
     own = settings.read_config(results.CONFIGS / "demo.yaml")
     return replace(
         own,
-        output=str(args.runs / f"{kind}-{lr:g}-{seed}"),
+        output=str(args.runs / f"{kind}-{lr:g}-{args.steps}steps-{seed}"),
         seed=seed,
         data=replace(own.data, train=str(results.HERE.parent / str(own.data.train))),
         adapter=replace(own.adapter, kind=kind),  # type: ignore[arg-type]
@@ -55,17 +57,28 @@ def configured(kind: str, seed: int, lr: float, args: argparse.Namespace) -> Tra
     )
 
 
-def valid_mcc(kind: str, lr: float, args: argparse.Namespace) -> float:
-    """Of the run that tries a learning rate, at the step it chose; its seed is none of the comparison's."""
-    cfg = configured(kind, args.seeds, lr, args)
-    results.train(cfg)
-    return float(read_finished(Path(cfg.output)).result["valid"]["mcc"])
-
-
 def search(kind: str, args: argparse.Namespace) -> dict[float, float]:
-    """Learning rate -> validation MCC."""
+    """Learning rate -> mean validation MCC of its runs, at the steps they chose; no seed is one of the comparison's."""
     searched = REFERENCE if kind == "qlora" else kind
-    return {lr: valid_mcc(searched, lr, args) for lr in RATES[searched]}
+    found = {}
+    for lr in RATES[searched]:
+        tried = [configured(searched, args.seeds + more, lr, args) for more in range(SEARCH_SEEDS)]
+        for cfg in tried:
+            results.train(cfg)
+        found[lr] = float(np.mean([finished(cfg).result["valid"]["mcc"] for cfg in tried]))
+    return found
+
+
+def finished(cfg: TrainConfig) -> Finished:
+    """The run of a configuration.
+
+    Raises:
+        ConfigError: there is a run of another one in its folder.
+    """
+    one = read_finished(Path(cfg.output))
+    same = replace(one.cfg, output=cfg.output, task=cfg.task) == cfg
+    require(same, f"{cfg.output}: a run with other settings is there; delete it, or name another folder: --runs")
+    return one
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,20 +86,31 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     seeds = range(args.seeds)
     tried = {kind: search(kind, args) for kind in TITLES}
     rates = {kind: max(found, key=found.__getitem__) for kind, found in tried.items()}
-    finished = {
-        (kind, seed): read_finished(Path(configured(kind, seed, rates[kind], args).output))
-        for kind, seed in product(TITLES, seeds)
+    runs = {(kind, seed): finished(configured(kind, seed, rates[kind], args)) for kind, seed in product(TITLES, seeds)}
+    answers = {key: one.answers["test"].to_pandas() for key, one in runs.items()}
+    require(len({tuple(one["id"]) for one in answers.values()}) == 1, "runs have answered other test proteins")
+    labels = runs[REFERENCE, 0].cfg.task.labels or ()
+    cells = {key: results.confusion_cells(labels, one, per_residue=False) for key, one in answers.items()}
+    return compared(cells, labels, args.seeds) | {
+        "steps": args.steps,
+        "trainable": {kind: runs[kind, 0].result["parameters"]["trainable"] for kind in TITLES},
+        "tried": {kind: list(found.items()) for kind, found in tried.items()},
     }
-    labels = finished[REFERENCE, 0].cfg.task.labels or ()
-    cells = {
-        key: results.confusion_cells(labels, one.answers["test"].to_pandas(), per_residue=False)
-        for key, one in finished.items()
-    }
+
+
+def compared(cells: Mapping[tuple[str, int], np.ndarray], labels: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Figures of every run, and differences to LoRA with their intervals.
+
+    Args:
+        cells: (kind, seed) -> float64 [proteins, C * C], see `results.confusion_cells`.
+        labels: the C classes.
+        seeds: seeds of each kind, from 0.
+    """
 
     def scores(kind: str, counts: np.ndarray, metric: str) -> np.ndarray:
         """[seeds, k]: `metric` of each run of `kind` on each resample."""
         shape = (-1, len(labels), len(labels))
-        drawn = [results.confusion_scores((counts @ cells[kind, seed]).reshape(shape))[metric] for seed in seeds]
+        drawn = [results.confusion_scores((counts @ cells[kind, seed]).reshape(shape))[metric] for seed in range(seeds)]
         return np.stack(drawn)
 
     def apart(kind: str, counts: np.ndarray, metric: str) -> np.ndarray:
@@ -95,24 +119,34 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
     proteins = len(cells[REFERENCE, 0])
     once = np.ones((1, proteins))
-    rows: dict[str, dict[str, Any]] = {}
-    for kind in TITLES:
-        trainable = finished[kind, 0].result["parameters"]["trainable"]
-        rows[kind] = {"parameters": trainable, "lr": rates[kind], "tried": list(tried[kind].items())}
-        for metric in METRICS:
-            by_seed = scores(kind, once, metric)[:, 0]
-            rows[kind][metric] = {"by_seed": by_seed.tolist(), "mean": float(by_seed.mean())}
-            if kind != REFERENCE:
-                drawn = bootstrap(proteins, lambda counts: {"d": apart(kind, counts, metric).mean(0)})  # noqa: B023
-                rows[kind][metric] |= difference(apart(kind, once, metric)[:, 0])
-                rows[kind][metric]["over_proteins"] = interval(drawn["d"])
-    return {"seeds": args.seeds, "steps": args.steps, "proteins": proteins, "rows": rows}
+    kinds: dict[str, dict[str, Any]] = {}
+    for kind, metric in product(TITLES, METRICS):
+        by_seed = scores(kind, once, metric)[:, 0]
+        found = kinds.setdefault(kind, {})[metric] = {"by_seed": by_seed.tolist(), "mean": float(by_seed.mean())}
+        if kind != REFERENCE:
+            drawn = bootstrap(proteins, lambda counts: {"d": apart(kind, counts, metric).mean(0)})  # noqa: B023
+            found |= difference(apart(kind, once, metric)[:, 0], np.asarray(drawn["d"]))
+    return {"seeds": seeds, "proteins": proteins, "kinds": kinds}
 
 
-def difference(by_seed: np.ndarray) -> dict[str, Any]:
-    """Mean of paired differences and its 95 % interval over seeds by Student's t."""
-    low, high = stats.t.interval(0.95, len(by_seed) - 1, by_seed.mean(), stats.sem(by_seed))
-    return {"difference": float(by_seed.mean()), "over_seeds": [float(low), float(high)]}
+def difference(by_seed: np.ndarray, over_proteins: np.ndarray) -> dict[str, Any]:
+    """Mean of paired differences and 95 % intervals by Student's t.
+
+    Args:
+        by_seed: [seeds] difference of each pair of runs.
+        over_proteins: [k] the mean over seeds in each resample of the test proteins.
+
+    Returns:
+        `difference`; `over_seeds`, for these test proteins; `over_both`, for others like them too: the variances of the
+        mean over seeds and over proteins are added, and the degrees of freedom are the seeds', which is cautious.
+    """
+    mean, freedom = float(by_seed.mean()), len(by_seed) - 1
+    of_seeds = stats.sem(by_seed) ** 2
+    found: dict[str, Any] = {"difference": mean}
+    for name, variance in (("over_seeds", of_seeds), ("over_both", of_seeds + over_proteins.var(ddof=1))):
+        reach = stats.t.ppf(0.975, freedom) * np.sqrt(variance)
+        found[name] = [float(mean - reach), float(mean + reach)]
+    return found
 
 
 def page(saved: Mapping[str, Any]) -> str:
@@ -122,26 +156,28 @@ def page(saved: Mapping[str, Any]) -> str:
         "# What to train: all weights, LoRA, QLoRA or the head",
         f"Made by `python benchmarks/adapters.py`: `mini` on cytoplasm or membrane (scl2205), {steps} steps on the",
         f"CPU, {seeds} seeds; {proteins} test proteins without a relative in training, answered once by each run with",
-        "the step that validation chose. Learning rates were chosen by validation MCC in runs with a seed of their own",
-        "(below). A difference to LoRA is of runs with the same seed; its first interval is over seeds (Student's t),",
-        "its second over proteins (bootstrap of the mean over seeds). Both are 95 %.",
+        f"the step that validation chose. Learning rates were chosen by the mean validation MCC of {SEARCH_SEEDS} runs",
+        "with seeds of their own (below). A difference to LoRA is of runs with the same seed. Its 95 % intervals by",
+        "Student's t: over seeds, for these test proteins; and over seeds and proteins, the bootstrap's variance over",
+        "proteins added, which is the one to go by.",
     ]
+    head = ("parameters", "mean (lowest to highest)", "less LoRA", "over seeds", "over seeds and proteins")
     for metric in METRICS:
-        head = (NAMES[metric], "parameters", "mean (lowest to highest)", "less LoRA", "over seeds", "over proteins")
-        lines += ["", *heading(head)]
-        for kind, row in saved["rows"].items():
+        lines += ["", *heading((NAMES[metric], *head))]
+        for kind, row in saved["kinds"].items():
             found = row[metric]
             spread = f"{found['mean']:.3f} ({min(found['by_seed']):.3f} to {max(found['by_seed']):.3f})"
             apart = ["", "", ""]
             if kind != REFERENCE:
-                bounds = [f"[{low:+.3f}, {high:+.3f}]" for low, high in (found["over_seeds"], found["over_proteins"])]
+                bounds = [f"[{low:+.3f}, {high:+.3f}]" for low, high in (found["over_seeds"], found["over_both"])]
                 apart = [f"{found['difference']:+.3f}", *bounds]
-            lines.append(f"| {' | '.join([TITLES[kind], format(row['parameters'], ','), spread, *apart])} |")
+            lines.append(f"| {' | '.join([TITLES[kind], format(saved['trainable'][kind], ','), spread, *apart])} |")
     lines += ["", *heading(("Learning rate", "tried: validation MCC", "chosen"))]
-    for kind, row in saved["rows"].items():
-        tried = ", ".join(f"{lr:g}: {mcc:.3f}" for lr, mcc in row["tried"])
-        tried = "LoRA's" if kind == "qlora" else tried
-        lines.append(f"| {TITLES[kind]} | {tried} | {row['lr']:g} |")
+    for kind, tried in saved["tried"].items():
+        chosen = max(tried, key=lambda one: one[1])[0]
+        edge = " (at the edge of what was tried)" if chosen in (tried[0][0], tried[-1][0]) else ""
+        shown = "LoRA's" if kind == "qlora" else ", ".join(f"{lr:g}: {mcc:.3f}" for lr, mcc in tried)
+        lines.append(f"| {TITLES[kind]} | {shown} | {chosen:g}{edge} |")
     return "\n".join([*lines, ""])
 
 
@@ -155,9 +191,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/adapters"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="+", choices=TITLES, help="train these kinds; no page")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.seeds < 2:
+        parser.error(f"--seeds {args.seeds}: an interval over seeds needs 2 or more")
+    return args
 
 
 def main() -> None:
