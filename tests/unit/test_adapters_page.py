@@ -1,4 +1,4 @@
-"""benchmarks/adapters.py: runs that are compared differ in the adapter alone, differences have their sign and intervals."""
+"""benchmarks/adapters.py: what is compared differs in the adapter alone; differences have their sign and intervals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_a_run_with_other_settings_is_not_taken(
     cfg = adapters.configured("lora", 0, 0.001, adapters.arguments(["--runs", str(tmp_path)]))
     other = replace(cfg, optim=replace(cfg.optim, warmup_steps=21), output="moved")
     for found, taken in ((replace(cfg, output="moved"), True), (other, False)):
-        monkeypatch.setattr(adapters, "read_finished", lambda folder, found=found: adapters.Finished(found, {}, {}))
+        monkeypatch.setattr(
+            adapters, "read_finished", lambda folder, found=found: adapters.Finished(folder, found, {}, [], {})
+        )
         if taken:
             assert adapters.finished(cfg).cfg == found
         else:
