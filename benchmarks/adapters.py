@@ -5,28 +5,34 @@
 
 Every run starts from `mini` and has the rows, steps and residues of the others of its seed; the seed decides the order
 of rows, the drawn weights and nothing of the data. Validation chooses the step of a run, and the learning rate of a
-kind by a run of each with another seed, whose test figures nobody looks at. OMP_NUM_THREADS says how many cores it takes.
+kind by a run of each with another seed, whose test figures nobody looks at. OMP_NUM_THREADS is the cores it takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import results  # sets what must be set before torch is imported
+import torch
 from scipy import stats
 
 from esm_neuron import settings
+from esm_neuron.backends import create_backend
 from esm_neuron.config import TrainConfig, require
+from esm_neuron.data.tokenizer import encode
+from esm_neuron.export import build_trained, read_run
 from esm_neuron.finished import Finished, read_finished
 from esm_neuron.metrics.bootstrap import bootstrap
 from esm_neuron.metrics.text import NAMES
+from esm_neuron.tasks import Task
 
 RATES = {"none": (2.5e-4, 5e-4, 1e-3), "lora": (1e-3, 2e-3, 4e-3), "head": (2.5e-3, 5e-3, 1e-2)}
 """adapter.kind -> learning rates to choose from."""
@@ -35,6 +41,10 @@ TITLES = {"none": "all weights", "lora": "LoRA", "qlora": "QLoRA (NF4)", "head":
 REFERENCE = "lora"
 """What the others are compared with; QLoRA, the same with fewer bits, takes its learning rate."""
 METRICS = ("mcc", "accuracy")
+TRAVELLERS = 200
+"""Test proteins whose logits are compared on a quantized base and on others."""
+PRECISIONS: dict[str, Any] = {"float32": "fp32", "bf16": "bf16"}
+"""What the page calls a precision -> loop.precision."""
 SAVED = results.HERE / "results" / "adapters.json"
 PAGE = results.PAGE.with_name("adapters.md")
 
@@ -56,7 +66,7 @@ def configured(kind: str, seed: int, lr: float, args: argparse.Namespace) -> Tra
 
 
 def search(kind: str, args: argparse.Namespace) -> dict[float, float]:
-    """Learning rate -> validation MCC of its run, at the step that it chose; its seed is not one of the comparison's."""
+    """Learning rate -> validation MCC of its run, at the step that it chose; its seed is none of the comparison's."""
     searched = REFERENCE if kind == "qlora" else kind
     found = {}
     for lr in RATES[searched]:
@@ -92,7 +102,39 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "trainable": {kind: runs[kind, 0].result["parameters"]["trainable"] for kind in TITLES},
         "tried": {kind: list(found.items()) for kind, found in tried.items()},
+        "travelled": [travelled(runs["qlora", seed]) for seed in seeds],
     }
+
+
+def travelled(one: Finished) -> dict[str, float]:
+    """How far a QLoRA run's logits move when its adapter is put on a base that is not quantized.
+
+    Returns:
+        `proteins` of the test split, whole ones drawn from those that need no window; `float32` and `bf16`: root mean
+        square of the difference over that of the logits; `changed`: proteins whose class is another in either.
+    """
+    cfg, task = read_run(Path(one.cfg.output))
+    table = pd.read_csv(str(cfg.data.train), sep="\t", dtype=str)
+    short = table[(table["split"] == "test") & (table["sequence"].str.len() <= cfg.data.max_residues)]
+    sequences = short["sequence"].sample(min(TRAVELLERS, len(short)), random_state=0)
+    here = logits(cfg, task, sequences)
+    elsewhere, task = read_run(Path(one.cfg.output), "xla")  # a backend that cannot quantize, so by its rules
+    found: dict[str, float] = {"proteins": len(sequences), "changed": 0}
+    for name, precision in PRECISIONS.items():
+        there = replace(elsewhere, backend="cpu", loop=replace(elsewhere.loop, precision=precision))
+        moved = logits(there, task, sequences)
+        found[name] = float((moved - here).square().mean().sqrt() / here.square().mean().sqrt())
+        found["changed"] = max(found["changed"], int((moved.argmax(1) != here.argmax(1)).sum()))
+    return found
+
+
+def logits(cfg: TrainConfig, task: Task, sequences: Iterable[str]) -> torch.Tensor:
+    """float32 [proteins, classes] of a finished run, one protein at a time."""
+    backend = create_backend(cfg)
+    model = build_trained(cfg, task, backend).model.eval()
+    with torch.no_grad(), backend.autocast():
+        given = [torch.from_numpy(encode(sequence).astype("int64"))[None] for sequence in sequences]
+        return torch.cat([model(input_ids=ids).logits.float() for ids in given])
 
 
 def compared(cells: Mapping[tuple[str, int], np.ndarray], labels: Sequence[str], seeds: int) -> dict[str, Any]:
@@ -153,8 +195,8 @@ def page(saved: Mapping[str, Any]) -> str:
         "# What to train: all weights, LoRA, QLoRA or the head",
         f"Made by `python benchmarks/adapters.py`: `mini` on cytoplasm or membrane (scl2205), {steps} steps on the",
         f"CPU, {seeds} seeds; {proteins} test proteins without a relative in training, answered once by each run with",
-        "the step that validation chose. Learning rates were chosen by the validation MCC of a run of each with another",
-        "seed (below). A difference to LoRA is of runs with the same seed. Its 95 % intervals by",
+        "the step that validation chose. Learning rates were chosen by the validation MCC of a run of each with",
+        "another seed (below). A difference to LoRA is of runs with the same seed. Its 95 % intervals by",
         "Student's t: over seeds, for these test proteins; and over seeds and proteins, the bootstrap's variance over",
         "proteins added, which is the one to go by (proteins are drawn singly: 981 of them are of 960 clusters).",
     ]
@@ -175,6 +217,12 @@ def page(saved: Mapping[str, Any]) -> str:
         edge = " (at the edge of what was tried)" if chosen in (tried[0][0], tried[-1][0]) else ""
         shown = "LoRA's" if kind == "qlora" else ", ".join(f"{lr:g}: {mcc:.3f}" for lr, mcc in tried)
         lines.append(f"| {TITLES[kind]} | {shown} | {chosen:g}{edge} |")
+    far = saved["travelled"]
+    apart = {name: f"{min(one[name] for one in far):.1%} to {max(one[name] for one in far):.1%}" for name in PRECISIONS}
+    lines += ["", "A QLoRA run's adapter on a base that is not quantized, as on trn1 or in plain PEFT: over",
+              f"{far[0]['proteins']} test proteins the logits move by {apart['float32']} of their root mean square in",
+              f"float32 and {apart['bf16']} in bf16, from run to run; in none do more than",
+              f"{max(one['changed'] for one in far)} proteins get another class."]  # fmt: skip
     return "\n".join([*lines, ""])
 
 
