@@ -41,7 +41,7 @@ TITLES = {"none": "all weights", "lora": "LoRA", "qlora": "QLoRA (NF4)", "head":
 REFERENCE = "lora"
 """What the others are compared with; QLoRA, the same with fewer bits, takes its learning rate."""
 METRICS = ("mcc", "accuracy")
-TRAVELLERS = 200
+TRAVELLERS = 100
 """Test proteins whose logits are compared on a quantized base and on others."""
 PRECISIONS: dict[str, Any] = {"float32": "fp32", "bf16": "bf16"}
 """What the page calls a precision -> loop.precision."""
