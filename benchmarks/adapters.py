@@ -96,27 +96,29 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     runs = {(kind, seed): finished(configured(kind, seed, rates[kind], args)) for kind, seed in product(TITLES, seeds)}
     answers = {key: one.answers["test"].to_pandas() for key, one in runs.items()}
     require(len({tuple(one["id"]) for one in answers.values()}) == 1, "runs have answered other test proteins")
-    labels = runs[REFERENCE, 0].cfg.task.labels or ()
+    labels, data = runs[REFERENCE, 0].cfg.task.labels or (), runs[REFERENCE, 0].cfg.data
+    table = pd.read_csv(str(data.train), sep="\t", dtype=str).set_index(data.id_column)
+    answered = answers[REFERENCE, 0]["id"].tolist()
     cells = {key: results.confusion_cells(labels, one, per_residue=False) for key, one in answers.items()}
     return compared(cells, labels, args.seeds) | {
         "steps": args.steps,
         "trainable": {kind: runs[kind, 0].result["parameters"]["trainable"] for kind in TITLES},
         "tried": {kind: list(found.items()) for kind, found in tried.items()},
-        "travelled": [travelled(runs["qlora", seed]) for seed in seeds],
+        "clusters": int(table.loc[answered, "cluster30"].nunique()),
+        "travelled": [travelled(runs["qlora", seed], table.loc[answered, "sequence"]) for seed in seeds],
     }
 
 
-def travelled(one: Finished) -> dict[str, float]:
+def travelled(one: Finished, proteins: pd.Series) -> dict[str, float]:
     """How far a QLoRA run's logits move when its adapter is put on a base that is not quantized.
 
     Returns:
-        `proteins` of the test split, whole ones drawn from those that need no window; `float32` and `bf16`: root mean
+        `proteins`: how many were drawn from the sequences given that need no crop; `float32` and `bf16`: root mean
         square of the difference over that of the logits; `changed`: proteins whose class is another in either.
     """
     cfg, task = read_run(Path(one.cfg.output))
-    table = pd.read_csv(str(cfg.data.train), sep="\t", dtype=str)
-    short = table[(table["split"] == "test") & (table["sequence"].str.len() <= cfg.data.max_residues)]
-    sequences = short["sequence"].sample(min(TRAVELLERS, len(short)), random_state=0)
+    short = proteins[proteins.str.len() <= cfg.data.max_residues]
+    sequences = short.sample(min(TRAVELLERS, len(short)), random_state=0)
     here = logits(cfg, task, sequences)
     elsewhere, task = read_run(Path(one.cfg.output), "xla")  # a backend that cannot quantize, so by its rules
     found: dict[str, float] = {"proteins": len(sequences), "changed": 0}
@@ -198,7 +200,7 @@ def page(saved: Mapping[str, Any]) -> str:
         "the step that validation chose. Learning rates were chosen by the validation MCC of a run of each with",
         "another seed (below). A difference to LoRA is of runs with the same seed. Its 95 % intervals by",
         "Student's t: over seeds, for these test proteins; and over seeds and proteins, the bootstrap's variance over",
-        "proteins added, which is the one to go by (proteins are drawn singly: 981 of them are of 960 clusters).",
+        f"proteins added, which is the one to go by (proteins are drawn singly; they are of {saved['clusters']} clusters).",
     ]
     head = ("parameters", "mean (lowest to highest)", "less LoRA", "over seeds", "over seeds and proteins")
     for metric in METRICS:
