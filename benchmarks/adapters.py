@@ -200,7 +200,8 @@ def page(saved: Mapping[str, Any]) -> str:
         "the step that validation chose. Learning rates were chosen by the validation MCC of a run of each with",
         "another seed (below). A difference to LoRA is of runs with the same seed. Its 95 % intervals by",
         "Student's t: over seeds, for these test proteins; and over seeds and proteins, the bootstrap's variance over",
-        f"proteins added, which is the one to go by. Proteins are drawn singly; they are of {saved['clusters']} clusters.",
+        "proteins added, which is the one to go by. Proteins are drawn singly; they are of",
+        f"{saved['clusters']} clusters.",
     ]
     head = ("parameters", "mean (lowest to highest)", "less LoRA", "over seeds", "over seeds and proteins")
     for metric in METRICS:
