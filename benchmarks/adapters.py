@@ -224,8 +224,8 @@ def page(saved: Mapping[str, Any]) -> str:
     apart = {name: f"{min(one[name] for one in far):.1%} to {max(one[name] for one in far):.1%}" for name in PRECISIONS}
     lines += ["", "A QLoRA run's adapter on a base that is not quantized, as on trn1 or in plain PEFT: over",
               f"{far[0]['proteins']} test proteins the logits move by {apart['float32']} of their root mean square in",
-              f"float32 and {apart['bf16']} in bf16, from run to run; in none do more than",
-              f"{max(one['changed'] for one in far)} proteins get another class."]  # fmt: skip
+              f"float32 and {apart['bf16']} in bf16, from run to run; of the proteins",
+              f"that get another class a run has at most {max(one['changed'] for one in far)}."]  # fmt: skip
     return "\n".join([*lines, ""])
 
 

@@ -89,7 +89,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bytes(toy: Toy,
                                                          ("lora", True, "bf16")])  # fmt: skip
 def test_two_gpus_train_as_one_does(toy: Toy, kind: str, fsdp: bool, precision: str) -> None:
     if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+        pytest.skip(f"make test-gpu on a machine with two GPUs or more, this one has {torch.cuda.device_count()}")
     loop = {"rows_per_device": 2, "precision": precision}
     one, two = (replace(toy(name, adapter={"kind": kind}, loop=loop), backend="cuda") for name in ("one", "two"))
     two = replace(two, parallel=replace(two.parallel, fsdp=fsdp))
