@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
+from unittest import mock
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import model as peft_lora
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -68,7 +70,9 @@ def _add_lora(
     )
     if lora_modules:
         lora._register_custom_module(dict(lora_modules))
-    return get_peft_model(model, lora)
+    # PEFT looks for linears of bitsandbytes, and imports it for that; ours are quantized another way (`quantize`).
+    with mock.patch.multiple(peft_lora, is_bnb_available=lambda: False, is_bnb_4bit_available=lambda: False):
+        return get_peft_model(model, lora)
 
 
 def check_target(model: nn.Module, target: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from esm_neuron.backends.common import make_gradient_buffers
 from esm_neuron.config import OptimConfig
-from esm_neuron.errors import ConfigError
+from esm_neuron.quantize import bitsandbytes
 
 
 def paged_adamw8bit(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
@@ -18,15 +18,10 @@ def paged_adamw8bit(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> to
     Raises:
         ConfigError: bitsandbytes is missing.
     """
-    try:
-        from bitsandbytes.optim.adamw import PagedAdamW8bit
-    except ImportError as error:
-        raise ConfigError(
-            f"optim.kind=adamw8bit needs bitsandbytes ({error}); pip install -e '.[cuda]', or use optim.kind=adamw"
-        ) from error
+    optim = bitsandbytes("bitsandbytes.optim.adamw", "optim.kind=adamw8bit", "optim.kind=adamw")
     make_gradient_buffers(groups)
     named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-    optimizer: Any = PagedAdamW8bit(named, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+    optimizer: Any = optim.PagedAdamW8bit(named, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, number, place)
