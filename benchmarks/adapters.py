@@ -24,14 +24,13 @@ import results  # sets what must be set before torch is imported
 import torch
 from scipy import stats
 
-from esm_neuron import settings
 from esm_neuron.backends import create_backend
-from esm_neuron.config import TrainConfig, require
+from esm_neuron.config import TrainConfig, require, settings
 from esm_neuron.data.tokenizer import encode
-from esm_neuron.export import build_trained, read_run
-from esm_neuron.finished import Finished, read_finished
+from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.metrics.bootstrap import bootstrap
 from esm_neuron.metrics.text import NAMES
+from esm_neuron.run_dir import Finished, read_finished
 from esm_neuron.tasks import Task
 
 RATES = {"none": (2.5e-4, 5e-4, 1e-3), "lora": (1e-3, 2e-3, 4e-3), "head": (2.5e-3, 5e-3, 1e-2)}
@@ -94,12 +93,12 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     tried = {kind: search(kind, args) for kind in TITLES}
     rates = {kind: max(found, key=found.__getitem__) for kind, found in tried.items()}
     runs = {(kind, seed): finished(configured(kind, seed, rates[kind], args)) for kind, seed in product(TITLES, seeds)}
-    answers = {key: one.answers["test"].to_pandas() for key, one in runs.items()}
-    require(len({tuple(one["id"]) for one in answers.values()}) == 1, "runs have answered other test proteins")
+    predictions = {key: one.predictions["test"].to_pandas() for key, one in runs.items()}
+    require(len({tuple(one["id"]) for one in predictions.values()}) == 1, "runs have answered other test proteins")
     labels, data = runs[REFERENCE, 0].cfg.task.labels or (), runs[REFERENCE, 0].cfg.data
     table = pd.read_csv(str(data.train), sep="\t", dtype=str).set_index(data.id_column)
-    answered = answers[REFERENCE, 0]["id"].tolist()
-    cells = {key: results.confusion_cells(labels, one, per_residue=False) for key, one in answers.items()}
+    answered = predictions[REFERENCE, 0]["id"].tolist()
+    cells = {key: results.confusion_cells(labels, one, per_residue=False) for key, one in predictions.items()}
     return compared(cells, labels, args.seeds) | {
         "steps": args.steps,
         "trainable": {kind: runs[kind, 0].result["parameters"]["trainable"] for kind in TITLES},
@@ -196,7 +195,7 @@ def page(saved: Mapping[str, Any]) -> str:
     lines = [
         "# What to train: all weights, LoRA, QLoRA or the head",
         f"Made by `python benchmarks/adapters.py`: `mini` on cytoplasm or membrane (scl2205), {steps} steps on the",
-        f"CPU, {seeds} seeds; {proteins} test proteins without a relative in training, answered once by each run with",
+        f"CPU, {seeds} seeds; {proteins} test proteins without a homolog in training, answered once by each run with",
         "the step that validation chose. Learning rates were chosen by the validation MCC of a run of each with",
         "another seed (below). A difference to LoRA is of runs with the same seed. Its 95 % intervals by",
         "Student's t: over seeds, for these test proteins; and over seeds and proteins, the bootstrap's variance over",

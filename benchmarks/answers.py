@@ -22,9 +22,9 @@ from typing import Any
 
 import pandas as pd
 
-from esm_neuron import run
 from esm_neuron.config import DataConfig, LogConfig, LoopConfig, ModelConfig, TrainConfig
 from esm_neuron.data.tokenizer import RESIDUES
+from esm_neuron.training import run
 
 AMINO_ACIDS = RESIDUES[:20]
 
@@ -49,7 +49,7 @@ def make_run(folder: Path) -> Path:
         output=str(folder / "run"),
         model=ModelConfig(name="tiny", init="random"),
         data=DataConfig(train=str(folder / "train.csv")),
-        loop=LoopConfig(max_steps=1, rows_per_step=1, rows_per_device=1),
+        loop=LoopConfig(max_steps=1, packs_per_step=1, packs_per_device=1),
         log=LogConfig(tensorboard=False),
     )
     if not (folder / "run" / "result.json").exists():

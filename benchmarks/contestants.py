@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 from machine import load
 
-from esm_neuron.shapes import SHAPES
+from esm_neuron.models.shapes import SHAPES
 
 HERE = Path(__file__).parent
 OURS = "esm-neuron packed"
@@ -69,12 +69,12 @@ def write_rows(args: argparse.Namespace, folder: Path) -> int:
     return max(1, round(args.batch * tokens / (args.max_residues + 2)))
 
 
-def command(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: int) -> list[str]:
+def command(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_step: int) -> list[str]:
     """The process of one contestant."""
     if who.name != OURS:
         options = {
             "data": folder / "train.tsv",
-            "figures": folder / FIGURES_FILE,
+            "metrics": folder / FIGURES_FILE,
             "setting": who.name.removeprefix("HF "),
             "precision": who.precision,
             "backend": args.backend,
@@ -89,11 +89,11 @@ def command(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_st
         }
         switches = ["--gradient-checkpointing"] * who.again
         return [sys.executable, str(HERE / "hf_trainer.py"), *flags(options), *switches]
-    words = ours(who, args, folder, rows_per_step)
+    words = ours(who, args, folder, packs_per_step)
     return [sys.executable, str(HERE / "timed_train.py"), str(folder / SETUP_FILE), *words]
 
 
-def ours(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: int) -> list[str]:
+def ours(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_step: int) -> list[str]:
     """The flags of `esm-neuron train`."""
     return flags({
         "output": folder / "out",
@@ -107,16 +107,16 @@ def ours(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step:
         "data.valid": folder / "valid.tsv",
         "data.id_column": "entry",
         "data.max_residues": args.max_residues,
-        "data.row_tokens": args.max_residues + 2,
+        "data.pack_tokens": args.max_residues + 2,
         "data.window_overlap": 0,  # nothing is windowed, and the default is longer than short caps
-        "data.relatives": "off",
+        "data.homologs": "off",
         "optim.lr": args.lr,
         "optim.schedule": "linear",
         "loop.epochs": 1,
         **({"loop.max_steps": args.max_steps} if args.max_steps else {}),
-        "loop.rows_per_step": rows_per_step,
-        "loop.rows_per_device": rows_per_step,
-        "loop.eval_rows_per_device": rows_per_step,  # no more memory than training takes
+        "loop.packs_per_step": packs_per_step,
+        "loop.packs_per_device": packs_per_step,
+        "loop.eval_packs_per_device": packs_per_step,  # no more memory than training takes
         "loop.precision": who.precision,
         "loop.torch_compile": str(who.compiled).lower(),
         "loop.eval_every": NEVER,
@@ -124,7 +124,7 @@ def ours(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step:
         # A line at the end of the warm-up; without one, none, since a line makes an XLA device wait.
         "log.every": args.warmup or NEVER,
         "log.baselines": "false",
-        "log.answers": "false",
+        "log.predictions": "false",
         "log.tensorboard": "false",
     })  # fmt: skip
 
@@ -134,7 +134,7 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
-def run(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: int) -> dict[str, Any]:
+def run(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_step: int) -> dict[str, Any]:
     """Run one contestant once.
 
     Returns:
@@ -155,7 +155,7 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: 
             (own_folder / name).symlink_to(folder / name)
         began = time.perf_counter()
         process = subprocess.Popen(
-            command(who, args, own_folder, rows_per_step), stdout=log, stderr=subprocess.STDOUT, env=env
+            command(who, args, own_folder, packs_per_step), stdout=log, stderr=subprocess.STDOUT, env=env
         )
         _, status, usage = os.wait4(process.pid, 0)  # the one call that has the peak memory of this child alone
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -168,16 +168,16 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, rows_per_step: 
             return {**before, "error": f"exit code {process.returncode}: {text[-LOG_TAIL:]}"}
         if who.name == OURS:
             setup = json.loads((own_folder / SETUP_FILE).read_text())["setup_seconds"]
-            figures = read_ours(own_folder / "out", args.warmup, setup)
-            figures |= planned(ours(who, args, own_folder, rows_per_step), args.backend)
+            metrics = read_ours(own_folder / "out", args.warmup, setup)
+            metrics |= planned(ours(who, args, own_folder, packs_per_step), args.backend)
         else:
-            figures = json.loads((own_folder / FIGURES_FILE).read_text())
-    if figures["steps"] <= 0:
+            metrics = json.loads((own_folder / FIGURES_FILE).read_text())
+    if metrics["steps"] <= 0:
         return {**before, "error": f"no step is left after a warm-up of {args.warmup}; use more --rows"}
-    return {**before, **figures, **speeds(who, args, folder, figures), "peak_rss_mb": usage.ru_maxrss / 1024}
+    return {**before, **metrics, **speeds(who, args, folder, metrics), "peak_rss_mb": usage.ru_maxrss / 1024}
 
 
-def speeds(who: Contestant, args: argparse.Namespace, folder: Path, figures: dict[str, Any]) -> dict[str, float]:
+def speeds(who: Contestant, args: argparse.Namespace, folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
     """tokens_per_second (specials counted, padding not) and, where the device's peak is known, mfu from 0 to 1.
 
     Floating-point operations that the model asks for, a token: 2 a weight of the linears and 4 a neighbour and channel
@@ -186,7 +186,7 @@ def speeds(who: Contestant, args: argparse.Namespace, folder: Path, figures: dic
     a block again is not counted.
     """
     lengths = pd.read_csv(folder / "train.tsv", sep="\t")["sequence"].str.len().clip(upper=args.max_residues)
-    tokens = figures["residues_per_second"] * (lengths.sum() + 2 * len(lengths)) / lengths.sum()
+    tokens = metrics["residues_per_second"] * (lengths.sum() + 2 * len(lengths)) / lengths.sum()
     peak = args.peak_tflops or (known_peak(who.precision) if args.backend == "cuda" else None)
     if peak is None:
         return {"tokens_per_second": tokens}
@@ -220,16 +220,16 @@ def keep(folder: Path, who: Contestant, run_folder: Path) -> None:
 
 def planned(words: list[str], backend: str) -> dict[str, float]:
     """What `esm-neuron plan` foresees of a run: on xla its programs, the evaluation's included; on cuda its memory."""
-    from esm_neuron import settings
+    from esm_neuron.config import settings
     from esm_neuron.data.splits import load_splits
-    from esm_neuron.plan import make_plan
+    from esm_neuron.planning.plan import make_plan
 
     if backend == "cpu":
         return {}
     cfg = settings.parse(words)
     plan = make_plan(cfg, load_splits(cfg, needs_labels=True))
     if backend == "xla":
-        return {"programs_planned": plan.programs}
+        return {"programs_planned": plan.graphs}
     return {"predicted_gpu_gb": plan.memory.total / 1e9} if plan.memory else {}
 
 

@@ -15,10 +15,10 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from esm_neuron.baselines import fit_baselines
+from esm_neuron.config.settings import read_config
 from esm_neuron.data.splits import load_splits
-from esm_neuron.settings import read_config
 from esm_neuron.tasks import create_task
+from esm_neuron.tasks.baselines import fit_baselines
 
 HERE = Path(__file__).parent
 METRICS = {"accuracy": "accuracy", "mcc": "MCC", "auroc": "AUROC"}
@@ -27,12 +27,12 @@ METRICS = {"accuracy": "accuracy", "mcc": "MCC", "auroc": "AUROC"}
 def baselines(run: Path) -> dict[str, dict[str, Any]]:
     """Majority and amino-acid composition on the run's test rows, whole sequences, fitted on its training rows."""
     cfg = read_config(run / "config.yaml")
-    whole = {"max_residues": 100_000, "row_tokens": 100_002}
+    whole = {"max_residues": 100_000, "pack_tokens": 100_002}
     data = type(cfg.data)(**{**vars(cfg.data), **whole})
     splits = load_splits(type(cfg)(**{**vars(cfg), "data": data}), needs_labels=True)
     assert splits.test is not None
     task = create_task(splits.task, splits.labels)
-    return {baseline.name: baseline.figures(task, splits.test) for baseline in fit_baselines(splits.task, splits.train)}
+    return {baseline.name: baseline.metrics(task, splits.test) for baseline in fit_baselines(splits.task, splits.train)}
 
 
 def draw(run: Path, target: Path) -> None:
@@ -41,7 +41,7 @@ def draw(run: Path, target: Path) -> None:
     train = [line for line in lines if "split" not in line]
     valid = [line for line in lines if line.get("split") == "valid"]
     result = json.loads((run / "result.json").read_text())
-    figures = {**baselines(run), "this run": result["test"]}
+    metrics = {**baselines(run), "this run": result["test"]}
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     left.plot([r["step"] for r in train], [r["loss"] for r in train], color="0.6", lw=1, label="training")
@@ -50,7 +50,7 @@ def draw(run: Path, target: Path) -> None:
     left.set(xlabel="optimizer step", ylabel="cross entropy (nats)", title="learning curve (dotted: chosen on valid)")
     left.legend(frameon=False)
     width = 0.26
-    for i, (name, values) in enumerate(figures.items()):
+    for i, (name, values) in enumerate(metrics.items()):
         shown = [(j, m) for j, m in enumerate(METRICS) if values.get(m) is not None]
         heights = [values[m] for _, m in shown]
         bounds = [values.get(f"{m}_ci") or (values[m], values[m]) for _, m in shown]
@@ -62,7 +62,7 @@ def draw(run: Path, target: Path) -> None:
     right.set(ylim=(0, 1), title=f"{result['test']['n']} clean test proteins, 95 % intervals")
     right.legend(frameon=False, ncols=3, loc="upper left")
     figure.savefig(target, dpi=120)
-    for name, values in figures.items():
+    for name, values in metrics.items():
         print(name, {m: values.get(m) for m in METRICS})
 
 

@@ -94,7 +94,7 @@ def from_step_8(act: Callable[[Path], object]) -> Callable[[], None]:
     """`act` on the run's folder before step 8."""
 
     def arm() -> None:
-        from esm_neuron.trainer import Trainer
+        from esm_neuron.training.trainer import Trainer
 
         step = Trainer._train_step
 
@@ -184,9 +184,9 @@ def signalled_compiling(*moments: float) -> Callable[[], None]:
     """SIGTERM so many seconds after the first step has gone to the compiler; the second is no echo after 0.2 s."""
 
     def arm() -> None:
-        from esm_neuron import signals
         from esm_neuron.backends.xla import XlaBackend
-        from esm_neuron.trainer import Trainer
+        from esm_neuron.training import signals
+        from esm_neuron.training.trainer import Trainer
 
         step, sync, signals.ECHO = Trainer._train_step, XlaBackend.sync, 0.2
 
@@ -208,10 +208,10 @@ def signalled_compiling(*moments: float) -> Callable[[], None]:
     return arm
 
 
-STEP = ("esm_neuron.trainer:Trainer", "_train_step", 6)
-EVALUATE = ("esm_neuron.evaluate", "forward", 7)
+STEP = ("esm_neuron.training.trainer:Trainer", "_train_step", 6)
+EVALUATE = ("esm_neuron.training.evaluation", "forward", 7)
 """The second batch of the evaluation after step 6."""
-SAVE = ("esm_neuron.checkpoint", "save_file", 4)
+SAVE = ("esm_neuron.training.checkpoint", "save_file", 4)
 """The second file of the checkpoint of step 6."""
 XLA = {"backend": "xla"}
 
@@ -268,8 +268,8 @@ FAULTS = [
 
 def command(cfg: Any, process: Callable[[], None]) -> None:
     """In a fork: `esm-neuron train`, broken."""
-    from esm_neuron import settings
     from esm_neuron.cli import main
+    from esm_neuron.config import settings
 
     path = Path(f"{cfg.output}.yaml")
     path.write_text(settings.dump(cfg), encoding="utf-8")
@@ -295,8 +295,8 @@ def run(cfg: Any, process: Callable[[], None] = nothing) -> tuple[int, list[str]
 
 def whole_steps(cfg: Any) -> list[int]:
     """Steps of the checkpoints that can be loaded."""
-    from esm_neuron import checkpoint
     from esm_neuron.errors import CheckpointError
+    from esm_neuron.training import checkpoint
 
     found = []
     for step in checkpoint.steps(Path(cfg.output) / "checkpoints"):

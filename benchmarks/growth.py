@@ -31,10 +31,10 @@ AXES = {"rows": "training proteins", "max-residues": "longest protein, residues"
 def measure(who: Contestant, axis: str, value: int, args: argparse.Namespace) -> dict[str, Any]:
     """One contestant at one value of `--axis`."""
     with tempfile.TemporaryDirectory() as folder:
-        figures = run(who, args, Path(folder), write_rows(args, Path(folder)))
-    shown = figures.get("error") or f"{figures['residues_per_second']:.0f} residues/s"
+        metrics = run(who, args, Path(folder), write_rows(args, Path(folder)))
+    shown = metrics.get("error") or f"{metrics['residues_per_second']:.0f} residues/s"
     print(f"{axis}={value}, {who.name}: {shown}", file=sys.stderr, flush=True)
-    return {"axis": axis, "value": value, "setting": who.name, **figures}
+    return {"axis": axis, "value": value, "setting": who.name, **metrics}
 
 
 def plot(points: list[dict[str, Any]], title: str, path: Path) -> None:

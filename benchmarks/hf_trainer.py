@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from esm_neuron.config import AdapterConfig
     from esm_neuron.data.tokenizer import hf_tokenizer
-    from esm_neuron.shapes import SHAPES, esm_config
+    from esm_neuron.models.shapes import SHAPES, esm_config
 
     batches: list[tuple[int, int, int]] = []
     torch.set_num_threads(args.threads)
@@ -194,7 +194,7 @@ def main() -> None:
     os.environ["USE_TORCH_XLA"] = "1" if args.backend == "xla" else "0"
     if args.backend == "xla":
         os.environ["PJRT_DEVICE"] = "CPU"
-    args.figures.write_text(json.dumps(measure(args)))
+    args.metrics.write_text(json.dumps(measure(args)))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ def die() -> None:
 
 def arm(kill: Kill) -> None:
     """Have this process die at the moment of `kill`."""
-    from esm_neuron import checkpoint, evaluate
-    from esm_neuron.trainer import Trainer
+    from esm_neuron.training import checkpoint
+    from esm_neuron.training import evaluation as evaluate
+    from esm_neuron.training.trainer import Trainer
 
     passed = Counter[str]()
 
@@ -92,8 +93,8 @@ def train(cfg: Any, mode: Mode, rank: int, port: int, kill: Kill | None) -> None
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     code = 1
     try:
-        from esm_neuron import run
         from esm_neuron.errors import EsmNeuronError
+        from esm_neuron.training import run
 
         if cfg.backend == "neuron":
             join_standins()
@@ -125,7 +126,7 @@ def begin_file(cfg: Any, rank: int) -> Path:
 
 def note_steps(done: Path, begin: Path) -> None:
     """Have this rank keep these two numbers in files, which a kill leaves as they are."""
-    from esm_neuron.trainer import Trainer
+    from esm_neuron.training.trainer import Trainer
 
     step, fit, file = Trainer._train_step, Trainer.fit, os.open(done, os.O_WRONLY | os.O_CREAT, 0o644)
 

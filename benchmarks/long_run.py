@@ -31,10 +31,10 @@ import numpy as np
 import tiny_run
 from scipy import stats
 
-from esm_neuron import run
+from esm_neuron.training import run
 
 RESULTS = Path(__file__).resolve().parent / "results"
-QUANTITIES = {"memory_mb": "MB of resident memory", "files": "open files", "threads": "threads", "graphs": "programs"}
+QUANTITIES = {"memory_mb": "MB of resident memory", "files": "open files", "threads": "threads", "graphs": "graphs"}
 WARM_UP = 0.2
 """Share of the time that is left out: allocators and caches fill."""
 

@@ -35,31 +35,31 @@ MEASURES = {"loss": "validation loss, nats", "mcc": "validation MCC"}
 
 def settings_of(way: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a way sets beside the demo's configuration: as many proteins a step, in rows of its own kind."""
-    rows = args.rows_per_step
+    rows = args.packs_per_step
     own: dict[str, Any] = {}
     if way == "unpacked":
         longest, rows = of_demo(args)
-        own = {"data.packing": "false", "data.row_tokens": longest}
+        own = {"data.packing": "false", "data.pack_tokens": longest}
     return {
         **own,
         **({"model.name": args.shape, "model.init": "random"} if args.shape else {}),
-        "loop.rows_per_step": rows,
-        "loop.rows_per_device": rows,
-        "loop.eval_rows_per_device": rows,
+        "loop.packs_per_step": rows,
+        "loop.packs_per_device": rows,
+        "loop.eval_packs_per_device": rows,
         "loop.max_steps": args.steps,
         "loop.eval_every": args.every,
-        "data.relatives": "off",
+        "data.homologs": "off",
         "checkpoint.every": NEVER,
         "log.every": args.every,
         "log.baselines": "false",
-        "log.answers": "false",
+        "log.predictions": "false",
         "log.tensorboard": "false",
     }
 
 
 def of_demo(args: argparse.Namespace) -> tuple[int, int]:
     """Tokens of the demo's longest protein, and how many proteins its packs of `--rows-per-step` rows hold."""
-    from esm_neuron import settings
+    from esm_neuron.config import settings
     from esm_neuron.data.packing import plan_epoch
     from esm_neuron.data.splits import load_splits
 
@@ -67,7 +67,7 @@ def of_demo(args: argparse.Namespace) -> tuple[int, int]:
     data = replace(cfg.data, train=str(ROOT / str(cfg.data.train)))
     lengths = load_splits(replace(cfg, data=data), needs_labels=True).train.lengths
     rng = np.random.default_rng(0)
-    plan = plan_epoch(lengths, [cfg.data.row_tokens], cfg.data.max_segments, args.rows_per_step, rng)
+    plan = plan_epoch(lengths, [cfg.data.pack_tokens], cfg.data.max_segments, args.packs_per_step, rng)
     return cfg.data.max_residues + 2, round(len(lengths) / len(plan))
 
 

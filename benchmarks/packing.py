@@ -20,19 +20,19 @@ from machine import machine
 from esm_neuron.data.packing import plan_epoch
 
 
-def drawn_lengths(sequences: int, row_tokens: int, rng: np.random.Generator) -> np.ndarray:
+def drawn_lengths(sequences: int, pack_tokens: int, rng: np.random.Generator) -> np.ndarray:
     """int32 [sequences]: tokens of each, specials included; drawn a million at a time to keep memory for the plan."""
     lengths = np.empty(sequences, np.int32)
     for start in range(0, sequences, 1_000_000):
         part = lengths[start : start + 1_000_000]
-        part[:] = np.clip(rng.lognormal(np.log(300), 0.7, len(part)), 20, row_tokens - 2) + 2
+        part[:] = np.clip(rng.lognormal(np.log(300), 0.7, len(part)), 20, pack_tokens - 2) + 2
     return lengths
 
 
-def read_lengths(path: str, column: str, row_tokens: int) -> np.ndarray:
+def read_lengths(path: str, column: str, pack_tokens: int) -> np.ndarray:
     """int64 [rows]: tokens of each sequence of a TSV file, cropped to the row."""
     residues = pd.read_csv(path, sep="\t", usecols=[column])[column].str.len()
-    return residues.clip(upper=row_tokens - 2).to_numpy() + 2
+    return residues.clip(upper=pack_tokens - 2).to_numpy() + 2
 
 
 def main() -> None:
@@ -43,17 +43,17 @@ def main() -> None:
     parser.add_argument("--column", default="sequence", help="the TSV file's sequence column")
     parser.add_argument("--row_lengths", type=int, nargs="+", default=[1024], help="row lengths in tokens")
     parser.add_argument("--max_segments", type=int, default=32, help="most sequences in a row")
-    parser.add_argument("--rows_per_step", type=int, default=64, help="rows of a step")
+    parser.add_argument("--packs_per_step", type=int, default=64, help="rows of a step")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
     longest = max(args.row_lengths)
     lengths = read_lengths(args.tsv, args.column, longest) if args.tsv else drawn_lengths(args.sequences, longest, rng)
-    plan_epoch(lengths[:100], args.row_lengths, args.max_segments, args.rows_per_step, rng)
+    plan_epoch(lengths[:100], args.row_lengths, args.max_segments, args.packs_per_step, rng)
     before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()
-    plan = plan_epoch(lengths, args.row_lengths, args.max_segments, args.rows_per_step, rng)
+    plan = plan_epoch(lengths, args.row_lengths, args.max_segments, args.packs_per_step, rng)
     seconds = time.perf_counter() - start
     result = {
         "sequences": len(lengths),
@@ -61,7 +61,7 @@ def main() -> None:
         "sequences_per_second": round(len(lengths) / seconds),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_mib_before_planning": round(before_mib),
-        "rows": {pack.row_tokens: pack.rows for pack in plan.packs},
+        "rows": {pack.pack_tokens: pack.rows for pack in plan.packs},
         "steps": len(plan),
         "efficiency": round(plan.efficiency(lengths), 4),
         "efficiency_computed": round(plan.efficiency(lengths, batches=1), 4),
@@ -71,7 +71,7 @@ def main() -> None:
     source = Path(args.tsv).name if args.tsv else "drawn"
     settings = {**{name: value for name, value in vars(args).items() if name != "output"}, "tsv": source}
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = f"{'+'.join(map(str, args.row_lengths))}x{args.rows_per_step}-{args.max_segments}segments"
+    rows = f"{'+'.join(map(str, args.row_lengths))}x{args.packs_per_step}-{args.max_segments}segments"
     target = args.output / f"packing-{source.split('.')[0]}-{len(lengths)}-{rows}.json"
     target.write_text(json.dumps({"machine": machine(), "settings": settings, **result}, indent=1) + "\n")
 

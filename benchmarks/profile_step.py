@@ -26,7 +26,7 @@ from machine import load, machine
 
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.cli import main as train
-from esm_neuron.trainer import Trainer
+from esm_neuron.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
@@ -81,8 +81,8 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
 
     Trainer._train_step, CpuBackend.step = recorded, named_update  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
-        rows_per_step = write_rows(args, Path(name))
-        words = ours(Contestant(OURS, "fp32", args.adapters[0]), args, Path(name), rows_per_step)
+        packs_per_step = write_rows(args, Path(name))
+        words = ours(Contestant(OURS, "fp32", args.adapters[0]), args, Path(name), packs_per_step)
         if code := train(["train", *words]):
             sys.exit(code)
     kinds, operations = Counter[str](), Counter[str]()
@@ -92,7 +92,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     kinds[BETWEEN] = clock[0] - kinds.total()
     return {
         "steps": args.max_steps - args.warmup,
-        "rows_per_step": rows_per_step,
+        "packs_per_step": packs_per_step,
         "seconds": clock[0],
         "kinds": {kind: spent / clock[0] for kind, spent in kinds.most_common()},
         "longest": {operation: spent / clock[0] for operation, spent in operations.most_common(LONGEST)},

@@ -26,21 +26,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 os.environ.setdefault("USE_TORCH_XLA", "0")  # accelerate, under peft, would import torch_xla: half a minute
 
-from esm_neuron import run, settings
-from esm_neuron.baselines import fit_baselines
-from esm_neuron.config import TrainConfig
-from esm_neuron.data.batch import select_records
+from esm_neuron.config import TrainConfig, settings
+from esm_neuron.data.dataset import select_records
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.splits import load_splits
-from esm_neuron.finished import read_finished
-from esm_neuron.folders import RESULT
-from esm_neuron.held_out import as_table
-from esm_neuron.metrics.bootstrap import bootstrap, interval
+from esm_neuron.metrics.bootstrap import Curve, bootstrap, interval
 from esm_neuron.metrics.classification import confusion_scores
-from esm_neuron.metrics.ranking import Curve
 from esm_neuron.metrics.regression import correlations, ranks
 from esm_neuron.metrics.text import LOWER_IS_BETTER, NAMES, counted, number, show
+from esm_neuron.run_dir import RESULT, as_table, read_finished
 from esm_neuron.tasks import TASKS, create_task
+from esm_neuron.tasks.baselines import fit_baselines
+from esm_neuron.training import run
 
 HERE = Path(__file__).parent
 CONFIGS, SAVED, PAGE = HERE.parent / "configs", HERE / "results" / "tasks.json", HERE.parent / "docs" / "results.md"
@@ -109,77 +106,82 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
     """Figures of both runs and of the baselines on the test rows and the clean ones, and paired differences."""
     cfg = configured(experiment, "pretrained", data, runs)
     finished = {init: read_finished(runs / f"{experiment.name}-{init}") for init in INITS}
-    answers = {init: one.answers["test"].to_pandas() for init, one in finished.items()}
-    related = answers["pretrained"]["related"].to_numpy(dtype=bool)
-    cfg = replace(cfg, data=replace(cfg.data, max_residues=100_000, row_tokens=100_002, long_sequences="refuse"))
+    predictions = {init: one.predictions["test"].to_pandas() for init, one in finished.items()}
+    has_homolog = predictions["pretrained"]["has_homolog"].to_numpy(dtype=bool)
+    cfg = replace(cfg, data=replace(cfg.data, max_residues=100_000, pack_tokens=100_002, long_sequences="refuse"))
     splits = load_splits(cfg, TASKS[cfg.task.name].needs_labels)
-    assert splits.test is not None and list(splits.test.ids) == answers["pretrained"]["id"].tolist()
+    assert splits.test is not None and list(splits.test.ids) == predictions["pretrained"]["id"].tolist()
     task, labels = create_task(splits.task, splits.labels), splits.labels
-    clean = related.any() and not related.all()
-    figures = {
+    clean = has_homolog.any() and not has_homolog.all()
+    metrics = {
         init: {"all": one.result["test"], "clean": one.result["clean"].get("test")} for init, one in finished.items()
     }
     for baseline in fit_baselines(splits.task, splits.train):
         own = baseline.answer(splits.test)
-        _, examples, tokens = selected = select_records(splits.test, ~related)
-        part = [values[tokens if task.answers_per_token else examples] for values in own]
-        figures[baseline.name] = {
-            "all": task.figures(splits.test, own, intervals=True),
-            "clean": task.figures(selected[0], part, intervals=True) if clean else None,
+        _, examples, tokens = selected = select_records(splits.test, ~has_homolog)
+        part = [values[tokens if task.predictions_per_token else examples] for values in own]
+        metrics[baseline.name] = {
+            "all": task.metrics(splits.test, own, intervals=True),
+            "clean": task.metrics(selected[0], part, intervals=True) if clean else None,
         }
         if baseline.name == experiment.baseline:
-            answers[baseline.name] = as_table(task, splits.test, own).to_pandas()
+            predictions[baseline.name] = as_table(task, splits.test, own).to_pandas()
     differences = {
-        other: {metric: paired(cfg.task.name, metric, labels, answers["pretrained"], answers[other])
+        other: {metric: paired(cfg.task.name, metric, labels, predictions["pretrained"], predictions[other])
                 for metric in experiment.metrics}
         for other in ("random", experiment.baseline)
     }  # fmt: skip
     first = finished["pretrained"]
     return {
         "task": cfg.task.name,
-        "related": int(related.sum()),
-        "rows": len(related),
+        "homologs": int(has_homolog.sum()),
+        "rows": len(has_homolog),
         "training": first.result["data"]["train"],
         "runs": {init: {key: one.result[key] for key in SHOWN} for init, one in finished.items()},
-        "figures": figures,
+        "metrics": metrics,
         "differences": differences,
-        "silent": [name for name, said in answers.items() if "label" in said and (said["label"] == "").all()],
+        "silent": [name for name, said in predictions.items() if "label" in said and (said["label"] == "").all()],
     }  # fmt: skip
 
 
 def paired(task: str, metric: str, labels: tuple[str, ...], one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
     """`metric` of one answerer less that of another, with both scored on the same resamples of proteins."""
-    a, b = (scorer(task, metric, labels, answers) for answers in (one, other))
+    a, b = (scorer(task, metric, labels, predictions) for predictions in (one, other))
     drawn = bootstrap(len(one), lambda counts: {"difference": a(counts) - b(counts)}, width=len(one) * 4)
     once = np.ones((1, len(one)))
     return {"difference": float((a(once) - b(once))[0]), "difference_ci": interval(drawn["difference"])}
 
 
 def scorer(
-    task: str, metric: str, labels: tuple[str, ...], answers: pd.DataFrame
+    task: str, metric: str, labels: tuple[str, ...], predictions: pd.DataFrame
 ) -> Callable[[np.ndarray], np.ndarray]:
     """How `metric` of one answerer follows from how often each protein was drawn."""
     if task in ("sequence_classification", "residue_classification"):
-        cells = confusion_cells(labels, answers, task == "residue_classification")
+        cells = confusion_cells(labels, predictions, task == "residue_classification")
         return lambda counts: confusion_scores((counts @ cells).reshape(-1, len(labels), len(labels)))[metric]
     if task == "multi_label" and metric == "auroc":
-        everyone = np.arange(len(answers))
+        everyone = np.arange(len(predictions))
         curves = [
-            Curve.of(answers[f"p_{label}"].to_numpy(), has_label(answers["truth"], label), everyone, len(answers))
+            Curve.of(
+                predictions[f"p_{label}"].to_numpy(),
+                has_label(predictions["target"], label),
+                everyone,
+                len(predictions),
+            )
             for label in labels
         ]
         return lambda counts: np.asarray(np.mean([curve.areas(counts)[0] for curve in curves], axis=0))
     if task == "multi_label":
         truth, said = (
-            np.stack([has_label(answers[name], label) for label in labels], axis=1).astype(float)
-            for name in ("truth", "label")
+            np.stack([has_label(predictions[name], label) for label in labels], axis=1).astype(float)
+            for name in ("target", "label")
         )
         return lambda counts: macro_f1(counts @ (truth * said), counts @ (truth + said))
     if task == "regression":
-        x, y = answers["value"].to_numpy(float), answers["truth"].to_numpy(float)
+        x, y = predictions["value"].to_numpy(float), predictions["target"].to_numpy(float)
         return lambda counts: correlations(counts, ranks(counts, x), ranks(counts, y))
-    hidden = answers["hidden"].to_numpy(float)
-    loss = np.where(hidden > 0, answers["loss"], 0.0) * hidden
+    hidden = predictions["hidden"].to_numpy(float)
+    loss = np.where(hidden > 0, predictions["loss"], 0.0) * hidden
     return lambda counts: np.exp((counts @ loss) / (counts @ hidden))
 
 
@@ -188,12 +190,12 @@ def has_label(texts: pd.Series, label: str) -> np.ndarray:
     return np.array([label in text.split(LIST_JOINER) for text in texts])
 
 
-def confusion_cells(labels: tuple[str, ...], answers: pd.DataFrame, per_residue: bool) -> np.ndarray:
+def confusion_cells(labels: tuple[str, ...], predictions: pd.DataFrame, per_residue: bool) -> np.ndarray:
     """float64 [proteins, C * C]: how often each pair of truth and answer occurs in a protein."""
     place = {label: i for i, label in enumerate(labels)}
-    cells = np.zeros((len(answers), len(labels) ** 2))
+    cells = np.zeros((len(predictions), len(labels) ** 2))
     for row, (truth, said) in enumerate(
-        zip(answers["truth"], answers["labels" if per_residue else "label"], strict=True)
+        zip(predictions["target"], predictions["labels" if per_residue else "label"], strict=True)
     ):
         for pair in zip(truth, said, strict=True) if per_residue else [(truth, said)]:
             if pair[0] is not None:

@@ -142,7 +142,7 @@ def check_ended_by_kill(cfg: Any, kill: Kill, codes: list[int]) -> None:
     Raises:
         RuntimeError: they ended otherwise.
     """
-    from esm_neuron.watchdog import EXIT_HUNG
+    from esm_neuron.training.watchdog import EXIT_HUNG
 
     peers = EXIT_HUNG if kill.kind == "hang" else EXIT_ERROR
     if codes != [-signal.SIGKILL if rank == kill.rank else peers for rank in range(len(codes))]:
@@ -153,9 +153,9 @@ def ask(cfg: Any) -> None:
     """Predictions of a finished run on the test file, beside it; in a fork."""
 
     def predict_there() -> None:
-        from esm_neuron.answers.predict import predict
+        from esm_neuron.inference.predict import predict
 
-        predict(cfg.output, Path(cfg.data.test), Path(cfg.output) / "predictions.csv", backend="cpu", say=str)
+        predict(cfg.output, Path(cfg.data.test), Path(cfg.output) / "predictions.csv", backend="cpu", log=str)
         os._exit(0)
 
     process = FORK.Process(target=predict_there)

@@ -27,8 +27,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from esm_neuron.data.store import content_key
-from esm_neuron.doctor import has_bf16_units
+from esm_neuron.data.cache import content_key
+from esm_neuron.planning.doctor import has_bf16_units
 
 SETTINGS = ("ours", "padded", "dynamic", "group_by_length")
 FIGURES = (
@@ -160,7 +160,7 @@ def write_record(
         "settings": settings,
         "skipped": [{**asdict(who), "why": why} for who, why in skipped.items()],
         "summary": json.loads(table.to_json(orient="records")),
-        "runs": [{**asdict(who), **figures} for who, done in runs.items() for figures in done],
+        "runs": [{**asdict(who), **metrics} for who, done in runs.items() for metrics in done],
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -207,8 +207,8 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     record = args.output / f"{stem_of(args)}.json"
     with tempfile.TemporaryDirectory() as folder:
-        rows_per_step = write_rows(args, Path(folder))
-        settings = {**settings_of(args), "ours_rows_per_step": rows_per_step}
+        packs_per_step = write_rows(args, Path(folder))
+        settings = {**settings_of(args), "ours_rows_per_step": packs_per_step}
         skipped = {who: why for who in contestants if (why := too_slow(who, args, Path(folder)))}
         for who, why in skipped.items():
             print(f"{who.label} is left out: {why}", file=sys.stderr, flush=True)
@@ -220,9 +220,9 @@ def main() -> int:
             for who in contestants[repeat % len(contestants) :] + contestants[: repeat % len(contestants)]:
                 if who.name != OURS and repeat >= (args.peer_repeats or args.repeats):
                     continue
-                figures = run(who, args, Path(folder), rows_per_step)
-                runs[who].append(figures)
-                shown = figures.get("error") or f"{figures['residues_per_second']:.0f} residues/s"
+                metrics = run(who, args, Path(folder), packs_per_step)
+                runs[who].append(metrics)
+                shown = metrics.get("error") or f"{metrics['residues_per_second']:.0f} residues/s"
                 print(f"{who.label}, run {repeat + 1} of {args.repeats}: {shown}", file=sys.stderr, flush=True)
                 table = summary(contestants, runs)
                 # now, so that an interruption loses one run
@@ -231,7 +231,7 @@ def main() -> int:
     title = f"Fine-tuning, {args.shape} on {args.backend}, {args.threads} threads, {args.rows} proteins"
     plot(table, title, record.with_suffix(".png"))
     print(f"written: {record}, {record.with_suffix('.png')}")
-    return int(any("error" in figures for who in contestants for figures in runs[who]))
+    return int(any("error" in metrics for who in contestants for metrics in runs[who]))
 
 
 if __name__ == "__main__":

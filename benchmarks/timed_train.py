@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from esm_neuron import run
 from esm_neuron.cli import main
-from esm_neuron.trainer import Trainer
+from esm_neuron.training import run
+from esm_neuron.training.trainer import Trainer
 
 
 def watch(target: Path) -> None:

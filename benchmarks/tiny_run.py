@@ -16,7 +16,7 @@ from typing import Any
 
 from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.files import sha256
-from esm_neuron.folders import PASSED_OVER
+from esm_neuron.run_dir import PASSED_OVER
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("USE_TORCH_XLA", "0")
@@ -41,7 +41,7 @@ class Mode:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-ONE_ROW = {"loop": {"rows_per_device": 1}}
+ONE_ROW = {"loop": {"packs_per_device": 1}}
 DEVICES = {
     "gloo": Mode(ONE_ROW, processes=2),
     "xla": Mode(backend="xla"),
@@ -71,11 +71,11 @@ def configuration(folder: Path, output: str, mode: Mode, steps: int) -> TrainCon
         "model": {"name": "tiny", "init": "random", "dropout": 0.1},
         "data": {
             **{split: str(folder / f"{split}.csv") for split in ("train", "valid", "test")},
-            "max_residues": 62, "window_overlap": 8, "row_tokens": 128, "max_segments": 6,
+            "max_residues": 62, "window_overlap": 8, "pack_tokens": 128, "max_segments": 6,
         },
         "adapter": {"dropout": 0.1},
         "optim": {"lr": 5e-3, "warmup_steps": 3},
-        "loop": {"max_steps": steps, "rows_per_step": 4, "rows_per_device": 2, "eval_rows_per_device": 2,
+        "loop": {"max_steps": steps, "packs_per_step": 4, "packs_per_device": 2, "eval_packs_per_device": 2,
                  "eval_every": max(2, steps // 6), "watchdog": 3600},
         "checkpoint": {"every": 3, "keep": 3, "resume": "auto"},
         "log": {"every": 1, "tensorboard": False, "baselines": False},
@@ -141,7 +141,7 @@ def import_all(modes: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    needed = ["esm_neuron.answers.predict", "esm_neuron.run", "torch._dynamo", "pyarrow.pandas_compat"]
+    needed = ["esm_neuron.inference.predict", "esm_neuron.training.run", "torch._dynamo", "pyarrow.pandas_compat"]
     needed += ["bitsandbytes"] if importlib.util.find_spec("bitsandbytes") else []  # peft looks for it
     needed += ["torch_xla"] if "xla" in backends else []
     for package in needed:

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from transformers import EsmConfig, PreTrainedModel
 
-from esm_neuron.adapters import adapt, draw_lora
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import ModelConfig, TrainConfig
-from esm_neuron.loading import LoadReport, load_into
-from esm_neuron.model import encoder_of, set_attention
-from esm_neuron.parallel.slices import whole_shape
-from esm_neuron.weights import Draw, WeightSource, open_weights
+from esm_neuron.models.esm2 import encoder_of, set_attention
+from esm_neuron.models.lora import adapt, draw_lora
+from esm_neuron.models.tensor_parallel import whole_shape
+from esm_neuron.models.weights import Draw, LoadReport, WeightSource, load_into, open_weights
 
 
 class ModelMaker(Protocol):
@@ -63,7 +62,7 @@ def build_model(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
     set_attention(encoder_of(model), cfg.data.max_residues + 2, backend.attention)
     backend.shard(model)
     if cfg.adapter.kind == "qlora":
-        from esm_neuron.quantize import quantize_linears  # needs bitsandbytes
+        from esm_neuron.models.quantize import quantize_linears  # needs bitsandbytes
 
         compute = torch.bfloat16 if cfg.loop.precision == "bf16" else torch.float32
         quantize_linears(model, cfg.adapter.quantization, compute, backend.device)

@@ -9,33 +9,45 @@ import signal
 import sys
 import threading
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
-from esm_neuron.command_parser import CommandParser
-from esm_neuron.config import BackendName, TrainConfig, require
+from esm_neuron.config import BackendName, DataConfig, TaskConfig, TaskName, TrainConfig, require
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import RedactedRecord, RedactingFormatter, redact
-from esm_neuron.signals import EXIT_STOPPED
+from esm_neuron.training.signals import EXIT_STOPPED
+
+
+class CommandParser(ArgumentParser):
+    """Parses the words of a command; what argparse would print and exit with is raised, for `cli.main` to say."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong with the words.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def train(argv: Sequence[str]) -> int:
     """Fine-tune a model: --config FILE and --section.field VALUE."""
-    from esm_neuron import settings
+    from esm_neuron.config import settings
 
     cfg = settings.parse(argv)
-    from esm_neuron.run import train as run_training
+    from esm_neuron.training.run import train as run_training
 
-    outcome = run_training(cfg, say)
+    outcome = run_training(cfg, log)
     if outcome.stopped_by:
-        say(f"stopped by {outcome.stopped_by}; the state is saved, go on with --checkpoint.resume auto")
+        log(f"stopped by {outcome.stopped_by}; the state is saved, go on with --checkpoint.resume auto")
         return EXIT_STOPPED
     for split in ("valid", "test"):
         if outcome.result.get(split):
-            say(f"{split}: {json.dumps(outcome.result[split])}")
+            log(f"{split}: {json.dumps(outcome.result[split])}")
     return 0
 
 
@@ -45,9 +57,9 @@ def evaluate(argv: Sequence[str]) -> int:
     parser.add_argument("--input", required=True, type=Path, help="file with labels; columns as in training")
     parser.add_argument("--output", type=Path, help="JSON file; printed as well")
     args, settings = parser.parse_known_args(argv)
-    from esm_neuron.run import evaluate as run_evaluation
+    from esm_neuron.inference.evaluate import evaluate as run_evaluation
 
-    _print_json(run_evaluation(args.model, args.input, args.output, args.backend, say, settings))
+    _print_json(run_evaluation(args.model, args.input, args.output, args.backend, log, settings))
     return 0
 
 
@@ -55,11 +67,11 @@ def predict(argv: Sequence[str]) -> int:
     """What a trained model says of every record of a file. Also --data.* as for train."""
     parser = _answer_parser("predict", predict, "output folder of a training run", "CSV, TSV, JSONL or Parquet")
     args, settings = parser.parse_known_args(argv)
-    from esm_neuron.answers.predict import predict as run_prediction
+    from esm_neuron.inference.predict import predict as run_prediction
 
-    options = {"backend": args.backend, "settings": settings, "resume": args.resume, "say": say}
+    options = {"backend": args.backend, "settings": settings, "resume": args.resume, "log": log}
     written = run_prediction(args.model, args.input, args.output, **options)
-    _say_on_main(f"{written} records answered in {args.output}")
+    _log_on_main(f"{written} records answered in {args.output}")
     return 0
 
 
@@ -73,11 +85,11 @@ def embed(argv: Sequence[str]) -> int:
         help="one vector a protein, the mean of its residues (default) or the state of <cls>; or one a residue",
     )
     args, settings = parser.parse_known_args(argv)
-    from esm_neuron.answers.embed import embed as run_embedding
+    from esm_neuron.inference.embed import embed as run_embedding
 
-    options = {"backend": args.backend, "settings": settings, "resume": args.resume, "say": say}
+    options = {"backend": args.backend, "settings": settings, "resume": args.resume, "log": log}
     written = run_embedding(args.model, args.input, args.output, args.pooling, **options)
-    _say_on_main(f"{written} embeddings in {args.output}")
+    _log_on_main(f"{written} embeddings in {args.output}")
     return 0
 
 
@@ -96,8 +108,8 @@ def score(argv: Sequence[str]) -> int:
     parser.add_argument("--score-column", help="measured values; prints the rank correlation with them as JSON")
     parser.add_argument("--first-residue", type=int, default=1, help="number of the wild type's first residue")
     args, settings = parser.parse_known_args(argv)
-    from esm_neuron.answers.dms import VariantColumns
-    from esm_neuron.answers.score import score as run_scoring
+    from esm_neuron.inference.score import score as run_scoring
+    from esm_neuron.inference.variants import VariantColumns
 
     found = run_scoring(
         args.model,
@@ -110,9 +122,9 @@ def score(argv: Sequence[str]) -> int:
         backend=args.backend,
         settings=settings,
         resume=args.resume,
-        say=say,
+        log=log,
     )
-    _say_on_main(f"{found['rows']} variants scored in {args.output}")
+    _log_on_main(f"{found['rows']} variants scored in {args.output}")
     if args.score_column:
         _print_json(found)
     return 0
@@ -123,9 +135,9 @@ def report(argv: Sequence[str]) -> int:
     parser = CommandParser(prog="esm-neuron report", description=report.__doc__)
     parser.add_argument("run", type=Path, help="output folder of a training run; the page is written to its report/")
     args = parser.parse_args(argv)
-    from esm_neuron.report import write_report
+    from esm_neuron.reports import write_report
 
-    say(f"report written to {write_report(args.run)}")
+    log(f"report written to {write_report(args.run)}")
     return 0
 
 
@@ -135,10 +147,10 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     args = parser.parse_args(argv)
-    from esm_neuron.export import export as run_export
+    from esm_neuron.inference.export import export as run_export
 
     run_export(args.model, args.output)
-    say(f"Hugging Face folder written to {args.output}")
+    log(f"Hugging Face folder written to {args.output}")
     return 0
 
 
@@ -148,10 +160,10 @@ def convert(argv: Sequence[str]) -> int:
     parser.add_argument("source", type=Path, help="folder with pytorch_model*.bin and config.json")
     parser.add_argument("target", type=Path, help="folder to write")
     args = parser.parse_args(argv)
-    from esm_neuron.convert import convert as run_conversion
+    from esm_neuron.models.convert import convert as run_conversion
 
     run_conversion(args.source, args.target)
-    say(f"safetensors written to {args.target}")
+    log(f"safetensors written to {args.target}")
     return 0
 
 
@@ -168,21 +180,21 @@ def plan(argv: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         parser.print_help()
-    from esm_neuron import rules, settings
+    from esm_neuron.config import rules, settings
 
     cfg = settings.parse(rest, "plan")
     rules.validate(cfg)
     require(args.devices >= 1, f"--devices {args.devices} must be at least 1")
     require(args.nodes >= 1, f"--nodes {args.nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
-    from esm_neuron.plan import figures, make_plan, render
-    from esm_neuron.shapes import known_shape
+    from esm_neuron.models.shapes import known_shape
+    from esm_neuron.planning.plan import make_plan, metrics, render
     from esm_neuron.tasks import TASKS
 
     made = make_plan(cfg, load_splits(cfg, TASKS[cfg.task.name].needs_labels), args.devices)
-    said, text = figures(made), [render(made)]
+    said, text = metrics(made), [render(made)]
     if args.instance is not None:
-        from esm_neuron import cost
+        from esm_neuron.planning import cost
 
         prices = cost.read_prices(args.prices)
         asked, market = cost.price_of(args.instance, prices)
@@ -204,14 +216,14 @@ def compile_ahead(argv: Sequence[str]) -> int:
     On Trainium: neuron_parallel_compile torchrun --nproc_per_node N -m esm_neuron.cli compile --config FILE, with the
     flags of the training to come.
     """
-    from esm_neuron import settings
+    from esm_neuron.config import settings
 
     cfg = settings.parse(argv, "compile")
-    from esm_neuron.run import compile_programs as run_compilation
+    from esm_neuron.training.run import compile_graphs as run_compilation
 
     if cfg.backend == "neuron" and os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") != "1":
-        say("compiling one program after the other; start as `neuron_parallel_compile torchrun ...` for all at once")
-    say(f"{run_compilation(cfg, say)} programs compiled")
+        log("compiling one program after the other; start as `neuron_parallel_compile torchrun ...` for all at once")
+    log(f"{run_compilation(cfg, log)} programs compiled")
     return 0
 
 
@@ -222,11 +234,11 @@ def doctor(argv: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, help="YAML of a run: decides which variables are set; default: defaults")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
-    from esm_neuron.doctor import examine, render
+    from esm_neuron.planning.doctor import examine, render
 
     cfg = TrainConfig()
     if args.config is not None:
-        from esm_neuron import settings
+        from esm_neuron.config import settings
 
         cfg = settings.read_config(args.config)
     found = examine(cfg)
@@ -234,11 +246,69 @@ def doctor(argv: Sequence[str]) -> int:
     return 1 if args.backend and found.lacks[args.backend] else 0
 
 
-def data(argv: Sequence[str]) -> int:
-    """Look at a file of proteins (data check FILE), or get those of the docs (data get NAME)."""
-    from esm_neuron.data import commands
+def data_check(argv: Sequence[str]) -> int:
+    """Lengths, alphabet, repeats, labels, conflicts, leaks and faults of a file; exit code 1 where rows have faults."""
+    parser = CommandParser(prog="esm-neuron data check", description=data_check.__doc__)
+    parser.add_argument(
+        "file", help="FASTA, CSV, TSV, JSONL, Parquet, a saved dataset or hf://owner/name@revision/split"
+    )
+    parser.add_argument("--id_column", default=DataConfig.id_column, help="default: %(default)s")
+    parser.add_argument("--sequence_column", default=DataConfig.sequence_column, help="default: %(default)s")
+    parser.add_argument("--label_column", help="looked at where it is named")
+    parser.add_argument(
+        "--task",
+        choices=[name for name in get_args(TaskName) if name != "masked_lm"],
+        default=TaskConfig.name,
+        help="what its labels are: one a protein, several joined by `;`, a number, one a residue; default: %(default)s",
+    )
+    parser.add_argument("--split_column", help="looked at where it is named")
+    parser.add_argument("--train", default="train", help="value of the split column for training rows")
+    parser.add_argument("--homologs", choices=["kmer", "mmseqs", "off"], default="kmer", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args(argv)
+    from esm_neuron.data.check import check_file
 
-    return commands.data(argv)
+    _, valid, test = DataConfig.split_names
+    cfg = DataConfig(
+        id_column=args.id_column,
+        sequence_column=args.sequence_column,
+        label_column=args.label_column or DataConfig.label_column,
+        split_column=args.split_column,
+        split_names=(args.train, valid, test),
+    )
+    method = None if args.homologs == "off" else args.homologs
+    found = check_file(args.file, cfg, args.task if args.label_column else None, method)
+    print(json.dumps(asdict(found), indent=2) if args.json else found.render())
+    return 1 if found.faults else 0
+
+
+def data_get(argv: Sequence[str]) -> int:
+    """Fetch the public original of a data set of the docs and rebuild our file from it, both proven by sha256."""
+    from esm_neuron.data.download import RECIPES
+    from esm_neuron.data.download import get as fetch
+
+    parser = CommandParser(prog="esm-neuron data get", description=data_get.__doc__)
+    parser.add_argument("name", choices=list(RECIPES), help="which data set, see docs/data.md")
+    parser.add_argument("--output", type=Path, default=Path("data"), help="folder to write to; default: %(default)s")
+    parser.add_argument("--archive", type=Path, help="the package's wheel or .tar.gz where pip cannot fetch it")
+    args = parser.parse_args(argv)
+    print(fetch(args.name, args.output, args.archive))
+    print(RECIPES[args.name].licence)
+    return 0
+
+
+DATA_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": data_check, "get": data_get}
+"""Sub-command -> function of the words after it, returning the exit code."""
+
+
+def data(argv: Sequence[str]) -> int:
+    """Look at a file of proteins (`data check`), or get those of the docs (`data get`)."""
+    parser = CommandParser(prog="esm-neuron data", description=data.__doc__)
+    parser.add_argument(
+        "command", choices=list(DATA_COMMANDS), help="`data check --help` and `data get --help` tell more"
+    )
+    args = parser.parse_args(argv[:1])
+    return DATA_COMMANDS[args.command](argv[1:])
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -258,7 +328,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 """Command -> function of the words after it, returning the exit code."""
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """One line for a person, in one write, without secrets."""
     sys.stderr.write(redact(line) + "\n")
     sys.stderr.flush()
@@ -269,9 +339,9 @@ def _on_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say_on_main(line: str) -> None:
+def _log_on_main(line: str) -> None:
     if _on_main():
-        say(line)
+        log(line)
 
 
 def _print_json(found: Any) -> None:
@@ -309,13 +379,13 @@ def _usage() -> str:
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """`sys.excepthook` of a program: a traceback without secrets."""
-    say("".join(traceback.format_exception(kind, error, trace)).rstrip())
+    log("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def show_failure(failed: threading.ExceptHookArgs) -> None:
     """`threading.excepthook` of a program: what failed beside it; an error of the file system is one line."""
     if isinstance(failed.exc_value, OSError):
-        say(f"WARNING: {failed.thread and failed.thread.name}: {failed.exc_value}")
+        log(f"WARNING: {failed.thread and failed.thread.name}: {failed.exc_value}")
     elif failed.exc_value is not None:
         show_traceback(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
@@ -328,13 +398,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(argv)
     except EsmNeuronError as error:
-        say(f"esm-neuron: error: {error}")
+        log(f"esm-neuron: error: {error}")
         return error.exit_code
     except OSError as error:  # a disk that is full, a folder that cannot be written
-        say(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")
+        log(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")
         return 2
     except KeyboardInterrupt:  # ctrl-C where no step has to be finished first
-        say("esm-neuron: stopped by SIGINT")
+        log("esm-neuron: stopped by SIGINT")
         return 128 + signal.SIGINT
 
 
@@ -355,7 +425,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        say(f"esm-neuron: error: unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
+        log(f"esm-neuron: error: unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
         return 2
     logging.setLogRecordFactory(RedactedRecord)  # libraries have loggers and handlers of their own
     handler = logging.StreamHandler()

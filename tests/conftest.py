@@ -105,8 +105,14 @@ def make_toys(folder: Path) -> Toy:
     }
     sections: dict[str, dict[str, Any]] = {
         "model": {"name": "tiny", "init": "random"},
-        "data": {**files, "max_residues": 62, "window_overlap": 8, "row_tokens": 128, "max_segments": 6},
-        "loop": {"max_steps": 8, "rows_per_step": 4, "rows_per_device": 4, "eval_rows_per_device": 4, "eval_every": 4},
+        "data": {**files, "max_residues": 62, "window_overlap": 8, "pack_tokens": 128, "max_segments": 6},
+        "loop": {
+            "max_steps": 8,
+            "packs_per_step": 4,
+            "packs_per_device": 4,
+            "eval_packs_per_device": 4,
+            "eval_every": 4,
+        },
         "log": {"every": 1, "tensorboard": False},
     }
 
@@ -120,20 +126,20 @@ def make_toys(folder: Path) -> Toy:
     return make
 
 
-def assert_same_figures(found: Mapping[str, Any], expected: Mapping[str, Any], **tolerance: float) -> None:
+def assert_same_metrics(found: Mapping[str, Any], expected: Mapping[str, Any], **tolerance: float) -> None:
     """The same names and values within `tolerance` (see `pytest.approx`), in nested figures too."""
     assert set(found) == set(expected)
     for name, value in expected.items():
         if isinstance(value, Mapping):
-            assert_same_figures(found[name], value, **tolerance)
+            assert_same_metrics(found[name], value, **tolerance)
         else:
             assert found[name] == pytest.approx(value, **tolerance), name
 
 
 @pytest.fixture(scope="session")
-def same_figures() -> Callable[..., None]:
+def same_metrics() -> Callable[..., None]:
     """`assert_same_figures`, which a test file cannot import."""
-    return assert_same_figures
+    return assert_same_metrics
 
 
 LABEL_COLUMNS = {
@@ -175,7 +181,7 @@ def make_task_toys(make: Toy, folder: Path) -> dict[str, TrainConfig]:
         "valid_fraction": 0.2,
         "max_residues": 40,
         "long_sequences": "window",
-        "row_tokens": 64,
+        "pack_tokens": 64,
     }
     return {
         task: make(
@@ -183,7 +189,7 @@ def make_task_toys(make: Toy, folder: Path) -> dict[str, TrainConfig]:
             task={"name": task, **LEARNT.get(task, {})},
             model={"pooling": "attention"},
             data={**data, "label_column": column},
-            loop={"max_steps": 6, "rows_per_device": 2, "eval_every": 3},
+            loop={"max_steps": 6, "packs_per_device": 2, "eval_every": 3},
             optim={"lr": 1e-2},
         )
         for task, column in LABEL_COLUMNS.items()

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-from esm_neuron.backends.base import Backend
-from esm_neuron.backends.common import from_peers
+from esm_neuron.backends.base import Backend, from_peers
 from esm_neuron.config import TrainConfig
-from esm_neuron.rules import check_backend
+from esm_neuron.config.rules import check_backend
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BACKENDS = {
     "cpu": ("esm_neuron.backends.cpu", "CpuBackend"),
@@ -50,6 +49,6 @@ def opened_backend(cfg: TrainConfig) -> Iterator[Backend]:
         try:
             backend.close(wait=False)
         except RuntimeError as error:  # of groups whose peers are gone; the first error is the one to be read
-            log.warning("leaving the process group failed too: %s", error)
+            logger.warning("leaving the process group failed too: %s", error)
         raise
     backend.close()

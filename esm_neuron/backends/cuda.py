@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from esm_neuron.attention import ATTENTIONS, Attention, varlen_attention
+from esm_neuron.backends.base import make_gradient_buffers
 from esm_neuron.backends.eager import EagerBackend
-from esm_neuron.config import TrainConfig, require
-from esm_neuron.parallel.topology import Topology
+from esm_neuron.backends.topology import Topology
+from esm_neuron.config import OptimConfig, TrainConfig, require
+from esm_neuron.models.attention import ATTENTIONS, Attention, varlen_attention
+from esm_neuron.models.quantize import bitsandbytes
 
 UNCOMPILED = "varlen_uncompiled"
 """Name of `varlen` as compiled blocks call it."""
@@ -74,3 +79,20 @@ def choose_device(local_rank: int) -> torch.device:
         "processes a node (torchrun --nproc_per_node)",
     )
     return torch.device("cuda", local_rank)
+
+
+def paged_adamw8bit(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer with its state made; parameters of fewer than 4,096 numbers keep float32 moments.
+
+    Raises:
+        ConfigError: bitsandbytes is missing.
+    """
+    optim = bitsandbytes("bitsandbytes.optim.adamw", "optim.kind=adamw8bit", "optim.kind=adamw")
+    make_gradient_buffers(groups)
+    named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+    optimizer: Any = optim.PagedAdamW8bit(named, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, number, place)
+    made: torch.optim.Optimizer = optimizer
+    return made

@@ -13,22 +13,27 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from esm_neuron.adapters import store_frozen_linears
-from esm_neuron.backends import common, fsdp
-from esm_neuron.backends.common import (
+from esm_neuron.backends import base as common
+from esm_neuron.backends import eager as fsdp
+from esm_neuron.backends.base import (
     adamw,
+    copy_to_host,
     mix_seed,
     normalise_clip_update,
     patience,
     trainable,
+    upload,
 )
+from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig, require
-from esm_neuron.low_rank import fuse_lora
-from esm_neuron.model import encoder_of
-from esm_neuron.parallel.slices import Shard
-from esm_neuron.parallel.topology import Topology
+from esm_neuron.models.esm2 import encoder_of
+from esm_neuron.models.lora import fuse_lora, store_frozen_linears
+from esm_neuron.models.tensor_parallel import Shard
 
 T = TypeVar("T")
 
@@ -113,7 +118,7 @@ class EagerBackend:
 
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
         if cfg.kind == "adamw8bit":
-            from esm_neuron.backends.adamw8bit import paged_adamw8bit  # needs bitsandbytes
+            from esm_neuron.backends.cuda import paged_adamw8bit  # needs bitsandbytes
 
             return paged_adamw8bit(groups, cfg)
         return adamw(groups, cfg, self.device, fused=True)
@@ -197,3 +202,35 @@ class EagerBackend:
     def close(self, wait: bool = True) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def shard_fully(model: nn.Module, device: str, ranks: int) -> None:
+    """Cut `model` over `ranks` in place, moving it to the device a block at a time; gradients will be sums.
+
+    Parameters travel in the type that they are stored in: a frozen linear in bfloat16, a trained one in float32, so
+    that the numbers are those of one device.
+    """
+    mesh = init_device_mesh(device, (ranks,))
+    for module in (*encoder_of(model).encoder.layer, model):
+        # Also the root, which FSDP2 would leave whole after a forward pass, for the backward pass to come. After a
+        # validation none comes, and a checkpoint would look for moments by parameters that the optimizer does not have.
+        cut = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        cut.set_gradient_divide_factor(1.0)
+        cut.set_force_sum_reduction_for_comms(True)  # else a factor of 1 asks for an operation that only NCCL has
+
+
+def fetch(tensor: Tensor) -> Tensor:
+    """The whole tensor on the host; where it is cut, a collective that leaves it on rank 0 and nothing elsewhere: a
+    host has a rank a GPU, and not the memory for as many copies of a model and its moments."""
+    if not isinstance(tensor, DTensor):
+        return copy_to_host(tensor)
+    whole = tensor.full_tensor()
+    return copy_to_host(whole if dist.get_rank() == 0 else whole.new_empty(0))
+
+
+def place(whole: Tensor, target: Tensor) -> Tensor:
+    """`whole`, which every rank has, laid like `target`; no rank sends anything."""
+    if not isinstance(target, DTensor):
+        return upload(whole, target.device)
+    moved = whole.to(target.device)
+    return distribute_tensor(moved, target.device_mesh, target.placements, src_data_rank=None)

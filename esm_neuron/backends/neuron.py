@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.esm.modeling_esm import EsmSelfAttention
 
-from esm_neuron.backends.common import (
+from esm_neuron.backends.base import (
     make_gradient_buffers,
     mean_scale,
     mix_seed,
@@ -30,11 +30,10 @@ from esm_neuron.backends.common import (
 )
 from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_trouble, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
+from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
-from esm_neuron.parallel.plan import HEADED, PLAN, Style, in_block, padded_heads
-from esm_neuron.parallel.slices import Shard, shard_of
-from esm_neuron.parallel.topology import Topology
+from esm_neuron.models.tensor_parallel import HEADED, PLAN, Shard, Style, in_block, padded_heads, shard_of
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esm_neuron.backends.common import upload
+from esm_neuron.backends.base import upload
+from esm_neuron.backends.topology import Topology
 from esm_neuron.errors import CheckpointError
-from esm_neuron.parallel.slices import join, shard_of, whole_shape
-from esm_neuron.parallel.topology import Topology
+from esm_neuron.models.tensor_parallel import join, shard_of, whole_shape
 
 Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]
 

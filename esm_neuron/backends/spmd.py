@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.backends import common
+from esm_neuron.backends import base as common
+from esm_neuron.backends.topology import Topology, divisors
 from esm_neuron.backends.xla import XlaBackend, import_torch_xla
 from esm_neuron.config import OptimConfig, TrainConfig, require
-from esm_neuron.parallel.slices import cut_of
-from esm_neuron.parallel.topology import Topology, divisors
+from esm_neuron.models.tensor_parallel import cut_of
 
 
 def create(cfg: TrainConfig) -> XlaBackend:

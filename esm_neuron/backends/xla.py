@@ -14,19 +14,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.adapters import store_frozen_linears
-from esm_neuron.backends import common
-from esm_neuron.backends.common import (
+from esm_neuron.backends import base as common
+from esm_neuron.backends.base import (
     adamw,
     mix_seed,
     move_keeping_ties,
     normalise_clip_update,
     trainable,
 )
+from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
-from esm_neuron.parallel.slices import Shard
-from esm_neuron.parallel.topology import Topology
+from esm_neuron.models.lora import store_frozen_linears
+from esm_neuron.models.tensor_parallel import Shard
 
 T = TypeVar("T")
 

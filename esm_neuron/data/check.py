@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.batch import ExampleTable, select_records
+from esm_neuron.data.dataset import ExampleTable, select_records
+from esm_neuron.data.homology import MOST, Method, find_homologs
 from esm_neuron.data.labels import KINDS, LabelRows, balance, label_keys
 from esm_neuron.data.records import LIST_JOINER
-from esm_neuron.data.relatives import MOST, Method, find_relatives
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validate import Checker, labelled, text_hashes
+from esm_neuron.data.validation import Checker, labelled, text_hashes
 
 SHOWN = 20
 """Labels that the text names."""
@@ -28,8 +28,8 @@ class Leak:
     rows: int
     in_train: int
     """With a sequence that is a training row's too."""
-    related: int | None
-    """With a relative among the training rows; None: not looked for (by choice, or over `relatives.MOST` rows)."""
+    homologs: int | None
+    """With a homolog among the training rows; None: not looked for (by choice, or over `homologs.MOST` rows)."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Check:
         if self.splits is not None:
             lines.append("splits: " + ", ".join(f"{name} {count}" for name, count in self.splits.items()))
         for name, leak in self.leaks.items():
-            related = f"{leak.related} with a relative there"
-            if leak.related is None:
+            has_homolog = f"{leak.homologs} with a homolog there"
+            if leak.homologs is None:
                 many = f" ({self.rows} rows are more than {MOST})" if self.rows > MOST else ""
-                related = f"relatives not looked for{many}"
-            lines.append(f"leaks: {name}: of {leak.rows} rows {leak.in_train} are in the training rows, {related}")
+                has_homolog = f"homologs not looked for{many}"
+            lines.append(f"leaks: {name}: of {leak.rows} rows {leak.in_train} are in the training rows, {has_homolog}")
         lines.append(f"faults: {self.faults}" if self.faults else "faults: none")
         return "\n".join([*lines, *(f"  {fault}" for fault in self.first_faults)])
 
@@ -95,7 +95,7 @@ def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | No
         path: see `sources.read_chunks`.
         cfg: columns; with a split column, the first of `split_names` is the training rows.
         task: whose labels the label column has, one of `labels.KINDS`; None: there are none to look at.
-        method: how relatives are found; None: they are not looked for, as in files of more than `relatives.MOST` rows.
+        method: how homologs are found; None: they are not looked for, as in files of more than `homologs.MOST` rows.
 
     Raises:
         DataError: the file cannot be read, is malformed or empty, or lacks a column.
@@ -169,12 +169,14 @@ def _leaks(
     learnt = splits == train
     if not learnt.any() or learnt.all():
         return {}
-    related = np.zeros(len(splits), dtype=bool)
+    has_homolog = np.zeros(len(splits), dtype=bool)
     if method is not None:
-        related[~learnt] = find_relatives(select_records(table, ~learnt)[0], select_records(table, learnt)[0], method)
+        has_homolog[~learnt] = find_homologs(
+            select_records(table, ~learnt)[0], select_records(table, learnt)[0], method
+        )
     found = {}
     for name in dict.fromkeys(splits[~learnt].tolist()):
         own = splits == name
         copies = int(np.isin(sequences[own], sequences[learnt]).sum())
-        found[name] = Leak(int(own.sum()), copies, int(related[own].sum()) if method is not None else None)
+        found[name] = Leak(int(own.sum()), copies, int(has_homolog[own].sum()) if method is not None else None)
     return found

@@ -15,7 +15,7 @@ import pyarrow as pa
 from esm_neuron.config import DataConfig, require
 from esm_neuron.data.records import row_unit
 from esm_neuron.data.sources import CHUNK_ROWS, filter_column, make_rows, read_chunks
-from esm_neuron.data.validate import Checker, Rejected, Report, quote
+from esm_neuron.data.validation import Checker, Rejected, Report, quote
 from esm_neuron.errors import DataError
 
 SPLITS = ("train", "valid", "test")

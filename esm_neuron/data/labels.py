@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import TaskConfig, require
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, to_number
-from esm_neuron.data.validate import Problems, quote
+from esm_neuron.data.validation import Problems, quote
 from esm_neuron.errors import ConfigError, DataError
 
 UNKNOWN = -1

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from esm_neuron.config import TrainConfig
-from esm_neuron.data.batch import PAD_SEGMENT, Batch, ExampleTable, TargetMaker
+from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, TargetMaker
 from esm_neuron.data.packing import EpochPlan, attention_cost, bucket_candidates, choose_buckets, plan_epoch
 from esm_neuron.data.tokenizer import PAD
 from esm_neuron.errors import ConfigError
@@ -44,7 +44,7 @@ class StepData:
 
 
 def select_row_lengths(cfg: TrainConfig, lengths: np.ndarray, hidden_size: int) -> tuple[int, ...]:
-    """The row lengths of a run: `data.row_tokens`, and with `data.max_buckets` > 1 shorter ones that pay.
+    """The row lengths of a run: `data.pack_tokens`, and with `data.max_buckets` > 1 shorter ones that pay.
 
     Args:
         cfg: the run's configuration.
@@ -52,20 +52,20 @@ def select_row_lengths(cfg: TrainConfig, lengths: np.ndarray, hidden_size: int) 
         hidden_size: width of the model; the wider, the less attention weighs and the less a short row saves.
 
     Returns:
-        Row lengths in tokens, ascending; the last is `data.row_tokens`.
+        Row lengths in tokens, ascending; the last is `data.pack_tokens`.
 
     Raises:
         DataError: there is no example, or one does not fit a row.
     """
     if cfg.data.max_buckets == 1:
-        return (cfg.data.row_tokens,)
+        return (cfg.data.pack_tokens,)
     return choose_buckets(
         lengths,
-        bucket_candidates(cfg.data.row_tokens),
+        bucket_candidates(cfg.data.pack_tokens),
         cfg.data.max_buckets,
         _segments(cfg),
         attention_cost(hidden_size),
-        cfg.loop.rows_per_step,
+        cfg.loop.packs_per_step,
     )
 
 
@@ -81,20 +81,20 @@ def training_plan(cfg: TrainConfig, lengths: np.ndarray, row_lengths: Sequence[i
     Raises:
         DataError: there is no example, or one does not fit a row.
     """
-    rows, rng = cfg.loop.rows_per_step, _rng(cfg.seed, epoch)
+    rows, rng = cfg.loop.packs_per_step, _rng(cfg.seed, epoch)
     return plan_epoch(lengths, row_lengths, _segments(cfg), rows, rng)
 
 
 def evaluation_plan(cfg: TrainConfig, lengths: np.ndarray, row_lengths: Sequence[int], devices: int = 1) -> EpochPlan:
     """The passes of an evaluation over `devices` data-parallel devices; otherwise as `training_plan`."""
-    rows, rng = cfg.loop.eval_rows_per_device * devices, _rng(cfg.seed, _EVALUATION)
+    rows, rng = cfg.loop.eval_packs_per_device * devices, _rng(cfg.seed, _EVALUATION)
     return plan_epoch(lengths, row_lengths, _segments(cfg), rows, rng)
 
 
 class TrainLoader:
     """The training batches of one data-parallel rank, by optimizer step.
 
-    A step of a bucket shorter than `data.row_tokens` has `data.row_tokens // length` times the rows, so that all steps
+    A step of a bucket shorter than `data.pack_tokens` has `data.pack_tokens // length` times the rows, so that all steps
     hold about the same number of tokens. A bucket's last step of an epoch is filled up with rows of weight 0.
 
     Args:
@@ -106,10 +106,10 @@ class TrainLoader:
         local_dp: devices over which this process spreads the rows of a batch (`Backend.local_dp`).
         static_shapes: True: every batch of a bucket has one shape. False: filler rows and the columns that are padding
             in every row are left out of a batch, which is less work where a new shape costs nothing.
-        row_lengths: row lengths in tokens, such as `select_row_lengths` gives; None: `data.row_tokens` alone.
+        row_lengths: row lengths in tokens, such as `select_row_lengths` gives; None: `data.pack_tokens` alone.
 
     Raises:
-        ConfigError: `loop.rows_per_step` is not a multiple of `loop.rows_per_device` times `dp` times `local_dp`.
+        ConfigError: `loop.packs_per_step` is not a multiple of `loop.packs_per_device` times `dp` times `local_dp`.
         DataError: there is no example, or one does not fit a row.
     """
 
@@ -131,7 +131,7 @@ class TrainLoader:
         """Forward passes of this rank in one optimizer step."""
         self._cfg, self._dp, self._dp_rank = cfg, dp, dp_rank
         self._lengths = table.lengths.astype(np.int32)
-        chosen = (cfg.data.row_tokens,) if row_lengths is None else row_lengths
+        chosen = (cfg.data.pack_tokens,) if row_lengths is None else row_lengths
         self.row_lengths: tuple[int, ...] = tuple(sorted(chosen))
         """Row lengths in tokens, ascending."""
         self._collator = _Collator(table, task, _segments(cfg), cfg.seed, static_shapes)
@@ -153,11 +153,11 @@ class TrainLoader:
     def load(self, step: int) -> StepData:
         """`batches` with what they hold, made in one go: `prefetch(map(loader.load, range(first, last)), 2)`."""
         epoch, local = divmod(step, self.steps_per_epoch)
-        row_tokens, rows = self.plan(epoch).step(local)
+        pack_tokens, rows = self.plan(epoch).step(local)
         count = len(rows) // self.passes
         # Pass by pass, then rank by rank: two passes of one rank hold what one pass of each of two ranks holds.
         share = [_share(rows[n * count : (n + 1) * count], self._dp, self._dp_rank) for n in range(self.passes)]
-        batches = [self._collator(part, row_tokens, epoch) for part in share]
+        batches = [self._collator(part, pack_tokens, epoch) for part in share]
         return StepData(step, batches, self._residues(rows))
 
     def record_ids(self, step: int) -> list[str]:
@@ -218,7 +218,7 @@ class EvalLoader:
         """The examples that are given."""
         self._dp, self._dp_rank = dp, dp_rank
         self._collator = _Collator(table, task, _segments(cfg), cfg.seed, static_shapes)
-        chosen = (cfg.data.row_tokens,) if row_lengths is None else row_lengths
+        chosen = (cfg.data.pack_tokens,) if row_lengths is None else row_lengths
         self._plan = evaluation_plan(cfg, lengths, chosen, dp * local_dp)
         self.row_lengths: tuple[int, ...] = tuple(sorted(self._plan.step(step)[0] for step in self._plan.first_steps()))
         """Tokens of the rows that its batches have."""
@@ -236,8 +236,8 @@ class EvalLoader:
         return map(self._batch, self._plan.first_steps())
 
     def _batch(self, step: int) -> Batch:
-        row_tokens, rows = self._plan.step(step)
-        return self._collator(_share(rows, self._dp, self._dp_rank), row_tokens, _EVALUATION)
+        pack_tokens, rows = self._plan.step(step)
+        return self._collator(_share(rows, self._dp, self._dp_rank), pack_tokens, _EVALUATION)
 
 
 class _Collator:
@@ -247,22 +247,22 @@ class _Collator:
         self._table, self._task, self._segments, self._seed = table, task, segments, seed
         self._static_shapes = static_shapes
         # A batch of filler rows alone must have the labels' type and shape of all others: learnt from an example.
-        label = np.asarray(task.target(table, 0, _rng(seed, _EVALUATION, 0)).label)
+        label = np.asarray(task.example_target(table, 0, _rng(seed, _EVALUATION, 0)).label)
         self._label_type, self._label_shape = label.dtype, label.shape[1:] if task.per_token else label.shape
 
-    def __call__(self, rows: Sequence[np.ndarray], row_tokens: int, epoch: int) -> Batch:
+    def __call__(self, rows: Sequence[np.ndarray], pack_tokens: int, epoch: int) -> Batch:
         """Rows of examples, filler rows last, as a batch; `epoch` seeds the examples' randomness."""
         if not self._static_shapes:
             rows = [row for row in rows if len(row)] or rows[:1]
-        size = (len(rows), row_tokens)
-        answers = size if self._task.per_token else (len(rows), self._segments)
+        size = (len(rows), pack_tokens)
+        predictions = size if self._task.per_token else (len(rows), self._segments)
         input_ids = np.full(size, PAD, np.int64)
         segment_ids = np.full(size, PAD_SEGMENT, np.int64)
         positions = np.zeros(size, np.int64)
-        labels = np.zeros((*answers, *self._label_shape), self._label_type)
-        weights = np.zeros(answers, np.float32)
+        labels = np.zeros((*predictions, *self._label_shape), self._label_type)
+        weights = np.zeros(predictions, np.float32)
         members = np.full((len(rows), self._segments), -1, np.int64)
-        count = np.arange(row_tokens)
+        count = np.arange(pack_tokens)
         longest = 1
         for r, row in enumerate(rows):
             members[r, : len(row)] = row
@@ -270,7 +270,7 @@ class _Collator:
             for s, example in enumerate(row.tolist()):
                 # a protein is evaluated alike whatever shares its file, piece or request
                 name = self._table.content(example) if epoch == _EVALUATION else example
-                target = self._task.target(self._table, example, _rng(self._seed, epoch, name))
+                target = self._task.example_target(self._table, example, _rng(self._seed, epoch, name))
                 start, end = end, end + len(target.tokens)
                 input_ids[r, start:end] = target.tokens
                 segment_ids[r, start:end] = s
@@ -279,7 +279,7 @@ class _Collator:
                 labels[r, answer] = target.label
                 weights[r, answer] = target.weight
             longest = max(longest, end)
-        width = row_tokens if self._static_shapes else longest
+        width = pack_tokens if self._static_shapes else longest
         answered = width if self._task.per_token else self._segments
         return Batch(
             input_ids=_tensor(input_ids, width),
@@ -343,16 +343,16 @@ def accumulated_passes(cfg: TrainConfig, dp: int) -> int:
     """Forward passes in an optimizer step of each of `dp` data-parallel devices.
 
     Raises:
-        ConfigError: `loop.rows_per_step` does not give each of them the same number.
+        ConfigError: `loop.packs_per_step` does not give each of them the same number.
     """
-    rows, per_device = cfg.loop.rows_per_step, cfg.loop.rows_per_device
+    rows, per_device = cfg.loop.packs_per_step, cfg.loop.packs_per_device
     unit = per_device * dp
     if rows % unit:
         below, above = rows // unit * unit, (rows // unit + 1) * unit
         cure = f"{below} or {above}" if below else f"{above}, or fewer rows per device"
         raise ConfigError(
-            f"loop.rows_per_step={rows} is not a multiple of {unit} (loop.rows_per_device={per_device} on {dp} "
-            f"data-parallel ranks); use loop.rows_per_step={cure}"
+            f"loop.packs_per_step={rows} is not a multiple of {unit} (loop.packs_per_device={per_device} on {dp} "
+            f"data-parallel ranks); use loop.packs_per_step={cure}"
         )
     return rows // unit
 

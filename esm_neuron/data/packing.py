@@ -21,9 +21,9 @@ _NOBODY = np.empty(0, np.int32)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rows of one make-up: `rows` rows of `row_tokens` slots, each with the same number of sequences of each length."""
+    """Rows of one make-up: `rows` rows of `pack_tokens` slots, each with the same number of sequences of each length."""
 
-    row_tokens: int
+    pack_tokens: int
     """Slots of a row."""
     parts: tuple[tuple[int, int], ...]
     """(length in tokens, how many) of the sequences in each row, longest first."""
@@ -38,14 +38,14 @@ class Recipe:
     @property
     def free(self) -> int:
         """Slots of a row that are still padding."""
-        return self.row_tokens - sum(length * count for length, count in self.parts)
+        return self.pack_tokens - sum(length * count for length, count in self.parts)
 
 
 @dataclass(frozen=True)
 class PackPlan:
     """Rows of one length and the examples that lie in them, in compressed sparse rows."""
 
-    row_tokens: int
+    pack_tokens: int
     """Slots of a row."""
     row_offsets: np.ndarray
     """int64 [rows + 1]: row r holds `members[row_offsets[r]:row_offsets[r + 1]]`."""
@@ -67,7 +67,7 @@ class PackPlan:
         Args:
             lengths: [examples] tokens of every example, specials included.
         """
-        slots = self.rows * self.row_tokens
+        slots = self.rows * self.pack_tokens
         return float(lengths[self.members].sum(dtype=np.int64) / slots) if slots else 1.0
 
     def trimmed_slots(self, lengths: np.ndarray, rows: int) -> int:
@@ -85,7 +85,7 @@ class EpochPlan:
 
     packs: tuple[PackPlan, ...]
     """One plan a bucket, shortest rows first."""
-    rows_per_step: tuple[int, ...]
+    packs_per_step: tuple[int, ...]
     """Rows of a step, for each bucket."""
     bucket: np.ndarray
     """int64 [steps]: the bucket of each step."""
@@ -102,9 +102,9 @@ class EpochPlan:
             Slots of a row, and for each row its examples; the filler rows of a bucket's last step have none.
         """
         bucket, first = int(self.bucket[index]), int(self.first_row[index])
-        pack, rows = self.packs[bucket], self.rows_per_step[bucket]
+        pack, rows = self.packs[bucket], self.packs_per_step[bucket]
         held = [pack.row(r) for r in range(first, min(first + rows, pack.rows))]
-        return pack.row_tokens, held + [_NOBODY] * (rows - len(held))
+        return pack.pack_tokens, held + [_NOBODY] * (rows - len(held))
 
     def first_steps(self, limit: int | None = None) -> list[int]:
         """The first step of each bucket that has one, ascending; of the first `limit` steps only, if given."""
@@ -121,9 +121,9 @@ class EpochPlan:
         """
         tokens = sum(int(lengths[pack.members].sum(dtype=np.int64)) for pack in self.packs)
         if batches is None:
-            step_slots = np.array([p.row_tokens * r for p, r in zip(self.packs, self.rows_per_step, strict=True)])
+            step_slots = np.array([p.pack_tokens * r for p, r in zip(self.packs, self.packs_per_step, strict=True)])
             return tokens / int(step_slots[self.bucket].sum())
-        pairs = zip(self.packs, self.rows_per_step, strict=True)
+        pairs = zip(self.packs, self.packs_per_step, strict=True)
         return tokens / sum(pack.trimmed_slots(lengths, rows // batches) for pack, rows in pairs)
 
 
@@ -207,25 +207,25 @@ def plan_buckets(
         return order[start : start + number]
 
     return tuple(
-        _fill([recipe for recipe in recipes if recipe.row_tokens == row_tokens], row_tokens, draw, rng, order.dtype)
-        for row_tokens in sorted(set(row_lengths))
+        _fill([recipe for recipe in recipes if recipe.pack_tokens == pack_tokens], pack_tokens, draw, rng, order.dtype)
+        for pack_tokens in sorted(set(row_lengths))
     )
 
 
 def plan_epoch(
-    lengths: np.ndarray, row_lengths: Sequence[int], max_segments: int, rows_per_step: int, rng: np.random.Generator
+    lengths: np.ndarray, row_lengths: Sequence[int], max_segments: int, packs_per_step: int, rng: np.random.Generator
 ) -> EpochPlan:
     """The steps of one epoch over all examples; their number depends on the length histogram alone, not on `rng`.
 
     Args:
         lengths, row_lengths, max_segments, rng: as in `plan_buckets`; `rng` also decides which bucket comes when.
-        rows_per_step: rows of a step of the longest bucket; see `bucket_rows` for the others.
+        packs_per_step: rows of a step of the longest bucket; see `bucket_rows` for the others.
 
     Raises:
         DataError: as in `plan_buckets`.
     """
     packs = plan_buckets(lengths, row_lengths, max_segments, rng)
-    rows = tuple(bucket_rows(rows_per_step, pack.row_tokens, max(row_lengths)) for pack in packs)
+    rows = tuple(bucket_rows(packs_per_step, pack.pack_tokens, max(row_lengths)) for pack in packs)
     steps = [-(-pack.rows // count) for pack, count in zip(packs, rows, strict=True)]
     bucket = rng.permutation(np.repeat(np.arange(len(packs)), steps))
     first_row = np.empty(len(bucket), np.int64)
@@ -234,12 +234,12 @@ def plan_epoch(
     return EpochPlan(packs, rows, bucket, first_row)
 
 
-def bucket_rows(rows: int, row_tokens: int, longest_row: int) -> int:
+def bucket_rows(rows: int, pack_tokens: int, longest_row: int) -> int:
     """Rows of a shorter bucket that make about as many slots as `rows` rows of the longest: rows * (longest // own).
 
     So a step costs about the same, and weighs about as many residues, whatever its bucket.
     """
-    return rows * (longest_row // row_tokens)
+    return rows * (longest_row // pack_tokens)
 
 
 def attention_cost(hidden_size: int) -> Callable[[int], float]:
@@ -249,16 +249,16 @@ def attention_cost(hidden_size: int) -> Callable[[int], float]:
     their use L h a token each: L * 12 h^2 + L^2 * 2 h. With attention over segments only, the second term does not
     depend on the row length, and one bucket is as good as several.
     """
-    return lambda row_tokens: 12.0 * hidden_size**2 * row_tokens + 2.0 * hidden_size * row_tokens**2
+    return lambda pack_tokens: 12.0 * hidden_size**2 * pack_tokens + 2.0 * hidden_size * pack_tokens**2
 
 
-def bucket_candidates(row_tokens: int, multiple: int = 64, parts: int = 8) -> tuple[int, ...]:
-    """Row lengths worth trying, ascending: `row_tokens`, and its halves, thirds ... eighths rounded down to `multiple`.
+def bucket_candidates(pack_tokens: int, multiple: int = 64, parts: int = 8) -> tuple[int, ...]:
+    """Row lengths worth trying, ascending: `pack_tokens`, and its halves, thirds ... eighths rounded down to `multiple`.
 
-    Such lengths fill a step of `row_tokens` slots a row almost exactly (`bucket_rows`).
+    Such lengths fill a step of `pack_tokens` slots a row almost exactly (`bucket_rows`).
     """
-    shorter = {row_tokens // part // multiple * multiple for part in range(2, parts + 1)}
-    return tuple(sorted((shorter - {0}) | {row_tokens}))
+    shorter = {pack_tokens // part // multiple * multiple for part in range(2, parts + 1)}
+    return tuple(sorted((shorter - {0}) | {pack_tokens}))
 
 
 def choose_buckets(
@@ -267,7 +267,7 @@ def choose_buckets(
     max_buckets: int,
     max_segments: int,
     cost: Callable[[int], float],
-    rows_per_step: int = 1,
+    packs_per_step: int = 1,
 ) -> tuple[int, ...]:
     """The row lengths with the least predicted cost, from the length histogram.
 
@@ -284,7 +284,7 @@ def choose_buckets(
         max_buckets: most row lengths to use, at least 1.
         max_segments: most sequences in a row.
         cost: predicted cost of one row of a length, such as `attention_cost(hidden_size)`.
-        rows_per_step: rows of a step of the longest bucket.
+        packs_per_step: rows of a step of the longest bucket.
 
     Returns:
         Row lengths, ascending.
@@ -302,8 +302,8 @@ def choose_buckets(
     def total(choice: tuple[int, ...]) -> float:
         rows = dict.fromkeys(choice, 0)
         for recipe in pack_histogram(counts, choice, max_segments):
-            rows[recipe.row_tokens] += recipe.rows
-        in_step = {row_tokens: bucket_rows(rows_per_step, row_tokens, longest) for row_tokens in choice}
+            rows[recipe.pack_tokens] += recipe.rows
+        in_step = {pack_tokens: bucket_rows(packs_per_step, pack_tokens, longest) for pack_tokens in choice}
         return sum(-(-rows[n] // in_step[n]) * in_step[n] * cost(n) for n in choice)
 
     shorter = sorted(set(candidates) - {longest})
@@ -317,7 +317,7 @@ def _check_lengths(lengths: np.ndarray, longest_row: int) -> None:
     longest, shortest = int(lengths.argmax()), int(lengths.argmin())
     if lengths[longest] > longest_row:
         raise DataError(
-            f"example {longest} has {lengths[longest]} tokens, a row holds {longest_row}; use data.row_tokens >= "
+            f"example {longest} has {lengths[longest]} tokens, a row holds {longest_row}; use data.pack_tokens >= "
             f"{lengths[longest]}, or crop or window it with data.max_residues <= {longest_row - 2}"
         )
     if lengths[shortest] < 1:
@@ -338,7 +338,7 @@ def _shuffled_by_length(lengths: np.ndarray, counts: np.ndarray, rng: np.random.
 
 def _fill(
     recipes: Sequence[Recipe],
-    row_tokens: int,
+    pack_tokens: int,
     draw: Callable[[int, int], np.ndarray],
     rng: np.random.Generator,
     index: np.dtype,
@@ -357,4 +357,4 @@ def _fill(
         starts = row_offsets[place[done : done + recipe.rows]]
         members[starts[:, None] + np.arange(recipe.segments)] = rows
         done += recipe.rows
-    return PackPlan(row_tokens, row_offsets, members)
+    return PackPlan(pack_tokens, row_offsets, members)

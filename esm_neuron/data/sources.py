@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from esm_neuron.config import DataConfig
+from esm_neuron.data.parquet import read_dataset, read_hub, read_parquet
 from esm_neuron.data.records import LIST_JOINER, TABLES, Column, Reader, Record, is_hub
-from esm_neuron.data.table_formats import read_dataset, read_hub, read_parquet
-from esm_neuron.data.text_formats import read_delimited, read_fasta, read_jsonl
+from esm_neuron.data.text_files import read_delimited, read_fasta, read_jsonl
 from esm_neuron.errors import DataError
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 16_384, 1 << 24

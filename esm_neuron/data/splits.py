@@ -11,23 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
-from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.cache import TableWriter, cached, content_hash, content_key, open_table
+from esm_neuron.data.dataset import CUTS, ExampleTable, chunk_table
+from esm_neuron.data.homology import MOST, clusters
 from esm_neuron.data.intake import SPLITS, Part, data_files, passes, read_parts
 from esm_neuron.data.labels import COLUMNS, KINDS, STRATA, LabelRows, class_names, joiner_of, label_keys, resolve
 from esm_neuron.data.records import LIST_JOINER
-from esm_neuron.data.relatives import MOST, clusters
 from esm_neuron.data.sources import CHUNK_ROWS, read_chunks
-from esm_neuron.data.store import TableWriter, cached, content_hash, content_key, open_table
-from esm_neuron.data.tables import CUTS, chunk_table
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validate import Checker, Problems, Rejected, Report, labelled, text_hashes
+from esm_neuron.data.validation import Checker, Problems, Rejected, Report, labelled, text_hashes
 from esm_neuron.errors import ConfigError, DataError
 
 _SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
 _CACHE_VERSION = 4
 """Of what `_save` writes: another number makes every cached folder anew."""
-_UNCACHED_DATA = {"cache", "relatives", "packing", "row_tokens", "max_segments", "max_buckets", *SPLITS}
+_UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", "max_buckets", *SPLITS}
 _UNCACHED_TASK = {
     "class_weights", "label_smoothing", "focal_gamma", "mask_probability", "target_mean", "target_sd",
 }  # fmt: skip
@@ -132,7 +131,7 @@ def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
 
 def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     """All that the tables follow from: the files' kind and content, settings that matter, the alphabet, the version."""
-    by_clusters = {"relatives"} if cfg.data.sample == "clusters" else set()
+    by_clusters = {"homologs"} if cfg.data.sample == "clusters" else set()
     unused = _UNCACHED_DATA - by_clusters
     data = {name: value for name, value in asdict(cfg.data).items() if name not in unused}
     task = {name: value for name, value in asdict(cfg.task).items() if name not in _UNCACHED_TASK}
@@ -251,10 +250,10 @@ def _label_rows(part: Part, cfg: DataConfig) -> Iterator[LabelRows]:
 
 
 def _families(train: Part, cfg: DataConfig) -> np.ndarray:
-    """int64 [rows]: the cluster of relatives that each row is in, by whole sequences; see `relatives.clusters`."""
-    if cfg.relatives == "off":
+    """int64 [rows]: the cluster of homologs that each row is in, by whole sequences; see `homologs.clusters`."""
+    if cfg.homologs == "off":
         raise ConfigError(
-            "data.sample=clusters with data.relatives=off: clusters are of relatives; use data.relatives=kmer or mmseqs"
+            "data.sample=clusters with data.homologs=off: clusters are of homologs; use data.homologs=kmer or mmseqs"
         )
     require(
         len(train) <= MOST,
@@ -266,7 +265,7 @@ def _families(train: Part, cfg: DataConfig) -> np.ndarray:
     table = ExampleTable(
         tokens, offsets, rows, np.ones(len(rows), np.float32), np.empty(0), [str(row) for row in rows.tolist()]
     )
-    return clusters(table, cfg.relatives)
+    return clusters(table, cfg.homologs)
 
 
 def _sample_families(train: Part, families: np.ndarray, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
@@ -288,7 +287,7 @@ def _sample_families(train: Part, families: np.ndarray, cfg: TrainConfig, name: 
     if not chosen.any():
         largest = int(np.bincount(families).max())
         raise DataError(
-            f"{train.source}: no cluster of relatives can be held out for {_ROWS[name]} ({rows} training rows, "
+            f"{train.source}: no cluster of homologs can be held out for {_ROWS[name]} ({rows} training rows, "
             f"{len(np.unique(families))} clusters, the largest of {largest} rows); use data.sample=rows, or give "
             f"data.{name}"
         )

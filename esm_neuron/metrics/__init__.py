@@ -5,9 +5,9 @@ the world. Values that are undefined (AUROC with one class present) are None, wh
 """
 
 from esm_neuron.metrics.bootstrap import Value
-from esm_neuron.metrics.classification import classification_figures
-from esm_neuron.metrics.multi_label import multi_label_figures
-from esm_neuron.metrics.perplexity import masked_lm_figures
-from esm_neuron.metrics.regression import regression_figures
+from esm_neuron.metrics.classification import classification_metrics
+from esm_neuron.metrics.masked_lm import masked_lm_metrics
+from esm_neuron.metrics.multi_label import multi_label_metrics
+from esm_neuron.metrics.regression import regression_metrics
 
-__all__ = ["Value", "classification_figures", "masked_lm_figures", "multi_label_figures", "regression_figures"]
+__all__ = ["Value", "classification_metrics", "masked_lm_metrics", "multi_label_metrics", "regression_metrics"]

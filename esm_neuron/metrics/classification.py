@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn import metrics as sk
 
-from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
-from esm_neuron.metrics.ranking import Curve
+from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, with_intervals
 
 NAMES = ("loss", "accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
 
 
-def classification_figures(
+def classification_metrics(
     probabilities: np.ndarray,
     labels: np.ndarray,
     loss: np.ndarray,
@@ -53,7 +52,7 @@ def classification_figures(
     losses, sizes = np.bincount(unit, loss, len(found)), np.bincount(unit, minlength=len(found))
     curves = [Curve.of(probabilities[:, c], labels == c, unit, len(found)) for c in range(classes)]
 
-    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
+    def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
         matrix = (counts @ cells).reshape(-1, classes, classes)
         drawn = {"loss": counts @ losses / (counts @ sizes), **confusion_scores(matrix)}
         for c, f1 in enumerate(_f1(matrix).T):
@@ -64,7 +63,7 @@ def classification_figures(
             drawn[name] = np.mean([drawn[f"{name}/{c}"] for c in shown], axis=0)
         return drawn
 
-    drawn = bootstrap(len(found), figures, max((curve.thresholds for curve in curves), default=0))
+    drawn = bootstrap(len(found), metrics, max((curve.thresholds for curve in curves), default=0))
     per_class = {}
     for c, name in enumerate(names):
         own = {kind: drawn[f"{kind}/{c}"] for kind in ("f1", "auroc", "auprc")} if drawn else {}

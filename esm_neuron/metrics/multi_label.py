@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn import metrics as sk
 
-from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
+from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, with_intervals
 from esm_neuron.metrics.classification import binary_scores
-from esm_neuron.metrics.ranking import Curve
 
 THRESHOLD = 0.5
 """Probability from which a label is said to be there."""
 NAMES = ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
 
 
-def multi_label_figures(
+def multi_label_metrics(
     probabilities: np.ndarray, truth: np.ndarray, loss: np.ndarray, names: Sequence[str], intervals: bool = False
 ) -> dict[str, Value]:
     """Figures over proteins.
@@ -53,7 +52,7 @@ def multi_label_figures(
     exact = (truth == said).all(1).astype(float)
     curves = [Curve.of(probabilities[:, c], truth[:, c], everyone, n) for c in range(len(names))]
 
-    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
+    def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
         both, either = 2 * (counts @ right), counts @ marked
         with np.errstate(invalid="ignore"):
             f1 = np.where(either > 0, both / either, 0.0)
@@ -65,7 +64,7 @@ def multi_label_figures(
             drawn |= {f"f1/{c}": f1[:, c], f"auroc/{c}": areas[c, 0], f"auprc/{c}": areas[c, 1]}
         return drawn
 
-    drawn = bootstrap(n, figures, max((curve.thresholds for curve in curves), default=0))
+    drawn = bootstrap(n, metrics, max((curve.thresholds for curve in curves), default=0))
     own = [{kind: drawn[f"{kind}/{c}"] for kind in ("f1", "auroc", "auprc") if drawn} for c in range(len(names))]
     shown = {name: with_intervals(per_class[c], own[c]) for c, name in enumerate(names)}
     return {**with_intervals(values, drawn), "per_class": shown}

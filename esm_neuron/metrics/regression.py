@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import stats
+from scipy.stats import spearmanr
 
 from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
 
 NAMES = ("loss", "spearman", "pearson", "rmse", "mae", "r2")
 
 
-def regression_figures(
+def regression_metrics(
     predicted: np.ndarray, truth: np.ndarray, scale: float = 1.0, intervals: bool = False
 ) -> dict[str, Value]:
     """Figures over proteins.
@@ -42,7 +43,7 @@ def regression_figures(
     # centred first: the sums below would cancel where a mean is large against its spread
     x, y = predicted - predicted.mean(), truth - truth.mean()
 
-    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
+    def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
         squares, absolute = counts @ error**2 / n, counts @ np.abs(error) / n
         variance = counts @ y**2 / n - (counts @ y / n) ** 2
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -56,7 +57,7 @@ def regression_figures(
             "r2": r2,
         }
 
-    return with_intervals(values, bootstrap(n, figures))
+    return with_intervals(values, bootstrap(n, metrics))
 
 
 def correlations(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -77,3 +78,34 @@ def ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
     drawn = np.add.reduceat(counts[:, order], starts, axis=1)
     last = np.cumsum(drawn, axis=1)
     return np.asarray((last - (drawn - 1) / 2)[:, group])
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> dict[str, Value]:
+    """`n`, `spearman` (by scipy; ties share their mean rank) and `spearman_ci`, 95 % over resampled rows.
+
+    Args:
+        one, other: float64 [n]. The figure is None below two different values of either.
+    """
+    n = len(one)
+    defined = n > 1 and np.ptp(one) > 0 and np.ptp(other) > 0
+    values: dict[str, Value] = {"n": n, "spearman": float(spearmanr(one, other)[0]) if defined else None}
+    groups = [np.unique(side, return_inverse=True)[1] for side in (one, other)]
+    return with_intervals(values, bootstrap(n, lambda counts: {"spearman": _of_draws(counts, groups)}))
+
+
+def _of_draws(counts: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+    """Spearman [k] of resamples as multiplicities [k, n]; `groups` numbers the distinct values [n] of each side."""
+    first, second = (_ranks(counts, group) for group in groups)
+    middle = (counts.sum(1, keepdims=True) + 1) / 2
+    first, second = first - middle, second - middle
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt((counts * first**2).sum(1) * (counts * second**2).sum(1))
+        return np.asarray((counts * first * second).sum(1) / scale)
+
+
+def _ranks(counts: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The mean rank [k, n], from 1, of every row in each resample."""
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    held = np.add.reduceat(counts[:, order], starts, axis=1)
+    return np.asarray((np.cumsum(held, axis=1) - (held - 1) / 2)[:, group])

@@ -44,16 +44,16 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
-def shown(figures: Mapping[str, Any]) -> list[Shown]:
+def shown(metrics: Mapping[str, Any]) -> list[Shown]:
     """The figures of an evaluation that have an interval, in their order; counts and figures by class have none."""
-    names = [name for name in figures if f"{name}_ci" in figures]
-    return [show(figures, name) for name in names]
+    names = [name for name in metrics if f"{name}_ci" in metrics]
+    return [show(metrics, name) for name in names]
 
 
-def show(figures: Mapping[str, Any], name: str) -> Shown:
+def show(metrics: Mapping[str, Any], name: str) -> Shown:
     """One figure of an evaluation."""
-    bounds = figures.get(f"{name}_ci")
-    return Shown(name, figures.get(name), None if bounds is None else (bounds[0], bounds[1]))
+    bounds = metrics.get(f"{name}_ci")
+    return Shown(name, metrics.get(name), None if bounds is None else (bounds[0], bounds[1]))
 
 
 def trained_text(adapter: AdapterConfig) -> str:
@@ -63,42 +63,42 @@ def trained_text(adapter: AdapterConfig) -> str:
     return {"none": "full fine-tuning", "head": "head only", "lora": "LoRA"}[adapter.kind]
 
 
-def counted(figures: Mapping[str, Any], task: str) -> str:
+def counted(metrics: Mapping[str, Any], task: str) -> str:
     """What an evaluation has scored: `862 proteins`, `9,120 residues of 40 proteins`."""
-    proteins = figures.get("n_records", figures["n"])
+    proteins = metrics.get("n_records", metrics["n"])
     of_proteins = f"{proteins:,} protein{'' if proteins == 1 else 's'}"
-    if "n_records" not in figures:
+    if "n_records" not in metrics:
         return of_proteins
-    return f"{figures['n']:,} {'hidden ' if task == 'masked_lm' else ''}residues of {of_proteins}"
+    return f"{metrics['n']:,} {'hidden ' if task == 'masked_lm' else ''}residues of {of_proteins}"
 
 
 def clean_of(result: Mapping[str, Any], split: str) -> str:
     """What the clean rows of a split are."""
-    return f"without a relative in the training rows (by {result['leaks'][split]['method']})"
+    return f"without a homolog in the training rows (by {result['leaks'][split]['method']})"
 
 
 def leak_text(result: Mapping[str, Any], split: str) -> str:
-    """A sentence: how many rows of a split have a relative in the training rows; that it is not known, where it is."""
+    """A sentence: how many rows of a split have a homolog in the training rows; that it is not known, where it is."""
     leak = (result.get("leaks") or {}).get(split)
     if leak is None:
-        return f"Relatives of {split} rows in the training rows were not looked for."
-    related = f"{leak['related']:,} of {leak['rows']:,} {split} rows"
-    return f"{related} have a relative in the training rows (by {leak['method']})."
+        return f"Homologs of {split} rows in the training rows were not looked for."
+    has_homolog = f"{leak['homologs']:,} of {leak['rows']:,} {split} rows"
+    return f"{has_homolog} have a homolog in the training rows (by {leak['method']})."
 
 
 def best_baseline(baselines: Mapping[str, Mapping[str, Any]], metric: str) -> tuple[str, Shown] | None:
     """The baseline with the best `metric` and its figure; None where there is none or it is defined for none."""
-    known = {name: show(figures, metric) for name, figures in baselines.items() if figures.get(metric) is not None}
+    known = {name: show(metrics, metric) for name, metrics in baselines.items() if metrics.get(metric) is not None}
     sign = -1 if metric in LOWER_IS_BETTER else 1
     return max(known.items(), key=lambda item: sign * (item[1].value or 0.0), default=None)
 
 
-def verdict(figures: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]], metric: str) -> str:
+def verdict(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]], metric: str) -> str:
     """A sentence: whether a model is better than the best baseline on `metric`; empty where that cannot be said.
 
     Intervals that overlap are called undecided; they are of the same rows, so a paired test may still tell.
     """
-    best, own = best_baseline(baselines, metric), show(figures, metric)
+    best, own = best_baseline(baselines, metric), show(metrics, metric)
     if best is None or own.value is None:
         return ""
     name, other = best

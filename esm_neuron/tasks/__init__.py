@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from esm_neuron.config import TaskConfig
-from esm_neuron.tasks.base import Answers, Column, Task
+from esm_neuron.tasks.base import Column, Predictions, Task
 from esm_neuron.tasks.masked_lm import MaskedLM
 from esm_neuron.tasks.multi_label import MultiLabel
 from esm_neuron.tasks.regression import Regression
 from esm_neuron.tasks.residues import ResidueClassification
 from esm_neuron.tasks.sequence import SequenceClassification
 
-__all__ = ["TASKS", "Answers", "Column", "Task", "create_task"]
+__all__ = ["TASKS", "Column", "Predictions", "Task", "create_task"]
 
 TASKS: dict[str, Any] = {
     "sequence_classification": SequenceClassification,

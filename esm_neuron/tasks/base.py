@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 from transformers import EsmConfig, PreTrainedModel
 
 from esm_neuron.config import ModelConfig, TaskConfig
-from esm_neuron.data.batch import Batch, ExampleTable, Target
+from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.metrics import Value
+from esm_neuron.models.esm2 import (
+    PackedForPooledClassification,
+    PackedForSequenceClassification,
+    PooledEsmConfig,
+    head_names,
+)
 
-Answers = Sequence[np.ndarray]
+Predictions = Sequence[np.ndarray]
 """What `evaluate.collect` found for every example of a table, in the table's order: arrays [examples, ...], or
 [tokens of the table, ...] for a task that answers each token."""
 Column = np.ndarray | list[str] | list[np.ndarray]
@@ -30,7 +36,7 @@ class Task(Protocol):
     """Whether a source must have a label column."""
     per_token: bool
     """Whether targets are one a token or one a sequence."""
-    answers_per_token: bool
+    predictions_per_token: bool
     """Whether `answers` are one a token [R, L, ...] or one a segment [R, S, ...]."""
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
@@ -45,7 +51,7 @@ class Task(Protocol):
         """Names of the modules that a pretrained ESM-2 does not have: drawn anew and always trained."""
         ...
 
-    def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """See `data.batch.TargetMaker`."""
         ...
 
@@ -53,19 +59,19 @@ class Task(Protocol):
         """(sum of weighted losses, sum of weights), scalars: sums, so that passes and ranks add up exactly."""
         ...
 
-    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """What an evaluation keeps of a batch, float32 [R, S, ...] or [R, L, ...] a tensor, on the device."""
         ...
 
-    def figures(self, table: ExampleTable, answers: Answers, intervals: bool = False) -> dict[str, Value]:
+    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """How good the answers to a table with labels are; with `intervals` also 95 % bootstrap intervals."""
         ...
 
-    def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
+    def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """What is told of each record of a table: column -> a value a record, in the order of `table.ids`."""
         ...
 
-    def truth(self, table: ExampleTable) -> Column | None:
+    def targets(self, table: ExampleTable) -> Column | None:
         """What a table's labels say of each record, in the words of `outputs`; None for a task without labels."""
         ...
 
@@ -85,3 +91,38 @@ def weights_of(cfg: TaskConfig, labels: Sequence[str]) -> np.ndarray:
     if isinstance(cfg.class_weights, dict):
         return np.array([cfg.class_weights[label] for label in labels], np.float32)
     return np.ones(len(labels), np.float32)
+
+
+class PooledTask:
+    """One vector a protein, and a head on it; subclasses say what is answered and how it is learnt."""
+
+    greater_is_better = True
+    needs_labels = True
+    per_token = False
+    predictions_per_token = False
+
+    def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
+        self.cfg = cfg
+        self.labels = tuple(labels)
+
+    def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
+        """Add the answers and the pooling; what transformers would compute otherwise becomes a type of its own."""
+        values = config.to_dict() | {"pooling": model.pooling} | self._answered()
+        values.update(label2id={label: i for i, label in values["id2label"].items()})
+        values.pop("model_type", None)
+        plain = model.pooling == "cls" and values["problem_type"] != "regression"
+        configured: EsmConfig = (EsmConfig if plain else PooledEsmConfig).from_dict(values)
+        return configured
+
+    def _answered(self) -> dict[str, Any]:
+        """Entries of the model's configuration: `id2label`, `problem_type`."""
+        return {"id2label": dict(enumerate(self.labels)), "problem_type": "single_label_classification"}
+
+    def build(self, config: EsmConfig) -> PreTrainedModel:
+        """See `Task.build`."""
+        kind = PackedForPooledClassification if isinstance(config, PooledEsmConfig) else PackedForSequenceClassification
+        return kind(config)
+
+    def head(self, config: EsmConfig) -> tuple[str, ...]:
+        """See `Task.head`."""
+        return head_names(config)

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from transformers import EsmConfig, PreTrainedModel
 
 from esm_neuron.config import ModelConfig, TaskConfig
-from esm_neuron.data.batch import Batch, ExampleTable, Target
+from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK
-from esm_neuron.metrics import Value, masked_lm_figures
-from esm_neuron.model import PackedForMaskedLM
-from esm_neuron.tasks.base import Answers, Column
+from esm_neuron.metrics import Value, masked_lm_metrics
+from esm_neuron.models.esm2 import PackedForMaskedLM
+from esm_neuron.tasks.base import Column, Predictions
 
 
 class MaskedLM:
@@ -30,7 +30,7 @@ class MaskedLM:
     greater_is_better = False
     needs_labels = False
     per_token = True
-    answers_per_token = False
+    predictions_per_token = False
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
         self._probability = cfg.mask_probability
@@ -47,7 +47,7 @@ class MaskedLM:
         """None: the LM head is ESM-2's own."""
         return ()
 
-    def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """The original token ids, int64 [n], with weight 1 at the chosen residues."""
         original = table.sequence(example)
         chosen = (rng.random(len(original)) < self._probability) & (original != CLS) & (original != EOS)
@@ -66,7 +66,7 @@ class MaskedLM:
         flat = logits.float().flatten(0, 1)
         return F.cross_entropy(flat, batch.labels.flatten(), reduction="none").view_as(batch.weights)
 
-    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Per segment [R, S]: summed loss, number of targets, number of these answered right."""
         right = logits.argmax(-1) == batch.labels
         slots = torch.arange(batch.max_segments, device=batch.segment_ids.device).view(1, -1, 1)
@@ -74,22 +74,22 @@ class MaskedLM:
         per_token = (self._losses(logits, batch) * batch.weights, batch.weights, right * batch.weights)
         return tuple((member @ values.unsqueeze(-1)).squeeze(-1) for values in per_token)
 
-    def figures(self, table: ExampleTable, answers: Answers, intervals: bool = False) -> dict[str, Value]:
+    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """See `masked_lm_figures`."""
-        return masked_lm_figures(self._sums(table, answers), intervals)
+        return masked_lm_metrics(self._sums(table, predictions), intervals)
 
-    def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
+    def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """hidden (residues asked for), loss (nats a residue) and perplexity; NaN where none was hidden."""
-        loss, hidden, _ = self._sums(table, answers).T
+        loss, hidden, _ = self._sums(table, predictions).T
         with np.errstate(invalid="ignore"):
             mean = loss / hidden
         return {"hidden": hidden.astype(np.int64), "loss": mean, "perplexity": np.exp(mean)}
 
-    def truth(self, table: ExampleTable) -> None:
+    def targets(self, table: ExampleTable) -> None:
         """None: the hidden residues are the truth."""
 
     @staticmethod
-    def _sums(table: ExampleTable, answers: Answers) -> np.ndarray:
+    def _sums(table: ExampleTable, predictions: Predictions) -> np.ndarray:
         """float64 [records, 3]: loss, hidden residues and right answers."""
-        columns = [np.bincount(table.record, values.astype(np.float64), len(table.ids)) for values in answers]
+        columns = [np.bincount(table.record, values.astype(np.float64), len(table.ids)) for values in predictions]
         return np.stack(columns, axis=1)

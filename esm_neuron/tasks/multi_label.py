@@ -9,13 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from esm_neuron.config import TaskConfig
-from esm_neuron.data.batch import Batch, ExampleTable, Target
+from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.records import LIST_JOINER
-from esm_neuron.metrics import Value, multi_label_figures
+from esm_neuron.metrics import Value, multi_label_metrics
 from esm_neuron.metrics.multi_label import THRESHOLD
-from esm_neuron.tasks.base import Answers, Column, record_mean, weights_of
+from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean, weights_of
 from esm_neuron.tasks.losses import sigmoid_losses
-from esm_neuron.tasks.pooled import PooledTask
 
 
 class MultiLabel(PooledTask):
@@ -30,7 +29,7 @@ class MultiLabel(PooledTask):
     def _answered(self) -> dict[str, Any]:
         return super()._answered() | {"problem_type": "multi_label_classification"}
 
-    def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """float32 [classes]: for a label that the protein has its class weight (above 0), else 0."""
         if not len(table.labels):
             return Target(table.sequence(example), np.zeros(len(self.labels), np.float32), np.asarray(0, np.float32))
@@ -44,27 +43,27 @@ class MultiLabel(PooledTask):
         weighted = losses * (batch.labels + (~has).float())
         return (weighted.mean(-1) * batch.weights).sum(), batch.weights.sum()
 
-    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Logits [R, S, classes]."""
         return (logits.float(),)
 
-    def figures(self, table: ExampleTable, answers: Answers, intervals: bool = False) -> dict[str, Value]:
+    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """See `multi_label_figures`; a record's loss is the mean over windows and classes of the cross entropy."""
-        logits = answers[0].astype(np.float64)
+        logits = predictions[0].astype(np.float64)
         truth = table.labels.astype(bool)
         # - log sigmoid of the logit of what is true, in a form that overflows nowhere
         losses = np.logaddexp(0, np.where(truth[table.record], -logits, logits)).mean(1)
         probabilities = record_mean(table, sigmoid(logits))
-        return multi_label_figures(probabilities, truth, record_mean(table, losses), self.labels, intervals)
+        return multi_label_metrics(probabilities, truth, record_mean(table, losses), self.labels, intervals)
 
-    def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
+    def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """`label` (those with a probability of at least 1 / 2, joined by `;`; may be empty), and as `p_<class>` the
         probability of each class."""
-        probabilities = record_mean(table, sigmoid(answers[0].astype(np.float64)))
+        probabilities = record_mean(table, sigmoid(predictions[0].astype(np.float64)))
         columns: dict[str, Column] = {"label": self._joined(probabilities >= THRESHOLD)}
         return {**columns, **{f"p_{name}": p for name, p in zip(self.labels, probabilities.T, strict=True)}}
 
-    def truth(self, table: ExampleTable) -> Column:
+    def targets(self, table: ExampleTable) -> Column:
         """Each protein's labels, joined by `;`; may be empty."""
         return self._joined(table.labels)
 

@@ -9,10 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from esm_neuron.config import TaskConfig, require
-from esm_neuron.data.batch import Batch, ExampleTable, Target
-from esm_neuron.metrics import Value, regression_figures
-from esm_neuron.tasks.base import Answers, Column, record_mean
-from esm_neuron.tasks.pooled import PooledTask
+from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.metrics import Value, regression_metrics
+from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean
 
 
 class Regression(PooledTask):
@@ -35,7 +34,7 @@ class Regression(PooledTask):
         scale = {"target_mean": self._mean, "target_sd": self._sd}
         return {"id2label": {0: "value"}, "problem_type": "regression", **scale}
 
-    def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """The protein's value, float32; 0 with weight 0 where the table has no labels (prediction)."""
         if not len(table.labels):
             return Target(table.sequence(example), np.asarray(0, np.float32), np.asarray(0, np.float32))
@@ -47,18 +46,18 @@ class Regression(PooledTask):
         errors = (logits.float().squeeze(-1) - batch.labels) / self._sd
         return (errors.square() * batch.weights).sum(), batch.weights.sum()
 
-    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Values [R, S]."""
         return (logits.float().squeeze(-1),)
 
-    def figures(self, table: ExampleTable, answers: Answers, intervals: bool = False) -> dict[str, Value]:
+    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """See `regression_figures`; a record's value is the mean over its windows, and loss is as it is trained."""
-        return regression_figures(record_mean(table, answers[0]), table.labels, self._sd, intervals)
+        return regression_metrics(record_mean(table, predictions[0]), table.labels, self._sd, intervals)
 
-    def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
+    def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """value: the mean over windows."""
-        return {"value": record_mean(table, answers[0])}
+        return {"value": record_mean(table, predictions[0])}
 
-    def truth(self, table: ExampleTable) -> Column:
+    def targets(self, table: ExampleTable) -> Column:
         """Each protein's value."""
         return table.labels

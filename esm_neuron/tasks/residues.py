@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import EsmConfig, PreTrainedModel
 
 from esm_neuron.config import ModelConfig, TaskConfig
-from esm_neuron.data.batch import Batch, ExampleTable, Target
+from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.records import RESIDUE_JOINER
-from esm_neuron.metrics import Value, classification_figures
+from esm_neuron.metrics import Value, classification_metrics
 from esm_neuron.metrics.classification import log_softmax
-from esm_neuron.model import PackedForTokenClassification
-from esm_neuron.tasks.base import Answers, Column, weights_of
+from esm_neuron.models.esm2 import PackedForTokenClassification
+from esm_neuron.tasks.base import Column, Predictions, weights_of
 from esm_neuron.tasks.losses import softmax_losses
 
 NOT_ANSWERED = "-"
@@ -32,7 +32,7 @@ class ResidueClassification:
     greater_is_better = True
     needs_labels = True
     per_token = True
-    answers_per_token = True
+    predictions_per_token = True
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
         self.cfg = cfg
@@ -54,7 +54,7 @@ class ResidueClassification:
         """See `Task.head`."""
         return ("classifier",)
 
-    def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """Class indices int64 [n] weighed by their class; 0 with weight 0 at specials and where nothing is known."""
         tokens = table.sequence(example)
         if not len(table.labels):
@@ -67,13 +67,13 @@ class ResidueClassification:
         losses = softmax_losses(logits, batch.labels, self.cfg.label_smoothing, self.cfg.focal_gamma)
         return (losses * batch.weights).sum(), batch.weights.sum()
 
-    def answers(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Logits [R, L, classes]."""
         return (logits.float(),)
 
-    def figures(self, table: ExampleTable, answers: Answers, intervals: bool = False) -> dict[str, Value]:
+    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """See `classification_figures`: over residues with a label, intervals over proteins."""
-        log_probabilities = log_softmax(answers[0])
+        log_probabilities = log_softmax(predictions[0])
         slot, bounds = table.residue_slots()
         label = residue_labels(table, slot, bounds)
         own = -np.take_along_axis(log_probabilities, np.maximum(table.labels, 0).astype(np.int64)[:, None], axis=1)
@@ -81,13 +81,13 @@ class ResidueClassification:
         probabilities = residue_mean(slot, bounds, np.exp(log_probabilities))[known]
         loss = residue_mean(slot, bounds, own)[known, 0]
         protein = np.repeat(np.arange(len(table.ids)), np.diff(bounds))[known]
-        return classification_figures(probabilities, label[known], loss, self.labels, intervals, protein)
+        return classification_metrics(probabilities, label[known], loss, self.labels, intervals, protein)
 
-    def outputs(self, table: ExampleTable, answers: Answers) -> dict[str, Column]:
+    def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """`labels` (a character a residue; with longer names joined by `,`) and as `p_<class>` each class's
         probabilities, an array a record; `-` and NaN for residues that were cut off."""
         slot, bounds = table.residue_slots()
-        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(answers[0])))
+        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(predictions[0])))
         names = np.array([*self.labels, NOT_ANSWERED], dtype=object)
         said = names[np.where(np.isnan(probabilities[:, 0]), -1, probabilities.argmax(1))]
         joiner = "" if all(len(name) == 1 for name in self.labels) else RESIDUE_JOINER
@@ -97,7 +97,7 @@ class ResidueClassification:
             **{f"p_{name}": np.split(p, bounds[1:-1]) for name, p in zip(self.labels, probabilities.T, strict=True)},
         }
 
-    def truth(self, table: ExampleTable) -> Column:
+    def targets(self, table: ExampleTable) -> Column:
         """The class names of each record's residues; None where nothing is known or the residue was cut off."""
         slot, bounds = table.residue_slots()
         names = np.array([*self.labels, None], dtype=object)

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 # The first of these imports reads nothing of torch: a wrong flag is known at once.
-from esm_neuron import cli, settings
-from esm_neuron.config import TrainConfig
+from esm_neuron import cli
+from esm_neuron.config import TrainConfig, settings
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.files import write_text
 from esm_neuron.redact import redact
@@ -76,7 +76,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         return code
     except (EsmNeuronError, OSError) as error:
         write_failure(base_folder(env), f"esm-neuron: error: {error}")
-        cli.say(f"esm-neuron: error: {error}")
+        cli.log(f"esm-neuron: error: {error}")
         return error.exit_code if isinstance(error, EsmNeuronError) else 2
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from stage import HERE, copy_package, requirements
 
-from esm_neuron import settings
-from esm_neuron.command_parser import CommandParser
-from esm_neuron.config import AdapterConfig, BackendName, require
+from esm_neuron.cli import CommandParser
+from esm_neuron.config import AdapterConfig, BackendName, require, settings
 from esm_neuron.errors import EsmNeuronError
-from esm_neuron.export import CONFIG, MODEL, export, moved
 from esm_neuron.files import write_text
+from esm_neuron.inference.export import CONFIG, MODEL, export
+from esm_neuron.inference.load import moved
 from esm_neuron.redact import redact
 
 TORCH = "torch==2.8.*"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esm_neuron.errors import DataError
-from esm_neuron.serving import Predictor
+from esm_neuron.inference.serving import Predictor
 
 Records = list[tuple[str, str]]
 
@@ -53,9 +53,9 @@ def predict_fn(records: Records, model: Predictor) -> list[dict[str, Any]]:
     return model.answer(records)
 
 
-def output_fn(answers: list[dict[str, Any]], accept: str) -> str:
+def output_fn(predictions: list[dict[str, Any]], accept: str) -> str:
     """The answers as JSON, whatever is asked for: there is one form."""
-    return json.dumps({"answers": answers}, allow_nan=False)
+    return json.dumps({"predictions": predictions}, allow_nan=False)
 
 
 def _fasta(text: str) -> Records:

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import yaml
 
-from esm_neuron import settings
 from esm_neuron.backends.neuron_env import apply_settings
-from esm_neuron.config import TrainConfig, require
-from esm_neuron.cost import Instance, read_prices
+from esm_neuron.backends.topology import Topology, legal_tp
+from esm_neuron.config import TrainConfig, require, settings
+from esm_neuron.config.rules import validate
 from esm_neuron.data.loader import accumulated_passes
 from esm_neuron.errors import ConfigError
-from esm_neuron.parallel.topology import Topology, legal_tp
-from esm_neuron.rules import validate
-from esm_neuron.shapes import known_shape
+from esm_neuron.models.shapes import known_shape
+from esm_neuron.planning.cost import Instance, read_prices
 
 IMAGES = Path(__file__).with_name("images.yaml")
 SPLITS = ("train", "valid", "test")

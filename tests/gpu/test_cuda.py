@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from esm_neuron import run, settings
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 from esm_neuron.files import sha256
+from esm_neuron.training import run
 
 Toy = Callable[..., TrainConfig]
 
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bytes(toy: Toy,
 def test_two_gpus_train_as_one_does(toy: Toy, kind: str, fsdp: bool, precision: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"make test-gpu on a machine with two GPUs or more, this one has {torch.cuda.device_count()}")
-    loop = {"rows_per_device": 2, "precision": precision}
+    loop = {"packs_per_device": 2, "precision": precision}
     one, two = (replace(toy(name, adapter={"kind": kind}, loop=loop), backend="cuda") for name in ("one", "two"))
     two = replace(two, parallel=replace(two.parallel, fsdp=fsdp))
     path = Path(f"{two.output}.yaml")
@@ -104,7 +104,7 @@ def test_two_gpus_train_as_one_does(toy: Toy, kind: str, fsdp: bool, precision: 
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_a_weight_quantized_here_is_the_one_that_the_cpu_makes(bits: str) -> None:
     """A run is exported by the CPU's quantization of its base, whatever it was trained on."""
-    from esm_neuron.quantize import Int8Linear, Nf4Linear  # needs bitsandbytes
+    from esm_neuron.models.quantize import Int8Linear, Nf4Linear  # needs bitsandbytes
 
     torch.manual_seed(0)
     weight = torch.randn(256, 192) * 0.02

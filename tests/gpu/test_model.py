@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esm_neuron.attention import ATTENTIONS
-from esm_neuron.model import PackedForMaskedLM, set_attention
-from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.models.attention import ATTENTIONS
+from esm_neuron.models.esm2 import PackedForMaskedLM, set_attention
+from esm_neuron.models.shapes import SHAPES, esm_config
 
 
 @pytest.mark.gpu

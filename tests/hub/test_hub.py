@@ -8,9 +8,8 @@ from transformers import AutoTokenizer, EsmForMaskedLM
 
 from esm_neuron.config import ModelConfig
 from esm_neuron.data.tokenizer import encode
-from esm_neuron.loading import load_into
-from esm_neuron.model import PackedForMaskedLM
-from esm_neuron.weights import Draw, open_weights
+from esm_neuron.models.esm2 import PackedForMaskedLM
+from esm_neuron.models.weights import Draw, load_into, open_weights
 
 NAME = "facebook/esm2_t6_8M_UR50D"
 UBIQUITIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"

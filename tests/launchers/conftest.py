@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from esm_neuron import settings
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launchers" / "sagemaker"))
@@ -34,7 +33,7 @@ def described(toy: Toy, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def describe(config: dict[str, dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
         shape = {
             "model": {"name": "facebook/esm2_t33_650M_UR50D", "init": "pretrained"},
-            "loop": {"rows_per_step": 128, "rows_per_device": 1},
+            "loop": {"packs_per_step": 128, "packs_per_device": 1},
         }
         path = tmp_path / "run.yaml"
         path.write_text(settings.dump(toy(**{**shape, **(config or {})})))

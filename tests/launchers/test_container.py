@@ -24,9 +24,9 @@ from job import metric_definitions
 from safetensors.torch import load_file
 from transformers import EsmForMaskedLM
 
-from esm_neuron import run, settings
-from esm_neuron.config import TrainConfig
-from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.config import TrainConfig, settings
+from esm_neuron.models.shapes import SHAPES, esm_config
+from esm_neuron.training import run
 
 pytestmark = pytest.mark.launchers
 
@@ -146,7 +146,7 @@ def staged(cfg: TrainConfig, folder: Path, baked: bool = False) -> Path:
 @pytest.fixture(scope="module")
 def long(module_toy: Toy) -> TrainConfig:
     """A run of two ranks that takes a while; its validation file is left to the split of the training file."""
-    cfg = module_toy(loop={"max_steps": STEPS, "rows_per_device": 2, "eval_every": 40}, checkpoint={"every": 5})
+    cfg = module_toy(loop={"max_steps": STEPS, "packs_per_device": 2, "eval_every": 40}, checkpoint={"every": 5})
     return replace(cfg, data=replace(cfg.data, valid=None, test=None))
 
 
@@ -156,7 +156,7 @@ def source(long: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return staged(long, tmp_path_factory.mktemp("staged"))
 
 
-FLAGS = {"config": "run.yaml", "backend": "cpu", "optim.lr": "1e-4", "loop.eval_rows_per_device": "2"}
+FLAGS = {"config": "run.yaml", "backend": "cpu", "optim.lr": "1e-4", "loop.eval_packs_per_device": "2"}
 
 
 def run_all(containers: list[Container], cfg: TrainConfig, source: Path, **env: str) -> list[int]:

@@ -9,8 +9,7 @@ from pathlib import Path
 import entry
 import pytest
 
-from esm_neuron import settings
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 from esm_neuron.errors import ConfigError
 
 Toy = Callable[..., TrainConfig]

@@ -15,10 +15,11 @@ import inference
 import pandas as pd
 import pytest
 
-from esm_neuron import cli, run
+from esm_neuron import cli
 from esm_neuron.config import TrainConfig
+from esm_neuron.config.settings import read_config
 from esm_neuron.errors import DataError
-from esm_neuron.settings import read_config
+from esm_neuron.training import run
 
 Toy = Callable[..., TrainConfig]
 
@@ -59,7 +60,7 @@ def test_the_handler_answers_as_predict_does(toy: Toy, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    many, by_fasta, single = (json.loads(line)["answers"] for line in done.stdout.splitlines())
+    many, by_fasta, single = (json.loads(line)["predictions"] for line in done.stdout.splitlines())
     assert many == by_fasta
 
     assert (

@@ -15,12 +15,12 @@ import yaml
 from job import BACKENDS, SDK_HYPERPARAMETERS, Job, metric_definitions
 
 import esm_neuron
-from esm_neuron import run, settings
 from esm_neuron.backends.neuron_env import SETTINGS
-from esm_neuron.callbacks import format_record
-from esm_neuron.config import TrainConfig
-from esm_neuron.cost import read_prices
+from esm_neuron.config import TrainConfig, settings
 from esm_neuron.errors import ConfigError
+from esm_neuron.planning.cost import read_prices
+from esm_neuron.training import run
+from esm_neuron.training.callbacks import format_record
 
 Described = Callable[..., dict[str, Any]]
 Toy = Callable[..., TrainConfig]
@@ -67,7 +67,7 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"overrides": ("--optim.rate", "1")}, "unknown setting optim.rate"),
         ({"overrides": ("--parallel.tp", "8")}, "parallel.tp=8 does not cut facebook/esm2_t33_650M_UR50D; use 1, 2, 4"),
         ({"overrides": ("--parallel.tp", "3")}, "tp=3 does not divide the world of 32 processes"),
-        ({"overrides": ("--loop.rows_per_step", "48")}, "loop.rows_per_step=48 is not a multiple of 32"),
+        ({"overrides": ("--loop.packs_per_step", "48")}, "loop.packs_per_step=48 is not a multiple of 32"),
         ({"train": "nowhere.csv"}, "train=nowhere.csv: no such file"),
         ({"config": {"data": {"train": None}}}, "train: no training file; give --train FILE or --train s3://bucket"),
         (
@@ -199,7 +199,7 @@ def test_the_source_folder_is_clean(described: Described, tmp_path: Path) -> Non
     package = Path(esm_neuron.__file__).parent
     ours = {f"esm_neuron/{path.relative_to(package)}" for path in package.rglob("*") if "__pycache__" not in path.parts}
     assert held == {"entry.py", "run.yaml", "requirements.txt"} | {name for name in ours if "." in Path(name).name}
-    assert {"esm_neuron/instances.yaml", "esm_neuron/py.typed"} <= held
+    assert {"esm_neuron/planning/instances.yaml", "esm_neuron/py.typed"} <= held
     assert not (stage.stage(tmp_path / "baked", job.config, "neuron", baked=True) / "esm_neuron").exists()
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from esm_neuron import settings
-from esm_neuron.cost import read_prices
+from esm_neuron.config import settings
+from esm_neuron.planning.cost import read_prices
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"

@@ -17,8 +17,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from esm_neuron import settings
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 
 pytestmark = pytest.mark.launchers
 
@@ -51,7 +50,7 @@ def torchrun(cfg: TrainConfig, config: Path, log: Path, **env: str) -> subproces
 @pytest.fixture(scope="module")
 def long(module_toy: Toy) -> TrainConfig:
     """A run long enough to be interrupted, whose weights are best at its first validation: later ones are no better."""
-    loop = {"max_steps": STEPS, "rows_per_device": 2, "eval_every": 50}
+    loop = {"max_steps": STEPS, "packs_per_device": 2, "eval_every": 50}
     return module_toy("long", loop=loop, optim={"lr": 1e-9}, checkpoint={"every": 10, "keep": 3})
 
 

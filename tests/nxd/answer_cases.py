@@ -9,14 +9,14 @@ from pathlib import Path
 from cases import LABELS, configuration
 from parity import COMMANDS
 
-from esm_neuron import run
-from esm_neuron.answers.embed import embed
-from esm_neuron.answers.predict import predict
-from esm_neuron.answers.score import Method, score
 from esm_neuron.config import BackendName
 from esm_neuron.data.tokenizer import RESIDUES
+from esm_neuron.inference.embed import embed
+from esm_neuron.inference.predict import predict
+from esm_neuron.inference.score import Method, score
+from esm_neuron.training import run
 
-SMALL = ("--data.max_residues=46", "--data.row_tokens=48", "--loop.eval_rows_per_device=1")
+SMALL = ("--data.max_residues=46", "--data.pack_tokens=48", "--loop.eval_packs_per_device=1")
 """So that there are several pieces for the copies of the model to share."""
 METHODS: dict[str, Method] = {"score": "pseudo-perplexity", "score marginals": "masked-marginal"}
 """A pass a residue, shared by all; or one piece, while a copy of the model has nothing to do."""
@@ -36,8 +36,8 @@ def make_runs(output: str) -> None:
         labels = LABELS if name == "cls" else None
         few = {"task.name": task, "task.labels": labels, "loop.max_steps": 4, "optim.lr": 0.02}
         cfg = configuration(str(folder / name), set=few)
-        data = replace(cfg.data, train=str(folder / "labelled.csv"), valid_fraction=0.1, relatives="off")
-        run.train(replace(cfg, data=data, log=replace(cfg.log, baselines=False, answers=False)), str)
+        data = replace(cfg.data, train=str(folder / "labelled.csv"), valid_fraction=0.1, homologs="off")
+        run.train(replace(cfg, data=data, log=replace(cfg.log, baselines=False, predictions=False)), str)
 
 
 def answer(output: str, command: str, made: str, backend: BackendName, tp: int = 1) -> None:
@@ -48,10 +48,10 @@ def answer(output: str, command: str, made: str, backend: BackendName, tp: int =
     if command == "evaluate":
         run.evaluate(model, wanted, into, backend, str, words)
     elif command.startswith("predict"):
-        predict(str(model), wanted, into, backend=backend, settings=words, say=str)
+        predict(str(model), wanted, into, backend=backend, settings=words, log=str)
     elif command.startswith("embed"):
         pooling = "residue" if "residues" in command else "mean"
-        embed(str(model), wanted, into, pooling, backend=backend, settings=words, say=str)
+        embed(str(model), wanted, into, pooling, backend=backend, settings=words, log=str)
     else:
         method, wild = METHODS[command], Path(made) / "wild.fasta"
-        score(str(model), wanted, into, method, wild_type=wild, backend=backend, settings=words, say=str)
+        score(str(model), wanted, into, method, wild_type=wild, backend=backend, settings=words, log=str)

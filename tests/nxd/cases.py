@@ -20,7 +20,6 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from esm_neuron.adapters import saved_key
 from esm_neuron.backends import create_backend, neuron, opened_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.backends.neuron import NeuronBackend
@@ -38,18 +37,20 @@ from esm_neuron.config import (
     TaskConfig,
     TrainConfig,
 )
-from esm_neuron.data.batch import Batch, ExampleTable
+from esm_neuron.data.dataset import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS
 from esm_neuron.errors import TrainingError
-from esm_neuron.evaluate import forward, on_device, run_passes
-from esm_neuron.export import plain_model, read_adapter, write_results
-from esm_neuron.model import encoder_of, set_attention
-from esm_neuron.parallel.slices import cut_of, whole_shape
-from esm_neuron.run import train
+from esm_neuron.inference.load import read_adapter
+from esm_neuron.models.esm2 import encoder_of, set_attention
+from esm_neuron.models.lora import saved_key
+from esm_neuron.models.tensor_parallel import cut_of, whole_shape
+from esm_neuron.models.weights import Draw
 from esm_neuron.tasks import Task, create_task
-from esm_neuron.trainer import Trainer
-from esm_neuron.weights import Draw
+from esm_neuron.training.evaluation import forward, on_device, run_passes
+from esm_neuron.training.results import plain_model, write_results
+from esm_neuron.training.run import train
+from esm_neuron.training.trainer import Trainer
 
 RESULTS = "results.safetensors"
 LABELS = ("a", "b", "c")
@@ -61,11 +62,11 @@ def configuration(output: str, **options: Any) -> TrainConfig:
     sections: dict[str, Any] = {
         "model": ModelConfig(name="tiny", init="random"),
         "task": TaskConfig(labels=LABELS),
-        "data": DataConfig(train="-", row_tokens=ROW_TOKENS, max_residues=ROW_TOKENS - 2, max_segments=6),
+        "data": DataConfig(train="-", pack_tokens=ROW_TOKENS, max_residues=ROW_TOKENS - 2, max_segments=6),
         "adapter": AdapterConfig(r=4, alpha=8),
         "parallel": ParallelConfig(),
         "optim": OptimConfig(lr=1e-3, warmup_steps=2, max_grad_norm=0.5),
-        "loop": LoopConfig(max_steps=20, rows_per_step=ROWS, rows_per_device=1, eval_rows_per_device=ROWS),
+        "loop": LoopConfig(max_steps=20, packs_per_step=ROWS, packs_per_device=1, eval_packs_per_device=ROWS),
         "checkpoint": CheckpointConfig(),
         "log": LogConfig(every=1, tensorboard=False),
     }
@@ -183,7 +184,7 @@ class Run:
         where = (self.backend.topology.dp, self.backend.topology.dp_rank)
         return EvalLoader(examples(), self.task, self.cfg, *where, local_dp=self.backend.local_dp)
 
-    def figures(self) -> dict[str, Tensor]:
+    def metrics(self) -> dict[str, Tensor]:
         """What an evaluation of the weights as they are gives, over all ranks."""
         values = self.trainer.evaluate(self.held_out())
         return {f"figure/{name}": torch.tensor(float(value)) for name, value in values.items() if value is not None}
@@ -197,7 +198,7 @@ def parity(output: str, **options: Any) -> None:
     weights, moments = run.backend.gather_state(run.model, run.trainer.optimizer)
     results |= {f"weight/{name}": value for name, value in weights.items()}
     results |= {f"moment/{name}": value for name, value in moments.items()}
-    run.leave({**results, **run.figures()})
+    run.leave({**results, **run.metrics()})
 
 
 def left_out(output: str, **options: Any) -> None:
@@ -253,9 +254,9 @@ def by_protein(output: str, **options: Any) -> None:
     run = Run.start(configuration(output, **options))
     logits = torch.empty(len(run.held_out().table), len(LABELS))
 
-    def take(members: np.ndarray, answers: list[np.ndarray]) -> None:
+    def take(members: np.ndarray, predictions: list[np.ndarray]) -> None:
         used = members >= 0
-        logits[members[used]] = torch.from_numpy(answers[0][used])
+        logits[members[used]] = torch.from_numpy(predictions[0][used])
 
     run_passes(run.model, run.task, run.backend, run.held_out(), take)
     run.leave({"logits": logits, **run.gradients(run.held_out())})
@@ -271,18 +272,18 @@ def lazy(output: str, **options: Any) -> None:
     ahead = Run.start(cfg, create_backend(cfg))
     ahead.trainer.compile([ahead.held_out()])
     ahead.backend.sync()
-    programs = [ahead.backend.graphs()]
+    graphs = [ahead.backend.graphs()]
     run = Run.start(cfg, ahead.backend)
     run.backend.sync()
     step = run.backend.step
 
     def counted(*args: Any) -> Tensor:
-        programs.append(run.backend.graphs())
+        graphs.append(run.backend.graphs())
         return step(*args)
 
     run.backend.step = counted
-    results = {**run.train(), **run.figures()}
-    run.leave({**results, "programs": torch.tensor([*programs, run.backend.graphs()])})
+    results = {**run.train(), **run.metrics()}
+    run.leave({**results, "graphs": torch.tensor([*graphs, run.backend.graphs()])})
 
 
 def resume(output: str, source: str | None = None, **options: Any) -> None:

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from esm_neuron.backends.neuron import NeuronBackend
 from esm_neuron.build import build_model
 from esm_neuron.config import ModelConfig
-from esm_neuron.parallel.slices import whole_shape
-from esm_neuron.safetensors_folder import write_safetensors_folder
+from esm_neuron.models.hf_folder import write_safetensors_folder
+from esm_neuron.models.tensor_parallel import whole_shape
+from esm_neuron.models.weights import open_weights
 from esm_neuron.tasks import create_task
-from esm_neuron.weights import open_weights
 
 
 def write_650m(output: str) -> None:

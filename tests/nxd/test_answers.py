@@ -31,10 +31,10 @@ def columns(path: Path) -> dict[str, np.ndarray]:
     return {name: np.stack(list(frame[name])) for name in frame}
 
 
-def flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Figures within figures by their whole names."""
     found: dict[str, Any] = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
 

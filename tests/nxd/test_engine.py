@@ -18,8 +18,8 @@ from parity import EXACT, KINDS, PACKED, STEP_1, STEP_20, WORLDS, Case, differen
 from safetensors.torch import load_file
 from torch import Tensor
 
-from esm_neuron import checkpoint
-from esm_neuron.adapters import saved_key
+from esm_neuron.models.lora import saved_key
+from esm_neuron.training import checkpoint
 
 World = Callable[[dict[parity.World, list[Case]], parity.World], dict[str, Path]]
 
@@ -60,9 +60,9 @@ def test_one_program_a_pass_and_one_an_update_on_xla(
     expected, got = tensors(world(WORLDS, 1)["cls"]), tensors(tmp_path)
     assert difference(got["losses"], expected["losses"]) <= STEP_20
     assert all(difference(value, expected[key]) <= STEP_20 for key, value in got.items() if key.startswith("figure/"))
-    programs = got["programs"].tolist()
-    assert len(programs) == 22 and programs[0] > 0
-    assert set(programs) == {programs[0]}
+    graphs = got["graphs"].tolist()
+    assert len(graphs) == 22 and graphs[0] > 0
+    assert set(graphs) == {graphs[0]}
 
 
 def test_recomputed_blocks_have_their_gradients_on_xla(
@@ -74,7 +74,7 @@ def test_recomputed_blocks_have_their_gradients_on_xla(
     assert ended.code == 0, ended.output[-4000:]
     expected, got = tensors(world(WORLDS, 1)["cls"]), tensors(tmp_path)
     assert difference(got["losses"], expected["losses"]) <= STEP_20
-    assert len(set(got["programs"].tolist())) == 1
+    assert len(set(got["graphs"].tolist())) == 1
 
 
 def test_the_reference_clips_and_moves(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:

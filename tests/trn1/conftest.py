@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from esm_neuron import settings
 from esm_neuron.backends.neuron_env import installed_version, neuron_cores
-from esm_neuron.config import TrainConfig
-from esm_neuron.doctor import SHOWN
+from esm_neuron.config import TrainConfig, settings
+from esm_neuron.planning.doctor import SHOWN
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "trn1-report.md"
 TIMEOUT = 3 * 3600

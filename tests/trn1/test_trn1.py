@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from esm_neuron import settings
 from esm_neuron.backends.neuron_env import neuron_cores
-from esm_neuron.checkpoint import step_folder
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
+from esm_neuron.training.checkpoint import step_folder
 
 pytestmark = pytest.mark.trn1
 
@@ -39,7 +38,7 @@ def differences(a: list[float], b: list[float]) -> list[float]:
 
 @pytest.mark.parametrize(("processes", "tp"), [(1, 1), (2, 1), (2, 2)])
 def test_losses_equal_those_of_the_cpu(toy: Toy, train: Train, report: Any, processes: int, tp: int) -> None:
-    cfg = toy("cpu", loop={"rows_per_device": 2})
+    cfg = toy("cpu", loop={"packs_per_device": 2})
     ours = train(neuron(cfg, tp, "neuron"), processes)
     found = differences(ours.losses, train(cfg).losses)
     where = f"{processes} cores, tp {tp}"
@@ -50,7 +49,7 @@ def test_losses_equal_those_of_the_cpu(toy: Toy, train: Train, report: Any, proc
 
 
 def test_no_program_is_compiled_after_the_first_steps(toy: Toy, train: Train, report: Any) -> None:
-    run = train(neuron(toy(loop={"rows_per_device": 2, "eval_every": 4}), 2, "graphs"), 2)
+    run = train(neuron(toy(loop={"packs_per_device": 2, "eval_every": 4}), 2, "graphs"), 2)
     report.add("programs after each of 8 steps, validation after 4", ", ".join(map(str, run.graphs)), "two levels")
     assert run.graphs[1] == run.graphs[3]
     assert run.graphs[4] == run.graphs[7]
@@ -60,7 +59,7 @@ def test_programs_compiled_ahead_serve_the_training(
     toy: Toy, train: Train, command: Callable[..., str], report: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("NEURON_COMPILE_CACHE_URL", str(tmp_path / "cache"))
-    cfg = neuron(toy(loop={"rows_per_device": 2}), 2, "ahead")
+    cfg = neuron(toy(loop={"packs_per_device": 2}), 2, "ahead")
     command("compile", cfg, 2, before=("neuron_parallel_compile",))
     assert not Path(cfg.output).exists()
     compiled = set((tmp_path / "cache").rglob("*.neff"))
@@ -72,7 +71,7 @@ def test_programs_compiled_ahead_serve_the_training(
 
 
 def test_a_run_goes_on_at_another_tensor_parallel_degree(toy: Toy, train: Train, report: Any) -> None:
-    cfg = neuron(toy(loop={"rows_per_device": 2}, checkpoint={"every": 4}), 2, "resumed")
+    cfg = neuron(toy(loop={"packs_per_device": 2}, checkpoint={"every": 4}), 2, "resumed")
     whole = train(cfg, 2)
     out = Path(cfg.output)
     shutil.rmtree(step_folder(out / "checkpoints", 8))
@@ -111,9 +110,9 @@ def test_short_training_of_the_650m(
             demo.loop,
             max_steps=20,
             eval_every=20,
-            rows_per_step=32,
-            rows_per_device=1,
-            eval_rows_per_device=1,
+            packs_per_step=32,
+            packs_per_device=1,
+            eval_packs_per_device=1,
             precision=precision,
         ),
     )

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm_neuron.config import DataConfig, TaskConfig
-from esm_neuron.cost import read_prices
+from esm_neuron.config.settings import parse, read_config
 from esm_neuron.data.labels import LabelRows, class_names
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.errors import EsmNeuronError
-from esm_neuron.settings import parse, read_config
+from esm_neuron.planning.cost import read_prices
 
 MORE = 600 << 20
 """Bytes of address space that reading may take beyond what the imports took."""

@@ -46,18 +46,18 @@ class Browser:
 
     def __enter__(self) -> Browser:
         commands, self.write_end = os.pipe()
-        self.read_end, answers = os.pipe()
+        self.read_end, predictions = os.pipe()
         words = [
             str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
             f"--user-data-dir={self.folder / 'profile'}", "about:blank",
         ]  # fmt: skip
         # Chromium reads commands from descriptor 3 and writes answers to 4
-        shell = ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "chromium", *words]
+        shell = ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{predictions}', "chromium", *words]
         self.process = subprocess.Popen(
-            shell, pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            shell, pass_fds=(commands, predictions), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         os.close(commands)
-        os.close(answers)
+        os.close(predictions)
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log"):

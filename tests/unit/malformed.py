@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from esm_neuron import checkpoint
-from esm_neuron.answers.dms import VariantColumns, VariantTable
-from esm_neuron.checkpoint import Snapshot, TrainState
 from esm_neuron.config import DataConfig, TaskConfig, TaskName, TrainConfig
+from esm_neuron.config.rules import validate
+from esm_neuron.config.settings import read_config
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import EsmNeuronError
-from esm_neuron.rules import validate
-from esm_neuron.settings import read_config
+from esm_neuron.inference.variants import VariantColumns, VariantTable
+from esm_neuron.training import checkpoint
+from esm_neuron.training.checkpoint import Snapshot, TrainState
 
 INTRODUCTION = """# Errors
 Malformed files and the line that refuses each, made by `python tests/unit/malformed.py > docs/errors.md`; a test holds

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.data.tokenizer import CLS, EOS, MASK, PAD
-from esm_neuron.model import encoder_of, set_attention
-from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.models.esm2 import encoder_of, set_attention
+from esm_neuron.models.shapes import SHAPES, esm_config
 from esm_neuron.tasks import create_task
 
 LENGTHS = (5, 37, 1, 20, 62)
@@ -69,7 +69,7 @@ def lay(sequences: Sequence[Tensor], rows: Sequence[Row], width: int, segments: 
     return {"input_ids": input_ids, "segment_ids": segment_ids, "positions": positions, "max_segments": segments}
 
 
-def answers(model: nn.Module, sequences: Sequence[Tensor], rows: Sequence[Row], width: int) -> dict[int, Tensor]:
+def predictions(model: nn.Module, sequences: Sequence[Tensor], rows: Sequence[Row], width: int) -> dict[int, Tensor]:
     """Logits of each protein: [classes], or [its tokens, 33]."""
     device = next(model.parameters()).device
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in lay(sequences, rows, width).items()}
@@ -86,7 +86,7 @@ def answers(model: nn.Module, sequences: Sequence[Tensor], rows: Sequence[Row], 
 
 def alone(model: nn.Module, sequences: Sequence[Tensor]) -> dict[int, Tensor]:
     """The same with each protein in a pass of its own, without padding."""
-    return {i: answers(model, sequences, [[i]], len(s))[i] for i, s in enumerate(sequences)}
+    return {i: predictions(model, sequences, [[i]], len(s))[i] for i, s in enumerate(sequences)}
 
 
 def gradients(model: nn.Module, found: dict[int, Tensor]) -> dict[str, Tensor]:

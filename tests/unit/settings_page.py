@@ -11,7 +11,7 @@ from pathlib import Path
 
 CONFIG = Path(__file__).parents[2] / "esm_neuron" / "config.py"
 HEAD = """# Settings
-Made from `esm_neuron/config.py` by `python tests/unit/settings_page.py > docs/settings.md`. Each is a key of the YAML
+Made from `esm_neuron/config/schema.py` by `python tests/unit/settings_page.py > docs/settings.md`. Each is a key of the YAML
 file and a flag: `--optim.lr 3e-4`. `esm-neuron train --print_config` prints them all with their values.
 """
 

@@ -10,8 +10,8 @@ import torch
 from transformers import EsmConfig, EsmForMaskedLM
 
 from esm_neuron.errors import EsmNeuronError
-from esm_neuron.safetensors_folder import write_safetensors_folder
-from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.models.hf_folder import write_safetensors_folder
+from esm_neuron.models.shapes import SHAPES, esm_config
 
 QUERY = "esm.encoder.layer.0.attention.self.query.weight"
 WORDS = "esm.embeddings.word_embeddings.weight"

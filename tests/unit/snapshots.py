@@ -6,7 +6,7 @@ import multiprocessing
 
 import torch
 
-from esm_neuron.checkpoint import Snapshot, TrainState
+from esm_neuron.training.checkpoint import Snapshot, TrainState
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
 FORK = multiprocessing.get_context("fork")

@@ -10,14 +10,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from esm_neuron.adapters import adapt, draw_lora, saved_key, store_frozen_linears
 from esm_neuron.backends import create_backend
 from esm_neuron.build import build_model
 from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.errors import ConfigError
-from esm_neuron.model import encoder_of
-from esm_neuron.parallel.slices import Shard
-from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.models.esm2 import encoder_of
+from esm_neuron.models.lora import adapt, draw_lora, saved_key, store_frozen_linears
+from esm_neuron.models.shapes import SHAPES, esm_config
+from esm_neuron.models.tensor_parallel import Shard
 from esm_neuron.tasks import create_task
 
 LINEARS = {
@@ -154,7 +154,7 @@ def test_a_bfloat16_run_learns_in_float32() -> None:
     cfg = TrainConfig(
         model=ModelConfig(name="tiny", init="random"),
         task=TaskConfig(name="sequence_classification"),
-        data=DataConfig(max_residues=30, row_tokens=32),
+        data=DataConfig(max_residues=30, pack_tokens=32),
         loop=LoopConfig(precision="bf16"),
     )
     backend, task = create_backend(cfg), create_task(cfg.task, ("A", "B"))
@@ -177,7 +177,7 @@ def test_saved_names_are_without_the_adapters_name() -> None:
 def test_a_new_head_starts_alike_whatever_is_trained() -> None:
     def head(kind: str) -> torch.Tensor:
         cfg = TrainConfig(model=ModelConfig(name="tiny", init="random"), adapter=AdapterConfig(kind=kind))
-        cfg = replace(cfg, data=DataConfig(max_residues=30, row_tokens=32))
+        cfg = replace(cfg, data=DataConfig(max_residues=30, pack_tokens=32))
         model = build_model(cfg, create_task(cfg.task, ("A", "B")), create_backend(cfg)).model
         (weight,) = (
             p

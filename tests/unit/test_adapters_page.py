@@ -13,8 +13,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from esm_neuron.config.rules import validate
 from esm_neuron.errors import ConfigError
-from esm_neuron.rules import validate
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
@@ -91,6 +91,6 @@ def test_a_better_kind_has_a_positive_difference_and_pairs_are_of_one_seed(adapt
     assert accuracy["qlora"]["over_both"] == pytest.approx([0, 0])
 
 
-def test_the_page_is_that_of_the_saved_figures(adapters: ModuleType) -> None:
+def test_the_page_is_that_of_the_saved_metrics(adapters: ModuleType) -> None:
     saved = json.loads(adapters.SAVED.read_text(encoding="utf-8"))
     assert adapters.page(saved) == adapters.PAGE.read_text(encoding="utf-8")

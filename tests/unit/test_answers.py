@@ -19,23 +19,26 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import EsmForMaskedLM, EsmModel
 
-from esm_neuron import cli, run
-from esm_neuron.answers import records, stream
-from esm_neuron.answers.embed import embed
-from esm_neuron.answers.parts import Parts
-from esm_neuron.answers.predict import predict
+from esm_neuron import cli
 from esm_neuron.backends import create_backend
 from esm_neuron.config import DataConfig, TrainConfig
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import ConfigError, DataError, TrainingError
-from esm_neuron.export import build_trained, export, read_run
-from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.inference import predict as records
+from esm_neuron.inference import stream
+from esm_neuron.inference.embed import embed
+from esm_neuron.inference.export import export
+from esm_neuron.inference.load import build_trained, read_run
+from esm_neuron.inference.predict import predict
+from esm_neuron.inference.stream import Parts
+from esm_neuron.models.shapes import SHAPES, esm_config
+from esm_neuron.training import run
 
 Toy = Callable[..., TrainConfig]
 Proteins = Callable[..., Path]
 
-SMALL = ("--data.max_residues=62", "--data.window_overlap=8", "--data.row_tokens=64", "--loop.eval_rows_per_device=1")
+SMALL = ("--data.max_residues=62", "--data.window_overlap=8", "--data.pack_tokens=64", "--loop.eval_packs_per_device=1")
 """Pieces of 2,048 tokens: some 50 toy proteins."""
 PATIENCE = 300
 """Seconds that a process may take to import, on a busy machine, and to answer."""
@@ -141,7 +144,7 @@ def test_other_columns_by_overruling(trained: TrainConfig, tmp_path: Path, capsy
     for word, expected in (
         ("--adapter.r=4", "`predict` changes no such setting of a trained model, only data.*, loop.eval"),
         ("--data.id_colum=name", "unknown setting data.id_colum; did you mean data.id_column?"),
-        ("--data.max_residues=2000", "do not fit a row of data.row_tokens=128"),
+        ("--data.max_residues=2000", "do not fit a row of data.pack_tokens=128"),
     ):
         assert cli.main(words("predict", trained.output, tmp_path / "other.csv", tmp_path / "x.csv", word)) == 2
         assert expected in capsys.readouterr().err
@@ -220,7 +223,7 @@ def test_a_run_embeds_with_its_adapter(trained: TrainConfig, tmp_path: Path) -> 
     source = Path(str(trained.data.test))
     embed(trained.output, source, tmp_path / "run.parquet")
     export(Path(trained.output), tmp_path / "merged")
-    embed(str(tmp_path / "merged"), source, tmp_path / "merged.parquet", settings=("--data.row_tokens=2048",))
+    embed(str(tmp_path / "merged"), source, tmp_path / "merged.parquet", settings=("--data.pack_tokens=2048",))
     embed(str(Path(trained.output) / "base"), source, tmp_path / "base.parquet")
     run_, merged, base = (
         np.stack(pd.read_parquet(tmp_path / f"{name}.parquet")["embedding"]) for name in ("run", "merged", "base")
@@ -315,13 +318,13 @@ def test_bad_rows_are_counted_or_named(trained: TrainConfig, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"bad.fasta:3: the sequence of 'b' has '!' at residue 3"):
         predict(trained.output, source, tmp_path / "out.csv")
     skip = ("--data.on_bad_residue=skip",)
-    assert predict(trained.output, source, tmp_path / "out.csv", settings=skip, say=said.append) == 3
+    assert predict(trained.output, source, tmp_path / "out.csv", settings=skip, log=said.append) == 3
     rejected = (tmp_path / "out.csv.rejected.tsv").read_text().splitlines()
     assert len(rejected) == 2 and "\tb\t" in rejected[1] and "left out" in rejected[1]
     assert "1 skipped" in said[0] and "1 cropped, 38 residues cut off" in said[0]
     assert list(pd.read_csv(tmp_path / "out.csv")["id"]) == ["a", "c", "d"]
     replaced = ("--data.on_bad_residue=replace",)
-    assert predict(trained.output, source, tmp_path / "out.csv", settings=replaced, say=said.append) == 4
+    assert predict(trained.output, source, tmp_path / "out.csv", settings=replaced, log=said.append) == 4
     assert "replaced by X" in (tmp_path / "out.csv.rejected.tsv").read_text()
     source.write_text(">a\nACDE\n")
     assert predict(trained.output, source, tmp_path / "out.csv") == 1

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esm_neuron import baselines
-from esm_neuron.baselines import capped, composition_features, fit_baselines
 from esm_neuron.config import TaskConfig
-from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.tokenizer import UNK, VOCABULARY
-from esm_neuron.tasks import create_task
+from esm_neuron.tasks import baselines, create_task
+from esm_neuron.tasks.baselines import capped, composition_features, fit_baselines
 
 ALPHABET = "LAGVSERTIDPKQNFYMHWCXBUZO"
 
@@ -48,9 +47,9 @@ def test_windows_of_a_record_are_one_protein() -> None:
     assert split == pytest.approx(whole)
 
 
-def figures(task: TaskConfig, train: ExampleTable, test: ExampleTable) -> dict[str, dict[str, Any]]:
+def metrics(task: TaskConfig, train: ExampleTable, test: ExampleTable) -> dict[str, dict[str, Any]]:
     made = create_task(task, task.labels or ())
-    return {baseline.name: baseline.figures(made, test) for baseline in fit_baselines(task, train)}
+    return {baseline.name: baseline.metrics(made, test) for baseline in fit_baselines(task, train)}
 
 
 AB = TaskConfig(labels=("A", "B"))
@@ -66,24 +65,24 @@ def signal(n: int, seed: int, shift: float) -> ExampleTable:
 
 
 def test_composition_finds_a_composition_signal_and_none_where_there_is_none() -> None:
-    found = figures(AB, signal(200, 0, 0.15), signal(100, 1, 0.15))["composition"]
+    found = metrics(AB, signal(200, 0, 0.15), signal(100, 1, 0.15))["composition"]
     assert (found["n"], found["fitted_on"], found["training"]) == (100, 200, 200)
     low, high = found["auroc_ci"]
     assert 0.9 < found["auroc"] and low <= found["auroc"] <= high
-    blind = figures(AB, signal(200, 0, 0.0), signal(100, 1, 0.0))["composition"]
+    blind = metrics(AB, signal(200, 0, 0.0), signal(100, 1, 0.0))["composition"]
     assert 0.3 < blind["auroc"] < 0.7
 
 
 def test_a_class_without_training_rows_gets_probability_zero() -> None:
     task = TaskConfig(labels=("A", "B", "C"))
-    values = figures(task, table(["A" * 60, "L" * 60], [0, 1]), table(["A" * 60, "L" * 60], [0, 2]))["composition"]
+    values = metrics(task, table(["A" * 60, "L" * 60], [0, 1]), table(["A" * 60, "L" * 60], [0, 2]))["composition"]
     assert values["accuracy"] == 0.5
     assert np.isfinite(values["loss"])
 
 
 def test_majority_answers_the_training_frequencies() -> None:
     train = table(["A", "L", "LL", "LLL"], [0, 1, 1, 1])
-    values = figures(AB, train, table(["A", "A", "A", "A", "A"], [1, 0, 0, 1, 1]))["majority"]
+    values = metrics(AB, train, table(["A", "A", "A", "A", "A"], [1, 0, 0, 1, 1]))["majority"]
     assert (values["n"], values["accuracy"], values["mcc"], values["auroc"]) == (5, 0.6, 0.0, 0.5)
     assert values["loss"] == pytest.approx(-(3 * np.log(0.75) + 2 * np.log(0.25)) / 5)
 
@@ -93,11 +92,11 @@ def test_several_labels_and_values_are_found_in_the_composition() -> None:
     several = [replace(t, labels=np.stack([t.labels, 1 - t.labels, t.labels * 0], 1).astype(np.uint8))
                for t in (train, test)]  # fmt: skip
     task = TaskConfig(name="multi_label", labels=("A", "B", "nobody"))
-    found = figures(task, *several)
+    found = metrics(task, *several)
     assert found["composition"]["per_class"]["A"]["auroc"] > 0.9
     assert found["composition"]["subset_accuracy"] > 0.8 > found["majority"]["subset_accuracy"]
     values = [replace(t, labels=100 + 10.0 * t.labels) for t in (train, test)]
-    found = figures(TaskConfig(name="regression", target_mean=105.0, target_sd=5.0), *values)
+    found = metrics(TaskConfig(name="regression", target_mean=105.0, target_sd=5.0), *values)
     assert found["composition"]["pearson"] > 0.8
     assert found["mean"]["pearson"] is None
     assert found["mean"]["rmse"] == pytest.approx(5, abs=0.2)
@@ -113,7 +112,7 @@ def residue_signal(n: int, seed: int) -> ExampleTable:
 
 def test_residues_are_found_by_their_neighbours() -> None:
     task = TaskConfig(name="residue_classification", labels=("A", "B"))
-    found = figures(task, residue_signal(20, 0), residue_signal(10, 1))
+    found = metrics(task, residue_signal(20, 0), residue_signal(10, 1))
     assert found["window"]["accuracy"] == 1.0
     assert (found["window"]["n"], found["window"]["n_records"], found["window"]["training"]) == (290, 10, 580)
     assert found["majority"]["auroc"] == 0.5
@@ -121,7 +120,7 @@ def test_residues_are_found_by_their_neighbours() -> None:
 
 def test_unigram_perplexity_is_that_of_the_frequencies() -> None:
     train, test = table(["AAAL" * 100], [0]), table(["AL", "AAX"], [0, 0])
-    values = figures(TaskConfig(name="masked_lm"), train, test)["unigram"]
+    values = metrics(TaskConfig(name="masked_lm"), train, test)["unigram"]
     counts = np.array([301, 101, *[1] * (len(VOCABULARY) - UNK - 3)])
     p = counts / counts.sum()
     loss = -(3 * np.log(p[0]) + np.log(p[1]) + np.log(p[2])) / 5
@@ -133,7 +132,7 @@ def test_a_sample_is_fitted_on_and_said_where_there_are_too_many_rows(monkeypatc
     monkeypatch.setattr(baselines, "MOST_ROWS", 50)
     fitted = fit_baselines(AB, signal(200, 0, 0.15))
     assert capped(fitted) == "baselines fitted on a sample of the training rows: composition on 50 of 200"
-    assert fitted[1].figures(create_task(AB, ("A", "B")), signal(100, 1, 0.15))["fitted_on"] == 50
+    assert fitted[1].metrics(create_task(AB, ("A", "B")), signal(100, 1, 0.15))["fitted_on"] == 50
     monkeypatch.setattr(baselines, "MOST_ROWS", 200)
     assert capped(fit_baselines(AB, signal(200, 0, 0.15))) == ""
 
@@ -145,7 +144,7 @@ def test_a_class_that_the_sample_lacks_keeps_a_row(monkeypatch: pytest.MonkeyPat
     train, test = signal(100, 0, 0.15), signal(20, 1, 0.15)
     train.labels[:] = 0
     train.labels[37] = 1
-    found = figures(AB, train, test)
+    found = metrics(AB, train, test)
     assert found["composition"]["fitted_on"] == 6, "five drawn, and the one of the rare class"
     assert np.isfinite(found["composition"]["loss"]) and found["majority"]["loss"] > 0
     monkeypatch.setattr(baselines, "MOST_RESIDUES", 5)
@@ -153,10 +152,10 @@ def test_a_class_that_the_sample_lacks_keeps_a_row(monkeypatch: pytest.MonkeyPat
     where = np.flatnonzero(train.labels >= 0)
     train.labels[where] = 0
     train.labels[where[301]] = 1
-    found = figures(replace(AB, name="residue_classification"), train, test)
+    found = metrics(replace(AB, name="residue_classification"), train, test)
     assert (found["window"]["fitted_on"], found["window"]["training"]) == (6, 580)
     train.labels[where[301]] = 0
-    found = figures(replace(AB, name="residue_classification"), train, test)
+    found = metrics(replace(AB, name="residue_classification"), train, test)
     assert found["window"]["loss"] == found["majority"]["loss"], "with one class alone there is nothing to fit"
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from esm_neuron import settings
-from esm_neuron.doctor import has_bf16_units
-from esm_neuron.rules import validate
+from esm_neuron.config import settings
+from esm_neuron.config.rules import validate
+from esm_neuron.planning.doctor import has_bf16_units
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -56,15 +56,15 @@ def test_our_flags_are_settings_and_validation_rows_have_training_classes(
         tmp_path / "x.tsv", sep="\t", index=False
     )
     args = throughput.arguments(f"--data {tmp_path / 'x.tsv'} --rows 40 --max-residues 62 --max-steps 4".split())
-    rows_per_step = throughput.write_rows(args, tmp_path)
-    assert rows_per_step == round(8 * 47 / 64)
+    packs_per_step = throughput.write_rows(args, tmp_path)
+    assert packs_per_step == round(8 * 47 / 64)
     assert pd.read_csv(tmp_path / "valid.tsv", sep="\t")["label"].tolist() == ["a", "b"]
     contestants = importlib.import_module("contestants")
     who = contestants.Contestant(contestants.OURS, "bf16", "none", True)
-    cfg = settings.parse(contestants.ours(who, args, tmp_path, rows_per_step))
+    cfg = settings.parse(contestants.ours(who, args, tmp_path, packs_per_step))
     validate(cfg)
-    assert (cfg.loop.precision, cfg.model.gradient_checkpointing, cfg.loop.eval_rows_per_device) == ("bf16", True, 6)
-    words = contestants.ours(who, args, tmp_path, rows_per_step)
+    assert (cfg.loop.precision, cfg.model.gradient_checkpointing, cfg.loop.eval_packs_per_device) == ("bf16", True, 6)
+    words = contestants.ours(who, args, tmp_path, packs_per_step)
     assert contestants.planned(words, "cpu") == {}
     assert contestants.planned(words, "xla")["programs_planned"] >= 4
     peak = contestants.planned(words, "cuda")["predicted_gpu_gb"]
@@ -96,17 +96,17 @@ def test_our_rate(throughput: ModuleType, tmp_path: Path, warmup: int, expected:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train = {"steps": 5, "residues": 900, "seconds": 20.0, "padding_efficiency": 0.9, "graphs": 7}
     (tmp_path / "result.json").write_text(json.dumps({"train": train}))
-    figures = importlib.import_module("contestants").read_ours(tmp_path, warmup, 10.0)
-    assert figures["residues_per_second"] == pytest.approx(expected)
-    assert (figures["steps"], figures["graphs"], figures["graphs_in_all"]) == (5 - warmup, 5, 7)
+    metrics = importlib.import_module("contestants").read_ours(tmp_path, warmup, 10.0)
+    assert metrics["residues_per_second"] == pytest.approx(expected)
+    assert (metrics["steps"], metrics["graphs"], metrics["graphs_in_all"]) == (5 - warmup, 5, 7)
 
 
 @pytest.mark.parametrize(("units", "slow", "left_out"), [(False, 20.0, True), (False, 30.0, False), (True, 1.0, False)])
 def test_bf16_is_left_out_where_it_is_emulated_too_slowly(
     throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: bool, slow: float, left_out: bool
 ) -> None:
-    def run(who: Any, args: Any, folder: Path, rows_per_step: int) -> dict[str, float]:
-        assert (args.max_steps, args.batch, rows_per_step) == (2, 1, 1)
+    def run(who: Any, args: Any, folder: Path, packs_per_step: int) -> dict[str, float]:
+        assert (args.max_steps, args.batch, packs_per_step) == (2, 1, 1)
         return {"residues_per_second": {"fp32": 100.0, "bf16": slow}[who.precision]}
 
     monkeypatch.setattr(throughput, "run", run)

@@ -15,9 +15,9 @@ import pytest
 
 from esm_neuron.config import DataConfig, TrainConfig
 from esm_neuron.data import splits as splits_module
-from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.cache import cached
+from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.splits import Splits, load_splits
-from esm_neuron.data.store import cached
 from esm_neuron.errors import ConfigError
 
 
@@ -73,7 +73,7 @@ def cfg(proteins: Callable[..., Path]) -> TrainConfig:
         max_residues=30,
         long_sequences="window",
         window_overlap=5,
-        row_tokens=64,
+        pack_tokens=64,
     )
     return TrainConfig(data=data)
 
@@ -102,7 +102,7 @@ def test_tables_are_the_same_with_and_without(
     assert isinstance(again.train.tokens.base, np.memmap) or isinstance(again.train.tokens, np.memmap)
     assert again.train.ids[3] == plain.train.ids[3]
     assert again.train.ids[1:3] == list(plain.train.ids[1:3])
-    assert through(cfg, cache=cache, row_tokens=128, packing=False).fingerprint == plain.fingerprint
+    assert through(cfg, cache=cache, pack_tokens=128, packing=False).fingerprint == plain.fingerprint
 
 
 @pytest.mark.parametrize("change", [{"max_residues": 31}, {"test_fraction": 0.1}, {"on_bad_residue": "replace"}])
@@ -179,11 +179,11 @@ def test_processes_share_one_entry_and_memory_does_not_grow_with_the_file(tmp_pa
         _, _, memory = pool.submit(load_and_measure, small, tmp_path / "small").result(timeout=120)
     with ProcessPoolExecutor(2, get_context("fork")) as pool:
         waiting = [pool.submit(load_and_measure, large, cache) for _ in range(2)]
-        answers = [future.result(timeout=120) for future in waiting]
-    assert len({fingerprint for fingerprint, _, _ in answers}) == 1
-    assert [rows for _, rows, _ in answers] == [135_000, 135_000]
+        predictions = [future.result(timeout=120) for future in waiting]
+    assert len({fingerprint for fingerprint, _, _ in predictions}) == 1
+    assert [rows for _, rows, _ in predictions] == [135_000, 135_000]
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
-    grown = max(memory for _, _, memory in answers) - memory
+    grown = max(memory for _, _, memory in predictions) - memory
     assert grown < 120_000 * 200  # of 120,000 rows more, half their residues: neither texts nor tokens are held
 
 

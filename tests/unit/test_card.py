@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from esm_neuron.card import model_card
 from esm_neuron.config import AdapterConfig, DataConfig, ModelConfig, TaskConfig, TrainConfig
-from esm_neuron.safetensors_folder import BaseReference
+from esm_neuron.models.hf_folder import BaseReference
+from esm_neuron.reports.card import model_card
 
 HUB = "facebook/esm2_t6_8M_UR50D"
 BASE = BaseReference(HUB, "c731040f", "ab" * 32)
@@ -33,7 +33,7 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**sections, **changes})
 
 
-def test_the_hub_reads_licence_base_task_and_figures() -> None:
+def test_the_hub_reads_licence_base_task_and_metrics() -> None:
     data = ModelCard(model_card(config(), RESULT, BASE, "adapter")).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "peft", "text-classification")
     assert (data.base_model, data.base_model_relation) == (HUB, "adapter")
@@ -82,13 +82,13 @@ def test_names_cannot_become_markup() -> None:
 def test_clean_rows_have_figures_of_their_own() -> None:
     found = {
         **RESULT,
-        "leaks": {"test": {"method": "kmer", "rows": 862, "related": 62}},
+        "leaks": {"test": {"method": "kmer", "rows": 862, "homologs": 62}},
         "clean": {"test": {"n": 800, "mcc": 0.2, "mcc_ci": [0.1, 0.3]}},
         "clean_baselines": {"test": {"majority": {"n": 800, "mcc": 0.0, "mcc_ci": None}}},
     }
     text = model_card(config(), found, BASE, "model")
-    assert "Of the 800 proteins among these without a relative in the training rows (by kmer):" in text
+    assert "Of the 800 proteins among these without a homolog in the training rows (by kmer):" in text
     assert "|  | this model | majority |\n|---|---|---|\n| MCC | 0.200 \\[0.100, 0.300\\] | 0.000 |\n" in text
-    assert "62 of 862 test rows have a relative in the training rows (by kmer)." in text
+    assert "62 of 862 test rows have a homolog in the training rows (by kmer)." in text
     unknown = model_card(config(), RESULT, BASE, "model")
-    assert "Relatives of test rows in the training rows were not looked for." in unknown
+    assert "Homologs of test rows in the training rows were not looked for." in unknown

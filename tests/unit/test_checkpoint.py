@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from snapshots import FILES, same, snapshot
 
-from esm_neuron import checkpoint
-from esm_neuron.checkpoint import Snapshot, TrainState
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import write_json
+from esm_neuron.training import checkpoint
+from esm_neuron.training.checkpoint import Snapshot, TrainState
 
 
 @pytest.fixture

@@ -17,12 +17,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EsmForMaskedLM
 
-from esm_neuron import cli, run, settings
+from esm_neuron import cli
 from esm_neuron.backends.eager import EagerBackend
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 from esm_neuron.files import claimed
-from esm_neuron.safetensors_folder import SafetensorsFolder
-from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.models.hf_folder import SafetensorsFolder
+from esm_neuron.models.shapes import SHAPES, esm_config
+from esm_neuron.training import run
 
 Toy = Callable[..., TrainConfig]
 Proteins = Callable[..., Path]
@@ -85,7 +86,7 @@ def test_settings_that_cannot_be_are_refused(toy: Toy, tmp_path: Path, refused: 
     assert "unknown command 'trian'; the commands are train, evaluate" in refused("trian")
     assert "unknown setting loop.max_step; did you mean loop.max_steps?" in refused(*words, "--loop.max_step=1")
     assert "optim.lr" in refused(*words, "--optim.lr=fast")
-    assert "loop.rows_per_step=3 is not a multiple of 4" in refused(*words, "--loop.rows_per_step=3")
+    assert "loop.packs_per_step=3 is not a multiple of 4" in refused(*words, "--loop.packs_per_step=3")
     assert "cannot be read (No such file or directory)" in refused("train", "--config", tmp_path / "none.yaml")
     for name, text, expected in (
         ("unknown", "optim: {lrr: 1}", "unknown setting optim.lrr; did you mean optim.lr?"),
@@ -154,9 +155,9 @@ def test_residues_outside_the_alphabet_are_counted(toy: Toy, call: Callable[...,
     replaced = call(*words_of(replace(cfg, output=cfg.output + "2")), "--data.on_bad_residue=replace")
     assert replaced.code == 0
     assert "train.csv: 60 rows; 1 with 2 characters replaced by X" in replaced.err
-    assert "valid split: 0 of 20 rows have a relative in the training rows (by kmer)" in replaced.err
+    assert "valid split: 0 of 20 rows have a homolog in the training rows (by kmer)" in replaced.err
     leaks = json.loads((Path(cfg.output + "2") / "result.json").read_text())["leaks"]
-    assert leaks["test"] == {"method": "kmer", "rows": 20, "related": 0}
+    assert leaks["test"] == {"method": "kmer", "rows": 20, "homologs": 0}
     name, reason = lines[1].split(",")[0], "the sequence has '*' (a stop codon) at residue 4 and 1 more"
     for number, action in ((1, "left out"), (2, "replaced by X")):
         rejected = (Path(f"{cfg.output}{number}") / "rejected.tsv").read_text()
@@ -195,16 +196,16 @@ def trained(toy: Toy) -> TrainConfig:
 
 
 def test_evaluate_gives_the_figures_of_the_run(
-    trained: TrainConfig, tmp_path: Path, call: Callable[..., Said], same_figures: Callable[..., None]
+    trained: TrainConfig, tmp_path: Path, call: Callable[..., Said], same_metrics: Callable[..., None]
 ) -> None:
     said = call(
         "evaluate", "--model", trained.output, "--input", trained.data.test, "--output", tmp_path / "figures.json"
     )
     assert said.code == 0
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert json.loads(said.out) == figures
+    metrics = json.loads((tmp_path / "figures.json").read_text())
+    assert json.loads(said.out) == metrics
     expected = json.loads((Path(trained.output) / "result.json").read_text())["test"]
-    same_figures(figures, expected, rel=1e-6)
+    same_metrics(metrics, expected, rel=1e-6)
     half = tmp_path / "half.csv"
     lines = Path(str(trained.data.test)).read_text().splitlines()
     half.write_text("\n".join([*lines[:11], lines[11].replace(",", ",M*", 1)]) + "\n")
@@ -247,9 +248,9 @@ def test_predict_answers_every_record_in_its_order(
     frame = pd.read_csv(target)
     assert list(frame.columns) == ["id", "label", "p_alpha", "p_beta"]
     assert list(frame["id"]) == [row[0] for row in rows]
-    answers = frame[["p_alpha", "p_beta"]].to_numpy()
-    assert answers.sum(1) == pytest.approx(1, abs=2e-6)
-    assert list(frame["label"]) == [["alpha", "beta"][i] for i in answers.argmax(1)]
+    predictions = frame[["p_alpha", "p_beta"]].to_numpy()
+    assert predictions.sum(1) == pytest.approx(1, abs=2e-6)
+    assert list(frame["label"]) == [["alpha", "beta"][i] for i in predictions.argmax(1)]
     known = [i for i, row in enumerate(rows) if row[2]]
     result = json.loads((Path(trained.output) / "result.json").read_text())
     right = np.mean([frame["label"][i] == rows[i][2] for i in known])
@@ -261,7 +262,7 @@ def test_predict_answers_every_record_in_its_order(
         call("predict", "--model", trained.output, "--input", parts, "--output", tmp_path / "parts_out.csv").code == 0
     )
     alone = pd.read_csv(tmp_path / "parts_out.csv")[["p_alpha", "p_beta"]].to_numpy()
-    assert answers[7] == pytest.approx(alone.mean(0), abs=3e-6)
+    assert predictions[7] == pytest.approx(alone.mean(0), abs=3e-6)
 
 
 def test_predict_writes_all_or_nothing(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from esm_neuron import settings
+from esm_neuron.config import settings
+from esm_neuron.config.rules import validate
 from esm_neuron.data.loader import accumulated_passes
-from esm_neuron.memory import predict_memory
-from esm_neuron.rules import validate
-from esm_neuron.shapes import known_shape
+from esm_neuron.models.shapes import known_shape
+from esm_neuron.planning.memory import predict_memory
 
 CUDA = Path(__file__).parents[2] / "configs" / "cuda"
 SPARE = 0.85

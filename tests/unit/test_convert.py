@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import EsmForMaskedLM
 
-from esm_neuron.convert import convert
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.safetensors_folder import SafetensorsFolder
-from esm_neuron.shapes import SHAPES, esm_config
+from esm_neuron.models.convert import convert
+from esm_neuron.models.hf_folder import SafetensorsFolder
+from esm_neuron.models.shapes import SHAPES, esm_config
 
 
 def state_of() -> dict[str, torch.Tensor]:

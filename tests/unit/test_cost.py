@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from esm_neuron import cli, cost, settings
-from esm_neuron.config import BackendName, TrainConfig
+from esm_neuron import cli
+from esm_neuron.config import BackendName, TrainConfig, settings
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
-from esm_neuron.memory import predict_memory
-from esm_neuron.plan import make_plan
-from esm_neuron.shapes import SHAPES
+from esm_neuron.models.shapes import SHAPES
+from esm_neuron.planning import cost
+from esm_neuron.planning.memory import predict_memory
+from esm_neuron.planning.plan import make_plan
 
 Toy = Callable[..., TrainConfig]
 PRICES = cost.read_prices()
@@ -26,7 +27,7 @@ LARGE = SHAPES["esm2_t36_3B"]
 
 def big(toy: Toy, **changes: dict[str, object]) -> TrainConfig:
     """A run that 128 NeuronCores can share."""
-    loop = {"rows_per_step": 128, "rows_per_device": 1, "precision": "bf16", "max_steps": 1000}
+    loop = {"packs_per_step": 128, "packs_per_device": 1, "precision": "bf16", "max_steps": 1000}
     return toy(**{"loop": loop, "model": {"name": "esm2_t36_3B"}, **changes})
 
 
@@ -65,7 +66,7 @@ def test_the_roofline_by_hand() -> None:
     cfg = TrainConfig()
     cfg = replace(cfg, adapter=replace(cfg.adapter, kind="none"), loop=replace(cfg.loop, precision="bf16"))
     blocks = LARGE.layers * 12 * LARGE.hidden**2
-    flops = 4096 * (6 * blocks + 2 * 4 * LARGE.layers * LARGE.hidden * cfg.data.row_tokens)
+    flops = 4096 * (6 * blocks + 2 * 4 * LARGE.layers * LARGE.hidden * cfg.data.pack_tokens)
     assert cost.step_seconds(cfg, LARGE, core, 1, 1, 4096, 4, 0.3) == pytest.approx(flops / 0.3 / 95e12)
     few = cost.step_seconds(cfg, LARGE, core, 1, 1, 1, 1, 0.3)
     assert few == pytest.approx(2 * blocks * 2 / 410e9), "a single token waits for the weights"
@@ -92,9 +93,9 @@ def test_what_cannot_be_done_says_why(toy: Toy) -> None:
     refused = one(made(quantized), "trn1.32xlarge", 1).refused
     assert refused is not None and "use adapter.kind=lora with loop.precision=bf16" in refused
     assert one(made(quantized), "g5.2xlarge", 1).refused is None
-    odd = big(toy, loop={"rows_per_step": 4, "rows_per_device": 1})
+    odd = big(toy, loop={"packs_per_step": 4, "packs_per_device": 1})
     refused = one(made(odd), "trn1.32xlarge", 1).refused
-    assert refused is not None and "loop.rows_per_step=4 is not a multiple of 32" in refused
+    assert refused is not None and "loop.packs_per_step=4 is not a multiple of 32" in refused
 
 
 def test_the_command_with_the_users_own_prices(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

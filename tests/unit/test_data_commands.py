@@ -42,14 +42,14 @@ def test_check_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["lengths"] == dict.fromkeys(("min", "q1", "median", "q3", "max"), 120)
     assert sum(found["alphabet"].values()) == 600
     assert (found["labels"], found["splits"]) == ({"in": 3, "out": 2}, {"test": 3, "train": 2})
-    assert found["leaks"] == {"test": {"rows": 3, "in_train": 1, "related": 2}}
+    assert found["leaks"] == {"test": {"rows": 3, "in_train": 1, "homologs": 2}}
     assert (found["faults"], found["first_faults"]) == (0, [])
     assert cli.main(words) == 0
     text = capsys.readouterr().out
-    assert "leaks: test: of 3 rows 1 are in the training rows, 2 with a relative there" in text
+    assert "leaks: test: of 3 rows 1 are in the training rows, 2 with a homolog there" in text
     assert "conflicts: 2 rows have a sequence with another label elsewhere\n" in text
-    assert cli.main([*words, "--relatives", "off"]) == 0
-    assert "1 are in the training rows, relatives not looked for" in capsys.readouterr().out
+    assert cli.main([*words, "--homologs", "off"]) == 0
+    assert "1 are in the training rows, homologs not looked for" in capsys.readouterr().out
 
 
 def test_check_looks_for_no_relatives_in_a_file_too_large(
@@ -57,7 +57,7 @@ def test_check_looks_for_no_relatives_in_a_file_too_large(
 ) -> None:
     monkeypatch.setattr("esm_neuron.data.check.MOST", 4)
     assert cli.main(["data", "check", str(write(tmp_path / "x.csv")), "--split_column", "split"]) == 0
-    said = "1 are in the training rows, relatives not looked for (5 rows are more than 4)\n"
+    said = "1 are in the training rows, homologs not looked for (5 rows are more than 4)\n"
     assert said in capsys.readouterr().out
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from esm_neuron import checkpoint, run, settings
-from esm_neuron.config import TrainConfig
-from esm_neuron.signals import EXIT_STOPPED
-from esm_neuron.watchdog import EXIT_HUNG
+from esm_neuron.config import TrainConfig, settings
+from esm_neuron.training import checkpoint, run
+from esm_neuron.training.signals import EXIT_STOPPED
+from esm_neuron.training.watchdog import EXIT_HUNG
 
 Toy = Callable[..., TrainConfig]
 
@@ -90,14 +90,14 @@ def losses(cfg: TrainConfig) -> list[float]:
 
 
 def assert_close_end(
-    one: TrainConfig, other: TrainConfig, same_figures: Callable[..., None], rel: float = 1e-5, apart: float = 2e-5
+    one: TrainConfig, other: TrainConfig, same_metrics: Callable[..., None], rel: float = 1e-5, apart: float = 2e-5
 ) -> None:
     """Equal to rounding: the losses, the validations, the last weights and moments, the test figures; equal: what was
     counted. `rel`: of losses, ten times as much of figures; `apart`: of weights and moments."""
     assert losses(one) == pytest.approx(losses(other), rel=rel)
     results = [json.loads((Path(cfg.output) / "result.json").read_text()) for cfg in (one, other)]
     for split in ("valid", "test"):
-        same_figures(results[0][split], results[1][split], rel=10 * rel)
+        same_metrics(results[0][split], results[1][split], rel=10 * rel)
     assert results[0]["train"]["residues"] == results[1]["train"]["residues"]
     assert results[0]["chosen_step"] == results[1]["chosen_step"]
     step = results[0]["train"]["steps"]
@@ -109,14 +109,14 @@ def assert_close_end(
 
 
 def test_two_processes_train_as_one_does_and_evaluate_every_row_once(
-    toy: Toy, same_figures: Callable[..., None]
+    toy: Toy, same_metrics: Callable[..., None]
 ) -> None:
     # 60, 20 and 20 proteins in rows of 128 tokens: the last batch of a split leaves one rank with filler rows only
-    one, two = toy("one"), toy("two", loop={"rows_per_device": 2, "eval_rows_per_device": 3})
+    one, two = toy("one"), toy("two", loop={"packs_per_device": 2, "eval_packs_per_device": 3})
     run.train(one, str)
     with torchrun(two) as process:
         assert process.wait(PATIENCE) == 0, printed(two)
-    assert_close_end(two, one, same_figures)
+    assert_close_end(two, one, same_metrics)
     assert printed(two).count("train split: 60 rows") == 1, "one rank speaks"
     assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)], "one rank writes"
 
@@ -127,7 +127,7 @@ def test_two_processes_train_as_one_does_and_evaluate_every_row_once(
 def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
     toy: Toy,
     monkeypatch: pytest.MonkeyPatch,
-    same_figures: Callable[..., None],
+    same_metrics: Callable[..., None],
     kind: str,
     precision: str,
     rel: float,
@@ -139,7 +139,7 @@ def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
     written after a validation, whose forward pass must not leave any weight put together.
     """
     values: dict[str, Any] = {"adapter": {"kind": kind}, "optim": {"lr": 1e-3}, "checkpoint": {"keep": 100}}
-    loop = {"rows_per_device": 2, "precision": precision}
+    loop = {"packs_per_device": 2, "precision": precision}
     whole, moved = (toy(name, loop=loop, **values) for name in ("whole", "moved"))
     run.train(whole, str)
     with stopping_after(3, monkeypatch):
@@ -153,13 +153,13 @@ def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
     with torchrun(moved) as process:
         assert process.wait(PATIENCE) == 0, printed(moved)
     assert "resumed after step 3 of 8" in printed(moved)
-    assert_close_end(moved, whole, same_figures, rel, apart)
+    assert_close_end(moved, whole, same_metrics, rel, apart)
 
 
 def test_one_process_hands_over_to_two_and_two_to_one(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, same_figures: Callable[..., None]
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, same_metrics: Callable[..., None]
 ) -> None:
-    long = {"max_steps": 120, "rows_per_device": 2, "eval_every": 40}
+    long = {"max_steps": 120, "packs_per_device": 2, "eval_every": 40}
     whole, moved = (toy(name, loop=long, optim={"lr": 1e-4}, checkpoint={"keep": 100}) for name in ("whole", "moved"))
     run.train(whole, str)
 
@@ -179,7 +179,7 @@ def test_one_process_hands_over_to_two_and_two_to_one(
     stopped = max(saved_steps(moved))
     assert 6 <= stopped < 120 and stopped == lines(moved)[-1]["step"]
     run.train(moved, str)
-    assert_close_end(moved, whole, same_figures)
+    assert_close_end(moved, whole, same_metrics)
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def assert_nothing_saved_since(cfg: TrainConfig, failed_at: int) -> None:
     assert not (Path(cfg.output) / "result.json").exists()
 
 
-ENDLESS: dict[str, Any] = {"max_steps": 100_000, "rows_per_device": 2}
+ENDLESS: dict[str, Any] = {"max_steps": 100_000, "packs_per_device": 2}
 
 
 def test_a_rank_whose_peer_is_killed_ends_with_the_reason_and_saves_nothing(toy: Toy) -> None:
@@ -267,7 +267,7 @@ def test_a_rank_whose_peer_hangs_is_ended_by_its_watchdog_and_saves_nothing(toy:
 
 
 def test_torchrun_ends_the_peer_of_a_killed_worker_and_a_resume_goes_on(toy: Toy) -> None:
-    cfg = toy("orphaned", loop={"max_steps": 120, "rows_per_device": 2, "eval_every": 40}, checkpoint={"every": 3})
+    cfg = toy("orphaned", loop={"max_steps": 120, "packs_per_device": 2, "eval_every": 40}, checkpoint={"every": 3})
     with torchrun(cfg) as process:
         wait_for_steps(cfg, 6, process)
         found = workers(process)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from esm_neuron.attention import ATTENTIONS, varlen_attention
-from esm_neuron.backends import common, create_backend, cuda
-from esm_neuron.backends.adamw8bit import paged_adamw8bit
+from esm_neuron.backends import base as common
+from esm_neuron.backends import create_backend, cuda
+from esm_neuron.backends.cuda import paged_adamw8bit
 from esm_neuron.backends.eager import buckets
 from esm_neuron.build import build_model
 from esm_neuron.config import (
@@ -25,10 +25,11 @@ from esm_neuron.config import (
     ParallelConfig,
     TrainConfig,
 )
+from esm_neuron.config.rules import validate
 from esm_neuron.errors import ConfigError
-from esm_neuron.model import encoder_of
-from esm_neuron.rules import validate
-from esm_neuron.shapes import SHAPES
+from esm_neuron.models.attention import ATTENTIONS, varlen_attention
+from esm_neuron.models.esm2 import encoder_of
+from esm_neuron.models.shapes import SHAPES
 from esm_neuron.tasks import create_task
 
 
@@ -76,22 +77,22 @@ def test_compiled_blocks_compute_the_same_by_few_programs_whatever_the_packs(
 
     def learnt(given: dict[str, Any]) -> list[torch.Tensor]:
         model.zero_grad()
-        answers = model(**given).logits
-        answers.square().sum().backward()
-        return [answers.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        predictions = model(**given).logits
+        predictions.square().sum().backward()
+        return [predictions.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     expected = [learnt(given) for given in laid]
     torch._dynamo.reset()
     counters.clear()
     for block in encoder.encoder.layer:
         block.compile(backend="aot_eager")
-    programs = []
+    graphs = []
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for given, plain in zip(laid, expected, strict=True):
             torch.testing.assert_close(learnt(given), plain)
-            programs.append(counters["stats"]["unique_graphs"])
-    assert 0 < programs[0] == programs[5], "another pack is no other program"
-    assert programs[6] == programs[-1] <= 3 * programs[0], "another row length is one, or one for any length"
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[5], "another pack is no other program"
+    assert graphs[6] == graphs[-1] <= 3 * graphs[0], "another row length is one, or one for any length"
 
 
 def test_the_bounds_of_segments_are_those_of_the_rows() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from esm_neuron.data.batch import ExampleTable
+from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.tokenizer import encode_many
-from esm_neuron.evaluate import Collected, placed
+from esm_neuron.training.evaluation import Collected, placed
 
 TOKENS, OFFSETS = encode_many(["MKV", "A", "LLLLL", "GG"])
 TABLE = ExampleTable(TOKENS, OFFSETS, np.arange(4), np.ones(4, np.float32), np.arange(4), list("abcd"))
@@ -26,15 +26,15 @@ def rows(members: np.ndarray, width: int) -> np.ndarray:
 @pytest.mark.parametrize("width", [12, 20])
 def test_a_tokens_answer_is_found_in_any_pack(width: int) -> None:
     members = np.array([[3, 0, -1], [-1, -1, -1], [2, 1, -1]])
-    index, answers = placed(TABLE, members, [rows(members, width)], per_token=True)
+    index, predictions = placed(TABLE, members, [rows(members, width)], per_token=True)
     assert sorted(index) == list(range(len(TOKENS)))
-    assert (answers[:, 0] == index).all()
+    assert (predictions[:, 0] == index).all()
 
 
 def test_a_segments_answer_is_its_examples() -> None:
     members = np.array([[3, 0], [1, -1]])
-    index, answers = placed(TABLE, members, [members * 10], per_token=False)
-    assert (index.tolist(), answers.tolist()) == ([3, 0, 1], [30, 0, 10])
+    index, predictions = placed(TABLE, members, [members * 10], per_token=False)
+    assert (index.tolist(), predictions.tolist()) == ([3, 0, 1], [30, 0, 10])
 
 
 def test_answers_come_back_in_the_tables_order_from_any_ranks() -> None:

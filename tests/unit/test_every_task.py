@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esm_neuron import run, settings
-from esm_neuron.config import LoopConfig, TrainConfig
-from esm_neuron.data.relatives import related_rows
+from esm_neuron.config import LoopConfig, TrainConfig, settings
+from esm_neuron.data.homology import homolog_rows
 from esm_neuron.data.splits import load_splits
-from esm_neuron.export import read_run
-from esm_neuron.report import write_report
-from esm_neuron.serving import Predictor
+from esm_neuron.inference.load import read_run
+from esm_neuron.inference.serving import Predictor
+from esm_neuron.reports import write_report
 from esm_neuron.tasks import TASKS
+from esm_neuron.training import run
 
 METRICS = {
     "sequence_classification": {"accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc"},
@@ -66,9 +66,9 @@ def test_a_run_ends_with_figures_their_intervals_and_baselines_on_the_same_rows(
                 low, high = found[f"{name}_ci"]
                 assert low <= high, name
         assert set(result["baselines"][split]) == BASELINES[task]
-        for name, figures in result["baselines"][split].items():
-            assert figures.get("n_records", figures["n"]) == proteins
-            assert METRICS[task] <= set(figures)
+        for name, metrics in result["baselines"][split].items():
+            assert metrics.get("n_records", metrics["n"]) == proteins
+            assert METRICS[task] <= set(metrics)
             assert any(line.startswith(f"{split}, {name} baseline: n=") for line in printed[task])
 
 
@@ -78,38 +78,38 @@ def test_clean_rows_have_figures_of_their_own(
 ) -> None:
     cfg, result = task_toys[task], results[task]
     splits = load_splits(cfg, task != "masked_lm")
-    related = related_rows(splits.train, {"valid": splits.valid, "test": splits.test}, "kmer")["test"]
-    assert related.any() and not related.all()
-    assert result["leaks"]["test"] == {"method": "kmer", "rows": 21, "related": int(related.sum())}
-    found, clean = result["clean"]["test"], (~related).sum()
+    has_homolog = homolog_rows(splits.train, {"valid": splits.valid, "test": splits.test}, "kmer")["test"]
+    assert has_homolog.any() and not has_homolog.all()
+    assert result["leaks"]["test"] == {"method": "kmer", "rows": 21, "homologs": int(has_homolog.sum())}
+    found, clean = result["clean"]["test"], (~has_homolog).sum()
     assert found.get("n_records", found["n"]) == clean
-    for figures in result["clean_baselines"]["test"].values():
-        assert figures.get("n_records", figures["n"]) == clean and METRICS[task] <= set(figures)
-    answers = pd.read_parquet(Path(cfg.output) / "answers-test.parquet")
-    assert list(answers["related"]) == list(related)
-    answers = answers[~related]
+    for metrics in result["clean_baselines"]["test"].values():
+        assert metrics.get("n_records", metrics["n"]) == clean and METRICS[task] <= set(metrics)
+    predictions = pd.read_parquet(Path(cfg.output) / "predictions-test.parquet")
+    assert list(predictions["has_homolog"]) == list(has_homolog)
+    predictions = predictions[~has_homolog]
     if task == "masked_lm":
-        said = np.exp(np.average(answers["loss"].fillna(0), weights=answers["hidden"]))
+        said = np.exp(np.average(predictions["loss"].fillna(0), weights=predictions["hidden"]))
         assert found["perplexity"] == pytest.approx(said, rel=1e-6)
     elif task == "regression":
-        assert found["rmse"] == pytest.approx(np.sqrt(np.mean((answers["value"] - answers["truth"]) ** 2)))
+        assert found["rmse"] == pytest.approx(np.sqrt(np.mean((predictions["value"] - predictions["target"]) ** 2)))
     elif task == "residue_classification":
-        truth, said = (np.array([c for row in answers[name] for c in row]) for name in ("truth", "labels"))
+        truth, said = (np.array([c for row in predictions[name] for c in row]) for name in ("target", "labels"))
         known = truth != None  # noqa: E711 - an array
         assert found["accuracy"] == pytest.approx((truth == said)[known].mean())
     else:
         figure = "accuracy" if task == "sequence_classification" else "subset_accuracy"
-        assert found[figure] == pytest.approx((answers["truth"] == answers["label"]).mean())
+        assert found[figure] == pytest.approx((predictions["target"] == predictions["label"]).mean())
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_finished_run_reads_back_with_what_training_decided(
-    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_metrics: Callable[..., None]
 ) -> None:
     cfg, _ = read_run(Path(task_toys[task].output))
     assert (cfg.task.target_sd is not None) == (task == "regression")
     again = run.evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str)
-    same_figures(again, results[task]["test"], rel=1e-5)
+    same_metrics(again, results[task]["test"], rel=1e-5)
 
 
 def losses(cfg: TrainConfig) -> list[float]:
@@ -122,7 +122,8 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 import torch.distributed as dist
-from esm_neuron import run, settings
+from esm_neuron.training import run
+from esm_neuron.config import settings
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 for number, words in enumerate(json.loads(sys.argv[1])):
@@ -160,46 +161,46 @@ def on_two(
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.usefixtures("on_two")
 def test_two_processes_give_the_figures_of_one_to_the_sixth_digit(
-    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_metrics: Callable[..., None]
 ) -> None:
     found = json.loads((Path(task_toys[task].output) / "two.json").read_text())
-    same_figures(found, results[task]["test"], rel=1e-6, abs=1e-6)
+    same_metrics(found, results[task]["test"], rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.usefixtures("on_two")
 def test_two_processes_train_as_one(
-    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_metrics: Callable[..., None]
 ) -> None:
     cfg = on_two_ranks(task_toys[task])
     assert losses(cfg) == pytest.approx(losses(task_toys[task]), rel=1e-5)
     found = json.loads((Path(cfg.output) / "result.json").read_text())
-    same_figures(found["test"], results[task]["test"], rel=1e-4, abs=1e-5)
+    same_metrics(found["test"], results[task]["test"], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_neither_packing_nor_the_size_of_a_batch_changes_a_figure_before_the_sixth_digit(
-    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_metrics: Callable[..., None]
 ) -> None:
     cfg = task_toys[task]
-    for words in (["--data.packing=false"], ["--loop.eval_rows_per_device=1", "--data.row_tokens=128"]):
+    for words in (["--data.packing=false"], ["--loop.eval_packs_per_device=1", "--data.pack_tokens=128"]):
         found = run.evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str, words)
-        same_figures(found, results[task]["test"], rel=1e-6, abs=1e-6)
+        same_metrics(found, results[task]["test"], rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_passes_and_filler_change_neither_losses_nor_figures(
-    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_figures: Callable[..., None]
+def test_passes_and_filler_change_neither_losses_nor_metrics(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_metrics: Callable[..., None]
 ) -> None:
     cfg = task_toys[task]
     # the weights that the run drew, so that a difference is one of arithmetic
     single = replace(
-        cfg, output=f"{cfg.output}_1", loop=replace(cfg.loop, rows_per_device=1, eval_rows_per_device=1),
+        cfg, output=f"{cfg.output}_1", loop=replace(cfg.loop, packs_per_device=1, eval_packs_per_device=1),
         log=replace(cfg.log, baselines=False),
     )  # fmt: skip
     result = run.train(single, str).result
     assert losses(single) == pytest.approx(losses(cfg), rel=1e-5)
-    same_figures(result["test"], results[task]["test"], rel=1e-4, abs=1e-5)
+    same_metrics(result["test"], results[task]["test"], rel=1e-4, abs=1e-5)
     assert result["baselines"] == {}
 
 
@@ -207,11 +208,11 @@ def test_passes_and_filler_change_neither_losses_nor_figures(
 def test_outputs_have_a_row_for_every_protein(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
 ) -> None:
-    from esm_neuron.answers.predict import predict
+    from esm_neuron.inference.predict import predict
 
     cfg = task_toys[task]
     rows = pd.read_csv(str(cfg.data.test))
-    assert predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "answers.csv", say=str) == len(rows)
+    assert predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "answers.csv", log=str) == len(rows)
     frame = pd.read_csv(tmp_path / "answers.csv")
     assert list(frame["id"]) == list(rows["id"])
     if task == "residue_classification":
@@ -235,14 +236,14 @@ def test_outputs_have_a_row_for_every_protein(
 def test_the_answers_that_a_run_keeps_are_those_of_predict_and_make_its_report(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
 ) -> None:
-    from esm_neuron.answers.predict import predict
+    from esm_neuron.inference.predict import predict
 
     cfg = task_toys[task]
-    predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "answers.parquet", say=str)
-    kept, said = (pd.read_parquet(folder) for folder in (Path(cfg.output) / "answers-test.parquet", tmp_path))
+    predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "answers.parquet", log=str)
+    kept, said = (pd.read_parquet(folder) for folder in (Path(cfg.output) / "predictions-test.parquet", tmp_path))
     rows = pd.read_csv(str(cfg.data.test))
     assert list(kept["residues"]) == list(rows["sequence"].str.len())
-    assert list(said) == [name for name in kept if name not in ("residues", "related", "truth")]
+    assert list(said) == [name for name in kept if name not in ("residues", "has_homolog", "target")]
     for name in said:
         if name in ("id", "label", "labels"):
             assert list(kept[name]) == list(said[name])
@@ -250,9 +251,9 @@ def test_the_answers_that_a_run_keeps_are_those_of_predict_and_make_its_report(
             expected, found = (np.hstack(list(frame[name])).astype(float) for frame in (said, kept))
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     if task == "residue_classification":
-        assert ["".join(name or "?" for name in truth) for truth in kept["truth"]] == list(rows["residues"])
+        assert ["".join(name or "?" for name in truth) for truth in kept["target"]] == list(rows["residues"])
     elif task != "masked_lm":
-        assert list(kept["truth"]) == list(rows[str(cfg.data.label_column)])
+        assert list(kept["target"]) == list(rows[str(cfg.data.label_column)])
     assert len(list((write_report(Path(cfg.output))).parent.glob("*.png"))) >= 3
 
 
@@ -261,14 +262,14 @@ def test_an_answer_depends_on_no_other_record_nor_on_its_place_among_them(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from esm_neuron.answers import records
-    from esm_neuron.answers.predict import predict
+    from esm_neuron.inference import predict as records
+    from esm_neuron.inference.predict import predict
 
     cfg = task_toys[task]
-    expected = pd.read_parquet(Path(cfg.output) / "answers-test.parquet").set_index("id")
+    expected = pd.read_parquet(Path(cfg.output) / "predictions-test.parquet").set_index("id")
     pd.read_csv(str(cfg.data.test))[::-1].to_csv(tmp_path / "reversed.csv", index=False)
     monkeypatch.setattr(records, "piece_tokens", lambda *_: 200)
-    predict(cfg.output, tmp_path / "reversed.csv", tmp_path / "answers.parquet", say=str)
+    predict(cfg.output, tmp_path / "reversed.csv", tmp_path / "answers.parquet", log=str)
     found = pd.read_parquet(tmp_path / "answers.parquet").set_index("id")
     assert list(found.index) == list(expected.index)[::-1]
     for name in found:
@@ -283,17 +284,17 @@ def test_an_answer_depends_on_no_other_record_nor_on_its_place_among_them(
 def test_what_has_no_answer_is_null_in_json(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
 ) -> None:
-    from esm_neuron.answers.predict import predict
+    from esm_neuron.inference.predict import predict
 
     run_, limit = task_toys[task].output, task_toys[task].data.max_residues
     rows = [("long", "ACDEFGHIKL" * 6), *((residue, residue) for residue in "ACDEFGHIKL")]
     pd.DataFrame(rows, columns=["id", "sequence"]).to_csv(tmp_path / "some.csv", index=False)
-    predict(run_, tmp_path / "some.csv", tmp_path / "a.jsonl", settings=["--data.long_sequences=crop"], say=str)
+    predict(run_, tmp_path / "some.csv", tmp_path / "a.jsonl", settings=["--data.long_sequences=crop"], log=str)
     predictor = Predictor.open(Path(run_))
     data = replace(predictor.cfg.data, long_sequences="crop")
-    answers = replace(predictor, cfg=replace(predictor.cfg, data=data)).answer(rows)
+    predictions = replace(predictor, cfg=replace(predictor.cfg, data=data)).answer(rows)
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    for found in (json.loads(json.dumps(answers, allow_nan=False)), lines):
+    for found in (json.loads(json.dumps(predictions, allow_nan=False)), lines):
         if task == "masked_lm":
             assert {row["perplexity"] is None for row in found} == {True, False}
             assert all((row["hidden"] == 0) == (row["loss"] is None) for row in found)

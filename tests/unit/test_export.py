@@ -37,13 +37,15 @@ from esm_neuron.config import (
     TaskConfig,
     TrainConfig,
 )
+from esm_neuron.config.settings import dump
 from esm_neuron.data.tokenizer import PAD
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.export import build_trained, export, moved, read_run, write_results
 from esm_neuron.files import write_json, write_text
-from esm_neuron.model import PackedForPooledClassification
-from esm_neuron.settings import dump
+from esm_neuron.inference.export import export
+from esm_neuron.inference.load import build_trained, moved, read_run
+from esm_neuron.models.esm2 import PackedForPooledClassification
 from esm_neuron.tasks import Task, create_task
+from esm_neuron.training.results import write_results
 
 LABELS = ("cytosol", "membrane", "nucleus")
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 2], [0, 20, 19, 2, PAD, PAD, PAD, PAD]])
@@ -97,7 +99,7 @@ def finish(out: Path, kind: str, adapter: str, base: str = "tiny", precision: st
         output=str(out),
         model=ModelConfig(name=base, init="random" if base == "tiny" else "pretrained", pooling=pooling),
         task=task_config,
-        data=DataConfig(max_residues=62, row_tokens=64),
+        data=DataConfig(max_residues=62, pack_tokens=64),
         adapter=AdapterConfig(kind=adapter, r=4, alpha=8),
         loop=LoopConfig(precision=precision),
     )
@@ -338,14 +340,14 @@ def test_a_pooled_adapter_names_a_base_that_plain_transformers_refuses(run: Call
 
 @pytest.mark.parametrize(("backend", "precision"), [("cpu", "fp32"), ("xla", "bf16")])
 def test_a_run_on_another_device_leaves_behind_what_only_its_own_has(backend: Any, precision: str) -> None:
-    loop = LoopConfig(precision="bf16", tf32=True, torch_compile=True, eval_rows_per_device=3)
+    loop = LoopConfig(precision="bf16", tf32=True, torch_compile=True, eval_packs_per_device=3)
     trained = TrainConfig(
         backend="cuda", loop=loop, parallel=ParallelConfig(fsdp=True), optim=OptimConfig(kind="adamw8bit", lr=1e-4)
     )
     found = moved(trained, backend)
     assert (found.backend, found.parallel, found.optim.kind) == (backend, ParallelConfig(), "adamw")
     assert (found.loop.precision, found.loop.tf32, found.loop.torch_compile) == (precision, False, False)
-    assert (found.loop.eval_rows_per_device, found.optim.lr, found.adapter) == (3, 1e-4, trained.adapter)
+    assert (found.loop.eval_packs_per_device, found.optim.lr, found.adapter) == (3, 1e-4, trained.adapter)
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from waiting import wait_for
 
-from esm_neuron.data.store import cached
+from esm_neuron.data.cache import cached
 from esm_neuron.errors import ConfigError
 from esm_neuron.files import claimed, new_folder, write_json, write_text
 

@@ -36,7 +36,7 @@ from esm_neuron.config import DataConfig, TaskConfig
 from esm_neuron.data.labels import LabelRows, class_names, targets
 from esm_neuron.data.sources import read_chunks, read_rows
 from esm_neuron.data.tokenizer import RESIDUES, bad_residues
-from esm_neuron.data.validate import Checker, Problems
+from esm_neuron.data.validation import Checker, Problems
 
 folder = fuzzing.module_folder
 

@@ -19,19 +19,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EsmForMaskedLM
 
-from esm_neuron import checkpoint
-from esm_neuron.answers.dms import VariantColumns, VariantTable
-from esm_neuron.answers.variants import STANDARD, Substitution, difference, mutated, parse_variant
-from esm_neuron.checkpoint import Snapshot, TrainState
 from esm_neuron.config import DataConfig, ModelConfig, TrainConfig
+from esm_neuron.config.rules import check_values
+from esm_neuron.config.settings import dump, known_keys, parse, read_config
 from esm_neuron.errors import ConfigError
 from esm_neuron.files import write_json
-from esm_neuron.loading import load_into
-from esm_neuron.rules import check_values
-from esm_neuron.safetensors_folder import write_safetensors_folder
-from esm_neuron.settings import dump, known_keys, parse, read_config
-from esm_neuron.shapes import SHAPES, esm_config
-from esm_neuron.weights import Draw, open_weights
+from esm_neuron.inference.variants import (
+    STANDARD,
+    Substitution,
+    VariantColumns,
+    VariantTable,
+    difference,
+    mutated,
+    parse_variant,
+)
+from esm_neuron.models.hf_folder import write_safetensors_folder
+from esm_neuron.models.shapes import SHAPES, esm_config
+from esm_neuron.models.weights import Draw, load_into, open_weights
+from esm_neuron.training import checkpoint
+from esm_neuron.training.checkpoint import Snapshot, TrainState
 
 folder = fuzzing.module_folder
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esm_neuron import checkpoint, run
-from esm_neuron.backends.common import adamw, normalise_clip_update
+from esm_neuron.backends.base import adamw, normalise_clip_update
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import OptimConfig, TrainConfig
 from esm_neuron.data.loader import StepData, TrainLoader
 from esm_neuron.errors import CheckpointError, TrainingError
-from esm_neuron.guards import GIVE_UP, LEAST, StepWatch, spike_limit
+from esm_neuron.training import checkpoint, run
+from esm_neuron.training.monitors import GIVE_UP, LEAST, StepWatch, spike_limit
 
 Toy = Callable[..., TrainConfig]
 NAN, INF = float("nan"), float("inf")
@@ -82,7 +82,7 @@ def tensors(cfg: TrainConfig, step: int) -> dict[str, bytes]:
 
 def all_checkpoints(toy: Toy, output: str, action: str, **loop: Any) -> TrainConfig:
     return toy(
-        output, loop={"on_nonfinite": action, "rows_per_device": 2, **loop}, checkpoint={"every": 1, "keep": 100}
+        output, loop={"on_nonfinite": action, "packs_per_device": 2, **loop}, checkpoint={"every": 1, "keep": 100}
     )
 
 
@@ -202,7 +202,7 @@ def signal_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(run.Trainer, "_train_step", signalled)
 
 
-def one_rank(rank: int, port: int, bad: int, answers: Any) -> None:
+def one_rank(rank: int, port: int, bad: int, predictions: Any) -> None:
     """A step of two ranks on gloo, of which `bad` has a loss that is no number."""
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in world.items()})
@@ -215,24 +215,24 @@ def one_rank(rank: int, port: int, bad: int, answers: Any) -> None:
     linear.weight.grad.fill_(1.0 + rank)
     norm = backend.step(linear, optimizer, torch.tensor([NAN if rank == bad else 1.0, 2.0]), 1.0)
     moved = bool((linear.weight != 0.5).any())
-    answers.put((rank, float(norm), moved))
+    predictions.put((rank, float(norm), moved))
     backend.close()
 
 
 @pytest.mark.parametrize("bad", [1, -1])
 def test_one_rank_that_fails_stops_the_update_of_all(bad: int) -> None:
     fork = multiprocessing.get_context("fork")
-    answers: Any = fork.SimpleQueue()
+    predictions: Any = fork.SimpleQueue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [fork.Process(target=one_rank, args=(rank, port, bad, answers)) for rank in range(2)]
+    ranks = [fork.Process(target=one_rank, args=(rank, port, bad, predictions)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
-    norms, moved = zip(*((norm, moved) for _, norm, moved in sorted(answers.get() for _ in ranks)), strict=True)
+    norms, moved = zip(*((norm, moved) for _, norm, moved in sorted(predictions.get() for _ in ranks)), strict=True)
     assert moved == ((False, False) if bad == 1 else (True, True))
     assert all(map(math.isnan, norms)) if bad == 1 else norms[0] == norms[1] == pytest.approx(3 / 4 * 6**0.5)
 
@@ -269,7 +269,9 @@ def test_a_spike_is_far_above_what_the_losses_do_and_not_their_noise(caplog: pyt
 
 def test_spikes_are_counted_in_the_log(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = toy("out", loop={"max_steps": 24, "eval_every": 24}, log={"every": 4}, optim={"lr": 1e-4})
-    monkeypatch.setattr("esm_neuron.guards.DEVIATIONS", -INF)  # then every loss stands out once there are enough
+    monkeypatch.setattr(
+        "esm_neuron.training.monitors.DEVIATIONS", -INF
+    )  # then every loss stands out once there are enough
     run.train(cfg, str)
     lines = [json.loads(line) for line in (Path(cfg.output) / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("loss_spikes") for line in lines if "split" not in line] == [None, None, None, None, 4, 4]

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esm_neuron import settings
-from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
+from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, settings
+from esm_neuron.config.rules import validate
 from esm_neuron.data.check import check_file
 from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.rules import validate
 
 Row = tuple[str, str]
 """Sequence and label."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from esm_neuron.config import DataConfig, LoopConfig, TrainConfig
-from esm_neuron.data.batch import PAD_SEGMENT, Batch, ExampleTable, Target
+from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, Target
 from esm_neuron.data.loader import EvalLoader, TrainLoader, prefetch, select_row_lengths
 from esm_neuron.data.tokenizer import CLS, EOS, MASK, PAD
 from esm_neuron.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ class Label:
 
     per_token = False
 
-    def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         label = table.labels[table.record[example]]
         return Target(table.sequence(example), np.int64(label), table.weight[example])
 
@@ -34,7 +34,7 @@ class Hide:
 
     per_token = True
 
-    def target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         tokens = table.sequence(example)
         hidden = rng.random(len(tokens)) < 0.3
         return Target(np.where(hidden, MASK, tokens), tokens.astype(np.int64), hidden.astype(np.float32))
@@ -53,10 +53,10 @@ def make_table(examples: int = 60, seed: int = 0) -> ExampleTable:
     )
 
 
-def make_config(rows_per_step: int = 8, rows_per_device: int = 2, **data: object) -> TrainConfig:
+def make_config(packs_per_step: int = 8, packs_per_device: int = 2, **data: object) -> TrainConfig:
     return TrainConfig(
-        data=replace(DataConfig(row_tokens=ROW, max_residues=ROW - 2, max_segments=6), **data),
-        loop=LoopConfig(rows_per_step=rows_per_step, rows_per_device=rows_per_device, eval_rows_per_device=3),
+        data=replace(DataConfig(pack_tokens=ROW, max_residues=ROW - 2, max_segments=6), **data),
+        loop=LoopConfig(packs_per_step=packs_per_step, packs_per_device=packs_per_device, eval_packs_per_device=3),
     )
 
 
@@ -149,17 +149,17 @@ def test_any_step_can_be_asked_for_first() -> None:
 
 @pytest.mark.parametrize("row_lengths", [None, (12, 24, ROW)])
 @pytest.mark.parametrize("task", [Label(), Hide()])
-@pytest.mark.parametrize(("dp", "rows_per_device"), [(1, 8), (2, 4), (4, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("dp", "packs_per_device"), [(1, 8), (2, 4), (4, 2), (2, 2), (4, 1)])
 def test_a_step_holds_the_same_rows_on_any_number_of_ranks_and_passes(
-    dp: int, rows_per_device: int, task: Label | Hide, row_lengths: tuple[int, ...] | None
+    dp: int, packs_per_device: int, task: Label | Hide, row_lengths: tuple[int, ...] | None
 ) -> None:
     table = make_table()
-    alone = TrainLoader(table, task, make_config(rows_per_device=1), row_lengths=row_lengths)
+    alone = TrainLoader(table, task, make_config(packs_per_device=1), row_lengths=row_lengths)
     ranks = [
-        TrainLoader(table, task, make_config(rows_per_device=rows_per_device), dp, rank, row_lengths=row_lengths)
+        TrainLoader(table, task, make_config(packs_per_device=packs_per_device), dp, rank, row_lengths=row_lengths)
         for rank in range(dp)
     ]
-    assert {rank.passes for rank in ranks} == {8 // dp // rows_per_device}
+    assert {rank.passes for rank in ranks} == {8 // dp // packs_per_device}
     assert {rank.steps_per_epoch for rank in ranks} == {alone.steps_per_epoch}
     for step in range(alone.steps_per_epoch + 1):
         shares = [rank.batches(step) for rank in ranks]
@@ -196,7 +196,7 @@ def test_seed_changes_order_and_masks() -> None:
 
 def test_last_step_is_filled_with_rows_of_no_weight() -> None:
     table = make_table(5)
-    loader = TrainLoader(table, Label(), make_config(rows_per_step=16, rows_per_device=16, packing=False))
+    loader = TrainLoader(table, Label(), make_config(packs_per_step=16, packs_per_device=16, packing=False))
     (batch,) = loader.batches(0)
     assert batch.input_ids.shape == (16, ROW)
     filler = batch.members[:, 0] < 0
@@ -211,7 +211,7 @@ def test_last_step_is_filled_with_rows_of_no_weight() -> None:
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("dp", [1, 2])
 def test_efficiency_is_of_what_is_computed_where_shapes_are_free(dp: int, packing: bool) -> None:
-    table, cfg = make_table(), make_config(rows_per_step=8, rows_per_device=2, packing=packing)
+    table, cfg = make_table(), make_config(packs_per_step=8, packs_per_device=2, packing=packing)
     ranks = [TrainLoader(table, Label(), cfg, dp, rank, static_shapes=False) for rank in range(dp)]
     made = [batch for rank in ranks for step in range(rank.steps_per_epoch) for batch in rank.batches(step)]
     held = [batch for batch in made if (batch.segment_ids != PAD_SEGMENT).any()]  # an empty one has a slot, for a shape
@@ -241,7 +241,7 @@ def test_residues_are_counted_without_specials() -> None:
 
 
 def test_total_steps() -> None:
-    loader = TrainLoader(make_table(), Label(), make_config(rows_per_step=2))
+    loader = TrainLoader(make_table(), Label(), make_config(packs_per_step=2))
     n = loader.steps_per_epoch
     assert n > 3
     assert loader.total_steps(2, None) == 2 * n
@@ -252,18 +252,18 @@ def test_total_steps() -> None:
 
 @pytest.mark.parametrize(("rows", "cure"), [(10, "8 or 16"), (3, "8, or fewer rows per device")])
 def test_rows_per_step_that_do_not_divide(rows: int, cure: str) -> None:
-    with pytest.raises(ConfigError, match=rf"rows_per_step={rows} is not a multiple of 8 .* use .*={cure}$"):
-        TrainLoader(make_table(), Label(), make_config(rows_per_step=rows, rows_per_device=4), dp=2)
+    with pytest.raises(ConfigError, match=rf"packs_per_step={rows} is not a multiple of 8 .* use .*={cure}$"):
+        TrainLoader(make_table(), Label(), make_config(packs_per_step=rows, packs_per_device=4), dp=2)
 
 
 def test_example_longer_than_a_row() -> None:
     with pytest.raises(DataError, match="a row holds 16"):
-        TrainLoader(make_table(), Label(), make_config(row_tokens=16, max_residues=14))
+        TrainLoader(make_table(), Label(), make_config(pack_tokens=16, max_residues=14))
 
 
 def test_row_lengths_from_the_config() -> None:
     lengths = np.array([60] * 400 + [120] * 10)
-    cfg = make_config(rows_per_step=2, row_tokens=128, max_residues=126, packing=False)
+    cfg = make_config(packs_per_step=2, pack_tokens=128, max_residues=126, packing=False)
     assert select_row_lengths(cfg, lengths, 640) == (128,)
     with_buckets = replace(cfg, data=replace(cfg.data, max_buckets=2))
     assert select_row_lengths(with_buckets, lengths, 640) == (64, 128)
@@ -272,7 +272,7 @@ def test_row_lengths_from_the_config() -> None:
 
 def test_a_shorter_bucket_has_more_rows() -> None:
     table = make_table(400)
-    cfg = make_config(rows_per_step=2, row_tokens=256, max_residues=254, packing=False, max_buckets=2)
+    cfg = make_config(packs_per_step=2, pack_tokens=256, max_residues=254, packing=False, max_buckets=2)
     loader = TrainLoader(table, Label(), cfg, row_lengths=select_row_lengths(cfg, table.lengths, 640))
     assert loader.row_lengths == (64, 256)
     assert {b.input_ids.shape for b in loader.batches(0)} == {(8, 64)}

@@ -12,10 +12,9 @@ from small_weights import DECODER, QUERY, WORDS, nothing_new, on_meta, one_line_
 from transformers import EsmConfig, EsmForMaskedLM, EsmForSequenceClassification, EsmModel
 
 from esm_neuron.errors import CheckpointError
-from esm_neuron.loading import load_into
-from esm_neuron.parallel.slices import join, shard_of
-from esm_neuron.safetensors_folder import SafetensorsFolder, write_safetensors_folder
-from esm_neuron.weights import Draw, RandomWeights
+from esm_neuron.models.hf_folder import SafetensorsFolder, write_safetensors_folder
+from esm_neuron.models.tensor_parallel import join, shard_of
+from esm_neuron.models.weights import Draw, RandomWeights, load_into
 
 folder = small_weights.folder
 

@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from esm_neuron import low_rank, run
 from esm_neuron.config import TrainConfig
-from esm_neuron.low_rank import FusedLoraLinear, fuse_lora
+from esm_neuron.models import lora as low_rank
+from esm_neuron.models.lora import FusedLoraLinear, fuse_lora
+from esm_neuron.training import run
 
 ROWS = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
 

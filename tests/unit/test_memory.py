@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from esm_neuron import cli, settings
+from esm_neuron import cli
 from esm_neuron.backends import create_backend
 from esm_neuron.build import build_model
 from esm_neuron.config import (
@@ -26,12 +26,13 @@ from esm_neuron.config import (
     ParallelConfig,
     TaskConfig,
     TrainConfig,
+    settings,
 )
-from esm_neuron.memory import Memory, predict_memory
-from esm_neuron.optim import parameter_groups
-from esm_neuron.quantize import Nf4Linear
-from esm_neuron.shapes import SHAPES
+from esm_neuron.models.quantize import Nf4Linear
+from esm_neuron.models.shapes import SHAPES
+from esm_neuron.planning.memory import Memory, predict_memory
 from esm_neuron.tasks import create_task
+from esm_neuron.training.optim import parameter_groups
 
 Toy = Callable[..., TrainConfig]
 
@@ -52,9 +53,9 @@ def config(
     return TrainConfig(
         model=ModelConfig(name=name, init="random", gradient_checkpointing=again, pooling=pooling),
         task=TaskConfig(name=task, **({"target_mean": 0.0, "target_sd": 1.0} if task == "regression" else {})),
-        data=DataConfig(row_tokens=512, max_residues=510, max_segments=4),
+        data=DataConfig(pack_tokens=512, max_residues=510, max_segments=4),
         adapter=AdapterConfig(kind=kind),
-        loop=LoopConfig(precision=precision, rows_per_device=2, rows_per_step=2),
+        loop=LoopConfig(precision=precision, packs_per_device=2, packs_per_step=2),
         **others,
     )
 
@@ -91,7 +92,7 @@ def measure(cfg: TrainConfig) -> tuple[int, int]:
     backend, task = create_backend(cfg), create_task(cfg.task, ("A", "B"))
     model = build_model(cfg, task, backend).model
     optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
-    rows, length, segments = cfg.loop.rows_per_device, cfg.data.row_tokens, cfg.data.max_segments
+    rows, length, segments = cfg.loop.packs_per_device, cfg.data.pack_tokens, cfg.data.max_segments
     shape = (rows, length) if task.per_token else (rows, segments)
     labels = {"regression": torch.zeros(shape), "multi_label": torch.zeros(*shape, 2)}
     known = labels.get(cfg.task.name, torch.zeros(shape, dtype=torch.int64))

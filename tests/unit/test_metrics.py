@@ -14,14 +14,14 @@ from esm_neuron.metrics import (
     Value,
     bootstrap,
     classification,
-    classification_figures,
-    masked_lm_figures,
-    multi_label_figures,
-    ranking,
-    regression_figures,
+    classification_metrics,
+    masked_lm_metrics,
+    multi_label_metrics,
+    regression_metrics,
 )
+from esm_neuron.metrics import bootstrap as ranking
+from esm_neuron.metrics.bootstrap import Curve
 from esm_neuron.metrics.classification import log_softmax
-from esm_neuron.metrics.ranking import Curve
 
 
 def number(value: Value) -> float:
@@ -41,7 +41,7 @@ def filled(logits: np.ndarray, labels: np.ndarray, intervals: bool = False, **mo
     log_probabilities = log_softmax(logits)
     loss = -log_probabilities[np.arange(len(labels)), labels]
     names = "ABCDE"[: logits.shape[1]]
-    return classification_figures(np.exp(log_probabilities), labels, loss, names, intervals, **more)
+    return classification_metrics(np.exp(log_probabilities), labels, loss, names, intervals, **more)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -214,7 +214,7 @@ def multi_label_by_scikit_learn(p: np.ndarray, truth: np.ndarray) -> dict[str, f
 
 def test_multi_label_figures_are_scikit_learns_in_the_resamples_too(monkeypatch: pytest.MonkeyPatch) -> None:
     p, truth, loss = labelled(80, 3)
-    values = multi_label_figures(p, truth, loss, "ABC")
+    values = multi_label_metrics(p, truth, loss, "ABC")
     assert values == pytest.approx({"n": 80, "loss": loss.mean(), **multi_label_by_scikit_learn(p, truth)})
     counts = next(bootstrap.resamples(80))[:20]
     expected = []
@@ -222,7 +222,7 @@ def test_multi_label_figures_are_scikit_learns_in_the_resamples_too(monkeypatch:
         rows = np.repeat(np.arange(80), multiplicity)
         expected.append({**multi_label_by_scikit_learn(p[rows], truth[rows]), "loss": loss[rows].mean()})
     monkeypatch.setattr(bootstrap, "RESAMPLES", 20)
-    with_ci = multi_label_figures(p, truth, loss, "ABC", intervals=True)
+    with_ci = multi_label_metrics(p, truth, loss, "ABC", intervals=True)
     for name in expected[0]:
         assert with_ci[f"{name}_ci"] == pytest.approx(np.percentile([e[name] for e in expected], [2.5, 97.5])), name
     per_class = with_ci["per_class"]
@@ -237,12 +237,12 @@ def test_multi_label_figures_are_scikit_learns_in_the_resamples_too(monkeypatch:
 def test_multi_label_figures_of_a_class_that_nobody_has() -> None:
     p, truth, loss = labelled(30, 3)
     truth[:, 1] = False
-    values = multi_label_figures(p, truth, loss, "ABC", intervals=True)
+    values = multi_label_metrics(p, truth, loss, "ABC", intervals=True)
     assert values["auroc"] is None and values["auroc_ci"] is None
     assert values["macro_f1"] == pytest.approx(sk.f1_score(truth, p >= 0.5, average="macro", zero_division=0))
     assert values["per_class"]["B"]["auprc"] is None  # type: ignore[index]
     json.dumps(values, allow_nan=False)
-    json.dumps(multi_label_figures(p[:0], truth[:0], loss[:0], "ABC", intervals=True), allow_nan=False)
+    json.dumps(multi_label_metrics(p[:0], truth[:0], loss[:0], "ABC", intervals=True), allow_nan=False)
 
 
 def regression_by_scipy(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
@@ -260,7 +260,7 @@ def test_regression_figures_are_scipys_in_the_resamples_too(monkeypatch: pytest.
     rng = np.random.default_rng(0)
     truth = np.round(rng.normal(1000, 3, 60))  # ties, and a mean that is large against the spread
     predicted = truth + np.round(rng.normal(0, 4, 60))
-    assert regression_figures(predicted, truth, 2.0) == pytest.approx(
+    assert regression_metrics(predicted, truth, 2.0) == pytest.approx(
         {"n": 60, **regression_by_scipy(predicted, truth)}, rel=1e-9
     )
     expected = []
@@ -268,18 +268,18 @@ def test_regression_figures_are_scipys_in_the_resamples_too(monkeypatch: pytest.
         rows = np.repeat(np.arange(60), multiplicity)
         expected.append(regression_by_scipy(predicted[rows], truth[rows]))
     monkeypatch.setattr(bootstrap, "RESAMPLES", 20)
-    values = regression_figures(predicted, truth, 2.0, intervals=True)
+    values = regression_metrics(predicted, truth, 2.0, intervals=True)
     for name in expected[0]:
         bounds = np.percentile([e[name] for e in expected], [2.5, 97.5])
         assert values[f"{name}_ci"] == pytest.approx(bounds, rel=1e-9), name
 
 
 def test_a_constant_answer_has_no_correlation() -> None:
-    values = regression_figures(np.ones(5), np.arange(5.0), intervals=True)
+    values = regression_metrics(np.ones(5), np.arange(5.0), intervals=True)
     assert values["spearman"] is None and values["pearson_ci"] is None
     assert values["rmse"] == pytest.approx((11 / 5 + 4 / 5) ** 0.5)
-    assert regression_figures(np.arange(5.0), np.ones(5))["r2"] is None
-    json.dumps(regression_figures(np.ones(0), np.ones(0), intervals=True), allow_nan=False)
+    assert regression_metrics(np.arange(5.0), np.ones(5))["r2"] is None
+    json.dumps(regression_metrics(np.ones(0), np.ones(0), intervals=True), allow_nan=False)
 
 
 def test_masked_lm_figures_and_their_intervals() -> None:
@@ -288,7 +288,7 @@ def test_masked_lm_figures_and_their_intervals() -> None:
     sums[:, 2] = np.floor(sums[:, 1] / 3)
     sums[:, 0] *= sums[:, 1] > 0
     loss, weight, right = sums.sum(0)
-    values = masked_lm_figures(sums, intervals=True)
+    values = masked_lm_metrics(sums, intervals=True)
     assert values["n"] == weight
     assert values["n_records"] == (sums[:, 1] > 0).sum() < 20
     assert values["loss"] == pytest.approx(loss / weight)
@@ -297,4 +297,4 @@ def test_masked_lm_figures_and_their_intervals() -> None:
     low, high = values["perplexity_ci"]  # type: ignore[misc]
     assert low < number(values["perplexity"]) < high
     assert {name for name in values if name.endswith("ci")} == {"loss_ci", "perplexity_ci", "accuracy_ci"}
-    assert masked_lm_figures(sums[:0], intervals=True)["loss"] is None
+    assert masked_lm_metrics(sums[:0], intervals=True)["loss"] is None

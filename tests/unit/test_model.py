@@ -17,11 +17,11 @@ from packs import (
     LENGTHS,
     PER_TOKEN,
     alone,
-    answers,
     build,
     difference,
     gradients,
     lay,
+    predictions,
     proteins,
 )
 from torch import Tensor, nn
@@ -33,10 +33,10 @@ from transformers import (
     EsmForTokenClassification,
 )
 
-from esm_neuron.attention import RotaryTable, mean_over
 from esm_neuron.data.tokenizer import PAD
-from esm_neuron.export import write_model
-from esm_neuron.model import encoder_of, head_name, parameter_count, set_attention
+from esm_neuron.models.attention import RotaryTable, mean_over
+from esm_neuron.models.esm2 import encoder_of, head_name, parameter_count, set_attention
+from esm_neuron.training.results import write_model
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -48,7 +48,7 @@ def test_neither_padding_nor_neighbours_change_an_answer_or_a_gradient(kind: str
     trained = {n for n, _ in model.named_parameters() if ".contact_head." not in n}
     assert set(expected_gradients) == trained
     for layout, (rows, width) in LAYOUTS.items():
-        found = answers(model, sequences, rows, width)
+        found = predictions(model, sequences, rows, width)
         for number, logits in expected.items():
             assert difference(found[number], logits) <= 1e-5, (layout, number)
         for name, gradient in gradients(model, found).items():
@@ -59,8 +59,8 @@ def test_neither_padding_nor_neighbours_change_an_answer_or_a_gradient(kind: str
 def test_other_neighbours_leave_an_answer_as_it_is(attention: str) -> None:
     model = build("masked_lm", attention)
     first, others = proteins(masked=True), proteins(masked=True, seed=9)
-    before = answers(model, first, [[4, 1]], 104)
-    after = answers(model, [others[0], first[1], *others[2:]], [[4, 1]], 104)
+    before = predictions(model, first, [[4, 1]], 104)
+    after = predictions(model, [others[0], first[1], *others[2:]], [[4, 1]], 104)
     assert difference(after[1], before[1]) <= 1e-5
     assert difference(after[4], before[4]) > 0.1
 
@@ -70,9 +70,9 @@ def test_both_attentions_are_one_function(kind: str) -> None:
     model, sequences = build(kind), proteins(masked=True)
     rows, width = LAYOUTS["packed"]
     with torch.no_grad():
-        eager = answers(model, sequences, rows, width)
+        eager = predictions(model, sequences, rows, width)
         set_attention(encoder_of(model), 1024, "masked")
-        compiled = answers(model, sequences, rows, width)
+        compiled = predictions(model, sequences, rows, width)
     assert all(difference(compiled[i], eager[i]) <= 1e-5 for i in eager)
 
 
@@ -117,7 +117,7 @@ def test_mean_pooling_leaves_out_the_specials() -> None:
     model, sequences = build("mean"), proteins(masked=False)
     with torch.no_grad():
         hidden, _ = model.esm(**lay(sequences, [[1, 3]], 70))
-        found = answers(model, sequences, [[1, 3]], 70)
+        found = predictions(model, sequences, [[1, 3]], 70)
         inner = hidden[0, 1 : 1 + LENGTHS[1]].mean(0)
         expected = getattr(model, head_name(model.config))(inner.view(1, 1, -1))[0]
     assert difference(found[1], expected) <= 1e-5
@@ -184,7 +184,7 @@ def test_gradient_checkpointing_changes_memory_and_not_gradients(attention: str)
 
     def run() -> dict[str, Tensor]:
         torch.manual_seed(5)
-        return gradients(model, answers(model, sequences, *LAYOUTS["packed"]))
+        return gradients(model, predictions(model, sequences, *LAYOUTS["packed"]))
 
     def recompute(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
         return checkpoint(fn, *args, use_reentrant=False)
@@ -218,7 +218,9 @@ def test_a_folder_of_our_own_type_answers_rightly_or_not_at_all(kind: str, tmp_p
     )
     assert plain.returncode != 0
     assert "model type `esm_neuron`" in plain.stderr
-    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()  # esm_neuron.model is imported here
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        folder
+    ).eval()  # esm_neuron.models.esm2 is imported here
     with torch.no_grad():
         expected, found = alone(model, sequences), alone(loaded, sequences)
     assert all(difference(found[i], expected[i]) <= 1e-6 for i in expected)

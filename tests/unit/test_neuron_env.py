@@ -18,8 +18,8 @@ from esm_neuron.backends.neuron_env import (
     neuron_cores,
 )
 from esm_neuron.config import AdapterConfig, LoopConfig, ParallelConfig, TrainConfig
-from esm_neuron.doctor import Lack, lacks
 from esm_neuron.errors import ConfigError
+from esm_neuron.planning.doctor import Lack, lacks
 
 FP32 = TrainConfig()
 BF16 = replace(FP32, loop=LoopConfig(precision="bf16"))

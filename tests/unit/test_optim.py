@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from esm_neuron.config import OptimConfig
-from esm_neuron.optim import learning_rate, parameter_groups
+from esm_neuron.training.optim import learning_rate, parameter_groups
 
 TOTAL, WARMUP, PEAK, FLOOR = 25, 4, 2e-3, 0.1
 

@@ -9,11 +9,10 @@ import esm as fair_esm
 import pytest
 import torch
 
-from esm_neuron.loading import load_into
-from esm_neuron.model import PackedForMaskedLM, set_attention
-from esm_neuron.safetensors_folder import SafetensorsFolder, write_safetensors_folder
-from esm_neuron.shapes import EsmShape, esm_config
-from esm_neuron.weights import Draw, read_config
+from esm_neuron.models.esm2 import PackedForMaskedLM, set_attention
+from esm_neuron.models.hf_folder import SafetensorsFolder, write_safetensors_folder
+from esm_neuron.models.shapes import EsmShape, esm_config
+from esm_neuron.models.weights import Draw, load_into, read_config
 
 SHAPE = EsmShape(layers=3, hidden=64, heads=4, intermediate=256)
 CLS, PAD, EOS, MASK = 0, 1, 2, 32
@@ -84,7 +83,7 @@ def proteins(*lengths: int) -> list[torch.Tensor]:
     return made
 
 
-def agree(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+def raise_on_any_rank(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ((mine - theirs).abs().max() / theirs.abs().max()).item() <= TOLERANCE
 
 
@@ -94,7 +93,7 @@ def test_padded_batches_agree(original: fair_esm.ESM2, ours: PackedForMaskedLM) 
     tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=PAD)
     real = tokens != PAD
     theirs, mine = original(tokens)["logits"], ours(tokens, attention_mask=real.long()).logits
-    assert agree(mine[real], theirs[real])
+    assert raise_on_any_rank(mine[real], theirs[real])
 
 
 @torch.no_grad()
@@ -106,7 +105,7 @@ def test_a_pack_agrees_with_each_sequence_alone(original: fair_esm.ESM2, ours: P
     positions = torch.cat([*(torch.arange(len(s)) for s in sequences), torch.zeros(pad, dtype=torch.long)])
     mine = ours(row[None], segments[None], positions=positions[None], max_segments=6).logits[0]
     for number, sequence in enumerate(sequences):
-        assert agree(mine[segments == number], original(sequence[None])["logits"][0]), f"sequence {number}"
+        assert raise_on_any_rank(mine[segments == number], original(sequence[None])["logits"][0]), f"sequence {number}"
 
 
 @torch.no_grad()
@@ -116,8 +115,8 @@ def test_the_comparison_feels_masks_and_order(original: fair_esm.ESM2) -> None:
     plain = torch.where(masked == MASK, torch.tensor(5), masked)
     swapped = torch.cat((plain[:1], plain[1:-1].flip(0), plain[-1:]))
     base = original(plain[None])["logits"]
-    assert not agree(original(masked[None])["logits"], base)
-    assert not agree(original(swapped[None])["logits"].flip(1), base)
+    assert not raise_on_any_rank(original(masked[None])["logits"], base)
+    assert not raise_on_any_rank(original(swapped[None])["logits"].flip(1), base)
     short = original(masked[None])["logits"][0]
     padded = torch.cat((masked, torch.full((40,), PAD)))[None]
-    assert agree(original(padded)["logits"][0, : len(masked)], short)
+    assert raise_on_any_rank(original(padded)["logits"][0, : len(masked)], short)

@@ -28,9 +28,9 @@ def protein_lengths(number: int, longest: int, seed: int = 0) -> np.ndarray:
     return np.clip(residues, 3, longest).astype(np.int64)
 
 
-def plan_packs(lengths: np.ndarray, row_tokens: int, max_segments: int, rng: np.random.Generator) -> PackPlan:
+def plan_packs(lengths: np.ndarray, pack_tokens: int, max_segments: int, rng: np.random.Generator) -> PackPlan:
     """Rows of one length."""
-    return plan_buckets(lengths, (row_tokens,), max_segments, rng)[0]
+    return plan_buckets(lengths, (pack_tokens,), max_segments, rng)[0]
 
 
 def assert_legal(packs: tuple[PackPlan, ...], lengths: np.ndarray, max_segments: int) -> None:
@@ -43,7 +43,7 @@ def assert_legal(packs: tuple[PackPlan, ...], lengths: np.ndarray, max_segments:
         for number in range(pack.rows):
             row = pack.row(number)
             assert 1 <= len(row) <= max_segments
-            assert lengths[row].sum() <= pack.row_tokens
+            assert lengths[row].sum() <= pack.pack_tokens
 
 
 @settings(deadline=None, max_examples=150)
@@ -59,27 +59,27 @@ def test_every_example_once_within_limits(
     array = np.array(lengths)
     buckets = (*row_lengths, ROW)
     packs = plan_buckets(array, buckets, max_segments, np.random.default_rng(seed))
-    assert [pack.row_tokens for pack in packs] == sorted(buckets)
+    assert [pack.pack_tokens for pack in packs] == sorted(buckets)
     assert_legal(packs, array, max_segments)
 
 
 @settings(deadline=None, max_examples=100)
 @given(
     lengths=st.lists(st.integers(1, ROW), min_size=1, max_size=120),
-    rows_per_step=st.integers(1, 7),
+    packs_per_step=st.integers(1, 7),
     seed=st.integers(0, 2**32),
 )
-def test_steps_hold_every_example_once_and_one_row_length(lengths: list[int], rows_per_step: int, seed: int) -> None:
+def test_steps_hold_every_example_once_and_one_row_length(lengths: list[int], packs_per_step: int, seed: int) -> None:
     array = np.array(lengths)
-    plan = plan_epoch(array, (16, 32, ROW), 8, rows_per_step, np.random.default_rng(seed))
+    plan = plan_epoch(array, (16, 32, ROW), 8, packs_per_step, np.random.default_rng(seed))
     seen = []
     for index in range(len(plan)):
-        row_tokens, rows = plan.step(index)
-        assert len(rows) == rows_per_step * (ROW // row_tokens)
+        pack_tokens, rows = plan.step(index)
+        assert len(rows) == packs_per_step * (ROW // pack_tokens)
         assert any(len(row) for row in rows)
         fillers = [len(row) == 0 for row in rows]
         assert fillers == sorted(fillers), "filler rows come last"
-        assert all(array[row].sum() <= row_tokens for row in rows)
+        assert all(array[row].sum() <= pack_tokens for row in rows)
         seen.extend(np.concatenate(rows).tolist())
     assert sorted(seen) == list(range(len(lengths)))
     assert 0 < plan.efficiency(array) <= plan.efficiency(array, 1) <= 1
@@ -101,7 +101,7 @@ def test_best_fit_by_hand() -> None:
 
 def test_short_sequences_fill_long_rows_before_they_open_short_ones() -> None:
     counts = np.bincount([30] * 2 + [10] * 8)
-    rows = {recipe.row_tokens: recipe.rows for recipe in pack_histogram(counts, (20, 40), 8)}
+    rows = {recipe.pack_tokens: recipe.rows for recipe in pack_histogram(counts, (20, 40), 8)}
     assert rows == {40: 2, 20: 3}
 
 
@@ -162,7 +162,7 @@ def test_single_bucket_ends_with_the_short_step() -> None:
 
 def test_too_long_names_the_example_and_the_cure() -> None:
     lengths = np.array([5, 2000, 7])
-    message = r"example 1 has 2000 tokens, a row holds 1024; use data.row_tokens >= 2000, or .*max_residues <= 1022"
+    message = r"example 1 has 2000 tokens, a row holds 1024; use data.pack_tokens >= 2000, or .*max_residues <= 1022"
     with pytest.raises(DataError, match=message):
         plan_buckets(lengths, (512, 1024), 8, np.random.default_rng(0))
     with pytest.raises(DataError, match=message):
@@ -199,8 +199,8 @@ def test_attention_cost_is_linear_plus_quadratic() -> None:
 def test_candidates_fill_a_step() -> None:
     assert bucket_candidates(1024) == (128, 192, 256, 320, 512, 1024)
     assert bucket_candidates(100) == (100,)
-    for row_tokens in bucket_candidates(1024):
-        assert bucket_rows(8, row_tokens, 1024) * row_tokens >= 0.9 * 8 * 1024
+    for pack_tokens in bucket_candidates(1024):
+        assert bucket_rows(8, pack_tokens, 1024) * pack_tokens >= 0.9 * 8 * 1024
 
 
 def test_chosen_buckets_are_the_cheapest() -> None:
@@ -224,15 +224,15 @@ def test_one_bucket_is_the_longest_candidate() -> None:
 
 def test_no_bucket_is_added_where_none_pays() -> None:
     """Full rows without attention cost: shorter rows save nothing, so the fewest buckets win."""
-    assert choose_buckets(np.full(64, 64), (32, 64), 2, 4, lambda row_tokens: float(row_tokens)) == (64,)
+    assert choose_buckets(np.full(64, 64), (32, 64), 2, 4, lambda pack_tokens: float(pack_tokens)) == (64,)
 
 
 def test_filler_rows_count_against_a_bucket() -> None:
     """Three short sequences pay for a bucket of their own, unless it must be filled up to 64 rows."""
     lengths = np.array([128] * 64 + [64] * 3)
     cost = attention_cost(8)
-    assert choose_buckets(lengths, (64, 128), 2, 1, cost, rows_per_step=1) == (64, 128)
-    assert choose_buckets(np.array([128] * 61 + [64] * 3), (64, 128), 2, 1, cost, rows_per_step=64) == (128,)
+    assert choose_buckets(lengths, (64, 128), 2, 1, cost, packs_per_step=1) == (64, 128)
+    assert choose_buckets(np.array([128] * 61 + [64] * 3), (64, 128), 2, 1, cost, packs_per_step=64) == (128,)
 
 
 def test_fewer_than_one_bucket_is_an_error() -> None:

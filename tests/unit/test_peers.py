@@ -10,16 +10,15 @@ import pytest
 import torch
 import torch.distributed
 
-from esm_neuron import checkpoint
-from esm_neuron.agreement import agree, agree_on_main, from_main
 from esm_neuron.backends import opened_backend
-from esm_neuron.backends.common import from_peers
+from esm_neuron.backends.base import from_peers
 from esm_neuron.backends.cpu import CpuBackend
-from esm_neuron.checkpoint import Snapshot, TrainState
+from esm_neuron.backends.topology import Topology
 from esm_neuron.config import TrainConfig
+from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import CheckpointError, ConfigError, TrainingError
-from esm_neuron.parallel.topology import Topology
-from esm_neuron.shared_checkpoint import load_shared
+from esm_neuron.training import checkpoint
+from esm_neuron.training.checkpoint import Snapshot, TrainState, load_shared
 
 
 class Peer:
@@ -38,13 +37,13 @@ def test_what_fails_on_one_rank_fails_on_both_with_one_error() -> None:
 
     failed = ConfigError("the output is in use")
     with pytest.raises(ConfigError, match="^the output is in use$"):
-        agree_on_main(Peer(0, None), fail)
+        main_rank_only(Peer(0, None), fail)
     with pytest.raises(ConfigError, match="^rank 0: the output is in use$"):
-        agree_on_main(Peer(1, failed), fail)
+        main_rank_only(Peer(1, failed), fail)
     with pytest.raises(ConfigError, match="^rank 1: the output is in use$"):
-        agree(Peer(0, failed), lambda: 5)
-    assert agree(Peer(0, None), lambda: 5) == 5
-    assert agree_on_main(Peer(1, None), fail) is None, "only the main rank acts"
+        raise_on_any_rank(Peer(0, failed), lambda: 5)
+    assert raise_on_any_rank(Peer(0, None), lambda: 5) == 5
+    assert main_rank_only(Peer(1, None), fail) is None, "only the main rank acts"
 
 
 def test_what_only_the_main_rank_can_read_reaches_all() -> None:
@@ -55,10 +54,10 @@ def test_what_only_the_main_rank_can_read_reaches_all() -> None:
     def unreadable() -> str:
         raise OSError("only on the first node")
 
-    assert from_main(Broadcasting(0, None), lambda: "mine") == "mine"
-    assert from_main(Broadcasting(1, None), unreadable) == "read by rank 0"
+    assert from_main_rank(Broadcasting(0, None), lambda: "mine") == "mine"
+    assert from_main_rank(Broadcasting(1, None), unreadable) == "read by rank 0"
     with pytest.raises(OSError, match="rank 0: only on the first node"):
-        from_main(Broadcasting(1, OSError("only on the first node")), unreadable)
+        from_main_rank(Broadcasting(1, OSError("only on the first node")), unreadable)
 
 
 @pytest.mark.parametrize(

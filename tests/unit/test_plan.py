@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from esm_neuron import cli, settings
-from esm_neuron.config import TrainConfig
+from esm_neuron import cli
+from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
 from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.errors import ConfigError
-from esm_neuron.plan import SET_UP, make_plan, render, tensor_parallel
-from esm_neuron.shapes import SHAPES, EsmShape, known_shape
+from esm_neuron.models.shapes import SHAPES, EsmShape, known_shape
+from esm_neuron.planning.plan import SET_UP, make_plan, render, tensor_parallel
 from esm_neuron.tasks import create_task
 
 Toy = Callable[..., TrainConfig]
 
-BUCKETS = {"max_residues": 190, "row_tokens": 192, "max_segments": 2, "max_buckets": 3}
+BUCKETS = {"max_residues": 190, "pack_tokens": 192, "max_segments": 2, "max_buckets": 3}
 
 
 @pytest.fixture
 def bucketed(toy: Toy, lengthened: Callable[[TrainConfig], TrainConfig]) -> TrainConfig:
-    loop = {"rows_per_step": 4, "rows_per_device": 2, "max_steps": None, "epochs": 2.5}
+    loop = {"packs_per_step": 4, "packs_per_device": 2, "max_steps": None, "epochs": 2.5}
     return lengthened(toy(data=BUCKETS, loop=loop))
 
 
@@ -51,10 +51,10 @@ def test_the_plan_is_what_the_loader_does(bucketed: TrainConfig) -> None:
         shapes[length] += 1
         residues[length] += data.residues
         rows = sum(batch.input_ids.shape[0] for batch in data.batches)
-        assert rows == next(b.rows_per_step for b in plan.buckets if b.row_tokens == length)
+        assert rows == next(b.packs_per_step for b in plan.buckets if b.pack_tokens == length)
     assert len(shapes) > 1, "the toy data must give several buckets"
-    assert {b.row_tokens: b.steps for b in plan.buckets if b.steps} == shapes
-    assert {b.row_tokens: b.residues for b in plan.buckets if b.steps} == residues
+    assert {b.pack_tokens: b.steps for b in plan.buckets if b.steps} == shapes
+    assert {b.pack_tokens: b.residues for b in plan.buckets if b.steps} == residues
     assert sum(b.share for b in plan.buckets) == pytest.approx(1)
     assert plan.total.sequences == len(splits.train)
 
@@ -64,7 +64,7 @@ def test_graphs_are_counted_by_the_shapes_that_come(bucketed: TrainConfig) -> No
     plan, task = make_plan(bucketed, splits), create_task(bucketed.task, splits.labels)
     loader = train_loader(bucketed, splits)
     trained = {b.input_ids.shape for step in range(plan.steps) for b in loader.batches(step)}
-    assert plan.graphs["training pass"] == len(trained)
+    assert plan.graphs_by_part["training pass"] == len(trained)
     firsts = {b.input_ids.shape for step in loader.first_steps(plan.steps) for b in loader.batches(step)}
     assert firsts == trained
     evaluated, first = set(), set()
@@ -73,14 +73,14 @@ def test_graphs_are_counted_by_the_shapes_that_come(bucketed: TrainConfig) -> No
         held_out = EvalLoader(table, task, bucketed, row_lengths=loader.row_lengths)
         evaluated |= {b.input_ids.shape for b in held_out}
         first |= {b.input_ids.shape for b in held_out.first_batches()}
-    assert plan.graphs["evaluation pass"] == len(evaluated)
+    assert plan.graphs_by_part["evaluation pass"] == len(evaluated)
     assert first == evaluated
-    assert plan.programs == len(trained) + len(evaluated) + 1 + SET_UP
+    assert plan.graphs == len(trained) + len(evaluated) + 1 + SET_UP
 
 
 def test_a_run_too_short_for_all_buckets_compiles_fewer(bucketed: TrainConfig) -> None:
     short = replace(bucketed, loop=replace(bucketed.loop, max_steps=1))
-    assert make_plan(short, load_splits(short, True)).graphs["training pass"] == 1
+    assert make_plan(short, load_splits(short, True)).graphs_by_part["training pass"] == 1
 
 
 def test_packing_saves_rows(toy: Toy) -> None:
@@ -91,8 +91,8 @@ def test_packing_saves_rows(toy: Toy) -> None:
 
 
 def test_devices_that_do_not_share_evenly_are_refused(toy: Toy) -> None:
-    cfg = toy(loop={"rows_per_step": 4, "rows_per_device": 4})
-    with pytest.raises(ConfigError, match=r"loop\.rows_per_step=4 is not a multiple of 8"):
+    cfg = toy(loop={"packs_per_step": 4, "packs_per_device": 4})
+    with pytest.raises(ConfigError, match=r"loop\.packs_per_step=4 is not a multiple of 8"):
         make_plan(cfg, load_splits(cfg, True), devices=2)
 
 
@@ -129,9 +129,9 @@ def test_the_command(bucketed: TrainConfig, tmp_path: Path, capsys: pytest.Captu
     plan = make_plan(bucketed, load_splits(bucketed, True))
     assert cli.main(["plan", "--config", str(path)]) == 0
     assert capsys.readouterr().out == render(plan) + "\n"
-    assert cli.main(["plan", "--json", "--config", str(path), "--loop.rows_per_device", "4"]) == 0
+    assert cli.main(["plan", "--json", "--config", str(path), "--loop.packs_per_device", "4"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["total"]["passes"] == 1
-    assert said["programs"] == plan.programs
+    assert said["graphs"] == plan.graphs
     assert cli.main(["plan", "--config", str(path), "--devices", "0"]) == 2
     assert not Path(bucketed.output).exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from esm_neuron.parallel.plan import HEADED, PLAN, in_block, padded_heads, style_of
+from esm_neuron.models.tensor_parallel import HEADED, PLAN, in_block, padded_heads, style_of
 
 
 def test_the_table_names_every_linear_of_a_block() -> None:

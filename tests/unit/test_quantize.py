@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
-from esm_neuron import quantize
 from esm_neuron.backends import create_backend
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
@@ -31,17 +30,20 @@ from esm_neuron.config import (
     TaskConfig,
     TrainConfig,
 )
+from esm_neuron.config.rules import validate
+from esm_neuron.config.settings import dump
 from esm_neuron.errors import ConfigError
-from esm_neuron.export import build_trained, export, read_run, write_results
 from esm_neuron.files import write_json, write_text
-from esm_neuron.model import encoder_of, parameter_count
-from esm_neuron.parallel.plan import PLAN, in_block
-from esm_neuron.quantize import KINDS, Int8Linear, Nf4Linear, QuantizedLinear, bitsandbytes
-from esm_neuron.report import write_report
-from esm_neuron.rules import validate
-from esm_neuron.settings import dump
+from esm_neuron.inference.export import export
+from esm_neuron.inference.load import build_trained, read_run
+from esm_neuron.models import quantize
+from esm_neuron.models.esm2 import encoder_of, parameter_count
+from esm_neuron.models.quantize import KINDS, Int8Linear, Nf4Linear, QuantizedLinear, bitsandbytes
+from esm_neuron.models.tensor_parallel import PLAN, in_block
+from esm_neuron.models.weights import RandomWeights
+from esm_neuron.reports import write_report
 from esm_neuron.tasks import create_task
-from esm_neuron.weights import RandomWeights
+from esm_neuron.training.results import write_results
 
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 2], [0, 20, 19, 4, 11, 12, 5, 2]])
 ERROR = {"nf4": 0.10, "int8": 0.01}
@@ -54,7 +56,7 @@ def config(kind: str = "qlora", quantization: Quantization = "nf4", name: str = 
     cfg = TrainConfig(
         model=ModelConfig(name=name, init="random", pooling="cls"),
         task=TaskConfig(labels=("A", "B")),
-        data=DataConfig(max_residues=62, row_tokens=64),
+        data=DataConfig(max_residues=62, pack_tokens=64),
         adapter=AdapterConfig(kind=kind, quantization=quantization, r=4, alpha=8),
     )
     return replace(cfg, **changes)

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from esm_neuron import run
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import OnRecompile, TrainConfig
-from esm_neuron.data.batch import Batch
+from esm_neuron.data.dataset import Batch
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.errors import ConfigError
 from esm_neuron.metrics import Value
-from esm_neuron.recompile import RecompileGuard
-from esm_neuron.trainer import Trainer
+from esm_neuron.training import run
+from esm_neuron.training.monitors import RecompileGuard
+from esm_neuron.training.trainer import Trainer
 
 
 def batch(rows: int = 4, tokens: int = 128, segments: int = 6, weights: torch.dtype = torch.float32) -> Batch:
@@ -40,7 +40,7 @@ def test_a_training_under_neuron_parallel_compile_is_refused(
 
 def test_a_backend_that_compiles_nothing_says_so(toy: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ConfigError, match="backend=cpu compiles nothing"):
-        run.compile_programs(toy())
+        run.compile_graphs(toy())
 
 
 class Run:

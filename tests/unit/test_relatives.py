@@ -1,4 +1,4 @@
-"""Relatives and clusters by k-mers and by MMseqs2 (a stand-in), on proteins whose family is known."""
+"""Homologs and clusters by k-mers and by MMseqs2 (a stand-in), on proteins whose family is known."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm_neuron.data.batch import ExampleTable
-from esm_neuron.data.relatives import clusters, find_relatives
+from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.homology import clusters, find_homologs
 from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.errors import DataError
 
@@ -39,9 +39,9 @@ def table(sequences: list[str], pieces: int = 1) -> ExampleTable:
 def test_homologues_are_found_and_random_proteins_are_not(pieces: int) -> None:
     rng = np.random.default_rng(0)
     train = [protein(rng) for _ in range(200)]
-    relatives = [mutated(sequence, rng, 0.75) for sequence in train[:50]]
+    homologs = [mutated(sequence, rng, 0.75) for sequence in train[:50]]
     strangers = [protein(rng) for _ in range(200)]
-    found = find_relatives(table(relatives + strangers, pieces), table(train, pieces), "kmer")
+    found = find_homologs(table(homologs + strangers, pieces), table(train, pieces), "kmer")
     assert found[:50].mean() > 0.9
     assert not found[50:].any()
 
@@ -50,7 +50,7 @@ def test_a_relative_has_about_the_same_length() -> None:
     rng = np.random.default_rng(0)
     sequence = protein(rng)
     parts = table([sequence, sequence[:245], sequence[:230], sequence[:5]])
-    assert find_relatives(parts, table([sequence, protein(rng)]), "kmer").tolist() == [True, True, False, False]
+    assert find_homologs(parts, table([sequence, protein(rng)]), "kmer").tolist() == [True, True, False, False]
 
 
 def test_residues_that_two_windows_share_count_once() -> None:
@@ -65,16 +65,16 @@ def test_residues_that_two_windows_share_count_once() -> None:
         return ExampleTable(tokens, offsets, np.zeros(len(cut), np.int64), ones, np.empty(0), ["a"], residues=length)
 
     copy = mutated(sequence[:505], rng, 0.9)
-    assert find_relatives(windows(copy), windows(sequence), "kmer").tolist() == [True]
-    assert find_relatives(windows(sequence), windows(copy), "kmer").tolist() == [True]
-    assert find_relatives(windows(sequence[:300]), windows(sequence), "kmer").tolist() == [False]
+    assert find_homologs(windows(copy), windows(sequence), "kmer").tolist() == [True]
+    assert find_homologs(windows(sequence), windows(copy), "kmer").tolist() == [True]
+    assert find_homologs(windows(sequence[:300]), windows(sequence), "kmer").tolist() == [False]
 
 
 def test_variants_of_one_protein_are_relatives_though_every_kmer_is_common() -> None:
     rng = np.random.default_rng(0)
     wild = protein(rng, 42)
     variants = [wild[:i] + "A" + wild[i + 1 :] for i in range(42)]
-    assert find_relatives(table(variants[:10]), table(variants[10:]), "kmer").all()
+    assert find_homologs(table(variants[:10]), table(variants[10:]), "kmer").all()
     assert set(clusters(table(variants), "kmer").tolist()) == {0}
 
 
@@ -100,7 +100,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
 def test_mmseqs_is_asked_and_its_answer_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, "printf '2\\t0\\n0\\t1\\n' > found.tsv")
     three, two = table(["MKV", "AAA", "CCC"]), table(["MKV", "DDD"])
-    assert find_relatives(three, two, "mmseqs").tolist() == [True, False, True]
+    assert find_homologs(three, two, "mmseqs").tolist() == [True, False, True]
     words = (tmp_path / "words").read_text()
     assert words.startswith("easy-search queries.fasta targets.fasta found.tsv scratch --min-seq-id 0.3 -c 0.8 --cov")
     assert (tmp_path / "q").read_text() == ">0\nMKV\n>1\nAAA\n>2\nCCC\n"
@@ -110,7 +110,7 @@ def test_mmseqs_is_asked_and_its_answer_read(tmp_path: Path, monkeypatch: pytest
 def test_mmseqs_that_fails_or_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, "echo 'no space' >&2; exit 3")
     with pytest.raises(DataError, match="^mmseqs ended with 3: no space$"):
-        find_relatives(table(["MKV"]), table(["MKV"]), "mmseqs")
+        find_homologs(table(["MKV"]), table(["MKV"]), "mmseqs")
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     with pytest.raises(DataError, match="there is no program mmseqs on PATH; install MMseqs2, or use kmer"):
-        find_relatives(table(["MKV"]), table(["MKV"]), "mmseqs")
+        find_homologs(table(["MKV"]), table(["MKV"]), "mmseqs")

@@ -19,15 +19,15 @@ from sklearn.metrics import confusion_matrix
 
 from esm_neuron import cli
 from esm_neuron.config import DataConfig, LogConfig, TaskConfig, TrainConfig
-from esm_neuron.data.batch import ExampleTable
+from esm_neuron.config.settings import dump
+from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import write_json
-from esm_neuron.held_out import load_answers, save_answers
-from esm_neuron.metrics.groups import group_means, reliability
+from esm_neuron.metrics.calibration import group_means, reliability
 from esm_neuron.metrics.text import show, verdict
-from esm_neuron.report import write_report
-from esm_neuron.report.views import view
-from esm_neuron.settings import dump
+from esm_neuron.reports import write_report
+from esm_neuron.reports.views import view
+from esm_neuron.run_dir import load_predictions, save_predictions
 from esm_neuron.tasks import TASKS, create_task
 
 EVIL = "<script>alert(1)</script>"
@@ -92,16 +92,16 @@ def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), 
     for split, records in (("valid", 12), ("test", 60)):
         if split in splits:
             table = made_table(name, len(labels), records, f"{EVIL}-" if evil else f"{split}-")
-            answers = made_answers(name, table, len(labels))
-            save_answers(out / f"answers-{split}.parquet", task, table, answers)
-            result[split] = task.figures(table, answers, intervals=True)
-            noise = [answer[::-1] if name == "masked_lm" else np.zeros_like(answer) for answer in answers]
-            worse = {**task.figures(table, noise, intervals=True), "fitted_on": 40, "training": 50}
+            predictions = made_answers(name, table, len(labels))
+            save_predictions(out / f"predictions-{split}.parquet", task, table, predictions)
+            result[split] = task.metrics(table, predictions, intervals=True)
+            noise = [answer[::-1] if name == "masked_lm" else np.zeros_like(answer) for answer in predictions]
+            worse = {**task.metrics(table, noise, intervals=True), "fitted_on": 40, "training": 50}
             result["baselines"][split] = {"majority": worse}
-            result["leaks"][split] = {"method": "kmer", "rows": records, "related": 0}
+            result["leaks"][split] = {"method": "kmer", "rows": records, "homologs": 0}
             result["data"][split] = {"records": records, "residues": 99}
             if split == "valid":
-                lines += [{"step": step, "split": "valid", **task.figures(table, answers)} for step in (4, 8)]
+                lines += [{"step": step, "split": "valid", **task.metrics(table, predictions)} for step in (4, 8)]
     (out / "config.yaml").write_text(dump(cfg))
     write_json(out / "result.json", result)
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -181,20 +181,20 @@ def test_a_page_has_what_its_task_has_and_asks_for_nothing(task: str, runs: dict
                 show(values, name[:-3]).text.split(" [")[0] in page.text for name in values if name[-3:] == "_ci"
             )
     assert "majority on 40 of 50" in page.text
-    assert "0 of 60 test rows have a relative in the training rows (by kmer)." in page.text
-    assert "without a relative" not in page.text
+    assert "0 of 60 test rows have a homolog in the training rows (by kmer)." in page.text
+    assert "without a homolog" not in page.text
     assert verdict(result["test"], result["baselines"]["test"], result["metric"]) in page.text
 
 
 def test_clean_rows_have_a_table_of_their_own(spoilt: Path) -> None:
     result = json.loads((spoilt / "result.json").read_text())
-    result["leaks"]["test"]["related"] = 20
+    result["leaks"]["test"]["homologs"] = 20
     result["clean"]["test"] = {**result["test"], "n": 40, "mcc": 0.123}
     write_json(spoilt / "result.json", result)
     page = Page(write_report(spoilt).read_text())
-    assert "20 of 60 test rows have a relative in the training rows (by kmer)." in page.text
+    assert "20 of 60 test rows have a homolog in the training rows (by kmer)." in page.text
     assert (
-        "Test rows without a relative in the training rows (by kmer): 40 proteins" in page.text and "0.123" in page.text
+        "Test rows without a homolog in the training rows (by kmer): 40 proteins" in page.text and "0.123" in page.text
     )
 
 
@@ -207,15 +207,15 @@ def test_markup_in_ids_labels_and_paths_stays_text(runs: dict[str, Path]) -> Non
 
 
 def test_confusion_and_errors_are_those_of_the_answers(runs: dict[str, Path]) -> None:
-    table = load_answers(runs["sequence_classification"] / "answers-test.parquet")
+    table = load_predictions(runs["sequence_classification"] / "predictions-test.parquet")
     assert table is not None
     frame = table.to_pandas()
     result = json.loads((runs["sequence_classification"] / "result.json").read_text())["test"]
     seen = view("sequence_classification", LABELS["plain"], table)
     assert seen.confusion is not None
-    assert (seen.confusion.counts == confusion_matrix(frame["truth"], frame["label"], labels=LABELS["plain"])).all()
+    assert (seen.confusion.counts == confusion_matrix(frame["target"], frame["label"], labels=LABELS["plain"])).all()
     assert 1 - seen.error.mean() == pytest.approx(result["accuracy"])
-    wrong = frame[frame["truth"] != frame["label"]]
+    wrong = frame[frame["target"] != frame["label"]]
     assert [record.id for record in seen.worst] == list(
         wrong.assign(p=wrong.iloc[:, -3:].max(axis=1)).sort_values("p", ascending=False, kind="stable")["id"][:10]
     )
@@ -223,7 +223,7 @@ def test_confusion_and_errors_are_those_of_the_answers(runs: dict[str, Path]) ->
 
 def test_views_agree_with_the_figures_of_every_other_task(runs: dict[str, Path]) -> None:
     def of(task: str) -> tuple[Any, dict[str, Any]]:
-        table = load_answers(runs[task] / "answers-test.parquet")
+        table = load_predictions(runs[task] / "predictions-test.parquet")
         assert table is not None
         result = json.loads((runs[task] / "result.json").read_text())["test"]
         return view(task, LABELS["plain"], table), result
@@ -282,16 +282,16 @@ def test_a_run_without_some_rows_gets_a_page_that_says_so(tmp_path: Path, splits
     run = made_run(tmp_path / "run", "sequence_classification", splits)
     page = Page(write_report(run).read_text())
     assert ("No rows were held out" in page.text) == (splits == ())
-    assert ("their figures are optimistic" in page.text) == (splits == ("valid",))
+    assert ("their metrics are optimistic" in page.text) == (splits == ("valid",))
     assert ("confusion" in page.ids) == (splits != ())
     assert ("metric" in page.ids) == ("valid" in splits)
 
 
 def test_a_run_that_kept_no_answers_and_logged_nothing_gets_a_page(spoilt: Path) -> None:
-    (spoilt / "answers-test.parquet").unlink()
+    (spoilt / "predictions-test.parquet").unlink()
     (spoilt / "metrics.jsonl").unlink()
     page = Page(write_report(spoilt).read_text())
-    assert "answers to the test rows were not kept (log.answers)" in page.text
+    assert "answers to the test rows were not kept (log.predictions)" in page.text
     assert {path.stem for path in (spoilt / "report").glob("*.png")} == {"comparison", "classes"}
 
 
@@ -306,10 +306,10 @@ def test_what_cannot_be_reported_is_one_line_and_leaves_the_old_report(
         assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
         assert (spoilt / "report" / "index.html").read_bytes() == old
 
-    (spoilt / "answers-test.parquet").write_bytes(b"no parquet")
-    refused(CheckpointError, "answers-test.parquet", "cannot be read")
+    (spoilt / "predictions-test.parquet").write_bytes(b"no parquet")
+    refused(CheckpointError, "predictions-test.parquet", "cannot be read")
     (spoilt / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
-    (spoilt / "answers-test.parquet").unlink()
+    (spoilt / "predictions-test.parquet").unlink()
     refused(CheckpointError, "metrics.jsonl:2", "not a JSON object with a step")
     (spoilt / "result.json").write_text("{")
     refused(CheckpointError, "result.json", "cannot be read")
@@ -324,7 +324,7 @@ def test_what_cannot_be_reported_is_one_line_and_leaves_the_old_report(
 
 
 def test_answers_need_not_be_kept() -> None:
-    assert LogConfig().answers and not replace(LogConfig(), answers=False).answers
+    assert LogConfig().predictions and not replace(LogConfig(), predictions=False).predictions
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")

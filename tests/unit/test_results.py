@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from esm_neuron.rules import validate
+from esm_neuron.config.rules import validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def made(task: str, seed: int, n: int = 60) -> pd.DataFrame:
     truth, noise = np.random.default_rng(0), np.random.default_rng(seed)
     if task == "regression":
         value = truth.normal(0, 1, n)
-        return pd.DataFrame({"truth": value, "value": value + noise.normal(0, seed, n)})
+        return pd.DataFrame({"target": value, "value": value + noise.normal(0, seed, n)})
     if task == "masked_lm":
         hidden = truth.integers(0, 5, n)
         return pd.DataFrame({"hidden": hidden, "loss": np.where(hidden > 0, noise.gamma(9, 0.3, n), np.nan)})
@@ -43,30 +43,30 @@ def made(task: str, seed: int, n: int = 60) -> pd.DataFrame:
         said = [
             "".join(noise.choice(["a", "b"]) if noise.random() < 0.3 else name or "a" for name in row) for row in each
         ]
-        return pd.DataFrame({"truth": each, "labels": said})
+        return pd.DataFrame({"target": each, "labels": said})
     words = ["a", "b", "c"] if task == "sequence_classification" else ["a", "a;b", "b;c", "c"]
     right = truth.choice(words, n)
     said = np.where(noise.random(n) < 0.2 * seed, noise.choice(words, n), right)
     p = {f"p_{c}": np.round([(c in text) + noise.normal(0, seed) for text in right], 1) for c in "abc"}
-    return pd.DataFrame({"truth": right, "label": said, **p})
+    return pd.DataFrame({"target": right, "label": said, **p})
 
 
-def expected(task: str, metric: str, answers: pd.DataFrame) -> float:
+def expected(task: str, metric: str, predictions: pd.DataFrame) -> float:
     """The same figure by scikit-learn and pandas."""
     if metric == "auroc":
-        return float(sk.roc_auc_score(answers["truth"].str.get_dummies(";"), answers[["p_a", "p_b", "p_c"]]))
+        return float(sk.roc_auc_score(predictions["target"].str.get_dummies(";"), predictions[["p_a", "p_b", "p_c"]]))
     if task == "regression":
-        return float(answers["value"].corr(answers["truth"], method="spearman"))
+        return float(predictions["value"].corr(predictions["target"], method="spearman"))
     if task == "masked_lm":
-        asked = answers[answers["hidden"] > 0]
+        asked = predictions[predictions["hidden"] > 0]
         return float(np.exp(np.average(asked["loss"], weights=asked["hidden"])))
     if task == "multi_label":
-        truth, said = (answers[name].str.get_dummies(";") for name in ("truth", "label"))
+        truth, said = (predictions[name].str.get_dummies(";") for name in ("target", "label"))
         return float(sk.f1_score(truth, said, average="macro"))
     if task == "residue_classification":
-        pairs = [(t, s) for row in answers.itertuples() for t, s in zip(row.truth, row.labels, strict=True) if t]
+        pairs = [(t, s) for row in predictions.itertuples() for t, s in zip(row.truth, row.labels, strict=True) if t]
         return float(sk.matthews_corrcoef(*zip(*pairs, strict=True)))
-    return float(sk.matthews_corrcoef(answers["truth"], answers["label"]))
+    return float(sk.matthews_corrcoef(predictions["target"], predictions["label"]))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_difference_is_that_of_the_figures_and_drawn_in_pairs(results: ModuleT
     )
 
 
-def test_the_page_is_that_of_the_saved_figures(results: ModuleType) -> None:
+def test_the_page_is_that_of_the_saved_metrics(results: ModuleType) -> None:
     saved = json.loads(results.SAVED.read_text(encoding="utf-8"))
     assert results.page(saved) == results.PAGE.read_text(encoding="utf-8"), "run benchmarks/results.py --from-saved"
 

@@ -21,11 +21,11 @@ import torch
 from snapshots import FORK, same, snapshot
 from waiting import wait_for
 
-from esm_neuron import checkpoint, run
 from esm_neuron.backends.cpu import CpuBackend
-from esm_neuron.checkpoint import Saver, Snapshot
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import CheckpointError
+from esm_neuron.training import checkpoint, run
+from esm_neuron.training.checkpoint import Saver, Snapshot
 
 
 @pytest.fixture
@@ -66,15 +66,15 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> Non
 
 def in_a_fork(act: Callable[[], None]) -> str:
     """The message of the CheckpointError that `act` raises in a process of its own, "" where it raises none."""
-    said, say = FORK.Pipe(duplex=False)
+    said, log = FORK.Pipe(duplex=False)
 
     def child() -> None:
         try:
             act()
         except CheckpointError as error:
-            say.send(str(error))
+            log.send(str(error))
         else:
-            say.send("")
+            log.send("")
 
     process = FORK.Process(target=child)
     process.start()

@@ -14,21 +14,21 @@ import torch
 from scipy.stats import spearmanr
 from transformers import EsmForMaskedLM, PreTrainedModel
 
-from esm_neuron import cli, run
-from esm_neuron.answers.dms import VariantColumns
-from esm_neuron.answers.score import Method, score
-from esm_neuron.answers.variants import parse_variant
+from esm_neuron import cli
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import MASK, VOCABULARY, encode
 from esm_neuron.errors import ConfigError, DataError, EsmNeuronError
-from esm_neuron.export import export
+from esm_neuron.inference.export import export
+from esm_neuron.inference.score import Method, score
+from esm_neuron.inference.variants import VariantColumns, parse_variant
 from esm_neuron.metrics.bootstrap import RESAMPLES, SEED, resamples
-from esm_neuron.metrics.correlation import rank_correlation
+from esm_neuron.metrics.regression import rank_correlation
+from esm_neuron.training import run
 
 Toy = Callable[..., TrainConfig]
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRV"
-SMALL = ("--data.max_residues=62", "--data.window_overlap=8", "--data.row_tokens=64", "--loop.eval_rows_per_device=1")
+SMALL = ("--data.max_residues=62", "--data.window_overlap=8", "--data.pack_tokens=64", "--loop.eval_packs_per_device=1")
 """Pieces of 2,048 tokens: 48 masked copies of the wild type."""
 
 
@@ -37,7 +37,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that has an opinion: its LM bias is random too."""
     folder = tmp_path_factory.mktemp("plain") / "model"
     torch.manual_seed(5)
-    from esm_neuron.shapes import SHAPES, esm_config
+    from esm_neuron.models.shapes import SHAPES, esm_config
 
     model = EsmForMaskedLM(esm_config(SHAPES["tiny"]))
     for parameter in model.parameters():
@@ -195,7 +195,7 @@ def test_every_bad_variant_is_named_with_its_place(plain: Path, wild: Path, tmp_
         wild_type=wild,
         columns=VariantColumns(score="value"),
         settings=("--data.on_bad_residue=skip",),
-        say=said.append,
+        log=said.append,
     )
     assert "10 rows; 8 skipped because they cannot be scored; 1 without a measured value" in said[0]
     rejected = (tmp_path / "out.csv.rejected.tsv").read_text().splitlines()
@@ -216,7 +216,7 @@ def test_what_cannot_score_is_refused(plain: Path, wild: Path, toy: Toy, tmp_pat
     two.write_text(f">a\n{WILD}\n>b\n{WILD}\n")
     cfg = toy(loop={"max_steps": 1})
     run.train(cfg, str)
-    short = ("--data.max_residues=30", "--data.window_overlap=8", "--data.row_tokens=32")
+    short = ("--data.max_residues=30", "--data.window_overlap=8", "--data.pack_tokens=32")
     cases: list[tuple[Callable[[], object], type[EsmNeuronError], str]] = [
         (lambda: score(str(plain), table, out), ConfigError, "needs the wild type; give --wild-type FILE"),
         (lambda: score(str(plain), table, out, wild_type=two), DataError, "holds 2 proteins; give a file with the one"),
@@ -224,7 +224,7 @@ def test_what_cannot_score_is_refused(plain: Path, wild: Path, toy: Toy, tmp_pat
         (
             lambda: score(str(plain), table, out, wild_type=wild, settings=short),
             DataError,
-            "40 residues, more than data.max_residues=30; give --data.max_residues 40 --data.row_tokens 42",
+            "40 residues, more than data.max_residues=30; give --data.max_residues 40 --data.pack_tokens 42",
         ),
         (
             lambda: score(str(plain), table, out, wild_type=wild, settings=("--data.on_bad_residue=replace",)),

@@ -22,16 +22,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-from esm_neuron import checkpoint, cli
-from esm_neuron.checkpoint import Snapshot, TrainState
+from esm_neuron import cli
 from esm_neuron.config import DataConfig, ModelConfig, TrainConfig
+from esm_neuron.config.rules import check_values
+from esm_neuron.config.settings import check_text, parse
 from esm_neuron.data import download
 from esm_neuron.data.sources import read_rows
 from esm_neuron.errors import CheckpointError, ConfigError, DataError
 from esm_neuron.redact import RedactingFormatter, redact
-from esm_neuron.rules import check_values
-from esm_neuron.settings import parse
-from esm_neuron.strict_yaml import check_text
+from esm_neuron.training import checkpoint
+from esm_neuron.training.checkpoint import Snapshot, TrainState
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -255,7 +255,7 @@ def test_text_without_secrets_stays() -> None:
     for text in (
         "hf://owner/name@main/train",
         "pad_token_id is 2",
-        "--data.row_tokens=64",
+        "--data.pack_tokens=64",
         "s3://bucket/key",
         "a@b.org",
         "api-keys: 3, x-tokenizer=esm, design=9, github_pattern: y, a x-api-key is needed; account-key-free: yes",

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from esm_neuron import cost
 from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TaskName, TrainConfig
+from esm_neuron.config.rules import check_values, validate
+from esm_neuron.config.settings import dump, known_keys, make_parser, parse, read_config
 from esm_neuron.errors import ConfigError
-from esm_neuron.rules import check_values, validate
-from esm_neuron.settings import dump, known_keys, make_parser, parse, read_config
+from esm_neuron.planning import cost
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=12)
 """Any printable text: numbers, dates, quotes, colons and "null" are among what YAML could take for something else."""
@@ -124,7 +124,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_nearest(folder: Path, text: 
         ("--loop.epoch", "loop.epochs"),
         ("--max_residues", "data.max_residues"),
         ("--optim.learning_rate", "optim.lr"),
-        ("--batch_size", "loop.rows_per_step"),
+        ("--batch_size", "loop.packs_per_step"),
     ],
 )
 def test_an_unknown_flag_is_named_with_the_nearest(flag: str, near: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from settings_page import page
 
-from esm_neuron.settings import known_keys
+from esm_neuron.config.settings import known_keys
 
 
 def test_the_page_is_that_of_the_code_and_has_every_setting() -> None:

@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file
 from transformers import EsmForMaskedLM
 
-from esm_neuron import run
 from esm_neuron.config import AdapterConfig, DataConfig, LogConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
-from esm_neuron.shapes import SHAPES
-from esm_neuron.weights import SHIPPED
+from esm_neuron.models.shapes import SHAPES
+from esm_neuron.models.weights import SHIPPED
+from esm_neuron.training import run
 
 ROOT = Path(__file__).parents[2]
 EMBEDDING = "esm.embeddings.word_embeddings.weight"
@@ -46,7 +46,7 @@ def test_plain_transformers_reads_them(name: str) -> None:
 
 
 def test_on_proteins_unlike_its_corpus_it_beats_their_frequencies(tmp_path: Path) -> None:
-    """The demo's clean test rows have no relative in the corpus; random weights do not beat a unigram model there."""
+    """The demo's clean test rows have no homolog in the corpus; random weights do not beat a unigram model there."""
     table = pd.read_csv(ROOT / "examples" / "demo" / "localization.tsv.gz", sep="\t", dtype=str)
     rows = table[(table.split == "test") & (table.leaky == "false")].iloc[:40]
     source = tmp_path / "proteins.csv"
@@ -57,9 +57,9 @@ def test_on_proteins_unlike_its_corpus_it_beats_their_frequencies(tmp_path: Path
             output=str(tmp_path / init),
             model=ModelConfig(name="mini", init=init),
             task=TaskConfig(name="masked_lm"),
-            data=DataConfig(train=str(source), test=str(source), valid_fraction=0, max_residues=254, row_tokens=512),
+            data=DataConfig(train=str(source), test=str(source), valid_fraction=0, max_residues=254, pack_tokens=512),
             adapter=AdapterConfig(kind="none"),
-            loop=LoopConfig(max_steps=1, rows_per_step=1, rows_per_device=1, eval_rows_per_device=4),
+            loop=LoopConfig(max_steps=1, packs_per_step=1, packs_per_device=1, eval_packs_per_device=4),
             log=LogConfig(tensorboard=False),
         )
         cfg = replace(cfg, optim=replace(cfg.optim, lr=1e-9))

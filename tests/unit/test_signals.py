@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from esm_neuron.signals import StopSignal
+from esm_neuron.training.signals import StopSignal
 
 
 @pytest.mark.parametrize("busy", ["time.sleep(0.01)", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"])
@@ -16,7 +16,7 @@ def test_the_first_signal_is_noted_its_echo_ignored_and_a_later_one_ends_the_pro
     """Also where the main thread is in C, as while a program compiles, and Python's own handlers would wait."""
     program = f"""
 import hashlib, os, signal, sys, threading, time
-from esm_neuron import signals
+from esm_neuron.training import signals
 signals.ECHO = 0.5
 
 def from_outside():

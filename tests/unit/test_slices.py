@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from esm_neuron.errors import ConfigError
-from esm_neuron.parallel.plan import PLAN, padded_heads
-from esm_neuron.parallel.slices import Cut, cut_of, join, shard_of, whole_shape
+from esm_neuron.models.tensor_parallel import PLAN, Cut, cut_of, join, padded_heads, shard_of, whole_shape
 
 # heads, hidden, intermediate of esm2_t6_8M, t12_35M, t30_150M, t33_650M, t36_3B, t48_15B
 SHAPES = [

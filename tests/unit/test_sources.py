@@ -13,7 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data import text_formats
+from esm_neuron.data import text_files as text_formats
 from esm_neuron.data.sources import read_chunks, read_rows
 from esm_neuron.errors import DataError
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
-from esm_neuron.data.batch import ExampleTable, join_tables
+from esm_neuron.data.dataset import ExampleTable, cut_sequence, join_tables
 from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
-from esm_neuron.data.tables import cut_sequence
 from esm_neuron.data.tokenizer import decode
 from esm_neuron.errors import ConfigError, DataError
 
@@ -384,8 +383,8 @@ def test_clusters_are_sampled_whole(tmp_path: Path) -> None:
 
 def test_clusters_that_cannot_be_sampled_are_refused(tmp_path: Path) -> None:
     path, _ = families(tmp_path)
-    with pytest.raises(ConfigError, match=r"data.sample=clusters with data.relatives=off"):
-        load(path, sample="clusters", relatives="off")
+    with pytest.raises(ConfigError, match=r"data.sample=clusters with data.homologs=off"):
+        load(path, sample="clusters", homologs="off")
     only = {"id": [f"f{n}-{m}" for n in range(20) for m in range(5)]}
     with pytest.raises(DataError, match=r"no cluster .* for validation \(100 training rows, 20 clusters, the larg"):
         load(path, sample="clusters", keep=only, valid_fraction=0.04)

@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from esm_neuron.backends import create_backend
 from esm_neuron.build import build_model
 from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
-from esm_neuron.data.batch import PAD_SEGMENT, Batch, ExampleTable
+from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, X, encode, encode_many
 from esm_neuron.errors import ConfigError
-from esm_neuron.evaluate import collect, evaluate
 from esm_neuron.metrics import Value
 from esm_neuron.metrics.classification import log_softmax
 from esm_neuron.tasks import TASKS, MaskedLM, SequenceClassification, create_task
 from esm_neuron.tasks.losses import sigmoid_losses, softmax_losses
+from esm_neuron.training.evaluation import collect, evaluate
 
 LABELS = ("A", "B", "C")
 
@@ -89,7 +89,8 @@ def losses_of(name: str, labels: torch.Tensor, used: torch.Tensor, **settings: o
     table = one_protein("MK")
     rows = labels.flatten(0, 1).numpy()
     found = [
-        task.target(replace(table, labels=row[None].astype(np.uint8)), 0, np.random.default_rng(0)) for row in rows
+        task.example_target(replace(table, labels=row[None].astype(np.uint8)), 0, np.random.default_rng(0))
+        for row in rows
     ]
     made = torch.from_numpy(np.stack([target.label for target in found])).view(labels.shape)
     weights = torch.tensor([float(target.weight) for target in found]).view(used.shape) * used
@@ -110,9 +111,9 @@ def test_class_weights_are_torchs() -> None:
 def test_residue_targets_weigh_classes_and_leave_out_what_is_not_known() -> None:
     table = replace(one_protein("MKV"), labels=np.array([-1, 2, -1, 0, -1], np.int16))
     task = create_task(TaskConfig(name="residue_classification", class_weights=WEIGHTS), LABELS)
-    target = task.target(table, 0, np.random.default_rng(0))
+    target = task.example_target(table, 0, np.random.default_rng(0))
     assert (target.label.tolist(), target.weight.tolist()) == ([0, 2, 0, 0, 0], [0, 3, 0, 0.5, 0])
-    assert task.target(replace(table, labels=np.zeros(0)), 0, np.random.default_rng(0)).weight.sum() == 0
+    assert task.example_target(replace(table, labels=np.zeros(0)), 0, np.random.default_rng(0)).weight.sum() == 0
 
 
 def test_regression_loss_is_the_squared_error_in_standard_deviations() -> None:
@@ -122,7 +123,7 @@ def test_regression_loss_is_the_squared_error_in_standard_deviations() -> None:
     loss, weight = task.loss(torch.tensor([[[2.0], [1.0], [9.0]]]), batch)
     assert (float(loss), float(weight)) == (0.25 + 0.5 * 4, 1.5)
     table = replace(one_protein("MK"), labels=np.array([7.5]))
-    assert float(task.target(table, 0, np.random.default_rng(0)).label) == 7.5
+    assert float(task.example_target(table, 0, np.random.default_rng(0)).label) == 7.5
     with pytest.raises(ConfigError, match="task.target_mean and task.target_sd are not known"):
         create_task(TaskConfig(name="regression"), ())
 
@@ -154,7 +155,7 @@ def test_residues_of_overlapping_windows_are_one_residue_with_the_mean_probabili
     np.testing.assert_allclose(out["p_A"][1], second[:, 0], rtol=1e-6)
     assert out["labels"][1] == "".join("AB"[i] for i in second.argmax(1))
     assert out["labels"][2][2:] == "---" and np.isnan(out["p_B"][2][2:]).all() and len(out["p_A"][2]) == 5
-    values = task.figures(table, [logits])
+    values = task.metrics(table, [logits])
     truth = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 0])  # the sixth residue of b has no label
     probabilities = np.concatenate([p[1:5], second[:5], p[19:21]])
     assert values["n"] == 11 and values["n_records"] == 3
@@ -174,9 +175,9 @@ def test_classification_loss_counts_windows_by_their_weight() -> None:
 
 def test_a_class_target_is_the_records_label_and_none_without_labels() -> None:
     task, table = SequenceClassification(TaskConfig(), LABELS), one_protein("MKV")
-    target = task.target(table, 0, np.random.default_rng(0))
+    target = task.example_target(table, 0, np.random.default_rng(0))
     assert (target.tokens.tolist(), int(target.label), float(target.weight)) == (encode("MKV").tolist(), 2, 1.0)
-    unlabelled = task.target(replace(table, labels=np.empty(0, np.int64)), 0, np.random.default_rng(0))
+    unlabelled = task.example_target(replace(table, labels=np.empty(0, np.int64)), 0, np.random.default_rng(0))
     assert (int(unlabelled.label), float(unlabelled.weight)) == (0, 0.0)
 
 
@@ -186,7 +187,7 @@ def test_masked_lm_rates_are_those_of_bert() -> None:
     rng = np.random.default_rng(7)
     chosen, shown = [], []
     for _ in range(draws):
-        target = task.target(table, 0, rng)
+        target = task.example_target(table, 0, rng)
         assert target.label.tolist() == table.tokens.tolist()
         assert target.tokens[[0, -1]].tolist() == [CLS, EOS]
         assert target.weight[[0, -1]].tolist() == [0, 0]
@@ -213,7 +214,7 @@ def within(count: int, draws: int, rate: float) -> None:
 
 def test_masks_depend_on_the_generator_alone() -> None:
     table, task = one_protein("MKVLAGTREW" * 20), MaskedLM(TaskConfig(name="masked_lm", mask_probability=0.3), ())
-    first, again, other = (task.target(table, 0, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (task.example_target(table, 0, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert (first.tokens == again.tokens).all()
     assert (first.weight == again.weight).all()
     assert (first.weight != other.weight).any()
@@ -229,7 +230,7 @@ def test_masked_lm_answers_are_sums_over_each_segment() -> None:
     logits[0, 0, 4] = logits[0, 3, 7] = 50
     logits[0, 2, 9] = 50
     batch = make_batch(labels, weights, segment_ids, 3)
-    loss, weight, right = task.answers(logits, batch)
+    loss, weight, right = task.predictions(logits, batch)
     each = F.cross_entropy(logits[0], labels[0], reduction="none")
     torch.testing.assert_close(loss, torch.stack((each[0] + each[2], each[3], torch.tensor(0.0))).view(1, 3))
     assert weight.tolist() == [[2, 1, 0]]
@@ -268,7 +269,7 @@ def test_figures_and_outputs_do_not_depend_on_how_examples_are_batched(name: str
     cfg = TrainConfig(
         model=ModelConfig(name="tiny", init="random", pooling="attention"),
         task=TaskConfig(name=name, target_mean=50.0, target_sd=10.0),
-        data=DataConfig(max_residues=62, row_tokens=64),
+        data=DataConfig(max_residues=62, pack_tokens=64),
         adapter=AdapterConfig(kind="none"),
     )
     task, table = create_task(cfg.task, LABELS), proteins(name)
@@ -278,13 +279,13 @@ def test_figures_and_outputs_do_not_depend_on_how_examples_are_batched(name: str
         for parameter in built.model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
 
-    def answered(packing: bool, row_tokens: int, rows: int, static: bool) -> tuple[dict[str, Value], pd.DataFrame]:
-        data = replace(cfg.data, packing=packing, row_tokens=row_tokens)
-        layout = replace(cfg, data=data, loop=LoopConfig(eval_rows_per_device=rows))
-        answers = collect(built.model, task, backend, EvalLoader(table, task, layout, static_shapes=static))
-        return task.figures(table, answers), pd.DataFrame(task.outputs(table, answers), index=table.ids)
+    def answered(packing: bool, pack_tokens: int, rows: int, static: bool) -> tuple[dict[str, Value], pd.DataFrame]:
+        data = replace(cfg.data, packing=packing, pack_tokens=pack_tokens)
+        layout = replace(cfg, data=data, loop=LoopConfig(eval_packs_per_device=rows))
+        predictions = collect(built.model, task, backend, EvalLoader(table, task, layout, static_shapes=static))
+        return task.metrics(table, predictions), pd.DataFrame(task.outputs(table, predictions), index=table.ids)
 
-    expected, table_of_answers = answered(packing=False, row_tokens=64, rows=1, static=False)
+    expected, table_of_answers = answered(packing=False, pack_tokens=64, rows=1, static=False)
     # in a short protein there may be nothing hidden
     asked = (table_of_answers["hidden"] > 0).sum() if name == "masked_lm" else 12
     assert expected.get("n_records", expected["n"]) == asked > 10
@@ -306,7 +307,7 @@ def test_masked_lm_counts_stay_exact_under_bfloat16() -> None:
     cfg = TrainConfig(
         model=ModelConfig(name="tiny", init="random"),
         task=TaskConfig(name="masked_lm", mask_probability=0.9),
-        data=DataConfig(max_residues=1022, row_tokens=1024),
+        data=DataConfig(max_residues=1022, pack_tokens=1024),
         adapter=AdapterConfig(kind="lora"),
         loop=LoopConfig(precision="bf16"),
     )

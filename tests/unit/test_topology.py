@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from esm_neuron.backends.topology import Topology, divisors, legal_tp, neuron_stride
 from esm_neuron.errors import ConfigError
-from esm_neuron.parallel.topology import Topology, divisors, legal_tp, neuron_stride
 
 T650M = (20, 1280, 5120, "esm2_t33_650M_UR50D")
 

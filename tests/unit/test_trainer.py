@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esm_neuron import checkpoint, run, settings
-from esm_neuron.adapters import saved_key
 from esm_neuron.backends.cpu import CpuBackend
-from esm_neuron.callbacks import Callback
 from esm_neuron.cli import main
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import claimed
+from esm_neuron.models.lora import saved_key
 from esm_neuron.tasks import create_task
-from esm_neuron.trainer import Trainer
+from esm_neuron.training import checkpoint, run
+from esm_neuron.training.callbacks import Callback
+from esm_neuron.training.trainer import Trainer
 
 Toy = Callable[..., TrainConfig]
 
@@ -124,7 +124,7 @@ def test_masked_lm_loss_falls_below_that_of_guessing_evenly(toy: Toy) -> None:
 
 
 def test_passes_do_not_change_the_arithmetic(toy: Toy) -> None:
-    whole, split, single = (toy(f"rows{n}", loop={"rows_per_device": n, "max_steps": 7}) for n in (4, 2, 1))
+    whole, split, single = (toy(f"rows{n}", loop={"packs_per_device": n, "max_steps": 7}) for n in (4, 2, 1))
     expected = train(whole)
     for cfg in (split, single):
         result = train(cfg)
@@ -145,7 +145,7 @@ def test_filler_rows_and_padding_change_nothing(toy: Toy, monkeypatch: pytest.Mo
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_proteins(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuBackend, "static_shapes", True)
-    cfg = toy(optim={"lr": 1e-20}, loop={"max_steps": None, "epochs": 1.0, "eval_every": 0, "rows_per_device": 2})
+    cfg = toy(optim={"lr": 1e-20}, loop={"max_steps": None, "epochs": 1.0, "eval_every": 0, "packs_per_device": 2})
     cfg = replace(cfg, data=replace(cfg.data, valid=cfg.data.train))
     train(cfg)
     splits = load_splits(cfg, needs_labels=True)
@@ -247,7 +247,7 @@ def interruptible(toy: Toy, output: str, kind: str, **loop: Any) -> TrainConfig:
     """A run with all that a resumed one could get wrong: dropout, accumulation, masks, epochs that end within it."""
     schedule = {"lr": 5e-3, "warmup_steps": 3}
     return toy(
-        output, model={"dropout": 0.1}, optim=schedule, loop={"max_steps": 12, "rows_per_device": 2, **loop},
+        output, model={"dropout": 0.1}, optim=schedule, loop={"max_steps": 12, "packs_per_device": 2, **loop},
         checkpoint={"keep": 100}, **KINDS[kind],
     )  # fmt: skip
 
@@ -332,7 +332,7 @@ def test_devices_and_rows_may_change_on_the_way(toy: Toy, watched_by: Callable[.
     watched_by(SignalAt(3, signal.SIGTERM))
     assert run.train(moved, quiet).stopped_by == "SIGTERM"
     watched_by()
-    moved = resumed(replace(moved, loop=replace(moved.loop, rows_per_device=2, eval_rows_per_device=1)))
+    moved = resumed(replace(moved, loop=replace(moved.loop, packs_per_device=2, eval_packs_per_device=1)))
     train(moved)
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
 
@@ -346,7 +346,7 @@ def test_a_resumed_run_must_be_the_same_run(toy: Toy, watched_by: Callable[..., 
     others = {
         "seed": replace(cfg, seed=1),
         "optim.lr": replace(cfg, optim=replace(cfg.optim, lr=2e-3)),
-        "loop.rows_per_step": replace(cfg, loop=replace(cfg.loop, rows_per_step=8)),
+        "loop.packs_per_step": replace(cfg, loop=replace(cfg.loop, packs_per_step=8)),
         "loop.max_steps": replace(cfg, loop=replace(cfg.loop, max_steps=9)),
         "adapter.r": replace(cfg, adapter=replace(cfg.adapter, r=4)),
         "model.pooling": replace(cfg, model=replace(cfg.model, pooling="cls")),

@@ -8,7 +8,7 @@ import pytest
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.sources import make_rows
-from esm_neuron.data.validate import Checker, Rejected, Report, check_rows
+from esm_neuron.data.validation import Checker, Rejected, Report, check_rows
 from esm_neuron.errors import DataError
 
 

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from esm_neuron import run, settings
 from esm_neuron.backends.cpu import CpuBackend
-from esm_neuron.config import TrainConfig
-from esm_neuron.rules import validate
-from esm_neuron.watchdog import EXIT_HUNG, Watchdog
+from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config.rules import validate
+from esm_neuron.training import run
+from esm_neuron.training.watchdog import EXIT_HUNG, Watchdog
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 HANGING = """
 import re, sys, threading, time
 from pathlib import Path
-from esm_neuron import watchdog
+from esm_neuron.training import watchdog
 watchdog.GRACE, watchdog.PATIENCE = 5.0, 1.0
 
 def wait_for_a_peer():

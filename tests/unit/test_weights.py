@@ -18,10 +18,9 @@ from transformers import EsmForMaskedLM, EsmModel
 
 from esm_neuron.config import ModelConfig
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.loading import load_into
-from esm_neuron.safetensors_folder import SafetensorsFolder, write_safetensors_folder
-from esm_neuron.shapes import SHAPES, EsmShape, esm_config
-from esm_neuron.weights import Draw, RandomWeights, open_weights, read_config
+from esm_neuron.models.hf_folder import SafetensorsFolder, write_safetensors_folder
+from esm_neuron.models.shapes import SHAPES, EsmShape, esm_config
+from esm_neuron.models.weights import Draw, RandomWeights, load_into, open_weights, read_config
 
 folder = small_weights.folder
 

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from esm_neuron import run, settings
 from esm_neuron.backends.xla import XlaBackend
-from esm_neuron.config import TrainConfig
-from esm_neuron.data.batch import Batch
+from esm_neuron.config import TrainConfig, settings
+from esm_neuron.data.dataset import Batch
 from esm_neuron.data.loader import StepData, TrainLoader
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
-from esm_neuron.plan import make_plan
+from esm_neuron.planning.plan import make_plan
+from esm_neuron.training import run
 
 PLANTED = 3
 """The step that is made to differ, from 0."""
@@ -76,7 +76,7 @@ def main(config: Path, folder: Path, answer: Path) -> None:
         return replace(cfg, output=str(folder / name), loop=replace(cfg.loop, **loop))
 
     said: dict[str, Any] = {"graphs": dict(make_plan(cfg, load_splits(cfg, True)).graphs)}
-    said["compiled"] = run.compile_programs(at("ahead"), str)
+    said["compiled"] = run.compile_graphs(at("ahead"), str)
     said["written"] = [str(path) for path in (folder / "ahead").rglob("*")]
     result = run.train(at("after"), str).result
     said["compiled by training"] = result["train"]["graphs"] - said["compiled"]
@@ -92,7 +92,7 @@ def main(config: Path, folder: Path, answer: Path) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("esm_neuron.recompile").addHandler(handler)
+    logging.getLogger("esm_neuron.training.monitors").addHandler(handler)
     # Another rank, so other programs: this process keeps those that the run before has compiled.
     other = replace(single("warned", on_recompile="warn"), adapter=replace(cfg.adapter, r=2))
     XlaBackend.step = Forgetful().method()  # type: ignore[method-assign]

@@ -22,11 +22,8 @@ import torch
 from parity import difference
 from torch import Tensor, nn
 
-from esm_neuron import run
-from esm_neuron.answers.predict import predict
 from esm_neuron.backends import create_backend
-from esm_neuron.backends.base import Backend
-from esm_neuron.backends.common import copy_to_host
+from esm_neuron.backends.base import Backend, copy_to_host
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
@@ -43,11 +40,13 @@ from esm_neuron.config import (
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
-from esm_neuron.evaluate import forward, on_device, run_passes
-from esm_neuron.run import Loaders
+from esm_neuron.inference.predict import predict
+from esm_neuron.models.weights import Draw
 from esm_neuron.tasks import TASKS, Task, create_task
-from esm_neuron.trainer import Trainer
-from esm_neuron.weights import Draw
+from esm_neuron.training import run
+from esm_neuron.training.evaluation import forward, on_device, run_passes
+from esm_neuron.training.run import Loaders
+from esm_neuron.training.trainer import Trainer
 
 FOLDER = Path(sys.argv[2])
 LABELS = ("a", "b", "c")
@@ -65,7 +64,7 @@ def configuration(name: str, task: str, backend: str, tp: int = 1, **loop: Any) 
         data=DataConfig(
             train=str(FOLDER / "train.csv"),
             valid=str(FOLDER / "valid.csv"),
-            row_tokens=48,
+            pack_tokens=48,
             max_residues=46,
             window_overlap=8,
             max_segments=6,
@@ -74,7 +73,7 @@ def configuration(name: str, task: str, backend: str, tp: int = 1, **loop: Any) 
         parallel=ParallelConfig(tp=tp),
         optim=OptimConfig(lr=1e-3, schedule="constant", max_grad_norm=0.5),
         loop=LoopConfig(**{
-            "max_steps": STEPS, "rows_per_step": 4, "rows_per_device": 1, "eval_rows_per_device": 2,
+            "max_steps": STEPS, "packs_per_step": 4, "packs_per_device": 1, "eval_packs_per_device": 2,
             "eval_every": HALF, **loop,
         }),
         checkpoint=CheckpointConfig(every=HALF),
@@ -192,7 +191,7 @@ class Run:
 
     def valid_loader(self, rows: int) -> EvalLoader:
         """The validation data in passes of `rows`, however many devices share them."""
-        cfg = replace(self.cfg, loop=replace(self.cfg.loop, eval_rows_per_device=rows))
+        cfg = replace(self.cfg, loop=replace(self.cfg.loop, eval_packs_per_device=rows))
         return EvalLoader(self.loaders.valid.table, self.task, cfg)
 
 
@@ -210,7 +209,7 @@ def parity(name: str, task: str) -> tuple[dict[str, Any], Run]:
     mesh.train()
     weights, moments = mesh.backend.gather_state(mesh.model, mesh.trainer.optimizer)
     expected, expected_moments = plain.backend.gather_state(plain.model, plain.trainer.optimizer)
-    answers = mesh.trainer.evaluate(mesh.loaders.valid)
+    predictions = mesh.trainer.evaluate(mesh.loaders.valid)
     compared = {
         "passes": [plain.loaders.train.passes, mesh.loaders.train.passes],
         "batches": [len(plain.loaders.valid), len(mesh.loaders.valid)],
@@ -225,7 +224,7 @@ def parity(name: str, task: str) -> tuple[dict[str, Any], Run]:
         "weights": differences(weights, expected),
         "moments": differences(moments, expected_moments),
         "graphs": mesh.graphs,
-        "figures": answers,
+        "metrics": predictions,
         "expected_figures": plain.trainer.evaluate(plain.loaders.valid),
         "layout": layout(mesh),
     }
@@ -284,16 +283,16 @@ def rows_layout(mesh: Run) -> dict[str, str]:
 
 def packs(mesh: Run) -> dict[str, Any]:
     """Logits of proteins that share rows against those of each alone in a batch."""
-    answers: dict[int, np.ndarray] = {}
+    predictions: dict[int, np.ndarray] = {}
     table = mesh.loaders.valid.table
     used = []
 
     def take(members: np.ndarray, values: list[np.ndarray]) -> None:
         used.append(int((members >= 0).sum(1).max()))
-        answers.update({int(e): values[0][r, s] for (r, s), e in np.ndenumerate(members) if e >= 0})
+        predictions.update({int(e): values[0][r, s] for (r, s), e in np.ndenumerate(members) if e >= 0})
 
     run_passes(mesh.model, mesh.task, mesh.backend, mesh.loaders.valid, take)
-    shared = np.stack([answers[e] for e in range(len(table))])
+    shared = np.stack([predictions[e] for e in range(len(table))])
     batch = next(iter(mesh.loaders.valid))
     got: list[np.ndarray] = []
     alone = []
@@ -335,7 +334,7 @@ def messages() -> dict[str, str]:
     padded = replace(configuration("-", cls, "xla"), parallel=ParallelConfig(tp=2, pad_heads=True))
     four = create_backend(configuration("-", cls, "xla", tp=4))
     sizes_3 = SimpleNamespace(num_attention_heads=4, hidden_size=32, intermediate_size=126)
-    rows = configuration("-", cls, "xla", tp=2, rows_per_device=4)
+    rows = configuration("-", cls, "xla", tp=2, packs_per_device=4)
     return {
         "devices": refused(lambda: create_backend(configuration("-", cls, "xla", tp=3))),
         "heads": refused(lambda: four.shard(SimpleNamespace(config=sizes))),
@@ -350,8 +349,8 @@ def commands() -> dict[str, Any]:
     cfg = configuration("commands", "sequence_classification", "xla", tp=2, max_steps=2)
     outcome = run.train(cfg, str)
     folder = Path(cfg.output)
-    predict(str(folder), FOLDER / "valid.csv", FOLDER / "mesh.csv", say=str)
-    predict(str(folder), FOLDER / "valid.csv", FOLDER / "cpu.csv", backend="cpu", say=str)
+    predict(str(folder), FOLDER / "valid.csv", FOLDER / "mesh.csv", log=str)
+    predict(str(folder), FOLDER / "valid.csv", FOLDER / "cpu.csv", backend="cpu", log=str)
     first, second = pd.read_csv(FOLDER / "mesh.csv"), pd.read_csv(FOLDER / "cpu.csv")
     columns = [f"p_{label}" for label in LABELS]
     gap = np.abs(first[columns].to_numpy() - second[columns].to_numpy()).max()

@@ -11,16 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from esm_neuron import run, settings
-from esm_neuron.config import ParallelConfig, TrainConfig
+from esm_neuron.config import ParallelConfig, TrainConfig, settings
+from esm_neuron.training import run
 
 
 def train(cfg: TrainConfig, backend: Any, tp: int = 1) -> dict[str, Any]:
     """What a run ends with, and the loss of each step."""
-    rows = 1 if tp > 1 else cfg.loop.rows_per_device
+    rows = 1 if tp > 1 else cfg.loop.packs_per_device
     cfg = replace(
         cfg, output=f"{cfg.output}_{backend}_{tp}", backend=backend, parallel=ParallelConfig(tp=tp),
-        loop=replace(cfg.loop, rows_per_device=rows), log=replace(cfg.log, baselines=False),
+        loop=replace(cfg.loop, packs_per_device=rows), log=replace(cfg.log, baselines=False),
     )  # fmt: skip
     result = run.train(cfg, str).result
     lines = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from esm_neuron import settings
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 
 pytestmark = pytest.mark.xla
 
@@ -31,7 +30,7 @@ def said(
     folder = tmp_path_factory.mktemp("compile")
     answer = folder / "said.json"
     cfg = module_toy(
-        data={"max_residues": 190, "row_tokens": 192, "max_segments": 2, "max_buckets": 3},
+        data={"max_residues": 190, "pack_tokens": 192, "max_segments": 2, "max_buckets": 3},
         loop={"max_steps": 20, "eval_every": 10},
     )
     (folder / "run.yaml").write_text(settings.dump(lengthened(replace(cfg, backend="xla"))))

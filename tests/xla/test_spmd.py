@@ -77,7 +77,7 @@ def test_trains_as_the_plain_cpu_does(mesh: dict[str, Any], task: str) -> None:
     assert max(found["norms"]) > 0.5, "nothing was clipped"
     assert max(found["weights"].values()) <= STEP_20
     assert max(found["moments"].values()) <= STEP_20
-    assert found["figures"] == pytest.approx(found["expected_figures"], rel=STEP_1)
+    assert found["metrics"] == pytest.approx(found["expected_figures"], rel=STEP_1)
 
 
 @pytest.mark.parametrize("task", ["cls", "mlm"])
@@ -162,6 +162,6 @@ def test_what_does_not_fit_is_refused_with_the_cure(mesh: dict[str, Any]) -> Non
         "heads": "tp=4 does not divide 2 attention heads of tiny; use tp=1 or 2",
         "intermediate": "tp=4 does not divide the intermediate size 126 of tiny; use tp=1 or 2",
         "padding": "parallel.pad_heads=true: only the neuron backend adds zero heads; use parallel.pad_heads=false",
-        "rows": "loop.rows_per_step=4 is not a multiple of 8 (loop.rows_per_device=4 on 2 data-parallel ranks); "
-        "use loop.rows_per_step=8, or fewer rows per device",
+        "rows": "loop.packs_per_step=4 is not a multiple of 8 (loop.packs_per_device=4 on 2 data-parallel ranks); "
+        "use loop.packs_per_step=8, or fewer rows per device",
     }

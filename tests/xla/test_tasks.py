@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from esm_neuron import settings
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 
 pytestmark = pytest.mark.xla
 
@@ -21,7 +20,7 @@ NEW = ("multi_label", "regression", "residue_classification")
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_every_task_trains_and_scores_as_on_the_cpu(
-    tp: int, task_toys: dict[str, TrainConfig], tmp_path: Path, same_figures: Callable[..., None]
+    tp: int, task_toys: dict[str, TrainConfig], tmp_path: Path, same_metrics: Callable[..., None]
 ) -> None:
     paths = [tmp_path / f"{task}.yaml" for task in NEW]
     for task, path in zip(NEW, paths, strict=True):
@@ -37,4 +36,4 @@ def test_every_task_trains_and_scores_as_on_the_cpu(
     for task, (cpu, xla) in found.items():
         assert len(cpu["losses"]) == 6
         assert xla["losses"] == pytest.approx(cpu["losses"], rel=1e-4), task
-        same_figures(xla["test"], cpu["test"], abs=1e-3)
+        same_metrics(xla["test"], cpu["test"], abs=1e-3)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from esm_neuron import cli, settings
-from esm_neuron.config import TrainConfig
+from esm_neuron import cli
+from esm_neuron.config import TrainConfig, settings
 
 pytestmark = pytest.mark.xla
 
@@ -53,13 +53,13 @@ def test_a_protein_in_a_pack_gets_what_it_gets_alone(said: dict[str, Any]) -> No
 
 
 def test_validation_and_test_figures_are_those_of_the_cpu(
-    said: dict[str, Any], same_figures: Callable[..., None]
+    said: dict[str, Any], same_metrics: Callable[..., None]
 ) -> None:
     assert said["xla"]["steps"] == said["cpu"]["steps"]
     for split in ("valid", "test"):
         one, other = (said[name]["result"][split] for name in ("xla", "cpu"))
-        same_figures(one, other, abs=1e-5)
-    same_figures(said["evaluated"]["xla"], said["evaluated"]["cpu"], abs=1e-5)
+        same_metrics(one, other, abs=1e-5)
+    same_metrics(said["evaluated"]["xla"], said["evaluated"]["cpu"], abs=1e-5)
 
 
 def test_answers_are_those_of_the_cpu_by_one_program(said: dict[str, Any]) -> None:
@@ -67,14 +67,14 @@ def test_answers_are_those_of_the_cpu_by_one_program(said: dict[str, Any]) -> No
     assert len(cpu["ids"]) == 60 and xla["ids"] == cpu["ids"]
     assert xla["p"] == pytest.approx(cpu["p"], abs=1e-6)
     assert xla["embeddings"] == pytest.approx(cpu["embeddings"], abs=2e-6)
-    assert xla["programs"] == [1, 1], "a piece must not make a shape of its own"
+    assert xla["graphs"] == [1, 1], "a piece must not make a shape of its own"
 
 
 def test_variants_are_scored_as_on_the_cpu_by_one_program(said: dict[str, Any]) -> None:
     scored = said["scored"]
     assert len(scored["cpu"]) == 10 and len(set(scored["cpu"])) == 10
     assert scored["xla"] == pytest.approx(scored["cpu"], abs=1e-5)
-    assert scored["programs"] == 1
+    assert scored["graphs"] == 1
 
 
 ONCE = {"first pass", "first update", "first evaluation"}

@@ -25,17 +25,17 @@ import torch_xla
 import torch_xla.debug.metrics as met
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from packs import LAYOUTS, answers, build, difference, gradients, proteins
+from packs import LAYOUTS, build, difference, gradients, predictions, proteins
 
-from esm_neuron import run, settings
-from esm_neuron.answers.embed import embed
-from esm_neuron.answers.predict import predict
-from esm_neuron.answers.score import score
 from esm_neuron.backends.xla import XlaBackend
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.loader import TrainLoader
 from esm_neuron.files import sha256
-from esm_neuron.trainer import Trainer
+from esm_neuron.inference.embed import embed
+from esm_neuron.inference.predict import predict
+from esm_neuron.inference.score import score
+from esm_neuron.training import run
+from esm_neuron.training.trainer import Trainer
 
 
 class Graphs:
@@ -156,7 +156,7 @@ def count_reads(cfg: TrainConfig) -> list[int]:
     return found
 
 
-def figures(cfg: TrainConfig) -> dict[str, Any]:
+def metrics(cfg: TrainConfig) -> dict[str, Any]:
     out = Path(cfg.output)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((out / "result.json").read_text())
@@ -173,7 +173,7 @@ def figures(cfg: TrainConfig) -> dict[str, Any]:
 def train(cfg: TrainConfig) -> dict[str, Any]:
     outcome = run.train(cfg, str)
     assert outcome.stopped_by is None
-    return figures(cfg)
+    return metrics(cfg)
 
 
 class Stop:
@@ -208,7 +208,7 @@ def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
     run._callbacks = make
     with patched(Trainer, "_train_step", train_step):
         counts = count_graphs(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")))
-    return {"stopped_by": stopped_by, "trained": trained, "counts": counts, **figures(cfg)}
+    return {"stopped_by": stopped_by, "trained": trained, "counts": counts, **metrics(cfg)}
 
 
 def leave_out(cfg: TrainConfig, bad: int) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def leave_out(cfg: TrainConfig, bad: int) -> dict[str, Any]:
 
 def answer(folder: Path, source: Path) -> dict[str, Any]:
     """The run `cpu` asked on both devices, in pieces whose last batches are short; programs of each command."""
-    small = ("--loop.eval_rows_per_device=1", "--data.row_tokens=64", "--data.max_segments=2")
+    small = ("--loop.eval_packs_per_device=1", "--data.pack_tokens=64", "--data.max_segments=2")
     found: dict[str, Any] = {}
     for name in ("cpu", "xla"):
         before = compiled()
@@ -244,7 +244,7 @@ def answer(folder: Path, source: Path) -> dict[str, Any]:
             "p": list(pd.read_csv(folder / f"{name}.csv")["p_alpha"]),
             "ids": list(frame["id"]),
             "embeddings": np.concatenate([np.stack(each).ravel()[::29] for each in frame["embedding"]]).tolist(),
-            "programs": [middle - before, compiled() - middle],
+            "graphs": [middle - before, compiled() - middle],
         }
     return found
 
@@ -256,7 +256,7 @@ def score_variants(folder: Path) -> dict[str, Any]:
     others = ["A" if residue == "G" else "G" for residue in wild]
     variants = [f"{wild[at]}{at + 1}{others[at]}" for at in range(0, 30, 3)]
     pd.DataFrame({"variant": variants}).to_csv(folder / "v.csv", index=False)
-    small = ("--loop.eval_rows_per_device=2", "--data.row_tokens=64", "--data.max_residues=62")
+    small = ("--loop.eval_packs_per_device=2", "--data.pack_tokens=64", "--data.max_residues=62")
     found, before = {}, compiled()
     for name in ("cpu", "xla"):
         target = folder / f"scored-{name}.csv"
@@ -269,7 +269,7 @@ def score_variants(folder: Path) -> dict[str, Any]:
             settings=small,
         )
         found[name] = list(pd.read_csv(target)["masked_marginal"])
-    return {**found, "programs": compiled() - before}
+    return {**found, "graphs": compiled() - before}
 
 
 def packs() -> dict[str, dict[str, list[float]]]:
@@ -279,7 +279,7 @@ def packs() -> dict[str, dict[str, list[float]]]:
         model, sequences = build(kind, "masked").to(torch_xla.device()), proteins(masked=True)
         made = []
         for layout in ("padded", "packed otherwise, a filler row"):
-            answered = answers(model, sequences, *LAYOUTS[layout])
+            answered = predictions(model, sequences, *LAYOUTS[layout])
             made.append((answered, gradients(model, answered)))
             torch_xla.sync()  # one program for all of them, not one for each that is read
         (alone, expected), (packed, learnt) = made
@@ -298,21 +298,21 @@ def main(config: Path, folder: Path) -> None:
         return replace(base, output=str(folder / name), backend=backend, **changed)
 
     torch_xla.device()  # before the first backward pass, even one on the CPU: autograd counts devices then
-    accumulate, drop = {"rows_per_device": 2}, {"dropout": 0.1}
+    accumulate, drop = {"packs_per_device": 2}, {"dropout": 0.1}
     said: dict[str, Any] = {"packs": packs()}
     said["cpu"] = train(make("cpu", "cpu"))
     said["counts"] = {"lora": count_graphs(make("xla"))}
-    said["xla"] = figures(make("xla"))
+    said["xla"] = metrics(make("xla"))
     said["evaluated"] = {
         name: run.evaluate(folder / "cpu", Path(str(base.data.test)), None, name, str) for name in ("cpu", "xla")
     }
     said["answered"] = answer(folder, Path(str(base.data.train)))
     said["counts"]["accumulated"] = count_graphs(make("accumulated", loop=accumulate))
-    said["accumulated"] = figures(make("accumulated", loop=accumulate))
+    said["accumulated"] = metrics(make("accumulated", loop=accumulate))
     said["counts"]["full, dropout"] = count_graphs(
         make("whole", model=drop, adapter={"kind": "none"}, loop={**accumulate, "max_steps": 8})
     )
-    said["whole"] = figures(make("whole"))
+    said["whole"] = metrics(make("whole"))
     said["resumed"] = stop_and_go_on(
         make("resumed", model=drop, adapter={"kind": "none"}, loop={**accumulate, "max_steps": 8}), at=5
     )
@@ -320,15 +320,15 @@ def main(config: Path, folder: Path) -> None:
     said["skipped"] = leave_out(replace(skip, checkpoint=replace(skip.checkpoint, every=1, keep=9)), bad=3)
     masked = {"task": {"name": "masked_lm"}, "adapter": {"kind": "none"}}
     said["counts"]["masked_lm"] = count_graphs(make("mlm", **masked, loop={"max_steps": 6}))
-    said["mlm"] = figures(make("mlm"))
+    said["mlm"] = metrics(make("mlm"))
     said["mlm_cpu"] = train(make("mlm_cpu", "cpu", **masked, loop={"max_steps": 6}))
     said["scored"] = score_variants(folder)
     said["counts"]["bf16"] = count_graphs(make("bf16", loop={"precision": "bf16", "max_steps": 6}))
-    said["bf16"] = figures(make("bf16"))
+    said["bf16"] = metrics(make("bf16"))
     said["counts"]["checkpointing"] = count_graphs(
         make("again", model={"gradient_checkpointing": True}, loop={"max_steps": 6})
     )
-    said["again"] = figures(make("again"))
+    said["again"] = metrics(make("again"))
     quiet = replace(make("quiet", loop={"max_steps": 6, "eval_every": 6}), log=replace(base.log, every=6))
     said["reads"] = count_reads(replace(quiet, checkpoint=replace(quiet.checkpoint, every=6)))
     print(json.dumps(said))

@@ -1,0 +1,172 @@
+"""Related proteins without an alignment, or by MMseqs2: which held-out rows have a homolog in training, and clusters.
+
+The k-mer measure: proteins are written in 13 groups of residues that often replace each other (those of MMseqs2's
+linclust, Steinegger & Soding 2018, Nat Commun 9:2542) and described by the set of their 6-mers, each weighted by
+ln(1 + n / n_k) where n_k of n proteins have it. Two are homologs when the cosine of their sets is at least 0.03 and
+the shorter has at least 80 % of the longer's residues. Random proteins share about 0.01; what the measure finds and
+misses of MMseqs2's homologs at 30 % identity is in docs/data.md. Proteins shorter than 6 residues have no homologs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+from esm_neuron.data.dataset import ExampleTable, join_tables
+from esm_neuron.data.tokenizer import VOCABULARY, decode
+from esm_neuron.errors import DataError
+
+Method = Literal["kmer", "mmseqs"]
+
+GROUPS = ("A", "ST", "C", "DN", "EQ", "FY", "G", "H", "IV", "KR", "LM", "P", "W")
+"""Residues that count as one; others (X, B, Z, U, O) end a k-mer."""
+K = 6
+"""Residues of a k-mer."""
+COSINE = 0.03
+"""Least cosine of homologs."""
+COVERAGE = 0.8
+"""Least residues of the shorter of two homologs, as a share of the longer's."""
+IDENTITY = 0.3
+"""Least identity of homologs found by MMseqs2."""
+MOST = 100_000
+"""Rows of a run, held out and training, up to which homologs are looked for."""
+BLOCK = 256
+"""Proteins compared at once with all others."""
+
+_NO_GROUP = len(GROUPS)
+_GROUP = np.array([next((g for g, of in enumerate(GROUPS) if t in of), _NO_GROUP) for t in VOCABULARY], dtype=np.int64)
+_SPECIALS = 2
+
+
+def find_homologs(held_out: ExampleTable, train: ExampleTable, method: Method) -> np.ndarray:
+    """bool [records of `held_out`]: which have a homolog among the records of `train`.
+
+    Raises:
+        DataError: `mmseqs` is not installed or fails.
+    """
+    has_homolog = np.zeros(len(held_out.ids), dtype=bool)
+    if method == "mmseqs":
+        has_homolog[np.unique([query for query, _ in _mmseqs_pairs(held_out, train)]).astype(np.int64)] = True
+        return has_homolog
+    both = join_tables([held_out, train])
+    profiles, lengths = _profiles(both), _residues(both)
+    mine, others = slice(0, len(has_homolog)), slice(len(has_homolog), None)
+    for start, pairs in _kmer_pairs(profiles[mine], profiles[others], lengths[mine], lengths[others]):
+        has_homolog[start + np.unique(pairs.row)] = True
+    return has_homolog
+
+
+def homolog_rows(train: ExampleTable, held_out: Mapping[str, ExampleTable], method: Method) -> dict[str, np.ndarray]:
+    """Split -> bool [records]: which of its records have a homolog in training; looked for in all splits at once."""
+    if not held_out:
+        return {}
+    found = find_homologs(join_tables(list(held_out.values())), train, method)
+    ends = np.cumsum([len(table.ids) for table in held_out.values()])
+    return dict(zip(held_out, np.split(found, ends[:-1]), strict=True))
+
+
+def clusters(table: ExampleTable, method: Method) -> np.ndarray:
+    """int64 [records]: the cluster of each record, from 0: homologs, and homologs of homologs, are in one.
+
+    Raises:
+        DataError: `mmseqs` is not installed or fails.
+    """
+    n = len(table.ids)
+    labels = np.arange(n)
+    if method == "mmseqs":
+        pairs = np.array(list(_mmseqs_pairs(table, table)), dtype=np.int64).reshape(-1, 2)
+        return _linked(labels, pairs[:, 0], pairs[:, 1])
+    profiles, lengths = _profiles(table), _residues(table)
+    for start, found in _kmer_pairs(profiles, profiles, lengths, lengths):
+        labels = _linked(labels, start + found.row, found.col)
+    return labels
+
+
+def _linked(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Cluster of each record when, besides those of equal `labels`, the pairs (one, other) are in one cluster."""
+    n = len(labels)
+    rows, columns = np.concatenate([np.arange(n), one]), np.concatenate([labels + n, other])
+    graph = sparse.coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(2 * n, 2 * n))
+    found = connected_components(graph, directed=False)[1][:n]
+    return np.asarray(np.unique(found, return_inverse=True)[1], dtype=np.int64)
+
+
+def _residues(table: ExampleTable) -> np.ndarray:
+    """int64 [records]: residues of a record that are in the table, those that two windows share counted once."""
+    found = np.bincount(table.record, table.lengths - _SPECIALS, len(table.ids)).astype(np.int64)
+    return np.asarray(np.minimum(found, table.residues)) if len(table.residues) else found
+
+
+def _profiles(table: ExampleTable) -> sparse.csr_matrix:
+    """float32 [records, k-mers]: the weighted set of 6-mers of each record, of length 1; k-mers of one record alone
+    count in its length and have no column, since they match nothing."""
+    groups = _GROUP[table.tokens]
+    ends = max(0, len(groups) - K + 1)
+    codes, inside = np.zeros(ends, dtype=np.int64), np.ones(ends, dtype=bool)
+    for shift in range(K):
+        part = groups[shift : shift + ends]
+        codes = codes * len(GROUPS) + part
+        inside &= part != _NO_GROUP  # specials between proteins are in no group, so no k-mer spans two
+    record = np.repeat(table.record, table.lengths)[:ends][inside]
+    possible = len(GROUPS) ** K
+    own = np.unique(record * possible + codes[inside])
+    record, codes = own // possible, own % possible
+    _, column, having = np.unique(codes, return_inverse=True, return_counts=True)
+    n = len(table.ids)
+    weight = np.log1p(n / having).astype(np.float32)[column]
+    length = np.sqrt(np.bincount(record, weight**2, n))
+    shared = having[column] > 1
+    values = (weight / length[record])[shared].astype(np.float32)
+    places = np.unique(column[shared], return_inverse=True)[1]
+    return sparse.csr_matrix((values, (record[shared], places)), shape=(n, int(places.max(initial=-1)) + 1))
+
+
+def _kmer_pairs(
+    queries: sparse.csr_matrix, targets: sparse.csr_matrix, query_lengths: np.ndarray, target_lengths: np.ndarray
+) -> Iterator[tuple[int, sparse.coo_matrix]]:
+    """For each BLOCK of queries its first index, and the pairs of homologs in it (row within the block, column)."""
+    if not targets.shape[1]:
+        return
+    across = targets.T.tocsr()
+    for start in range(0, queries.shape[0], BLOCK):
+        found = (queries[start : start + BLOCK] @ across).tocoo()
+        a, b = query_lengths[start + found.row], target_lengths[found.col]
+        keep = (found.data >= COSINE) & (np.minimum(a, b) >= COVERAGE * np.maximum(a, b))
+        yield start, sparse.coo_matrix((found.data[keep], (found.row[keep], found.col[keep])), shape=found.shape)
+
+
+def _mmseqs_pairs(queries: ExampleTable, targets: ExampleTable) -> Iterator[tuple[int, int]]:
+    """Records (of `queries`, of `targets`) that MMseqs2 finds related: IDENTITY over COVERAGE of both."""
+    program = shutil.which("mmseqs")
+    if program is None:
+        raise DataError("data.homologs=mmseqs: there is no program mmseqs on PATH; install MMseqs2, or use kmer")
+    with tempfile.TemporaryDirectory(prefix="esm-neuron-") as name:
+        folder = Path(name)
+        for part, table in (("queries", queries), ("targets", targets)):
+            _write_fasta(folder / f"{part}.fasta", table)
+        words = [program, "easy-search", "queries.fasta", "targets.fasta", "found.tsv", "scratch"]
+        words += ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE), "--cov-mode", "0", "-s", "7.5"]
+        words += ["--max-seqs", "1000", "--format-output", "query,target", "-v", "1"]
+        # a fixed list of words, our own file names and no shell
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise DataError(f"mmseqs ended with {done.returncode}: {said[-1][:200] if said else 'no message'}")
+        with (folder / "found.tsv").open(encoding="ascii") as found:
+            for line in found:
+                query, target = line.split()
+                yield int(query), int(target)
+
+
+def _write_fasta(path: Path, table: ExampleTable) -> None:
+    with path.open("w", encoding="ascii") as file:
+        for example, record in enumerate(table.record.tolist()):
+            file.write(f">{record}\n{decode(table.sequence(example)[1:-1])}\n")

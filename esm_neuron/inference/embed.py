@@ -1,0 +1,155 @@
+"""Embeddings: the last hidden states of the encoder, after its final layer norm; one vector a protein or a residue."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+from transformers import EsmConfig, PreTrainedModel
+
+from esm_neuron.config import BackendName, ModelConfig
+from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.errors import DataError
+from esm_neuron.inference.load import open_model
+from esm_neuron.inference.predict import BATCHES, Answerer, answer_file
+from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
+from esm_neuron.models.attention import mean_over
+from esm_neuron.models.esm2 import PackedEncoder, encoder_of
+from esm_neuron.tasks.base import record_mean
+from esm_neuron.tasks.residues import residue_mean
+
+Pooling = Literal["mean", "cls", "residue"]
+SUFFIXES = (".parquet", SAFETENSORS)
+RESERVED = "__metadata__"
+"""A name that safetensors keeps for itself."""
+
+logger = logging.getLogger(__name__)
+
+
+class Embedder(nn.Module):
+    """Embeddings of a pack, by the encoder within any task's model."""
+
+    def __init__(self, model: nn.Module, pooling: Pooling) -> None:
+        super().__init__()
+        self.encoder = encoder_of(model)
+        self.pooling = pooling
+
+    def forward(self, **pack_args: Any) -> SimpleNamespace:
+        """As `logits`, float32: [R, S, H] a segment, or [R, L, H] a token; arguments as in `PackedEsmModel`."""
+        hidden, pack = self.encoder(**pack_args)
+        if self.pooling == "residue":
+            return SimpleNamespace(logits=hidden.float())
+        return SimpleNamespace(logits=mean_over(pack.residues if self.pooling == "mean" else pack.first, hidden))
+
+
+class Embedding:
+    """What the builder, the loader and the evaluation ask in order to embed, see `tasks.Task`."""
+
+    per_token = False
+
+    def __init__(self, pooling: Pooling) -> None:
+        self.predictions_per_token = pooling == "residue"
+
+    def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
+        """The configuration as it is."""
+        return config
+
+    def build(self, config: EsmConfig) -> PreTrainedModel:
+        """The encoder alone."""
+        return PackedEncoder(config)
+
+    def head(self, config: EsmConfig) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+        """The sequence; nothing is to be answered."""
+        return Target(table.sequence(example), np.zeros((), np.int64), np.zeros((), np.float32))
+
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """The embeddings."""
+        return (logits,)
+
+
+def per_record(table: ExampleTable, predictions: Sequence[np.ndarray], per_residue: bool) -> list[np.ndarray]:
+    """float32 [H] of each record; or [residues, H], NaN for those that were cut off. Windows are averaged."""
+    if not per_residue:
+        return list(record_mean(table, predictions[0]).astype(np.float32))
+    slot, bounds = table.residue_slots()
+    if len(table) > len(table.ids):
+        vectors = residue_mean(slot, bounds, predictions[0]).astype(np.float32)
+    else:
+        shown = slot >= 0
+        vectors = np.full((bounds[-1], predictions[0].shape[1]), np.nan, np.float32)
+        vectors[slot[shown]] = predictions[0][shown]
+    return np.split(vectors, bounds[1:-1])
+
+
+def as_table(ids: Sequence[str], vectors: Sequence[np.ndarray]) -> pa.Table:
+    """Columns `id` and `embedding`: a list of H numbers, or a list of such lists."""
+    width = vectors[0].shape[-1]
+    flat = np.concatenate([vector.reshape(-1, width) for vector in vectors])
+    column: pa.Array = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width)
+    if vectors[0].ndim > 1:
+        ends = np.cumsum([0, *map(len, vectors)])
+        column = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), column)
+    return pa.table({"id": pa.array(list(ids), pa.string()), "embedding": column})
+
+
+def as_arrays(ids: Sequence[str], vectors: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Id -> its array, for safetensors."""
+    if RESERVED in ids:
+        raise DataError(f"the id {RESERVED!r} is reserved in safetensors; rename the record, or write .parquet")
+    return {name: np.ascontiguousarray(vector) for name, vector in zip(ids, vectors, strict=True)}
+
+
+def embed(
+    model: str,
+    source: Path,
+    target: Path,
+    pooling: Pooling = "mean",
+    *,
+    backend: BackendName | None = None,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    log: Callable[[str], None] = logger.info,
+) -> int:
+    """Write the embedding of every record of `source`, in its order.
+
+    Args:
+        model: output folder of a training run, a Hugging Face folder of ESM-2, or a hub id.
+        source: as for `predict`.
+        target: Parquet (columns `id`, `embedding`) or safetensors (id -> array).
+        pooling: the mean over residues, the state of <cls>, or one vector a residue, in the protein's own
+            numbering (NaN for residues that were cut off). Windows are averaged.
+        backend, settings, resume, say: as for `predict`.
+
+    Returns:
+        Records written.
+
+    Raises:
+        EsmNeuronError: the model or a record cannot be used; `target` is then as it was.
+    """
+    check_target(target, SUFFIXES)
+    opened = open_model(model, backend, settings, "embed")
+    task = Embedding(pooling)
+    shape = as_arrays if target.suffix.lower() == SAFETENSORS else as_table
+
+    def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
+        return shape(table.ids, per_record(table, predictions, task.predictions_per_token))
+
+    answerer = Answerer(
+        command="embed",
+        options={"pooling": pooling, "format": target.suffix.lower()},
+        task=task,
+        model=lambda built: Embedder(built.model, pooling),
+        write=write,
+        batches=8 if pooling == "residue" else BATCHES,
+    )
+    return answer_file(opened, answerer, source, target, resume, log)

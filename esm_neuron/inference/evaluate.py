@@ -1,0 +1,60 @@
+"""Metrics of a finished run on a labelled file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from esm_neuron.backends import opened_backend
+from esm_neuron.config import BackendName, settings
+from esm_neuron.data.loader import EvalLoader
+from esm_neuron.data.splits import InputChunks
+from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_rank
+from esm_neuron.files import write_json
+from esm_neuron.inference.load import MAY_CHANGE, build_trained, read_run
+from esm_neuron.inference.predict import write_rejected
+from esm_neuron.training.callbacks import finite
+from esm_neuron.training.evaluation import evaluate as evaluate_table
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    run: Path,
+    source: Path,
+    target: Path | None,
+    backend_name: BackendName | None = None,
+    log: Callable[[str], None] = logger.info,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Figures, with 95 % bootstrap intervals, of a finished run on every row of a labelled file.
+
+    Args:
+        run: output folder of a training run.
+        source: FASTA, CSV or TSV with labels; row filters and split column of the training are not applied.
+        target: JSON file to write besides, with TARGET.rejected.tsv where rows were left out or changed; None for
+            none.
+        backend_name: where to run; None: where it was trained.
+        say: told what was read, left out or cut.
+        overrides: words that overrule the run's settings, such as `--data.label_column class`, see `MAY_CHANGE`.
+
+    Raises:
+        EsmNeuronError: the run, its weights or a record cannot be used.
+    """
+    cfg, task = read_run(run, backend_name)
+    cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
+    with opened_backend(cfg) as backend:
+        log = log if backend.topology.is_main else log_nothing
+        inputs = InputChunks(source, cfg.data, cfg.task)
+        table = raise_on_any_rank(backend, inputs.read)
+        log(inputs.report.summary())
+        built = build_trained(cfg, task, backend)
+        where = (backend.topology.dp, backend.topology.dp_rank)
+        loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
+        values = finite(evaluate_table(built.model, task, backend, loader, intervals=True))
+        if target is not None:
+            main_rank_only(backend, lambda: write_json(target, values))
+            write_rejected(backend, target, inputs.rejected, log)
+    return dict(values)

@@ -1,0 +1,43 @@
+"""A finished run as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+
+from esm_neuron.backends import create_backend
+from esm_neuron.build import Built
+from esm_neuron.config import ParallelConfig, require
+from esm_neuron.config.settings import read_config
+from esm_neuron.inference.load import build_trained, read_run
+from esm_neuron.reports.card import model_card
+from esm_neuron.run_dir import CONFIG, read_result
+from esm_neuron.training.results import write_model
+
+
+def merged(built: Built) -> nn.Module:
+    """The trained model as one plain float network: quantized weights made whole, LoRA added into them."""
+    if built.quantized:
+        from esm_neuron.models.quantize import dequantize_linears
+
+        dequantize_linears(built.model)
+    return built.model.merge_and_unload() if isinstance(built.model, PeftModel) else built.model
+
+
+def export(run: Path, target: Path) -> None:
+    """Merge the adapter of a finished run, on the CPU, and write a plain Hugging Face folder with a model card.
+
+    Raises:
+        ConfigError: `target` is there already, or `run` is no finished run.
+        CheckpointError: the run's weights or its result.json are damaged.
+    """
+    require(not target.exists(), f"--output {target}: exists already; name a new folder")
+    cfg, task = read_run(run, "cpu")
+    cfg = replace(cfg, loop=replace(cfg.loop, precision="fp32"), parallel=ParallelConfig())
+    backend = create_backend(cfg)
+    built = build_trained(cfg, task, backend)
+    card = model_card(read_config(run / CONFIG), read_result(run), built.source.reference, "model")
+    write_model(merged(built), built.config, target, card)

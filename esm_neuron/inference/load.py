@@ -1,0 +1,183 @@
+"""The model that answers: a training run, or a Hugging Face folder or hub id of ESM-2 as it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from esm_neuron import __version__
+from esm_neuron.backends.base import Backend
+from esm_neuron.build import Built, ModelMaker, build_model
+from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
+from esm_neuron.config.settings import read_config
+from esm_neuron.errors import CheckpointError
+from esm_neuron.files import sha256
+from esm_neuron.models.hf_folder import BaseReference
+from esm_neuron.models.lora import saved_key
+from esm_neuron.models.weights import is_carried
+from esm_neuron.run_dir import ADAPTER, ADAPTER_WEIGHTS, BASE, CONFIG, MODEL, REFERENCE
+from esm_neuron.tasks import Task, create_task
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = ("data.", "loop.eval_packs_per_device", "loop.precision", "parallel.")
+"""Settings of a finished run that evaluating and answering may overrule."""
+
+NOT_IN_IDENTITY = {
+    "train", "valid", "test", "keep", "keep_heldout", "split_column", "split_names", "valid_fraction", "cache",
+}  # fmt: skip
+"""Fields of `data` that no answer depends on."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model before its weights are read."""
+
+    cfg: TrainConfig
+    trained: Task | None
+    """The task of a training run; None for a plain ESM-2."""
+
+    def build(self, plain: ModelMaker, backend: Backend) -> Built:
+        """The model with its weights on the backend's device: the run's own, or what `plain` makes of an ESM-2.
+
+        Raises:
+            ConfigError, CheckpointError: the weights cannot be found or used.
+        """
+        if self.trained is not None:
+            return build_trained(self.cfg, self.trained, backend)
+        return build_model(self.cfg, plain, backend)
+
+    def identity(self, built: Built, **more: Any) -> dict[str, Any]:
+        """What decides an answer besides the input: weights, settings, and `more`; of JSON's types."""
+        cfg, adapter = self.cfg, Path(self.cfg.output) / ADAPTER / ADAPTER_WEIGHTS
+        trained = self.trained is not None and cfg.adapter.kind in ("lora", "qlora")
+        data = {name: value for name, value in settings.plain(cfg.data).items() if name not in NOT_IN_IDENTITY}
+        return {
+            "version": __version__,
+            "base weights": built.source.reference.sha256,
+            "adapter": sha256(adapter) if trained else None,
+            "seed": cfg.seed,
+            "model.pooling": cfg.model.pooling,
+            "loop.precision": cfg.loop.precision,
+            **{f"adapter.{name}": value for name, value in settings.plain(cfg.adapter).items()},
+            **{f"task.{name}": value for name, value in settings.plain(cfg.task).items()},
+            **{f"data.{name}": value for name, value in data.items()},
+            **more,
+        }
+
+
+def open_model(name: str, backend: BackendName | None, words: Sequence[str], command: str) -> Opened:
+    """Find what `--model` names.
+
+    Args:
+        name: output folder of a training run, a Hugging Face folder, or a hub id.
+        backend: where to run; None: where a run was trained, `cpu` for a plain model.
+        words: settings to overrule, `--data.id_column name`, see `MAY_CHANGE`.
+        command: for messages.
+
+    Raises:
+        ConfigError: a setting is unknown or not to be changed; the run is not finished.
+    """
+    folder = Path(name)
+    if (folder / CONFIG).is_file():
+        cfg, task = read_run(folder, backend)
+        return Opened(settings.override(cfg, words, MAY_CHANGE, command), task)
+    plain = TrainConfig(model=ModelConfig(name=name), adapter=AdapterConfig(kind="none"), backend=backend or "cpu")
+    cfg = settings.override(plain, words, (*MAY_CHANGE, "model.revision"), command)
+    return Opened(cfg, None)
+
+
+def moved(cfg: TrainConfig, backend: BackendName) -> TrainConfig:
+    """A run's configuration on another device, without what only its own has: as many cores, its number formats.
+
+    A CPU answers in float32: those without bf16 units emulate it, at a fraction of the speed.
+    """
+    precision = "fp32" if backend == "cpu" else cfg.loop.precision
+    return replace(
+        cfg,
+        backend=backend,
+        parallel=ParallelConfig(),
+        loop=replace(cfg.loop, tf32=False, torch_compile=False, precision=precision),
+        optim=replace(cfg.optim, kind="adamw"),
+    )
+
+
+def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:
+    """Configuration and task of a finished run, ready for `build_trained`.
+
+    Raises:
+        ConfigError: `folder` is no finished run.
+    """
+    path = folder / CONFIG
+    require(path.is_file(), f"--model {folder}: no {CONFIG} there; name the output folder of a training run")
+    cfg = read_config(path)
+    found = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
+    require(
+        bool(found),
+        f"--model {folder}: no adapter and no model there; let its training finish (--checkpoint.resume auto)",
+    )
+    model = cfg.model
+    if found == [MODEL]:
+        model = replace(model, name=str(folder / MODEL), init="pretrained", revision=None, sha256=None)
+    elif is_carried(model):
+        model = replace(model, name=str(folder / BASE), init="pretrained", revision=None, sha256=None)
+    cfg = replace(cfg, output=str(folder), model=model)
+    if backend is not None and backend != cfg.backend:
+        cfg = moved(cfg, backend)
+    if not cfg.can_quantize and cfg.adapter.kind == "qlora":
+        logger.warning(
+            "trained on quantized weights, answered from float ones: answers differ by the quantization error"
+        )
+        cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))
+    return cfg, create_task(cfg.task, cfg.task.labels or ())
+
+
+def build_trained(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
+    """The model of a finished run with its trained weights, on the backend's device.
+
+    Raises:
+        CheckpointError: the adapter is damaged, or the base weights are not those it was trained on.
+    """
+    folder = Path(cfg.output) / ADAPTER
+    if cfg.adapter.kind not in ("lora", "qlora"):
+        return build_model(cfg, task, backend)
+    built = build_model(cfg, task, backend)
+    reference = read_reference(folder)
+    if built.source.reference.sha256 != reference.sha256:
+        raise CheckpointError(
+            f"{folder}: was trained on {reference.name} with sha256 {reference.sha256[:12]}, but {cfg.model.name} has "
+            f"{built.source.reference.sha256[:12]}; give the weights it was trained on"
+        )
+    names = {saved_key(n): n for n, p in built.model.named_parameters() if p.requires_grad}
+    saved = read_adapter(folder)
+    unknown = sorted(set(saved) - set(names))
+    if unknown:
+        raise CheckpointError(f"{folder}: {len(unknown)} tensors do not fit the model, the first is {unknown[0]}")
+    backend.load_weights(built.model, {names[key]: value for key, value in saved.items()})
+    return built
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter. Raises CheckpointError where the file is missing or damaged."""
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); export it again") from error
+
+
+def read_reference(folder: Path) -> BaseReference:
+    """Which base an adapter belongs to."""
+    path = folder / REFERENCE
+    try:
+        return BaseReference(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); it names the base of the adapter") from error

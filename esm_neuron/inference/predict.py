@@ -1,0 +1,186 @@
+"""Predictions: what a trained task says of each record, in the order of the input."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+
+from esm_neuron.backends import opened_backend
+from esm_neuron.backends.base import Backend
+from esm_neuron.build import Built, ModelMaker
+from esm_neuron.config import BackendName, TrainConfig
+from esm_neuron.data.dataset import ExampleTable, TargetMaker
+from esm_neuron.data.loader import EvalLoader
+from esm_neuron.data.splits import InputChunks
+from esm_neuron.data.validation import Rejected, save_rejected
+from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_rank
+from esm_neuron.errors import ConfigError
+from esm_neuron.inference.load import Opened, open_model
+from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, read_once, stream
+from esm_neuron.training.evaluation import Asks, collect_here
+
+logger = logging.getLogger(__name__)
+
+
+def predict(
+    model: str,
+    source: Path,
+    target: Path,
+    *,
+    backend: BackendName | None = None,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    log: Callable[[str], None] = logger.info,
+) -> int:
+    """Answer every record of `source` with a finished run. The windows of a long sequence are averaged, as in
+    evaluation.
+
+    Args:
+        model: output folder of a training run.
+        source: FASTA, CSV, TSV, JSONL or Parquet; columns as the run's configuration names them, labels not needed.
+        target: CSV, TSV, JSONL or Parquet: `id`, and what `Task.outputs` gives.
+        backend: where to run; None: where it was trained.
+        settings: words that overrule the run's, such as `--data.sequence_column seq`.
+        resume: go on with the parts that a killed command left beside `target`.
+        say: told what was read, left out or cut.
+
+    Returns:
+        Records written.
+
+    Raises:
+        EsmNeuronError: the run, the weights or a record cannot be used; `target` is then as it was.
+    """
+    check_target(target, tuple(JOIN))
+    opened = open_model(model, backend, settings, "predict")
+    task = opened.trained
+    if task is None:
+        raise ConfigError(f"--model {model}: no config.yaml there; predict needs the output folder of a training run")
+
+    def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
+        columns = task.outputs(table, predictions)
+        made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
+        return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
+
+    answerer = Answerer(command="predict", options={}, task=task, model=lambda built: built.model, write=write)
+    return answer_file(opened, answerer, source, target, resume, log)
+
+
+BATCHES = 32
+"""Batches that a piece fills, about: the last one is half empty on average, which costs 1 / 64 of the work."""
+
+
+class Asking(ModelMaker, TargetMaker, Asks, Protocol):
+    """The part of a task that answers need."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answerer:
+    """What a command does with the records of a file."""
+
+    command: str
+    options: Mapping[str, Any]
+    """What decides its answers besides model and settings, in JSON's types."""
+    task: Asking
+    model: Callable[[Built], nn.Module]
+    """Makes the network to be asked of the one that was built."""
+    write: Callable[[ExampleTable, Sequence[np.ndarray]], Predictions]
+    """(records, what `collect_here` has found for them) -> their rows."""
+    batches: int = BATCHES
+    """How many a piece fills."""
+
+
+def answer_file(
+    opened: Opened, answerer: Answerer, source: Path, target: Path, resume: bool, log: Callable[[str], None]
+) -> int:
+    """Answer every record of `source` and write `target`; returns the records written, see `predict` and `embed`."""
+    cfg = opened.cfg
+    with opened_backend(cfg) as backend:
+        log = log if backend.topology.is_main else log_nothing
+        inputs = InputChunks(source, cfg.data)
+        tokens = piece_tokens(cfg, backend, answerer.batches)
+
+        def pieces() -> Iterator[Piece[ExampleTable]]:
+            return table_pieces(inputs, tokens)
+
+        survey = read_once(backend, pieces)
+        rejected = tuple(inputs.rejected)
+        log(inputs.report.summary())
+        built = raise_on_any_rank(backend, lambda: opened.build(answerer.task, backend))
+        model = answerer.model(built)
+
+        def answer(table: ExampleTable, advance: Advance) -> Predictions:
+            return answerer.write(table, answer_table(model, answerer.task, backend, cfg, table, advance))
+
+        identity = opened.identity(built, command=answerer.command, piece_tokens=tokens, **answerer.options)
+        written = stream(backend, target, survey, identity, pieces, answer, resume, log)
+        write_rejected(backend, target, rejected, log)
+        return written
+
+
+def write_rejected(backend: Backend, target: Path, rows: Sequence[Rejected], log: Callable[[str], None]) -> None:
+    """Write the rows that were left out or changed beside `target`; where there are none, remove an older file."""
+    path = target.with_name(f"{target.name}.rejected.tsv")
+    main_rank_only(backend, lambda: save_rejected(path, rows))
+    if rows:
+        log(f"the {len(rows)} rows left out or changed are in {path}")
+
+
+def piece_tokens(cfg: TrainConfig, backend: Backend, batches: int = BATCHES) -> int:
+    """Tokens that a piece of `batches` batches holds at most."""
+    return batches * cfg.loop.eval_packs_per_device * backend.local_dp * cfg.data.pack_tokens
+
+
+def answer_table(
+    model: nn.Module, task: Asking, backend: Backend, cfg: TrainConfig, table: ExampleTable, advance: Advance
+) -> list[np.ndarray]:
+    """The task's answers to a table by this rank alone, see `evaluate.collect_here`."""
+    loader = EvalLoader(table, task, cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
+    return collect_here(model, task, backend, loader, advance)
+
+
+def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[ExampleTable]]:
+    """Tables of whole records with at most `tokens` tokens, or one record, from larger ones; labels are left out.
+
+    Residues that were cut off count too, for answers may have a row for them.
+    """
+    for table in tables:
+        shown = np.bincount(table.record, table.lengths, len(table.ids))
+        ends = np.cumsum(np.maximum(shown, table.residues))
+        first = 0
+        while first < len(table.ids):
+            begin = ends[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, begin + tokens, side="right")))
+            part = _records(table, first, last)
+            yield Piece(part, len(part.tokens), _digest(part))
+            first = last
+
+
+def _records(table: ExampleTable, first: int, last: int) -> ExampleTable:
+    """The examples of records `first` to `last` - 1 as a table of their own."""
+    low, high = np.searchsorted(table.record, (first, last))
+    offsets = table.offsets[low : high + 1]
+    return ExampleTable(
+        tokens=table.tokens[offsets[0] : offsets[-1]],
+        offsets=offsets - offsets[0],
+        record=table.record[low:high] - first,
+        weight=table.weight[low:high],
+        labels=table.labels[:0],
+        ids=table.ids[first:last],
+        starts=table.starts[low:high],
+        residues=table.residues[first:last],
+    )
+
+
+def _digest(table: ExampleTable) -> bytes:
+    digest = hashlib.sha256(repr(list(table.ids)).encode())
+    for array in (table.tokens, table.offsets, table.record, table.starts, table.residues):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()

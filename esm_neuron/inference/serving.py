@@ -1,0 +1,80 @@
+"""A trained model that stays in memory and answers sequences as they come: what an endpoint needs."""
+
+from __future__ import annotations
+
+import csv
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from esm_neuron.backends import create_backend
+from esm_neuron.backends.base import Backend
+from esm_neuron.config import BackendName, TrainConfig
+from esm_neuron.data.loader import EvalLoader
+from esm_neuron.data.splits import load_inputs
+from esm_neuron.inference.load import build_trained, read_run
+from esm_neuron.tasks import Task
+from esm_neuron.training.evaluation import collect
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A finished run, ready to answer."""
+
+    cfg: TrainConfig
+    task: Task
+    backend: Backend
+    model: nn.Module
+
+    @classmethod
+    def open(cls, run: Path, backend_name: BackendName | None = None) -> Predictor:
+        """Load a finished run.
+
+        Args:
+            run: output folder of a training run.
+            backend_name: where to answer; None: where it was trained.
+
+        Raises:
+            EsmNeuronError: the run or its weights cannot be used.
+        """
+        cfg, task = read_run(run, backend_name)
+        data = replace(cfg.data, id_column="id", sequence_column="sequence")  # the training's files had their own
+        cfg = replace(cfg, data=data)
+        backend = create_backend(cfg)
+        return cls(cfg, task, backend, build_trained(cfg, task, backend).model)
+
+    def answer(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """What the task says of each (id, sequence), in order: the columns of `esm-neuron predict`, None for NaN.
+
+        Sequences pass the checks of the training's data section: bad residues and long sequences are treated as there.
+
+        Raises:
+            DataError: a sequence cannot be used.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "request.csv"
+            with path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([("id", "sequence"), *records])
+            table, _ = load_inputs(path, self.cfg.data)
+        backend = self.backend
+        loader = EvalLoader(table, self.task, self.cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
+        columns = self.task.outputs(table, collect(self.model, self.task, backend, loader))
+        rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
+        return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
+
+
+def _plain(column: Sequence[Any] | np.ndarray) -> list[Any]:
+    """A column as Python's own numbers, lists and strings, which JSON can say: None for what is not finite."""
+    return [_finite(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value) for value in column]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

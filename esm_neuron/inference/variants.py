@@ -1,0 +1,265 @@
+"""Variants of one protein: `A42G`, or several substitutions joined as `A42G:L50P`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from esm_neuron.config import DataConfig, require
+from esm_neuron.data.records import Column, to_number
+from esm_neuron.data.sources import CHUNK_ROWS, read_records
+from esm_neuron.data.tokenizer import AMINO_ACIDS, VOCABULARY, bad_residues
+from esm_neuron.data.validation import Problems, Rejected, quote
+from esm_neuron.errors import DataError
+from esm_neuron.inference.stream import Piece
+
+STANDARD = frozenset(VOCABULARY[token] for token in AMINO_ACIDS)
+"""The 20 amino acids."""
+WILD_TYPE = "WT"
+"""Names the protein without a substitution."""
+
+_SUBSTITUTION = re.compile(r"([A-Za-z])([0-9]{1,9})([A-Za-z*=])")
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """One residue exchanged."""
+
+    index: int
+    """Place in the sequence, from 0."""
+    wild: str
+    mutant: str
+
+
+Variant = tuple[Substitution, ...]
+"""By rising place; empty for the wild type."""
+
+
+def parse_variant(text: str, wild_type: str, first: int = 1) -> Variant:
+    """The substitutions that a variant's name tells.
+
+    Args:
+        text: such as `A42G:L50P`, or `WT`.
+        wild_type: the sequence, in upper case.
+        first: number of its first residue.
+
+    Raises:
+        ValueError: with what is wrong and its cure, in one line.
+    """
+    if text.strip().upper() == WILD_TYPE:
+        return ()
+    found = [_substitution(part.strip(), wild_type, first) for part in text.split(":")]
+    for place, times in Counter(each.index for each in found).items():
+        if times > 1:
+            raise ValueError(f"{quote(text)} exchanges residue {place + first} twice; keep one")
+    return tuple(sorted(found, key=lambda each: each.index))
+
+
+def _substitution(text: str, wild_type: str, first: int) -> Substitution:
+    match = _SUBSTITUTION.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"{quote(text)} is no substitution; write such as A42G, several joined by ':', {WILD_TYPE} for none"
+        )
+    wild, mutant, number = match[1].upper(), match[3].upper(), int(match[2])
+    last = first + len(wild_type) - 1
+    if not first <= number <= last:
+        raise ValueError(
+            f"{quote(text)}: residue {number} is outside {first} to {last} of the wild type; "
+            "correct it or --first-residue"
+        )
+    there = wild_type[number - first]
+    if wild != there:
+        raise ValueError(
+            f"{quote(text)}: the wild type has {there} at residue {number}, not {wild}; "
+            "correct it, --wild-type or --first-residue"
+        )
+    if mutant == "*":
+        raise ValueError(f"{quote(text)}: a stop codon, for which the model has no likelihood; remove the row")
+    if mutant == "=" or mutant == wild:
+        raise ValueError(f"{quote(text)}: exchanges nothing; write {WILD_TYPE} for the wild type")
+    if mutant not in STANDARD:
+        raise ValueError(f"{quote(text)}: {mutant} is none of the 20 amino acids; correct it")
+    return Substitution(number - first, wild, mutant)
+
+
+def difference(sequence: str, wild_type: str) -> Variant:
+    """The substitutions that make `sequence` of `wild_type`, both in upper case.
+
+    Raises:
+        ValueError: lengths differ, or a residue is none of the 20 amino acids.
+    """
+    if len(sequence) != len(wild_type):
+        raise ValueError(
+            f"the sequence has {len(sequence)} residues, the wild type {len(wild_type)}; marginals know substitutions "
+            "only, use --method pseudo-perplexity"
+        )
+    pairs = enumerate(zip(wild_type, sequence, strict=True))
+    found = tuple(Substitution(i, wild, mutant) for i, (wild, mutant) in pairs if wild != mutant)
+    for each in found:
+        if each.mutant not in STANDARD:
+            raise ValueError(f"{each.mutant!r} at residue {each.index + 1} is none of the 20 amino acids; correct it")
+    return found
+
+
+def mutated(wild_type: str, variant: Variant) -> str:
+    """The variant's sequence."""
+    residues = list(wild_type)
+    for each in variant:
+        residues[each.index] = each.mutant
+    return "".join(residues)
+
+
+@dataclass(frozen=True)
+class VariantColumns:
+    """Which columns of a table are read."""
+
+    variant: str | None = "variant"
+    """Substitutions such as `A42G:L50P`; None where `sequence` is read instead."""
+    sequence: str | None = None
+    """Whole sequences."""
+    score: str | None = None
+    """Measured values."""
+
+    @property
+    def what(self) -> str:
+        """The column that names a row: `variant` or `sequence`."""
+        return "variant" if self.sequence is None else "sequence"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A usable row."""
+
+    text: str
+    """The variant or the sequence as the table has it."""
+    variant: Variant
+    """Empty where there is no wild type to compare with."""
+    sequence: str
+    measured: float
+    """NaN where the table has nothing."""
+
+
+class VariantTable:
+    """The rows of a table in its order, in pieces; can be read any number of times.
+
+    Args:
+        path: CSV, TSV, JSONL or Parquet.
+        columns: which columns are read.
+        cfg: `max_residues`, and what is done with a row that cannot be scored: `on_bad_residue` strict or skip.
+        wild_type: the protein, in upper case; None where sequences need none.
+        first: number of its first residue.
+        compare: whether variants are made of sequences, by comparing them with the wild type.
+        tokens: most tokens in a piece, as `cost` counts them, or one row.
+        cost: tokens that the model is given for a row, after the earlier ones of its piece.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: VariantColumns,
+        cfg: DataConfig,
+        wild_type: str | None,
+        first: int,
+        compare: bool,
+        tokens: int,
+        cost: Callable[[Row, set[tuple[int, ...]]], int],
+    ) -> None:
+        require(
+            cfg.on_bad_residue != "replace",
+            "data.on_bad_residue=replace: a variant cannot be replaced; use strict, or skip to leave such rows out",
+        )
+        self._path, self._columns, self._cfg, self._tokens, self._cost = path, columns, cfg, tokens, cost
+        self._wild_type, self._first, self._compare = wild_type, first, compare
+        self.rows = self.unmeasured = 0
+        self.rejected: list[Rejected] = []
+        """The rows that the last reading has left out."""
+
+    def summary(self) -> str:
+        """What the last reading has found, in a line."""
+        parts = [f"{self.rows} rows"]
+        if self.rejected:
+            parts.append(f"{len(self.rejected)} skipped because they cannot be scored")
+        if self.unmeasured:
+            parts.append(f"{self.unmeasured} without a measured value")
+        return f"{self._path}: " + "; ".join(parts)
+
+    def __call__(self) -> Iterator[Piece[list[Row]]]:
+        """The pieces.
+
+        Raises:
+            DataError: the table or a row cannot be used, after the last piece.
+        """
+        rows, seen, tokens = list[Row](), set[tuple[int, ...]](), 0
+        for row in self._usable():
+            cost = self._cost(row, seen)
+            if rows and (tokens + cost > self._tokens or len(rows) == CHUNK_ROWS):
+                yield _piece(rows, tokens)
+                rows, seen, tokens = [], set(), 0
+                cost = self._cost(row, seen)
+            rows.append(row)
+            seen.add(tuple(each.index for each in row.variant))
+            tokens += cost
+        yield _piece(rows, tokens)
+
+    def _usable(self) -> Iterator[Row]:
+        problems = Problems(str(self._path))
+        self.rows, self.unmeasured, self.rejected = 0, 0, []
+        for line, values in read_records(self._path, self._wanted()):
+            self.rows += 1
+            measured = values[1].strip() if self._columns.score else ""
+            try:
+                row = self._row(values[0].strip(), self._number(measured))
+            except ValueError as error:
+                if self._cfg.on_bad_residue == "skip":
+                    text = values[0].strip()
+                    self.rejected.append(Rejected(str(self._path), line, text, str(error), "left out"))
+                else:
+                    problems.add(line, f"{error}, or leave such rows out with --data.on_bad_residue skip")
+                continue
+            self.unmeasured += math.isnan(row.measured)
+            if not problems.total:
+                yield row
+        problems.raise_any()
+        if self.rows == len(self.rejected):
+            raise DataError(
+                f"{self._path}: none of its {self.rows} rows can be scored; check --wild-type and the columns"
+            )
+
+    def _wanted(self) -> list[Column]:
+        source = self._columns.variant if self._columns.sequence is None else self._columns.sequence
+        wanted = [Column(self._columns.what, str(source), f"--{self._columns.what}-column")]
+        return wanted + ([Column("score", self._columns.score, "--score-column")] if self._columns.score else [])
+
+    def _row(self, text: str, measured: float) -> Row:
+        if not text:
+            raise ValueError(f"the {self._columns.what} is empty; fill it in")
+        if self._columns.what == "variant":
+            wild_type = self._wild_type or ""
+            variant = parse_variant(text, wild_type, self._first)
+            return Row(text, variant, mutated(wild_type, variant), measured)
+        sequence = text.upper()
+        bad = bad_residues(sequence)
+        if bad is not None:
+            where = f"{bad.character!r} at residue {bad.position}"
+            raise ValueError(f"the sequence has {where}, outside the ESM alphabet; correct it")
+        if len(sequence) > self._cfg.max_residues:
+            raise ValueError(f"the sequence has {len(sequence)} residues, more than data.max_residues; raise it")
+        return Row(text, difference(sequence, self._wild_type or "") if self._compare else (), sequence, measured)
+
+    def _number(self, text: str) -> float:
+        if text == "" or text.lower() in ("nan", "na"):
+            return math.nan
+        value = to_number(text)
+        if not math.isfinite(value):
+            raise ValueError(f"column {self._columns.score!r} has {quote(text)}, which is no number; correct it")
+        return value
+
+
+def _piece(rows: list[Row], tokens: int) -> Piece[list[Row]]:
+    return Piece(rows, tokens, hashlib.sha256(repr(rows).encode()).digest())

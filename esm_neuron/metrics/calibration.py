@@ -1,0 +1,88 @@
+"""Means by group with intervals over proteins: a reliability diagram, and errors by length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from esm_neuron.metrics.bootstrap import bootstrap, interval
+
+BINS = 10
+"""Bins of a reliability diagram, of equal width from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that belong together."""
+
+    rows: int
+    mean: float
+    interval: list[float] | None
+    """95 %, over proteins; None where fewer than half of the resamples have rows of the group."""
+
+
+def group_means(
+    value: np.ndarray, weight: np.ndarray, group: np.ndarray, groups: int, protein: np.ndarray
+) -> list[Group | None]:
+    """The mean of `value` by group, with proteins resampled.
+
+    Args:
+        value: float64 [n], sums over what a row stands for.
+        weight: float64 [n], how much that is; a mean is the sum of values over the sum of weights.
+        group: int64 [n], 0 to `groups` - 1.
+        groups: how many there are.
+        protein: int64 [n], whose row it is.
+
+    Returns:
+        A group each, None for one without weight.
+    """
+    found, unit = np.unique(protein, return_inverse=True)
+    cell, cells = unit * groups + group, len(found) * groups
+    values = np.bincount(cell, value, cells).reshape(-1, groups)
+    weights = np.bincount(cell, weight, cells).reshape(-1, groups)
+
+    def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = (counts @ values) / (counts @ weights)
+        return {str(g): means[:, g] for g in range(groups)}
+
+    drawn = bootstrap(len(found), metrics, groups)
+    rows, total, weighed = np.bincount(group, minlength=groups), values.sum(0), weights.sum(0)
+    return [
+        Group(int(rows[g]), float(total[g] / weighed[g]), interval(drawn[str(g)])) if weighed[g] > 0 else None
+        for g in range(groups)
+    ]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often answers given with some confidence are right."""
+
+    confidence: list[float]
+    """Mean confidence of each bin that has rows."""
+    right: list[Group]
+    """The share of right answers in it."""
+    ece: float
+    """Expected calibration error: the mean of |share right - confidence| over bins, weighed by their rows."""
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray, protein: np.ndarray) -> Reliability | None:
+    """The reliability diagram and the expected calibration error of Guo et al. 2017 (arXiv:1706.04599).
+
+    Args:
+        confidence: float64 [n], 0 to 1: the probability of what was answered.
+        right: bool [n].
+        protein: int64 [n], whose row it is.
+
+    Returns:
+        None where there are no rows.
+    """
+    if not len(confidence):
+        return None
+    group = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    found = group_means(right.astype(float), np.ones(len(right)), group, BINS, protein)
+    shares = [(g, share) for g, share in enumerate(found) if share is not None]
+    means = [float(confidence[group == g].mean()) for g, _ in shares]
+    gaps = [share.rows * abs(share.mean - mean) for (_, share), mean in zip(shares, means, strict=True)]
+    return Reliability(means, [share for _, share in shares], sum(gaps) / len(confidence))

@@ -1,0 +1,32 @@
+"""Figures of masked language modelling: over residues asked, with proteins resampled."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
+
+
+def masked_lm_metrics(sums: np.ndarray, intervals: bool = False) -> dict[str, Value]:
+    """Figures over the residues that were hidden.
+
+    Args:
+        sums: float64 [proteins, 3]: summed cross entropy (nats), hidden residues, and of these how many answered right.
+        intervals: also `<name>_ci`, drawn over proteins.
+
+    Returns:
+        n (residues hidden, each counted in every window that hides it), n_records (proteins with such residues), loss
+        (nats a residue), perplexity = exp(loss), accuracy; None where nothing was hidden.
+    """
+    sums = sums[sums[:, 1] > 0]
+    values: dict[str, Value] = {"n": round(float(sums[:, 1].sum())), "n_records": len(sums)}
+    names = ("loss", "perplexity", "accuracy")
+    values.update({name: float(value[0]) for name, value in _metrics(sums.sum(0, keepdims=True)).items()}
+                  if len(sums) else dict.fromkeys(names))  # fmt: skip
+    return with_intervals(values, bootstrap(len(sums), lambda counts: _metrics(counts @ sums))) if intervals else values
+
+
+def _metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Each [k], of sums [k, 3]."""
+    loss, weight, right = sums.T
+    return {"loss": loss / weight, "perplexity": np.exp(loss / weight), "accuracy": right / weight}

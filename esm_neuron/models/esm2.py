@@ -1,0 +1,278 @@
+"""ESM-2 as transformers has it, with the few classes swapped that packs and compilers need, and the order of building.
+
+Swapped: the embeddings (transformers 4.57.6 takes the token-dropout ratio over the padded length; here it is each
+sequence's own), the rotary tables (float32, made once), attention (over packs) and the activation (one fused kernel of
+the same erf formula). Parameter names do not change, so every Hugging Face checkpoint and PEFT adapter fits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    EsmConfig,
+    EsmForMaskedLM,
+    EsmForTokenClassification,
+)
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.models.esm.modeling_esm import (
+    EsmClassificationHead,
+    EsmEmbeddings,
+    EsmIntermediate,
+    EsmLMHead,
+    EsmModel,
+    EsmPreTrainedModel,
+    EsmSelfAttention,
+)
+
+from esm_neuron.models.attention import Pack, RotaryTable, mean_over, rotate
+
+MASK_RATIO_TRAIN = 0.15 * 0.8
+"""Share of <mask> tokens in ESM-2's pretraining; embeddings are rescaled to it (fair-esm 2.0.0, `ESM2.forward`)."""
+
+
+class PackedEmbeddings(EsmEmbeddings):
+    """Word embeddings with ESM-2's token dropout, its ratio taken per segment."""
+
+    def forward(self, input_ids: Tensor, pack: Pack) -> Tensor:  # type: ignore[override]
+        """[R, L, H] embeddings of `input_ids` int64 [R, L]; padding is 0."""
+        x = self.word_embeddings(input_ids)
+        scale = pack.membership.sum(1)
+        if self.token_dropout:
+            masked = input_ids == self.mask_token_id
+            length = pack.membership.sum(-1).clamp_min(1.0)
+            ratio = (pack.membership * masked.unsqueeze(1)).sum(-1) / length
+            per_segment = (1 - MASK_RATIO_TRAIN) / (1 - ratio)
+            scale = (pack.membership * per_segment.unsqueeze(-1)).sum(1) * ~masked
+        return (x * scale.unsqueeze(-1)).to(x.dtype)
+
+
+class PackedSelfAttention(EsmSelfAttention):
+    """Self-attention whose positions and neighbours come from the pack."""
+
+    def forward(self, hidden_states: Tensor, *, pack: Pack, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[R, L, H] in, [R, L, H] out; the heads are counted from the data, so a shard of them works as well."""
+        rows, length = hidden_states.shape[:-1]
+        heads = (rows, length, -1, self.attention_head_size)
+        query = rotate(self.query(hidden_states).view(heads), pack.query_angle)
+        key = rotate(self.key(hidden_states).view(heads), pack.key_angle)
+        value = self.value(hidden_states).view(heads)
+        attended = pack.attend(query, key, value, self.dropout if self.training else 0.0)
+        return attended.reshape(rows, length, -1), None
+
+
+class FusedIntermediate(EsmIntermediate):
+    """The feed-forward's first half with torch's fused GELU (the exact erf form that transformers spells out)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden_states))
+
+
+class FusedLMHead(EsmLMHead):
+    """The LM head with torch's fused GELU."""
+
+    def forward(self, features: Tensor, **_: Any) -> Tensor:
+        x = self.layer_norm(F.gelu(self.dense(features)))
+        return self.decoder(x) + self.bias
+
+
+class PackedEsmModel(EsmModel):
+    """The encoder over packs."""
+
+    rotary: RotaryTable
+    attention: str
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        max_segments: int = 1,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Pack]:
+        """Encode rows.
+
+        Args:
+            input_ids: int64 [R, L].
+            segment_ids: int64 [R, L]; None for one sequence a row, as a tokenizer pads them.
+            positions: int64 [R, L], from 0 within each segment.
+            max_segments: S, the most segments in a row.
+            attention_mask: [R, L], 1 for tokens and 0 for padding; read only where `segment_ids` is None.
+
+        Returns:
+            Hidden states [R, L, H] and the pack they were computed with.
+        """
+        if segment_ids is None or positions is None:
+            segment_ids, positions = one_segment(input_ids, attention_mask)
+        pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, self.attention)
+        embedded = self.embeddings(input_ids=input_ids, pack=pack)
+        hidden: Tensor = self.encoder(embedded, pack=pack).last_hidden_state
+        return hidden, pack
+
+
+def one_segment(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`segment_ids` and `positions`, int64 [R, L], of rows with a single sequence each."""
+    used = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return used - 1, positions * used
+
+
+_PACKED: dict[type[nn.Module], type[nn.Module]] = {
+    EsmModel: PackedEsmModel,
+    EsmEmbeddings: PackedEmbeddings,
+    EsmSelfAttention: PackedSelfAttention,
+    EsmIntermediate: FusedIntermediate,
+    EsmLMHead: FusedLMHead,
+}
+
+
+def pack_modules(model: EsmPreTrainedModel) -> None:
+    """Give the modules of a transformers ESM-2 their packed classes, in place; parameters stay as they are."""
+    for module in list(model.modules()):
+        packed = _PACKED.get(type(module))
+        if packed is not None:
+            module.__class__ = packed
+        if isinstance(module, EsmSelfAttention):
+            module.rotary_embeddings = None  # its inverse frequencies live in the one table
+        if isinstance(module, PackedEsmModel):
+            set_attention(module, module.config.max_position_embeddings, "segments")
+
+
+def set_attention(encoder: PackedEsmModel, max_positions: int, attention: str) -> None:
+    """Choose the attention (a name of `attention.ATTENTIONS`) and the longest sequence, in tokens with its specials."""
+    cfg = encoder.config
+    encoder.rotary = RotaryTable(cfg.hidden_size // cfg.num_attention_heads, max_positions)
+    encoder.attention = attention
+
+
+class PooledEsmConfig(EsmConfig):
+    """Configuration of a classifier whose pooling transformers does not have.
+
+    Its own model type, so that plain transformers refuses it instead of answering from the <cls> token. A regression
+    has it too: transformers would leave its answers standardised.
+    """
+
+    model_type = "esm_neuron"
+
+
+def head_name(config: EsmConfig) -> str:
+    """Attribute of the head; transformers' own name only where transformers would compute the same."""
+    if config.problem_type == "regression":
+        return f"{config.pooling}_regressor"
+    return "classifier" if config.pooling == "cls" else f"{config.pooling}_classifier"
+
+
+def head_names(config: EsmConfig) -> tuple[str, ...]:
+    """Attributes of everything that is new above the encoder."""
+    return (head_name(config), *(("attention_pooling",) if config.pooling == "attention" else ()))
+
+
+class AttentionPooling(nn.Module):
+    """A mean over residues with learnt weights: the softmax, within a segment, of a linear score of each residue."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__()
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden: Tensor, residues: Tensor) -> Tensor:
+        """float32 [R, S, H] of `hidden` [R, L, H] and `residues` [R, S, L] (see `Pack`); 0 for an empty segment."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = hidden.float() @ self.score.weight.float().view(-1)
+            outside = torch.finfo(torch.float32).min
+            weights = torch.where(residues > 0, scores.unsqueeze(1), outside).softmax(-1) * residues
+            return weights @ hidden.float()
+
+
+class PackedForSequenceClassification(EsmPreTrainedModel):
+    """One answer a segment: the encoder, a pooling, and transformers' classification head.
+
+    A regression's answers are brought to the values' own unit: x `target_sd` + `target_mean` of its configuration.
+    """
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(config)
+        self.esm = EsmModel(config, add_pooling_layer=False)
+        if config.pooling == "attention":
+            self.attention_pooling = AttentionPooling(config)
+        setattr(self, head_name(config), EsmClassificationHead(config))
+        self.post_init()
+        pack_modules(self)
+
+    def forward(
+        self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any
+    ) -> SequenceClassifierOutput:
+        """Logits [R, S, classes], or [R, classes] for rows without `segment_ids`; arguments as in `PackedEsmModel`."""
+        hidden, pack = self.esm(input_ids, segment_ids, **pack_args)
+        if self.config.pooling == "attention":
+            pooled = self.attention_pooling(hidden, pack.residues)
+        else:
+            pooled = mean_over(pack.first if self.config.pooling == "cls" else pack.residues, hidden)
+        head = getattr(self, head_name(self.config))
+        logits = head(pooled.flatten(0, 1).unsqueeze(1))
+        if self.config.problem_type == "regression":
+            logits = logits.float() * self.config.target_sd + self.config.target_mean
+        return SequenceClassifierOutput(logits=logits if segment_ids is None else logits.view(*pooled.shape[:2], -1))
+
+
+class PackedForPooledClassification(PackedForSequenceClassification):
+    """The same for the poolings of this package; what `AutoModelForSequenceClassification` makes of such a folder."""
+
+    config_class = PooledEsmConfig
+
+
+class PackedEncoder(EsmPreTrainedModel):
+    """The encoder under the name that a task's model gives it, without a head."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(config)
+        self.esm = EsmModel(config, add_pooling_layer=False)
+        self.post_init()
+        pack_modules(self)
+
+
+class PackedForMaskedLM(EsmForMaskedLM):
+    """One distribution over the 33 tokens a position."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(config)
+        pack_modules(self)
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> MaskedLMOutput:
+        """Logits [R, L, 33]; arguments as in `PackedEsmModel`."""
+        hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
+        return MaskedLMOutput(logits=self.lm_head(hidden))
+
+
+class PackedForTokenClassification(EsmForTokenClassification):
+    """One answer a token, by transformers' own head."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(config)
+        pack_modules(self)
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> TokenClassifierOutput:
+        """Logits [R, L, classes]; arguments as in `PackedEsmModel`."""
+        hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
+        return TokenClassifierOutput(logits=self.classifier(self.dropout(hidden)))
+
+
+AutoConfig.register(PooledEsmConfig.model_type, PooledEsmConfig)
+AutoModelForSequenceClassification.register(PooledEsmConfig, PackedForPooledClassification)
+
+
+def encoder_of(model: nn.Module) -> PackedEsmModel:
+    """The one encoder within a task's model, whatever wraps it."""
+    return next(module for module in model.modules() if isinstance(module, PackedEsmModel))
+
+
+def parameter_count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a weight of 4 bits counts as many as it stands for."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear))
+    packed = sum(m.in_features * m.out_features - m.weight.numel() for m in linears)
+    return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes) + packed

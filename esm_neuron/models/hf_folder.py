@@ -1,0 +1,269 @@
+"""Folders of safetensors in the Hugging Face layout: read by slice, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import EsmConfig
+
+from esm_neuron.errors import CheckpointError, ConfigError
+from esm_neuron.files import new_folder, read_json, sha256
+from esm_neuron.models.tensor_parallel import Index
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+"""Largest shard that transformers writes by default."""
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Which weights a model started from, so that an adapter can name its base."""
+
+    name: str
+    """Hub id, folder, or a description of random weights."""
+    revision: str | None
+    """Commit of the hub repository; None elsewhere."""
+    sha256: str
+    """Of the content: over the sorted sums of the weight files, or over what decides random weights."""
+
+
+class SafetensorsFolder:
+    """The weights of a Hugging Face folder, mapped and not loaded: a slice costs only its own bytes."""
+
+    def __init__(self, path: Path, name: str | None = None, revision: str | None = None) -> None:
+        """Open the headers of `model.safetensors`, or of the shards in its index.
+
+        Args:
+            path: the folder.
+            name: what an adapter calls these weights; None for the folder itself.
+            revision: hub commit.
+
+        Raises:
+            ConfigError: no safetensors in the folder, or pickle files only.
+            CheckpointError: a shard is missing or damaged, or does not hold what the index says.
+        """
+        self.path, self.name, self.revision = path, name or str(path), revision
+        index = path / INDEX
+        if not (path / WEIGHTS).is_file() and index.is_file():
+            keys_of = read_index(index, ".safetensors")
+            self._files = {file: open_safetensors(path / file) for file in keys_of}
+            for file, keys in keys_of.items():
+                check_keys(path / file, set(self._files[file].keys()), keys)
+        elif (path / WEIGHTS).is_file():
+            self._files = {WEIGHTS: open_safetensors(path / WEIGHTS)}
+        else:
+            raise ConfigError(_no_weights(path))
+        self._file_of = {key: file for file, opened in self._files.items() for key in list(opened.keys())}
+
+    def keys(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self._file_of)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self._files[self._file_of[key]].get_slice(key).get_shape())
+
+    def read(self, key: str, index: Index | None = None) -> torch.Tensor:
+        """The tensor, or its part `index`, in memory of its own and in the dtype of the file."""
+        opened = self._files[self._file_of[key]]
+        # the piece is a view of the mapped file: without the copy it would keep the map, and change with the file
+        piece = opened.get_tensor(key) if index is None else opened.get_slice(key)[index]
+        tensor: torch.Tensor = piece.clone(memory_format=torch.contiguous_format)
+        return tensor
+
+    @property
+    def shards(self) -> int:
+        """Number of weight files."""
+        return len(self._files)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weight files, headers included."""
+        return sum((self.path / file).stat().st_size for file in self._files)
+
+    @cached_property
+    def _sums(self) -> list[str]:
+        """SHA-256 of each weight file, sorted; reads every byte once, the first time it is asked."""
+        return sorted(sha256(self.path / file) for file in self._files)
+
+    @property
+    def reference(self) -> BaseReference:
+        """Name and content sum."""
+        sums = "\n".join(self._sums)
+        return BaseReference(self.name, self.revision, hashlib.sha256(sums.encode()).hexdigest())
+
+    def check_sum(self, wanted: str) -> None:
+        """Compare the weights with the SHA-256 of `model.sha256`.
+
+        Raises:
+            CheckpointError: they are others; names both sums.
+        """
+        lines = "".join(f"{each}\n" for each in self._sums)
+        found = self._sums[0] if self.shards == 1 else hashlib.sha256(lines.encode()).hexdigest()
+        if found != wanted.lower():
+            raise CheckpointError(
+                f"{self.path}: its weights have SHA-256 {found}, model.sha256 is {wanted}; these are not the weights "
+                "that were pinned, fetch them again or correct model.sha256"
+            )
+
+
+def _no_weights(path: Path) -> str:
+    if any(path.glob("pytorch_model*.bin")):
+        return (
+            f"{path} holds pickle weights (pytorch_model*.bin), which can run code and cannot be read by slice; "
+            f"run: esm-neuron convert {path} NEW_FOLDER, then model.name=NEW_FOLDER"
+        )
+    return f"{path} holds neither {WEIGHTS} nor {INDEX}; give the folder that holds the weights"
+
+
+def open_safetensors(path: Path) -> Any:
+    """The mapped file. Raises CheckpointError where it is missing, truncated or no safetensors file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; fetch or convert the checkpoint again")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({one_line(error)}); fetch or convert the checkpoint again"
+        ) from error
+
+
+def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
+    """File -> keys that it should hold, from a Hugging Face index.
+
+    Raises:
+        CheckpointError: not such an index, or a file name that is not a plain name ending in `suffix`: an index from
+            elsewhere must not make us read outside its folder.
+    """
+    try:
+        weight_map = read_json(path)["weight_map"]
+        pairs = list(weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no index of shards ({one_line(error)}); fetch the checkpoint again"
+        ) from error
+    files: dict[str, set[str]] = {}
+    for key, file in pairs:
+        if not isinstance(file, str) or not file.endswith(suffix) or Path(file).name != file or "\\" in file:
+            raise CheckpointError(f"{path}: {key} is said to be in {file!r}; a shard is a file beside it, *{suffix}")
+        files.setdefault(file, set()).add(key)
+    if not files:
+        raise CheckpointError(f"{path} lists no tensors; fetch the checkpoint again")
+    return files
+
+
+def check_keys(path: Path, found: set[str], listed: set[str]) -> None:
+    """Raise CheckpointError unless the shard at `path` holds exactly the keys that the index lists."""
+    if found != listed:
+        raise CheckpointError(
+            f"{path} and its index disagree: missing {some(listed - found)}, unlisted {some(found - listed)}; "
+            "fetch the checkpoint again"
+        )
+
+
+def write_safetensors_folder(
+    state: Iterable[tuple[str, torch.Tensor]], config: EsmConfig, folder: Path, max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a Hugging Face model folder: config.json and model.safetensors, or shards and their index.
+
+    `state` may be a generator: at most one shard of tensors is held. The folder appears complete or not at all.
+
+    Raises:
+        ConfigError: `folder` is there already.
+        CheckpointError: it cannot be written.
+    """
+    with fresh_folder(folder) as aside:
+        write_shards(state, aside, max_shard_bytes)
+        config.to_json_file(aside / "config.json")
+
+
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """A folder aside to write to, which becomes `target` on leaving, its files safely on disk, or vanishes on an error.
+
+    Raises:
+        ConfigError: `target` exists and is not an empty folder.
+        CheckpointError: the file system refuses, a full disk for one.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target} exists; name a folder that does not")
+    try:
+        with new_folder(target) as aside:
+            yield aside
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {target} ({one_line(error)}); nothing of it was kept") from error
+
+
+def write_shards(state: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors to `folder`: one file where they fit `max_shard_bytes`, else shards and an index.
+
+    Raises:
+        CheckpointError: two tensors of one name, or none at all.
+    """
+    shards: list[list[str]] = []
+    seen: set[str] = set()
+    pending: dict[str, torch.Tensor] = {}
+    size = total = 0
+    for name, tensor in state:
+        if name in seen:
+            raise CheckpointError(f"two tensors are called {name}; nothing was written")
+        if pending and size + tensor.nbytes > max_shard_bytes:
+            shards.append(_write_part(pending, folder, len(shards)))
+            pending, size = {}, 0
+        seen.add(name)
+        pending[name] = tensor.detach().cpu()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    if not pending:
+        raise CheckpointError("there are no tensors to write")
+    shards.append(_write_part(pending, folder, len(shards)))
+    _name_parts(shards, folder, total)
+
+
+def _write_part(tensors: Mapping[str, torch.Tensor], folder: Path, number: int) -> list[str]:
+    unshared: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        # tied tensors are written twice, as readers expect every key of the layout; safetensors wants them apart
+        owned = tensor.contiguous()
+        shared = owned.untyped_storage().data_ptr() in storages
+        unshared[name] = owned.clone() if shared else owned
+        storages.add(unshared[name].untyped_storage().data_ptr())
+    save_file(unshared, folder / f"part-{number}", metadata={"format": "pt"})
+    return list(tensors)
+
+
+def _name_parts(shards: list[list[str]], folder: Path, total: int) -> None:
+    if len(shards) == 1:
+        (folder / "part-0").rename(folder / WEIGHTS)
+        return
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(keys, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first names and how many more there are: "a, b, c and 12 more"; "none" for none."""
+    ordered = sorted(names)
+    shown, rest = ", ".join(ordered[:most]) or "none", len(ordered) - most
+    return shown if rest <= 0 else f"{shown} and {rest} more"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .") if lines else type(error).__name__

@@ -1,0 +1,160 @@
+"""How each linear of an ESM block is cut over tensor-parallel ranks: one table, read by NxD and by torch_xla SPMD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from esm_neuron.errors import ConfigError
+
+Style = Literal["column", "row"]
+"""`column`: cut along the outputs (weight dimension 0, and the bias); the outputs stay cut.
+`row`: cut along the inputs (weight dimension 1); the outputs are summed over ranks, then the whole bias is added."""
+
+PLAN: dict[str, Style] = {
+    "attention.self.query": "column",
+    "attention.self.key": "column",
+    "attention.self.value": "column",
+    "attention.output.dense": "row",
+    "intermediate.dense": "column",
+    "output.dense": "row",
+}
+"""Linear within a block -> style. Everything else (embedding, norms, heads, LM head: 33 tokens) is replicated."""
+
+HEADED = frozenset({"attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"})
+"""Linears whose cut dimension is attention heads times head width, so that head padding concerns them."""
+
+BLOCKS = "encoder.layer."
+"""What stands before a block's number in Hugging Face's parameter names."""
+
+
+def in_block(module: str) -> str | None:
+    """Name within its block of a module: "esm.encoder.layer.3.output.dense" -> "output.dense"; None outside blocks."""
+    _, found, rest = module.partition(BLOCKS)
+    number, dot, name = rest.partition(".")
+    return name if found and dot and number.isdigit() else None
+
+
+def style_of(module: str) -> Style | None:
+    """Style of the linear of this full module name; None where it is replicated."""
+    name = in_block(module)
+    return PLAN.get(name) if name is not None else None
+
+
+def padded_heads(heads: int, tp: int) -> int:
+    """Least number of heads, at least `heads`, that `tp` divides: 20 -> 24 at tp 8, 20 -> 32 at 16, 40 -> 64 at 32."""
+    return -(-heads // tp) * tp
+
+
+Index = tuple[slice, ...]
+"""One slice a dimension of the whole parameter: what `WeightSource.read` takes."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one parameter is cut over the ranks of a tensor-parallel group."""
+
+    dim: int | None
+    """The dimension that is cut; None: every rank holds the whole."""
+    padded: int
+    """Length of that dimension with zero heads appended (the plain length without padding); 0 when `dim` is None."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of one rank: what to read of the whole, and how large the part is with its zeros."""
+
+    index: Index
+    """Slices of the whole parameter that exist in a checkpoint."""
+    shape: tuple[int, ...]
+    """Shape of the rank's part. Where `index` covers less, the rest, at the end, is zero heads."""
+
+    def read(self, read: Callable[[Index], torch.Tensor]) -> torch.Tensor:
+        """The rank's part [`shape`], zero heads appended; `read` is not called where there is nothing but zeros."""
+        real = tuple(cut.stop - cut.start for cut in self.index)
+        if real == self.shape:
+            return read(self.index)
+        if 0 in real:
+            return torch.zeros(self.shape)
+        piece = read(self.index)
+        part = piece.new_zeros(self.shape)
+        part[tuple(slice(0, length) for length in real)] = piece
+        return part
+
+
+def cut_of(parameter: str, shape: Sequence[int], heads: int, tp: int) -> Cut:
+    """How `parameter` is cut.
+
+    Args:
+        parameter: its full name, with or without PEFT's wrapping: `...layer.0.attention.self.query.weight`,
+            `...query.base_layer.bias`, `...query.lora_A.default.weight`, `...query.lora_B.weight`.
+        shape: of the whole parameter, without zero heads.
+        heads: attention heads of the model, without padding.
+        tp: tensor-parallel degree.
+
+    Raises:
+        ConfigError: tp does not divide the dimension, and it is not one of heads.
+    """
+    linear, style, leaf = _parse(parameter)
+    dim = None if style is None else _DIM[style].get(leaf)
+    if dim is None:
+        return Cut(None, 0)
+    length = shape[dim]
+    if linear in HEADED:
+        length = padded_heads(heads, tp) * (length // heads)
+    if length % tp:
+        raise ConfigError(f"tp={tp} does not divide dimension {dim} of {parameter}, {length} long; use a smaller tp")
+    return Cut(dim, length)
+
+
+def shard_of(parameter: str, shape: Sequence[int], heads: int, tp: int, tp_rank: int) -> Shard:
+    """The part of `parameter` that belongs to `tp_rank`; arguments as in `cut_of`."""
+    cut = cut_of(parameter, shape, heads, tp)
+    index, local = [slice(0, length) for length in shape], list(shape)
+    if cut.dim is not None:
+        step, most = cut.padded // tp, shape[cut.dim]
+        index[cut.dim] = slice(min(tp_rank * step, most), min((tp_rank + 1) * step, most))
+        local[cut.dim] = step
+    return Shard(tuple(index), tuple(local))
+
+
+def whole_shape(parameter: str, local: Sequence[int], heads: int, tp: int) -> tuple[int, ...]:
+    """Shape of the whole parameter, zero heads left out, from that of one rank's part; the inverse of `shard_of`."""
+    linear, style, leaf = _parse(parameter)
+    dim = None if style is None else _DIM[style].get(leaf)
+    shape = list(local)
+    if dim is not None:
+        shape[dim] *= tp
+        if linear in HEADED:
+            shape[dim] = shape[dim] // padded_heads(heads, tp) * heads
+    return tuple(shape)
+
+
+def join(parameter: str, parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
+    """The whole parameter from the parts of all ranks of one tensor-parallel group, in order, zero heads stripped.
+
+    A parameter that is not cut is taken from the first rank.
+    """
+    shape = whole_shape(parameter, parts[0].shape, heads, len(parts))
+    dim = cut_of(parameter, shape, heads, len(parts)).dim
+    return parts[0] if dim is None else torch.cat(list(parts), dim).narrow(dim, 0, shape[dim])
+
+
+_DIM: dict[Style, dict[str, int]] = {
+    "column": {"weight": 0, "bias": 0, "lora_B": 0},
+    "row": {"weight": 1, "lora_A": 1},
+}
+"""Style -> parameter of the linear -> dimension that is cut; what is not here is replicated."""
+
+
+def _parse(parameter: str) -> tuple[str, Style | None, str]:
+    """`...layer.0.output.dense.lora_A.default.weight` -> ("output.dense", "row", "lora_A")."""
+    name = in_block(parameter) or ""
+    for linear, style in PLAN.items():
+        if name.startswith(linear + "."):
+            leaf = name[len(linear) + 1 :].removeprefix("base_layer.").removeprefix("linear.")
+            return linear, style, leaf.split(".")[0]
+    return name, None, ""

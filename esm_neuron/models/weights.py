@@ -1,0 +1,440 @@
+"""Where weights come from: safetensors, read slice by slice, or a seed."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EsmConfig
+
+from esm_neuron.config import ModelConfig, require
+from esm_neuron.errors import CheckpointError, ConfigError
+from esm_neuron.files import read_json
+from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, one_line, some
+from esm_neuron.models.shapes import PAD_TOKEN, SHAPES, VOCABULARY, EsmShape, esm_config
+from esm_neuron.models.tensor_parallel import Index, Shard
+
+
+class WeightSource(Protocol):
+    """Named tensors that can be read in part."""
+
+    name: str
+    """What a person calls these weights."""
+
+    def keys(self) -> frozenset[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        ...
+
+    def read(self, key: str, index: Index | None = None) -> Tensor:
+        """The tensor, or its part `index` (one slice a dimension), in memory of its own."""
+        ...
+
+    @property
+    def reference(self) -> BaseReference:
+        """Which weights these are."""
+        ...
+
+
+_BARE = re.compile(r"(embeddings|encoder|pooler|contact_head)\.")
+
+
+def canonical(key: str) -> str:
+    """The key as EsmForMaskedLM has it: a bare EsmModel's `encoder...` becomes `esm.encoder...`."""
+    return f"esm.{key}" if _BARE.match(key) else key
+
+
+@dataclass(frozen=True)
+class Draw:
+    """New values for parameters, each from a generator of its own.
+
+    A value depends on the seed, the parameter's name and its whole shape only: not on the order of drawing, on
+    sharding, on which head the model has, or on the processor's vector instructions (as in torch).
+    """
+
+    seed: int
+    std: float
+    """Standard deviation of linear and embedding weights: `initializer_range` of the configuration."""
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """float32 [`shape`]: norms start as the identity, biases and the padding token's embedding as 0."""
+        module, _, leaf = canonical(name).rpartition(".")
+        if leaf == "bias":
+            return torch.zeros(shape)
+        if "norm" in module.rpartition(".")[2].lower():
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self.seed}/{canonical(name)}".encode()).digest()
+        generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+        drawn = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(self.std)
+        if module.endswith("word_embeddings"):
+            drawn[PAD_TOKEN] = 0.0
+        return drawn
+
+
+class RandomWeights:
+    """Weights of transformers' EsmForMaskedLM drawn from a seed; the head of another task is drawn by `load_into`."""
+
+    def __init__(self, config: EsmConfig, seed: int) -> None:
+        self.shapes = EsmShape.of(config).parameters()
+        self.draw = Draw(seed, config.initializer_range)
+        self.name = f"random weights of seed {seed}"
+
+    def keys(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self.shapes)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return self.shapes[key]
+
+    def read(self, key: str, index: Index | None = None) -> Tensor:
+        """float32: the tensor, or the part `index` of the same draw."""
+        whole = self.draw(key, self.shapes[key])
+        return whole if index is None else whole[index].clone()
+
+    @property
+    def reference(self) -> BaseReference:
+        """The sum is over the seed, the standard deviation, and all names and shapes."""
+        content = json.dumps([self.draw.seed, self.draw.std, sorted(self.shapes.items())])
+        return BaseReference(
+            f"random weights of seed {self.draw.seed}", None, hashlib.sha256(content.encode()).hexdigest()
+        )
+
+
+SHIPPED = Path(__file__).parent / "pretrained"
+"""Folders of weights that this project trained and carries, by the name of their shape; a model card in each."""
+
+
+def is_carried(cfg: ModelConfig) -> bool:
+    """Whether a run keeps a copy of its base weights: nobody else could name them."""
+    return cfg.init == "random" or cfg.name in SHAPES
+
+
+def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
+    """Find what `model.name` means; weights are opened, not read.
+
+    Args:
+        cfg: `name`, `revision`, `sha256` and `init` are used.
+        seed: of random weights.
+
+    Raises:
+        ConfigError: no such shape, folder or hub repository, one that is no ESM-2, or one without safetensors.
+        CheckpointError: the weight files are damaged, incomplete or not those of `sha256`.
+    """
+    shape, random = SHAPES.get(cfg.name), cfg.init == "random"
+    require(
+        not (random and cfg.sha256), "model.sha256 is of weights that are read; leave it out with model.init=random"
+    )
+    if shape is not None:
+        require(cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the shape {cfg.name}")
+        config, shipped = esm_config(shape), SHIPPED / cfg.name
+        if not random and shipped.is_dir():
+            return config, _checked(SafetensorsFolder(shipped, cfg.name, None), cfg.sha256)
+        cure = f"model.name={shape.hub_id} or model.init=random" if shape.hub_id else "model.init=random"
+        require(random, f"model.name={cfg.name} is a bare shape, without weights; use {cure}")
+        return config, RandomWeights(config, seed)
+    folder, commit = _find_folder(cfg)
+    config = read_config(folder)
+    if random:
+        return config, RandomWeights(config, seed)
+    if commit is not None and not any(folder.glob("*.safetensors*")):
+        raise ConfigError(
+            f"model.name={cfg.name} has no safetensors in {folder} (pickle weights only, or offline with half of it "
+            f"cached); run: hf download {cfg.name} --local-dir PICKLES; esm-neuron convert PICKLES NEW_FOLDER; then "
+            "model.name=NEW_FOLDER"
+        )
+    return config, _checked(SafetensorsFolder(folder, cfg.name, commit), cfg.sha256)
+
+
+def _checked(opened: SafetensorsFolder, wanted: str | None) -> SafetensorsFolder:
+    if wanted is not None:
+        opened.check_sum(wanted)
+    return opened
+
+
+def _find_folder(cfg: ModelConfig) -> tuple[Path, str | None]:
+    folder = Path(cfg.name).expanduser()
+    if folder.is_dir():
+        require(
+            cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the folder {cfg.name}"
+        )
+        return folder, None
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", cfg.name):
+        near = difflib.get_close_matches(cfg.name, SHAPES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the shapes are {', '.join(SHAPES)}"
+        raise ConfigError(f"model.name={cfg.name} is no folder, no hub id (owner/name) and no shape; {hint}")
+    return _download(cfg)
+
+
+def _download(cfg: ModelConfig) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+
+    wanted = (
+        ["config.json"]
+        if cfg.init == "random"
+        else ["config.json", "model*.safetensors", "model*.safetensors.index.json"]
+    )
+    try:
+        folder = Path(snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # what huggingface_hub and its HTTP client raise: offline, not found, bad id
+        revision = f" at revision {cfg.revision}" if cfg.revision else ""
+        raise ConfigError(
+            f"model.name={cfg.name}{revision} is no folder here, and the hub did not give it ({one_line(error)}); "
+            f"check the name, or where there is a network run: hf download {cfg.name} --local-dir FOLDER, then "
+            "model.name=FOLDER"
+        ) from error
+    commit = folder.name
+    pinned = cfg.revision is not None and re.fullmatch(r"[0-9a-f]{40}", cfg.revision) is not None
+    if pinned and commit != cfg.revision:
+        raise ConfigError(
+            f"model.name={cfg.name} at revision {cfg.revision}: the hub gave commit {commit}; check model.revision"
+        )
+    return folder, commit
+
+
+def read_config(folder: Path) -> EsmConfig:
+    """The ESM-2 configuration of a Hugging Face folder; no code that it may point to is run.
+
+    Raises:
+        ConfigError: config.json is missing or unreadable, or describes something else than an ESM-2.
+    """
+    path = folder / "config.json"
+    try:
+        raw = read_json(path)
+        model_type = raw.pop(
+            "model_type", None
+        )  # a classifier written by this package has its own: the encoder is equal
+        raw.pop("auto_map", None)
+        config = EsmConfig.from_dict(raw)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        cure = "give a Hugging Face model folder with its config.json"
+        raise ConfigError(f"{path} cannot be read ({one_line(error)}); {cure}") from error
+    facts: list[tuple[str, object, object]] = [
+        ("model_type", model_type, "esm" if model_type != "esm_neuron" else model_type),
+        ("position_embedding_type", config.position_embedding_type, "rotary"),
+        ("vocab_size", config.vocab_size, VOCABULARY),
+        ("pad_token_id", config.pad_token_id, PAD_TOKEN),
+        ("emb_layer_norm_before", bool(config.emb_layer_norm_before), False),
+        ("is_folding_model", config.is_folding_model, False),
+        ("hidden_act", getattr(config, "hidden_act", None), "gelu"),  # EsmConfig has no default of its own
+    ]
+    for name, value, esm2 in facts:
+        require(value == esm2, f"{path} is not of an ESM-2: {name} is {value!r}, must be {esm2!r}; use an ESM-2 model")
+    for name, low, high in _LIMITS:
+        value = getattr(config, name)
+        kinds, what = ((int,), "a whole number, ") if isinstance(low, int) else ((int, float), "")
+        fits = type(value) in kinds and low <= value <= high
+        require(fits, f"{path}: {name} is {value!r}, must be {what}{low} to {high}; use an ESM-2 model")
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    require(hidden % (2 * heads) == 0, f"{path}: hidden_size {hidden} is no even multiple of {heads} attention heads")
+    return config
+
+
+_LIMITS: tuple[tuple[str, float, float], ...] = (
+    ("num_hidden_layers", 1, 1_000),
+    ("hidden_size", 2, 1 << 16),
+    ("num_attention_heads", 1, 1 << 10),
+    ("intermediate_size", 1, 1 << 18),
+    ("max_position_embeddings", 1, 1 << 24),
+    ("initializer_range", 0.0, 10.0),
+    ("layer_norm_eps", 0.0, 1.0),
+)
+"""What a config.json can ask for, far more than any ESM-2: whole numbers, or others where the bounds are floats."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_into` did with each name."""
+
+    loaded: tuple[str, ...]
+    """Parameters of the model filled from the source."""
+    drawn: tuple[str, ...]
+    """Parameters of the model that the source lacks, drawn anew."""
+    ignored: tuple[str, ...]
+    """Keys of the source that the model has no use for."""
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """A module that keeps its weight in a form of its own."""
+
+    def receive(self, weight: Tensor) -> None:
+        """Take the float weight, of the shape that the meta parameter `weight` had."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One tensor of the model and every place that holds it; several where it is tied."""
+
+    names: tuple[str, ...]
+    owners: tuple[nn.Module, ...]
+    tensor: Tensor
+
+    def fill(self, value: Tensor) -> None:
+        """Copy `value` in; a meta tensor is replaced, in all its places by one and the same."""
+        if self.tensor.device.type != "meta":
+            with torch.no_grad():
+                self.tensor.copy_(value)
+            return
+        receiver = self.owners[0]
+        if isinstance(receiver, Receiver) and self.names[0].endswith(".weight"):
+            receiver.receive(value)
+            return
+        filled = value.to(self.tensor.dtype)
+        if isinstance(self.tensor, nn.Parameter):
+            filled = nn.Parameter(filled, requires_grad=self.tensor.requires_grad)
+            filled.__dict__.update(self.tensor.__dict__)  # the marks of parallel layers, which gradient norms read
+        for name, owner in zip(self.names, self.owners, strict=True):
+            setattr(owner, name.rpartition(".")[2], filled)
+
+
+_DERIVED = re.compile(r".*\.(rotary_embeddings\.inv_freq|embeddings\.position_ids)")
+"""Buffers that the shape decides; a checkpoint's copy may have lost precision, so it is never read."""
+_OPTIONAL = re.compile(r"esm\.(contact_head|pooler|embeddings\.position_embeddings)\.|lm_head\.|(\w+_)?classifier\.")
+"""Parts that some ESM-2 checkpoints have and some models lack."""
+_DRAWABLE = re.compile(r"esm\.contact_head\.")
+"""Not used in fine-tuning, and left out of many checkpoints."""
+
+
+def load_into(
+    model: nn.Module,
+    source: WeightSource,
+    draw: Draw,
+    new_ok: Callable[[str], bool],
+    shard: Callable[[str, tuple[int, ...]], Shard | None] | None = None,
+) -> LoadReport:
+    """Fill every parameter and persistent buffer of `model`; nothing is read before all names and shapes agree.
+
+    Args:
+        model: a transformers ESM-2 on meta or on a device; what is on meta becomes real on the CPU, in its dtype.
+        source: whole tensors, keys with or without `esm.`.
+        draw: gives values to parameters that the source lacks; those are replicated, so their shape is the whole one.
+        new_ok: whether the source may lack the parameter of this name: the head of a task.
+        shard: (name, whole shape) -> this rank's part, or None for the whole.
+
+    Raises:
+        CheckpointError: a key is missing, unexpected or twice there, or a shape or a tied pair does not agree.
+    """
+    slots, available = list(_slots(model)), _canonical_keys(source)
+    names = {canonical(name) for slot in slots for name in slot.names}
+    _check_all_known(source, available, names)
+    plan = [(slot, next((n for n in slot.names if canonical(n) in available), None)) for slot in slots]
+    missing = [
+        slot.names[0]
+        for slot, found in plan
+        if found is None and not new_ok(slot.names[0]) and not _DRAWABLE.match(canonical(slot.names[0]))
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{source.name} lacks {len(missing)} of the model's parameters: {some(missing)}; "
+            "use a checkpoint of this model"
+        )
+    parts = {found: _part(slot, found, source, available, shard) for slot, found in plan if found is not None}
+    for slot, found in plan:
+        if found is None:
+            slot.fill(draw(slot.names[0], tuple(slot.tensor.shape)))
+        else:
+            slot.fill(_read(source, available[canonical(found)], parts[found]))
+    _fill_derived(model)
+    return LoadReport(
+        loaded=tuple(found for _, found in plan if found is not None),
+        drawn=tuple(slot.names[0] for slot, found in plan if found is None),
+        ignored=tuple(sorted(key for name, key in available.items() if name not in names)),
+    )
+
+
+def _slots(model: nn.Module) -> Iterator[_Slot]:
+    places: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
+    for prefix, module in model.named_modules():
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for leaf, tensor in (module._parameters | buffers).items():
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if tensor is not None and not _DERIVED.fullmatch(canonical(name)):
+                places.setdefault(id(tensor), []).append((name, module, tensor))
+    for same in places.values():
+        yield _Slot(tuple(p[0] for p in same), tuple(p[1] for p in same), same[0][2])
+
+
+def _canonical_keys(source: WeightSource) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for key in sorted(source.keys()):
+        if canonical(key) in keys:
+            raise CheckpointError(f"{source.name} has both {keys[canonical(key)]} and {key}; keep one of them")
+        keys[canonical(key)] = key
+    return keys
+
+
+def _check_all_known(source: WeightSource, available: dict[str, str], names: set[str]) -> None:
+    def known(name: str) -> bool:
+        part = _OPTIONAL.match(name)
+        unused = part is not None and not any(n.startswith(part[0]) for n in names)
+        return name in names or unused or _DERIVED.fullmatch(name) is not None
+
+    unknown = [key for name, key in available.items() if not known(name)]
+    if unknown:
+        raise CheckpointError(
+            f"{source.name} has {len(unknown)} tensors that the model does not: {some(unknown)}; "
+            "use a checkpoint of this model"
+        )
+
+
+def _part(
+    slot: _Slot,
+    found: str,
+    source: WeightSource,
+    available: dict[str, str],
+    shard: Callable[[str, tuple[int, ...]], Shard | None] | None,
+) -> Shard | None:
+    """The part of the tensor that belongs in `slot`, after its shape and its tied twins have been checked."""
+    key = available[canonical(found)]
+    whole = source.shape(key)
+    part = shard(found, whole) if shard is not None else None
+    shape = whole if part is None else part.shape
+    if shape != tuple(slot.tensor.shape):
+        raise CheckpointError(
+            f"{source.name}: {key} is {list(whole)}, which gives {list(shape)}, but the model wants "
+            f"{list(slot.tensor.shape)}; use a checkpoint of this model"
+        )
+    twins = {available[canonical(n)] for n in slot.names if canonical(n) in available} - {key}
+    for twin in twins:
+        if source.shape(twin) != whole or not torch.equal(source.read(twin), source.read(key)):
+            raise CheckpointError(
+                f"{source.name}: {key} and {twin} are one tensor in the model, but differ; untie the model"
+            )
+    return part
+
+
+def _read(source: WeightSource, key: str, part: Shard | None) -> Tensor:
+    tensor = source.read(key) if part is None else part.read(lambda index: source.read(key, index))
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{source.name}: {key} is {tensor.dtype}, no float; use a checkpoint that is not quantized"
+        )
+    return tensor
+
+
+def _fill_derived(model: nn.Module) -> None:
+    """Compute what `_DERIVED` names wherever the model is still on meta."""
+    for prefix, module in model.named_modules():
+        for leaf, buffer in list(module._buffers.items()):
+            if buffer is None or buffer.device.type != "meta" or not _DERIVED.fullmatch(canonical(f"{prefix}.{leaf}")):
+                continue
+            count = buffer.shape[-1]
+            if leaf == "position_ids":
+                value = torch.arange(count).expand(buffer.shape)
+            else:  # RoFormer, arXiv:2104.09864: 10000^(-2i/d), with d = 2 * count
+                value = 1.0 / 10_000.0 ** (torch.arange(0, 2 * count, 2, dtype=torch.int64).float() / (2 * count))
+            setattr(module, leaf, value)

@@ -1,0 +1,289 @@
+"""Time and money of a run on rented instances, before renting: estimates from a roofline, and called so.
+
+A step takes, on each device, the longer of two times: that of its matrix products at a stated share of the peak, and
+that of reading the weights; then the sums over tensor- and data-parallel peers, none of it hidden behind the products.
+Validation, reading data and saving are left out. Prices and devices' figures: instances.yaml, or a file like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from esm_neuron.backends.topology import NEURON_TP, legal_tp
+from esm_neuron.config import TrainConfig, require
+from esm_neuron.config.rules import check_backend
+from esm_neuron.config.settings import read_yaml
+from esm_neuron.data.loader import accumulated_passes
+from esm_neuron.errors import ConfigError
+from esm_neuron.models.shapes import EsmShape
+from esm_neuron.models.tensor_parallel import in_block
+from esm_neuron.planning.memory import predict_memory
+from esm_neuron.planning.plan import RunPlan
+
+GIB = 2**30
+
+# jsonargparse names the classes within a mapping by their import paths; a list may name no others
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["esm_neuron.planning.cost"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """What a rented machine has."""
+
+    kind: Literal["neuron", "gpu"]
+    device: str
+    """Its accelerator."""
+    devices: int
+    """Accelerators (NeuronCores, GPUs) of a machine."""
+    gib: float
+    """Memory of a device, GiB."""
+    peak: dict[str, float]
+    """Precision -> dense matrix products of a device, TFLOP/s."""
+    memory: float
+    """Bandwidth of a device's memory, GB/s."""
+    link: float
+    """Bandwidth of a device to its peers in the machine, GB/s."""
+    network: float | None
+    """Bandwidth of the machine to others, Gbit/s; None: it works alone."""
+    prices: dict[str, float | None]
+    """Market (`ec2`, `sagemaker`) -> dollars an hour on demand; None: not known."""
+
+    @property
+    def several(self) -> bool:
+        """Whether several of them can train one model."""
+        return self.network is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What no file of prices knows."""
+
+    utilisation: float
+    """Share of `Instance.peak` that is reached, 0 to 1."""
+    spot_share: float
+    """Spot price as a share of the price on demand, 0 to 1."""
+    compile_minutes: float
+    """Minutes of neuronx-cc a program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceList:
+    """A file of prices."""
+
+    date: str
+    """When they were read."""
+    region: str
+    assumptions: Assumptions
+    instances: dict[str, Instance]
+    """Name without `ml.` -> instance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One way to run a job on one kind of instance."""
+
+    instance: str
+    nodes: int
+    tp: int
+    dp: int
+    state_gib: float
+    """Weights, gradients and moments on a device, GiB."""
+    peak_gib: float
+    """With the activations of a step, GiB: `memory.predict_memory`, whose caveats hold."""
+    refused: str | None = None
+    """Why it cannot be done so; the figures below are then 0."""
+    tokens_per_second: float = 0.0
+    """Over all devices, filler included."""
+    residues_per_second: float = 0.0
+    hours: float = 0.0
+    """Training."""
+    compile_hours: float = 0.0
+    """Compilation ahead of it, one program after the other."""
+    dollars: float | None = None
+    """On demand; None where the price is not known."""
+    spot_dollars: float | None = None
+
+
+@lru_cache
+def read_prices(path: Path | None = None) -> PriceList:
+    """The price list in a file; None: the one of this package.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no price list.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PriceList)
+    own = Path(__file__).with_name("instances.yaml")
+    values = read_yaml(own if path is None else path, "--prices", "esm_neuron/instances.yaml")
+    try:
+        return PriceList(**vars(parser.instantiate(parser.parse_object(values))))
+    except (ValueError, TypeError, OverflowError, ArgumentError) as error:
+        raise ConfigError(f"--prices {path}: {' '.join(str(error).split())}; see esm_neuron/instances.yaml") from error
+
+
+def estimates(
+    cfg: TrainConfig, plan: RunPlan, shape: EsmShape, prices: PriceList, nodes: int = 1, market: str = "ec2"
+) -> list[Estimate]:
+    """Every legal tensor-parallel degree on every instance, refused ones with their reason.
+
+    Args:
+        cfg: the run.
+        plan: its plan, from `make_plan`.
+        shape: the model's.
+        prices: devices and prices.
+        nodes: instances of the job; instances without a network are left out where there are several.
+        market: `ec2` or `sagemaker`.
+    """
+    made = []
+    for name, instance in prices.instances.items():
+        if nodes > 1 and not instance.several:
+            continue
+        legal = legal_tp(shape.heads, shape.intermediate, cfg.parallel.pad_heads)
+        of_kind = NEURON_TP[instance.devices] if instance.kind == "neuron" else (1,)
+        for tp in (tp for tp in of_kind if tp in legal):
+            made.append(_estimate(cfg, plan, shape, prices, name, nodes, tp, market))
+    return made
+
+
+def _estimate(
+    cfg: TrainConfig, plan: RunPlan, shape: EsmShape, prices: PriceList, name: str, nodes: int, tp: int, market: str
+) -> Estimate:
+    instance, assumed = prices.instances[name], prices.assumptions
+    dp = instance.devices * nodes // tp
+    there = replace(
+        cfg, backend="neuron" if instance.kind == "neuron" else "cuda", parallel=replace(cfg.parallel, tp=tp)
+    )
+    memory = predict_memory(there, shape, dp)
+    held, peak = memory.state / GIB, memory.total / GIB
+    place = Estimate(instance=name, nodes=nodes, tp=tp, dp=dp, state_gib=held, peak_gib=peak)
+    try:
+        check_backend(there)
+        passes = accumulated_passes(cfg, dp)
+        require(
+            peak < instance.gib,
+            f"a device needs {peak:.1f} of {instance.gib:g} GiB, {held:.1f} of them for weights, gradients and moments",
+        )
+    except ConfigError as error:
+        return replace(place, refused=str(error))
+    slots = sum(b.steps * b.packs_per_step * b.pack_tokens for b in plan.buckets) / plan.total.steps
+    seconds = step_seconds(cfg, shape, instance, nodes, tp, slots, passes, assumed.utilisation)
+    hours = plan.steps * seconds / 3600
+    compiling = plan.graphs * assumed.compile_minutes / 60 if instance.kind == "neuron" else 0.0
+    price = instance.prices.get(market)
+    dollars = None if price is None else price * nodes * (hours + compiling)
+    return replace(
+        place,
+        tokens_per_second=slots / seconds,
+        residues_per_second=plan.total.residues / plan.total.steps / seconds,
+        hours=hours,
+        compile_hours=compiling,
+        dollars=dollars,
+        spot_dollars=None if dollars is None else dollars * assumed.spot_share,
+    )
+
+
+def trained_parameters(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Parameters that get gradients, the task's head left out."""
+    if cfg.adapter.kind == "none":
+        return shape.parameter_count()
+    if cfg.adapter.kind == "head":
+        return 0
+    linears = {name.removesuffix(".weight"): size for name, size in shape.parameters().items() if len(size) == 2}
+    return sum(cfg.adapter.r * sum(size) for name, size in linears.items() if in_block(name) in cfg.adapter.targets)
+
+
+def step_seconds(
+    cfg: TrainConfig,
+    shape: EsmShape,
+    instance: Instance,
+    nodes: int,
+    tp: int,
+    slots: float,
+    passes: int,
+    utilisation: float,
+) -> float:
+    """Seconds of an optimizer step, by the roofline of this module.
+
+    Args:
+        cfg: the run.
+        shape: the model's.
+        instance: the machine.
+        nodes: how many of it.
+        tp: tensor-parallel degree.
+        slots: tokens of a step over all devices, filler included.
+        passes: forward passes of a step on a device.
+        utilisation: share of the peak that is reached.
+    """
+    bf16 = cfg.loop.precision == "bf16"
+    dp = instance.devices * nodes // tp
+    linear = shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.intermediate)
+    forward = 2 * linear + 4 * shape.layers * shape.hidden * cfg.data.pack_tokens  # a token: linears, attention
+    runs = (
+        1 if cfg.adapter.kind == "head" else 2 + cfg.model.gradient_checkpointing
+    )  # forward, inputs' gradients, again
+    flops = runs * forward + (2 * linear if cfg.adapter.kind == "none" else 0)
+    rate = instance.peak["bf16" if bf16 else "fp32"] * 1e12 * utilisation
+    products = flops * slots / (dp * tp) / rate
+    reading = passes * runs * linear * (2 if bf16 else 4) / tp / (instance.memory * 1e9)
+    # ring sums: 2 (n - 1) / n of the bytes cross each link; two sums a block and direction
+    across_tp = 2 * runs * shape.layers * slots / dp * shape.hidden * (2 if bf16 else 4) * 2 * (tp - 1) / tp
+    across_dp = 4 * trained_parameters(cfg, shape) / tp * 2 * (dp - 1) / dp
+    summing = (across_tp + across_dp) / (instance.link * 1e9)
+    if nodes > 1 and instance.network is not None:
+        summing += across_dp * tp / (instance.network / 8 * 1e9)
+    return max(products, reading) + summing
+
+
+def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> str:
+    """The estimates for a person: every degree on the instance `asked`; of each other instance the cheapest, or where
+    its price is not known the fastest."""
+    assumed = prices.assumptions
+    mine = [e for e in made if e.instance == asked]
+    nodes = made[0].nodes if made else 1
+    lines = [
+        f"ESTIMATES, not measurements, for {nodes} x each; {market} dollars of {prices.date}, {prices.region}",
+        f"assumed: {assumed.utilisation:.0%} of the peak, spot at {assumed.spot_share:.0%} of on demand, "
+        f"{assumed.compile_minutes:g} min a program; validation left out; state = weights, gradients and moments, "
+        "peak = with a step's activations",
+        f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'peak':>7} {'tokens/s':>10} {'residues/s':>10} "
+        f"{'hours':>8} {'compile':>8} {'on demand':>10} {'spot':>8}",
+    ]
+    lines += [_row(e) for e in mine] or [f"{asked}: no legal tensor-parallel degree, or it works alone"]
+    for name in prices.instances:
+        fit = [e for e in made if e.instance == name != asked and e.refused is None]
+        if fit:
+            lines.append(_row(min(fit, key=lambda e: e.hours if e.dollars is None else e.dollars)))
+    return "\n".join(lines)
+
+
+def _row(e: Estimate) -> str:
+    head = f"{e.instance:<16} {e.tp:>3} {e.dp:>4} {e.state_gib:>9.2f} {e.peak_gib:>7.2f}"
+    if e.refused is not None:
+        return f"{head} cannot: {e.refused}"
+    return (
+        f"{head} {e.tokens_per_second:>10,.0f} {e.residues_per_second:>10,.0f} {e.hours:>8.2f} {e.compile_hours:>8.2f} "
+        f"{_money(e.dollars):>10} {_money(e.spot_dollars):>8}"
+    )
+
+
+def _money(dollars: float | None) -> str:
+    return "unknown" if dollars is None else f"{dollars:,.2f}"
+
+
+def price_of(name: str, prices: PriceList) -> tuple[str, str]:
+    """(instance, market) of a name as a user writes it: with `ml.` it is SageMaker's.
+
+    Raises:
+        ConfigError: an instance that the price list does not have.
+    """
+    plain = name.removeprefix("ml.")
+    if plain not in prices.instances:
+        known: Mapping[str, Instance] = prices.instances
+        raise ConfigError(f"--instance {name}: not in the price list; use {', '.join(known)}, or give --prices FILE")
+    return plain, "sagemaker" if name.startswith("ml.") else "ec2"

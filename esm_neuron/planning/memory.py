@@ -1,0 +1,294 @@
+"""Memory of a training run on each device, before the run: arithmetic over the model's shape, no torch.
+
+Counted are the tensors that are alive at the peak of a step. What an allocator keeps beyond them (fragments, a
+workspace of the matrix library, some 0.5 GB of a CUDA context) comes on top. The activations follow what autograd keeps
+of a block in `model.py`; on compiling backends (xla, neuron) the compiler decides, and the figure is a guide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from esm_neuron.config import TrainConfig
+from esm_neuron.models.shapes import VOCABULARY, EsmShape
+from esm_neuron.models.tensor_parallel import HEADED, PLAN, in_block, padded_heads
+
+Shape = tuple[int, ...]
+
+FLOAT32, BFLOAT16 = 4, 2
+"""Bytes of a number."""
+_BYTES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "nf4": 0.5 + 1 / 64 + FLOAT32 / (64 * 256), "int8": 1}
+"""Storage type -> bytes of a weight. NF4's hold its scales: 8 bits for 64 weights, and a float for 256 of those."""
+MOMENTS = 2 * FLOAT32
+"""Bytes of AdamW's state of a parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the peak of a training step."""
+
+    weights: Mapping[str, int]
+    """Storage type -> the model's own parameters kept in it."""
+    adapters: int
+    """LoRA matrices and the task's head, float32."""
+    gradients: int
+    """One number a trained parameter."""
+    optimizer: int
+    """AdamW's state of the trained parameters."""
+    activations: int
+    """What autograd keeps of a forward pass, copies of trained weights in bfloat16 included."""
+    logits: int
+    """The task's head or the LM head, its outputs and the loss."""
+    working: int
+    """What lives for a moment in a block: gradients of activations, and what is computed again."""
+
+    @property
+    def state(self) -> int:
+        """What a run holds between two steps."""
+        return sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """The peak: at the outputs, or later in the widest block."""
+        return self.state + self.activations + max(self.logits, self.working)
+
+
+def predict_memory(
+    cfg: TrainConfig, shape: EsmShape, dp: int = 1, outputs: int = 2, checkpointing: bool | None = None
+) -> Memory:
+    """The memory of a training run.
+
+    Args:
+        cfg: the run; `parallel.tp` cuts the linears of the blocks.
+        shape: its model's.
+        dp: data-parallel devices, over which zero1 spreads the optimizer's state, and fsdp everything that stays.
+        outputs: numbers that the task's head gives, such as classes; nothing for masked LM.
+        checkpointing: instead of `model.gradient_checkpointing`.
+    """
+    again = cfg.model.gradient_checkpointing if checkpointing is None else checkpointing
+    head, lora = _head(cfg, shape, outputs), _lora(cfg, shape)
+    weights, trained = _weights(cfg, shape, sum(head))
+    added = head + lora
+    number = BFLOAT16 if _trunk_in_bfloat16(cfg) else FLOAT32
+    tokens = cfg.loop.packs_per_device * cfg.data.pack_tokens
+    flows = cfg.adapter.kind != "head"
+    block = _block(cfg, shape) * tokens if flows else 0
+    inputs = FLOAT32 * shape.hidden * tokens
+    kept = shape.layers * (inputs if again else block) if flows else 0
+    moment, copies = _moment(cfg, shape) * tokens, _copies(cfg, shape)
+    moment += _restored(cfg, shape)
+    if again:
+        moment, copies = moment + block + copies // shape.layers, 0
+    ranks = dp if cfg.parallel.fsdp else 1
+    if cfg.parallel.fsdp:  # two blocks are whole at a time: the one at work and the next
+        moment += 2 * sum(weights.values()) // shape.layers
+    return Memory(
+        weights={kind: math.ceil(size / ranks) for kind, size in weights.items()},
+        adapters=math.ceil(FLOAT32 * sum(added) / ranks),
+        gradients=math.ceil((number * sum(trained) + FLOAT32 * sum(added)) / ranks),
+        optimizer=_optimizer(cfg, sum(trained), sum(added), dp),
+        activations=kept + _pack(cfg, shape) * tokens + copies,
+        logits=_logits(cfg, shape, outputs),
+        working=moment,
+    )
+
+
+def _weights(cfg: TrainConfig, shape: EsmShape, head: int) -> tuple[dict[str, int], list[int]]:
+    """Bytes of the model's own parameters by storage type, and the sizes of those that are trained."""
+    held: Counter[str] = Counter()
+    if _is_lora(cfg):  # PEFT keeps the head as it was before training
+        kind = _storage(cfg, "dense", learns=False)
+        held[kind] += int(head * _BYTES[kind])
+    trained = []
+    for name, size in _parameters(cfg, shape).items():
+        learns = cfg.adapter.kind == "none" and "contact_head" not in name
+        number = _share(cfg, shape, name, size)
+        kind = _storage(cfg, name, learns)
+        held[kind] += math.ceil(number * _BYTES[kind]) + (FLOAT32 * size[0] if kind == "int8" else 0)
+        if learns:
+            trained.append(number)
+    return dict(held), trained
+
+
+def _parameters(cfg: TrainConfig, shape: EsmShape) -> dict[str, Shape]:
+    """The parameters of the task's model that a pretrained ESM-2 has."""
+    every = shape.parameters()
+    return every if cfg.task.name == "masked_lm" else {n: s for n, s in every.items() if not n.startswith("lm_head.")}
+
+
+def _storage(cfg: TrainConfig, name: str, learns: bool) -> str:
+    linear, leaf = (in_block(name) or "").rpartition(".")[::2]
+    if cfg.adapter.kind == "qlora" and linear in PLAN:
+        return cfg.adapter.quantization if leaf == "weight" else "float32"
+    if cfg.loop.precision != "bf16":
+        return "float32"
+    frozen_linear = not learns and ("dense" in name or "self" in name or "regression" in name)
+    return "bfloat16" if frozen_linear or _trunk_in_bfloat16(cfg) else "float32"
+
+
+def _trunk_in_bfloat16(cfg: TrainConfig) -> bool:
+    """Whether also what is trained of ESM-2 itself is stored in bfloat16."""
+    return cfg.backend == "neuron" and cfg.loop.precision == "bf16"
+
+
+def _share(cfg: TrainConfig, shape: EsmShape, name: str, size: Shape) -> int:
+    """Numbers of a parameter on one device under tensor parallelism, zero heads included."""
+    linear, leaf = (in_block(name) or "").rpartition(".")[::2]
+    style = PLAN.get(linear)
+    if style is None or (style == "row" and leaf == "bias"):
+        return math.prod(size)
+    tp = cfg.parallel.tp
+    padded = padded_heads(shape.heads, tp) / shape.heads if linear in HEADED else 1
+    return math.ceil(math.prod(size) * padded / tp)
+
+
+def _is_lora(cfg: TrainConfig) -> bool:
+    return cfg.adapter.kind not in ("none", "head")
+
+
+def _head(cfg: TrainConfig, shape: EsmShape, outputs: int) -> list[int]:
+    """Sizes of the parameters that the task adds: the outputs, and of a pooled answer a dense layer and the pooling."""
+    if cfg.task.name == "masked_lm":
+        return []
+    output = [outputs * shape.hidden, outputs]
+    if cfg.task.name == "residue_classification":
+        return output
+    return [shape.hidden**2, shape.hidden, *output, *([shape.hidden] if cfg.model.pooling == "attention" else [])]
+
+
+def _lora(cfg: TrainConfig, shape: EsmShape) -> list[int]:
+    """Sizes of the LoRA matrices on one device."""
+    if not _is_lora(cfg):
+        return []
+    sizes, tp = [], cfg.parallel.tp
+    for target in cfg.adapter.targets:
+        wide, deep = _sides(shape, target)
+        # the matrix at the cut side of the linear is cut with it
+        wide, deep = (wide // tp, deep) if PLAN[target] == "row" else (wide, deep // tp)
+        sizes += [cfg.adapter.r * wide, cfg.adapter.r * deep]
+    return sizes * shape.layers
+
+
+def _sides(shape: EsmShape, target: str) -> tuple[int, int]:
+    """(inputs, outputs) of a linear of a block."""
+    inputs = shape.intermediate if target == "output.dense" else shape.hidden
+    return inputs, shape.intermediate if target == "intermediate.dense" else shape.hidden
+
+
+def _optimizer(cfg: TrainConfig, trained: int, added: int, dp: int) -> int:
+    if cfg.optim.kind == "adamw8bit":  # two bytes, and two floats for 256 of each
+        return math.ceil((2 + 2 * FLOAT32 / 256) * (trained + added))
+    if cfg.backend != "neuron":
+        return math.ceil(MOMENTS * (trained + added) / (dp if cfg.parallel.fsdp else 1))
+    if cfg.parallel.zero1:  # a float32 copy of each weight besides
+        return math.ceil((MOMENTS + FLOAT32) * (trained + added) / dp)
+    return (MOMENTS // 2 if _trunk_in_bfloat16(cfg) else MOMENTS) * trained + MOMENTS * added
+
+
+def _number(cfg: TrainConfig) -> int:
+    """Bytes of a number that a matrix product takes and gives."""
+    return BFLOAT16 if cfg.loop.precision == "bf16" else FLOAT32
+
+
+def _block(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes a token that autograd keeps of one block."""
+    number, tp = _number(cfg), cfg.parallel.tp
+    hidden, wide = shape.hidden // tp, shape.intermediate // tp
+    norms = 2 * (FLOAT32 * shape.hidden + 2 * FLOAT32)  # inputs, means and deviations
+    attention = 4 * number * hidden + _scores(cfg, shape)  # query and key rotated, value, sum
+    gelu = number * wide
+    return norms + attention + gelu + _linear_inputs(cfg, shape) + _dropout(cfg, shape)
+
+
+def _linear_inputs(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes a token of the linears' inputs, kept for the gradients of weights or of LoRA matrices."""
+    number, tp = _number(cfg), cfg.parallel.tp
+    full = cfg.adapter.kind == "none"
+    targets = set(PLAN) if full else set(cfg.adapter.targets)
+    first = targets & {"attention.self.query", "attention.self.key", "attention.self.value"}
+    # under autocast each of the three makes its own copy of what they share
+    copies = len(first) if cfg.loop.precision == "bf16" else min(len(first), 1)
+    inputs = {"attention.output.dense": shape.hidden // tp, "intermediate.dense": shape.hidden}
+    inputs["output.dense"] = shape.intermediate // tp
+    numbers = copies * shape.hidden + sum(size for linear, size in inputs.items() if linear in targets)
+    return number * (numbers + (0 if full else cfg.adapter.r * len(targets)))
+
+
+def _scores(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes a token of what attention keeps beside its inputs and its sum."""
+    heads = padded_heads(shape.heads, cfg.parallel.tp) // cfg.parallel.tp
+    if cfg.backend in ("cpu", "cuda"):  # fused: one number a head
+        return FLOAT32 * heads
+    each = FLOAT32 + (BFLOAT16 if cfg.loop.precision == "bf16" else 0)  # softmax, and its copy for the product
+    return heads * cfg.data.pack_tokens * each
+
+
+def _dropout(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes a token of dropout masks (and of LoRA's dropped inputs)."""
+    hidden = 2 * shape.hidden if cfg.model.dropout else 0
+    if not _is_lora(cfg) or not cfg.adapter.dropout:
+        return hidden
+    return hidden + (1 + _number(cfg)) * sum(_sides(shape, target)[0] for target in cfg.adapter.targets)
+
+
+def _pack(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes a token of what all blocks share: ids, members of segments, angles, and the final norm's input."""
+    segments = cfg.data.max_segments if cfg.data.packing else 1
+    angles = 4 * FLOAT32 * shape.hidden // shape.heads // 2
+    return 5 * 8 + 3 * FLOAT32 * segments + angles + FLOAT32 * shape.hidden
+
+
+def _logits(cfg: TrainConfig, shape: EsmShape, outputs: int) -> int:
+    number = _number(cfg)
+    if cfg.task.name == "masked_lm":
+        of_token = (2 * number + 2 * FLOAT32) * shape.hidden + (number + 2 * FLOAT32) * VOCABULARY
+        return cfg.loop.packs_per_device * cfg.data.pack_tokens * of_token
+    if cfg.task.name == "residue_classification":
+        of_token = number * shape.hidden + (number + 3 * FLOAT32) * outputs
+        return cfg.loop.packs_per_device * cfg.data.pack_tokens * of_token
+    segments = cfg.data.max_segments if cfg.data.packing else 1
+    return cfg.loop.packs_per_device * segments * FLOAT32 * (4 * shape.hidden + 4 * outputs)
+
+
+def _moment(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes a token of what lives for a moment in the widest place of a block, the feed-forward's activation."""
+    wide = shape.intermediate // cfg.parallel.tp
+    if cfg.adapter.kind == "head":  # a forward pass alone: its widest place, and the vectors that come and go
+        return 2 * _number(cfg) * wide + 4 * FLOAT32 * shape.hidden
+    if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type, `low_rank` does not
+        fused = cfg.adapter.kind == "lora" and cfg.backend in ("cpu", "cuda") and not cfg.adapter.dropout
+        return 2 * (_number(cfg) if fused else FLOAT32) * wide
+    return _number(cfg) * wide + FLOAT32 * shape.hidden
+
+
+def _restored(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes of the largest quantized weight while it is whole."""
+    if cfg.adapter.kind != "qlora":
+        return 0
+    return shape.hidden * shape.intermediate * (_number(cfg) + (FLOAT32 if cfg.adapter.quantization == "int8" else 0))
+
+
+def _copies(cfg: TrainConfig, shape: EsmShape) -> int:
+    """Bytes of the bfloat16 copies that autocast makes of trained linears and keeps to the backward pass."""
+    if cfg.loop.precision != "bf16" or cfg.adapter.kind != "none" or cfg.backend == "neuron":
+        return 0
+    sizes = _parameters(cfg, shape).items()
+    return BFLOAT16 * sum(_share(cfg, shape, n, s) for n, s in sizes if "dense" in n or "self" in n)
+
+
+def render(as_set: Memory, turned: Memory) -> list[str]:
+    """A line for the run as it is set, and one for gradient checkpointing turned on or off."""
+    weights = ", ".join(f"{kind} {_gb(size)}" for kind, size in as_set.weights.items())
+    parts = ("adapters", "gradients", "optimizer", "activations", "logits", "working")
+    rest = ", ".join(f"{name} {_gb(getattr(as_set, name))}" for name in parts)
+    return [
+        f"memory of a device: {_gb(as_set.total)} GB = weights {_gb(sum(as_set.weights.values()))} ({weights}), {rest}",
+        f"  {_gb(turned.total)} GB with model.gradient_checkpointing turned; what the allocator keeps comes on top",
+    ]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f}"

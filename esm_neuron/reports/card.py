@@ -1,0 +1,149 @@
+"""The model card of a run: README.md with the Hugging Face hub's metadata in front."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from esm_neuron import __version__
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.records import is_hub
+from esm_neuron.metrics.text import clean_of, counted, leak_text, shown, trained_text, verdict
+from esm_neuron.models.hf_folder import BaseReference
+from esm_neuron.reports.html import environment
+
+Kind = Literal["adapter", "model"]
+
+TASKS = {
+    "sequence_classification": ("text-classification", "SequenceClassification", "one class a protein"),
+    "multi_label": ("text-classification", "SequenceClassification", "any number of labels a protein"),
+    "regression": (None, "SequenceClassification", "a number a protein"),
+    "residue_classification": ("token-classification", "TokenClassification", "one class a residue"),
+    "masked_lm": ("fill-mask", "MaskedLM", "masked language modelling"),
+}
+"""Task -> the hub's name for it (None: it has none), the end of transformers' Auto class, what is answered."""
+HUB_METRICS = {"mcc": "matthews_correlation", "macro_f1": "f1", "auroc": "roc_auc", "spearman": "spearmanr",
+               "pearson": "pearsonr", "r2": "r_squared"}  # fmt: skip
+"""Figure -> the hub's name for it, where that is another."""
+
+_TAGS = {"lora": ("lora",), "qlora": ("lora", "qlora")}
+"""Kind of adapter -> what the hub calls it."""
+
+
+def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference, kind: Kind) -> str:
+    """A card filled from a finished run.
+
+    Args:
+        cfg: as the run saved it.
+        result: what its result.json holds.
+        base: the weights it started from.
+        kind: `adapter`: LoRA matrices for PEFT; `model`: whole weights for transformers.
+    """
+    name = f"{_short(cfg.model.name)}-{cfg.task.name}" + ("-lora" if kind == "adapter" else "")
+    pipeline, auto, answered = TASKS[cfg.task.name]
+    split = "test" if result.get("test") else "valid"
+    baselines = (result.get("baselines") or {}).get(split, {})
+    metrics = result.get(split) or {}
+    clean = (result.get("clean") or {}).get(split, {})
+    text = environment().get_template("model_card.md.jinja").render(
+        cfg=cfg,
+        lora=trained_text(cfg.adapter) if cfg.adapter.kind in _TAGS else None,
+        result=result,
+        base=base,
+        base_name=_base_name(cfg),
+        kind=kind,
+        plain=cfg.task.name in ("residue_classification", "masked_lm")
+        or (cfg.model.pooling == "cls" and cfg.task.name != "regression"),
+        auto=f"AutoModelFor{auto}",
+        answered=answered,
+        classes=len(cfg.task.labels or ()) or 1,
+        files={name: _file(getattr(cfg.data, name)) for name in ("train", "valid", "test")},
+        splits=[(name, counted(result[name], cfg.task.name)) for name in ("test", "valid") if result.get(name)],
+        columns=_columns(metrics, baselines),
+        rows=_rows(metrics, baselines),
+        clean=_rows(clean, (result.get("clean_baselines") or {}).get(split, {})),
+        clean_counted=counted(clean, cfg.task.name) if clean else "",
+        clean_of=clean_of(result, split) if clean else "",
+        leaks=leak_text(result, split) if metrics else "",
+        split=split,
+        verdict=verdict(metrics, baselines, result["metric"]),
+        licence=_licence(cfg),
+        version=__version__,
+        name=name,
+    )  # fmt: skip
+    return f"---\n{_metadata(cfg, result, name, pipeline, kind)}\n---\n{text}"
+
+
+def _columns(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[str]:
+    return ["", "this model", *baselines] if metrics else []
+
+
+def _rows(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[list[str]]:
+    """A row a figure: its name, its value, the baselines'."""
+    return [
+        [figure.name, figure.text, *(_text(values, figure.key) for values in baselines.values())]
+        for figure in shown(metrics)
+    ]
+
+
+def _text(metrics: Mapping[str, Any], key: str) -> str:
+    return next((figure.text for figure in shown(metrics) if figure.key == key), "–")
+
+
+def _metadata(cfg: TrainConfig, result: Mapping[str, Any], name: str, pipeline: str | None, kind: Kind) -> str:
+    """The YAML in front, by the hub's own library, which also checks it."""
+    dataset = _file(cfg.data.train) or "unknown"
+    results = [
+        EvalResult(
+            task_type=pipeline or "tabular-regression",
+            dataset_type=re.sub(r"[^\w.-]+", "-", dataset),
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=HUB_METRICS.get(figure.key, figure.key),
+            metric_name=figure.name,
+            metric_value=round(figure.value, 4),
+        )
+        for split in ("valid", "test")
+        for figure in shown(result.get(split) or {})
+        if figure.value is not None
+    ]
+    base = cfg.model.name if _is_hub_id(cfg) else None
+    data = ModelCardData(
+        license=_licence(cfg),
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag=pipeline,
+        base_model=base,
+        base_model_relation=None if base is None else "adapter" if kind == "adapter" else "finetune",
+        tags=["biology", "protein", "esm", "esm-2", "esm-neuron", *_TAGS.get(cfg.adapter.kind, ())],
+        model_name=name,
+        eval_results=results or None,
+    )
+    return data.to_yaml().strip()
+
+
+def _is_hub_id(cfg: TrainConfig) -> bool:
+    name = cfg.model.name
+    return cfg.model.init == "pretrained" and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _licence(cfg: TrainConfig) -> str:
+    """The hub's name of the licence: ESM-2's for weights that come from it, else `other`, to be filled in."""
+    return "mit" if _is_hub_id(cfg) and cfg.model.name.startswith("facebook/esm2_") else "other"
+
+
+def _short(name: str) -> str:
+    return Path(name).name
+
+
+def _base_name(cfg: TrainConfig) -> str:
+    name = cfg.model.name if _is_hub_id(cfg) else _short(cfg.model.name)
+    return f"{name} with random weights of seed {cfg.seed}" if cfg.model.init == "random" else name
+
+
+def _file(source: str | None) -> str | None:
+    """A data file without its folder, which is nobody's business; a hub dataset whole."""
+    return source if source is None or is_hub(source) else Path(source).name

@@ -1,0 +1,166 @@
+"""Names within a run's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from esm_neuron.config import TrainConfig, require
+from esm_neuron.config.settings import read_config
+from esm_neuron.errors import CheckpointError
+from esm_neuron.files import new_file
+
+CONFIG = "config.yaml"
+"""Every setting, resolved."""
+RESULT = "result.json"
+"""Figures of the finished run; there is none before it has finished."""
+METRICS = "metrics.jsonl"
+"""A line a logged step, a line an evaluation."""
+NONFINITE = "nonfinite.jsonl"
+"""A line a step whose loss or gradient was not finite, with the ids of its records; there only if there was one."""
+REJECTED = "rejected.tsv"
+"""Rows left out or changed for their characters."""
+ADAPTER, MODEL, BASE = "adapter", "model", "base"
+"""A PEFT adapter, or a whole Hugging Face model; and an adapter's base where it has no other home."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+REFERENCE = "base_reference.json"
+"""Beside an adapter: which weights it was trained on."""
+REPORT = "report"
+"""The page of `esm-neuron report` and its pictures."""
+CARD = "README.md"
+"""Model card, in the folder of an adapter or a model."""
+PASSED_OVER = "passed-over-"
+"""What the name of a checkpoint begins with that a resumed run could not read."""
+
+
+def predictions_name(split: str) -> str:
+    """The file with the answers to `valid` or `test`, see `held_out`."""
+    return f"predictions-{split}.parquet"
+
+
+_KEYS = ("task", "metric", "model", "init", "backend", "adapter", "parameters", "chosen_step", "data", "train")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended by itself."""
+
+    folder: Path
+    cfg: TrainConfig
+    result: dict[str, Any]
+    """result.json."""
+    log: list[dict[str, Any]]
+    """metrics.jsonl: lines of the training, and with a `split` of evaluations."""
+    predictions: dict[str, pa.Table]
+    """Split -> its answers, see `held_out`; a split that was not kept is missing."""
+
+
+def read_finished(run: Path) -> Finished:
+    """Everything of a run's folder that needs no network.
+
+    Raises:
+        ConfigError: it is no run, or one that has not finished.
+        CheckpointError: one of its files is damaged, or of an older version of this package.
+    """
+    require((run / CONFIG).is_file(), f"{run}: no {CONFIG} there; name the output folder of a training run")
+    cfg, result = read_config(run / CONFIG), read_result(run)
+    found = {split: load_predictions(run / predictions_name(split)) for split in ("valid", "test") if result.get(split)}
+    predictions = {split: table for split, table in found.items() if table is not None}
+    return Finished(run, cfg, result, read_log(run), predictions)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """What a run's result.json holds; raises as `read_finished` does."""
+    path = run / RESULT
+    require(
+        path.is_file(),
+        f"{run}: no {RESULT} there, its training has not finished; go on with --checkpoint.resume auto",
+    )
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in _KEYS if key not in result]
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); train again") from error
+    if missing:
+        raise CheckpointError(f"{path}: has no {missing[0]}, as of another version of esm-neuron; train again")
+    return dict(result)
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, none where there is no such file. Raises CheckpointError at a bad line."""
+    path = run / METRICS
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove it") from error
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path}:{number}: not a JSON object with a step; delete the line") from error
+    return lines
+
+
+if TYPE_CHECKING:
+    from esm_neuron.data.dataset import ExampleTable
+    from esm_neuron.tasks import Column, Predictions, Task
+
+
+def save_predictions(
+    path: Path, task: Task, table: ExampleTable, predictions: Predictions, has_homolog: np.ndarray | None = None
+) -> None:
+    """Write `as_table` of the same arguments as a Parquet file."""
+    found = as_table(task, table, predictions, has_homolog)
+    with new_file(path) as aside:
+        pq.write_table(found, aside, compression="zstd")
+
+
+def as_table(
+    task: Task, table: ExampleTable, predictions: Predictions, has_homolog: np.ndarray | None = None
+) -> pa.Table:
+    """The answers of `evaluate.collect` to a table with labels, a row a record, in the table's order.
+
+    Args:
+        related: bool [records]: which records have a homolog among the training rows; None: not known.
+    """
+    _, bounds = table.residue_slots()
+    truth = task.targets(table)
+    columns = {
+        "id": pa.array(list(table.ids), pa.string()),
+        "residues": pa.array(np.diff(bounds), pa.int32()),
+        **({} if has_homolog is None else {"has_homolog": pa.array(has_homolog, pa.bool_())}),
+        **({} if truth is None else {"target": _array(truth)}),
+    }
+    outputs = task.outputs(table, predictions)
+    arrays = [*columns.values(), *map(_array, outputs.values())]
+    return pa.table(arrays, names=[*columns, *outputs])
+
+
+def load_predictions(path: Path) -> pa.Table | None:
+    """The table that `save_answers` wrote; None where there is none (`log.predictions` false, or no rows held out).
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        return pq.read_table(path) if path.is_file() else None
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove it, or train again") from error
+
+
+def _array(column: Column) -> pa.Array:
+    if isinstance(column, np.ndarray):
+        return pa.array(column)
+    if not column or isinstance(column[0], str):
+        return pa.array(column, pa.string())
+    if column[0].dtype == object:
+        return pa.array(column, pa.list_(pa.string()))
+    return pa.array([part.astype(np.float32) for part in column], pa.list_(pa.float32()))

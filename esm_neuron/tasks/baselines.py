@@ -1,0 +1,263 @@
+"""What a network has to beat: answers from the training labels' frequencies, and from amino acids counted.
+
+A baseline answers in the form that the task's model does, so `Task.figures` scores both on the same rows, with the same
+intervals. What is counted is what the model is given: the cropped sequence, or a record's windows one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from esm_neuron.config import TaskConfig
+from esm_neuron.data.tokenizer import AMINO_ACIDS, PAD, UNK, VOCABULARY
+from esm_neuron.metrics import Value
+
+if TYPE_CHECKING:
+    from esm_neuron.data.dataset import ExampleTable
+    from esm_neuron.tasks import Task
+
+END = 50
+"""Residues at each terminus that get a composition of their own: sorting signals sit there."""
+REACH = 7
+"""Neighbours on each side that the baseline of residue classes sees."""
+MOST_ROWS, MOST_RESIDUES = 20_000, 50_000
+"""Training rows, or residues, that a baseline is fitted on at most: drawn from them where there are more, and one more
+for each class that a draw has none of."""
+CHUNK = 1 << 18
+"""Tokens looked at together: the tables may be files larger than the memory."""
+LEAST = np.exp(-50.0)
+"""Least probability that a logarithm is taken of, so that a cross entropy stays a number."""
+
+Answer = Callable[["ExampleTable"], list[np.ndarray]]
+"""From a table to answers of the form of `Task.answers`, for the whole table in its order."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Something simple, fitted."""
+
+    name: str
+    answer: Answer
+    fitted_on: int
+    """Training rows, or residues where those are classified, that it has seen."""
+    training: int
+    """How many there are."""
+
+    def metrics(self, task: Task, table: ExampleTable) -> dict[str, Value]:
+        """The task's figures with intervals on a table with labels, and on how many rows the baseline was fitted."""
+        scored = task.metrics(table, self.answer(table), intervals=True)
+        return {**scored, "fitted_on": self.fitted_on, "training": self.training}
+
+
+def fit_baselines(task: TaskConfig, train: ExampleTable) -> list[Baseline]:
+    """The baselines of a task (resolved, see `data.labels.resolve`), fitted on its training table."""
+    kind = {
+        "sequence_classification": _class_baselines,
+        "multi_label": _multi_label_baselines,
+        "regression": _regression_baselines,
+        "residue_classification": _residue_baselines,
+        "masked_lm": _unigram,
+    }[task.name]
+    return kind(len(task.labels or ()), train)
+
+
+def _class_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+    counts, rows = _draw(train.labels, classes, MOST_ROWS)
+    shares = counts / counts.sum()
+    classify = _classifier(_logistic(), composition_features(train, rows), train.labels[rows], shares)
+    return [
+        Baseline("majority", lambda table: [np.tile(_log(shares), (len(table), 1))], len(train.ids), len(train.ids)),
+        Baseline(
+            "composition",
+            lambda table: [_log(classify(composition_features(table)))[table.record]],
+            len(rows),
+            len(train.ids),
+        ),
+    ]
+
+
+def _multi_label_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+    rows = _sample(len(train.ids), MOST_ROWS)
+    shares = train.labels.mean(0)
+    features = composition_features(train, rows)
+    having = [
+        _classifier(_logistic(), features, train.labels[rows, c], np.array([1 - shares[c], shares[c]]))
+        for c in range(classes)
+    ]
+
+    def composition(table: ExampleTable) -> list[np.ndarray]:
+        seen = composition_features(table)
+        return [_logit(np.stack([classify(seen)[:, 1] for classify in having], axis=1))[table.record]]
+
+    return [
+        Baseline("majority", lambda table: [np.tile(_logit(shares), (len(table), 1))], len(train.ids), len(train.ids)),
+        Baseline("composition", composition, len(rows), len(train.ids)),
+    ]
+
+
+def _regression_baselines(_: int, train: ExampleTable) -> list[Baseline]:
+    rows = _sample(len(train.ids), MOST_ROWS)
+    mean = train.labels.mean()
+    model = make_pipeline(StandardScaler(), Ridge()).fit(composition_features(train, rows), train.labels[rows])
+    return [
+        Baseline("mean", lambda table: [np.full(len(table), mean)], len(train.ids), len(train.ids)),
+        Baseline(
+            "composition",
+            lambda table: [model.predict(composition_features(table))[table.record]],
+            len(rows),
+            len(train.ids),
+        ),
+    ]
+
+
+def _residue_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+    counts, rows = _draw(train.labels, classes, MOST_RESIDUES)
+    known, shares = int(counts.sum()), counts / counts.sum()
+    classify = _classifier(LogisticRegression(max_iter=1000), window_features(train, rows), train.labels[rows], shares)
+
+    def window(table: ExampleTable) -> list[np.ndarray]:
+        places = np.arange(len(table.tokens))
+        found = [classify(window_features(table, part)) for _, part in _chunks(places)]
+        return [_log(np.concatenate(found))]
+
+    return [
+        Baseline("majority", lambda table: [np.tile(_log(shares), (len(table.tokens), 1))], known, known),
+        Baseline("window", window, len(rows), known),
+    ]
+
+
+def _unigram(_: int, train: ExampleTable) -> list[Baseline]:
+    """Every residue by its frequency in training, each token of the alphabet counted once more; all residues of a
+    table are asked, not only those that were hidden from the network."""
+    counts = np.zeros(len(VOCABULARY), dtype=np.int64)
+    for _start, tokens in _chunks(train.tokens):
+        counts += np.bincount(tokens, minlength=len(VOCABULARY))
+    residues = int(counts[UNK + 1 :].sum())
+    counts += 1
+    counts[: UNK + 1] = 0
+    loss, likeliest = -_log(counts / counts.sum()), int(counts.argmax())
+
+    def answer(table: ExampleTable) -> list[np.ndarray]:
+        real, starts = table.tokens > UNK, table.offsets[:-1]
+        columns = (loss[table.tokens] * real, real, table.tokens == likeliest)
+        return [np.add.reduceat(column.astype(np.float64), starts) for column in columns]
+
+    return [Baseline("unigram", answer, residues, residues)]
+
+
+def composition_features(table: ExampleTable, records: np.ndarray | None = None) -> np.ndarray:
+    """float64 [records, 61]: amino-acid frequencies of the protein, its first and its last 50 residues, log length; of
+    all records of the table, or of those asked for."""
+    records = np.arange(len(table.ids)) if records is None else records
+    features = np.zeros((len(records), 3 * len(AMINO_ACIDS) + 1))
+    order = np.argsort(table.record, kind="stable")
+    starts = np.searchsorted(table.record, records, "left", order)
+    stops = np.searchsorted(table.record, records, "right", order)
+    for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        tokens = np.concatenate([table.sequence(example) for example in order[start:stop]])
+        residues = tokens[tokens > UNK]  # the specials come first in the alphabet
+        parts = (residues, residues[:END], residues[-END:])
+        features[row] = np.concatenate([*(_frequencies(part) for part in parts), [np.log(max(len(residues), 1))]])
+    return features
+
+
+def window_features(table: ExampleTable, rows: np.ndarray) -> sparse.csr_matrix:
+    """float64 [rows, (2 REACH + 1) x 33]: which token is at each place around the tokens `rows`, in their example."""
+    example = np.searchsorted(table.offsets, rows, side="right") - 1
+    around = rows[:, None] + np.arange(-REACH, REACH + 1)
+    inside = (around >= table.offsets[example, None]) & (around < table.offsets[example + 1, None])
+    tokens = np.where(inside, table.tokens[np.clip(around, 0, len(table.tokens) - 1)], PAD).astype(np.int64)
+    columns = tokens + len(VOCABULARY) * np.arange(tokens.shape[1])
+    bounds = np.arange(len(rows) + 1) * tokens.shape[1]
+    shape = (len(rows), tokens.shape[1] * len(VOCABULARY))
+    return sparse.csr_matrix((np.ones(tokens.size), columns.ravel(), bounds), shape=shape)
+
+
+def _frequencies(tokens: np.ndarray) -> np.ndarray:
+    """float64 [20]: share of each standard amino acid among `tokens`."""
+    return np.bincount(tokens, minlength=len(VOCABULARY))[AMINO_ACIDS] / max(len(tokens), 1)
+
+
+def _logistic() -> Any:
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+
+
+def _classifier(
+    model: Any, features: np.ndarray | sparse.csr_matrix, labels: np.ndarray, shares: np.ndarray
+) -> Callable[[np.ndarray | sparse.csr_matrix], np.ndarray]:
+    """From features to probabilities, float64 [rows, classes], by a model fitted on rows of the classes `labels`.
+
+    A class without such rows has probability 0. With rows of one class only nothing can be fitted, and the answer is
+    `shares`, float64 [classes].
+    """
+    if len(np.unique(labels)) < 2:
+        return lambda seen: np.tile(shares, (seen.shape[0], 1))
+    model.fit(features, labels)
+
+    def probabilities(seen: np.ndarray | sparse.csr_matrix) -> np.ndarray:
+        found = np.zeros((seen.shape[0], len(shares)))
+        found[:, model.classes_] = model.predict_proba(seen)
+        return found
+
+    return probabilities
+
+
+def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """An array CHUNK values at a time, each part with the place it begins at."""
+    return ((start, values[start : start + CHUNK]) for start in range(0, len(values), CHUNK))
+
+
+def _draw(labels: np.ndarray, classes: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit a classifier on.
+
+    Args:
+        labels: int [n]: class indices, -1 where it is not known.
+        classes: how many there are.
+        most: rows to draw by a fixed seed where more are known.
+
+    Returns:
+        int64 [classes]: how many rows each class has. int64: the rows drawn, rising, and of each class that has none
+        among them its first.
+    """
+    counts, first = np.zeros(classes, dtype=np.int64), np.full(classes, -1)
+    for start, part in _chunks(labels):
+        here = np.bincount(part[part >= 0], minlength=classes)
+        for new in np.flatnonzero((counts == 0) & (here > 0)):
+            first[new] = start + int(np.argmax(part == new))
+        counts += here
+    picks, rows, seen = _sample(int(counts.sum()), most), list[np.ndarray](), 0
+    for start, part in _chunks(labels):
+        known = np.flatnonzero(part >= 0)
+        low, high = np.searchsorted(picks, (seen, seen + len(known)))
+        rows.append(start + known[picks[low:high] - seen])
+        seen += len(known)
+    drawn = np.concatenate(rows)
+    lacking = np.setdiff1d(np.flatnonzero(counts), labels[drawn])
+    return counts, np.sort(np.concatenate([drawn, first[lacking]]))
+
+
+def _sample(n: int, most: int) -> np.ndarray:
+    """Row numbers, rising: all `n`, or `most` of them by a fixed seed."""
+    return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
+
+
+def _log(probabilities: np.ndarray) -> np.ndarray:
+    return np.asarray(np.log(np.maximum(probabilities, LEAST)))
+
+
+def _logit(probabilities: np.ndarray) -> np.ndarray:
+    return _log(probabilities) - _log(1 - probabilities)
+
+
+def capped(baselines: Sequence[Baseline]) -> str:
+    """A line that says which baselines did not see all training rows; empty where all did."""
+    some = [f"{b.name} on {b.fitted_on:,} of {b.training:,}" for b in baselines if b.fitted_on < b.training]
+    return f"baselines fitted on a sample of the training rows: {', '.join(some)}" if some else ""

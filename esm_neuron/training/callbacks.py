@@ -1,0 +1,274 @@
+"""What watches a run: console progress, metrics.jsonl, TensorBoard; and early stopping, which is plain state.
+
+Callbacks run on rank 0 only and get values that are already on the host. Every line is one write: log capture on
+clusters splits a line that arrives in pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from esm_neuron.errors import CheckpointError
+from esm_neuron.files import write_text
+
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+"""Named values: numbers, None where undefined, strings such as the split, intervals [low, high]."""
+
+
+class Callback(Protocol):
+    """What the trainer tells its watchers."""
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Optimizer step `step` of `total` is done; `record` has loss, lr, grad_norm, residues_per_second, ..."""
+        ...
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """An evaluation after `step` is done; `record` has the split and its metrics."""
+        ...
+
+    def on_end(self, result: Record) -> None:
+        """Training is over, also when it stopped early; `result` is what result.json gets."""
+        ...
+
+
+class ProgressConsole:
+    """A bar with the time left on a terminal, one plain line a record elsewhere.
+
+    Plain lines suit regular expressions such as SageMaker's metric definitions:
+    `step=120/500 loss=0.6123 lr=3.0e-04 grad_norm=1.23 residues_per_second=1234 eta=00:12:34` and
+    `eval step=120 split=valid accuracy=0.7100 mcc=0.3500`.
+    """
+
+    def __init__(
+        self, start: int = 0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Watch a run that begins after step `start`, writing to `stream` (stderr); `clock` gives seconds."""
+        self.stream = stream if stream is not None else sys.stderr
+        self.clock = clock
+        self.start = start
+        self.origin = (start, clock())
+        self.bar: tqdm[Any] | None = None
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Move the bar, or write one line."""
+        if not self.stream.isatty():
+            self._write(f"step={step}/{total} {format_record(record)} eta={format_seconds(self._eta(step, total))}")
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=total, initial=self.start, file=self.stream, unit="step", dynamic_ncols=True)
+        self.bar.set_postfix_str(format_record(record), refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """Write one line, above the bar where there is one."""
+        self._write(f"eval step={step} {format_record(record)}")
+
+    def on_end(self, result: Record) -> None:
+        """Close the bar. The summary is the command's to print."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _write(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=self.stream)
+            return
+        self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def _eta(self, step: int, total: int) -> float:
+        """Seconds left. The first interval holds compilation, so later estimates leave it out."""
+        now = self.clock()
+        first_step, first_time = self.origin
+        rate = (now - first_time) / max(step - first_step, 1)
+        if first_step == self.start:
+            self.origin = (step, now)
+        return rate * (total - step)
+
+
+class JsonlLogger:
+    """One JSON object a line in metrics.jsonl, each written and flushed at once; NaN and infinity become null."""
+
+    def __init__(self, path: Path) -> None:
+        """Append to `path`, made if it is not there (with its folder)."""
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Append `{"step": ..., **record}`."""
+        self._append({"step": step, **record})
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """Append `{"step": ..., **record}`; the record's `split` tells it from a training line."""
+        self._append({"step": step, **record})
+
+    def on_end(self, result: Record) -> None:
+        """Nothing: every line is on disk already."""
+
+    def truncate_after(self, step: int, pending: Container[int] = ()) -> None:
+        """Drop the lines of steps above `step`, and of steps still to be written, so that none is written twice.
+
+        A last line that a kill cut short is dropped too. The file is replaced whole.
+
+        Raises:
+            CheckpointError: another line is not JSON with a step.
+        """
+        if not self.path.exists():
+            return
+        *lines, _ = self.path.read_bytes().split(b"\n")
+        numbers = [self._step(number, line) for number, line in enumerate(lines, 1)]
+        kept = [line for line, of in zip(lines, numbers, strict=True) if of <= step and of not in pending]
+        write_text(self.path, "".join(f"{line.decode()}\n" for line in kept))
+
+    def _step(self, number: int, line: bytes) -> int:
+        try:
+            return int(json.loads(line.decode())["step"])
+        except (ValueError, TypeError, KeyError):
+            raise CheckpointError(
+                f"{self.path}:{number}: not a JSON object with a step; delete the line (or the file) to resume"
+            ) from None
+
+    def _append(self, record: Record) -> None:
+        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        with (
+            _naming(self.path),
+            open(self.path, "ab") as file,
+        ):  # unbuffered, half a line would be no error
+            file.write(line.encode())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an error of the file system say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+class TensorBoardLogger:
+    """Scalars for TensorBoard: `train/<name>` a logged step, `<split>/<name>` an evaluation."""
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        """Write event files under `folder`; a viewer hides what an earlier run wrote there after step `start`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Write the training scalars."""
+        self._scalars("train", step, record)
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """Write the scalars of one split."""
+        self._scalars(str(record["split"]), step, record)
+
+    def on_end(self, result: Record) -> None:
+        """Close the event file. A disk that is full is said and no error: why the run ended, or its result, stands."""
+        try:
+            self.writer.close()
+        except OSError as error:
+            logger.warning("%s: the last values could not be written (%s)", self.folder, error.strerror)
+
+    def _scalars(self, group: str, step: int, record: Record) -> None:
+        with _naming(self.folder):
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(f"{group}/{name}", value, step)
+            self.writer.flush()
+
+
+@dataclass
+class EarlyStopping:
+    """The best value so far and how long it has stood. Plain numbers, kept in checkpoints."""
+
+    patience: int
+    """Validations without improvement after which `stop` is true; 0: never."""
+    greater_is_better: bool
+    """Whether the watched metric is to rise (MCC) or to fall (loss)."""
+    best: float | None = None
+    """Best value so far."""
+    best_step: int | None = None
+    """Step of the best value."""
+    bad: int = 0
+    """Validations since then."""
+
+    def update(self, value: float | None, step: int) -> bool:
+        """Take in a validation; True when it is the best so far. An undefined value (None, NaN) never is."""
+        if value is not None and not math.isnan(value) and self._better(value):
+            self.best, self.best_step, self.bad = value, step, 0
+            return True
+        self.bad += 1
+        return False
+
+    def _better(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        return value > self.best if self.greater_is_better else value < self.best
+
+    @property
+    def stop(self) -> bool:
+        """Whether patience has run out."""
+        return 0 < self.patience <= self.bad
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint, valid JSON."""
+        return {name: value for name, value in asdict(self).items() if name in ("best", "best_step", "bad")}
+
+    def load_state_dict(self, state: Record) -> None:
+        """Go on from `state`; patience and direction stay those of the present config.
+
+        Raises:
+            CheckpointError: it is not what `state_dict` gives.
+        """
+        best, best_step, bad = (state.get(name) for name in ("best", "best_step", "bad"))
+        sound = (best is None) == (best_step is None) and isinstance(best, (int, float, NoneType))
+        if not (sound and isinstance(best_step, (int, NoneType)) and isinstance(bad, int)):
+            raise CheckpointError("state.json: no sound `stopper`; delete the checkpoint's folder")
+        self.best, self.best_step, self.bad = best, best_step, bad
+
+
+FORMATS = {"lr": ".1e", "grad_norm": ".2f", "residues_per_second": ".0f"}
+"""How a value is printed on the console; other floats get 4 decimals."""
+
+
+def format_record(record: Record) -> str:
+    """`name=value` of every number and string; undefined values and intervals are left to metrics.jsonl."""
+    parts = []
+    for name, value in record.items():
+        if isinstance(value, float):
+            parts.append(f"{name}={value:{FORMATS.get(name, '.4f')}}")
+        elif isinstance(value, (int, str)):
+            parts.append(f"{name}={value}")
+    return " ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """HH:MM:SS; hours go beyond 99 where needed."""
+    whole = round(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity inside replaced by None, which JSON can say."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,123 @@
+"""What a training run leaves behind: a plain PEFT adapter, or a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import EsmConfig
+
+from esm_neuron.build import Built, model_config
+from esm_neuron.config import TrainConfig
+from esm_neuron.data.tokenizer import hf_tokenizer
+from esm_neuron.files import new_folder, write_json
+from esm_neuron.models.esm2 import PooledEsmConfig
+from esm_neuron.models.hf_folder import write_shards
+from esm_neuron.models.lora import saved_key
+from esm_neuron.models.weights import Draw, is_carried, load_into, open_weights
+from esm_neuron.reports.card import model_card
+from esm_neuron.run_dir import ADAPTER, ADAPTER_WEIGHTS, BASE, CARD, MODEL, REFERENCE
+from esm_neuron.tasks import Task
+
+
+def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
+    """The task's model on the CPU with its starting weights: whole, without adapters."""
+    pretrained, source = open_weights(cfg.model, cfg.seed)
+    config = model_config(cfg, task, pretrained)
+    with torch.device("meta"):
+        model = task.build(config)
+    load_into(
+        model,
+        source,
+        Draw(cfg.seed, config.initializer_range),
+        lambda name: name.startswith(tuple(f"{part}." for part in task.head(config))),
+    )
+    return model, config
+
+
+def write_model(model: nn.Module, config: EsmConfig, folder: Path, card: str = "") -> None:
+    """A Hugging Face folder: config.json, sharded safetensors, the tokenizer, and `card` as its model card if any.
+
+    With `cls` pooling, for classes of residues and for masked LM it loads in plain transformers; other poolings, and
+    regression, name a model type of their own, known after `import esm_neuron.models.esm2`.
+    """
+
+    def state() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in model.state_dict().items():
+            yield name, tensor.float()
+
+    with new_folder(folder) as aside:
+        write_shards(state(), aside)
+        _write_config(model, config, aside)
+        hf_tokenizer().save_pretrained(str(aside))
+        if card:
+            (aside / CARD).write_text(card, encoding="utf-8")
+
+
+def _write_config(model: nn.Module, config: EsmConfig, folder: Path) -> None:
+    saved = config.__class__.from_dict(config.to_dict())
+    name = type(model).__name__
+    saved.architectures = [name.replace("Packed", "Esm") if saved.model_type == "esm" else name]
+    saved.dtype = "float32"
+    saved.to_json_file(folder / "config.json", use_diff=False)
+
+
+def write_results(
+    cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor], result: Mapping[str, Any]
+) -> Path:
+    """Write OUT/adapter (and OUT/base where the base has no other home), or OUT/model, with a model card.
+
+    Args:
+        trained: whole trained parameters by name, as `Backend.gather_state` gives them.
+        result: what result.json is to hold.
+
+    Returns:
+        The folder to load.
+    """
+    out = Path(cfg.output)
+    if isinstance(built.model, PeftModel):
+        return _write_adapter(cfg, task, built, built.model, trained, result)
+    model, config = plain_model(cfg, task)
+    with torch.no_grad():
+        for name, value in trained.items():
+            model.get_parameter(name).copy_(value)
+    write_model(model, config, out / MODEL, model_card(cfg, result, built.source.reference, "model"))
+    return out / MODEL
+
+
+def _write_adapter(
+    cfg: TrainConfig,
+    task: Task,
+    built: Built,
+    adapted: PeftModel,
+    trained: Mapping[str, Tensor],
+    result: Mapping[str, Any],
+) -> Path:
+    out = Path(cfg.output)
+    reference = built.source.reference
+    if is_carried(cfg.model):
+        model, config = plain_model(cfg, task)
+        write_model(model, config, out / BASE)
+        base = replace(cfg.model, name=str((out / BASE).resolve()), init="pretrained", revision=None, sha256=None)
+        reference = open_weights(base, cfg.seed)[1].reference
+    lora = adapted.peft_config["default"]
+    lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
+    if built.config.model_type == PooledEsmConfig.model_type and not is_carried(cfg.model):
+        # With the pretrained repository for its base the adapter would load in plain transformers, PEFT would pass over
+        # the head it does not find, and a random <cls> head would answer. A config of our type is refused there.
+        with new_folder(out / BASE) as aside, torch.device("meta"):
+            _write_config(task.build(built.config), built.config, aside)
+        lora.base_model_name_or_path, lora.revision = str((out / BASE).resolve()), None
+    lora.inference_mode = True
+    with new_folder(out / ADAPTER) as aside:
+        save_file({saved_key(n): t.contiguous() for n, t in trained.items()}, aside / ADAPTER_WEIGHTS, {"format": "pt"})
+        lora.save_pretrained(str(aside))
+        write_json(aside / REFERENCE, asdict(reference))
+        (aside / CARD).write_text(model_card(cfg, result, reference, "adapter"), encoding="utf-8")
+    return out / ADAPTER

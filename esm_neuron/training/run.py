@@ -1,0 +1,348 @@
+"""The composition root: the one file that knows everyone. Each function is a command of the CLI."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from esm_neuron.backends import opened_backend
+from esm_neuron.backends.base import Backend
+from esm_neuron.build import Built, build_model
+from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config.rules import validate
+from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
+from esm_neuron.data.splits import Splits, load_splits
+from esm_neuron.data.validation import save_rejected
+from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only, raise_on_any_rank
+from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.files import claimed, write_json, write_text
+from esm_neuron.models.esm2 import parameter_count
+from esm_neuron.models.shapes import SHAPES
+from esm_neuron.planning.doctor import has_bf16_units
+from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
+from esm_neuron.tasks import TASKS, Task, create_task
+from esm_neuron.training import checkpoint
+from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite
+from esm_neuron.training.final_eval import Leaks, find_leaks, score
+from esm_neuron.training.results import write_results
+from esm_neuron.training.trainer import Fit, Trainer
+from esm_neuron.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FREE = {"output", "backend", "parallel", "checkpoint", "log"}
+"""Sections that a resumed run may change: they decide where and how, not what is computed."""
+FREE_FIELDS = {
+    "data.train", "data.valid", "data.test", "data.cache", "data.homologs", "model.gradient_checkpointing",
+    "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
+    "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog",
+    "loop.watchdog_slow",
+}  # fmt: skip
+"""The same for single fields; the data itself is compared by its fingerprint."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended."""
+
+    result: dict[str, Any]
+    """What result.json holds; empty when the run was stopped."""
+    stopped_by: str | None
+    """Name of the signal that stopped it, None when it finished."""
+
+
+def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome:
+    """Fine-tune as `cfg` says and write everything under `cfg.output`.
+
+    Raises:
+        EsmNeuronError: settings, data or checkpoints that cannot be used; nothing half-written is left.
+    """
+    validate(cfg)
+    if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
+        raise ConfigError(
+            "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
+            "use `compile` instead of `train`"
+        )
+    with opened_backend(cfg) as backend, _claimed_output(cfg, backend):
+        return _train(cfg, backend, log if backend.topology.is_main else log_nothing)
+
+
+def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> int:
+    """Compile what the training run of `cfg` will need, ahead of it, and write nothing to `cfg.output`.
+
+    On Trainium under `neuron_parallel_compile`, which collects the programs and then compiles them side by side.
+
+    Returns:
+        Programs that this process asked for.
+
+    Raises:
+        EsmNeuronError: settings, data or weights that cannot be used; a backend that compiles nothing.
+    """
+    validate(cfg)
+    with opened_backend(cfg) as backend:
+        if not backend.static_shapes:
+            raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for --backend xla or neuron")
+        job = _Job.of(cfg, backend, log if backend.topology.is_main else log_nothing)
+        job.trainer.compile(list(job.loaders.held_out().values()))
+        return backend.graphs()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run before its first step."""
+
+    cfg: TrainConfig
+    """With the class names that the data has."""
+    splits: Splits
+    task: Task
+    built: Built
+    loaders: Loaders
+    trainer: Trainer
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> _Job:
+        """Read the data, build the model, make the trainer."""
+        splits = raise_on_any_rank(backend, lambda: load_splits(cfg, TASKS[cfg.task.name].needs_labels))
+        if len(set(backend.gather_host(splits.fingerprint))) > 1:
+            raise DataError(f"{cfg.data.train}: the ranks read different rows; give every node the same files")
+        log(splits.summary())
+        cfg = replace(cfg, task=splits.task)
+        task = create_task(cfg.task, splits.labels)
+        built = raise_on_any_rank(backend, lambda: build_model(cfg, task, backend))
+        log(describe(cfg, built))
+        loaders = Loaders.of(cfg, splits, task, backend, built.config.hidden_size)
+        base = from_main_rank(backend, lambda: built.source.reference.sha256)
+        same = identity(cfg, splits.fingerprint, base)
+        trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], same)
+        for note in _notes(trainer):
+            log(note)
+        return cls(cfg, splits, task, built, loaders, trainer)
+
+
+def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Outcome:
+    with Watchdog.of(cfg, backend.topology.rank) as dog:
+        dog.expect("the start of the run (data, weights, checkpoint)", slow=True)
+        job = _Job.of(cfg, backend, log)
+        cfg, splits, task, built, loaders, trainer = job.cfg, job.splits, job.task, job.built, job.loaders, job.trainer
+        begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
+        if begin:
+            log(f"resumed after step {begin} of {trainer.total_steps}")
+        leaks = from_main_rank(backend, lambda: find_leaks(cfg, loaders.tables(), log))
+        main_rank_only(backend, lambda: _write_settings(cfg, splits))
+        pending = [step["step"] for step in trainer.watch.nonfinite]
+        trainer.callbacks = main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or []
+    result: dict[str, Any] = {}
+    try:
+        fit = trainer.fit()
+        if fit.stopped_by is None:
+            with trainer.watchdog as dog:
+                passes = sum(map(len, loaders.held_out().values()))
+                dog.expect("the end of the run (last evaluation, baselines, export)", passes + 1, slow=True)
+                result = _finish(cfg, task, built, trainer, fit, loaders, leaks, log)
+    finally:
+        for callback in trainer.callbacks:
+            callback.on_end(result)
+    return Outcome(result, fit.stopped_by)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of each split."""
+
+    train: TrainLoader
+    valid: EvalLoader | None
+    test: EvalLoader | None
+
+    def held_out(self) -> dict[str, EvalLoader]:
+        """Those of the splits that are held out, by name."""
+        return {split: loader for split in ("valid", "test") if (loader := getattr(self, split)) is not None}
+
+    def tables(self) -> dict[str, ExampleTable]:
+        """What each split holds, by name, `train` first."""
+        return {"train": self.train.table, **{split: loader.table for split, loader in self.held_out().items()}}
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend, width: int) -> Loaders:
+        """The loaders of this rank, all with the row lengths that the training data chose for a model of `width`."""
+        lengths = select_row_lengths(cfg, splits.train.lengths, width)
+        where = (backend.topology.dp, backend.topology.dp_rank)
+
+        def held_out(table: ExampleTable | None) -> EvalLoader | None:
+            if table is None:
+                return None
+            return EvalLoader(
+                table,
+                task,
+                cfg,
+                *where,
+                local_dp=backend.local_dp,
+                static_shapes=backend.static_shapes,
+                row_lengths=lengths,
+            )
+
+        train = TrainLoader(
+            splits.train,
+            task,
+            cfg,
+            *where,
+            local_dp=backend.local_dp,
+            static_shapes=backend.static_shapes,
+            row_lengths=lengths,
+        )
+        return cls(train, held_out(splits.valid), held_out(splits.test))
+
+
+def _finish(
+    cfg: TrainConfig,
+    task: Task,
+    built: Built,
+    trainer: Trainer,
+    fit: Fit,
+    loaders: Loaders,
+    leaks: Leaks,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Evaluate the best weights, write them and the result."""
+    backend = trainer.backend
+    chosen, weights = trainer.load_best()
+    scores = score(trainer, loaders.train.table, loaders.held_out(), leaks, log)
+    trainable, total = parameter_count(built.model)
+    state = fit.state
+    result = finite({
+        "task": cfg.task.name,
+        "metric": task.metric,
+        "model": cfg.model.name,
+        "init": cfg.model.init,
+        "backend": cfg.backend,
+        "adapter": cfg.adapter.kind,
+        "parameters": {"trainable": trainable, "total": total},
+        "chosen_step": chosen,
+        "data": {split: _size(table) for split, table in loaders.tables().items()},
+        "train": {
+            "steps": state.step,
+            "residues": state.residues,
+            "seconds": state.seconds,
+            "residues_per_second": state.residues / state.seconds if state.seconds else None,
+            "padding_efficiency": loaders.train.padding_efficiency,
+            "graphs": backend.graphs(),
+        },
+        **scores,
+    })  # fmt: skip
+    out = Path(cfg.output)
+    weights_folder = main_rank_only(backend, lambda: write_results(cfg, task, built, weights, result))
+    main_rank_only(backend, lambda: write_json(out / RESULT, result))
+    log(f"weights of step {chosen} in {weights_folder}, result in {out / RESULT}, checkpoints in {out / 'checkpoints'}")
+    return dict(result)
+
+
+def _size(table: ExampleTable) -> dict[str, int]:
+    """Records of a split, and the residues in them before they were cut."""
+    return {"records": len(table.ids), "residues": int(table.whole_residues().sum(dtype=np.int64))}
+
+
+def _notes(trainer: Trainer) -> Iterator[str]:
+    """Settings that are legal and rarely meant."""
+    cfg = trainer.cfg
+    if cfg.loop.patience and trainer.valid_loader is None:
+        yield f"NOTE: loop.patience={cfg.loop.patience} never ends training: there are no validation rows to watch"
+    if cfg.optim.warmup_steps >= trainer.total_steps:
+        yield (
+            f"NOTE: optim.warmup_steps={cfg.optim.warmup_steps} of {trainer.total_steps} steps: the learning rate "
+            "never reaches optim.lr"
+        )
+    if cfg.backend == "cpu" and cfg.loop.precision == "bf16" and has_bf16_units() is False:
+        yield (
+            "NOTE: loop.precision=bf16 on a CPU without bf16 units: it is emulated, and may take many times as long as "
+            "--loop.precision fp32"
+        )
+    if cfg.backend == "cpu" and cfg.loop.precision == "fp32" and has_bf16_units():
+        yield (
+            "NOTE: this CPU has bf16 units: --loop.precision bf16 may be faster; it is not chosen by itself, since "
+            "another machine would then give other numbers"
+        )
+
+
+@contextmanager
+def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
+    """Hold the output folder for this run; all ranks learn when it cannot be had."""
+    with ExitStack() as held:
+        main_rank_only(backend, lambda: _claim(cfg, held))
+        yield
+
+
+def _claim(cfg: TrainConfig, held: ExitStack) -> None:
+    out = Path(cfg.output)
+    held.enter_context(claimed(out))
+    used = checkpoint.steps(out / "checkpoints") or (out / RESULT).exists()
+    if used and cfg.checkpoint.resume == "no":
+        raise ConfigError(
+            f"output={out} already holds a run; go on with --checkpoint.resume auto, or choose another --output"
+        )
+
+
+def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
+    """What two runs must share for one to continue the other: dotted settings, the data, the base."""
+    values: dict[str, Any] = {"data": fingerprint, "base": base}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping) and not prefix.startswith("data.keep"):
+            for key, item in value.items():
+                flatten(f"{prefix}.{key}" if prefix else key, item)
+        elif prefix not in FREE_FIELDS:
+            values[prefix] = list(value) if isinstance(value, tuple) else value
+
+    flatten("", {key: value for key, value in asdict(cfg).items() if key not in FREE})
+    return values
+
+
+def describe(cfg: TrainConfig, built: Built) -> str:
+    """What is trained, in a line or two for a person."""
+    trainable, total = parameter_count(built.model)
+    lines = [
+        f"{cfg.model.name} on {cfg.backend}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
+    ]
+    if cfg.model.init == "random":
+        lines.append(
+            "NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect a small network's figures"
+        )
+    elif cfg.model.name in SHAPES:
+        lines.append(
+            f"NOTE: {cfg.model.name} is a small network that this project trained, not one of Meta's ESM-2; its model "
+            "card says on what"
+        )
+    drawn = [name for name in built.report.drawn if "contact_head" not in name]
+    if drawn:
+        lines.append(f"new in this task, drawn from seed {cfg.seed}: {', '.join(drawn)}")
+    return "\n".join(lines)
+
+
+def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
+    """Save the resolved configuration, and prove that it reads back as itself."""
+    out = Path(cfg.output)
+    write_text(out / CONFIG, settings.dump(cfg))
+    if settings.read_config(out / CONFIG) != cfg:
+        raise ConfigError(f"{out / CONFIG}: does not read back as the configuration of this run; please report it")
+    for name, ids in splits.sampled.items():
+        write_text(out / f"{name}_ids.txt", "\n".join(ids) + "\n")
+    save_rejected(out / REJECTED, splits.rejected)
+
+
+def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int] = ()) -> list[Callback]:
+    """What watches a run from step `begin` on, its logs cut there; `pending`: earlier steps still to be named."""
+    out = Path(cfg.output)
+    jsonl = JsonlLogger(out / METRICS)
+    jsonl.truncate_after(begin)
+    JsonlLogger(out / NONFINITE).truncate_after(begin, pending)
+    callbacks: list[Callback] = [jsonl, ProgressConsole(begin)]
+    if cfg.log.tensorboard:
+        callbacks.append(TensorBoardLogger(out / "tensorboard", begin))
+    return callbacks
