@@ -24,7 +24,7 @@ from esm_neuron.backends.neuron_env import (
 )
 from esm_neuron.backends.neuron_env import INSTALL as NEURON_INSTALL
 from esm_neuron.backends.topology import NEURON_CORES
-from esm_neuron.config import AdapterConfig, BackendName, LoopConfig, ParallelConfig, TrainConfig
+from esm_neuron.config import BackendName, TrainConfig
 
 SHOWN = ("esm-neuron", "torch", "torch_xla", "transformers", "peft", "bitsandbytes", "optimum-neuron", *PACKAGES)
 """Packages whose versions are printed."""
@@ -151,30 +151,6 @@ def render(diagnosis: Diagnosis) -> str:
         lines.append(f"  {name:<20} {'lacks' if missing else 'can run here'}")
         lines += [f"      {lack.what}; {lack.cure}" for lack in missing]
     return "\n".join(lines)
-
-
-def environment_page() -> str:
-    """docs/neuron-environment.md, from the table that the code follows."""
-    bf16 = TrainConfig(
-        loop=LoopConfig(precision="bf16"), parallel=ParallelConfig(zero1=False), adapter=AdapterConfig(kind="none")
-    )
-    values = ((s, s.value(bf16, True)) for s in SETTINGS)
-    rows = [f"| `{s.name}` | {'not set' if value is None else f'`{value}`'} | {s.meaning} |" for s, value in values]
-    return "\n".join(
-        [
-            "# Environment of the neuron backend",
-            "",
-            "The backend sets these variables before the Neuron packages are imported, each unless you have set it;",
-            "to `NEURON_CC_FLAGS` it adds the flags that yours do not name. Values are those of the default seed, on",
-            "several nodes, with `loop.precision: bf16`, `parallel.zero1: false`, `adapter.kind: none`: all apply.",
-            "`esm-neuron doctor --config FILE` prints what a run would see, and who set it.",
-            "",
-            "| Variable | Value | Meaning |",
-            "| --- | --- | --- |",
-            *rows,
-            "",
-        ]
-    )
 
 
 def has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:

@@ -1,40 +1,15 @@
-"""What is compared with one plain CPU process, how far apart the two were, and docs/parity.md, which says so.
+"""The cases that every engine runs beside one plain CPU process, and how far apart the two may be.
 
-`make lint` runs this file, and fails where the engine's sources are no longer those the tables were made from.
+`tools/parity_page.py` makes docs/dev/parity.md of what a run shows.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import io
-import re
-import sys
-import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-ENGINE = (
-    "adapters.py", "attention.py", "backends/base.py", "backends/common.py", "backends/cpu.py", "backends/eager.py",
-    "backends/neuron.py", "backends/neuron_env.py", "backends/neuron_state.py", "backends/spmd.py", "backends/xla.py",
-    "build.py", "checkpoint.py", "evaluate.py", "export.py", "loading.py", "low_rank.py", "model.py", "optim.py",
-    "parallel/plan.py", "parallel/slices.py", "parallel/topology.py", "shared_checkpoint.py",
-    "trainer.py", "weights.py",
-)  # fmt: skip
-"""What decides the numbers of a parallel run, below `esm_neuron`; compared without comments and docstrings."""
-PROOF = (
-    "answer_cases.py",
-    "cases.py",
-    "memory_cases.py",
-    "vendor_cases.py",
-    "worker.py",
-    "standins/collectives.py",
-    "standins/vendor.py",
-)
-"""What ran it, beside this file: the same."""
 
 Case = tuple[str, str, dict[str, Any]]
 """Name, function of a file that `worker.py` imports, its arguments without `output`."""
@@ -213,89 +188,3 @@ def differences(got: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str
         least = GRADIENT_FLOOR * largest if kind == "gradient" else 0.0
         found[kind] = max(found[kind], (difference(got[key], value, least), key))
     return found
-
-
-def digest() -> str:
-    """sha256 of the sources of engine and cases, names included; comments, docstrings and empty lines are not."""
-    found = hashlib.sha256()
-    files = [*(f"esm_neuron/{name}" for name in ENGINE), *(f"tests/nxd/{name}" for name in PROOF)]
-    for name in files:
-        code = code_alone((ROOT / name).read_text(encoding="utf-8"))
-        found.update(f"{name}\n{code}\n".encode())
-    return found.hexdigest()
-
-
-def code_alone(source: str) -> str:
-    """The lines that say what is done. By places in the text, which are the same for every version of Python."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            rows = range(node.lineno - 1, node.end_lineno or node.lineno)
-            lines[rows.start : rows.stop] = [""] * len(rows)
-    return "\n".join(line.rstrip() for line in lines if line.strip())
-
-
-PAGES = {"parity.md": "neuronx-distributed 0.15", "parity-nxd-0.18.md": "neuronx-distributed 0.18"}
-"""What is committed in docs/, and what it was made with."""
-
-WHERE: dict[World, str] = {
-    1: "CPU",
-    "xla": "XLA:CPU",
-    "spmd": "XLA:CPU, SPMD on 2 x 2 devices",
-    2: "NxD, 2 processes",
-    4: "NxD, 4 processes",
-    8: "NxD, 8 processes",
-}
-
-
-def page(version: str, compared: Mapping[tuple[World, str], Mapping[str, float]], facts: Iterable[str]) -> str:
-    """docs/parity.md: the table, and what else the run showed, a paragraph or list item each."""
-    heads = {
-        "cls": "sequence classification, LoRA",
-        "mlm": "masked LM, LoRA",
-        "full": "sequence classification, all weights",
-        "mlmfull": "masked LM, all weights",
-    }
-    columns = list(KINDS)
-    lines = [
-        "# Parity",
-        "",
-        f"Made by `make parity NXD_SRC=<folder>` with neuronx_distributed {version}; not edited by hand.",
-        "`make lint` fails when the sources of the engine or of its cases have changed since.",
-        "",
-        f"Sources, sha256: `{digest()}`",
-        "",
-        "Each row is one run of 20 steps of the shape `tiny` (dropout 0, float32, clipped at 0.5, warm-up and cosine)",
-        "beside the same run on one plain CPU process. A figure is the largest difference of any tensor of its kind as",
-        f"a share of that tensor's largest value, or, of gradients below {GRADIENT_FLOOR:g} of the model's largest, of",
-        f"that floor (the tensors are named below). Allowed: {STEP_1:g} for logits, loss and every gradient of step 1,",
-        f"{STEP_20:g} for what comes after: losses and norms of all steps, and after 20 steps weights, AdamW moments",
-        "and the figures of an evaluation over all ranks.",
-        "",
-        "| task | where | " + " | ".join(columns) + " |",
-        "|---|---|" + "---|" * len(columns),
-    ]
-    for (world, name), kinds in compared.items():
-        task, _, how = name.partition(" ")
-        where = f"{WHERE[world]}{': ' if how else ''}{how}"
-        lines.append(f"| {heads[task]} | {where} | " + " | ".join(f"{kinds[kind]:.1e}" for kind in columns) + " |")
-    return "\n".join([*lines, "", *facts, ""])
-
-
-def stale() -> list[str]:
-    """Pages whose engine is not today's, or that are missing."""
-    of_today = re.compile(rf"sha256: `{digest()}`")
-    return [
-        f"docs/{name} is {'of other sources than these' if page.exists() else 'missing'}; run make parity "
-        f"NXD_SRC=<folder of {version}> PAGE=docs/{name}"
-        for name, version in PAGES.items()
-        if not (page := ROOT / "docs" / name).exists() or not of_today.search(page.read_text(encoding="utf-8"))
-    ]
-
-
-if __name__ == "__main__":
-    sys.exit("\n".join(stale()) or 0)

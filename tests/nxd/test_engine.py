@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import parity
+import parity_page
 import pytest
 import torch
 import vendor_calls
@@ -243,7 +244,7 @@ def test_a_finished_run_writes_the_weights_that_validation_chose(
     assert any(not torch.equal(last[name], value) for name, value in first.items())
 
 
-@pytest.mark.skipif("PARITY_PAGE" not in os.environ, reason="make parity NXD_SRC=<folder> writes docs/parity.md")
+@pytest.mark.skipif("PARITY_PAGE" not in os.environ, reason="make parity NXD_SRC=<folder> writes docs/dev/parity.md")
 def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], bereft: tuple[Any, Path]) -> None:
     """Written from the runs that the tests above have judged."""
     reference = world(WORLDS, 1)
@@ -267,7 +268,7 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
         f"(allowed {PACKED['logits']:g} and {PACKED['gradient']:g}):",
         "",
         *(
-            f"- {parity.WHERE[kind]}: logits {found['logits'][0]:.1e}, gradients {found['gradient'][0]:.1e}"
+            f"- {parity_page.WHERE[kind]}: logits {found['logits'][0]:.1e}, gradients {found['gradient'][0]:.1e}"
             for kind, found in packed.items()
         ),
         "",
@@ -293,4 +294,4 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
         (world(WORLDS, 2)["stand-ins"] / "message.txt").read_text(encoding="utf-8"),
     ]
     version = (reference["signatures"] / "version.txt").read_text(encoding="utf-8")
-    Path(os.environ["PARITY_PAGE"]).write_text(parity.page(version, compared, facts), encoding="utf-8")
+    Path(os.environ["PARITY_PAGE"]).write_text(parity_page.page(version, compared, facts), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -89,8 +88,3 @@ def test_a_better_kind_has_a_positive_difference_and_pairs_are_of_one_seed(adapt
     low, high = accuracy["none"]["over_both"]
     assert low < 0.05 < high
     assert accuracy["qlora"]["over_both"] == pytest.approx([0, 0])
-
-
-def test_the_page_is_that_of_the_saved_metrics(adapters: ModuleType) -> None:
-    saved = json.loads(adapters.SAVED.read_text(encoding="utf-8"))
-    assert adapters.page(saved) == adapters.PAGE.read_text(encoding="utf-8")

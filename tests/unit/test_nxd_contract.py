@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import parity
+import parity_page
 import pytest
 import torch
 import vendor_calls
@@ -54,23 +55,30 @@ def test_peft_still_has_the_private_door_that_neuron_lora_enters_by() -> None:
 
 
 def test_a_page_whose_engine_has_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(parity.ROOT / "esm_neuron", tmp_path / "esm_neuron")
-    (tmp_path / "docs").mkdir()
-    monkeypatch.setattr(parity, "ROOT", tmp_path)
+    shutil.copytree(parity_page.ROOT / "esm_neuron", tmp_path / "esm_neuron")
     shutil.copytree(parity.HERE, tmp_path / "tests" / "nxd")
-    lines = [f"docs/{name} is missing; run make parity NXD_SRC=<folder of {version}> PAGE=docs/{name}"
-             for name, version in parity.PAGES.items()]  # fmt: skip
-    assert parity.stale() == lines
-    for name in parity.PAGES:
-        page = parity.page("0.15", {("xla", "cls"): dict.fromkeys(parity.KINDS, 0.0)}, ["- a fact"])
-        (tmp_path / "docs" / name).write_text(page)
-    assert parity.stale() == []
-    with (tmp_path / "esm_neuron" / parity.ENGINE[-1]).open("a") as source:
+    (tmp_path / "docs" / "dev").mkdir(parents=True)
+    monkeypatch.setattr(parity_page, "ROOT", tmp_path)
+    lines = [f"{name} is missing; run make parity NXD_SRC=<folder of {version}> PAGE={name}"
+             for name, version in parity_page.PAGES.items()]  # fmt: skip
+    assert parity_page.stale() == lines
+    for name in parity_page.PAGES:
+        page = parity_page.page("0.15", {("xla", "cls"): dict.fromkeys(parity.KINDS, 0.0)}, ["- a fact"])
+        (tmp_path / name).write_text(page)
+    assert parity_page.stale() == []
+    with (tmp_path / "esm_neuron" / parity_page.ENGINE[-1]).open("a") as source:
         source.write('\n# a remark\n"""And another."""\n')
-    assert parity.stale() == []
-    with (tmp_path / "esm_neuron" / parity.ENGINE[-1]).open("a") as source:
+    assert parity_page.stale() == []
+    with (tmp_path / "esm_neuron" / parity_page.ENGINE[-1]).open("a") as source:
         source.write("AHEAD = 3\n")
-    assert parity.stale() == [line.replace("is missing", "is of other sources than these") for line in lines]
+    changed = [line.replace("is missing", "was made from other sources than these") for line in lines]
+    assert parity_page.stale() == changed
+
+
+def test_a_list_of_sources_that_names_no_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity_page, "ENGINE", ("trainer.py",))
+    with pytest.raises(FileNotFoundError, match=r"esm_neuron/trainer\.py: there is no such file"):
+        parity_page.digest()
 
 
 def test_a_value_that_is_no_number_is_no_small_difference() -> None:

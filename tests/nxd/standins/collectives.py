@@ -22,7 +22,7 @@ Groups = Sequence[Sequence[int]] | dist.ProcessGroup | None
 SERVED: list[str] = []
 """Functions of torch_xla that `install` has replaced."""
 PATCHES: list[str] = []
-"""What `install` changed in code that is not a stand-in, in words; docs/parity.md lists them."""
+"""What `install` changed in code that is not a stand-in, in words; docs/dev/parity.md lists them."""
 
 _process_groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 _closures: list[tuple[Callable[..., None], tuple[Any, ...]]] = []

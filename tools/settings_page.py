@@ -1,24 +1,23 @@
-"""Every setting and its meaning: `python tests/unit/settings_page.py > docs/settings.md` writes the page."""
+"""docs/settings.md: every setting and its meaning, read from the fields of `esm_neuron/config/schema.py`."""
 
 from __future__ import annotations
 
 import ast
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-CONFIG = Path(__file__).parents[2] / "esm_neuron" / "config.py"
+SCHEMA = Path(__file__).resolve().parents[1] / "esm_neuron" / "config" / "schema.py"
 HEAD = """# Settings
-Made from `esm_neuron/config/schema.py` by `python tests/unit/settings_page.py > docs/settings.md`. Each is a key of the YAML
-file and a flag: `--optim.lr 3e-4`. `esm-neuron train --print_config` prints them all with their values.
+Made from `esm_neuron/config/schema.py` by `make pages`. Each setting is a key of the YAML file and a flag:
+`--optim.lr 3e-4`. `esm-neuron train --print_config` prints them all with their values.
 """
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a section's class."""
+    """One field of a section."""
 
     name: str
     kind: str
@@ -27,13 +26,13 @@ class Setting:
 
 
 def classes() -> dict[str, ast.ClassDef]:
-    """The dataclasses of config.py by name."""
-    tree = ast.parse(CONFIG.read_text(encoding="utf-8"))
+    """Return the dataclasses of the schema by name."""
+    tree = ast.parse(SCHEMA.read_text(encoding="utf-8"))
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def fields(section: ast.ClassDef) -> Iterator[Setting]:
-    """The fields of a class, each with the docstring behind it."""
+    """Yield the fields of a class, each with the docstring that follows it."""
     for place, node in enumerate(section.body):
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             behind = section.body[place + 1] if place + 1 < len(section.body) else None
@@ -44,7 +43,7 @@ def fields(section: ast.ClassDef) -> Iterator[Setting]:
 
 
 def page() -> str:
-    """docs/settings.md."""
+    """Return the whole page."""
     found, aliases = classes(), literals()
     top = list(fields(found["TrainConfig"]))
     lines = [HEAD, *table("", [setting for setting in top if setting.kind not in found], aliases)]
@@ -56,8 +55,8 @@ def page() -> str:
 
 
 def literals() -> dict[str, str]:
-    """Names of config.py that stand for one of several words -> the words."""
-    tree = ast.parse(CONFIG.read_text(encoding="utf-8"))
+    """Return the names that stand for one of several words, with these words."""
+    tree = ast.parse(SCHEMA.read_text(encoding="utf-8"))
     return {
         ast.unparse(node.targets[0]): ast.unparse(node.value)
         for node in tree.body
@@ -66,7 +65,7 @@ def literals() -> dict[str, str]:
 
 
 def table(prefix: str, settings: list[Setting], aliases: dict[str, str]) -> list[str]:
-    """A row a setting."""
+    """Return the lines of a table, one per setting."""
     lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for each in settings:
         kind = each.kind
@@ -76,7 +75,3 @@ def table(prefix: str, settings: list[Setting], aliases: dict[str, str]) -> list
         meaning = re.sub(r"(?<!`)<(\w+)>(?!`)", r"`<\1>`", " ".join(each.meaning.split()))
         lines.append(f"| `{prefix}{each.name}` | `{kind}` | `{each.default}` | {meaning} |")
     return lines
-
-
-if __name__ == "__main__":
-    sys.stdout.write(page())

@@ -1,4 +1,4 @@
-"""Malformed files and the line that refuses each: `python tests/unit/malformed.py > docs/errors.md` writes the page."""
+"""docs/errors.md: malformed files, and the line that refuses each."""
 
 from __future__ import annotations
 
@@ -25,25 +25,24 @@ from esm_neuron.training import checkpoint
 from esm_neuron.training.checkpoint import Snapshot, TrainState
 
 INTRODUCTION = """# Errors
-Malformed files and the line that refuses each, made by `python tests/unit/malformed.py > docs/errors.md`; a test holds
-the page to what the code says. The exit code is 2. A line says where (file, line or record, column), what is wrong and
-its cure, and of a row its id. Bad rows of one file (ids, sequences, labels) are listed together, the first 20 and the
-count; a file that is malformed as such (a value too many, JSON that breaks off, a quote that is not closed) is read no
-further than the first such place, since what follows it may be no rows. `--data.on_bad_residue skip` and
-`replace` turn the error of a bad character into a count and a line of rejected.tsv. What is in parentheses may be a
-library's wording.
+Malformed files and the error message of each, made by `make pages`. The exit code is 2. A message says where the fault
+is (file, line or record, column, and the id of the record), what is wrong, and how to fix it.
+
+Bad records of one file (ids, sequences, labels) are listed together: the first 20, and how many there are. A file that
+is malformed as a whole (one value too many, JSON that breaks off, a quote that is never closed) is read no further than
+the first such place, because what follows may not be records at all. `--data.on_bad_residue skip` and `replace` turn
+the error of a bad character into a count and a line in rejected.tsv. Text in parentheses may be a library's wording.
 """
 
 
 @dataclass(frozen=True)
 class Malformed:
-    """A file that cannot be used."""
+    """A file that cannot be used, and what is done with it."""
 
     title: str
     name: str
     content: str | bytes
     use: Callable[[Path], Any]
-    """What is done with it."""
 
 
 def train(path: Path, task: TaskName = "sequence_classification", **data: Any) -> None:
@@ -151,7 +150,7 @@ CASES = (
 
 @contextlib.contextmanager
 def elsewhere() -> Iterator[Path]:
-    """An empty folder to work in, so that messages have no more than a file's name."""
+    """Work in an empty folder, so that messages hold file names without folders."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -162,7 +161,7 @@ def elsewhere() -> Iterator[Path]:
 
 
 def error_of(case: Malformed) -> str:
-    """What refuses a file. Raises LookupError where nothing does."""
+    """Return the message that refuses a file. Raises LookupError where nothing does."""
     with elsewhere():
         path = Path(case.name)
         path.write_bytes(case.content.encode() if isinstance(case.content, str) else case.content)
@@ -174,9 +173,5 @@ def error_of(case: Malformed) -> str:
 
 
 def page() -> str:
-    """docs/errors.md."""
+    """Return the whole page."""
     return INTRODUCTION + "".join(f"\n{case.title} (`{case.name}`)\n```\n{error_of(case)}\n```\n" for case in CASES)
-
-
-if __name__ == "__main__":
-    print(page(), end="")
