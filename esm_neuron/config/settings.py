@@ -1,19 +1,22 @@
-"""From YAML and flags to a `TrainConfig` and back, by jsonargparse; an error names the nearest known setting."""
+"""Read settings from YAML files and flags into a `TrainConfig`, and write them back as YAML.
+
+jsonargparse makes the parser from the classes of `schema` and checks the types. Files and the values of flags are
+decoded by one strict YAML loader; an unknown setting gets the nearest known one suggested.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import re
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, set_loader, set_parsing_settings
 
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.config.rules import check_values
@@ -23,15 +26,27 @@ from esm_neuron.redact import redact
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# a value may name no class or function: jsonargparse would import it, and an import runs what it finds
-set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
+T = TypeVar("T")
 
-_UNKNOWN = (
-    re.compile(r"unrecognized arguments: -*(?P<option>[^\s=]+)", re.IGNORECASE),
-    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<option>[^']+)'"),
-    re.compile(r"Option '(?P<option>[^']+)' is not accepted"),
-)
+SIZE_LIMIT = 1 << 22
+"""Largest YAML file in bytes: the names of 30,000 classes with 100 characters each are less."""
+DEPTH_LIMIT = 20
+"""How deep lists and mappings may nest; those of settings are three deep."""
 
+RENAMED = {
+    "data.row_tokens": "data.pack_tokens",
+    "data.relatives": "data.homologs",
+    "loop.rows_per_step": "loop.packs_per_step",
+    "loop.rows_per_device": "loop.packs_per_device",
+    "loop.eval_rows_per_device": "loop.eval_packs_per_device",
+    "log.answers": "log.predictions",
+}
+"""Earlier name of a setting -> its name today."""
+REMOVED = {
+    "data.max_buckets": "leave it out: every pack has data.pack_tokens tokens",
+    "loop.on_nonfinite=rollback": "use loop.on_nonfinite=skip",
+}
+"""Setting, or value of one, that is gone -> what to do instead."""
 _ELSEWHERE = {
     "learning_rate": "optim.lr",
     "batch_size": "loop.packs_per_step",
@@ -43,38 +58,150 @@ _ELSEWHERE = {
 }
 """What other trainers call a setting -> its name here."""
 
+# PyYAML raises, besides its own error, whatever int, float and dict raise at values such as `!!int x`.
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuse the YAML that loses a setting silently or fills the memory, and read `3e-4` as a number.
+
+    A repeated key would drop the first of two `lr` lines. Ten lines of aliases can make a billion values. Deep nesting
+    ends in Python's recursion limit.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        where = f"{self.name}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent) and event.anchor in self.anchors:
+            raise ConfigError(f"{where}: an alias, *{event.anchor}; write out the value that it stands for")
+        if self._depth == DEPTH_LIMIT:
+            raise ConfigError(f"{where}: nested more than {DEPTH_LIMIT} deep; no setting is, so take levels out")
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            where = f"{self.name}:{key.start_mark.line + 1}"
+            require(isinstance(key, yaml.ScalarNode), f"{where}: a key that is not text; write NAME: VALUE")
+            require(key.value not in seen, f"{where}: key {key.value!r} comes twice; keep one of them")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1: it needs a point in `3.0e-4`, and makes dates, which no setting is.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":float", ":timestamp"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"""(?x) [-+]? (?: [0-9][0-9_]* (?:\.[0-9_]*)? | \.[0-9][0-9_]* ) (?: [eE][-+]?[0-9]+ )? \Z
+    | [-+]? \.(?:inf|Inf|INF) \Z | \.(?:nan|NaN|NAN) \Z"""
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
+def _load(text: str, name: str) -> Any:
+    """Decode a YAML text."""
+    loader = _StrictLoader(text)
+    loader.name = name
+    return loader.get_single_data()
+
+
+# What is not YAML is plain text to jsonargparse; a ConfigError passes through it.
+set_loader("strict_yaml", lambda text: _load(text, f"the value {redact(text)[:40]!r}"), exceptions=_NOT_YAML)
+# A value may name no class or function: jsonargparse would import it, and an import runs what it finds.
+set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
+
+
+def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
+    """Return the mapping in a YAML file.
+
+    Args:
+        path: the file, at most `SIZE_LIMIT` bytes.
+        option: the flag that named it, for errors.
+        cure: where to see what it should hold, for the error that it holds no mapping.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, is not a mapping, or has what `_StrictLoader` refuses.
+    """
+    named = f"{option} {path if str(path).isprintable() else ascii(str(path))}"
+    try:
+        require(not path.exists() or path.is_file(), f"{named}: not a regular file; check the path")
+        with path.open("rb") as file:
+            content = file.read(SIZE_LIMIT + 1)
+        require(len(content) <= SIZE_LIMIT, f"{named}: more than {SIZE_LIMIT} bytes; is this the right file?")
+        value = _load(content.decode("utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"{named}: cannot be read ({error.strerror}); check the path") from error
+    except _NOT_YAML as error:
+        raise ConfigError(f"{named}: not valid YAML: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        held = "nothing" if value is None else type(value).__name__
+        raise ConfigError(f"{named}: holds {held}, must be sections of NAME: VALUE; see {cure}")
+    return value
+
+
+class _ConfigFile(ActionConfigFile):
+    """Apply a file of settings where `--config` stands, so that flags after it overrule it."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        settings = read_yaml(Path(values), "--config", "--help")
+        for key, value in settings.items():
+            require(
+                key != "config",
+                f"{values}: config: a configuration cannot name another; give both as --config, the later one rules",
+            )
+            _check_section(f"{values}: {key}", key, value)
+        cfg.update(parser.parse_object(settings, namespace=cfg, defaults=False))
+
 
 @cache
 def make_parser(command: str = "train") -> ArgumentParser:
-    """The parser of `--section.field value` flags and `--config FILE` for every field of `TrainConfig`."""
-    parser = ArgumentParser(prog=f"esm-neuron {command}", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it overrule it.")
+    """Return the parser of `--config FILE` and of a `--section.field VALUE` flag for every field of `TrainConfig`."""
+    parser = ArgumentParser(
+        prog=f"esm-neuron {command}", exit_on_error=False, allow_abbrev=False, parser_mode="strict_yaml"
+    )
+    parser.add_argument("--config", action=_ConfigFile, help="YAML file; flags after it overrule it.")
     parser.add_class_arguments(TrainConfig)
     return parser
 
 
+def typed(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return `cls(**values)` with the types of the fields checked and numbers converted.
+
+    Raises:
+        ConfigError: a field is unknown, missing, or of the wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False, parser_mode="strict_yaml")
+    parser.add_class_arguments(cls)
+    try:
+        return cls(**vars(parser.instantiate(parser.parse_object(dict(values)))))
+    except (argparse.ArgumentError, *_NOT_YAML) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
 def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
-    """The configuration that `argv` describes; `--resume` is short for `--checkpoint.resume`.
+    """Return the configuration that `argv` describes; `--resume` is short for `--checkpoint.resume`.
 
     Raises:
         ConfigError: an unknown or repeated key, a value of the wrong type, an unreadable file.
     """
-    for path in _config_files(argv):
-        for key, value in read_yaml(path, "--config", "--help").items():
-            _check_holder(f"{path}: {key}", key, value)
     return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration saved in a YAML file. Raises ConfigError as `parse` does."""
+    """Return the configuration saved in a YAML file. Raises ConfigError as `parse` does."""
     return parse(["--config", str(path)])
 
 
 def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], command: str) -> TrainConfig:
-    """`cfg` with the settings of `argv` (`--section.field value`); only those that begin with a word of `allowed`.
+    """Return `cfg` with the settings of `argv`, which must begin with a word of `allowed`.
 
     Raises:
-        ConfigError: a setting that is unknown, of the wrong type, out of range, or not to be changed here.
+        ConfigError: a setting is unknown, of the wrong type, out of range, or not to be changed here.
     """
     for word in argv:
         name = word[2:].partition("=")[0]
@@ -87,55 +214,33 @@ def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], comm
 
 
 def _parsed(words: list[str], command: str, start: TrainConfig | None = None) -> TrainConfig:
-    """What the words make of `start`, or of the defaults."""
+    """Return `start`, or the defaults, with the settings that `words` name."""
     for word in words:
         name, _, text = word.partition("=")
-        _check_holder(name, name.removeprefix("--") if word.startswith("--") else None, text)
-        for part in (word, text):  # a value may be a word of its own, with a sign of equality in it
-            check_text(redact(name)[:60], part)
+        _check_section(name, name.removeprefix("--") if word.startswith("--") else None, text)
     parser = make_parser(command)
     try:
         namespace = None if start is None else parser.parse_object(plain(start))
         values = parser.instantiate(parser.parse_args(words, namespace=namespace))
-    # jsonargparse lets through what yaml raises at values such as `!!timestamp x`
-    except (
-        argparse.ArgumentError,
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-    ) as error:
-        raise ConfigError(_explain(str(error))) from error
+    except (argparse.ArgumentError, *_NOT_YAML) as error:
+        raise ConfigError(_explain(_one_line(error))) from error
     cfg = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     for name in _nothing("", plain(cfg), plain(TrainConfig())):
         raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
     return cfg
 
 
-def _check_holder(name: str, key: object, value: object) -> None:
-    """Refuse a file named where settings belong: jsonargparse would read it, without the care of `read_yaml`.
-
-    Args:
-        name: what errors call it.
-        key: a section, a setting or anything else.
-        value: what it is to be.
-
-    Raises:
-        ConfigError: the section, or `config` within a file, is no mapping.
-    """
+def _check_section(name: str, key: object, value: object) -> None:
+    """Refuse a file named where a section belongs: jsonargparse would read it, without the care of `read_yaml`."""
     sections = {f.name for f in fields(TrainConfig) if isinstance(f.default_factory, type)}
-    if key in sections and not isinstance(value, dict):
-        raise ConfigError(
-            f"{name} is a section: give its settings by name, as --{key}.NAME VALUE or NAME: VALUE under it"
-        )
-    if key == "config" and not name.startswith("--"):
-        raise ConfigError(f"{name}: a configuration cannot name another; give both as --config, the later one rules")
+    require(
+        key not in sections or isinstance(value, dict),
+        f"{name} is a section: give its settings by name, as --{key}.NAME VALUE or NAME: VALUE under it",
+    )
 
 
 def _nothing(name: str, value: Any, default: Any) -> Iterator[str]:
-    """Settings that are null although their default is not: jsonargparse takes null for a value of any type."""
+    """Yield the settings that are null although their default is not: jsonargparse takes null for any type."""
     if value is None and default is not None:
         yield name
     elif isinstance(value, dict):
@@ -147,13 +252,50 @@ def _nothing(name: str, value: Any, default: Any) -> Iterator[str]:
             yield from _nothing(name, item, "")
 
 
-def dump(cfg: TrainConfig) -> str:
-    """`cfg` as YAML with every field, in the order of the classes."""
-    return yaml.dump(plain(cfg), Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+_UNKNOWN = (
+    re.compile(r"unrecognized arguments: -*(?P<option>[^\s=]+)", re.IGNORECASE),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<option>[^']+)'"),
+    re.compile(r"Option '(?P<option>[^']+)' is not accepted"),
+)
+"""How jsonargparse says that it does not know a setting."""
+
+
+def _explain(message: str) -> str:
+    """Return jsonargparse's message in our words, with the nearest known setting where one is unknown."""
+    if denied := re.search(r"Importing '(.+?)' is not allowed", message):
+        return f"a setting names a module, {denied[1]!r}; none is imported: write out the settings, NAME: VALUE"
+    found = next(filter(None, (pattern.search(message) for pattern in _UNKNOWN)), None)
+    if found is not None:
+        unknown = ".".join(filter(None, (found.groupdict().get("group"), found["option"])))
+        return f"unknown setting {unknown}; {_suggest(unknown)}"
+    message = re.sub(r"Parser key \"([\w.]+)\"", r"\1", message)
+    for name, cure in REMOVED.items():
+        setting, _, value = name.partition("=")
+        if value and message.startswith(setting) and message.endswith(f" {value}"):
+            return f"{name} is gone; {cure}"
+    return re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", message)
+
+
+def _suggest(unknown: str) -> str:
+    """Return what to write instead of a setting that is not known."""
+    if unknown in REMOVED:
+        return f"it is gone: {REMOVED[unknown]}"
+    if unknown in RENAMED:
+        return f"its name is {RENAMED[unknown]} now"
+    last, keys = unknown.rpartition(".")[2], list(known_keys())
+    renamed = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
+    near = [table[last] for table in (renamed, _ELSEWHERE) if last in table]
+    near += difflib.get_close_matches(unknown, keys, n=1, cutoff=0.5)
+    near += [key for key in keys if key.rpartition(".")[2] == last]
+    return f"did you mean {near[0]}?" if near else "see esm-neuron train --help"
 
 
 def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields, such as `optim.lr`."""
+    """Yield the dotted names of all fields, such as `optim.lr`."""
     for f in fields(cls):
         section = f.default_factory if isinstance(f.default_factory, type) else None
         if section is not None and is_dataclass(section):
@@ -162,16 +304,8 @@ def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
             yield prefix + f.name
 
 
-def _config_files(argv: Sequence[str]) -> Iterator[Path]:
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            yield Path(argv[i + 1])
-        elif word.startswith("--config="):
-            yield Path(word.partition("=")[2])
-
-
 class _QuotingDumper(yaml.SafeDumper):
-    """Quotes text that begins like a number: a bare 1e3, a fine label, is text to PyYAML and 1000.0 to jsonargparse."""
+    """Quote text that begins like a number: PyYAML writes the label 1e3 bare, which would be read back as 1000.0."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -182,25 +316,13 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _QuotingDumper.add_representer(str, _represent_text)
 
 
-def _explain(message: str) -> str:
-    """jsonargparse's message on one line, with the nearest known key where one is unknown."""
-    message = " ".join(message.split())
-    if denied := re.search(r"Importing '(.+?)' is not allowed", message):
-        return f"a setting names a module, {denied[1]!r}; none is imported: write out the settings, NAME: VALUE"
-    found = next(filter(None, (pattern.search(message) for pattern in _UNKNOWN)), None)
-    if found is None:
-        return re.sub(r"Parser key \"([\w.]+)\"", r"\1", re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", message))
-    unknown = ".".join(filter(None, (found.groupdict().get("group"), found["option"])))
-    last = unknown.rpartition(".")[2]
-    near = [_ELSEWHERE[last]] if last in _ELSEWHERE else []
-    near += difflib.get_close_matches(unknown, list(known_keys()), n=1, cutoff=0.5)
-    near += [key for key in known_keys() if key.rpartition(".")[2] == last]
-    hint = f"did you mean {near[0]}?" if near else "see esm-neuron train --help"
-    return f"unknown setting {unknown}; {hint}"
+def dump(cfg: TrainConfig) -> str:
+    """Return `cfg` as YAML with every field, in the order of the classes."""
+    return yaml.dump(plain(cfg), Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True)
 
 
 def plain(section: DataclassInstance) -> dict[str, Any]:
-    """A configuration, or a section of one, in the types of YAML and JSON."""
+    """Return a configuration, or a section of one, in the types of YAML and JSON."""
     values: dict[str, Any] = _plain(asdict(section))
     return values
 
@@ -209,114 +331,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-SIZE_LIMIT = 1 << 22
-"""Most bytes of a YAML file: the names of 30,000 classes with 100 characters each are less."""
-DEPTH_LIMIT = 20
-"""How deep lists and mappings may nest; those of settings are three deep."""
-_NESTING = "[{-?:"
-"""Characters of which YAML needs one a level."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key twice is an error: otherwise the first of two `lr` lines would be lost without a word.
-
-    Without aliases, of which ten lines can make a billion values, and without depths that end in Python's stack.
-    """
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        where = f"{self.name}:{event.start_mark.line + 1}"
-        if isinstance(event, yaml.AliasEvent) and event.anchor in self.anchors:
-            raise ConfigError(f"{where}: an alias, *{event.anchor}; write out the value that it stands for")
-        if self._depth == DEPTH_LIMIT:
-            raise ConfigError(f"{where}: nested more than {DEPTH_LIMIT} deep; nothing of ours is; take levels out")
-        self._depth += 1
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"{self.name}:{key.start_mark.line + 1}: a key that is no text; write NAME: VALUE")
-            if key.value in seen:
-                raise ConfigError(
-                    f"{self.name}:{key.start_mark.line + 1}: key {key.value!r} comes twice; keep one of them"
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        path: the file, at most `SIZE_LIMIT` bytes.
-        option: the flag that named it, for errors.
-        cure: where to see what it should hold, for the error that it holds none.
-
-    Raises:
-        ConfigError: it cannot be read, is no YAML or no mapping, or has what `_StrictLoader` refuses.
-    """
-    named = f"{option} {path if str(path).isprintable() else ascii(str(path))}"
-    try:
-        require(not path.exists() or path.is_file(), f"{named}: no regular file; check the path")
-        with path.open("rb") as file:
-            content = file.read(SIZE_LIMIT + 1)
-        require(len(content) <= SIZE_LIMIT, f"{named}: more than {SIZE_LIMIT} bytes; is this the right file?")
-        loader = _StrictLoader(content.decode("utf-8"))
-        loader.name = str(path)
-        value = loader.get_single_data()
-    except OSError as error:
-        raise ConfigError(f"{named}: cannot be read ({error.strerror}); check the path") from error
-    # beside its own kind, yaml raises whatever int, float, date and a dictionary raise at `!!int x` and the like
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{named}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        held = "nothing" if value is None else type(value).__name__
-        raise ConfigError(f"{named}: holds {held}, must be sections of NAME: VALUE; see {cure}")
-    for text in _texts(value):  # jsonargparse reads each as YAML once more
-        check_text(f"{named}: the text {redact(text)[:40]!r}", text)
-    return value
-
-
-def check_text(name: str, text: str, level: int = 0) -> None:
-    """Refuse a text that would fill the memory if it were read as YAML, and texts within it that would.
-
-    Args:
-        name: what errors call it.
-        text: any text; what is no YAML passes, as plain text.
-        level: how many texts it is within.
-
-    Raises:
-        ConfigError: it has aliases, or is nested too deeply.
-    """
-    if not ("&" in text and "*" in text) and sum(map(text.count, _NESTING)) <= DEPTH_LIMIT:
-        return
-    require(level < DEPTH_LIMIT, f"{name}: texts within texts, more than {DEPTH_LIMIT} deep; nothing of ours is")
-    value = None
-    with suppress(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError):
-        loader = _StrictLoader(text)  # which already refuses what cannot be printed
-        loader.name = name
-        value = loader.get_single_data()
-    for inner in _texts(value):
-        if inner != text:
-            check_text(name, inner, level + 1)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """The texts of a value without aliases, of at most `DEPTH_LIMIT` levels."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for pair in value.items():
-            for item in pair:
-                yield from _texts(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts(item)

@@ -13,12 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
 from esm_neuron.backends.topology import NEURON_TP, legal_tp
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.config.rules import check_backend
-from esm_neuron.config.settings import read_yaml
+from esm_neuron.config.settings import read_yaml, typed
 from esm_neuron.data.loader import accumulated_passes
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import EsmShape
@@ -27,9 +25,8 @@ from esm_neuron.planning.memory import predict_memory
 from esm_neuron.planning.plan import RunPlan
 
 GIB = 2**30
-
-# jsonargparse names the classes within a mapping by their import paths; a list may name no others
-set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["esm_neuron.planning.cost"])
+EXAMPLE = "esm_neuron/planning/instances.yaml"
+"""What a price list looks like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +114,16 @@ def read_prices(path: Path | None = None) -> PriceList:
     Raises:
         ConfigError: the file cannot be read, or is no price list.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(PriceList)
-    own = Path(__file__).with_name("instances.yaml")
-    values = read_yaml(own if path is None else path, "--prices", "esm_neuron/instances.yaml")
+    values = read_yaml(Path(__file__).with_name("instances.yaml") if path is None else path, "--prices", EXAMPLE)
     try:
-        return PriceList(**vars(parser.instantiate(parser.parse_object(values))))
-    except (ValueError, TypeError, OverflowError, ArgumentError) as error:
-        raise ConfigError(f"--prices {path}: {' '.join(str(error).split())}; see esm_neuron/instances.yaml") from error
+        return PriceList(
+            date=str(values["date"]),
+            region=str(values["region"]),
+            assumptions=typed(Assumptions, values["assumptions"]),
+            instances={name: typed(Instance, instance) for name, instance in values["instances"].items()},
+        )
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"--prices {path}: {' '.join(str(error).split())}; see {EXAMPLE}") from error
 
 
 def estimates(

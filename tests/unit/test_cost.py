@@ -101,7 +101,7 @@ def test_what_cannot_be_done_says_why(toy: Toy) -> None:
 def test_the_command_with_the_users_own_prices(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, prices = tmp_path / "run.yaml", tmp_path / "prices.yaml"
     config.write_text(settings.dump(big(toy)))
-    text = (files("esm_neuron") / "instances.yaml").read_text()
+    text = (files("esm_neuron") / "planning" / "instances.yaml").read_text()
     prices.write_text(text.replace("ec2: 21.50", "ec2: 43.00").replace("autumn 2026", "my quote"))
     words = ["plan", "--config", str(config), "--instance", "trn1.32xlarge"]
     assert cli.main([*words, "--json"]) == 0
@@ -138,7 +138,7 @@ def test_bad_words(
 
 def test_a_price_list_with_a_wrong_field_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prices.yaml"
-    path.write_text((files("esm_neuron") / "instances.yaml").read_text().replace("gib: 16", "gibs: 16"))
+    path.write_text((files("esm_neuron") / "planning" / "instances.yaml").read_text().replace("gib: 16", "gibs: 16"))
     with pytest.raises(ConfigError, match=r"--prices .*prices\.yaml: .*gib"):
         cost.read_prices(path)
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TaskName, TrainConfig
+from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TaskName, TrainConfig, settings
 from esm_neuron.config.rules import check_values, validate
 from esm_neuron.config.settings import dump, known_keys, make_parser, parse, read_config
 from esm_neuron.errors import ConfigError
@@ -132,6 +132,32 @@ def test_an_unknown_flag_is_named_with_the_nearest(flag: str, near: str) -> None
         message = refusal(*argv)
         assert f"unknown setting {flag.strip('-')};" in message
         assert f"did you mean {near}?" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "cure"),
+    [
+        ("data.row_tokens", "its name is data.pack_tokens now"),
+        ("data.relatives", "its name is data.homologs now"),
+        ("loop.rows_per_step", "its name is loop.packs_per_step now"),
+        ("loop.rows_per_device", "its name is loop.packs_per_device now"),
+        ("loop.eval_rows_per_device", "its name is loop.eval_packs_per_device now"),
+        ("log.answers", "its name is log.predictions now"),
+        ("row_tokens", "did you mean data.pack_tokens?"),
+        ("train.relatives", "did you mean data.homologs?"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(folder: Path, old: str, cure: str) -> None:
+    section, _, name = old.rpartition(".")
+    text = f"{section}: {{{name}: 1}}" if section else f"{name}: 1"
+    assert refusal(f"--{old}=1") == f"unknown setting {old}; {cure}"
+    said = refusal("--config", written(folder, text))
+    assert said == f"unknown setting {old}; {cure}" or section == "train"
+
+
+@pytest.mark.parametrize("new", settings.RENAMED.values())
+def test_new_names_are_settings(new: str) -> None:
+    assert new in known_keys()
 
 
 def test_a_key_that_comes_twice_is_named_with_its_line(folder: Path) -> None:
