@@ -221,13 +221,14 @@ def keep(folder: Path, who: Contestant, run_folder: Path) -> None:
 def planned(words: list[str], backend: str) -> dict[str, float]:
     """What `esm-neuron plan` foresees of a run: on xla its programs, the evaluation's included; on cuda its memory."""
     from esm_neuron.config import settings
+    from esm_neuron.data.labels import Labels
     from esm_neuron.data.splits import load_splits
     from esm_neuron.planning.plan import make_plan
 
     if backend == "cpu":
         return {}
     cfg = settings.parse(words)
-    plan = make_plan(cfg, load_splits(cfg, needs_labels=True))
+    plan = make_plan(cfg, load_splits(cfg, Labels))
     if backend == "xla":
         return {"programs_planned": plan.graphs}
     return {"predicted_gpu_gb": plan.memory.total / 1e9} if plan.memory else {}

@@ -16,6 +16,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from esm_neuron.config.settings import read_config
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import load_splits
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.baselines import fit_baselines
@@ -29,7 +30,7 @@ def baselines(run: Path) -> dict[str, dict[str, Any]]:
     cfg = read_config(run / "config.yaml")
     whole = {"max_residues": 100_000, "pack_tokens": 100_002}
     data = type(cfg.data)(**{**vars(cfg.data), **whole})
-    splits = load_splits(type(cfg)(**{**vars(cfg), "data": data}), needs_labels=True)
+    splits = load_splits(type(cfg)(**{**vars(cfg), "data": data}), Labels)
     assert splits.test is not None
     task = create_task(splits.task, splits.labels)
     return {baseline.name: baseline.metrics(task, splits.test) for baseline in fit_baselines(splits.task, splits.train)}

@@ -60,12 +60,13 @@ def settings_of(way: str, args: argparse.Namespace) -> dict[str, Any]:
 def of_demo(args: argparse.Namespace) -> tuple[int, int]:
     """Tokens of the demo's longest protein, and how many proteins its packs of `--rows-per-step` rows hold."""
     from esm_neuron.config import settings
+    from esm_neuron.data.labels import Labels
     from esm_neuron.data.packing import plan_epoch
     from esm_neuron.data.splits import load_splits
 
     cfg = settings.read_config(CONFIG)
     data = replace(cfg.data, train=str(ROOT / str(cfg.data.train)))
-    lengths = load_splits(replace(cfg, data=data), needs_labels=True).train.lengths
+    lengths = load_splits(replace(cfg, data=data), Labels).train.lengths
     rng = np.random.default_rng(0)
     plan = plan_epoch(lengths, [cfg.data.pack_tokens], cfg.data.max_segments, args.packs_per_step, rng)
     return cfg.data.max_residues + 2, round(len(lengths) / len(plan))

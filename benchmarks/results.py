@@ -35,7 +35,7 @@ from esm_neuron.metrics.classification import confusion_scores
 from esm_neuron.metrics.regression import correlations, ranks
 from esm_neuron.metrics.text import LOWER_IS_BETTER, NAMES, counted, number, show
 from esm_neuron.run_dir import RESULT, as_table, read_finished
-from esm_neuron.tasks import TASKS, create_task
+from esm_neuron.tasks import create_task, task_class
 from esm_neuron.tasks.baselines import fit_baselines
 from esm_neuron.training import run
 
@@ -109,7 +109,7 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
     predictions = {init: one.predictions["test"].to_pandas() for init, one in finished.items()}
     has_homolog = predictions["pretrained"]["has_homolog"].to_numpy(dtype=bool)
     cfg = replace(cfg, data=replace(cfg.data, max_residues=100_000, pack_tokens=100_002, long_sequences="refuse"))
-    splits = load_splits(cfg, TASKS[cfg.task.name].needs_labels)
+    splits = load_splits(cfg, task_class(cfg.task.name).label_kind)
     assert splits.test is not None and list(splits.test.ids) == predictions["pretrained"]["id"].tolist()
     task, labels = create_task(splits.task, splits.labels), splits.labels
     clean = has_homolog.any() and not has_homolog.all()

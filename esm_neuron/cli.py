@@ -189,9 +189,9 @@ def plan(argv: Sequence[str]) -> int:
     from esm_neuron.data.splits import load_splits
     from esm_neuron.models.shapes import known_shape
     from esm_neuron.planning.plan import make_plan, metrics, render
-    from esm_neuron.tasks import TASKS
+    from esm_neuron.tasks import task_class
 
-    made = make_plan(cfg, load_splits(cfg, TASKS[cfg.task.name].needs_labels), args.devices)
+    made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), args.devices)
     said, text = metrics(made), [render(made)]
     if args.instance is not None:
         from esm_neuron.planning import cost
@@ -267,6 +267,7 @@ def data_check(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
     from esm_neuron.data.check import check_file
+    from esm_neuron.tasks import task_class
 
     _, valid, test = DataConfig.split_names
     cfg = DataConfig(
@@ -277,7 +278,9 @@ def data_check(argv: Sequence[str]) -> int:
         split_names=(args.train, valid, test),
     )
     method = None if args.homologs == "off" else args.homologs
-    found = check_file(args.file, cfg, args.task if args.label_column else None, method)
+    kind = task_class(args.task).label_kind
+    labels = kind(TaskConfig(name=args.task), cfg.label_column) if args.label_column and kind else None
+    found = check_file(args.file, cfg, labels, method)
     print(json.dumps(asdict(found), indent=2) if args.json else found.render())
     return 1 if found.faults else 0
 

@@ -21,6 +21,7 @@ from esm_neuron.config.settings import read_config
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.inference.variants import VariantColumns, VariantTable
+from esm_neuron.tasks import task_class
 from esm_neuron.training import checkpoint
 from esm_neuron.training.checkpoint import Snapshot, TrainState
 
@@ -48,7 +49,7 @@ class Malformed:
 def train(path: Path, task: TaskName = "sequence_classification", **data: Any) -> None:
     """Read training rows."""
     cfg = TrainConfig(task=TaskConfig(name=task), data=DataConfig(train=str(path), valid_fraction=0.0, **data))
-    load_splits(cfg, task != "masked_lm")
+    load_splits(cfg, task_class(task).label_kind)
 
 
 def residues(path: Path) -> None:

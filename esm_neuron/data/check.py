@@ -11,11 +11,11 @@ import numpy as np
 from esm_neuron.config import DataConfig
 from esm_neuron.data.dataset import ExampleTable, select_records
 from esm_neuron.data.homology import MOST, Method, find_homologs
-from esm_neuron.data.labels import KINDS, LabelRows, balance, label_keys
+from esm_neuron.data.labels import Labels, flatten
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validation import Checker, labelled, text_hashes
+from esm_neuron.data.validation import Checker, text_hashes
 
 SHOWN = 20
 """Labels that the text names."""
@@ -88,13 +88,13 @@ class Check:
         return "\n".join([*lines, *(f"  {fault}" for fault in self.first_faults)])
 
 
-def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | None) -> Check:
+def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method | None) -> Check:
     """Read a whole file and say what it holds; bad rows are told, not raised.
 
     Args:
         path: see `sources.read_chunks`.
         cfg: columns; with a split column, the first of `split_names` is the training rows.
-        task: whose labels the label column has, one of `labels.KINDS`; None: there are none to look at.
+        labels: reads the label column; None: there are no labels to look at.
         method: how homologs are found; None: they are not looked for, as in files of more than `homologs.MOST` rows.
 
     Raises:
@@ -107,18 +107,17 @@ def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | No
     hashes: list[np.ndarray] = []
     label_hashes: list[np.ndarray] = []
     names: Counter[str] = Counter()
-    values: list[float] = []
-    joiner = LIST_JOINER if task is None else KINDS[task].joiner
-    for rows in read_chunks(path, cfg, task is not None, joiner):
+    values: list[np.ndarray] = []
+    joiner = LIST_JOINER if labels is None else labels.joiner
+    for rows in read_chunks(path, cfg, labels is not None, joiner):
         clean = checker(rows)
         columns = clean.to_pydict()
-        if task is not None:
-            found = balance(task, LabelRows.of(labelled(clean), path, cfg.label_column), checker.problems)
-            label_hashes.append(text_hashes(label_keys(task, LabelRows.of(clean, path, cfg.label_column))))
-            if isinstance(found, Counter):
-                names.update(found)
-            else:
-                values += found
+        if labels is not None:
+            encoded = labels.encode(clean, checker.problems)
+            label_hashes.append(labels.hashes(encoded))
+            names.update(labels.count(encoded))
+            if labels.numeric:
+                values.append(flatten(encoded)[0])
         splits += columns.get("split", [])
         hashes.append(text_hashes(columns["sequence"]))
         flat, offsets = encode_many(columns["sequence"])
@@ -135,9 +134,9 @@ def check_file(path: str, cfg: DataConfig, task: str | None, method: Method | No
         lengths={name: int(value) for name, value in _quartiles(residues).items()},
         alphabet={VOCABULARY[4 + i]: int(letters[i]) for i in order},
         repeated=len(sequences) - len(np.unique(sequences)),
-        conflicting=_conflicting(sequences, np.concatenate(label_hashes)) if task is not None else 0,
-        labels=None if task is None or task == "regression" else dict(names.most_common()),
-        values=_quartiles(np.array(values)) if values else None,
+        conflicting=_conflicting(sequences, np.concatenate(label_hashes)) if labels is not None else 0,
+        labels=None if labels is None or labels.numeric else dict(names.most_common()),
+        values=_quartiles(np.concatenate(values)) if any(map(len, values)) else None,
         splits=dict(Counter(splits).most_common()) if cfg.split_column is not None else None,
         leaks=_leaks(table, sequences, np.array(splits), cfg.split_names[0], method if len(table) <= MOST else None),
         faults=checker.problems.total,

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from esm_neuron.config import DataConfig, TaskConfig
-from esm_neuron.data.labels import UNKNOWN, LabelRows, targets
+from esm_neuron.config import DataConfig
+from esm_neuron.data.labels import UNKNOWN, Labels
 from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.data.validation import Problems, Report, quote
 
@@ -196,7 +196,7 @@ CUTS = ("cropped", "cropped_residues", "windowed", "windows", "unlabelled_residu
 
 
 def chunk_table(
-    rows: pa.Table, source: str, cfg: DataConfig, task: TaskConfig | None, problems: Problems
+    rows: pa.Table, source: str, cfg: DataConfig, labels: Labels | None, problems: Problems
 ) -> tuple[ExampleTable, Report]:
     """Rows that are held at once, tokenized, long sequences cut; and how many were.
 
@@ -204,7 +204,7 @@ def chunk_table(
         rows: see `sources.read_chunks`.
         source: the file they are from.
         cfg: how long sequences are cut.
-        task: with its class names, whose labels are laid along; None: the table gets none.
+        labels: makes targets of the rows' encoded labels; None: the table gets none.
         problems: where faults of the rows go; with any, the table is of no use.
     """
     columns = rows.to_pydict()
@@ -235,22 +235,14 @@ def chunk_table(
     else:
         cropped = int((lengths - cfg.max_residues)[long].sum())
         report = replace(report, cropped=int(long.sum()), cropped_residues=cropped)
-    if task is None:
+    if labels is None:
         return table, report
-    found = targets(task, task.labels or (), LabelRows.of(rows, source, cfg.label_column), problems)
-    if problems.total:
-        return table, report
-    if task.name == "residue_classification":
-        report = replace(report, unlabelled_residues=sum(int((row == UNKNOWN).sum()) for row in found))
-    return replace(table, labels=_laid(table, task, found)), report
-
-
-def _laid(table: ExampleTable, task: TaskConfig, found: Sequence[np.ndarray]) -> np.ndarray:
-    """`ExampleTable.labels` from each record's own: cut with the sequence where there is one a residue."""
-    if task.name != "residue_classification":
-        return np.stack(found)
-    places, _ = table.residue_slots()
-    return np.where(places >= 0, np.concatenate(found)[places], np.int16(UNKNOWN))
+    targets = labels.targets(rows, problems)
+    if problems.total or not labels.per_residue:
+        return replace(table, labels=targets), report
+    report = replace(report, unlabelled_residues=int((targets == UNKNOWN).sum()))
+    places, _ = table.residue_slots()  # the labels of residues are cut as their sequence is
+    return replace(table, labels=np.where(places >= 0, targets[places], np.int16(UNKNOWN))), report
 
 
 def _too_long(name: str, length: int, limit: int) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from esm_neuron.config import DataConfig, require
-from esm_neuron.data.records import row_unit
+from esm_neuron.data.labels import Labels
+from esm_neuron.data.records import LIST_JOINER, row_unit
 from esm_neuron.data.sources import CHUNK_ROWS, filter_column, make_rows, read_chunks
 from esm_neuron.data.validation import Checker, Rejected, Report, quote
 from esm_neuron.errors import DataError
@@ -100,6 +101,8 @@ class _File:
     """With the split column and the held-out filter only where they are this file's."""
     spool: Spool
     checker: Checker
+    labels: Labels | None
+    """Reads the labels; None: rows have none."""
     rows: int = 0
     filtered: int = 0
     filtered_heldout: int = 0
@@ -116,9 +119,10 @@ class _File:
     shown: dict[str, list[str]] = field(default_factory=dict)
     """Filtered column -> the first of its values, sorted."""
 
-    def read(self, need_label: bool, joiner: str) -> None:
+    def read(self) -> None:
         """Read, filter and check all rows; what is wrong with them is told by `finish`."""
-        for rows in read_chunks(self.source, self.cfg, need_label, joiner):
+        joiner = LIST_JOINER if self.labels is None else self.labels.joiner
+        for rows in read_chunks(self.source, self.cfg, self.labels is not None, joiner):
             self.rows += len(rows)
             self._note_values(rows)
             kept = rows.filter(pa.array(passes(rows, self.cfg.keep)))
@@ -139,7 +143,7 @@ class _File:
         clean = self.checker(rows)
         if len(clean):
             self.codes.append(np.array([SPLITS.index(name) for name in self._members(clean)], dtype=np.int8))
-            self.spool.add(clean)
+            self.spool.add(clean if self.labels is None else self.labels.encode(clean, self.checker.problems))
 
     def _note_values(self, rows: pa.Table) -> None:
         for source in {**self.cfg.keep, **self.cfg.keep_heldout}:
@@ -193,23 +197,22 @@ class _File:
 
 
 def read_parts(
-    cfg: DataConfig, need_label: bool, joiner: str, folder: Path | None
+    cfg: DataConfig, labels: Labels | None, folder: Path | None
 ) -> tuple[dict[str, Part], list[Report], list[Rejected]]:
     """The checked rows of each split that has any, a report a file, and the rows that were left out or changed.
 
     Args:
         cfg: files, columns and filters.
-        need_label: whether rows need labels.
-        joiner: written between the entries of a label that is a list.
+        labels: replaces the text of each label by its codes; None: rows have no labels.
         folder: where kept rows are put as files; None: they are kept in memory.
 
     Raises:
         DataError: a file or a row cannot be used; a filter value that no row has; a split without rows.
         ConfigError: a split has two origins.
     """
-    files = [_open(cfg, split, path, folder) for split, path in data_files(cfg).items()]
+    files = [_open(cfg, split, path, labels, folder) for split, path in data_files(cfg).items()]
     for file in files:
-        file.read(need_label, joiner)
+        file.read()
     _check_filters(cfg, files)
     parts: dict[str, Part] = {}
     reports = []
@@ -242,14 +245,14 @@ def passes(rows: pa.Table, filters: Mapping[str, Sequence[str]]) -> np.ndarray:
     return mask
 
 
-def _open(data: DataConfig, split: str, path: str, folder: Path | None) -> _File:
+def _open(data: DataConfig, split: str, path: str, labels: Labels | None, folder: Path | None) -> _File:
     """A file to read; only the training file has a split column."""
     own = data if split == "train" else replace(data, split_column=None)
     sampled = (not data.valid and data.valid_fraction > 0) or data.test_fraction > 0
     if split == "train" and data.split_column is None and not sampled:
         own = replace(own, keep_heldout={})
     spool = Spool(None if folder is None else folder / f"{split}.arrow")
-    return _File(split, path, own, spool, Checker(own, path))
+    return _File(split, path, own, spool, Checker(own, path), labels)
 
 
 def _filter_key(value: str) -> str:

@@ -9,17 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.data.cache import TableWriter, cached, content_hash, content_key, open_table
 from esm_neuron.data.dataset import CUTS, ExampleTable, chunk_table
 from esm_neuron.data.homology import MOST, clusters
 from esm_neuron.data.intake import SPLITS, Part, data_files, passes, read_parts
-from esm_neuron.data.labels import COLUMNS, KINDS, STRATA, LabelRows, class_names, joiner_of, label_keys, resolve
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.sources import CHUNK_ROWS, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validation import Checker, Problems, Rejected, Report, labelled, text_hashes
+from esm_neuron.data.validation import Checker, Problems, Rejected, Report, text_hashes
 from esm_neuron.errors import ConfigError, DataError
 
 _SAMPLING = 2**63
@@ -61,8 +62,8 @@ class Splits:
         return "\n".join(report.summary() for report in self.reports)
 
 
-def load_splits(cfg: TrainConfig, needs_labels: bool) -> Splits:
-    """Read, check and tokenize the data of a run, with labels where its task needs them.
+def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
+    """Read, check and tokenize the data of a run, with labels of the task's kind, or with none.
 
     Order: rows are read; `data.keep` and `data.keep_heldout` filter them; ids, sequences and labels of the rest are
     checked; validation and test rows are sampled where neither a file nor the split column gives any (from the training
@@ -81,41 +82,44 @@ def load_splits(cfg: TrainConfig, needs_labels: bool) -> Splits:
         len(set(cfg.data.split_names)) == 3, f"data.split_names={cfg.data.split_names} must be three different names"
     )
     if cfg.data.cache is None:
-        splits = _make(cfg, needs_labels, None)
+        splits = _make(cfg, labels, None)
     else:
-        key = content_key(_cache_key(cfg, needs_labels))
-        folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, needs_labels, aside), cfg, aside))
+        key = content_key(_cache_key(cfg, labels is not None))
+        folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, labels, aside), cfg, aside))
         splits = _load(folder, cfg)
-    return replace(splits, task=resolve(cfg.task, splits.labels, splits.train.labels)) if needs_labels else splits
+    if labels is None:
+        return splits
+    named = replace(cfg.task, labels=splits.labels or None)
+    return replace(splits, task=labels(named, cfg.data.label_column).resolve(splits.train.labels))
 
 
-def _make(cfg: TrainConfig, needs_labels: bool, folder: Path | None) -> Splits:
+def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> Splits:
     """The splits from the files, tables in memory or under `folder`."""
-    parts, reports, rejected = read_parts(cfg.data, needs_labels, joiner_of(cfg.task), folder)
-    task = None
-    if needs_labels:
-        task = replace(cfg.task, labels=class_names(cfg.task, _label_rows(parts["train"], cfg.data)) or None)
+    labels = None if kind is None else kind(cfg.task, cfg.data.label_column)
+    parts, reports, rejected = read_parts(cfg.data, labels, folder)
+    if labels is not None:
+        labels.learn_classes(parts["train"].chunks(["label"]), parts["train"].source)
     sampled: dict[str, tuple[str, ...]] = {}
     fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
     wanted = {name: fraction for name, fraction in fractions.items() if name not in parts and fraction > 0}
     families = _families(parts["train"], cfg.data) if wanted and cfg.data.sample == "clusters" else None
     for name, fraction in wanted.items():
         if families is None:
-            chosen = _sample(parts["train"], cfg, name, fraction)
+            chosen = _sample(parts["train"], labels, cfg, name, fraction)
         else:
-            chosen = _sample_families(parts["train"], families, cfg, name, fraction)
+            chosen = _sample_families(parts["train"], labels, families, cfg, name, fraction)
             families = families[~chosen]
         parts |= {"train": parts["train"].take(~chosen), name: parts["train"].take(chosen)}
         sampled[name] = tuple(parts[name].column("id"))
     tables: dict[str, ExampleTable] = {}
-    shared = _shared(parts, cfg)
+    shared = _shared(parts, labels)
     for name in (split for split in SPLITS if split in parts):
-        tables[name], report = _table(parts[name], cfg.data, task, None if folder is None else folder / name)
+        tables[name], report = _table(parts[name], cfg.data, labels, None if folder is None else folder / name)
         reports.append(replace(report, name=f"{name} split", **shared[name]))
     if folder is not None:
         for spool in folder.glob("*.arrow"):
             spool.unlink()
-    names = (task and task.labels) or ()
+    names = (labels and labels.task.labels) or ()
     return Splits(
         train=tables["train"],
         valid=tables.get("valid"),
@@ -186,15 +190,13 @@ class InputChunks:
     Args:
         path: the file, see `sources.read_chunks`.
         cfg: columns, treatment of bad residues and of long sequences.
-        task: of a finished run, with its class names: its labels are read; None: none are.
+        labels: of a finished run, with its class names; None: no labels are read.
         rows: most rows in a chunk.
     """
 
-    def __init__(
-        self, path: str | Path, cfg: DataConfig, task: TaskConfig | None = None, rows: int = CHUNK_ROWS
-    ) -> None:
+    def __init__(self, path: str | Path, cfg: DataConfig, labels: Labels | None = None, rows: int = CHUNK_ROWS) -> None:
         self._path, self._rows = str(path), rows
-        self._task = task if task is not None and task.name in KINDS else None
+        self._labels = labels
         self._cfg = replace(cfg, split_column=None, keep={}, keep_heldout={})
         self.report = Report(name=self._path)
         """What the last iteration has read and done so far."""
@@ -210,13 +212,11 @@ class InputChunks:
         checker = Checker(self._cfg, self._path)
         self.rejected = checker.rejected
         cuts = Report(name=self._path)
-        joiner = joiner_of(self._task) if self._task is not None else LIST_JOINER
-        chunks = read_chunks(self._path, self._cfg, self._task is not None, joiner, self._rows)
-        for usable in checker.chunks(chunks):
-            rows = usable if self._task is None else labelled(usable)
-            if not len(rows):
-                continue
-            table, more = chunk_table(rows, self._path, self._cfg, self._task, checker.problems)
+        labels = self._labels
+        joiner = LIST_JOINER if labels is None else labels.joiner
+        for usable in checker.chunks(read_chunks(self._path, self._cfg, labels is not None, joiner, self._rows)):
+            rows = usable if labels is None else labels.encode(usable, checker.problems)
+            table, more = chunk_table(rows, self._path, self._cfg, labels, checker.problems)
             cuts = cuts.plus(more, CUTS)
             self.report = checker.report().plus(cuts, CUTS)
             if not checker.problems.total:
@@ -235,18 +235,14 @@ class InputChunks:
         return writer.table()
 
 
-def load_inputs(path: str | Path, cfg: DataConfig, task: TaskConfig | None = None) -> tuple[ExampleTable, Report]:
+def load_inputs(path: str | Path, cfg: DataConfig, labels: Labels | None = None) -> tuple[ExampleTable, Report]:
     """One whole file in memory, see `InputChunks`.
 
     Raises:
         DataError: the file or a row cannot be used; a label that training did not know.
     """
-    chunks = InputChunks(path, cfg, task)
+    chunks = InputChunks(path, cfg, labels)
     return chunks.read(), chunks.report
-
-
-def _label_rows(part: Part, cfg: DataConfig) -> Iterator[LabelRows]:
-    return (LabelRows.of(rows, part.source, cfg.label_column) for rows in part.chunks(COLUMNS))
 
 
 def _families(train: Part, cfg: DataConfig) -> np.ndarray:
@@ -268,14 +264,16 @@ def _families(train: Part, cfg: DataConfig) -> np.ndarray:
     return clusters(table, cfg.homologs)
 
 
-def _sample_families(train: Part, families: np.ndarray, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
+def _sample_families(
+    train: Part, labels: Labels | None, families: np.ndarray, cfg: TrainConfig, name: str, fraction: float
+) -> np.ndarray:
     """bool [rows]: whole clusters drawn for a split by `seed`; every class keeps a row to train on.
 
     Clusters come in random order; one is passed over where it would make more than the wanted rows, has a row that
     `data.keep_heldout` leaves out, or has the last rows of a class.
     """
     rng, rows = _generator(cfg, name), len(train)
-    groups = _strata(train, cfg)
+    groups = _strata(train, labels)
     members = np.split(np.argsort(families, kind="stable"), np.cumsum(np.bincount(families))[:-1])
     left, allowed = np.bincount(groups), _allowed(train, cfg)
     chosen, wanted = np.zeros(rows, dtype=bool), max(1, round(fraction * rows))
@@ -299,10 +297,11 @@ def _generator(cfg: TrainConfig, name: str) -> np.random.Generator:
     return np.random.default_rng([cfg.seed, _SAMPLING + SPLITS.index(name) - 1])
 
 
-def _strata(train: Part, cfg: TrainConfig) -> np.ndarray:
-    """int64 [rows]: the group of each row's label (`labels.STRATA`); one group where the task has none."""
-    group = STRATA.get(cfg.task.name) if "label" in train.rows.column_names else None
-    return np.zeros(len(train), dtype=np.int64) if group is None else group(train.column("label"))
+def _strata(train: Part, labels: Labels | None) -> np.ndarray:
+    """int64 [rows]: the group of each row's label; one group where there are no labels."""
+    if labels is None:
+        return np.zeros(len(train), dtype=np.int64)
+    return labels.strata(pa.concat_tables(train.chunks(["label"])))
 
 
 def _allowed(train: Part, cfg: TrainConfig) -> np.ndarray:
@@ -310,14 +309,14 @@ def _allowed(train: Part, cfg: TrainConfig) -> np.ndarray:
     return np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
 
 
-def _sample(train: Part, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
+def _sample(train: Part, labels: Labels | None, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
     """bool [rows]: rows drawn for a split by `seed`, each class with its share; every class keeps a row to train on.
 
     Systematic sampling: rows in random order, sorted by class, one taken at every 1 / fraction.
     """
     rng, rows = _generator(cfg, name), len(train)
     order = rng.permutation(rows)
-    groups = _strata(train, cfg)[order]
+    groups = _strata(train, labels)[order]
     order = order[np.argsort(groups, kind="stable")]
     order = order[np.diff(np.sort(groups), prepend=-1) == 0]
     order = order[_allowed(train, cfg)[order]]
@@ -333,31 +332,31 @@ def _sample(train: Part, cfg: TrainConfig, name: str, fraction: float) -> np.nda
     return chosen
 
 
-def _table(part: Part, cfg: DataConfig, task: TaskConfig | None, stem: Path | None) -> tuple[ExampleTable, Report]:
+def _table(part: Part, cfg: DataConfig, labels: Labels | None, stem: Path | None) -> tuple[ExampleTable, Report]:
     """Tokenized rows, long sequences cut, and how many were: in memory, or in files that begin with `stem`."""
     writer, report, problems = TableWriter(stem), Report(name=part.source), Problems(part.source)
     for rows in part.chunks():
-        table, more = chunk_table(rows, part.source, cfg, task, problems)
+        table, more = chunk_table(rows, part.source, cfg, labels, problems)
         report = report.plus(more, ("rows", *CUTS))
         writer.add(table)
     problems.raise_any()
     return writer.table(), report
 
 
-def _shared(parts: Mapping[str, Part], cfg: TrainConfig) -> dict[str, dict[str, int]]:
+def _shared(parts: Mapping[str, Part], labels: Labels | None) -> dict[str, dict[str, int]]:
     """Split -> exact repeats of whole sequences: within it, with training, those whose labels disagree, and ids that
     name another sequence in training. Compared by 64-bit hashes, so that no sequence is held."""
     hashes = {
-        name: {column: _hashes(part, column) for column in ("id", "sequence")} | {"label": _label_hashes(part, cfg)}
+        name: {column: _hashes(part, column) for column in ("id", "sequence")} | {"label": _label_hashes(part, labels)}
         for name, part in parts.items()
     }
     train = hashes["train"]
     counts = {}
     for name, own in hashes.items():
         both = [own] if name == "train" else [own, train]
-        texts, labels = (np.concatenate([hashed[column] for hashed in both]) for column in ("sequence", "label"))
+        texts, answers = (np.concatenate([hashed[column] for hashed in both]) for column in ("sequence", "label"))
         pairs = (
-            np.unique(np.stack([texts, labels], axis=1), axis=0) if len(labels) else np.empty((0, 2), dtype=np.uint64)
+            np.unique(np.stack([texts, answers], axis=1), axis=0) if len(answers) else np.empty((0, 2), dtype=np.uint64)
         )
         different, times = np.unique(pairs[:, 0], return_counts=True)
         found = {"repeated": len(own["sequence"]) - len(np.unique(own["sequence"]))}
@@ -373,11 +372,11 @@ def _hashes(part: Part, column: str) -> np.ndarray:
     return np.concatenate([text_hashes(chunk[column].to_pylist()) for chunk in part.chunks([column])])
 
 
-def _label_hashes(part: Part, cfg: TrainConfig) -> np.ndarray:
+def _label_hashes(part: Part, labels: Labels | None) -> np.ndarray:
     """uint64 [rows]: a hash of what every label says; empty where there are none."""
-    if "label" not in part.rows.column_names:
+    if labels is None:
         return np.empty(0, dtype=np.uint64)
-    return np.concatenate([text_hashes(label_keys(cfg.task.name, rows)) for rows in _label_rows(part, cfg.data)])
+    return np.concatenate([labels.hashes(rows) for rows in part.chunks(["label"])])
 
 
 def _renamed(own: Mapping[str, np.ndarray], train: Mapping[str, np.ndarray]) -> int:

@@ -47,7 +47,8 @@ def evaluate(
     cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
-        inputs = InputChunks(source, cfg.data, cfg.task)
+        labels = None if task.label_kind is None else task.label_kind(cfg.task, cfg.data.label_column)
+        inputs = InputChunks(source, cfg.data, labels)
         table = raise_on_any_rank(backend, inputs.read)
         log(inputs.report.summary())
         built = build_trained(cfg, task, backend)

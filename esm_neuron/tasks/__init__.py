@@ -13,9 +13,9 @@ from esm_neuron.tasks.regression import Regression
 from esm_neuron.tasks.residues import ResidueClassification
 from esm_neuron.tasks.sequence import SequenceClassification
 
-__all__ = ["TASKS", "Column", "Predictions", "Task", "create_task"]
+__all__ = ["TASKS", "Column", "Predictions", "Task", "create_task", "task_class"]
 
-TASKS: dict[str, Any] = {
+TASKS: dict[str, type[Any]] = {
     "sequence_classification": SequenceClassification,
     "multi_label": MultiLabel,
     "regression": Regression,
@@ -23,6 +23,11 @@ TASKS: dict[str, Any] = {
     "masked_lm": MaskedLM,
 }
 """Name in the config -> task."""
+
+
+def task_class(name: str) -> type[Any]:
+    """Return the class of the task `name`."""
+    return TASKS[name]
 
 
 def create_task(cfg: TaskConfig, labels: Sequence[str]) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import EsmConfig, PreTrainedModel
 
 from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.data.labels import Labels
 from esm_neuron.metrics import Value
 from esm_neuron.models.esm2 import (
     PackedForPooledClassification,
@@ -32,8 +33,8 @@ class Task(Protocol):
     metric: str
     """The figure of `figures` that chooses the best checkpoint."""
     greater_is_better: bool
-    needs_labels: bool
-    """Whether a source must have a label column."""
+    label_kind: ClassVar[type[Labels] | None]
+    """Reads the label column; None: the task needs no labels."""
     per_token: bool
     """Whether targets are one a token or one a sequence."""
     predictions_per_token: bool
@@ -97,7 +98,7 @@ class PooledTask:
     """One vector a protein, and a head on it; subclasses say what is answered and how it is learnt."""
 
     greater_is_better = True
-    needs_labels = True
+    label_kind: ClassVar[type[Labels]] = Labels
     per_token = False
     predictions_per_token = False
 

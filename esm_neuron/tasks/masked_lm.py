@@ -28,7 +28,7 @@ class MaskedLM:
 
     metric = "loss"
     greater_is_better = False
-    needs_labels = False
+    label_kind = None
     per_token = True
     predictions_per_token = False
 

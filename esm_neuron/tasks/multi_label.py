@@ -10,6 +10,7 @@ from torch import Tensor
 
 from esm_neuron.config import TaskConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.data.labels import LabelSets
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Value, multi_label_metrics
 from esm_neuron.metrics.multi_label import THRESHOLD
@@ -21,6 +22,7 @@ class MultiLabel(PooledTask):
     """A yes or no for every class of a protein; the loss is binary cross entropy in nats, the mean over classes."""
 
     metric = "macro_f1"
+    label_kind = LabelSets
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
         super().__init__(cfg, labels)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from esm_neuron.config import TaskConfig, require
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.data.labels import Numbers
 from esm_neuron.metrics import Value, regression_metrics
 from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean
 
@@ -21,6 +22,7 @@ class Regression(PooledTask):
     """
 
     metric = "spearman"
+    label_kind = Numbers
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
         super().__init__(cfg, labels)

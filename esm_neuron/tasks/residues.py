@@ -10,6 +10,7 @@ from transformers import EsmConfig, PreTrainedModel
 
 from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.data.labels import ResidueLabels
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.metrics import Value, classification_metrics
 from esm_neuron.metrics.classification import log_softmax
@@ -30,7 +31,7 @@ class ResidueClassification:
 
     metric = "mcc"
     greater_is_better = True
-    needs_labels = True
+    label_kind = ResidueLabels
     per_token = True
     predictions_per_token = True
 

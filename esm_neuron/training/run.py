@@ -28,7 +28,7 @@ from esm_neuron.models.esm2 import parameter_count
 from esm_neuron.models.shapes import SHAPES
 from esm_neuron.planning.doctor import has_bf16_units
 from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
-from esm_neuron.tasks import TASKS, Task, create_task
+from esm_neuron.tasks import Task, create_task, task_class
 from esm_neuron.training import checkpoint
 from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite
 from esm_neuron.training.final_eval import Leaks, find_leaks, score
@@ -111,7 +111,7 @@ class _Job:
     @classmethod
     def of(cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> _Job:
         """Read the data, build the model, make the trainer."""
-        splits = raise_on_any_rank(backend, lambda: load_splits(cfg, TASKS[cfg.task.name].needs_labels))
+        splits = raise_on_any_rank(backend, lambda: load_splits(cfg, task_class(cfg.task.name).label_kind))
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
             raise DataError(f"{cfg.data.train}: the ranks read different rows; give every node the same files")
         log(splits.summary())

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from esm_neuron.config import DataConfig, TaskConfig
 from esm_neuron.config.settings import parse, read_config
-from esm_neuron.data.labels import LabelRows, class_names
-from esm_neuron.data.sources import read_chunks
+from esm_neuron.data.labels import Labels, LabelSets
+from esm_neuron.data.sources import make_rows, read_chunks
+from esm_neuron.data.validation import Problems
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.planning.cost import read_prices
 
@@ -72,10 +73,13 @@ def rows_of(path: Path) -> int:
     return sum(len(chunk) for chunk in islice(read_chunks(path, DataConfig(), need_label=False), 20))
 
 
-def many_classes(names: Iterator[str], task: str) -> None:
+def many_classes(names: Iterator[str], kind: type[Labels]) -> None:
     texts = list(names)
-    rows = LabelRows(texts, [3] * len(texts), list(range(len(texts))), texts, "x.csv", "label")
-    class_names(TaskConfig(name=task), [rows])  # type: ignore[arg-type]
+    numbers = list(range(len(texts)))
+    rows = make_rows({"id": texts, "sequence": ["MKV"] * len(texts), "label": texts, "line": numbers})
+    problems = Problems("x.csv")
+    kind(TaskConfig(), "label").encode(rows, problems)
+    problems.raise_any()
 
 
 def said(call: Callable[[], object]) -> object:
@@ -103,11 +107,11 @@ def main(folder: Path) -> None:
     found["a deep flag"] = said(lambda: parse(["--data.keep=" + "[" * 100_000]))
     found["prices"] = said(lambda: read_prices(folder / "aliases.yaml"))
     found["deep prices"] = said(lambda: read_prices(folder / "deep.yaml"))
-    found["a class a row"] = said(lambda: many_classes((f"c{i}" for i in range(1_000_000)), "sequence_classification"))
+    found["a class a row"] = said(lambda: many_classes((f"c{i}" for i in range(1_000_000)), Labels))
     found["a million classes in a row"] = said(
-        lambda: many_classes(iter([";".join(map(str, range(1_000_000)))]), "multi_label")
+        lambda: many_classes(iter([";".join(map(str, range(1_000_000)))]), LabelSets)
     )
-    found["one class of a million letters"] = said(lambda: many_classes(iter(["a" * 1_000_000]), "multi_label"))
+    found["one class of a million letters"] = said(lambda: many_classes(iter(["a" * 1_000_000]), LabelSets))
     print(json.dumps(found))
 
 

@@ -17,6 +17,7 @@ from esm_neuron.config import DataConfig, TrainConfig
 from esm_neuron.data import splits as splits_module
 from esm_neuron.data.cache import cached
 from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.errors import ConfigError
 
@@ -38,7 +39,7 @@ def load_and_measure(source: Path, cache: Path) -> tuple[str, int, int]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    splits = load_splits(cfg, needs_labels=False)
+    splits = load_splits(cfg, None)
     done.set()
     watcher.join()
     return splits.fingerprint, len(splits.train.ids), max(seen) - before
@@ -79,7 +80,7 @@ def cfg(proteins: Callable[..., Path]) -> TrainConfig:
 
 
 def through(cfg: TrainConfig, **changes: object) -> Splits:
-    return load_splits(replace(cfg, data=replace(cfg.data, **changes)), needs_labels=True)
+    return load_splits(replace(cfg, data=replace(cfg.data, **changes)), Labels)
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from esm_neuron import cli
 from esm_neuron.config import BackendName, TrainConfig, settings
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import SHAPES
@@ -32,7 +33,7 @@ def big(toy: Toy, **changes: dict[str, object]) -> TrainConfig:
 
 
 def made(cfg: TrainConfig, shape: str = "esm2_t36_3B", nodes: int = 1, market: str = "ec2") -> list[cost.Estimate]:
-    return cost.estimates(cfg, make_plan(cfg, load_splits(cfg, True)), SHAPES[shape], PRICES, nodes, market)
+    return cost.estimates(cfg, make_plan(cfg, load_splits(cfg, Labels)), SHAPES[shape], PRICES, nodes, market)
 
 
 def one(found: list[cost.Estimate], instance: str, tp: int) -> cost.Estimate:

@@ -21,7 +21,7 @@ from esm_neuron.data.splits import load_splits
 from esm_neuron.inference.load import read_run
 from esm_neuron.inference.serving import Predictor
 from esm_neuron.reports import write_report
-from esm_neuron.tasks import TASKS
+from esm_neuron.tasks import TASKS, task_class
 from esm_neuron.training import run
 
 METRICS = {
@@ -77,7 +77,7 @@ def test_clean_rows_have_figures_of_their_own(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig]
 ) -> None:
     cfg, result = task_toys[task], results[task]
-    splits = load_splits(cfg, task != "masked_lm")
+    splits = load_splits(cfg, task_class(task).label_kind)
     has_homolog = homolog_rows(splits.train, {"valid": splits.valid, "test": splits.test}, "kmer")["test"]
     assert has_homolog.any() and not has_homolog.all()
     assert result["leaks"]["test"] == {"method": "kmer", "rows": 21, "homologs": int(has_homolog.sum())}

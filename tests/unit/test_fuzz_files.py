@@ -33,10 +33,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_neuron.config import DataConfig, TaskConfig
-from esm_neuron.data.labels import LabelRows, class_names, targets
-from esm_neuron.data.sources import read_chunks, read_rows
+from esm_neuron.data.sources import make_rows, read_chunks, read_rows
 from esm_neuron.data.tokenizer import RESIDUES, bad_residues
 from esm_neuron.data.validation import Checker, Problems
+from esm_neuron.tasks import task_class
 
 folder = fuzzing.module_folder
 
@@ -194,12 +194,12 @@ def test_garbage_is_refused(folder: Path, name: str, content: bytes) -> None:
 def test_labels_become_targets_or_problems(task: Any, texts: list[str], lengths: st.DataObject) -> None:
     cfg = TaskConfig(name=task)
     sizes = [lengths.draw(st.just(len(text)) | st.integers(1, 12)) for text in texts]
-    rows = LabelRows(texts, sizes, list(range(1, len(texts) + 1)), texts, "x.csv", "label")
-    names = refused(lambda: class_names(cfg, [rows]))
-    if isinstance(names, Refusal):
+    columns = {"id": texts, "sequence": ["M" * n for n in sizes], "label": texts, "line": [*range(1, len(texts) + 1)]}
+    labels, problems = task_class(task).label_kind(cfg, "label"), Problems("x.csv")
+    rows = refused(lambda: labels.encode(make_rows(columns), problems))
+    if not isinstance(rows, pa.Table) or problems.total or rows["label"].null_count:
         return
-    problems = Problems("x.csv")
-    found = targets(cfg, names, rows, problems)
-    assert len(found) == len(texts) and problems.total == 0
-    if task == "residue_classification":
-        assert [len(each) for each in found] == sizes
+    if isinstance(refused(lambda: labels.learn_classes([rows], "x.csv")), Refusal):
+        return
+    found = labels.targets(rows, problems)
+    assert len(found) == (sum(sizes) if task == "residue_classification" else len(texts)) and problems.total == 0

@@ -13,8 +13,10 @@ import pytest
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, settings
 from esm_neuron.config.rules import validate
 from esm_neuron.data.check import check_file
+from esm_neuron.data.labels import Numbers, ResidueLabels
 from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
 from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.tasks import task_class
 
 Row = tuple[str, str]
 """Sequence and label."""
@@ -28,7 +30,7 @@ def load(folder: Path, task: str, rows: list[Row], split: list[str] | None = Non
     path.write_text("\n".join(["id\tsequence\tlabel\tsplit", *lines]) + "\n")
     own = {name: settings.pop(name) for name in list(settings) if name in TaskConfig.__dataclass_fields__}
     data = DataConfig(train=str(path), **{"split_column": "split", "valid_fraction": 0.0, **settings})
-    return load_splits(TrainConfig(task=TaskConfig(name=task, **own), data=data), needs_labels=True)
+    return load_splits(TrainConfig(task=TaskConfig(name=task, **own), data=data), task_class(task).label_kind)
 
 
 RESIDUES: list[Row] = [("MKVA", "HHEE"), ("MK", "E-"), ("ACDEFGHIKL", "HHHHEEEE?E"), ("W", "H")]
@@ -65,7 +67,7 @@ def test_residue_labels_may_be_a_list(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     lines = [{"id": str(i), "sequence": s, "label": list(label)} for i, (s, label) in enumerate(RESIDUES)]
     path.write_text("\n".join(map(json.dumps, lines)))
-    table, _ = load_inputs(path, DataConfig(), TaskConfig(name="residue_classification", labels=("E", "H")))
+    table, _ = load_inputs(path, DataConfig(), ResidueLabels(TaskConfig(labels=("E", "H")), "label"))
     assert table.labels.tolist() == load(tmp_path, "residue_classification", RESIDUES).train.labels.tolist()
 
 
@@ -123,7 +125,7 @@ def test_faults_of_all_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "y.csv"
     path.write_text("id,sequence,label\na,MK,1\nb,MK,high\nc,MK,\nd,M*,2\ne,MK,low\nf,MK,3\n")
     with pytest.raises(DataError, match=r"4 problems \(all listed\):(\n.*){4}$") as caught:
-        InputChunks(path, DataConfig(), TaskConfig(name="regression"), rows=2).read()
+        InputChunks(path, DataConfig(), Numbers(TaskConfig(), "label"), rows=2).read()
     assert [line.split(": ")[0].rsplit(":")[-1] for line in str(caught.value).splitlines()[1:]] == ["3", "4", "5", "6"]
 
 
@@ -139,8 +141,8 @@ def test_labels_that_say_the_same_do_not_conflict(tmp_path: Path, task: str, sam
     rows = [("MK", same[0]), ("MK", same[1]), ("AC", same[0]), ("AC", other)]
     splits = load(tmp_path, task, rows)
     assert splits.reports[1].conflicting == 2
-    cfg = DataConfig(split_column=None)
-    assert check_file(str(tmp_path / "x.tsv"), cfg, task, None).conflicting == 2
+    labels = task_class(task).label_kind(TaskConfig(name=task), "label")
+    assert check_file(str(tmp_path / "x.tsv"), DataConfig(split_column=None), labels, None).conflicting == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from esm_neuron import cli
 from esm_neuron.config import TrainConfig, settings
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
 from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.errors import ConfigError
@@ -37,7 +38,7 @@ def train_loader(cfg: TrainConfig, splits: Splits) -> TrainLoader:
 
 
 def test_the_plan_is_what_the_loader_does(bucketed: TrainConfig) -> None:
-    splits = load_splits(bucketed, True)
+    splits = load_splits(bucketed, Labels)
     plan = make_plan(bucketed, splits)
     loader = train_loader(bucketed, splits)
     assert plan.total.steps == loader.steps_per_epoch
@@ -60,7 +61,7 @@ def test_the_plan_is_what_the_loader_does(bucketed: TrainConfig) -> None:
 
 
 def test_graphs_are_counted_by_the_shapes_that_come(bucketed: TrainConfig) -> None:
-    splits = load_splits(bucketed, True)
+    splits = load_splits(bucketed, Labels)
     plan, task = make_plan(bucketed, splits), create_task(bucketed.task, splits.labels)
     loader = train_loader(bucketed, splits)
     trained = {b.input_ids.shape for step in range(plan.steps) for b in loader.batches(step)}
@@ -80,11 +81,11 @@ def test_graphs_are_counted_by_the_shapes_that_come(bucketed: TrainConfig) -> No
 
 def test_a_run_too_short_for_all_buckets_compiles_fewer(bucketed: TrainConfig) -> None:
     short = replace(bucketed, loop=replace(bucketed.loop, max_steps=1))
-    assert make_plan(short, load_splits(short, True)).graphs_by_part["training pass"] == 1
+    assert make_plan(short, load_splits(short, Labels)).graphs_by_part["training pass"] == 1
 
 
 def test_packing_saves_rows(toy: Toy) -> None:
-    splits = load_splits(toy(), True)
+    splits = load_splits(toy(), Labels)
     packed, plain = make_plan(toy(), splits), make_plan(toy(data={"packing": False}), splits)
     assert packed.unpacked_efficiency == pytest.approx(plain.total.efficiency)
     assert packed.total.efficiency > 1.5 * packed.unpacked_efficiency
@@ -93,7 +94,7 @@ def test_packing_saves_rows(toy: Toy) -> None:
 def test_devices_that_do_not_share_evenly_are_refused(toy: Toy) -> None:
     cfg = toy(loop={"packs_per_step": 4, "packs_per_device": 4})
     with pytest.raises(ConfigError, match=r"loop\.packs_per_step=4 is not a multiple of 8"):
-        make_plan(cfg, load_splits(cfg, True), devices=2)
+        make_plan(cfg, load_splits(cfg, Labels), devices=2)
 
 
 def test_tensor_parallel_degrees_of_the_released_models() -> None:
@@ -120,13 +121,13 @@ def test_the_shape_of_a_model_by_name_hub_id_and_folder(tmp_path: Path) -> None:
 def test_buckets_of_a_model_that_is_not_here_are_refused(bucketed: TrainConfig) -> None:
     cfg = replace(bucketed, model=replace(bucketed.model, name="someone/else"))
     with pytest.raises(ConfigError, match="someone/else is not here; use data.max_buckets=1"):
-        make_plan(cfg, load_splits(cfg, True))
+        make_plan(cfg, load_splits(cfg, Labels))
 
 
 def test_the_command(bucketed: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(settings.dump(bucketed))
-    plan = make_plan(bucketed, load_splits(bucketed, True))
+    plan = make_plan(bucketed, load_splits(bucketed, Labels))
     assert cli.main(["plan", "--config", str(path)]) == 0
     assert capsys.readouterr().out == render(plan) + "\n"
     assert cli.main(["plan", "--json", "--config", str(path), "--loop.packs_per_device", "4"]) == 0

@@ -10,6 +10,7 @@ import pytest
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
 from esm_neuron.data.dataset import ExampleTable, cut_sequence, join_tables
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
 from esm_neuron.data.tokenizer import decode
 from esm_neuron.errors import ConfigError, DataError
@@ -38,7 +39,7 @@ def write(folder: Path, rows: list[Row], name: str = "x.csv") -> str:
 
 def load(path: str, labels: tuple[str, ...] | None = None, seed: int = 42, **data) -> Splits:
     cfg = TrainConfig(seed=seed, task=TaskConfig(labels=labels), data=DataConfig(train=path, **data))
-    return load_splits(cfg, needs_labels=True)
+    return load_splits(cfg, Labels)
 
 
 def many(number: int) -> list[Row]:
@@ -178,7 +179,7 @@ def test_sampling_leaves_every_class_in_training(tmp_path: Path) -> None:
 def test_without_labels(tmp_path: Path) -> None:
     path = tmp_path / "x.fasta"
     path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence, *_ in many(50)))
-    splits = load_splits(TrainConfig(data=DataConfig(train=str(path))), needs_labels=False)
+    splits = load_splits(TrainConfig(data=DataConfig(train=str(path))), None)
     assert splits.labels == ()
     assert splits.train.labels.size == 0
     assert (len(splits.train), len(splits.sampled["valid"])) == (45, 5)
@@ -315,8 +316,8 @@ def test_inputs_in_chunks_are_the_inputs(tmp_path: Path) -> None:
     rows = [*ROWS, ("w", SEQUENCE, "in", "train", "x"), ("x", "M-V", "in", "train", "x")]
     path = write(tmp_path, rows)
     cfg = DataConfig(on_bad_residue="skip", long_sequences="window", window_overlap=2, max_residues=8)
-    whole, report = load_inputs(path, cfg, TaskConfig(labels=("in", "out")))
-    chunks = InputChunks(path, cfg, TaskConfig(labels=("in", "out")), rows=2)
+    whole, report = load_inputs(path, cfg, Labels(TaskConfig(labels=("in", "out")), "label"))
+    chunks = InputChunks(path, cfg, Labels(TaskConfig(labels=("in", "out")), "label"), rows=2)
     for _ in range(2):
         tables = list(chunks)
         assert [table.ids for table in tables] == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "w"]]
@@ -331,17 +332,17 @@ def test_inputs_in_chunks_are_the_inputs(tmp_path: Path) -> None:
 
 def test_inputs_with_labels_for_evaluation(tmp_path: Path) -> None:
     path = write(tmp_path, ROWS)
-    table, _ = load_inputs(path, DataConfig(), TaskConfig(labels=("out", "in")))
+    table, _ = load_inputs(path, DataConfig(), Labels(TaskConfig(labels=("out", "in")), "label"))
     assert table.labels.tolist() == [1, 0, 0, 1, 0, 1, 0]
     with pytest.raises(DataError, match=r"x.csv: 3 problems \(all listed\):"):
-        load_inputs(path, DataConfig(), TaskConfig(labels=("out", "other")))
+        load_inputs(path, DataConfig(), Labels(TaskConfig(labels=("out", "other")), "label"))
 
 
 def test_the_demo_data() -> None:
     data = DataConfig(
         train=str(DEMO), id_column="entry", split_column="split", keep_heldout={"leaky": ["False"]}, max_residues=510
     )
-    splits = load_splits(TrainConfig(data=data), needs_labels=True)
+    splits = load_splits(TrainConfig(data=data), Labels)
     assert splits.labels == ("Cytoplasm", "Membrane")
     assert splits.valid is not None
     assert splits.test is not None

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.cli import main
 from esm_neuron.config import TrainConfig, settings
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import claimed
@@ -148,7 +149,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_proteins(toy: Toy, monkeypatc
     cfg = toy(optim={"lr": 1e-20}, loop={"max_steps": None, "epochs": 1.0, "eval_every": 0, "packs_per_device": 2})
     cfg = replace(cfg, data=replace(cfg.data, valid=cfg.data.train))
     train(cfg)
-    splits = load_splits(cfg, needs_labels=True)
+    splits = load_splits(cfg, Labels)
     task = create_task(cfg.task, splits.labels)
     loader = run.Loaders.of(cfg, splits, task, CpuBackend(cfg), width=32).train
     counts = [sum(float(b.weights.sum()) for b in loader.batches(n)) for n in range(loader.steps_per_epoch)]

@@ -16,6 +16,7 @@ from typing import Any
 from esm_neuron.backends.xla import XlaBackend
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.dataset import Batch
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.loader import StepData, TrainLoader
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
@@ -75,7 +76,7 @@ def main(config: Path, folder: Path, answer: Path) -> None:
     def at(name: str, **loop: Any) -> TrainConfig:
         return replace(cfg, output=str(folder / name), loop=replace(cfg.loop, **loop))
 
-    said: dict[str, Any] = {"graphs": dict(make_plan(cfg, load_splits(cfg, True)).graphs)}
+    said: dict[str, Any] = {"graphs": dict(make_plan(cfg, load_splits(cfg, Labels)).graphs)}
     said["compiled"] = run.compile_graphs(at("ahead"), str)
     said["written"] = [str(path) for path in (folder / "ahead").rglob("*")]
     result = run.train(at("after"), str).result

@@ -42,7 +42,7 @@ from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.inference.predict import predict
 from esm_neuron.models.weights import Draw
-from esm_neuron.tasks import TASKS, Task, create_task
+from esm_neuron.tasks import Task, create_task, task_class
 from esm_neuron.training import run
 from esm_neuron.training.evaluation import forward, on_device, run_passes
 from esm_neuron.training.run import Loaders
@@ -124,7 +124,7 @@ class Run:
         trained = {n: tuple(p.shape) for n, p in built.model.named_parameters() if p.requires_grad}
         backend.load_weights(built.model, {name: draw(name, shape) for name, shape in trained.items()})
         loaders = Loaders.of(
-            cfg, load_splits(cfg, TASKS[cfg.task.name].needs_labels), task, backend, built.config.hidden_size
+            cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), task, backend, built.config.hidden_size
         )
         trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], {})
         made = cls(cfg, backend, task, built, loaders, trainer)
