@@ -68,7 +68,7 @@ def of_demo(args: argparse.Namespace) -> tuple[int, int]:
     data = replace(cfg.data, train=str(ROOT / str(cfg.data.train)))
     lengths = load_splits(replace(cfg, data=data), Labels).train.lengths
     rng = np.random.default_rng(0)
-    plan = plan_epoch(lengths, [cfg.data.pack_tokens], cfg.data.max_segments, args.packs_per_step, rng)
+    plan = plan_epoch(lengths, cfg.data.pack_tokens, cfg.data.max_segments, args.packs_per_step, rng)
     return cfg.data.max_residues + 2, round(len(lengths) / len(plan))
 
 

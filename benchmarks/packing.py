@@ -2,7 +2,7 @@
 
 Lengths are drawn from a log-normal law close to UniProt's (median 300 residues) and cropped, or read from the sequence
 column of a TSV file. Planned once without a clock, so that numpy's own set-up is not counted. Prints one JSON line, and
-writes it with the machine to `results/packing-SOURCE-SEQUENCES-ROW_LENGTHSxROWS_PER_STEP-SEGMENTS.json`.
+writes it with the machine to `results/packing-SOURCE-SEQUENCES-PACK_TOKENSxPACKS_PER_STEP-SEGMENTS.json`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def drawn_lengths(sequences: int, pack_tokens: int, rng: np.random.Generator) ->
 
 
 def read_lengths(path: str, column: str, pack_tokens: int) -> np.ndarray:
-    """int64 [rows]: tokens of each sequence of a TSV file, cropped to the row."""
+    """int64 [rows]: tokens of each sequence of a TSV file, cropped to the pack."""
     residues = pd.read_csv(path, sep="\t", usecols=[column])[column].str.len()
     return residues.clip(upper=pack_tokens - 2).to_numpy() + 2
 
@@ -41,19 +41,19 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=1_000_000, help="how many lengths to draw")
     parser.add_argument("--tsv", help="read sequences from this file instead")
     parser.add_argument("--column", default="sequence", help="the TSV file's sequence column")
-    parser.add_argument("--row_lengths", type=int, nargs="+", default=[1024], help="row lengths in tokens")
-    parser.add_argument("--max_segments", type=int, default=32, help="most sequences in a row")
-    parser.add_argument("--packs_per_step", type=int, default=64, help="rows of a step")
+    parser.add_argument("--pack_tokens", type=int, default=1024, help="slots of a pack")
+    parser.add_argument("--max_segments", type=int, default=32, help="most sequences in a pack")
+    parser.add_argument("--packs_per_step", type=int, default=64, help="packs of a step")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
-    longest = max(args.row_lengths)
+    longest = args.pack_tokens
     lengths = read_lengths(args.tsv, args.column, longest) if args.tsv else drawn_lengths(args.sequences, longest, rng)
-    plan_epoch(lengths[:100], args.row_lengths, args.max_segments, args.packs_per_step, rng)
+    plan_epoch(lengths[:100], longest, args.max_segments, args.packs_per_step, rng)
     before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()
-    plan = plan_epoch(lengths, args.row_lengths, args.max_segments, args.packs_per_step, rng)
+    plan = plan_epoch(lengths, longest, args.max_segments, args.packs_per_step, rng)
     seconds = time.perf_counter() - start
     result = {
         "sequences": len(lengths),
@@ -61,7 +61,7 @@ def main() -> None:
         "sequences_per_second": round(len(lengths) / seconds),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_mib_before_planning": round(before_mib),
-        "rows": {pack.pack_tokens: pack.rows for pack in plan.packs},
+        "packs": plan.packs,
         "steps": len(plan),
         "efficiency": round(plan.efficiency(lengths), 4),
         "efficiency_computed": round(plan.efficiency(lengths, batches=1), 4),
@@ -71,8 +71,8 @@ def main() -> None:
     source = Path(args.tsv).name if args.tsv else "drawn"
     settings = {**{name: value for name, value in vars(args).items() if name != "output"}, "tsv": source}
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = f"{'+'.join(map(str, args.row_lengths))}x{args.packs_per_step}-{args.max_segments}segments"
-    target = args.output / f"packing-{source.split('.')[0]}-{len(lengths)}-{rows}.json"
+    packs = f"{args.pack_tokens}x{args.packs_per_step}-{args.max_segments}segments"
+    target = args.output / f"packing-{source.split('.')[0]}-{len(lengths)}-{packs}.json"
     target.write_text(json.dumps({"machine": machine(), "settings": settings, **result}, indent=1) + "\n")
 
 

@@ -221,7 +221,7 @@ def module_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 def lengthen(cfg: TrainConfig) -> TrainConfig:
-    """`cfg` on proteins of which every third is three times as long: two row lengths pay."""
+    """`cfg` on proteins of which every third is three times as long."""
     for path in map(Path, (str(cfg.data.train), str(cfg.data.valid), str(cfg.data.test))):
         head, *rows = path.read_text().splitlines()
         cells = [row.split(",") for row in rows]

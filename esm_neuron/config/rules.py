@@ -162,7 +162,6 @@ def _ranges(cfg: TrainConfig) -> list[tuple[str, float, float, float]]:
         ("data.window_overlap", cfg.data.window_overlap, 0, MOST),
         ("data.pack_tokens", cfg.data.pack_tokens, 3, MOST),
         ("data.max_segments", cfg.data.max_segments, 1, MOST),
-        ("data.max_buckets", cfg.data.max_buckets, 1, 8),
         ("adapter.r", cfg.adapter.r, 1, MOST),
         ("adapter.dropout", cfg.adapter.dropout, 0, 0.99),
         ("parallel.tp", cfg.parallel.tp, 1, MOST),

@@ -117,14 +117,11 @@ class DataConfig:
     window_overlap: int = 128
     """Residues shared by neighbouring windows."""
     packing: bool = True
-    """Several sequences end to end in a row (almost no padding). False: one sequence a row."""
+    """Several sequences end to end in a pack (almost no padding). False: one sequence per pack."""
     pack_tokens: int = 1024
-    """Length of a row in tokens, residues and specials. At least `max_residues` + 2."""
+    """Length of a pack in tokens, residues and specials. At least `max_residues` + 2."""
     max_segments: int = 32
-    """Most sequences in one row; a static number so that pooling has one shape."""
-    max_buckets: int = 1
-    """Most row lengths, chosen from the training lengths to cost least; each is one more compiled program. 1: every row
-    is `pack_tokens` long."""
+    """Most sequences in one pack; a static number so that pooling has one shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +216,8 @@ class LoopConfig:
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
     on_recompile: OnRecompile = "error"
-    """A training step that compiles a program after its bucket's first two steps, or a validation after the first two
-    on rows of its lengths, where shapes are static (xla, neuron): stop and name what changed, warn and go on, or say
-    nothing."""
+    """A training step, or a validation, that compiles a graph after the first two, where shapes are static (xla,
+    neuron): stop and name what changed, warn and go on, or say nothing."""
     on_nonfinite: OnNonfinite = "stop"
     """A step whose loss or gradient is not finite never moves the weights, and its records are named in
     `output`/nonfinite.jsonl. Then: stop; skip it and go on; or go back to the weights of the newest checkpoint that

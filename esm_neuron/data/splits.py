@@ -27,7 +27,7 @@ _SAMPLING = 2**63
 """Keeps the random numbers of the sampling apart from others drawn from the same seed."""
 _CACHE_VERSION = 4
 """Of what `_save` writes: another number makes every cached folder anew."""
-_UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", "max_buckets", *SPLITS}
+_UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", *SPLITS}
 _UNCACHED_TASK = {
     "class_weights", "label_smoothing", "focal_gamma", "mask_probability", "target_mean", "target_sd",
 }  # fmt: skip

@@ -170,7 +170,7 @@ def _estimate(
         )
     except ConfigError as error:
         return replace(place, refused=str(error))
-    slots = sum(b.steps * b.packs_per_step * b.pack_tokens for b in plan.buckets) / plan.total.steps
+    slots = plan.epoch.packs_per_step * plan.epoch.pack_tokens
     seconds = step_seconds(cfg, shape, instance, nodes, tp, slots, passes, assumed.utilisation)
     hours = plan.steps * seconds / 3600
     compiling = plan.graphs * assumed.compile_minutes / 60 if instance.kind == "neuron" else 0.0
@@ -179,7 +179,7 @@ def _estimate(
     return replace(
         place,
         tokens_per_second=slots / seconds,
-        residues_per_second=plan.total.residues / plan.total.steps / seconds,
+        residues_per_second=plan.epoch.residues / plan.epoch.steps / seconds,
         hours=hours,
         compile_hours=compiling,
         dollars=dollars,

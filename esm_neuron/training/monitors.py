@@ -102,8 +102,8 @@ def _sayable(value: float | None) -> float | str | None:
 
 
 WARM_UP = 2
-"""Steps of a bucket that may compile. On XLA:CPU only the first does; a device may lay out what it computed otherwise
-than what it was given, and then the second step reads other inputs than the first."""
+"""First steps of a run, and first validations, that may compile. On XLA:CPU only the first does; a device may lay out
+what it computed otherwise than what it was given, and then the second step reads other inputs than the first."""
 
 Signature = tuple[tuple[str, str], ...]
 """What a compiled program depends on: (field, shape and type, or value) of a batch, by field."""
@@ -121,18 +121,19 @@ class RecompileGuard:
     Args:
         on_recompile: what to do about an unplanned program.
         graphs: programs compiled so far (`Backend.graphs`).
-        row_lengths: the planned row lengths in tokens.
+        pack_tokens: the planned length of a pack.
     """
 
-    def __init__(self, on_recompile: OnRecompile, graphs: Callable[[], int], row_lengths: Sequence[int]) -> None:
-        self._action, self._graphs, self._planned = on_recompile, graphs, tuple(row_lengths)
+    def __init__(self, on_recompile: OnRecompile, graphs: Callable[[], int], pack_tokens: int) -> None:
+        self._action, self._graphs, self._planned = on_recompile, graphs, pack_tokens
         self._before = 0
-        self._seen: dict[int, list[Signature]] = {}  # row length -> signatures of its first steps' batches
-        self._validated: Counter[int] = Counter()  # row length -> validations with such rows
+        self._steps: Counter[int] = Counter()  # length of the packs -> steps with such packs
+        self._first: Signature | None = None  # of the first step with packs of the planned length
+        self._validations = 0
 
     def warms_up(self, batches: Sequence[Batch]) -> bool:
-        """Whether a step on `batches` is one of its bucket's first, which may compile."""
-        return len(self._seen.get(batches[0].input_ids.shape[1], [])) < WARM_UP
+        """Return whether a step on `batches` is one of the first with packs of their length, which may compile."""
+        return self._steps[batches[0].input_ids.shape[1]] < WARM_UP
 
     def begin(self) -> None:
         """A step or a validation begins: what was compiled until now does not count against it."""
@@ -151,47 +152,41 @@ class RecompileGuard:
                 self._report(f"step {step} compiled {compiled} unplanned program{'s' * (compiled > 1)}: {reason}")
                 return
         length = batches[0].input_ids.shape[1]
-        seen = self._seen.setdefault(length, [])
-        if len(seen) < WARM_UP:  # of the many lengths without static shapes, only that they were there
-            seen.append(signature(batches[0]) if length in self._planned else ())
+        self._steps[length] += 1
+        if self._first is None and length == self._planned:
+            self._first = signature(batches[0])
 
-    def end_validation(self, step: int, row_lengths: Sequence[int]) -> None:
-        """A validation after step `step`, on rows of these lengths, is done: as with steps, the first two may compile.
+    def end_validation(self, step: int) -> None:
+        """A validation after step `step` is done: as with steps, the first two may compile.
 
         Raises:
             ConfigError: with `on_recompile` "error", it compiled a program that was not planned.
         """
         compiled = self._graphs() - self._before
-        warms_up = any(self._validated[length] < WARM_UP for length in row_lengths)
-        self._validated.update(row_lengths)
-        if compiled and not warms_up:
-            lengths = " and ".join(map(str, row_lengths))
+        self._validations += 1
+        if compiled and self._validations > WARM_UP:
             self._report(
                 f"the validation after step {step} compiled {compiled} unplanned program{'s' * (compiled > 1)}: its "
-                f"rows have {lengths} tokens, as before, so another shape or a Python value in the pass changed"
+                f"packs have {self._planned} tokens, as before, so another shape or a Python value in the pass changed"
             )
 
     def weights_were_given(self) -> None:
         """Weights came from a checkpoint: a device may lay them out otherwise than what it computed."""
-        self._validated.clear()
+        self._validations = 0
 
     def _reason(self, found: Signature, length: int, passes: int) -> str | None:
         """Why the program is unplanned, None where it was to be expected."""
-        if length not in self._planned:
-            lengths = " or ".join(map(str, self._planned))
-            return f"its rows have {length} tokens, planned are {lengths}"
-        seen = self._seen.get(length, [])
-        first = seen[0] if seen else found
+        if length != self._planned:
+            return f"its packs have {length} tokens, planned are {self._planned}"
+        first = self._first or found
         changed = [(name, new, old) for (name, new), (_, old) in zip(found, first, strict=True) if new != old]
         if changed:
-            return (
-                ", ".join(f"{name} is {new}, was {old}" for name, new, old in changed) + " in its bucket's first step"
-            )
-        if len(seen) < WARM_UP:
+            return ", ".join(f"{name} is {new}, was {old}" for name, new, old in changed) + " in the first step"
+        if self._steps[length] < WARM_UP:
             return None
         return (
-            f"the shapes of its {passes} batches are those of its bucket's first steps, so a Python value in the step "
-            "changed (a number that is not a tensor on the device, or another branch of the code)"
+            f"the shapes of its {passes} batches are those of the first steps, so a Python value in the step changed "
+            "(a number that is not a tensor on the device, or another branch of the code)"
         )
 
     def _report(self, message: str) -> None:

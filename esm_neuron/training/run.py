@@ -18,7 +18,7 @@ from esm_neuron.build import Built, build_model
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.config.rules import validate
 from esm_neuron.data.dataset import ExampleTable
-from esm_neuron.data.loader import EvalLoader, TrainLoader, select_row_lengths
+from esm_neuron.data.loader import EvalLoader, TrainLoader
 from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only, raise_on_any_rank
@@ -119,7 +119,7 @@ class _Job:
         task = create_task(cfg.task, splits.labels)
         built = raise_on_any_rank(backend, lambda: build_model(cfg, task, backend))
         log(describe(cfg, built))
-        loaders = Loaders.of(cfg, splits, task, backend, built.config.hidden_size)
+        loaders = Loaders.of(cfg, splits, task, backend)
         base = from_main_rank(backend, lambda: built.source.reference.sha256)
         same = identity(cfg, splits.fingerprint, base)
         trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], same)
@@ -171,34 +171,18 @@ class Loaders:
         return {"train": self.train.table, **{split: loader.table for split, loader in self.held_out().items()}}
 
     @classmethod
-    def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend, width: int) -> Loaders:
-        """The loaders of this rank, all with the row lengths that the training data chose for a model of `width`."""
-        lengths = select_row_lengths(cfg, splits.train.lengths, width)
-        where = (backend.topology.dp, backend.topology.dp_rank)
-
-        def held_out(table: ExampleTable | None) -> EvalLoader | None:
-            if table is None:
-                return None
-            return EvalLoader(
-                table,
-                task,
-                cfg,
-                *where,
-                local_dp=backend.local_dp,
-                static_shapes=backend.static_shapes,
-                row_lengths=lengths,
-            )
-
-        train = TrainLoader(
-            splits.train,
-            task,
-            cfg,
-            *where,
-            local_dp=backend.local_dp,
-            static_shapes=backend.static_shapes,
-            row_lengths=lengths,
+    def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend) -> Loaders:
+        """Make the loaders of this rank."""
+        share: dict[str, Any] = {
+            "dp": backend.topology.dp,
+            "dp_rank": backend.topology.dp_rank,
+            "local_dp": backend.local_dp,
+            "static_shapes": backend.static_shapes,
+        }
+        held_out = (
+            None if table is None else EvalLoader(table, task, cfg, **share) for table in (splits.valid, splits.test)
         )
-        return cls(train, held_out(splits.valid), held_out(splits.test))
+        return cls(TrainLoader(splits.train, task, cfg, **share), *held_out)
 
 
 def _finish(

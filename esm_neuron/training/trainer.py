@@ -9,6 +9,7 @@ from contextlib import closing
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from esm_neuron.training import checkpoint
 from esm_neuron.training.callbacks import Callback, EarlyStopping, JsonlLogger
 from esm_neuron.training.checkpoint import Saver, Snapshot, TrainState, load_shared
 from esm_neuron.training.evaluation import evaluate, forward, on_device, run_passes
-from esm_neuron.training.monitors import GIVE_UP, RecompileGuard, StepWatch
+from esm_neuron.training.monitors import GIVE_UP, WARM_UP, RecompileGuard, StepWatch
 from esm_neuron.training.optim import learning_rate, parameter_groups
 from esm_neuron.training.signals import StopSignal
 from esm_neuron.training.watchdog import Watchdog
@@ -75,7 +76,7 @@ class Trainer:
         self.state = TrainState(run=dict(identity))
         self.folder = Path(cfg.output) / "checkpoints"
         self.saver = Saver(self.folder, cfg.checkpoint.keep, self.save_every, cfg.checkpoint.asynchronous)
-        self.guard = RecompileGuard(cfg.loop.on_recompile, backend.graphs, train.row_lengths)
+        self.guard = RecompileGuard(cfg.loop.on_recompile, backend.graphs, cfg.data.pack_tokens)
         self.watch = StepWatch()
         self.watchdog = Watchdog.of(cfg, backend.topology.rank)
         self._compiles = backend.static_shapes or cfg.loop.torch_compile
@@ -190,17 +191,17 @@ class Trainer:
         return found
 
     def compile(self, held_out: Sequence[EvalLoader]) -> None:
-        """Run every program of a run: two training steps of each bucket, and one pass of each evaluation's bucket.
+        """Run every graph of a run: its first training step twice, and one pass of each evaluation.
 
         By the code that trains, so that the programs are the same; no value is looked at and nothing is written, since
         under neuron_parallel_compile every value is 0. The model is of no use afterwards.
         """
         self.model.train()
-        first = self.train_loader.first_steps(self.total_steps)
-        for step in [*first, *first]:  # the first steps of a run may differ from all others
-            self._train_step(self.train_loader.load(step))
+        for _ in range(WARM_UP):  # the first steps of a run may differ from all others
+            self._train_step(self.train_loader.load(0))
         for loader in held_out:
-            run_passes(self.model, self.task, self.backend, loader.first_batches(), lambda members, predictions: None)
+            first = islice(loader, 1)
+            run_passes(self.model, self.task, self.backend, first, lambda members, predictions: None)
 
     def _train_step(self, data: StepData) -> None:
         """One optimizer step: a pass a batch, then the update. Nothing here waits for a value from the device."""
@@ -329,7 +330,7 @@ class Trainer:
         watched = values[self.task.metric]
         self.stopper.update(watched if isinstance(watched, (int, float)) else None, self.state.step)
         self._tell(lambda callback: callback.on_eval(self.state.step, {"split": "valid", **values}))
-        self.guard.end_validation(self.state.step, self.valid_loader.row_lengths)
+        self.guard.end_validation(self.state.step)
         self._start_clock()
 
     def evaluate(self, loader: EvalLoader) -> dict[str, Value]:

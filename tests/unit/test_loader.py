@@ -12,11 +12,11 @@ import torch
 
 from esm_neuron.config import DataConfig, LoopConfig, TrainConfig
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, Target
-from esm_neuron.data.loader import EvalLoader, TrainLoader, prefetch, select_row_lengths
+from esm_neuron.data.loader import EvalLoader, TrainLoader, prefetch
 from esm_neuron.data.tokenizer import CLS, EOS, MASK, PAD
 from esm_neuron.errors import ConfigError, DataError
 
-ROW = 48
+PACK = 48
 
 
 class Label:
@@ -42,7 +42,7 @@ class Hide:
 
 def make_table(examples: int = 60, seed: int = 0) -> ExampleTable:
     rng = np.random.default_rng(seed)
-    sequences = [[CLS, *rng.integers(4, 24, n), EOS] for n in rng.integers(1, ROW - 1, examples)]
+    sequences = [[CLS, *rng.integers(4, 24, n), EOS] for n in rng.integers(1, PACK - 1, examples)]
     return ExampleTable(
         tokens=np.concatenate(sequences).astype(np.uint8),
         offsets=np.cumsum([0, *map(len, sequences)]),
@@ -55,7 +55,7 @@ def make_table(examples: int = 60, seed: int = 0) -> ExampleTable:
 
 def make_config(packs_per_step: int = 8, packs_per_device: int = 2, **data: object) -> TrainConfig:
     return TrainConfig(
-        data=replace(DataConfig(pack_tokens=ROW, max_residues=ROW - 2, max_segments=6), **data),
+        data=replace(DataConfig(pack_tokens=PACK, max_residues=PACK - 2, max_segments=6), **data),
         loop=LoopConfig(packs_per_step=packs_per_step, packs_per_device=packs_per_device, eval_packs_per_device=3),
     )
 
@@ -94,8 +94,8 @@ def test_layout_of_a_batch(task: Label | Hide) -> None:
     table = make_table()
     loader = TrainLoader(table, task, make_config())
     for batch in loader.batches(0):
-        assert batch.input_ids.shape == (2, ROW)
-        assert batch.labels.shape == batch.weights.shape == ((2, ROW) if task.per_token else (2, 6))
+        assert batch.input_ids.shape == (2, PACK)
+        assert batch.labels.shape == batch.weights.shape == ((2, PACK) if task.per_token else (2, 6))
         assert {t.dtype for t in (batch.input_ids, batch.segment_ids, batch.positions, batch.labels)} == {torch.int64}
         assert batch.weights.dtype == torch.float32
         for row, members in enumerate(batch.members):
@@ -117,15 +117,14 @@ def test_layout_of_a_batch(task: Label | Hide) -> None:
             assert (batch.weights[row, empty] == 0).all()
 
 
-@pytest.mark.parametrize("row_lengths", [(ROW,), (24, ROW)])
-def test_an_epoch_holds_every_example_once(row_lengths: tuple[int, ...]) -> None:
+def test_an_epoch_holds_every_example_once() -> None:
     table = make_table()
-    loader = TrainLoader(table, Label(), make_config(), row_lengths=row_lengths)
+    loader = TrainLoader(table, Label(), make_config())
     for epoch in (0, 1):
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
         batches = [batch for step in steps for batch in loader.batches(step)]
         assert examples_of(batches) == list(range(len(table)))
-        assert {batch.input_ids.shape[1] for batch in batches} == set(row_lengths)
+        assert {batch.input_ids.shape[1] for batch in batches} == {PACK}
         total = sum(float(batch.weights.sum()) for batch in batches)
         assert total == pytest.approx(float(table.weight.sum()))
 
@@ -147,18 +146,14 @@ def test_any_step_can_be_asked_for_first() -> None:
         assert_equal(expected, found)
 
 
-@pytest.mark.parametrize("row_lengths", [None, (12, 24, ROW)])
 @pytest.mark.parametrize("task", [Label(), Hide()])
 @pytest.mark.parametrize(("dp", "packs_per_device"), [(1, 8), (2, 4), (4, 2), (2, 2), (4, 1)])
-def test_a_step_holds_the_same_rows_on_any_number_of_ranks_and_passes(
-    dp: int, packs_per_device: int, task: Label | Hide, row_lengths: tuple[int, ...] | None
+def test_a_step_holds_the_same_packs_on_any_number_of_ranks_and_passes(
+    dp: int, packs_per_device: int, task: Label | Hide
 ) -> None:
     table = make_table()
-    alone = TrainLoader(table, task, make_config(packs_per_device=1), row_lengths=row_lengths)
-    ranks = [
-        TrainLoader(table, task, make_config(packs_per_device=packs_per_device), dp, rank, row_lengths=row_lengths)
-        for rank in range(dp)
-    ]
+    alone = TrainLoader(table, task, make_config(packs_per_device=1))
+    ranks = [TrainLoader(table, task, make_config(packs_per_device=packs_per_device), dp, rank) for rank in range(dp)]
     assert {rank.passes for rank in ranks} == {8 // dp // packs_per_device}
     assert {rank.steps_per_epoch for rank in ranks} == {alone.steps_per_epoch}
     for step in range(alone.steps_per_epoch + 1):
@@ -194,18 +189,18 @@ def test_seed_changes_order_and_masks() -> None:
     assert hidden[0] != hidden[1]
 
 
-def test_last_step_is_filled_with_rows_of_no_weight() -> None:
+def test_last_step_is_filled_with_packs_of_no_weight() -> None:
     table = make_table(5)
     loader = TrainLoader(table, Label(), make_config(packs_per_step=16, packs_per_device=16, packing=False))
     (batch,) = loader.batches(0)
-    assert batch.input_ids.shape == (16, ROW)
+    assert batch.input_ids.shape == (16, PACK)
     filler = batch.members[:, 0] < 0
     assert filler.sum() == 11
     assert (batch.input_ids[filler] == PAD).all()
     assert (batch.segment_ids[filler] == PAD_SEGMENT).all()
     assert (batch.weights[filler] == 0).all()
     assert (batch.weights[~filler] > 0).all()
-    assert loader.padding_efficiency == table.lengths.sum() / (16 * ROW)
+    assert loader.padding_efficiency == table.lengths.sum() / (16 * PACK)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -221,7 +216,7 @@ def test_efficiency_is_of_what_is_computed_where_shapes_are_free(dp: int, packin
 
 
 @pytest.mark.parametrize("task", [Label(), Hide()])
-def test_batch_of_filler_rows_alone_looks_like_any_other(task: Label | Hide) -> None:
+def test_batch_of_filler_packs_alone_looks_like_any_other(task: Label | Hide) -> None:
     loader = TrainLoader(make_table(2), task, make_config(packing=False))
     full, filler = loader.batches(0)[0], loader.batches(0)[-1]
     assert (filler.members == -1).all()
@@ -250,32 +245,15 @@ def test_total_steps() -> None:
     assert loader.total_steps(1e-9, None) == 1
 
 
-@pytest.mark.parametrize(("rows", "cure"), [(10, "8 or 16"), (3, "8, or fewer rows per device")])
-def test_rows_per_step_that_do_not_divide(rows: int, cure: str) -> None:
-    with pytest.raises(ConfigError, match=rf"packs_per_step={rows} is not a multiple of 8 .* use .*={cure}$"):
-        TrainLoader(make_table(), Label(), make_config(packs_per_step=rows, packs_per_device=4), dp=2)
+@pytest.mark.parametrize(("packs", "cure"), [(10, "8 or 16"), (3, "8, or fewer packs per device")])
+def test_packs_per_step_that_do_not_divide(packs: int, cure: str) -> None:
+    with pytest.raises(ConfigError, match=rf"packs_per_step={packs} is not a multiple of 8 .* use .*={cure}$"):
+        TrainLoader(make_table(), Label(), make_config(packs_per_step=packs, packs_per_device=4), dp=2)
 
 
-def test_example_longer_than_a_row() -> None:
-    with pytest.raises(DataError, match="a row holds 16"):
+def test_example_longer_than_a_pack() -> None:
+    with pytest.raises(DataError, match="a pack holds 16"):
         TrainLoader(make_table(), Label(), make_config(pack_tokens=16, max_residues=14))
-
-
-def test_row_lengths_from_the_config() -> None:
-    lengths = np.array([60] * 400 + [120] * 10)
-    cfg = make_config(packs_per_step=2, pack_tokens=128, max_residues=126, packing=False)
-    assert select_row_lengths(cfg, lengths, 640) == (128,)
-    with_buckets = replace(cfg, data=replace(cfg.data, max_buckets=2))
-    assert select_row_lengths(with_buckets, lengths, 640) == (64, 128)
-    assert select_row_lengths(with_buckets, lengths, 10**9) == (64, 128), "no width makes padding free"
-
-
-def test_a_shorter_bucket_has_more_rows() -> None:
-    table = make_table(400)
-    cfg = make_config(packs_per_step=2, pack_tokens=256, max_residues=254, packing=False, max_buckets=2)
-    loader = TrainLoader(table, Label(), cfg, row_lengths=select_row_lengths(cfg, table.lengths, 640))
-    assert loader.row_lengths == (64, 256)
-    assert {b.input_ids.shape for b in loader.batches(0)} == {(8, 64)}
 
 
 @pytest.mark.parametrize("task", [Label(), Hide()])
@@ -286,7 +264,7 @@ def test_evaluation_holds_every_example_once_over_all_ranks(dp: int, task: Label
     batches = [list(rank) for rank in ranks]
     assert len({len(share) for share in batches} | {len(rank) for rank in ranks}) == 1
     every = [batch for share in batches for batch in share]
-    assert {batch.input_ids.shape for batch in every} == {(3, ROW)}
+    assert {batch.input_ids.shape for batch in every} == {(3, PACK)}
     assert examples_of(every) == list(range(len(table)))
     alone = by_example(list(EvalLoader(table, task, make_config())))
     assert by_example(every) == alone, "the same questions on any number of ranks"
@@ -298,17 +276,8 @@ def test_evaluation_asks_the_same_every_time() -> None:
         assert_equal(one, other)
 
 
-def test_evaluation_with_the_buckets_of_training() -> None:
-    table = make_table()
-    loader = EvalLoader(table, Label(), make_config(), row_lengths=(24, ROW))
-    batches = list(loader)
-    assert {batch.input_ids.shape for batch in batches} == {(6, 24), (3, ROW)}
-    assert loader.row_lengths == (24, ROW)
-    assert examples_of(batches) == list(range(len(table)))
-
-
 @pytest.mark.parametrize("task", [Label(), Hide()])
-def test_dynamic_shapes_leave_out_filler_rows_and_common_padding(task: Label | Hide) -> None:
+def test_dynamic_shapes_leave_out_filler_packs_and_common_padding(task: Label | Hide) -> None:
     table = make_table(7)
     cfg = make_config(packing=False)
     fixed = list(EvalLoader(table, task, cfg, 2, 1))
@@ -318,7 +287,7 @@ def test_dynamic_shapes_leave_out_filler_rows_and_common_padding(task: Label | H
     for batch in trimmed:
         rows, width = batch.input_ids.shape
         real = batch.members[:, 0] >= 0
-        assert real.all() or rows == 1, "a batch without examples keeps one filler row"
+        assert real.all() or rows == 1, "a batch without examples keeps one filler pack"
         longest = int(table.lengths[batch.members[real, 0]].max()) if real.any() else 1
         assert width == longest
     assert not (trimmed[-1].members >= 0).any(), "rank 1 has nothing left in the last batch"

@@ -151,7 +151,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_proteins(toy: Toy, monkeypatc
     train(cfg)
     splits = load_splits(cfg, Labels)
     task = create_task(cfg.task, splits.labels)
-    loader = run.Loaders.of(cfg, splits, task, CpuBackend(cfg), width=32).train
+    loader = run.Loaders.of(cfg, splits, task, CpuBackend(cfg)).train
     counts = [sum(float(b.weights.sum()) for b in loader.batches(n)) for n in range(loader.steps_per_epoch)]
     rows = [sum(int((b.members[:, 0] >= 0).sum()) for b in loader.batches(n)) for n in range(loader.steps_per_epoch)]
     assert sum(counts) == 60 and rows[-1] < 4, "the last step has filler rows"

@@ -28,7 +28,7 @@ PLANTED = 3
 
 
 def cut(batch: Batch, rows: int, tokens: int) -> Batch:
-    """The first rows and tokens of a batch."""
+    """The first packs and tokens of a batch."""
     both = {name: getattr(batch, name)[:rows, :tokens] for name in ("input_ids", "segment_ids", "positions")}
     return replace(batch, **both, **{name: getattr(batch, name)[:rows] for name in ("labels", "weights", "members")})
 
@@ -76,26 +76,25 @@ def main(config: Path, folder: Path, answer: Path) -> None:
     def at(name: str, **loop: Any) -> TrainConfig:
         return replace(cfg, output=str(folder / name), loop=replace(cfg.loop, **loop))
 
-    said: dict[str, Any] = {"graphs": dict(make_plan(cfg, load_splits(cfg, Labels)).graphs)}
+    said: dict[str, Any] = {"graphs": dict(make_plan(cfg, load_splits(cfg, Labels)).graphs_by_part)}
     said["compiled"] = run.compile_graphs(at("ahead"), str)
     said["written"] = [str(path) for path in (folder / "ahead").rglob("*")]
     result = run.train(at("after"), str).result
     said["compiled by training"] = result["train"]["graphs"] - said["compiled"]
     said["steps"] = result["train"]["steps"]
-    one = replace(cfg, data=replace(cfg.data, max_buckets=1))
 
-    def single(name: str, **loop: Any) -> TrainConfig:
-        return replace(one, output=str(folder / name), loop=replace(cfg.loop, max_steps=6, eval_every=6, **loop))
+    def short(name: str, **loop: Any) -> TrainConfig:
+        return at(name, max_steps=6, eval_every=6, **loop)
 
-    said["row length"] = refused(single("length"), TrainLoader, "load", planted(lambda b: cut(b, 4, 180)))
-    said["rows"] = refused(single("rows"), TrainLoader, "load", planted(lambda b: cut(b, 3, 192)))
-    said["value"] = refused(single("value"), XlaBackend, "step", Forgetful().method())
+    said["length"] = refused(short("length"), TrainLoader, "load", planted(lambda b: cut(b, 4, 180)))
+    said["packs"] = refused(short("packs"), TrainLoader, "load", planted(lambda b: cut(b, 3, 192)))
+    said["value"] = refused(short("value"), XlaBackend, "step", Forgetful().method())
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("esm_neuron.training.monitors").addHandler(handler)
     # Another rank, so other programs: this process keeps those that the run before has compiled.
-    other = replace(single("warned", on_recompile="warn"), adapter=replace(cfg.adapter, r=2))
+    other = replace(short("warned", on_recompile="warn"), adapter=replace(cfg.adapter, r=2))
     XlaBackend.step = Forgetful().method()  # type: ignore[method-assign]
     warned = run.train(other, str).result
     said["warned"] = {"steps": warned["train"]["steps"], "lines": lines}

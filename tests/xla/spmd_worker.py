@@ -123,9 +123,7 @@ class Run:
         draw = Draw(cfg.seed + 1, 0.1)
         trained = {n: tuple(p.shape) for n, p in built.model.named_parameters() if p.requires_grad}
         backend.load_weights(built.model, {name: draw(name, shape) for name, shape in trained.items()})
-        loaders = Loaders.of(
-            cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), task, backend, built.config.hidden_size
-        )
+        loaders = Loaders.of(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), task, backend)
         trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], {})
         made = cls(cfg, backend, task, built, loaders, trainer)
         made._watch()
