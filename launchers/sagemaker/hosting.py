@@ -23,9 +23,10 @@ from esm_neuron.cli import CommandParser
 from esm_neuron.config import AdapterConfig, BackendName, require, settings
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.files import write_text
-from esm_neuron.inference.export import CONFIG, MODEL, export
+from esm_neuron.inference.export import export
 from esm_neuron.inference.load import moved
 from esm_neuron.redact import redact
+from esm_neuron.run_dir import CONFIG, MODEL
 
 TORCH = "torch==2.8.*"
 """Inference images bring an older one."""

@@ -12,6 +12,7 @@ from parity import COMMANDS
 from esm_neuron.config import BackendName
 from esm_neuron.data.tokenizer import RESIDUES
 from esm_neuron.inference.embed import embed
+from esm_neuron.inference.evaluate import evaluate
 from esm_neuron.inference.predict import predict
 from esm_neuron.inference.score import Method, score
 from esm_neuron.training import run
@@ -46,7 +47,7 @@ def answer(output: str, command: str, made: str, backend: BackendName, tp: int =
     model, wanted, into = Path(made) / name, Path(made) / source, Path(output) / target
     words = (*SMALL, f"--parallel.tp={tp}")
     if command == "evaluate":
-        run.evaluate(model, wanted, into, backend, str, words)
+        evaluate(model, wanted, into, backend, str, words)
     elif command.startswith("predict"):
         predict(str(model), wanted, into, backend=backend, settings=words, log=str)
     elif command.startswith("embed"):

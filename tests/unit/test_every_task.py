@@ -18,6 +18,7 @@ import pytest
 from esm_neuron.config import LoopConfig, TrainConfig, settings
 from esm_neuron.data.homology import homolog_rows
 from esm_neuron.data.splits import load_splits
+from esm_neuron.inference.evaluate import evaluate
 from esm_neuron.inference.load import read_run
 from esm_neuron.inference.serving import Predictor
 from esm_neuron.reports import write_report
@@ -108,7 +109,7 @@ def test_the_finished_run_reads_back_with_what_training_decided(
 ) -> None:
     cfg, _ = read_run(Path(task_toys[task].output))
     assert (cfg.task.target_sd is not None) == (task == "regression")
-    again = run.evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str)
+    again = evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str)
     same_metrics(again, results[task]["test"], rel=1e-5)
 
 
@@ -122,8 +123,9 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 import torch.distributed as dist
-from esm_neuron.training import run
 from esm_neuron.config import settings
+from esm_neuron.inference.evaluate import evaluate
+from esm_neuron.training import run
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 for number, words in enumerate(json.loads(sys.argv[1])):
@@ -132,7 +134,7 @@ for number, words in enumerate(json.loads(sys.argv[1])):
     if len(words) == 1:
         run.train(settings.read_config(Path(words[0])), str)
     else:
-        run.evaluate(Path(words[0]), Path(words[1]), Path(words[0]) / "two.json", say=str)
+        evaluate(Path(words[0]), Path(words[1]), Path(words[0]) / "two.json", log=str)
 """
 
 
@@ -184,7 +186,7 @@ def test_neither_packing_nor_the_size_of_a_batch_changes_a_figure_before_the_six
 ) -> None:
     cfg = task_toys[task]
     for words in (["--data.packing=false"], ["--loop.eval_packs_per_device=1", "--data.pack_tokens=128"]):
-        found = run.evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str, words)
+        found = evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str, words)
         same_metrics(found, results[task]["test"], rel=1e-6, abs=1e-6)
 
 

@@ -66,7 +66,7 @@ def test_a_start_that_hangs_ends_with_its_stacks(toy: Callable[..., TrainConfig]
     config = Path(f"{cfg.output}.yaml")
     config.write_text(settings.dump(cfg))
     code = (
-        "import sys, threading\nfrom esm_neuron import cli, run\n"
+        "import sys, threading\nfrom esm_neuron import cli\nfrom esm_neuron.training import run\n"
         "run.load_splits = lambda *_: threading.Event().wait()\n"
         "sys.exit(cli.main(['train', '--config', sys.argv[1]]))"
     )
@@ -148,7 +148,7 @@ def test_what_may_compile_has_longer(
             allowed.append((what, self._allowed))
 
     for module in ("trainer", "run"):
-        monkeypatch.setattr(f"esm_neuron.{module}.Watchdog", Noted)
+        monkeypatch.setattr(f"esm_neuron.training.{module}.Watchdog", Noted)
     monkeypatch.setattr(CpuBackend, "static_shapes", True)
     cfg = toy(loop={"max_steps": 4, "eval_every": 2, "watchdog": 600, "watchdog_slow": 7200})
     run.train(cfg, str)

@@ -32,6 +32,7 @@ from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.loader import TrainLoader
 from esm_neuron.files import sha256
 from esm_neuron.inference.embed import embed
+from esm_neuron.inference.evaluate import evaluate
 from esm_neuron.inference.predict import predict
 from esm_neuron.inference.score import score
 from esm_neuron.training import run
@@ -304,7 +305,7 @@ def main(config: Path, folder: Path) -> None:
     said["counts"] = {"lora": count_graphs(make("xla"))}
     said["xla"] = metrics(make("xla"))
     said["evaluated"] = {
-        name: run.evaluate(folder / "cpu", Path(str(base.data.test)), None, name, str) for name in ("cpu", "xla")
+        name: evaluate(folder / "cpu", Path(str(base.data.test)), None, name, str) for name in ("cpu", "xla")
     }
     said["answered"] = answer(folder, Path(str(base.data.train)))
     said["counts"]["accumulated"] = count_graphs(make("accumulated", loop=accumulate))
