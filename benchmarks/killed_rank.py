@@ -128,7 +128,7 @@ def note_steps(done: Path, begin: Path) -> None:
     """Have this rank keep these two numbers in files, which a kill leaves as they are."""
     from esm_neuron.training.trainer import Trainer
 
-    step, fit, file = Trainer._train_step, Trainer.fit, os.open(done, os.O_WRONLY | os.O_CREAT, 0o644)
+    step, fit, file = Trainer.train_step, Trainer.fit, os.open(done, os.O_WRONLY | os.O_CREAT, 0o644)
 
     def noted(trainer: Any, data: Any) -> None:
         step(trainer, data)
@@ -139,7 +139,7 @@ def note_steps(done: Path, begin: Path) -> None:
         begin.write_text(str(trainer.state.step), encoding="ascii")
         return fit(trainer)
 
-    Trainer._train_step, Trainer.fit = noted, begun
+    Trainer.train_step, Trainer.fit = noted, begun
 
 
 def join_standins() -> None:

@@ -63,7 +63,7 @@ def in_update(event: FunctionEvent) -> bool:
 def profile(args: argparse.Namespace) -> dict[str, Any]:
     """Shares of the time of the recorded steps."""
     torch.set_num_threads(args.threads)
-    step, update = Trainer._train_step, CpuBackend.step
+    step, update = Trainer.train_step, CpuBackend.step
     recorder, clock = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), [0.0]
 
     def recorded(self: Trainer, data: Any) -> None:
@@ -79,7 +79,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
         with torch.profiler.record_function(UPDATE):
             return update(*given)
 
-    Trainer._train_step, CpuBackend.step = recorded, named_update  # type: ignore[method-assign]
+    Trainer.train_step, CpuBackend.step = recorded, named_update  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         packs_per_step = write_rows(args, Path(name))
         words = ours(Contestant(OURS, "fp32", args.adapters[0]), args, Path(name), packs_per_step)

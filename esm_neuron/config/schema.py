@@ -15,7 +15,7 @@ BackendName = Literal["cpu", "cuda", "xla", "neuron"]
 TaskName = Literal["sequence_classification", "multi_label", "regression", "residue_classification", "masked_lm"]
 Quantization = Literal["nf4", "int8"]
 OnRecompile = Literal["error", "warn", "ignore"]
-OnNonfinite = Literal["stop", "skip", "rollback"]
+OnNonfinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +220,7 @@ class LoopConfig:
     neuron): stop and name what changed, warn and go on, or say nothing."""
     on_nonfinite: OnNonfinite = "stop"
     """A step whose loss or gradient is not finite never moves the weights, and its records are named in
-    `output`/nonfinite.jsonl. Then: stop; skip it and go on; or go back to the weights of the newest checkpoint that
-    `checkpoint.every` asked for, and on with the next step's records. Seen at the next line of the log, evaluation or
+    `output`/nonfinite.jsonl. Then stop, or skip it and go on. Seen at the next line of the log, evaluation or
     checkpoint."""
     watchdog: int = 0
     """Seconds that a step, a batch of an evaluation or a checkpoint may take before the process writes the stacks of
@@ -239,7 +238,7 @@ class CheckpointConfig:
     every: int = 0
     """Optimizer steps between checkpoints; 0: at each validation."""
     keep: int = 2
-    """Newest checkpoints kept; besides, the best one and the newest that `every` asked for."""
+    """Newest checkpoints kept; besides, the best one."""
     resume: Literal["no", "auto"] = "no"
     """`auto` continues from the newest complete checkpoint in `output`, or starts when there is none."""
     asynchronous: bool = False

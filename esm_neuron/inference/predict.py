@@ -25,7 +25,7 @@ from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_ran
 from esm_neuron.errors import ConfigError
 from esm_neuron.inference.load import Opened, open_model
 from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, read_once, stream
-from esm_neuron.training.evaluation import Asks, collect_here
+from esm_neuron.training.evaluation import Asks, collect
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Answerer:
     model: Callable[[Built], nn.Module]
     """Makes the network to be asked of the one that was built."""
     write: Callable[[ExampleTable, Sequence[np.ndarray]], Predictions]
-    """(records, what `collect_here` has found for them) -> their rows."""
+    """(records, what `collect` has found for them) -> their rows."""
     batches: int = BATCHES
     """How many a piece fills."""
 
@@ -141,9 +141,9 @@ def piece_tokens(cfg: TrainConfig, backend: Backend, batches: int = BATCHES) -> 
 def answer_table(
     model: nn.Module, task: Asking, backend: Backend, cfg: TrainConfig, table: ExampleTable, advance: Advance
 ) -> list[np.ndarray]:
-    """The task's answers to a table by this rank alone, see `evaluate.collect_here`."""
+    """The task's answers to a table by this rank alone, see `evaluation.collect`."""
     loader = EvalLoader(table, task, cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-    return collect_here(model, task, backend, loader, advance)
+    return collect(model, task, backend, loader, alone=True, advance=advance)
 
 
 def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[ExampleTable]]:

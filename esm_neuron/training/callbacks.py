@@ -1,7 +1,7 @@
-"""What watches a run: console progress, metrics.jsonl, TensorBoard; and early stopping, which is plain state.
+"""Callbacks that report on a run: console progress, metrics.jsonl, TensorBoard; and the state of early stopping.
 
-Callbacks run on rank 0 only and get values that are already on the host. Every line is one write: log capture on
-clusters splits a line that arrives in pieces.
+Callbacks run on the main rank only and get values that are already on the host. Every line is one write, because log
+capture on clusters splits a line that arrives in pieces.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -29,24 +29,53 @@ Record = Mapping[str, Any]
 """Named values: numbers, None where undefined, strings such as the split, intervals [low, high]."""
 
 
-class Callback(Protocol):
-    """What the trainer tells its watchers."""
+class Callback:
+    """A watcher of a run; a subclass overrides what it wants to hear of."""
 
     def on_log(self, step: int, total: int, record: Record) -> None:
         """Optimizer step `step` of `total` is done; `record` has loss, lr, grad_norm, residues_per_second, ..."""
-        ...
 
     def on_eval(self, step: int, record: Record) -> None:
         """An evaluation after `step` is done; `record` has the split and its metrics."""
-        ...
 
     def on_end(self, result: Record) -> None:
         """Training is over, also when it stopped early; `result` is what result.json gets."""
-        ...
 
 
-class ProgressConsole:
-    """A bar with the time left on a terminal, one plain line a record elsewhere.
+class CallbackList(Callback):
+    """Several callbacks, told one after the other.
+
+    A file that one of them cannot write must not end this rank alone, while its peers wait in a collective: the error
+    is kept in `failure`, and `Trainer.stop_requested` raises it on all ranks.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
+        self.failure: OSError | None = None
+
+    def on_log(self, step: int, total: int, record: Record) -> None:
+        """Pass it on."""
+        self._tell(lambda callback: callback.on_log(step, total, record))
+
+    def on_eval(self, step: int, record: Record) -> None:
+        """Pass it on."""
+        self._tell(lambda callback: callback.on_eval(step, record))
+
+    def on_end(self, result: Record) -> None:
+        """Pass it on; no collective follows, so an error goes up at once."""
+        for callback in self.callbacks:
+            callback.on_end(result)
+
+    def _tell(self, what: Callable[[Callback], None]) -> None:
+        try:
+            for callback in self.callbacks:
+                what(callback)
+        except OSError as error:
+            self.failure = self.failure or error
+
+
+class ProgressConsole(Callback):
+    """Show a bar with the time left on a terminal, one plain line per record elsewhere.
 
     Plain lines suit regular expressions such as SageMaker's metric definitions:
     `step=120/500 loss=0.6123 lr=3.0e-04 grad_norm=1.23 residues_per_second=1234 eta=00:12:34` and
@@ -56,7 +85,7 @@ class ProgressConsole:
     def __init__(
         self, start: int = 0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Watch a run that begins after step `start`, writing to `stream` (stderr); `clock` gives seconds."""
+        """Report on a run that begins after step `start`, on `stream` (stderr); `clock` gives seconds."""
         self.stream = stream if stream is not None else sys.stderr
         self.clock = clock
         self.start = start
@@ -64,7 +93,6 @@ class ProgressConsole:
         self.bar: tqdm[Any] | None = None
 
     def on_log(self, step: int, total: int, record: Record) -> None:
-        """Move the bar, or write one line."""
         if not self.stream.isatty():
             self._write(f"step={step}/{total} {format_record(record)} eta={format_seconds(self._eta(step, total))}")
             return
@@ -74,11 +102,9 @@ class ProgressConsole:
         self.bar.update(step - self.bar.n)
 
     def on_eval(self, step: int, record: Record) -> None:
-        """Write one line, above the bar where there is one."""
         self._write(f"eval step={step} {format_record(record)}")
 
     def on_end(self, result: Record) -> None:
-        """Close the bar. The summary is the command's to print."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -91,7 +117,7 @@ class ProgressConsole:
         self.stream.flush()
 
     def _eta(self, step: int, total: int) -> float:
-        """Seconds left. The first interval holds compilation, so later estimates leave it out."""
+        """Return the seconds left. The first interval includes compilation, so later estimates leave it out."""
         now = self.clock()
         first_step, first_time = self.origin
         rate = (now - first_time) / max(step - first_step, 1)
@@ -100,29 +126,24 @@ class ProgressConsole:
         return rate * (total - step)
 
 
-class JsonlLogger:
-    """One JSON object a line in metrics.jsonl, each written and flushed at once; NaN and infinity become null."""
+class JsonlLogger(Callback):
+    """Append one JSON object per line to `path`, such as metrics.jsonl, at once; NaN and infinity become null."""
 
     def __init__(self, path: Path) -> None:
-        """Append to `path`, made if it is not there (with its folder)."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_log(self, step: int, total: int, record: Record) -> None:
-        """Append `{"step": ..., **record}`."""
-        self._append({"step": step, **record})
+        self.append({"step": step, **record})
 
     def on_eval(self, step: int, record: Record) -> None:
-        """Append `{"step": ..., **record}`; the record's `split` tells it from a training line."""
-        self._append({"step": step, **record})
-
-    def on_end(self, result: Record) -> None:
-        """Nothing: every line is on disk already."""
+        """Append a line; the record's `split` tells it from a training line."""
+        self.append({"step": step, **record})
 
     def truncate_after(self, step: int, pending: Container[int] = ()) -> None:
-        """Drop the lines of steps above `step`, and of steps still to be written, so that none is written twice.
+        """Drop the lines of steps above `step` and of `pending` steps, which the resumed run writes again.
 
-        A last line that a kill cut short is dropped too. The file is replaced whole.
+        A last line that a kill cut short is dropped too.
 
         Raises:
             CheckpointError: another line is not JSON with a step.
@@ -142,18 +163,17 @@ class JsonlLogger:
                 f"{self.path}:{number}: not a JSON object with a step; delete the line (or the file) to resume"
             ) from None
 
-    def _append(self, record: Record) -> None:
+    def append(self, record: Record) -> None:
+        """Append a line."""
         line = json.dumps(finite(record), allow_nan=False) + "\n"
-        with (
-            _naming(self.path),
-            open(self.path, "ab") as file,
-        ):  # unbuffered, half a line would be no error
+        # Buffered: an unbuffered write to a full disk may write half a line and report no error.
+        with _naming(self.path), open(self.path, "ab") as file:
             file.write(line.encode())
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Have an error of the file system say which file it is about."""
+    """Put the path into an error of the file system, which does not always name it."""
     try:
         yield
     except OSError as error:
@@ -161,8 +181,8 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-class TensorBoardLogger:
-    """Scalars for TensorBoard: `train/<name>` a logged step, `<split>/<name>` an evaluation."""
+class TensorBoardLogger(Callback):
+    """Write scalars for TensorBoard: `train/<name>` per logged step, `<split>/<name>` per evaluation."""
 
     def __init__(self, folder: Path, start: int = 0) -> None:
         """Write event files under `folder`; a viewer hides what an earlier run wrote there after step `start`."""
@@ -172,15 +192,13 @@ class TensorBoardLogger:
         self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def on_log(self, step: int, total: int, record: Record) -> None:
-        """Write the training scalars."""
         self._scalars("train", step, record)
 
     def on_eval(self, step: int, record: Record) -> None:
-        """Write the scalars of one split."""
         self._scalars(str(record["split"]), step, record)
 
     def on_end(self, result: Record) -> None:
-        """Close the event file. A disk that is full is said and no error: why the run ended, or its result, stands."""
+        """Close the event file. A full disk is only logged: the result of the run, or why it ended, matters more."""
         try:
             self.writer.close()
         except OSError as error:
@@ -196,12 +214,12 @@ class TensorBoardLogger:
 
 @dataclass
 class EarlyStopping:
-    """The best value so far and how long it has stood. Plain numbers, kept in checkpoints."""
+    """The best value of the watched metric so far and how long it has stood; kept in checkpoints."""
 
     patience: int
     """Validations without improvement after which `stop` is true; 0: never."""
     greater_is_better: bool
-    """Whether the watched metric is to rise (MCC) or to fall (loss)."""
+    """True for a metric that should rise (MCC), False for one that should fall (loss)."""
     best: float | None = None
     """Best value so far."""
     best_step: int | None = None
@@ -210,7 +228,7 @@ class EarlyStopping:
     """Validations since then."""
 
     def update(self, value: float | None, step: int) -> bool:
-        """Take in a validation; True when it is the best so far. An undefined value (None, NaN) never is."""
+        """Take in a validation; return whether it is the best so far. An undefined value (None, NaN) never is."""
         if value is not None and not math.isnan(value) and self._better(value):
             self.best, self.best_step, self.bad = value, step, 0
             return True
@@ -227,20 +245,20 @@ class EarlyStopping:
         """Whether patience has run out."""
         return 0 < self.patience <= self.bad
 
+    def forget_best(self) -> None:
+        """Look for the best step anew: its checkpoint is damaged."""
+        self.best, self.best_step = None, None
+
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint, valid JSON."""
+        """Return the state for a checkpoint, valid JSON."""
         return {name: value for name, value in asdict(self).items() if name in ("best", "best_step", "bad")}
 
     def load_state_dict(self, state: Record) -> None:
-        """Go on from `state`; patience and direction stay those of the present config.
-
-        Raises:
-            CheckpointError: it is not what `state_dict` gives.
-        """
+        """Go on from `state`; patience and direction stay those of the present config."""
         best, best_step, bad = (state.get(name) for name in ("best", "best_step", "bad"))
         sound = (best is None) == (best_step is None) and isinstance(best, (int, float, NoneType))
         if not (sound and isinstance(best_step, (int, NoneType)) and isinstance(bad, int)):
-            raise CheckpointError("state.json: no sound `stopper`; delete the checkpoint's folder")
+            raise CheckpointError("state.json: no valid `stopper`; delete the checkpoint's folder")
         self.best, self.best_step, self.bad = best, best_step, bad
 
 
@@ -249,7 +267,7 @@ FORMATS = {"lr": ".1e", "grad_norm": ".2f", "residues_per_second": ".0f"}
 
 
 def format_record(record: Record) -> str:
-    """`name=value` of every number and string; undefined values and intervals are left to metrics.jsonl."""
+    """Return `name=value` of every number and string; undefined values and intervals are left to metrics.jsonl."""
     parts = []
     for name, value in record.items():
         if isinstance(value, float):
@@ -260,13 +278,13 @@ def format_record(record: Record) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """HH:MM:SS; hours go beyond 99 where needed."""
+    """Return HH:MM:SS; hours go beyond 99 where needed."""
     whole = round(seconds)
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def finite(value: Any) -> Any:
-    """`value` with every NaN and infinity inside replaced by None, which JSON can say."""
+    """Return `value` with every NaN and infinity inside replaced by None: JSON has neither."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,8 @@
-"""Step folders that are complete or invisible: weights, optimizer and counters, with a manifest of their hashes.
+"""Checkpoints: folders that are complete or invisible, and the manager that saves, prunes and restores those of a run.
 
-What is *not* stored is as deliberate: the learning rate, the order of rows, the masks and the dropout of every step are
-functions of the seed and the step, so a resumed run draws what an uninterrupted one would have drawn.
+A checkpoint holds weights, optimizer state, counters and a manifest with their hashes. The learning rate, the order of
+the packs, the masks and the dropout of a step are not stored: they are functions of the seed and the step, so a resumed
+run draws what an uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -10,49 +11,51 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from esm_neuron.backends.base import Backend
-from esm_neuron.distributed import from_main_rank
+from esm_neuron.config import TrainConfig
+from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import new_folder, read_json, sha256, write_json
 from esm_neuron.run_dir import PASSED_OVER
-from esm_neuron.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
 MANIFEST = "manifest.json"
 TENSORS = ("model", "optimizer")
-_UNREADABLE = "mend the disk or the rights, nothing was deleted"
+UNREADABLE = "fix the disk or its permissions; nothing was deleted"
 """The cure where the file system fails."""
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass
 class TrainState:
-    """Counters of a run, all that a checkpoint keeps beside tensors."""
+    """The counters of a run: everything that a checkpoint keeps besides tensors."""
 
     step: int = 0
     """Optimizer steps done."""
     residues: int = 0
-    """True residues trained on, over all ranks."""
+    """Residues trained on, over all ranks, padding and special tokens not counted."""
     seconds: float = 0.0
-    """Time in training steps, evaluation and saving left out."""
+    """Time spent in training steps, without evaluation and saving."""
     stopper: dict[str, Any] = field(default_factory=dict)
-    """State of early stopping: best value, its step, validations since."""
+    """State of early stopping: the best value, its step, validations since."""
     run: dict[str, Any] = field(default_factory=dict)
     """What a continued run must share with this one (configuration and data), see `run.identity`."""
     watch: dict[str, Any] = field(default_factory=dict)
-    """State of `guards.StepWatch`: recent losses, steps without a finite one."""
+    """State of `monitors.LossWatch`: recent losses, steps without a finite one."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,176 @@ class Snapshot:
     """Optimizer state: `<parameter>/exp_avg`, `/exp_avg_sq`, `/step`."""
 
 
+class CheckpointManager:
+    """Saves, prunes and restores the checkpoints of one run.
+
+    Every public method but `write` and `close` is called on all ranks together, and an error of one rank is raised on
+    all. The main rank alone writes; with `checkpoint.asynchronous` in a thread, while training goes on.
+    """
+
+    def __init__(self, cfg: TrainConfig, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.folder = Path(cfg.output) / "checkpoints"
+        self._keep = cfg.checkpoint.keep
+        self._backend, self._model, self._optimizer = backend, model, optimizer
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if cfg.checkpoint.asynchronous else None
+        self._pending: Future[None] | None = None
+
+    def restore(self, identity: Mapping[str, Any]) -> TrainState | None:
+        """Load weights and optimizer state of the newest whole checkpoint; return its counters, None without one.
+
+        Raises:
+            CheckpointError: the checkpoints belong to a run with another `identity`, none of them is whole, or the
+                ranks see different ones.
+        """
+        snapshot = raise_on_any_rank(self._backend, lambda: self._newest(identity))
+        found = self._backend.gather_host(None if snapshot is None else snapshot.state.step)
+        if len(set(found)) > 1:
+            raise CheckpointError(
+                f"{self.folder}: the ranks find different checkpoints, of steps {found}; give them one shared folder"
+            )
+        if snapshot is None:
+            return None
+        self._backend.load_state(self._model, self._optimizer, snapshot.model, snapshot.optimizer)
+        return snapshot.state
+
+    def _newest(self, identity: Mapping[str, Any]) -> Snapshot | None:
+        snapshot = newest(self.folder)
+        if snapshot is not None:
+            check_identity(snapshot.state.run, identity, self.folder)
+        return snapshot
+
+    def set_aside_unusable(self, step: int, best: int | None, over: bool) -> bool:
+        """Rename what a run resumed after `step` cannot use: checkpoints of later steps, and a damaged best one.
+
+        The best one is checked here, before training and not after it: at the end it could no longer be replaced.
+
+        Args:
+            step: the step of the restored checkpoint.
+            best: the best step so far, None without a validation.
+            over: whether no steps are left to train.
+
+        Returns:
+            Whether the checkpoint of the best step was damaged, so that the best of the steps to come takes its place.
+
+        Raises:
+            CheckpointError: it was, and there are no steps to come.
+        """
+        # The restored run writes later steps anew. Pruning goes by step, and would keep the damaged ones instead.
+        main_rank_only(self._backend, lambda: set_aside_after(self.folder, step))
+        if best is None or best == step:  # the restored checkpoint itself has just been read
+            return False
+        folder = step_folder(self.folder, best)
+        damaged = from_main_rank(self._backend, lambda: damage(folder))
+        if damaged is None:
+            return False
+        if over:
+            raise CheckpointError(
+                f"training is over and its best step, {best}, cannot be read: {damaged}; bring this folder back, or "
+                f"train again into another --output: the weights of step {step} are not taken in its place"
+            )
+        main_rank_only(self._backend, lambda: set_aside(folder))
+        logger.warning("the best step is looked for anew among those after %d: %s", step, damaged)
+        return True
+
+    def save(self, state: TrainState, best: int | None) -> None:
+        """Write a checkpoint of the model, the optimizer and `state`, and prune the older ones; `best` stays.
+
+        Raises:
+            CheckpointError: it cannot be written, or the one before could not (`checkpoint.asynchronous`).
+        """
+        if self._pool is not None:
+            self.wait()  # before the next snapshot is gathered: the host holds one at most
+        weights, moments = self._backend.gather_state(self._model, self._optimizer)
+        snapshot = Snapshot(copy(state), weights, moments)
+        main_rank_only(self._backend, lambda: self.write(snapshot, best))
+
+    def write(self, snapshot: Snapshot, best: int | None) -> None:
+        """Write `snapshot`, or begin to; the main rank's part of `save`."""
+        if self._pool is None:
+            self._write_and_prune(snapshot, best)
+        else:
+            self._pending = self._pool.submit(self._write_and_prune, snapshot, best)
+
+    def _write_and_prune(self, snapshot: Snapshot, best: int | None) -> None:
+        save(self.folder, snapshot)
+        prune(self.folder, self._keep, best)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written; raised on every rank, once.
+        """
+        main_rank_only(self._backend, self._settle)
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for what is still being written. A failure is logged and not raised: another error ends the run."""
+        try:
+            self._settle()
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s", error)
+
+    def load_best(self, best: int | None, last: int) -> tuple[int, dict[str, Tensor]]:
+        """Put the weights of the best validated step back; without one, those of the last step stay.
+
+        Returns:
+            The step of the weights, and the trained ones, whole (on the main rank). Do not gather them again: under
+            ZeRO-1 `Backend.gather_state` reads the optimizer's master copies, which are still those of the last step.
+
+        Raises:
+            CheckpointError: the main rank has no whole checkpoint of the best step.
+        """
+        if best is None or best == last:
+            return last, self._backend.gather_state(self._model, self._optimizer)[0]
+        weights = self.read_weights(best)
+        self._backend.load_weights(self._model, weights)
+        return best, weights
+
+    def read_weights(self, step: int) -> dict[str, Tensor]:
+        """Read the trained weights of a checkpoint on every rank.
+
+        Each rank maps the file for itself where all see the same one, so the ranks of a node share its memory. But the
+        checkpoint may lie on the main rank's node alone, as on SageMaker, or be damaged elsewhere: then the main rank
+        sends the weights.
+        """
+        folder = step_folder(self.folder, step)
+        weights: dict[str, Tensor] = {}
+        seen: str | None = None
+        failure: CheckpointError | None = None
+        try:
+            weights, seen = load(folder).model, fingerprint(folder)
+        except CheckpointError as error:
+            failure = error
+        seen_by_all = self._backend.gather_host(seen)
+        if seen is not None and set(seen_by_all) == {seen}:
+            return weights
+
+        def of_main_rank() -> dict[str, Tensor]:
+            if failure is not None:
+                raise failure
+            return weights
+
+        return from_main_rank(self._backend, of_main_rank)
+
+
 def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
+    """Return the folder of the checkpoint after `step` optimizer steps."""
     return root / f"step-{step:08d}"
 
 
+def steps(root: Path) -> list[int]:
+    """Return the steps of the checkpoints under `root`, oldest first."""
+    names = (STEP_FOLDER.fullmatch(p.name) for p in root.iterdir()) if root.is_dir() else ()
+    return sorted(int(m.group(1)) for m in names if m)
+
+
 def save(root: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint: aside, flushed, then renamed, so that a crash leaves the old ones and no half of this one.
+    """Write a checkpoint aside, flush it, then rename it: a crash leaves the old ones whole and no half of this one.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -106,64 +272,26 @@ def load(folder: Path) -> Snapshot:
         kinds = {f.name: type(getattr(TrainState(), f.name)) for f in fields(TrainState)}
         wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
         if wrong or step_folder(folder.parent, state.step) != folder:
-            raise ValueError(f"state.json: no sound {wrong[0] if wrong else 'step'}")
-    except (OSError, SafetensorError, ValueError, TypeError) as error:  # whole by its manifest, and yet none of ours
+            raise ValueError(f"state.json: no valid {wrong[0] if wrong else 'step'}")
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        TypeError,
+    ) as error:  # whole by its manifest, yet not ours
         raise CheckpointError(f"{folder}: cannot be read ({error}); delete the folder") from error
     return Snapshot(state=state, **tensors)
 
 
-class Saver:
-    """Writes the checkpoints of a run under `root` and prunes them; with `asynchronous`, in a thread of its own.
-
-    One snapshot at most is held: `settle` must be called before the next one is made, and at the end. `every`: steps
-    between regular checkpoints, see `prune`.
-    """
-
-    def __init__(self, root: Path, keep: int, every: int, asynchronous: bool) -> None:
-        self._root, self._keep, self._every = root, keep, every
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self._pending: Future[None] | None = None
-
-    def save(self, snapshot: Snapshot, best: int | None) -> None:
-        """Write `snapshot`, or begin to; raises as `checkpoint.save`, or has the next `settle` raise it."""
-        if self._pool is None:
-            self._write(snapshot, best)
-        else:
-            self._pending = self._pool.submit(self._write, snapshot, best)
-
-    def settle(self) -> None:
-        """Wait until the last snapshot is written.
-
-        Raises:
-            CheckpointError: it could not be; said once.
-        """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """Wait for what is still being written. A failure is said and not raised: another error ends the run."""
-        try:
-            self.settle()
-        except (CheckpointError, OSError) as error:
-            logger.warning("%s", error)
-
-    def _write(self, snapshot: Snapshot, best: int | None) -> None:
-        save(self._root, snapshot)
-        prune(self._root, self._keep, best, self._every)
-
-
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there and has its hash."""
-    for path in (folder, folder / MANIFEST):
-        _refuse_link(path)
     try:
         manifest = read_json(folder / MANIFEST)
         version = manifest["version"]
         files = {n: str(entry["sha256"]) for n, entry in manifest["files"].items()} if version == VERSION else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        gone = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        cure = _UNREADABLE if gone else "delete the folder"
+        failing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        cure = UNREADABLE if failing else "delete the folder"
         raise CheckpointError(f"{folder / MANIFEST}: not a readable manifest ({error}); {cure}") from error
     if version != VERSION:
         raise CheckpointError(
@@ -177,12 +305,11 @@ def verify(folder: Path) -> None:
     for name, digest in files.items():
         path = folder / name
         try:
-            _refuse_link(path)
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, delete its folder")
             found = sha256(path)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {UNREADABLE}") from error
         if found != digest:
             raise CheckpointError(
                 f"{path}: content differs from its manifest; the checkpoint is damaged, delete its folder"
@@ -190,7 +317,7 @@ def verify(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, None if it can."""
+    """Return why a checkpoint cannot be used, None if it can."""
     try:
         verify(folder)
     except CheckpointError as error:
@@ -198,32 +325,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _refuse_link(path: Path) -> None:
-    try:
-        linked = path.is_symlink()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
-    if linked:
-        raise CheckpointError(f"{path}: a link, which may lead anywhere; copy the checkpoint with its files")
-
-
-def steps(root: Path) -> list[int]:
-    """Steps of the checkpoints under `root`, oldest first."""
-    names = (STEP_FOLDER.fullmatch(p.name) for p in root.iterdir()) if root.is_dir() else ()
-    return sorted(int(m.group(1)) for m in names if m)
-
-
-def newest(root: Path, every: int = 1) -> Snapshot | None:
-    """The newest whole checkpoint under `root`, None when there is none; says in the log which ones it passed over.
-
-    Args:
-        root: folder of the checkpoints.
-        every: those of steps that are its multiples are taken before all others.
+def newest(root: Path) -> Snapshot | None:
+    """Read the newest whole checkpoint under `root`, None when there is none; those passed over are logged.
 
     Raises:
         CheckpointError: there are checkpoints and not one is whole.
     """
-    found = sorted(steps(root), key=lambda step: (step % every == 0, step))
+    found = steps(root)
     for step in reversed(found):
         try:
             return load(step_folder(root, step))
@@ -237,19 +345,15 @@ def newest(root: Path, every: int = 1) -> Snapshot | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """What two checkpoints of equal content share: the hash of their manifest.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """Return the hash of a checkpoint's manifest, which two checkpoints of equal content share."""
     try:
         return sha256(folder / MANIFEST)
     except OSError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror}); {_UNREADABLE}") from error
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror}); {UNREADABLE}") from error
 
 
 def set_aside_after(root: Path, step: int) -> None:
-    """Rename the checkpoints of steps after `step`, which a resumed run has passed over and will write anew."""
+    """Rename the checkpoints of steps after `step`."""
     for later in steps(root):
         if later > step:
             set_aside(step_folder(root, later))
@@ -263,35 +367,26 @@ def set_aside(folder: Path) -> None:
     number = 1
     while os.path.lexists(aside := folder.with_name(f"{PASSED_OVER}{folder.name}-{number}")):
         number += 1
-    if os.path.lexists(folder):  # a link that leads nowhere, too
+    if os.path.lexists(folder):  # also a link that leads nowhere
         folder.rename(aside)
         logger.warning("%s is now %s; delete it when it is of no use", folder, aside.name)
 
 
-def prune(root: Path, keep: int, best: int | None, every: int = 1) -> None:
-    """Delete all checkpoints but those named, and what killed processes left half-written.
-
-    Args:
-        root: their folder.
-        keep: how many of the newest stay.
-        best: step of the best one, which stays.
-        every: the newest of the steps that are its multiples stays too: what a rollback goes back to, however often a
-            run was stopped in between.
-    """
-    found = steps(root)
-    regular = [step for step in found if step % every == 0]
-    for step in found[:-keep]:
-        if step not in (best, *regular[-1:]):
-            folder = step_folder(root, step)
-            if folder.is_symlink():
-                folder.unlink()  # and not what it leads to
-            else:
-                shutil.rmtree(folder)
+def prune(root: Path, keep: int, best: int | None) -> None:
+    """Delete all checkpoints but the `keep` newest and the one of step `best`, and what killed processes left."""
+    for step in steps(root)[:-keep]:
+        folder = step_folder(root, step)
+        if step == best:
+            continue
+        if folder.is_symlink():
+            folder.unlink()  # whoever made the link keeps what it leads to
+        else:
+            shutil.rmtree(folder)
     for aside in root.glob(".step-*.tmp"):
         shutil.rmtree(aside)
 
 
-def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
     """Raise CheckpointError when a checkpoint belongs to another run, naming the first values that differ."""
     names = sorted(set(found) | set(wanted))
     differing = [f"{n} was {found.get(n)!r}, is {wanted.get(n)!r}" for n in names if found.get(n) != wanted.get(n)]
@@ -301,32 +396,3 @@ def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: Path) -
             f"{where}: its checkpoints come from another run: {'; '.join(differing[:3])}{more}; "
             "use the same settings and data, or another --output"
         )
-
-
-T = TypeVar("T")
-
-
-def load_shared(backend: Backend, root: Path, step: int, take: Callable[[Snapshot], T]) -> T:
-    """What `take` takes of the checkpoint of `step` under `root`, on every rank.
-
-    Files are mapped, so that ranks which read for themselves share the memory. But the checkpoint may lie on the main
-    rank's node alone, as on SageMaker, or be another or damaged elsewhere: then the main rank sends it.
-
-    Raises:
-        CheckpointError: the main rank has none that is whole.
-    """
-    folder = checkpoint.step_folder(root, step)
-    seen: str | None = None
-    try:
-        mine: T | CheckpointError = take(checkpoint.load(folder))
-        seen = checkpoint.fingerprint(folder)
-    except CheckpointError as error:
-        mine = error
-    held = set(backend.gather_host(seen))
-
-    def found() -> T:
-        if isinstance(mine, CheckpointError):
-            raise mine
-        return mine
-
-    return found() if len(held) == 1 and seen is not None else from_main_rank(backend, found)

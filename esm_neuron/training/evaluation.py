@@ -1,9 +1,8 @@
-"""Forward passes without gradients: the one way validation, test figures and predictions are made."""
+"""Forward passes without gradients: the one way validation, test metrics and predictions are made."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,16 +18,12 @@ from esm_neuron.tasks import Task
 
 
 class Asks(Protocol):
-    """What forward passes ask of a task."""
+    """What forward passes need of a task, see `tasks.Task`."""
 
     @property
-    def predictions_per_token(self) -> bool:
-        """See `tasks.Task`."""
-        ...
+    def predictions_per_token(self) -> bool: ...
 
-    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """See `tasks.Task`."""
-        ...
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]: ...
 
 
 AHEAD = 2
@@ -36,7 +31,7 @@ AHEAD = 2
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits for a batch on its device: [R, S, classes], or [R, L, tokens]."""
+    """Return the model's logits for a batch on its device: [R, S, classes], or [R, L, tokens]."""
     logits: Tensor = model(
         input_ids=batch.input_ids,
         segment_ids=batch.segment_ids,
@@ -47,7 +42,7 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def on_device(batches: Iterable[Batch], backend: Backend) -> Iterator[Batch]:
-    """The same batches on the backend's device, or spread over its devices."""
+    """Yield the batches on the backend's device, or spread over its devices."""
     for batch in batches:
         moved = batch.to(backend.device)
         backend.spread(moved.tensors().values())
@@ -61,7 +56,7 @@ def run_passes(
     batches: Iterable[Batch],
     take: Callable[[np.ndarray, list[np.ndarray]], None],
 ) -> None:
-    """Hand `task.answers` of every batch to `take(members, answers)`, as numpy on the host and in order."""
+    """Hand `task.predictions` of every batch to `take(members, predictions)`, as numpy on the host and in order."""
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -78,109 +73,97 @@ def run_passes(
     model.train(was_training)
 
 
-@dataclass
-class Collected:
-    """Answers by the example, or the token of a table, that they are to, gathered batch by batch and over ranks."""
+def collect(
+    model: nn.Module,
+    task: Asks,
+    backend: Backend,
+    loader: EvalLoader,
+    alone: bool = False,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> list[np.ndarray]:
+    """Return `task.predictions` for a loader's whole table, in the table's order.
 
-    size: int
-    """Examples, or tokens, of the table."""
-    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    """Of every batch: what is answered, int64 [n], 0 to size - 1; then the answers, [n, ...] each."""
+    Args:
+        alone: False: every rank evaluates its share, and gets the predictions of all. True: this rank's loader holds
+            the whole table, and no other rank is asked.
+        advance: told how many tokens each batch had.
 
-    def whole(self) -> list[np.ndarray]:
-        """The answers in the table's order, [size, ...] each.
+    Returns:
+        float32 [examples, ...] each, or [tokens, ...] where `task.predictions_per_token`.
 
-        Raises:
-            ValueError: something was answered twice, or not at all.
-        """
-        index, *predictions = (np.concatenate(arrays) for arrays in zip(*self.parts, strict=True))
-        times = np.bincount(index, minlength=self.size)
-        if (times != 1).any():
-            wrong = int((times != 1).argmax())
-            raise ValueError(
-                f"{wrong} was answered {times[wrong]} times ({(times != 1).sum()} such of {self.size}); each must be "
-                "answered once over all batches and ranks"
+    Raises:
+        TrainingError: a prediction is NaN or infinite.
+    """
+    table, topology = loader.table, backend.topology
+    parts: list[tuple[np.ndarray, ...]] = []
+
+    def take(members: np.ndarray, predictions: list[np.ndarray]) -> None:
+        parts.append(placed(table, members, predictions, task.predictions_per_token))
+        advance(int(table.tokens_of(members[members >= 0]).sum()))
+
+    run_passes(model, task, backend, loader, take)
+    if not alone:
+        gathered = backend.gather_host(parts)
+        # the ranks of a tensor-parallel group evaluate the same packs: those of the first of them count
+        parts = [part for copy in range(topology.dp) for part in gathered[topology.rank_of(copy, 0)]]
+    predictions = in_table_order(parts, int(table.offsets[-1]) if task.predictions_per_token else len(table))
+    for values in predictions:
+        wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+        if len(wrong):
+            example = np.searchsorted(table.offsets, wrong, "right") - 1 if task.predictions_per_token else wrong
+            shown = ", ".join(repr(table.ids[record]) for record in np.unique(table.record[example])[:3])
+            raise TrainingError(
+                f"the prediction for {shown} is NaN or infinite: the weights are damaged, or training has diverged; "
+                "train again with a lower optim.lr"
             )
-        order = np.argsort(index, kind="stable")
-        return [values[order] for values in predictions]
+    return predictions
 
 
 def placed(
     table: ExampleTable, members: np.ndarray, predictions: Sequence[np.ndarray], per_token: bool
 ) -> tuple[np.ndarray, ...]:
-    """One batch's answers without its padding, behind the index of the example or token of `table` that each is to.
+    """Return one batch's predictions without padding, after the index of the example or token that each is for.
 
     Args:
         table: what is evaluated.
         members: int64 [R, S], which example each segment is, -1 for none.
-        answers: [R, S, ...] each, or with `per_token` [R, L, ...], the tokens of a row's segments end to end.
-        per_token: whether answers are to tokens or to examples.
+        predictions: [R, S, ...] each, or with `per_token` [R, L, ...], the tokens of a pack's segments end to end.
+        per_token: whether predictions are for tokens or for examples.
     """
     used = members >= 0
     example = members[used]
     if not per_token:
-        return (example, *(answer[used] for answer in predictions))
+        return (example, *(values[used] for values in predictions))
+    # A pack holds its segments end to end from column 0, so its first sum(lengths) columns are tokens. Row by row they
+    # come in the order of `example`, and each is token `offsets[example]` of the table plus its place in the segment.
     lengths = np.where(used, table.tokens_of(members), 0)
     filled = np.arange(predictions[0].shape[1]) < lengths.sum(1, keepdims=True)
     size = lengths[used]
     first = np.cumsum(size) - size
     token = np.arange(size.sum()) + np.repeat(table.offsets[example] - first, size)
-    return (token, *(answer[filled] for answer in predictions))
+    return (token, *(values[filled] for values in predictions))
 
 
-def collect(model: nn.Module, task: Task, backend: Backend, loader: EvalLoader) -> list[np.ndarray]:
-    """`task.answers` to a loader's whole table, in the table's order, over all ranks and the same on each of them.
-
-    Returns:
-        float32 [examples, ...] each, or [tokens, ...] where `task.answers_per_token`.
+def in_table_order(parts: Sequence[tuple[np.ndarray, ...]], size: int) -> list[np.ndarray]:
+    """Join what `placed` gave for the batches of all ranks: [size, ...] each, in the order of the table.
 
     Raises:
-        TrainingError: an answer is NaN or infinite, on any rank.
+        ValueError: one of the `size` examples or tokens was predicted twice, or not at all.
     """
-    table = loader.table
-    mine = Collected(int(table.offsets[-1]) if task.predictions_per_token else len(table))
-
-    def take(members: np.ndarray, predictions: list[np.ndarray]) -> None:
-        mine.parts.append(placed(table, members, predictions, task.predictions_per_token))
-
-    run_passes(model, task, backend, loader, take)
-    finite = all(np.isfinite(values).all() for part in mine.parts for values in part[1:])
-    if not all(backend.gather_host(finite)):
-        raise TrainingError("the model's answers hold values that are no numbers; lower optim.lr and train again")
-    gathered, topology = backend.gather_host(mine.parts), backend.topology
-    # the ranks of a tensor-parallel group answer the same rows: each row counts from the first of them
-    parts = [part for copy in range(topology.dp) for part in gathered[topology.rank_of(copy, 0)]]
-    return Collected(mine.size, parts).whole()
-
-
-def collect_here(
-    model: nn.Module, task: Asks, backend: Backend, loader: EvalLoader, advance: Callable[[int], None]
-) -> list[np.ndarray]:
-    """As `collect`, by this rank alone: the loader's batches must hold the whole table.
-
-    Args:
-        advance: told how many tokens each batch has answered.
-
-    Raises:
-        TrainingError: an answer is NaN or infinite.
-    """
-    table = loader.table
-    found = Collected(int(table.offsets[-1]) if task.predictions_per_token else len(table))
-
-    def take(members: np.ndarray, predictions: list[np.ndarray]) -> None:
-        found.parts.append(placed(table, members, predictions, task.predictions_per_token))
-        example = members[members >= 0]
-        if not all(np.isfinite(values).all() for values in found.parts[-1][1:]):
-            shown = ", ".join(repr(table.ids[record]) for record in table.record[example][:3])
-            raise TrainingError(f"an answer to {shown} or a record beside them is no number; the weights are not sound")
-        advance(int(table.tokens_of(example).sum()))
-
-    run_passes(model, task, backend, loader, take)
-    return found.whole()
+    index, *predictions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    times = np.bincount(index, minlength=size)
+    if (times != 1).any():
+        wrong = int((times != 1).argmax())
+        raise ValueError(
+            f"{wrong} was predicted {times[wrong]} times ({(times != 1).sum()} such of {size}); each must be "
+            "predicted once over all batches and ranks"
+        )
+    order = np.argsort(index, kind="stable")
+    return [values[order] for values in predictions]
 
 
 def evaluate(
     model: nn.Module, task: Task, backend: Backend, loader: EvalLoader, intervals: bool = False
 ) -> dict[str, Value]:
-    """The task's figures on a loader's table over all ranks, the same on each; raises as `collect` does."""
+    """Return the task's metrics on a loader's table over all ranks, the same on each; raises as `collect` does."""
     return task.metrics(loader.table, collect(model, task, backend, loader), intervals)

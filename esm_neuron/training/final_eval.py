@@ -69,9 +69,8 @@ def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Say) -
         return Leaks(method)
     found = homolog_rows(tables["train"], held_out, method)
     for name, has_homolog in found.items():
-        log(
-            f"{name} split: {has_homolog.sum()} of {len(has_homolog)} rows have a homolog in the training rows (by {method})"
-        )
+        found_in = f"{has_homolog.sum()} of {len(has_homolog)} rows have a homolog in the training rows"
+        log(f"{name} split: {found_in} (by {method})")
     return Leaks(method, found)
 
 

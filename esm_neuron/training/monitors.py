@@ -1,51 +1,211 @@
-"""What the steps of a run have shown once their values are on the host: losses that stand out, or are no numbers."""
+"""What watches a run from the host: signals, time limits, the clock, losses that stand out, unplanned graphs.
+
+Nothing here reads a value of the device within a step: `Backend.on_host` brings the values when they are there.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from esm_neuron.backends.base import LARGEST
-from esm_neuron.config import OnRecompile
+from esm_neuron.backends.base import LARGEST, Backend
+from esm_neuron.config import OnRecompile, TrainConfig
 from esm_neuron.data.dataset import Batch
-from esm_neuron.errors import CheckpointError, ConfigError
+from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader
+from esm_neuron.distributed import main_rank_only
+from esm_neuron.errors import CheckpointError, ConfigError, TrainingError
+from esm_neuron.run_dir import NONFINITE
+from esm_neuron.training.callbacks import JsonlLogger
+from esm_neuron.training.checkpoint import TrainState
+from esm_neuron.training.signals import StopSignal
+from esm_neuron.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+GIVE_UP = 10
+"""Consecutive steps that are not finite after which training stops, whatever `loop.on_nonfinite` says."""
+
+
+class Monitors:
+    """The monitors of one run."""
+
+    def __init__(self, cfg: TrainConfig, backend: Backend, train: TrainLoader) -> None:
+        self.cfg, self.backend, self.train_loader = cfg, backend, train
+        self.signal = StopSignal()
+        self.clock = Clock()
+        self.losses = LossWatch()
+        self.recompiles = RecompileGuard(cfg.loop.on_recompile, backend.graphs, cfg.data.pack_tokens)
+        self.watchdog = Watchdog.of(cfg, backend.topology.rank)
+        self._compiles = backend.static_shapes or cfg.loop.torch_compile
+        self._done_once: set[str] = set()
+        self._on_device: list[tuple[int, Tensor, Tensor]] = []  # step, its loss sum and weight, its gradient norm
+
+    def resume(self, state: TrainState) -> None:
+        """Go on from the counters of a checkpoint."""
+        self.losses.load_state_dict(state.watch)
+        self.clock = Clock(state.seconds, state.residues)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the block: catch signals, end it when it hangs, count its seconds."""
+        with self.signal, self.watchdog:
+            self.clock.start()
+            yield
+
+    @contextmanager
+    def step(self, data: StepData) -> Iterator[None]:
+        """Watch a training step; the first ones may compile, which takes long.
+
+        Raises:
+            ConfigError: it compiled a graph that was not planned, and `loop.on_recompile` is "error".
+        """
+        if self._compiles and self.recompiles.warms_up(data.batches):
+            self.watchdog.expect(f"step {data.step + 1}", slow=True)
+        self.recompiles.begin()
+        yield
+        self.recompiles.end(data.step, data.batches)
+
+    @contextmanager
+    def validation(self, step: int, loader: EvalLoader) -> Iterator[None]:
+        """Watch the validation after `step` as a step is watched."""
+        with self.pause("evaluation", step, len(loader) + 1):
+            self.recompiles.begin()
+            yield
+            self.recompiles.end_validation(step)
+
+    @contextmanager
+    def pause(self, what: str, step: int, units: int = 1) -> Iterator[None]:
+        """Stop the clock for an evaluation or a checkpoint after `step`; the first one of a process may compile."""
+        self.clock.stop()
+        first = what not in self._done_once
+        self._done_once.add(what)
+        self.watchdog.expect(f"the {what} after step {step}", units, slow=self._compiles and first)
+        yield
+        self.clock.start()
+
+    def note(self, step: int, totals: Tensor, norm: Tensor) -> None:
+        """Remember what a step gave, [loss sum, weight] and the gradient's norm, without waiting for the values."""
+        self._on_device.append((step, totals, norm))
+
+    def look(self) -> None:
+        """Have the values of all steps since the last look taken in, once they are on the host."""
+        steps, totals, norms = zip(*self._on_device, strict=True)
+        self._on_device = []
+
+        def take_in(*values: Tensor) -> None:
+            for step, sums, norm in zip(steps, values[: len(steps)], values[len(steps) :], strict=True):
+                self.losses.take_in(step, mean_loss(sums), float(norm))
+
+        self.backend.on_host(take_in, *totals, *norms)
+
+    def flush(self) -> None:
+        """Take in what is still on the device, as when a run is stopped between two looks."""
+        if self._on_device:
+            self.look()
+            self.backend.sync()
+
+    def metrics(self, residues: int) -> dict[str, float | int]:
+        """Return the rest of a line of the log, after `residues` in all; the clock must be stopped."""
+        found: dict[str, float | int] = {
+            "residues_per_second": self.clock.rate(residues),
+            "graphs": self.backend.graphs(),
+        }
+        if self.losses.spikes:
+            found["loss_spikes"], self.losses.spikes = self.losses.spikes, 0
+        peak = self.backend.peak_memory()
+        if peak is not None:
+            found["peak_memory_gb"] = peak / 1e9
+        return found
+
+    def handle_nonfinite_steps(self) -> None:
+        """Write down the records of steps that were not finite, then stop or go on, as `loop.on_nonfinite` says.
+
+        Their updates were left out on the device already, so going on is safe.
+
+        Raises:
+            TrainingError: the setting says stop, or there are too many such steps in a row.
+        """
+        found, loop = self.losses.take_nonfinite(), self.cfg.loop
+        if not found:
+            return
+        path, first, in_a_row = Path(self.cfg.output) / NONFINITE, found[0], self.losses.in_a_row
+        stops = loop.on_nonfinite == "stop" or in_a_row >= GIVE_UP
+        main_rank_only(self.backend, lambda: self._name_records(path, found, "stop" if stops else "skip"))
+        what = f"step {first['step']}: the loss is {first['loss']} and the gradient's norm {first['grad_norm']}"
+        many = f" ({in_a_row} such steps in a row)" if in_a_row > 1 else ""
+        if stops:
+            cure = "; or go on without such steps: --loop.on_nonfinite skip" if loop.on_nonfinite == "stop" else ""
+            raise TrainingError(
+                f"{what}{many}; its records are in {path}; lower optim.lr={self.cfg.optim.lr}, or clip by "
+                f"optim.max_grad_norm{cure}"
+            )
+        logger.warning("%s%s; left out, see %s", what, many, path)
+
+    def _name_records(self, path: Path, found: Sequence[Mapping[str, Any]], action: str) -> None:
+        lines = JsonlLogger(path)
+        for step in found:
+            lines.append({**step, "action": action, "ids": self.train_loader.record_ids(step["step"] - 1)})
+
+
+class Clock:
+    """Seconds in training steps, without evaluation and saving, and the rate since the last line of the log."""
+
+    def __init__(self, seconds: float = 0.0, residues: int = 0) -> None:
+        self.seconds = seconds
+        self._logged = (seconds, residues)
+        self._began = 0.0
+
+    def start(self) -> None:
+        """Count from now on."""
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Count until now."""
+        self.seconds += time.perf_counter() - self._began
+
+    def rate(self, residues: int) -> float:
+        """Return the residues per second since the last call; `residues` counts from the start of the run."""
+        seconds, before = self._logged
+        self._logged = (self.seconds, residues)
+        return (residues - before) / (self.seconds - seconds)
+
+
 WINDOW, LEAST = 64, 16
-"""Losses that a spike is measured by: at most, and at least."""
+"""How many losses a spike is measured by: at most, and at least."""
 DEVIATIONS = 8.0
 """How far above the median a spike is, in deviations by the median of absolute ones (times 1.4826: the normal's)."""
 FLOOR = 0.01
 """Least deviation as a share of the median, for losses that hardly move."""
-GIVE_UP = 10
-"""Steps that are not finite, one after the other, after which no setting goes on."""
 
 
 @dataclass
-class StepWatch:
-    """The losses of a run, as its guards need them: plain values, the same on every rank, kept in checkpoints."""
+class LossWatch:
+    """The recent losses of a run: plain values, the same on every rank, kept in checkpoints."""
 
     recent: list[float] = field(default_factory=list)
     """The newest finite mean losses, at most WINDOW."""
     spikes: int = 0
     """Losses that stood out since the last line of the log."""
     nonfinite: list[dict[str, Any]] = field(default_factory=list)
-    """Step, loss and gradient norm of the steps that moved nothing, until something is done about them."""
+    """Step, loss and gradient norm of steps that were not finite and are not handled yet."""
     in_a_row: int = 0
     """Such steps up to the last one."""
 
     def take_in(self, step: int, loss: float | None, norm: float) -> None:
-        """The mean loss of a step (None: nothing was to be learnt) and its gradient's norm; warns of a spike."""
+        """Add a step's mean loss (None: nothing was to be learnt) and its gradient's norm; warn of a spike."""
         if not norm < LARGEST:  # NaN is not, either
-            self.nonfinite.append({"step": step, "loss": _sayable(loss), "grad_norm": _sayable(norm)})
+            self.nonfinite.append({"step": step, "loss": _for_json(loss), "grad_norm": _for_json(norm)})
             self.in_a_row += 1
             return
         self.in_a_row = 0
@@ -60,21 +220,17 @@ class StepWatch:
             )  # fmt: skip
         self.recent = [*self.recent, loss][-WINDOW:]
 
-    def taken(self) -> list[dict[str, Any]]:
-        """The non-finite steps that nothing has been done about; from now on something has."""
+    def take_nonfinite(self) -> list[dict[str, Any]]:
+        """Return the steps that were not finite, and forget them."""
         found, self.nonfinite = self.nonfinite, []
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint, valid JSON."""
+        """Return the state for a checkpoint, valid JSON."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; an empty one is that of a checkpoint from before there was a watch.
-
-        Raises:
-            CheckpointError: it is not what `state_dict` gives.
-        """
+        """Go on from a checkpoint's `state`."""
         mine = self.state_dict()
         losses, steps = state.get("recent", []), state.get("nonfinite", [])
         if (
@@ -82,13 +238,19 @@ class StepWatch:
             or not all(isinstance(loss, (int, float)) for loss in losses)
             or not all(isinstance(step, dict) and set(step) == {"step", "loss", "grad_norm"} for step in steps)
         ):
-            raise CheckpointError("state.json: no sound `watch`; delete the checkpoint's folder")
+            raise CheckpointError("state.json: no valid `watch`; delete the checkpoint's folder")
         for name, value in state.items():
             setattr(self, name, value)
 
 
+def mean_loss(totals: Tensor) -> float | None:
+    """Return the mean loss of [loss sum, weight] on the host; None where nothing was to be learnt."""
+    loss, weight = totals.tolist()
+    return loss / weight if weight else None
+
+
 def spike_limit(recent: list[float]) -> float | None:
-    """The loss above which one stands out from `recent`; None while these are too few to say."""
+    """Return the loss above which one stands out from `recent`; None while these are too few to tell."""
     if len(recent) < LEAST:
         return None
     middle = median(recent)
@@ -96,8 +258,8 @@ def spike_limit(recent: list[float]) -> float | None:
     return middle + DEVIATIONS * max(deviation, FLOOR * abs(middle))
 
 
-def _sayable(value: float | None) -> float | str | None:
-    """JSON has no NaN and no infinity: they become words."""
+def _for_json(value: float | None) -> float | str | None:
+    """Return NaN and infinity, which JSON does not have, as words."""
     return value if value is None or math.isfinite(value) else str(value)
 
 
@@ -106,21 +268,27 @@ WARM_UP = 2
 what it computed otherwise than what it was given, and then the second step reads other inputs than the first."""
 
 Signature = tuple[tuple[str, str], ...]
-"""What a compiled program depends on: (field, shape and type, or value) of a batch, by field."""
+"""What a compiled graph depends on: (field, shape and type, or value) of a batch, by field."""
 
 
 def signature(batch: Batch) -> Signature:
-    """Shapes and types of the tensors of a batch, and the values that become part of the program."""
+    """Return shapes and types of the tensors of a batch, and the values that become part of the graph."""
     held = [(f.name, getattr(batch, f.name)) for f in fields(batch) if f.name != "members"]
     return tuple((name, _describe(value)) for name, value in held)
 
 
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{' x '.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+    return str(value)
+
+
 class RecompileGuard:
-    """Watches the steps and validations of one run.
+    """Finds graphs that a step or a validation compiles and should not, and names what changed.
 
     Args:
-        on_recompile: what to do about an unplanned program.
-        graphs: programs compiled so far (`Backend.graphs`).
+        on_recompile: what to do about an unplanned graph.
+        graphs: graphs compiled so far (`Backend.graphs`).
         pack_tokens: the planned length of a pack.
     """
 
@@ -136,20 +304,20 @@ class RecompileGuard:
         return self._steps[batches[0].input_ids.shape[1]] < WARM_UP
 
     def begin(self) -> None:
-        """A step or a validation begins: what was compiled until now does not count against it."""
+        """Begin a step or a validation: what was compiled until now does not count against it."""
         self._before = self._graphs()
 
     def end(self, step: int, batches: Sequence[Batch]) -> None:
-        """Step `step` on `batches` is done.
+        """Check what step `step` on `batches` compiled.
 
         Raises:
-            ConfigError: with `on_recompile` "error", it compiled a program that was not planned.
+            ConfigError: with `on_recompile` "error", it compiled a graph that was not planned.
         """
         compiled = self._graphs() - self._before
         for batch in batches:
             found, length = signature(batch), batch.input_ids.shape[1]
             if compiled and (reason := self._reason(found, length, len(batches))):
-                self._report(f"step {step} compiled {compiled} unplanned program{'s' * (compiled > 1)}: {reason}")
+                self._report(f"step {step} compiled {compiled} unplanned graph{'s' * (compiled > 1)}: {reason}")
                 return
         length = batches[0].input_ids.shape[1]
         self._steps[length] += 1
@@ -157,25 +325,17 @@ class RecompileGuard:
             self._first = signature(batches[0])
 
     def end_validation(self, step: int) -> None:
-        """A validation after step `step` is done: as with steps, the first two may compile.
-
-        Raises:
-            ConfigError: with `on_recompile` "error", it compiled a program that was not planned.
-        """
+        """Check what the validation after step `step` compiled; as with steps, the first two may."""
         compiled = self._graphs() - self._before
         self._validations += 1
         if compiled and self._validations > WARM_UP:
             self._report(
-                f"the validation after step {step} compiled {compiled} unplanned program{'s' * (compiled > 1)}: its "
+                f"the validation after step {step} compiled {compiled} unplanned graph{'s' * (compiled > 1)}: its "
                 f"packs have {self._planned} tokens, as before, so another shape or a Python value in the pass changed"
             )
 
-    def weights_were_given(self) -> None:
-        """Weights came from a checkpoint: a device may lay them out otherwise than what it computed."""
-        self._validations = 0
-
     def _reason(self, found: Signature, length: int, passes: int) -> str | None:
-        """Why the program is unplanned, None where it was to be expected."""
+        """Return why the graph is unplanned, None where it was to be expected."""
         if length != self._planned:
             return f"its packs have {length} tokens, planned are {self._planned}"
         first = self._first or found
@@ -194,9 +354,3 @@ class RecompileGuard:
             raise ConfigError(f"{message}; loop.on_recompile=warn goes on and compiles it")
         if self._action == "warn":
             logger.warning(message)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{' x '.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
-    return str(value)

@@ -30,10 +30,17 @@ from esm_neuron.planning.doctor import has_bf16_units
 from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
 from esm_neuron.tasks import Task, create_task, task_class
 from esm_neuron.training import checkpoint
-from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger, finite
+from esm_neuron.training.callbacks import (
+    Callback,
+    CallbackList,
+    JsonlLogger,
+    ProgressConsole,
+    TensorBoardLogger,
+    finite,
+)
 from esm_neuron.training.final_eval import Leaks, find_leaks, score
 from esm_neuron.training.results import write_results
-from esm_neuron.training.trainer import Fit, Trainer
+from esm_neuron.training.trainer import FitResult, Trainer
 from esm_neuron.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -129,8 +136,9 @@ class _Job:
 
 
 def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Outcome:
-    with Watchdog.of(cfg, backend.topology.rank) as dog:
-        dog.expect("the start of the run (data, weights, checkpoint)", slow=True)
+    watchdog = Watchdog.of(cfg, backend.topology.rank)
+    with watchdog:
+        watchdog.expect("the start of the run (data, weights, checkpoint)", slow=True)
         job = _Job.of(cfg, backend, log)
         cfg, splits, task, built, loaders, trainer = job.cfg, job.splits, job.task, job.built, job.loaders, job.trainer
         begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
@@ -138,19 +146,18 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
             log(f"resumed after step {begin} of {trainer.total_steps}")
         leaks = from_main_rank(backend, lambda: find_leaks(cfg, loaders.tables(), log))
         main_rank_only(backend, lambda: _write_settings(cfg, splits))
-        pending = [step["step"] for step in trainer.watch.nonfinite]
-        trainer.callbacks = main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or []
+        pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
+        trainer.callbacks = CallbackList(main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or [])
     result: dict[str, Any] = {}
     try:
         fit = trainer.fit()
         if fit.stopped_by is None:
-            with trainer.watchdog as dog:
+            with watchdog:
                 passes = sum(map(len, loaders.held_out().values()))
-                dog.expect("the end of the run (last evaluation, baselines, export)", passes + 1, slow=True)
+                watchdog.expect("the end of the run (last evaluation, baselines, export)", passes + 1, slow=True)
                 result = _finish(cfg, task, built, trainer, fit, loaders, leaks, log)
     finally:
-        for callback in trainer.callbacks:
-            callback.on_end(result)
+        trainer.callbacks.on_end(result)
     return Outcome(result, fit.stopped_by)
 
 
@@ -190,7 +197,7 @@ def _finish(
     task: Task,
     built: Built,
     trainer: Trainer,
-    fit: Fit,
+    fit: FitResult,
     loaders: Loaders,
     leaks: Leaks,
     log: Callable[[str], None],

@@ -1,14 +1,14 @@
-"""A process that does not get on says where it stands, and ends: one hung rank would keep all nodes for days."""
+"""End a process that hangs, and say where it stands: one hung rank would keep all nodes of a cluster for days."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
+import traceback
 from pathlib import Path
 from types import TracebackType
 
@@ -17,12 +17,11 @@ from esm_neuron.config import TrainConfig
 EXIT_HUNG = 70
 """Exit code of a process that its watchdog has ended (EX_SOFTWARE of sysexits.h)."""
 GRACE = 10.0
-"""Seconds after which faulthandler's own thread acts, which needs no turn of the interpreter: a call into C that keeps
-the interpreter lock stops the watchdog's thread too. It writes to stderr alone, and the exit code is 1. It alone has no
-patience: where, besides, stderr is a full pipe that nobody reads, the process stays."""
+"""Seconds after the limit at which faulthandler's own thread ends the process, with the stacks on stderr and exit code
+1. It is written in C and needs no turn of the interpreter: a call into C that keeps the interpreter lock stops the
+watchdog's thread too."""
 PATIENCE = 3.0
-"""Seconds that the file and stderr each have to take the reason: a file system can hang, and a pipe that nobody reads
-can be full. Both together are over before GRACE is."""
+"""Seconds that writing the reason may take: the file may lie on a file system that hangs. Less than GRACE."""
 
 
 class Watchdog:
@@ -41,7 +40,7 @@ class Watchdog:
 
     @classmethod
     def of(cls, cfg: TrainConfig, rank: int) -> Watchdog:
-        """The watchdog of a run's process: `loop.watchdog`, and a file of this rank in its folder."""
+        """Return the watchdog of a run's process: `loop.watchdog`, and a file of this rank in its folder."""
         return cls(cfg.loop.watchdog, Path(cfg.output) / f"hung-rank{rank}.txt", cfg.loop.watchdog_slow)
 
     def __enter__(self) -> Watchdog:
@@ -59,7 +58,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def expect(self, what: str, units: int = 1, slow: bool = False) -> None:
-        """From now on `what` is done, in `units` that may each take the time; what came before is done."""
+        """Give `what`, of `units` that may each take the limit, its time from now on; what came before is done."""
         if self._seconds:
             self._allowed = units * self._seconds + slow * self._slow
             self._what, self._deadline = what, time.monotonic() + self._allowed
@@ -76,32 +75,35 @@ class Watchdog:
             f"all threads are in {self._file}; nothing is saved from here on, go on with --checkpoint.resume auto\n"
         )
         try:
-            said = reason.encode() + _stacks()
-            writes = (self._file.write_bytes, partial(os.write, 2))
-            tellers = [threading.Thread(target=_tell, args=(write, said), daemon=True) for write in writes]
-            try:
-                for teller in tellers:
-                    teller.start()
-                for teller in tellers:
-                    teller.join(PATIENCE)
-            except RuntimeError:  # no more threads to be had, which may be why it hangs
-                for write in writes:
-                    _tell(write, said)
+            # Whatever the writes below wait for, this timer ends the process; where no thread can be started, which may
+            # be why it hangs, faulthandler's does.
+            with contextlib.suppress(RuntimeError):
+                threading.Timer(PATIENCE, os._exit, (EXIT_HUNG,)).start()
+            text = (reason + _stacks()).encode()
+            _write_to_stderr(text)
+            with contextlib.suppress(OSError):
+                self._file.write_bytes(text)
         finally:
             os._exit(EXIT_HUNG)
 
 
-def _stacks() -> bytes:
-    """The stacks of all threads. Into memory, since faulthandler keeps the interpreter lock while it writes."""
-    try:
-        with open(os.memfd_create("stacks"), "w+b", buffering=0) as memory:
-            faulthandler.dump_traceback(memory)
-            memory.seek(0)
-            return memory.read()
-    except OSError as error:
-        return f"no stacks: {error.strerror}\n".encode()
+def _write_to_stderr(text: bytes) -> None:
+    """Write what stderr takes without waiting: it may be a full pipe that nobody reads."""
+    with contextlib.suppress(OSError):
+        blocking = os.get_blocking(2)
+        os.set_blocking(2, False)
+        try:
+            os.write(2, text)
+        finally:
+            os.set_blocking(2, blocking)  # the flag is shared with every process that writes there
 
 
-def _tell(write: Callable[[bytes], int], said: bytes) -> None:
-    with contextlib.suppress(OSError):  # the other one may be told
-        write(said)
+def _stacks() -> str:
+    """Return the stacks of all threads, without their source lines, which may lie on a file system that hangs."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, top in sys._current_frames().items():
+        lines.append(f"Thread {names.get(ident, ident)} (most recent call first):")
+        for frame, line in traceback.walk_stack(top):
+            lines.append(f'  File "{frame.f_code.co_filename}", line {line} in {frame.f_code.co_name}')
+    return "\n".join(lines) + "\n"

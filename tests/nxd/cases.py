@@ -212,12 +212,12 @@ def left_out(output: str, **options: Any) -> None:
             if run.backend.topology.rank == run.backend.topology.world - 1:
                 spoiled = [replace(batch, weights=batch.weights * math.nan) for batch in data.batches]
                 data = replace(data, batches=spoiled)
-        run.trainer._train_step(data)
+        run.trainer.train_step(data)
     after = run.backend.gather_state(run.model, run.trainer.optimizer)
     results = {f"{when}/{name}": value for when, held in (("before", before), ("after", after))
                for part in held for name, value in part.items()}  # fmt: skip
     finite = all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
-    norms = run.backend.gather_host(run.trainer.watch.nonfinite)
+    norms = run.backend.gather_host(run.trainer.monitors.losses.nonfinite)
     run.leave({**results, "finite": torch.tensor(finite), "seen": torch.tensor([len(found) for found in norms])})
 
 
@@ -290,7 +290,7 @@ def resume(output: str, source: str | None = None, **options: Any) -> None:
     """Losses and norms of the steps after the newest checkpoint of the run in `source`, or of all steps."""
     run = Run.start(configuration(output, **options))
     if source is not None:
-        run.trainer.folder = Path(source) / "checkpoints"
+        run.trainer.checkpoints.folder = Path(source) / "checkpoints"
     begin = run.trainer.restore()
     run.leave({"begin": torch.tensor(begin), **run.train()})
 
@@ -351,7 +351,7 @@ def die(output: str, **options: Any) -> None:
     try:
         with opened_backend(cfg) as backend:
             run = Run.start(cfg, backend)
-            step = run.trainer._train_step
+            step = run.trainer.train_step
 
             def until_the_fault(data: StepData) -> None:
                 if data.step == 3 and backend.topology.rank == 1:
@@ -359,7 +359,7 @@ def die(output: str, **options: Any) -> None:
                     os._exit(13)
                 step(data)
 
-            run.trainer._train_step = until_the_fault
+            run.trainer.train_step = until_the_fault
             run.trainer.fit()
     except TrainingError as error:
         Path(output, "reason").write_text(str(error), encoding="utf-8")

@@ -354,7 +354,7 @@ def test_what_cannot_be_answered_is_one_line(trained: TrainConfig, plain: Path, 
     weights = load_file(broken / "model.safetensors")
     weights["esm.encoder.emb_layer_norm_after.bias"][0] = np.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TrainingError, match=r"an answer to '2-\d+', .* is no number; the weights are not sound"):
+    with pytest.raises(TrainingError, match=r"the prediction for '2-\d+', .* is NaN or infinite: the weights"):
         embed(str(broken), source, tmp_path / "y.parquet")
     assert not list(tmp_path.glob("[xy].*[!s]"))
 

@@ -195,5 +195,5 @@ def test_early_stopping_goes_on_where_a_checkpoint_left_it() -> None:
     ],
 )
 def test_a_state_that_is_none_of_early_stopping_is_refused(state: dict[str, object]) -> None:
-    with pytest.raises(CheckpointError, match="no sound `stopper`"):
+    with pytest.raises(CheckpointError, match="no valid `stopper`"):
         EarlyStopping(1, True).load_state_dict(state)

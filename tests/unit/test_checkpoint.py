@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from snapshots import FILES, same, snapshot
@@ -149,27 +150,16 @@ def test_none_whole_is_an_error_and_not_a_new_start(root: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    ("keep", "best", "every", "left"),
-    [
-        (2, None, 1, [4, 5]), (2, 1, 1, [1, 4, 5]), (1, 5, 1, [5]), (2, 4, 1, [4, 5]), (9, None, 1, [1, 2, 3, 4, 5]),
-        (1, 99, 1, [5]), (2, 1, 3, [1, 3, 4, 5]), (1, None, 9, [5]),
-    ],
-)  # fmt: skip
-def test_pruning_keeps_the_newest_the_best_and_the_newest_regular_one(
-    tmp_path: Path, keep: int, best: int | None, every: int, left: list[int]
-) -> None:
+    ("keep", "best", "left"),
+    [(2, None, [4, 5]), (2, 1, [1, 4, 5]), (1, 5, [5]), (2, 4, [4, 5]), (9, None, [1, 2, 3, 4, 5]), (1, 99, [5])],
+)
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
     for step in range(1, 6):
         checkpoint.step_folder(tmp_path, step).mkdir()
     (tmp_path / "notes").mkdir()
-    checkpoint.prune(tmp_path, keep, best, every)
+    checkpoint.prune(tmp_path, keep, best)
     assert checkpoint.steps(tmp_path) == left
     assert (tmp_path / "notes").is_dir()
-
-
-def test_regular_steps_come_before_all_others(root: Path) -> None:
-    checkpoint.save(root, snapshot(13))
-    found = [checkpoint.newest(root, every) for every in (1, 2, 5)]
-    assert [each and each.state.step for each in found] == [13, 12, 13]
 
 
 def test_pruning_removes_what_a_killed_process_left(root: Path) -> None:
@@ -217,14 +207,26 @@ def test_a_link_that_leads_nowhere_is_set_aside_too(root: Path) -> None:
 
 def test_a_folder_that_cannot_be_looked_at_is_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a disk that fails, or of another user's on NFS; a test that runs as root may look at all of its own."""
-    stat = Path.is_symlink
+    stat = Path.stat
 
-    def is_symlink(self: Path) -> bool:
-        if self.name == "step-00000012":
+    def failing(self: Path, **how: Any) -> os.stat_result:
+        if self.parent.name == "step-00000012":
             raise OSError(5, "Input/output error", str(self))
-        return stat(self)
+        return stat(self, **how)
 
-    monkeypatch.setattr(Path, "is_symlink", is_symlink)
-    assert "Input/output error); mend the disk" in str(checkpoint.damage(checkpoint.step_folder(root, 12)))
+    monkeypatch.setattr(Path, "stat", failing)
+    said = str(checkpoint.damage(checkpoint.step_folder(root, 12)))
+    assert "Input/output error" in said and said.endswith("fix the disk or its permissions; nothing was deleted")
     found = checkpoint.newest(root)
     assert found is not None and found.state.step == 2
+
+
+def test_a_checkpoint_behind_a_link_is_read_and_what_it_leads_to_is_not_deleted(root: Path, tmp_path: Path) -> None:
+    elsewhere = checkpoint.step_folder(tmp_path / "scratch", 1)
+    elsewhere.parent.mkdir()
+    checkpoint.step_folder(root, 1).rename(elsewhere)
+    checkpoint.step_folder(root, 1).symlink_to(elsewhere)
+    assert same(checkpoint.load(checkpoint.step_folder(root, 1)), snapshot(1))
+    checkpoint.prune(root, 1, None)
+    assert checkpoint.steps(root) == [12]
+    assert same(checkpoint.load(elsewhere), snapshot(1))

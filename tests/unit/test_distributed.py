@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.training import checkpoint, run
+from esm_neuron.training.callbacks import Callback
 from esm_neuron.training.signals import EXIT_STOPPED
 from esm_neuron.training.watchdog import EXIT_HUNG
 
@@ -45,7 +46,7 @@ def torchrun(cfg: TrainConfig) -> Iterator[subprocess.Popen[str]]:
             process.wait(PATIENCE)
 
 
-class Stop:
+class Stop(Callback):
     """A callback that sends this process a SIGTERM after a step."""
 
     def __init__(self, step: int) -> None:
@@ -54,12 +55,6 @@ class Stop:
     def on_log(self, step: int, total: int, record: Any) -> None:
         if step == self.step:
             signal.raise_signal(signal.SIGTERM)
-
-    def on_eval(self, step: int, record: Any) -> None:
-        """Nothing."""
-
-    def on_end(self, result: Any) -> None:
-        """Nothing."""
 
 
 @contextmanager

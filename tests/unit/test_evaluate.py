@@ -7,7 +7,7 @@ import pytest
 
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.tokenizer import encode_many
-from esm_neuron.training.evaluation import Collected, placed
+from esm_neuron.training.evaluation import in_table_order, placed
 
 TOKENS, OFFSETS = encode_many(["MKV", "A", "LLLLL", "GG"])
 TABLE = ExampleTable(TOKENS, OFFSETS, np.arange(4), np.ones(4, np.float32), np.arange(4), list("abcd"))
@@ -38,15 +38,13 @@ def test_a_segments_answer_is_its_examples() -> None:
 
 
 def test_answers_come_back_in_the_tables_order_from_any_ranks() -> None:
-    whole = Collected(
-        4, [(np.array([2, 0]), np.array([[20.0], [0.0]])), (np.array([3, 1]), np.array([[30.0], [10.0]]))]
-    )
-    assert whole.whole()[0].tolist() == [[0.0], [10.0], [20.0], [30.0]]
+    parts = [(np.array([2, 0]), np.array([[20.0], [0.0]])), (np.array([3, 1]), np.array([[30.0], [10.0]]))]
+    assert in_table_order(parts, 4)[0].tolist() == [[0.0], [10.0], [20.0], [30.0]]
 
 
 @pytest.mark.parametrize(
-    ("index", "message"), [([0, 1, 1], "1 was answered 2 times"), ([0, 2], "1 was answered 0 tim")]
+    ("index", "message"), [([0, 1, 1], "1 was predicted 2 times"), ([0, 2], "1 was predicted 0 tim")]
 )
 def test_an_example_twice_and_a_missing_one_are_errors(index: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Collected(3, [(np.array(index), np.zeros(len(index)))]).whole()
+        in_table_order([(np.array(index), np.zeros(len(index)))], 3)

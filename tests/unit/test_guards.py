@@ -23,8 +23,8 @@ from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import OptimConfig, TrainConfig
 from esm_neuron.data.loader import StepData, TrainLoader
 from esm_neuron.errors import CheckpointError, TrainingError
-from esm_neuron.training import checkpoint, run
-from esm_neuron.training.monitors import GIVE_UP, LEAST, StepWatch, spike_limit
+from esm_neuron.training import run
+from esm_neuron.training.monitors import GIVE_UP, LEAST, LossWatch, spike_limit
 
 Toy = Callable[..., TrainConfig]
 NAN, INF = float("nan"), float("inf")
@@ -117,18 +117,6 @@ def taken_loader(cfg: TrainConfig) -> TrainLoader:
     return run._Job.of(cfg, backend, str).loaders.train
 
 
-def test_rollback_takes_the_weights_back_and_goes_on_with_the_next_records(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = toy("out", loop={"on_nonfinite": "rollback"}, checkpoint={"every": 3, "keep": 100}, log={"every": 100})
-    poison(monkeypatch, {2, 6}, INF)
-    assert run.train(cfg, str).result["train"]["steps"] == 8
-    assert tensors(cfg, 6) == tensors(cfg, 3) != tensors(cfg, 4), "the regular one before, not step 4's, the best"
-    assert tensors(cfg, 3) == tensors(cfg, 0), "a step that failed before any was saved goes back to the start"
-    assert tensors(cfg, 4) != tensors(cfg, 3) and tensors(cfg, 8) != tensors(cfg, 6)
-    assert [(r["step"], r["action"]) for r in named(cfg)] == [(2, "rollback"), (6, "rollback")]
-
-
 def test_no_setting_goes_on_for_ever(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = toy("out", loop={"on_nonfinite": "skip", "max_steps": 30})
     poison(monkeypatch, set(range(6, 31)))
@@ -154,52 +142,16 @@ def test_a_run_that_left_steps_out_and_was_stopped_ends_as_one_that_was_not(
     assert named(stopped) == named(whole) and [r["step"] for r in named(whole)] == [3, 6]
 
 
-@pytest.mark.parametrize("stop", [4, 5])
-def test_a_run_that_was_stopped_rolls_back_to_where_one_that_was_not_does(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, stop: int
-) -> None:
-    """Not to what the stop has saved: before the bad step, or after it, when nothing had been done about it yet."""
-    settings = {
-        "loop": {"on_nonfinite": "rollback", "eval_every": 8},
-        "log": {"every": 8},
-        "checkpoint": {"every": 3, "keep": 1},
-    }
-    whole, stopped = toy("whole", **settings), toy("stopped", **settings)
-    poison(monkeypatch, {5})
-    run.train(whole, str)
-    with monkeypatch.context() as patch:
-        signal_in_step(patch, stop)
-        assert run.train(stopped, str).stopped_by == "SIGTERM"
-    assert checkpoint.steps(Path(stopped.output) / "checkpoints") == [3, stop]
-    run.train(replace(stopped, checkpoint=replace(stopped.checkpoint, resume="auto")), str)
-    assert tensors(stopped, 8) == tensors(whole, 8)
-    assert named(stopped) == named(whole) and [r["step"] for r in named(whole)] == [5]
-
-
-def test_a_rollback_takes_what_there_is_where_no_checkpoint_is_regular(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in a run that stopped, and is then told to roll back and to save at other steps."""
-    cfg = toy("out", loop={"eval_every": 8}, log={"every": 8}, checkpoint={"every": 3, "keep": 9})
-    poison(monkeypatch, {4})
-    with pytest.raises(TrainingError):
-        run.train(cfg, str)
-    told = replace(cfg.checkpoint, resume="auto", every=5)
-    run.train(replace(cfg, loop=replace(cfg.loop, on_nonfinite="rollback"), checkpoint=told), str)
-    assert tensors(cfg, 5) == tensors(cfg, 3) and tensors(cfg, 8) != tensors(cfg, 5)
-    assert [(r["step"], r["action"]) for r in named(cfg)] == [(4, "rollback")]
-
-
 def signal_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM at the end of a step, counted from 1."""
-    train_step = run.Trainer._train_step
+    train_step = run.Trainer.train_step
 
     def signalled(self: run.Trainer, data: StepData) -> None:
         train_step(self, data)
         if data.step == step - 1:
             signal.raise_signal(signal.SIGTERM)
 
-    patch.setattr(run.Trainer, "_train_step", signalled)
+    patch.setattr(run.Trainer, "train_step", signalled)
 
 
 def one_rank(rank: int, port: int, bad: int, predictions: Any) -> None:
@@ -238,7 +190,7 @@ def test_one_rank_that_fails_stops_the_update_of_all(bad: int) -> None:
 
 
 def test_a_spike_is_far_above_what_the_losses_do_and_not_their_noise(caplog: pytest.LogCaptureFixture) -> None:
-    watch = StepWatch()
+    watch = LossWatch()
     noisy = [1.0 + 0.1 * math.sin(n) for n in range(LEAST)]
     with caplog.at_level(logging.WARNING):
         for step, loss in enumerate(noisy, 1):
@@ -250,7 +202,7 @@ def test_a_spike_is_far_above_what_the_losses_do_and_not_their_noise(caplog: pyt
         watch.take_in(19, None, 0.0)
     assert watch.spikes == 1
     assert [record.getMessage().split(",")[0] for record in caplog.records] == ["step 18: the loss is 4"]
-    again = StepWatch()
+    again = LossWatch()
     again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
     assert again == watch
     again.load_state_dict({})
@@ -261,7 +213,7 @@ def test_a_spike_is_far_above_what_the_losses_do_and_not_their_noise(caplog: pyt
         {"nonfinite": [{"step": 1}]},
         {"in_a_row": None},
     ):
-        with pytest.raises(CheckpointError, match="no sound `watch`"):
+        with pytest.raises(CheckpointError, match="no valid `watch`"):
             again.load_state_dict(wrong)
     assert again == watch
     assert spike_limit([2.0] * LEAST) == pytest.approx(2.16), "losses that do not move still have a floor"

@@ -18,7 +18,7 @@ from esm_neuron.config import TrainConfig
 from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import CheckpointError, ConfigError, TrainingError
 from esm_neuron.training import checkpoint
-from esm_neuron.training.checkpoint import Snapshot, TrainState, load_shared
+from esm_neuron.training.checkpoint import CheckpointManager, Snapshot, TrainState
 
 
 class Peer:
@@ -107,7 +107,8 @@ def test_a_group_that_cannot_be_left_does_not_hide_the_first_error(monkeypatch: 
 def test_each_rank_reads_a_checkpoint_that_all_see_and_the_main_one_sends_what_it_alone_has(
     tmp_path: Path, theirs: str | None
 ) -> None:
-    mine = checkpoint.fingerprint(checkpoint.save(tmp_path, Snapshot(TrainState(step=3), {"w": torch.ones(2)}, {})))
+    whole = Snapshot(TrainState(step=3), {"w": torch.ones(2)}, {})
+    mine = checkpoint.fingerprint(checkpoint.save(tmp_path / "checkpoints", whole))
     sent: list[Any] = []
 
     class Sending(Peer):
@@ -118,9 +119,11 @@ def test_each_rank_reads_a_checkpoint_that_all_see_and_the_main_one_sends_what_i
             sent.append(value)
             return value
 
-    backend = Sending(0, None)
-    loaded = load_shared(backend, tmp_path, 3, lambda snapshot: snapshot.model)
+    linear = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(linear.parameters())
+    manager = CheckpointManager(TrainConfig(output=str(tmp_path)), Sending(0, None), linear, optimizer)
+    loaded = manager.read_weights(3)
     assert torch.equal(loaded["w"], torch.ones(2))
     assert [list(value) for value in sent] == ([] if theirs == "same" else [["w"]]), "moments stay here"
     with pytest.raises(CheckpointError, match="manifest.json"):
-        load_shared(backend, tmp_path, 4, lambda snapshot: snapshot.model)
+        manager.read_weights(4)

@@ -19,13 +19,15 @@ from typing import Any
 import pytest
 import torch
 from snapshots import FORK, same, snapshot
+from torch import nn
 from waiting import wait_for
 
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import TrainConfig
+from esm_neuron.config.schema import CheckpointConfig
 from esm_neuron.errors import CheckpointError
 from esm_neuron.training import checkpoint, run
-from esm_neuron.training.checkpoint import Saver, Snapshot
+from esm_neuron.training.checkpoint import CheckpointManager, Snapshot
 
 
 @pytest.fixture
@@ -134,29 +136,32 @@ def test_saving_beside_training_holds_one_copy_loses_none_and_says_what_failed(
             writing[0] -= 1
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    saver = Saver(tmp_path, keep=2, every=1, asynchronous=True)
+    cfg = TrainConfig(output=str(tmp_path / "out"), checkpoint=CheckpointConfig(keep=2, asynchronous=True))
+    linear = nn.Linear(1, 1)
+    saver = CheckpointManager(cfg, CpuBackend(cfg), linear, torch.optim.AdamW(linear.parameters()))
+    root = saver.folder
     held = snapshot(1)
     alive = weakref.ref(held)
-    saver.save(held, best=None)
+    saver.write(held, best=None)
     del held
-    assert checkpoint.steps(tmp_path) == [] and alive() is not None, "training goes on while it is written"
+    assert checkpoint.steps(root) == [] and alive() is not None, "training goes on while it is written"
     may_write.set()
-    saver.settle()
-    assert checkpoint.steps(tmp_path) == [1]
+    saver.wait()
+    assert checkpoint.steps(root) == [1]
     gc.collect()
     assert alive() is None, "what is written is let go of"
-    saver.save(snapshot(2), best=None)
-    saver.settle()
-    saver.save(snapshot(3), best=None)
+    saver.write(snapshot(2), best=None)
+    saver.wait()
+    saver.write(snapshot(3), best=None)
     with pytest.raises(CheckpointError, match="the disk is full"):
-        saver.settle()
-    saver.settle()  # said once
-    saver.save(snapshot(4), best=None)
-    saver.settle()
-    assert checkpoint.steps(tmp_path) == [2, 4]
-    newest = checkpoint.newest(tmp_path)
+        saver.wait()
+    saver.wait()  # said once
+    saver.write(snapshot(4), best=None)
+    saver.wait()
+    assert checkpoint.steps(root) == [2, 4]
+    newest = checkpoint.newest(root)
     assert newest is not None and same(newest, snapshot(4)) and most == [1]
-    saver.save(snapshot(3), best=None)
+    saver.write(snapshot(3), best=None)
     saver.close()  # as when another error ends the run
     assert caplog.messages == ["the disk is full"]
 
@@ -165,7 +170,8 @@ def test_a_run_gathers_no_snapshot_while_one_is_still_written(
     toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A save here ends only once it is waited for, as on a disk that is slower than training."""
-    write, save, settle, gather = checkpoint.save, Saver.save, Saver.settle, CpuBackend.gather_state
+    write, save, wait = checkpoint.save, CheckpointManager.write, CheckpointManager.wait
+    gather = CpuBackend.gather_state
     waited_for, held, seen = threading.Event(), [], []
 
     def gated_write(root: Path, snapshot: Snapshot) -> Path:
@@ -174,22 +180,22 @@ def test_a_run_gathers_no_snapshot_while_one_is_still_written(
         held.remove(snapshot.state.step)
         return folder
 
-    def noted_save(self: Saver, snapshot: Snapshot, best: int | None) -> None:
+    def noted_save(self: CheckpointManager, snapshot: Snapshot, best: int | None) -> None:
         waited_for.clear()
         held.append(snapshot.state.step)
         save(self, snapshot, best)
 
-    def opening_settle(self: Saver) -> None:
+    def opening_wait(self: CheckpointManager) -> None:
         waited_for.set()
-        settle(self)
+        wait(self)
 
     def noted_gather(self: CpuBackend, *of: Any) -> Any:
         seen.append(list(held))
         return gather(self, *of)
 
     monkeypatch.setattr(checkpoint, "save", gated_write)
-    monkeypatch.setattr(Saver, "save", noted_save)
-    monkeypatch.setattr(Saver, "settle", opening_settle)
+    monkeypatch.setattr(CheckpointManager, "write", noted_save)
+    monkeypatch.setattr(CheckpointManager, "wait", opening_wait)
     monkeypatch.setattr(CpuBackend, "gather_state", noted_gather)
     cfg = toy(loop={"max_steps": 6}, checkpoint={"asynchronous": True, "every": 2, "keep": 100})
     run.train(cfg, str)

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 
 from esm_neuron import cli
@@ -28,10 +27,8 @@ from esm_neuron.config.rules import check_values
 from esm_neuron.config.settings import parse
 from esm_neuron.data import download
 from esm_neuron.data.sources import read_rows
-from esm_neuron.errors import CheckpointError, ConfigError, DataError
+from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.redact import RedactingFormatter, redact
-from esm_neuron.training import checkpoint
-from esm_neuron.training.checkpoint import Snapshot, TrainState
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -82,32 +79,6 @@ def test_a_saved_dataset_names_files_beside_it(tmp_path: Path, name: object) -> 
     (tmp_path / "d" / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": name}]}))
     with pytest.raises(DataError, match=r"state\.json: names .*; its data are files beside it"):
         read_rows(tmp_path / "d", DataConfig(), True)
-
-
-def test_a_checkpoint_has_no_links(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path / "run", Snapshot(TrainState(step=1), {"a": torch.zeros(2)}, {}))
-    (folder / "state.json").rename(tmp_path / "state.json")
-    (folder / "state.json").symlink_to(tmp_path / "state.json")
-    with pytest.raises(CheckpointError, match=r"state\.json: a link, which may lead anywhere"):
-        checkpoint.load(folder)
-    (tmp_path / "state.json").replace(folder / "state.json")
-    checkpoint.load(folder)
-    (folder / "manifest.json").rename(tmp_path / "manifest.json")
-    (folder / "manifest.json").symlink_to(tmp_path / "manifest.json")
-    with pytest.raises(CheckpointError, match=r"manifest\.json: a link, which may lead anywhere"):
-        checkpoint.load(folder)
-
-
-def test_a_checkpoint_is_no_link_and_what_it_leads_to_is_not_deleted(tmp_path: Path) -> None:
-    elsewhere = checkpoint.save(tmp_path / "other", Snapshot(TrainState(step=1), {"a": torch.zeros(2)}, {}))
-    link = tmp_path / "run" / elsewhere.name
-    checkpoint.save(tmp_path / "run", Snapshot(TrainState(step=2), {"a": torch.zeros(2)}, {}))
-    link.symlink_to(elsewhere)
-    with pytest.raises(CheckpointError, match="step-00000001: a link, which may lead anywhere"):
-        checkpoint.load(link)
-    checkpoint.prune(tmp_path / "run", 1, None)
-    assert checkpoint.steps(tmp_path / "run") == [2]
-    checkpoint.load(elsewhere)
 
 
 @pytest.mark.parametrize(

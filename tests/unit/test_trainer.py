@@ -75,7 +75,7 @@ def assert_same_end(one: TrainConfig, other: TrainConfig) -> None:
     assert results[0] == results[1]
 
 
-class SignalAt:
+class SignalAt(Callback):
     """A callback that sends this process a signal after a step."""
 
     def __init__(self, step: int, number: signal.Signals) -> None:
@@ -84,12 +84,6 @@ class SignalAt:
     def on_log(self, step: int, total: int, record: Any) -> None:
         if step == self.step:
             signal.raise_signal(self.number)
-
-    def on_eval(self, step: int, record: Any) -> None:
-        """Nothing."""
-
-    def on_end(self, result: Any) -> None:
-        """Nothing."""
 
 
 @pytest.fixture
@@ -220,7 +214,7 @@ def test_a_best_checkpoint_that_cannot_be_read_is_set_aside_while_there_are_step
     monkeypatch.setattr(Trainer, "evaluate", lambda *of: {**measured(*of), "mcc": next(scripted)})
     watched_by(SignalAt(5, signal.SIGTERM))
     assert run.train(cfg, quiet).stopped_by == "SIGTERM"
-    assert checkpoints(cfg) == ["step-00000002", "step-00000004", "step-00000005"]
+    assert checkpoints(cfg) == ["step-00000002", "step-00000005"]
     damaged = Path(cfg.output) / "checkpoints" / "step-00000002" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     watched_by()
@@ -266,8 +260,8 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(
     assert signal.getsignal(signal.SIGTERM) is before
     assert checkpoints(stopped)[-1] == "step-00000006" and not (Path(stopped.output) / "result.json").exists()
     watched_by()
-    trained, step = [], Trainer._train_step
-    monkeypatch.setattr(Trainer, "_train_step", lambda of, data: (trained.append(data.step + 1), step(of, data)))
+    trained, step = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda of, data: (trained.append(data.step + 1), step(of, data)))
     train(resumed(stopped))
     assert trained == [7, 8, 9, 10, 11, 12], "a run that starts anew ends the same"
     extra = Path(stopped.output) / "checkpoints" / "step-00000006"
@@ -325,6 +319,24 @@ def test_a_signal_in_an_evaluation_or_a_save_lets_it_finish(
     if last != 8:  # a checkpoint that the uninterrupted run has no reason to write
         shutil.rmtree(Path(stopped.output) / "checkpoints" / f"step-{last:08d}")
     assert_same_end(stopped, whole)
+
+
+def test_checkpoints_on_another_disk_behind_a_link_are_saved_pruned_and_taken_up(
+    toy: Toy, watched_by: Callable[..., None], tmp_path: Path
+) -> None:
+    settings = {"loop": {"max_steps": 8, "eval_every": 2}, "checkpoint": {"keep": 1}}
+    whole, linked = toy("whole", **settings), toy("linked", **settings)
+    train(whole)
+    (tmp_path / "scratch").mkdir()
+    Path(linked.output).mkdir()
+    (Path(linked.output) / "checkpoints").symlink_to(tmp_path / "scratch")
+    watched_by(SignalAt(5, signal.SIGTERM))
+    assert run.train(linked, quiet).stopped_by == "SIGTERM"
+    watched_by()
+    train(resumed(linked))
+    assert_same_end(linked, whole)
+    assert sorted(folder.name for folder in (tmp_path / "scratch").iterdir()) == checkpoints(whole)
+    assert (Path(linked.output) / "checkpoints").is_symlink()
 
 
 def test_devices_and_rows_may_change_on_the_way(toy: Toy, watched_by: Callable[..., None]) -> None:

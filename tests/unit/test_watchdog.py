@@ -147,7 +147,7 @@ def test_what_may_compile_has_longer(
             super().expect(what, units, slow)
             allowed.append((what, self._allowed))
 
-    for module in ("trainer", "run"):
+    for module in ("monitors", "run"):
         monkeypatch.setattr(f"esm_neuron.training.{module}.Watchdog", Noted)
     monkeypatch.setattr(CpuBackend, "static_shapes", True)
     cfg = toy(loop={"max_steps": 4, "eval_every": 2, "watchdog": 600, "watchdog_slow": 7200})

@@ -146,7 +146,7 @@ class Run:
                 self.gradients = {n: fetch(p.grad) for n, p in trained}
 
         self.trainer._log, self._watched_sync = log, watched_sync
-        for part in ("_train_step", "evaluate", "_save"):
+        for part in ("train_step", "evaluate", "save_checkpoint"):
             setattr(self.trainer, part, self._counted(part, getattr(self.trainer, part)))
 
     def _counted(self, part: str, act: Any) -> Any:

@@ -58,7 +58,7 @@ def test_a_training_after_it_compiles_nothing(said: dict[str, Any]) -> None:
 
 def test_a_changed_shape_ends_the_run_and_is_named(said: dict[str, Any]) -> None:
     error = said["length"]
-    assert error.startswith("step 3 compiled ") and "unplanned program" in error
+    assert error.startswith("step 3 compiled ") and "unplanned graph" in error
     assert "its packs have 180 tokens, planned are " in error
     assert "loop.on_recompile=warn" in error
 

@@ -120,9 +120,9 @@ def test_the_rows_of_a_batch_are_shared_out(mesh: dict[str, Any]) -> None:
 @pytest.mark.parametrize("task", ["cls", "mlm"])
 def test_one_program_for_a_pass_an_update_and_an_evaluation(mesh: dict[str, Any], task: str) -> None:
     graphs = mesh[task]["graphs"]
-    assert graphs["_train_step"] == [2] + [0] * 19
+    assert graphs["train_step"] == [2] + [0] * 19
     assert graphs["evaluate"] == [1, 0, 0]
-    assert graphs["_save"] == [0, 0]
+    assert graphs["save_checkpoint"] == [0, 0]
     assert graphs["elsewhere"] == [0]
 
 

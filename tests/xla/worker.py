@@ -129,11 +129,11 @@ def count_graphs(cfg: TrainConfig) -> dict[str, int]:
         return wrapped
 
     with (
-        patched(Trainer, "_train_step", train_step),
+        patched(Trainer, "train_step", train_step),
         patched(XlaBackend, "sync", sync),
         patched(Trainer, "fit", fit),
         patched(Trainer, "evaluate", evaluate),
-        patched(Trainer, "_save", save),
+        patched(Trainer, "save_checkpoint", save),
     ):
         run.train(cfg, str)
         graphs.note("end")
@@ -152,7 +152,7 @@ def count_reads(cfg: TrainConfig) -> list[int]:
 
         return wrapped
 
-    with patched(Trainer, "_train_step", train_step):
+    with patched(Trainer, "train_step", train_step):
         run.train(cfg, str)
     return found
 
@@ -207,7 +207,7 @@ def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
     run._callbacks = lambda *of: [*make(*of), Stop(at)]
     stopped_by = run.train(cfg, str).stopped_by
     run._callbacks = make
-    with patched(Trainer, "_train_step", train_step):
+    with patched(Trainer, "train_step", train_step):
         counts = count_graphs(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")))
     return {"stopped_by": stopped_by, "trained": trained, "counts": counts, **metrics(cfg)}
 
