@@ -195,14 +195,15 @@ def page(saved: Mapping[str, Any]) -> str:
     lines = [
         "# What to train: all weights, LoRA, QLoRA or the head",
         f"Made by `python benchmarks/adapters.py`: `mini` on cytoplasm or membrane (scl2205), {steps} steps on the",
-        f"CPU, {seeds} seeds; {proteins} test proteins without a homolog in training, answered once by each run with",
-        "the step that validation chose. Learning rates were chosen by the validation MCC of a run of each with",
-        "another seed (below). A difference to LoRA is of runs with the same seed. Its 95 % intervals by",
-        "Student's t: over seeds, for these test proteins; and over seeds and proteins, the bootstrap's variance over",
-        "proteins added, which is the one to go by. Proteins are drawn singly; they are of",
-        f"{saved['clusters']} clusters.",
+        f"CPU, {seeds} seeds. Each run predicts {proteins} test proteins without a homolog in training once, with the",
+        "step that validation chose. Learning rates were chosen by the validation MCC of one run each with another",
+        "seed (below).",
+        "",
+        "Differences from LoRA are between runs with the same seed. Their 95 % intervals are Student's t, once over",
+        "seeds for these test proteins, and once over seeds and proteins, with the bootstrap's variance over proteins",
+        f"added: go by the latter. The bootstrap draws single proteins; they are of {saved['clusters']} clusters.",
     ]
-    head = ("parameters", "mean (lowest to highest)", "less LoRA", "over seeds", "over seeds and proteins")
+    head = ("parameters", "mean (lowest to highest)", "minus LoRA", "over seeds", "over seeds and proteins")
     for metric in METRICS:
         lines += ["", *heading((NAMES[metric], *head))]
         for kind, row in saved["kinds"].items():
@@ -221,10 +222,13 @@ def page(saved: Mapping[str, Any]) -> str:
         lines.append(f"| {TITLES[kind]} | {shown} | {chosen:g}{edge} |")
     far = saved["travelled"]
     apart = {name: f"{min(one[name] for one in far):.1%} to {max(one[name] for one in far):.1%}" for name in PRECISIONS}
-    lines += ["", "A QLoRA run's adapter on a base that is not quantized, as on trn1 or in plain PEFT: over",
-              f"{far[0]['proteins']} test proteins the logits move by {apart['float32']} of their root mean square in",
-              f"float32 and {apart['bf16']} in bf16, from run to run; of the proteins",
-              f"that get another class a run has at most {max(one['changed'] for one in far)}."]  # fmt: skip
+    lines += [
+        "",
+        "If the adapter of a QLoRA run is put on a base that is not quantized, as on trn1 or in plain PEFT, the logits",
+        f"of {far[0]['proteins']} test proteins change by {apart['float32']} of their root mean square in float32 and",
+        f"by {apart['bf16']} in bf16, depending on the run. Per run, {max(one['changed'] for one in far)} of them at",
+        "most gets another class.",
+    ]
     return "\n".join([*lines, ""])
 
 

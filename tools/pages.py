@@ -78,7 +78,7 @@ def stale() -> list[str]:
 
 def main() -> int:
     """Run the command at the top of this file."""
-    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
     if "--check" in sys.argv[1:]:
         found = stale()
         for name in found:

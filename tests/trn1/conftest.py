@@ -1,4 +1,4 @@
-"""Runs on a trn1 instance, and the report they write: docs/trn1-report.md."""
+"""Runs on a trn1 instance, and the report they write: docs/dev/trn1-report.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from esm_neuron.backends.neuron_env import installed_version, neuron_cores
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.planning.doctor import SHOWN
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "trn1-report.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "dev" / "trn1-report.md"
 TIMEOUT = 3 * 3600
 """Seconds for one command: neuronx-cc takes minutes a program."""
 

@@ -1,4 +1,4 @@
-"""What only a trn1 can show: `make test-trn1` runs this there and writes docs/trn1-report.md."""
+"""What only a trn1 can show: `make test-trn1` runs this there and writes docs/dev/trn1-report.md."""
 
 from __future__ import annotations
 
