@@ -204,9 +204,12 @@ def adamw(
     """AdamW with gradients and state made before the first step and its learning rate a tensor: no other graphs."""
     make_gradient_buffers(groups)
     named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+    # AdamW compares its rate with 0: given a tensor of a lazy device, it would read that device (and ahead-of-time
+    # compilation answers every read with 0)
+    optimizer = torch.optim.AdamW(named, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **kind)
     lr = torch.tensor(cfg.lr, dtype=torch.float32, device=device)
-    optimizer = torch.optim.AdamW(named, lr=lr, betas=cfg.betas, eps=cfg.eps, **kind)
     for group in optimizer.param_groups:
+        group["lr"] = lr
         for p in group["params"]:
             optimizer.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),

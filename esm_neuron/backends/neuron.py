@@ -168,6 +168,7 @@ class NeuronBackend:
                 if type(module) is nn.LayerNorm:
                     module.__class__ = FloatLayerNorm
         self._mark_parallel(model)
+        self._reduce_in_own_type(model)
         # NxD's own: a plain .to() makes new parameters on XLA, without the marks and with ties cut
         self._nxd.utils.model_utils.move_model_to_device(model, self.device)
         self.sync()
@@ -185,6 +186,17 @@ class NeuronBackend:
                         parameter, True, 0 if column else 1, 1, self.topology.tp
                     )
 
+    def _reduce_in_own_type(self, model: nn.Module) -> None:
+        """Have column layers, LoRA's too, sum their input's gradient over the tensor-parallel ranks in its own type.
+
+        NxD casts the gradient to `reduce_dtype`, float32 by default, sums that copy and then drops it, so a bfloat16
+        gradient was never summed (layers_utils._linear_autograd_bwd_grad_reduce, 0.15 to 0.18). Where the types are
+        the same, the cast makes no copy.
+        """
+        for module in model.modules():
+            if isinstance(module, self._nxd.parallel_layers.layers.ColumnParallelLinear):
+                module.reduce_dtype = module.weight.dtype
+
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """The rows are where they belong: this process drives one device."""
 
@@ -199,7 +211,8 @@ class NeuronBackend:
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
         make_gradient_buffers(groups)
         named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-        options: dict[str, Any] = {"lr": self._rate(cfg.lr), "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
+        # AdamW compares its rate with 0 and would read the device for it, which compiling ahead answers with 0
+        options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
         options["capturable"] = self.device.type == "xla"
         if self._parallel.zero1:
             optimizer: torch.optim.Optimizer = self._nxd.optimizer.NeuronZero1Optimizer(
@@ -213,6 +226,7 @@ class NeuronBackend:
         else:
             optimizer = torch.optim.AdamW(named, **options)
         self._make_state(getattr(optimizer, "base_optimizer", optimizer))
+        self.set_lr(optimizer, cfg.lr)
         self.sync()
         return optimizer
 
