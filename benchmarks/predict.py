@@ -118,7 +118,7 @@ def main() -> None:
         target = args.folder / f"{name.replace(', ', '_').replace(' ', '_')}.parquet"
         target.unlink(missing_ok=True)
         words = [command, "--model", str(trained), "--input", str(source), "--output", str(target)]
-        parts = target.with_name(f"{target.name}.parts")
+        parts = target.with_name(f"{target.name}.shards")
         if kills:
             half = found[command]["parts"] // 2
             found[f"{name}: first"] = watch(words, parts, half)

@@ -1,1 +1,1 @@
-"""Finished runs and plain ESM-2 models that answer: predict, embed, score, evaluate, export, serve."""
+"""Use trained models: evaluate, predict, embed, score variants, export, serve."""

@@ -1,4 +1,4 @@
-"""Embeddings: the last hidden states of the encoder, after its final layer norm; one vector a protein or a residue."""
+"""Embeddings: the encoder's last hidden states after its final layer norm, one vector per protein or per residue."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import EsmConfig, PreTrainedModel
 from esm_neuron.config import BackendName, ModelConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.errors import DataError
-from esm_neuron.inference.load import open_model
-from esm_neuron.inference.predict import BATCHES, Answerer, answer_file
+from esm_neuron.inference.load import find_model
+from esm_neuron.inference.predict import BATCHES, PredictionJob, predict_file
 from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
 from esm_neuron.models.attention import mean_over
 from esm_neuron.models.esm2 import PackedEncoder, encoder_of
@@ -27,13 +27,13 @@ from esm_neuron.tasks.residues import residue_mean
 Pooling = Literal["mean", "cls", "residue"]
 SUFFIXES = (".parquet", SAFETENSORS)
 RESERVED = "__metadata__"
-"""A name that safetensors keeps for itself."""
+"""An id that the safetensors format reserves."""
 
 logger = logging.getLogger(__name__)
 
 
 class Embedder(nn.Module):
-    """Embeddings of a pack, by the encoder within any task's model."""
+    """Embed packs with the encoder of any task's model."""
 
     def __init__(self, model: nn.Module, pooling: Pooling) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Embedder(nn.Module):
         self.pooling = pooling
 
     def forward(self, **pack_args: Any) -> SimpleNamespace:
-        """As `logits`, float32: [R, S, H] a segment, or [R, L, H] a token; arguments as in `PackedEsmModel`."""
+        """Return `logits`, float32: [R, S, H] per segment or [R, L, H] per token; arguments as in `PackedEsmModel`."""
         hidden, pack = self.encoder(**pack_args)
         if self.pooling == "residue":
             return SimpleNamespace(logits=hidden.float())
@@ -49,7 +49,7 @@ class Embedder(nn.Module):
 
 
 class Embedding:
-    """What the builder, the loader and the evaluation ask in order to embed, see `tasks.Task`."""
+    """What building, loading and evaluation need of a task, in order to embed; see `tasks.Task`."""
 
     per_token = False
 
@@ -57,28 +57,28 @@ class Embedding:
         self.predictions_per_token = pooling == "residue"
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
-        """The configuration as it is."""
+        """Return the configuration unchanged."""
         return config
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """The encoder alone."""
+        """Return the encoder alone."""
         return PackedEncoder(config)
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """None."""
+        """Return no modules: nothing is newly initialized."""
         return ()
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """The sequence; nothing is to be answered."""
+        """Return the sequence; there are no labels."""
         return Target(table.sequence(example), np.zeros((), np.int64), np.zeros((), np.float32))
 
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """The embeddings."""
+        """Return the embeddings."""
         return (logits,)
 
 
 def per_record(table: ExampleTable, predictions: Sequence[np.ndarray], per_residue: bool) -> list[np.ndarray]:
-    """float32 [H] of each record; or [residues, H], NaN for those that were cut off. Windows are averaged."""
+    """Return float32 [H] per record; or [residues, H], NaN for those that were cut off. Windows are averaged."""
     if not per_residue:
         return list(record_mean(table, predictions[0]).astype(np.float32))
     slot, bounds = table.residue_slots()
@@ -92,7 +92,7 @@ def per_record(table: ExampleTable, predictions: Sequence[np.ndarray], per_resid
 
 
 def as_table(ids: Sequence[str], vectors: Sequence[np.ndarray]) -> pa.Table:
-    """Columns `id` and `embedding`: a list of H numbers, or a list of such lists."""
+    """Return columns `id` and `embedding`: a list of H numbers, or a list of such lists."""
     width = vectors[0].shape[-1]
     flat = np.concatenate([vector.reshape(-1, width) for vector in vectors])
     column: pa.Array = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width)
@@ -103,7 +103,7 @@ def as_table(ids: Sequence[str], vectors: Sequence[np.ndarray]) -> pa.Table:
 
 
 def as_arrays(ids: Sequence[str], vectors: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Id -> its array, for safetensors."""
+    """Return id -> its array, for safetensors."""
     if RESERVED in ids:
         raise DataError(f"the id {RESERVED!r} is reserved in safetensors; rename the record, or write .parquet")
     return {name: np.ascontiguousarray(vector) for name, vector in zip(ids, vectors, strict=True)}
@@ -126,25 +126,25 @@ def embed(
         model: output folder of a training run, a Hugging Face folder of ESM-2, or a hub id.
         source: as for `predict`.
         target: Parquet (columns `id`, `embedding`) or safetensors (id -> array).
-        pooling: the mean over residues, the state of <cls>, or one vector a residue, in the protein's own
+        pooling: the mean over residues, the state of <cls>, or one vector per residue, in the protein's own
             numbering (NaN for residues that were cut off). Windows are averaged.
-        backend, settings, resume, say: as for `predict`.
+        backend, settings, resume, log: as for `predict`.
 
     Returns:
         Records written.
 
     Raises:
-        EsmNeuronError: the model or a record cannot be used; `target` is then as it was.
+        EsmNeuronError: the model or a record cannot be used; `target` is then unchanged.
     """
     check_target(target, SUFFIXES)
-    opened = open_model(model, backend, settings, "embed")
+    spec = find_model(model, backend, settings, "embed")
     task = Embedding(pooling)
     shape = as_arrays if target.suffix.lower() == SAFETENSORS else as_table
 
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
         return shape(table.ids, per_record(table, predictions, task.predictions_per_token))
 
-    answerer = Answerer(
+    job = PredictionJob(
         command="embed",
         options={"pooling": pooling, "format": target.suffix.lower()},
         task=task,
@@ -152,4 +152,4 @@ def embed(
         write=write,
         batches=8 if pooling == "residue" else BATCHES,
     )
-    return answer_file(opened, answerer, source, target, resume, log)
+    return predict_file(spec, job, source, target, resume, log)

@@ -29,15 +29,14 @@ def evaluate(
     log: Callable[[str], None] = logger.info,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Figures, with 95 % bootstrap intervals, of a finished run on every row of a labelled file.
+    """Return the metrics of a finished run on a labelled file, with 95 % bootstrap intervals.
 
     Args:
         run: output folder of a training run.
-        source: FASTA, CSV or TSV with labels; row filters and split column of the training are not applied.
-        target: JSON file to write besides, with TARGET.rejected.tsv where rows were left out or changed; None for
-            none.
+        source: file with labels; the row filters and the split column of training are not applied.
+        target: JSON file to write as well, with TARGET.rejected.tsv if records were left out or changed.
         backend_name: where to run; None: where it was trained.
-        say: told what was read, left out or cut.
+        log: called with lines about what was read, left out or cut.
         overrides: words that overrule the run's settings, such as `--data.label_column class`, see `MAY_CHANGE`.
 
     Raises:

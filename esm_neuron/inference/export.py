@@ -1,4 +1,4 @@
-"""A finished run as a plain Hugging Face folder."""
+"""Export a finished run as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from esm_neuron.training.results import write_model
 
 
 def merged(built: Built) -> nn.Module:
-    """The trained model as one plain float network: quantized weights made whole, LoRA added into them."""
+    """Return the trained model as one plain float network: weights dequantized, LoRA merged into them."""
     if built.quantized:
         from esm_neuron.models.quantize import dequantize_linears
 
@@ -31,7 +31,7 @@ def export(run: Path, target: Path) -> None:
     """Merge the adapter of a finished run, on the CPU, and write a plain Hugging Face folder with a model card.
 
     Raises:
-        ConfigError: `target` is there already, or `run` is no finished run.
+        ConfigError: `target` exists, or `run` is not a finished run.
         CheckpointError: the run's weights or its result.json are damaged.
     """
     require(not target.exists(), f"--output {target}: exists already; name a new folder")

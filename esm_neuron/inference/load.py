@@ -1,4 +1,4 @@
-"""The model that answers: a training run, or a Hugging Face folder or hub id of ESM-2 as it is."""
+"""Find and load the model that predicts: a finished training run, or an ESM-2 from a Hugging Face folder or hub id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from esm_neuron import __version__
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, ModelMaker, build_model
 from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
-from esm_neuron.config.settings import read_config
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import sha256
 from esm_neuron.models.hf_folder import BaseReference
@@ -29,58 +28,57 @@ from esm_neuron.tasks import Task, create_task
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = ("data.", "loop.eval_packs_per_device", "loop.precision", "parallel.")
-"""Settings of a finished run that evaluating and answering may overrule."""
+"""Settings of a finished run that `evaluate`, `predict`, `embed` and `score` may overrule."""
 
 NOT_IN_IDENTITY = {
     "train", "valid", "test", "keep", "keep_heldout", "split_column", "split_names", "valid_fraction", "cache",
 }  # fmt: skip
-"""Fields of `data` that no answer depends on."""
+"""Fields of `data` on which no prediction depends."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model before its weights are read."""
+class ModelSpec:
+    """A model that was found and not yet read: a training run, or an ESM-2 as it is."""
 
     cfg: TrainConfig
-    trained: Task | None
+    task: Task | None
     """The task of a training run; None for a plain ESM-2."""
 
-    def build(self, plain: ModelMaker, backend: Backend) -> Built:
-        """The model with its weights on the backend's device: the run's own, or what `plain` makes of an ESM-2.
+    def load(self, plain: ModelMaker, backend: Backend) -> Built:
+        """Return the model with its weights on the backend's device: the run's own, or what `plain` makes of an ESM-2.
 
         Raises:
             ConfigError, CheckpointError: the weights cannot be found or used.
         """
-        if self.trained is not None:
-            return build_trained(self.cfg, self.trained, backend)
+        if self.task is not None:
+            return build_trained(self.cfg, self.task, backend)
         return build_model(self.cfg, plain, backend)
 
     def identity(self, built: Built, **more: Any) -> dict[str, Any]:
-        """What decides an answer besides the input: weights, settings, and `more`; of JSON's types."""
+        """Return what decides a prediction besides the input, in JSON's types: weights, settings, and `more`."""
         cfg, adapter = self.cfg, Path(self.cfg.output) / ADAPTER / ADAPTER_WEIGHTS
-        trained = self.trained is not None and cfg.adapter.kind in ("lora", "qlora")
+        adapted = self.task is not None and cfg.adapter.kind in ("lora", "qlora")
         data = {name: value for name, value in settings.plain(cfg.data).items() if name not in NOT_IN_IDENTITY}
+        sections = {"adapter": settings.plain(cfg.adapter), "task": settings.plain(cfg.task), "data": data}
         return {
             "version": __version__,
             "base weights": built.source.reference.sha256,
-            "adapter": sha256(adapter) if trained else None,
+            "adapter": sha256(adapter) if adapted else None,
             "seed": cfg.seed,
             "model.pooling": cfg.model.pooling,
             "loop.precision": cfg.loop.precision,
-            **{f"adapter.{name}": value for name, value in settings.plain(cfg.adapter).items()},
-            **{f"task.{name}": value for name, value in settings.plain(cfg.task).items()},
-            **{f"data.{name}": value for name, value in data.items()},
+            **{f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()},
             **more,
         }
 
 
-def open_model(name: str, backend: BackendName | None, words: Sequence[str], command: str) -> Opened:
+def find_model(name: str, backend: BackendName | None, words: Sequence[str], command: str) -> ModelSpec:
     """Find what `--model` names.
 
     Args:
         name: output folder of a training run, a Hugging Face folder, or a hub id.
         backend: where to run; None: where a run was trained, `cpu` for a plain model.
-        words: settings to overrule, `--data.id_column name`, see `MAY_CHANGE`.
+        words: settings that overrule the run's, such as `--data.id_column name`, see `MAY_CHANGE`.
         command: for messages.
 
     Raises:
@@ -89,16 +87,45 @@ def open_model(name: str, backend: BackendName | None, words: Sequence[str], com
     folder = Path(name)
     if (folder / CONFIG).is_file():
         cfg, task = read_run(folder, backend)
-        return Opened(settings.override(cfg, words, MAY_CHANGE, command), task)
+        return ModelSpec(settings.override(cfg, words, MAY_CHANGE, command), task)
     plain = TrainConfig(model=ModelConfig(name=name), adapter=AdapterConfig(kind="none"), backend=backend or "cpu")
-    cfg = settings.override(plain, words, (*MAY_CHANGE, "model.revision"), command)
-    return Opened(cfg, None)
+    return ModelSpec(settings.override(plain, words, (*MAY_CHANGE, "model.revision"), command), None)
 
 
-def moved(cfg: TrainConfig, backend: BackendName) -> TrainConfig:
-    """A run's configuration on another device, without what only its own has: as many cores, its number formats.
+def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:
+    """Return configuration and task of a finished run, ready for `build_trained`.
 
-    A CPU answers in float32: those without bf16 units emulate it, at a fraction of the speed.
+    Raises:
+        ConfigError: `folder` is not a finished run.
+    """
+    path = folder / CONFIG
+    require(path.is_file(), f"--model {folder}: no {CONFIG} there; name the output folder of a training run")
+    cfg = settings.read_config(path)
+    found = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
+    require(
+        bool(found),
+        f"--model {folder}: no adapter and no model there; let its training finish (--checkpoint.resume auto)",
+    )
+    # the folder's own weights, where it has the whole model or carries the base of its adapter
+    own = MODEL if found == [MODEL] else BASE if is_carried(cfg.model) else None
+    model = cfg.model
+    if own is not None:
+        model = replace(model, name=str(folder / own), init="pretrained", revision=None, sha256=None)
+    cfg = replace(cfg, output=str(folder), model=model)
+    if backend is not None and backend != cfg.backend:
+        cfg = move_to(backend, cfg)
+    if not cfg.can_quantize and cfg.adapter.kind == "qlora":
+        logger.warning(
+            "trained on quantized weights, run here on float ones: predictions differ by the quantization error"
+        )
+        cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))
+    return cfg, create_task(cfg.task, cfg.task.labels or ())
+
+
+def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:
+    """Return a run's configuration for another backend, without what only its own has: number of cores and formats.
+
+    The CPU gets float32: those without bf16 units emulate it, at a fraction of the speed.
     """
     precision = "fp32" if backend == "cpu" else cfg.loop.precision
     return replace(
@@ -110,46 +137,16 @@ def moved(cfg: TrainConfig, backend: BackendName) -> TrainConfig:
     )
 
 
-def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:
-    """Configuration and task of a finished run, ready for `build_trained`.
-
-    Raises:
-        ConfigError: `folder` is no finished run.
-    """
-    path = folder / CONFIG
-    require(path.is_file(), f"--model {folder}: no {CONFIG} there; name the output folder of a training run")
-    cfg = read_config(path)
-    found = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
-    require(
-        bool(found),
-        f"--model {folder}: no adapter and no model there; let its training finish (--checkpoint.resume auto)",
-    )
-    model = cfg.model
-    if found == [MODEL]:
-        model = replace(model, name=str(folder / MODEL), init="pretrained", revision=None, sha256=None)
-    elif is_carried(model):
-        model = replace(model, name=str(folder / BASE), init="pretrained", revision=None, sha256=None)
-    cfg = replace(cfg, output=str(folder), model=model)
-    if backend is not None and backend != cfg.backend:
-        cfg = moved(cfg, backend)
-    if not cfg.can_quantize and cfg.adapter.kind == "qlora":
-        logger.warning(
-            "trained on quantized weights, answered from float ones: answers differ by the quantization error"
-        )
-        cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))
-    return cfg, create_task(cfg.task, cfg.task.labels or ())
-
-
 def build_trained(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
-    """The model of a finished run with its trained weights, on the backend's device.
+    """Build the model of a finished run with its trained weights, on the backend's device.
 
     Raises:
         CheckpointError: the adapter is damaged, or the base weights are not those it was trained on.
     """
-    folder = Path(cfg.output) / ADAPTER
-    if cfg.adapter.kind not in ("lora", "qlora"):
-        return build_model(cfg, task, backend)
     built = build_model(cfg, task, backend)
+    if cfg.adapter.kind not in ("lora", "qlora"):
+        return built
+    folder = Path(cfg.output) / ADAPTER
     reference = read_reference(folder)
     if built.source.reference.sha256 != reference.sha256:
         raise CheckpointError(
@@ -166,7 +163,7 @@ def build_trained(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a PEFT adapter. Raises CheckpointError where the file is missing or damaged."""
+    """Read the tensors of a PEFT adapter. Raises CheckpointError where the file is missing or damaged."""
     path = folder / ADAPTER_WEIGHTS
     try:
         return load_file(path)
@@ -175,7 +172,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def read_reference(folder: Path) -> BaseReference:
-    """Which base an adapter belongs to."""
+    """Read which base weights an adapter belongs to. Raises CheckpointError as `read_adapter` does."""
     path = folder / REFERENCE
     try:
         return BaseReference(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Predictions: what a trained task says of each record, in the order of the input."""
+"""Predict for every record of a file, in its order: what `predict` and `embed` share, and `predict` itself."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import Rejected, save_rejected
 from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError
-from esm_neuron.inference.load import Opened, open_model
-from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, read_once, stream
+from esm_neuron.inference.load import ModelSpec, find_model
+from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
 from esm_neuron.training.evaluation import Asks, collect
 
 logger = logging.getLogger(__name__)
+
+
+BATCHES = 32
+"""About how many batches a piece fills; its last one is half empty on average, which costs 1/64 of the work."""
 
 
 def predict(
@@ -40,8 +44,7 @@ def predict(
     resume: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> int:
-    """Answer every record of `source` with a finished run. The windows of a long sequence are averaged, as in
-    evaluation.
+    """Write the predictions of a finished run for every record of `source`; windows of a long sequence are averaged.
 
     Args:
         model: output folder of a training run.
@@ -49,18 +52,18 @@ def predict(
         target: CSV, TSV, JSONL or Parquet: `id`, and what `Task.outputs` gives.
         backend: where to run; None: where it was trained.
         settings: words that overrule the run's, such as `--data.sequence_column seq`.
-        resume: go on with the parts that a killed command left beside `target`.
-        say: told what was read, left out or cut.
+        resume: use the shards that a killed command left beside `target`.
+        log: called with lines about what was read, left out or cut.
 
     Returns:
         Records written.
 
     Raises:
-        EsmNeuronError: the run, the weights or a record cannot be used; `target` is then as it was.
+        EsmNeuronError: the run, the weights or a record cannot be used; `target` is then unchanged.
     """
-    check_target(target, tuple(JOIN))
-    opened = open_model(model, backend, settings, "predict")
-    task = opened.trained
+    check_target(target, JOIN)
+    spec = find_model(model, backend, settings, "predict")
+    task = spec.task
     if task is None:
         raise ConfigError(f"--model {model}: no config.yaml there; predict needs the output folder of a training run")
 
@@ -69,87 +72,83 @@ def predict(
         made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
         return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
 
-    answerer = Answerer(command="predict", options={}, task=task, model=lambda built: built.model, write=write)
-    return answer_file(opened, answerer, source, target, resume, log)
-
-
-BATCHES = 32
-"""Batches that a piece fills, about: the last one is half empty on average, which costs 1 / 64 of the work."""
+    job = PredictionJob(command="predict", options={}, task=task, model=lambda built: built.model, write=write)
+    return predict_file(spec, job, source, target, resume, log)
 
 
 class Asking(ModelMaker, TargetMaker, Asks, Protocol):
-    """The part of a task that answers need."""
+    """The part of a task that predictions need."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answerer:
+class PredictionJob:
     """What a command does with the records of a file."""
 
     command: str
     options: Mapping[str, Any]
-    """What decides its answers besides model and settings, in JSON's types."""
+    """What decides its predictions besides model and settings, in JSON's types."""
     task: Asking
     model: Callable[[Built], nn.Module]
-    """Makes the network to be asked of the one that was built."""
+    """Returns the network to run, given the one that was built."""
     write: Callable[[ExampleTable, Sequence[np.ndarray]], Predictions]
     """(records, what `collect` has found for them) -> their rows."""
     batches: int = BATCHES
-    """How many a piece fills."""
+    """About how many a piece fills."""
 
 
-def answer_file(
-    opened: Opened, answerer: Answerer, source: Path, target: Path, resume: bool, log: Callable[[str], None]
+def predict_file(
+    spec: ModelSpec, job: PredictionJob, source: Path, target: Path, resume: bool, log: Callable[[str], None]
 ) -> int:
-    """Answer every record of `source` and write `target`; returns the records written, see `predict` and `embed`."""
-    cfg = opened.cfg
+    """Write `target` with the predictions for every record of `source`; return the number of records."""
+    cfg = spec.cfg
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
         inputs = InputChunks(source, cfg.data)
-        tokens = piece_tokens(cfg, backend, answerer.batches)
+        tokens = piece_tokens(cfg, backend, job.batches)
 
         def pieces() -> Iterator[Piece[ExampleTable]]:
             return table_pieces(inputs, tokens)
 
-        survey = read_once(backend, pieces)
+        scanned = scan(backend, pieces)
         rejected = tuple(inputs.rejected)
         log(inputs.report.summary())
-        built = raise_on_any_rank(backend, lambda: opened.build(answerer.task, backend))
-        model = answerer.model(built)
+        built = raise_on_any_rank(backend, lambda: spec.load(job.task, backend))
+        model = job.model(built)
 
-        def answer(table: ExampleTable, advance: Advance) -> Predictions:
-            return answerer.write(table, answer_table(model, answerer.task, backend, cfg, table, advance))
+        def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
+            return job.write(table, predict_table(model, job.task, backend, cfg, table, advance))
 
-        identity = opened.identity(built, command=answerer.command, piece_tokens=tokens, **answerer.options)
-        written = stream(backend, target, survey, identity, pieces, answer, resume, log)
+        identity = spec.identity(built, command=job.command, piece_tokens=tokens, **job.options)
+        written = stream(backend, target, scanned, identity, pieces, predict_piece, resume, log)
         write_rejected(backend, target, rejected, log)
         return written
 
 
 def write_rejected(backend: Backend, target: Path, rows: Sequence[Rejected], log: Callable[[str], None]) -> None:
-    """Write the rows that were left out or changed beside `target`; where there are none, remove an older file."""
+    """Write the records that were left out or changed beside `target`; if there are none, remove an older file."""
     path = target.with_name(f"{target.name}.rejected.tsv")
     main_rank_only(backend, lambda: save_rejected(path, rows))
     if rows:
-        log(f"the {len(rows)} rows left out or changed are in {path}")
+        log(f"{len(rows)} records left out or changed are listed in {path}")
 
 
 def piece_tokens(cfg: TrainConfig, backend: Backend, batches: int = BATCHES) -> int:
-    """Tokens that a piece of `batches` batches holds at most."""
+    """Return the most tokens that a piece of `batches` batches holds."""
     return batches * cfg.loop.eval_packs_per_device * backend.local_dp * cfg.data.pack_tokens
 
 
-def answer_table(
+def predict_table(
     model: nn.Module, task: Asking, backend: Backend, cfg: TrainConfig, table: ExampleTable, advance: Advance
 ) -> list[np.ndarray]:
-    """The task's answers to a table by this rank alone, see `evaluation.collect`."""
+    """Return the task's predictions for a table, made by this rank alone, see `evaluation.collect`."""
     loader = EvalLoader(table, task, cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
     return collect(model, task, backend, loader, alone=True, advance=advance)
 
 
 def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[ExampleTable]]:
-    """Tables of whole records with at most `tokens` tokens, or one record, from larger ones; labels are left out.
+    """Cut tables into pieces of whole records with at most `tokens` tokens each, or one record; leave out labels.
 
-    Residues that were cut off count too, for answers may have a row for them.
+    Residues that were cut off count too, because predictions may have a row for them.
     """
     for table in tables:
         shown = np.bincount(table.record, table.lengths, len(table.ids))
@@ -164,7 +163,7 @@ def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[
 
 
 def _records(table: ExampleTable, first: int, last: int) -> ExampleTable:
-    """The examples of records `first` to `last` - 1 as a table of their own."""
+    """Return the examples of records `first` to `last` - 1 as a table of their own."""
     low, high = np.searchsorted(table.record, (first, last))
     offsets = table.offsets[low : high + 1]
     return ExampleTable(

@@ -1,13 +1,13 @@
-"""Zero-shot effects of variants, from the likelihoods that a language model gives to residues.
+"""Score variants without training, by the likelihoods that the language model gives to residues.
 
 Formulas: Meier et al. 2021, "Language models enable zero-shot prediction of the effects of mutations on protein
-function" (bioRxiv 2021.07.09.450648), with natural logarithms of a softmax over the 33 tokens. M are the exchanged
-residues of a variant, x the wild type:
+function" (bioRxiv 2021.07.09.450648), with natural logarithms of a softmax over the 33 tokens. M are the substituted
+residues of a variant, x is the wild type:
 
     wild-type-marginal   sum over i in M of log p(x_i = mutant | x) - log p(x_i = wild | x)
     masked-marginal      the same given x without M: all of M masked together
     pseudo-perplexity    exp(-1/L sum over all i of log p(y_i | y without i)) of the variant's own sequence y, of L
-                         residues (Salazar et al. 2020, arXiv:1910.14659); low is likely
+                         residues (Salazar et al. 2020, arXiv:1910.14659); low means likely
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.tokenizer import MASK, decode, encode_many
 from esm_neuron.distributed import log_nothing, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.inference.load import open_model
-from esm_neuron.inference.predict import answer_table, piece_tokens, write_rejected
-from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, read_once, stream
+from esm_neuron.inference.load import find_model
+from esm_neuron.inference.predict import piece_tokens, predict_table, write_rejected
+from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, scan, stream
 from esm_neuron.inference.variants import Row, Variant, VariantColumns, VariantTable
 from esm_neuron.metrics.regression import rank_correlation
 from esm_neuron.tasks.masked_lm import MaskedLM
@@ -43,22 +43,22 @@ logger = logging.getLogger(__name__)
 
 
 class Likelihood(MaskedLM):
-    """Masked language modelling that is asked and not trained: inputs are as given, answers are log probabilities."""
+    """The language model without training: inputs as they are given, log probabilities as predictions."""
 
     predictions_per_token = True
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """The sequence as it is, masks included."""
+        """Return the sequence as it is, masks included."""
         tokens = table.sequence(example)
         return Target(tokens, tokens.astype(np.int64), np.zeros(len(tokens), np.float32))
 
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Log probabilities [R, L, 33], nats."""
+        """Return log probabilities [R, L, 33], in nats."""
         return (F.log_softmax(logits.float(), dim=-1),)
 
 
 @dataclass(frozen=True)
-class Question:
+class Query:
     """A sequence with masks, and the residues whose likelihoods are wanted."""
 
     tokens: np.ndarray
@@ -67,33 +67,33 @@ class Question:
     """int64 [sites], residues from 0."""
 
 
-Ask = Callable[[Sequence[Question]], list[np.ndarray]]
-"""Log probabilities [sites, 33] for each question."""
+RunModel = Callable[[Sequence[Query]], list[np.ndarray]]
+"""Returns the log probabilities [sites, 33] for each query."""
 
 
-def masked(tokens: np.ndarray, sites: Sequence[int]) -> Question:
-    """A question for the residues `sites` of a protein, all masked together."""
+def masked(tokens: np.ndarray, sites: Sequence[int]) -> Query:
+    """Return a query for the residues `sites` of a protein, all masked together."""
     shown, places = tokens.copy(), np.asarray(sites, np.int64)
     shown[places + 1] = MASK
-    return Question(shown, places)
+    return Query(shown, places)
 
 
-def question_table(questions: Sequence[Question]) -> ExampleTable:
-    """The questions as examples, one a record."""
-    offsets = np.cumsum([0, *(len(question.tokens) for question in questions)])
-    count = len(questions)
+def query_table(queries: Sequence[Query]) -> ExampleTable:
+    """Return the queries as examples, one per record."""
+    offsets = np.cumsum([0, *(len(query.tokens) for query in queries)])
+    count = len(queries)
     return ExampleTable(
-        tokens=np.concatenate([question.tokens for question in questions]),
+        tokens=np.concatenate([query.tokens for query in queries]),
         offsets=offsets,
         record=np.arange(count),
         weight=np.ones(count, np.float32),
         labels=np.empty(0, np.int64),
-        ids=[f"question {number}" for number in range(count)],
+        ids=[f"query {number}" for number in range(count)],
     )
 
 
 def marginal(variant: Variant, log_p: np.ndarray) -> float:
-    """Sum of log p(mutant) - log p(wild) over the substitutions, given [substitutions, 33]."""
+    """Return the sum of log p(mutant) - log p(wild) over the substitutions, given [substitutions, 33]."""
     rows = np.arange(len(variant))
     mutant, wild = (
         encode_many(["".join(side)])[0][1:-1] for side in ([v.mutant for v in variant], [v.wild for v in variant])
@@ -102,35 +102,35 @@ def marginal(variant: Variant, log_p: np.ndarray) -> float:
 
 
 class Scorer:
-    """Scores the rows of a table by one method; `ask` runs the model."""
+    """Score the rows of a table by one method."""
 
     def __init__(self, method: Method, wild_type: str | None) -> None:
         self.method = method
         self._wild = None if wild_type is None else encode_many([wild_type])[0]
         self._known: np.ndarray | None = None
 
-    def __call__(self, rows: Sequence[Row], ask: Ask) -> list[float]:
-        """One value a row."""
+    def __call__(self, rows: Sequence[Row], run_model: RunModel) -> list[float]:
+        """Return one value per row."""
         if self.method == "pseudo-perplexity":
-            return self._perplexities([row.sequence for row in rows], ask)
+            return self._perplexities([row.sequence for row in rows], run_model)
         variants = [row.variant for row in rows]
         find = self._given_wild_type if self.method == "wild-type-marginal" else self._given_the_rest
-        log_p = find(variants, ask)
+        log_p = find(variants, run_model)
         return [marginal(v, log_p[sites_of(v)]) if v else 0.0 for v in variants]
 
-    def _given_wild_type(self, variants: Sequence[Variant], ask: Ask) -> dict[tuple[int, ...], np.ndarray]:
+    def _given_wild_type(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
         if self._known is None:
-            (self._known,) = ask([Question(self._tokens(), np.arange(len(self._tokens()) - 2))])
+            (self._known,) = run_model([Query(self._tokens(), np.arange(len(self._tokens()) - 2))])
         return {sites: self._known[list(sites)] for sites in map(sites_of, variants)}
 
-    def _given_the_rest(self, variants: Sequence[Variant], ask: Ask) -> dict[tuple[int, ...], np.ndarray]:
+    def _given_the_rest(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
         wanted = [sites for sites in dict.fromkeys(map(sites_of, variants)) if sites]
-        predictions = ask([masked(self._tokens(), sites) for sites in wanted]) if wanted else []
+        predictions = run_model([masked(self._tokens(), sites) for sites in wanted]) if wanted else []
         return dict(zip(wanted, predictions, strict=True))
 
-    def _perplexities(self, sequences: Sequence[str], ask: Ask) -> list[float]:
+    def _perplexities(self, sequences: Sequence[str], run_model: RunModel) -> list[float]:
         tokens = [encode_many([sequence])[0] for sequence in sequences]
-        predictions = iter(ask([masked(each, [site]) for each in tokens for site in range(len(each) - 2)]))
+        predictions = iter(run_model([masked(each, [site]) for each in tokens for site in range(len(each) - 2)]))
         found = []
         for each in tokens:
             log_p = [float(next(predictions)[0, token]) for token in each[1:-1]]
@@ -144,12 +144,12 @@ class Scorer:
 
 
 def sites_of(variant: Variant) -> tuple[int, ...]:
-    """The exchanged residues, from 0."""
+    """Return the substituted residues, counted from 0."""
     return tuple(each.index for each in variant)
 
 
 def tokens_of(method: Method) -> Callable[[Row, set[tuple[int, ...]]], int]:
-    """How many tokens the model is given for a row, when the sites of earlier rows of its piece are known."""
+    """Return a function of a row and the sites of earlier rows of its piece: how many tokens the model gets for it."""
 
     def cost(row: Row, seen: set[tuple[int, ...]]) -> int:
         length = len(row.sequence)
@@ -175,30 +175,30 @@ def score(
     resume: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
-    """Score every variant of a table, in its order, with the language model's head.
+    """Score every variant of a table, in its order, with the language-model head.
 
     Args:
         model: output folder of a masked_lm run, a Hugging Face folder of ESM-2 with its LM head, or a hub id.
-        source: CSV, TSV, JSONL or Parquet with a row a variant.
+        source: CSV, TSV, JSONL or Parquet with one variant per row.
         target: CSV, TSV, JSONL or Parquet: `variant` or `sequence`, `measured` where a score column is named, and the
             method's value under its name with `_` for `-`.
         wild_type: file with the one protein that variants are named after.
         columns: which columns are read.
         first_residue: number that the table gives to its first residue.
-        backend, settings, resume, say: as for `predict`.
+        backend, settings, resume, log: as for `predict`.
 
     Returns:
         `method`, `rows`, and where a score column is named `n` (rows with a value), `spearman` and `spearman_ci`
         between it and the method's value, the pseudo-perplexity negated.
 
     Raises:
-        EsmNeuronError: the model, the wild type or a row cannot be used; `target` is then as it was.
+        EsmNeuronError: the model, the wild type or a row cannot be used; `target` is then unchanged.
     """
-    check_target(target, tuple(JOIN))
-    opened, columns = open_model(model, backend, settings, "score"), columns or VariantColumns()
-    if opened.trained is not None and not isinstance(opened.trained, MaskedLM):
+    check_target(target, JOIN)
+    spec, columns = find_model(model, backend, settings, "score"), columns or VariantColumns()
+    if spec.task is not None and not isinstance(spec.task, MaskedLM):
         raise ConfigError(
-            f"--model {model}: was trained for {opened.cfg.task.name} and has no language model's head; "
+            f"--model {model}: was trained for {spec.cfg.task.name} and has no language-model head; "
             "name a masked_lm run, or the pretrained ESM-2"
         )
     compare = method != "pseudo-perplexity"
@@ -206,7 +206,7 @@ def score(
     require(
         not needs or wild_type is not None, f"--method {method} of variants needs the wild type; give --wild-type FILE"
     )
-    cfg = opened.cfg
+    cfg = spec.cfg
     with opened_backend(cfg) as backend_:
         main = backend_.topology.is_main
         protein = raise_on_any_rank(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None
@@ -214,33 +214,33 @@ def score(
         if protein is not None and method == "masked-marginal":
             tokens = max(tokens, len(protein) * (len(protein) + 2))  # all single substitutions need no site twice
         table = VariantTable(source, columns, cfg.data, protein, first_residue, compare, tokens, tokens_of(method))
-        survey = read_once(backend_, table)
+        scanned = scan(backend_, table)
         log = log if main else log_nothing
         log(table.summary())
         rejected = tuple(table.rejected)
         task, scorer = Likelihood(TaskConfig(name="masked_lm"), ()), Scorer(method, protein)
-        built = raise_on_any_rank(backend_, lambda: opened.build(task, backend_))
+        built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
 
-        def answer(rows: list[Row], advance: Advance) -> Predictions:
-            def ask(questions: Sequence[Question]) -> list[np.ndarray]:
-                asked = question_table(questions)
-                (log_p,) = answer_table(built.model, task, backend_, cfg, asked, advance)
+        def score_piece(rows: list[Row], advance: Advance) -> Predictions:
+            def run_model(queries: Sequence[Query]) -> list[np.ndarray]:
+                asked = query_table(queries)
+                (log_p,) = predict_table(built.model, task, backend_, cfg, asked, advance)
                 starts = asked.offsets[:-1] + 1
-                return [log_p[start + question.sites] for start, question in zip(starts, questions, strict=True)]
+                return [log_p[start + query.sites] for start, query in zip(starts, queries, strict=True)]
 
-            return _rows(columns, method, rows, scorer(rows, ask))
+            return _rows(columns, method, rows, scorer(rows, run_model))
 
-        identity = opened.identity(
+        identity = spec.identity(
             built, command="score", method=method, wild_type=protein, first_residue=first_residue, piece_tokens=tokens
         )
-        rows = stream(backend_, target, survey, identity, table, answer, resume, log)
+        rows = stream(backend_, target, scanned, identity, table, score_piece, resume, log)
         write_rejected(backend_, target, rejected, log)
     found: dict[str, Any] = {"method": method, "rows": rows}
-    return {**found, **_agreement(target, method)} if columns.score and main else found
+    return {**found, **_correlation(target, method)} if columns.score and main else found
 
 
 def _protein(path: Path, cfg: TrainConfig) -> str:
-    """The one sequence of a file."""
+    """Return the one sequence of a file."""
     tables = list(InputChunks(path, replace(cfg.data, long_sequences="crop", max_residues=1 << 30)))
     count = sum(len(table.ids) for table in tables)
     if count != 1:
@@ -268,8 +268,8 @@ def _column(method: Method) -> str:
     return method.replace("-", "_")
 
 
-def _agreement(target: Path, method: Method) -> dict[str, Any]:
-    """Rank correlation of what was written with what was measured, over the rows that have both."""
+def _correlation(target: Path, method: Method) -> dict[str, Any]:
+    """Return the rank correlation of what was written with what was measured, over the rows that have both."""
     frame = read_back(target, ["measured", _column(method)]).dropna()
     sign = -1.0 if method == "pseudo-perplexity" else 1.0
     return rank_correlation(sign * frame[_column(method)].to_numpy(), frame["measured"].to_numpy())

@@ -1,4 +1,4 @@
-"""A trained model that stays in memory and answers sequences as they come: what an endpoint needs."""
+"""A trained model that stays in memory and predicts for sequences as they come, as in an endpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from esm_neuron.training.evaluation import collect
 
 @dataclass(frozen=True)
 class Predictor:
-    """A finished run, ready to answer."""
+    """A finished run, ready to predict."""
 
     cfg: TrainConfig
     task: Task
@@ -33,12 +33,12 @@ class Predictor:
     model: nn.Module
 
     @classmethod
-    def open(cls, run: Path, backend_name: BackendName | None = None) -> Predictor:
+    def load(cls, run: Path, backend_name: BackendName | None = None) -> Predictor:
         """Load a finished run.
 
         Args:
             run: output folder of a training run.
-            backend_name: where to answer; None: where it was trained.
+            backend_name: where to run; None: where it was trained.
 
         Raises:
             EsmNeuronError: the run or its weights cannot be used.
@@ -49,10 +49,10 @@ class Predictor:
         backend = create_backend(cfg)
         return cls(cfg, task, backend, build_trained(cfg, task, backend).model)
 
-    def answer(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        """What the task says of each (id, sequence), in order: the columns of `esm-neuron predict`, None for NaN.
+    def predict(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        """Return the columns of `esm-neuron predict` for each (id, sequence), in order, with None for NaN.
 
-        Sequences pass the checks of the training's data section: bad residues and long sequences are treated as there.
+        Bad residues and long sequences are treated as the run's data section says.
 
         Raises:
             DataError: a sequence cannot be used.
@@ -70,7 +70,7 @@ class Predictor:
 
 
 def _plain(column: Sequence[Any] | np.ndarray) -> list[Any]:
-    """A column as Python's own numbers, lists and strings, which JSON can say: None for what is not finite."""
+    """Return a column as Python's own numbers, lists and strings, with None for what is not finite: JSON has no NaN."""
     return [_finite(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value) for value in column]
 
 

@@ -1,8 +1,8 @@
-"""The one streaming engine: pieces of the input in its order, each answered, written as a part, joined at the end.
+"""Stream predictions for an input of any size: cut it into pieces, predict each, write it as a shard, join the shards.
 
-A piece is answered by one data-parallel rank from first to last, so its answers do not depend on how many ranks there
-are, nothing is collected over the network, and what is held at once is one piece. All ranks read the input; the folder
-of the parts must be one that all of them see.
+One data-parallel rank predicts a piece from first to last, so the predictions do not depend on the number of ranks,
+nothing is gathered over the network, and memory holds one piece. Every rank reads the whole input and must see the
+folder of the shards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeAlias, TypeVar
 
@@ -36,92 +37,94 @@ from esm_neuron.files import claimed, new_file, write_json
 T = TypeVar("T")
 
 Advance = Callable[[int], None]
-"""Told how many tokens have been answered."""
+"""Called with the number of tokens that have just been predicted."""
+Predictions: TypeAlias = "pa.Table | dict[str, np.ndarray]"
+"""Rows of a shard; or, for safetensors, record id -> its array."""
 
 
 @dataclass(frozen=True)
 class Piece(Generic[T]):
-    """Some records in the order of the input."""
+    """Some records in the order of the input; their predictions make one shard."""
 
     content: T
     tokens: int
-    """Tokens that the model is given for it, about."""
+    """About how many tokens the model is given for it."""
     digest: bytes
     """Hash of the content."""
 
 
 Pieces = Callable[[], Iterable[Piece[T]]]
-"""Reads the input from its beginning: the same pieces each time."""
+"""Reads the input from its beginning, into the same pieces each time."""
 
 
 @dataclass(frozen=True)
-class Survey:
+class InputScan:
     """What the first reading of the input has found."""
 
     tokens: tuple[int, ...]
-    """Of each piece."""
+    """Tokens of each piece."""
     digest: str
     """Hash of the whole input, in hexadecimal."""
 
 
-def read_once(backend: Backend, pieces: Pieces[T]) -> Survey:
-    """Read the input to its end before a piece is answered: a fault in its last record is found first.
+def scan(backend: Backend, pieces: Pieces[T]) -> InputScan:
+    """Read the input to its end before anything is predicted, so that a fault in its last record is found first.
 
     Raises:
         DataError: a record cannot be used, or the ranks read different ones.
     """
 
-    def read() -> Survey:
+    def read() -> InputScan:
         digest, tokens = hashlib.sha256(), list[int]()
         for piece in pieces():
             digest.update(piece.digest)
             tokens.append(piece.tokens)
-        return Survey(tuple(tokens), digest.hexdigest())
+        return InputScan(tuple(tokens), digest.hexdigest())
 
-    survey = raise_on_any_rank(backend, read)
-    if len(set(backend.gather_host(survey.digest))) > 1:
-        raise DataError("the ranks read different rows; give every node the same files")
-    return survey
+    found = raise_on_any_rank(backend, read)
+    if len(set(backend.gather_host(found.digest))) > 1:
+        raise DataError("the ranks read different records; give every node the same files")
+    return found
 
 
 def stream(
     backend: Backend,
     target: Path,
-    survey: Survey,
+    scanned: InputScan,
     identity: Mapping[str, Any],
     pieces: Pieces[T],
-    answer: Callable[[T, Advance], Predictions],
+    predict: Callable[[T, Advance], Predictions],
     resume: bool,
     log: Callable[[str], None],
 ) -> int:
-    """Answer every piece and write `target`.
+    """Predict every piece and write `target`.
 
     Args:
-        target: the output, in a format of `parts`.
-        survey: of the same pieces.
-        identity: model and settings that decide the answers; a run that is resumed must have the same.
-        answer: makes the rows of a piece, in its order; called on all ranks of a tensor-parallel group.
-        resume: go on with the parts that a killed run left.
-        say: told what is resumed.
+        target: the output; its suffix is a key of `JOIN` or `.safetensors`.
+        scanned: what `scan` has found for the same pieces.
+        identity: model and settings that decide the predictions; a resumed command must have the same.
+        predict: returns the rows of a piece, in its order; called on all ranks of a tensor-parallel group.
+        resume: use the shards that a killed command left.
+        log: called with a line about what is resumed.
 
     Returns:
         Rows written, on every rank.
 
     Raises:
-        EsmNeuronError: a piece cannot be answered; there are parts of another run. `target` is then as it was.
+        EsmNeuronError: a piece cannot be predicted, or there are shards of another command. `target` is unchanged.
     """
-    parts, topology, count = Parts(target), backend.topology, len(survey.tokens)
+    shards, topology, count = Shards(target), backend.topology, len(scanned.tokens)
     with ExitStack() as held:
-        main_rank_only(backend, lambda: held.enter_context(claimed(parts.folder)))
-        begin = main_rank_only(backend, lambda: parts.begin({**identity, "input": survey.digest}, resume))
+        main_rank_only(backend, lambda: held.enter_context(claimed(shards.folder)))
+        begin = main_rank_only(backend, lambda: shards.begin({**identity, "input": scanned.digest}, resume))
         done = set(backend.gather_host(begin)[0] or [])
-        raise_on_any_rank(backend, parts.check_shared)
+        raise_on_any_rank(backend, shards.check_shared)
         if done:
-            log(f"resumed: {len(done)} of {count} parts are there already")
+            log(f"resumed: {len(done)} of {count} shards are already there")
         todo = [number for number in range(count) if number not in done]
         mine = set(todo[topology.dp_rank :: topology.dp])
         bar = tqdm(
-            total=sum(survey.tokens[number] for number in mine),
+            total=sum(scanned.tokens[number] for number in mine),
             unit="token",
             unit_scale=True,
             dynamic_ncols=True,
@@ -132,19 +135,19 @@ def stream(
             bar.update(tokens)
 
         def work() -> None:
-            for number, piece in _chosen(pieces(), mine, survey.digest):
-                predictions = answer(piece.content, advance)
+            for number, piece in _chosen(pieces(), mine, scanned.digest):
+                predictions = predict(piece.content, advance)
                 if topology.tp_rank == 0:
-                    parts.write(number, predictions)
+                    shards.write(number, predictions)
 
         with bar:
             raise_on_any_rank(backend, work)
-        rows = main_rank_only(backend, lambda: parts.join(count))
+        rows = main_rank_only(backend, lambda: shards.join(count))
     return int(backend.gather_host(rows)[0] or 0)
 
 
 def _chosen(pieces: Iterable[Piece[T]], numbers: set[int], expected: str) -> Iterator[tuple[int, Piece[T]]]:
-    """The pieces of some numbers, read ahead by a thread; at the end the whole input must be what it was before."""
+    """Yield the pieces of some numbers, read ahead by a thread; check at the end that the input has not changed."""
     digest = hashlib.sha256()
 
     def wanted() -> Iterator[tuple[int, Piece[T]]]:
@@ -156,85 +159,76 @@ def _chosen(pieces: Iterable[Piece[T]], numbers: set[int], expected: str) -> Ite
     if numbers:
         yield from prefetch(wanted(), 1)
         if digest.hexdigest() != expected:
-            raise DataError("the input has changed while it was answered; leave it as it is and start anew")
+            raise DataError("the input has changed while it was read; leave it as it is and start again")
 
 
 MANIFEST = "manifest.json"
 SAFETENSORS = ".safetensors"
 HEADER_LIMIT = 100_000_000
-"""Longest header of a safetensors file in bytes, a limit of the format's readers."""
-
-Predictions: TypeAlias = "pa.Table | dict[str, np.ndarray]"
-"""Rows of a part; or by record id its array, for safetensors."""
+"""Longest header in bytes that readers of safetensors accept."""
 
 
-class Parts:
-    """The parts of one output.
+class Shards:
+    """The shards of one output.
 
     Args:
-        target: the output; its suffix, one of `SUFFIXES` or `.safetensors`, is its format.
+        target: the output; its suffix is its format.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.folder = target.with_name(f"{target.name}.parts")
-        """Holds the parts until the output is written."""
+        self.folder = target.with_name(f"{target.name}.shards")
+        """Holds the shards until the output is written."""
         self._suffix = SAFETENSORS if target.suffix.lower() == SAFETENSORS else ".parquet"
 
     def begin(self, identity: Mapping[str, Any], resume: bool) -> list[int]:
-        """Make the folder, or enter the one of a run that was killed.
+        """Make the folder, or enter the one that a killed command left; return the numbers of the shards in it.
 
         Args:
-            identity: what the answers are made from, in JSON's types.
-            resume: go on where such a run stopped.
-
-        Returns:
-            Numbers of the parts that are there already.
+            identity: what the predictions are made from, in JSON's types.
+            resume: whether shards may be there.
 
         Raises:
-            ConfigError: there are parts and `resume` is False, or they were made from something else.
+            ConfigError: there are shards and `resume` is False, or they were made from something else.
         """
-        done = self._finished()
+        done = sorted(int(path.stem) for path in self.folder.glob(f"[0-9]*{self._suffix}"))
         require(
             resume or not done,
-            f"{self.folder}: holds {len(done)} parts of answers that were not finished; go on with --resume, or remove "
-            "that folder to start anew",
+            f"{self.folder}: holds {len(done)} shards of unfinished predictions; go on with --resume, or remove that "
+            "folder to start again",
         )
-        known = self._known() if done else identity
+        known = self._read_manifest() if done else identity
         different = [key for key in sorted(identity.keys() | known.keys()) if identity.get(key) != known.get(key)]
-        if different:
-            raise ConfigError(
-                f"{self.folder}: was begun with another {' and another '.join(different)}; give --resume the same, or "
-                "remove that folder to start anew"
-            )
+        require(
+            not different,
+            f"{self.folder}: was begun with another {' and another '.join(different)}; give --resume the same, or "
+            "remove that folder to start again",
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / MANIFEST, identity)
         return done
 
-    def _known(self) -> dict[str, Any]:
+    def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         try:
             known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); remove that folder to start anew") from error
+            raise ConfigError(f"{path}: cannot be read ({error}); remove that folder to start again") from error
         return known
-
-    def _finished(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob(f"[0-9]*{self._suffix}"))
 
     def check_shared(self) -> None:
         """Raise ConfigError where this rank does not see the folder that the main rank has made."""
         require(
             (self.folder / MANIFEST).is_file(),
-            f"{self.folder}: is not seen by every rank; name an output on a file system that all nodes share",
+            f"{self.folder}: not every rank sees it; name an output on a file system that all nodes share",
         )
 
     def path(self, number: int) -> Path:
-        """Where part `number`, from 0, is or will be."""
+        """Return where shard `number`, from 0, is or will be."""
         return self.folder / f"{number:08d}{self._suffix}"
 
     def write(self, number: int, predictions: Predictions) -> None:
-        """Write a part in one move."""
+        """Write a shard in one move."""
         with new_file(self.path(number)) as aside:
             if isinstance(predictions, pa.Table):
                 pq.write_table(predictions, aside)
@@ -242,21 +236,18 @@ class Parts:
                 save_file(predictions, aside)
 
     def join(self, count: int) -> int:
-        """Write the output from parts 0 to `count` - 1 and remove them.
-
-        Returns:
-            Its rows, or its arrays.
+        """Write the output from shards 0 to `count` - 1, remove them, and return its number of rows or arrays.
 
         Raises:
-            DataError: a part is missing.
+            DataError: a shard is missing.
         """
         paths = [self.path(number) for number in range(count)]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            raise DataError(f"{self.folder}: {len(missing)} parts are missing, the first is {missing[0]}; use --resume")
+            raise DataError(f"{self.folder}: {len(missing)} shards are missing, first {missing[0]}; use --resume")
         with new_file(self.target) as aside:
-            joined = _join_arrays if self._suffix == SAFETENSORS else JOIN[self.target.suffix.lower()]
-            total = joined(paths, aside)
+            join = _join_arrays if self._suffix == SAFETENSORS else JOIN[self.target.suffix.lower()]
+            total = join(paths, aside)
         shutil.rmtree(self.folder)
         return total
 
@@ -276,7 +267,7 @@ def _join_csv(paths: Sequence[Path], target: Path, *, separator: str) -> int:
 
 
 def _flat(table: pa.Table) -> pd.DataFrame:
-    """A table whose lists are text, such as values of each residue: numbers with 7 digits, joined by a comma."""
+    """Return a table with its lists, such as values per residue, as text: 7 digits each, joined by commas."""
     frame = table.to_pandas()
     for field in table.schema:
         if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
@@ -307,7 +298,7 @@ def _join_jsonl(paths: Sequence[Path], target: Path) -> int:
 
 
 def _join_arrays(paths: Sequence[Path], target: Path) -> int:
-    """Safetensors from safetensors without holding a tensor: headers merged, data copied behind each other.
+    """Join safetensors files without holding a tensor: merge the headers, copy the data one behind the other.
 
     The format: 8 bytes with the header's length (little endian), the header in JSON, the data.
     https://github.com/huggingface/safetensors#format
@@ -336,7 +327,7 @@ def _join_arrays(paths: Sequence[Path], target: Path) -> int:
 
 @contextmanager
 def _data(path: Path) -> Iterator[tuple[dict[str, Any], BinaryIO]]:
-    """The entries of a safetensors file, and the file at its first byte of data."""
+    """Open a safetensors file; yield its header's entries, and the file at its first byte of data."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))
@@ -344,35 +335,26 @@ def _data(path: Path) -> Iterator[tuple[dict[str, Any], BinaryIO]]:
         yield entries, file
 
 
-def _join_tsv(paths: Sequence[Path], target: Path) -> int:
-    return _join_csv(paths, target, separator="\t")
-
-
-def _join_comma(paths: Sequence[Path], target: Path) -> int:
-    return _join_csv(paths, target, separator=",")
-
-
 JOIN: dict[str, Callable[[Sequence[Path], Path], int]] = {
-    ".csv": _join_comma,
-    ".tsv": _join_tsv,
+    ".csv": partial(_join_csv, separator=","),
+    ".tsv": partial(_join_csv, separator="\t"),
     ".parquet": _join_parquet,
     ".jsonl": _join_jsonl,
 }
-"""Suffix of a table -> (parts, target) -> rows written."""
+"""Suffix of a table -> function of (shards, target) that writes it and returns its rows."""
 
 
-def check_target(target: Path, suffixes: Sequence[str]) -> Path:
-    """`target`, if its suffix is one of `suffixes` and it is no folder; else ConfigError."""
+def check_target(target: Path, suffixes: Iterable[str]) -> None:
+    """Raise ConfigError unless the suffix of `target` is one of `suffixes` and it is not a folder."""
     require(
         target.suffix.lower() in suffixes,
         f"--output {target}: unknown format {target.suffix!r}; name the file with one of {' '.join(suffixes)}",
     )
     require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
-    return target
 
 
 def read_back(target: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Some columns of a table that `Parts.join` wrote."""
+    """Return some columns of a table that `Shards.join` wrote."""
     suffix = target.suffix.lower()
     if suffix == ".parquet":
         return pd.read_parquet(target, columns=list(columns))

@@ -1,4 +1,4 @@
-"""Variants of one protein: `A42G`, or several substitutions joined as `A42G:L50P`."""
+"""Read tables of variants of one protein: `A42G`, or several substitutions joined as `A42G:L50P`."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from esm_neuron.inference.stream import Piece
 STANDARD = frozenset(VOCABULARY[token] for token in AMINO_ACIDS)
 """The 20 amino acids."""
 WILD_TYPE = "WT"
-"""Names the protein without a substitution."""
+"""Name of the protein without a substitution."""
 
 _SUBSTITUTION = re.compile(r"([A-Za-z])([0-9]{1,9})([A-Za-z*=])")
 
 
 @dataclass(frozen=True)
 class Substitution:
-    """One residue exchanged."""
+    """One residue replaced by another."""
 
     index: int
-    """Place in the sequence, from 0."""
+    """Position in the sequence, from 0."""
     wild: str
     mutant: str
 
 
 Variant = tuple[Substitution, ...]
-"""By rising place; empty for the wild type."""
+"""In order of position; empty for the wild type."""
 
 
 def parse_variant(text: str, wild_type: str, first: int = 1) -> Variant:
-    """The substitutions that a variant's name tells.
+    """Return the substitutions that a variant's name stands for.
 
     Args:
         text: such as `A42G:L50P`, or `WT`.
@@ -49,14 +49,14 @@ def parse_variant(text: str, wild_type: str, first: int = 1) -> Variant:
         first: number of its first residue.
 
     Raises:
-        ValueError: with what is wrong and its cure, in one line.
+        ValueError: the name is wrong; the message says how and what to do, in one line.
     """
     if text.strip().upper() == WILD_TYPE:
         return ()
     found = [_substitution(part.strip(), wild_type, first) for part in text.split(":")]
     for place, times in Counter(each.index for each in found).items():
         if times > 1:
-            raise ValueError(f"{quote(text)} exchanges residue {place + first} twice; keep one")
+            raise ValueError(f"{quote(text)} substitutes residue {place + first} twice; keep one")
     return tuple(sorted(found, key=lambda each: each.index))
 
 
@@ -64,7 +64,7 @@ def _substitution(text: str, wild_type: str, first: int) -> Substitution:
     match = _SUBSTITUTION.fullmatch(text)
     if match is None:
         raise ValueError(
-            f"{quote(text)} is no substitution; write such as A42G, several joined by ':', {WILD_TYPE} for none"
+            f"{quote(text)} is not a substitution; write A42G, several joined by ':', or {WILD_TYPE} for none"
         )
     wild, mutant, number = match[1].upper(), match[3].upper(), int(match[2])
     last = first + len(wild_type) - 1
@@ -80,35 +80,37 @@ def _substitution(text: str, wild_type: str, first: int) -> Substitution:
             "correct it, --wild-type or --first-residue"
         )
     if mutant == "*":
-        raise ValueError(f"{quote(text)}: a stop codon, for which the model has no likelihood; remove the row")
+        raise ValueError(f"{quote(text)}: a stop codon has no likelihood in the model; remove the row")
     if mutant == "=" or mutant == wild:
-        raise ValueError(f"{quote(text)}: exchanges nothing; write {WILD_TYPE} for the wild type")
+        raise ValueError(f"{quote(text)}: substitutes nothing; write {WILD_TYPE} for the wild type")
     if mutant not in STANDARD:
-        raise ValueError(f"{quote(text)}: {mutant} is none of the 20 amino acids; correct it")
+        raise ValueError(f"{quote(text)}: {mutant} is no standard amino acid; correct it")
     return Substitution(number - first, wild, mutant)
 
 
 def difference(sequence: str, wild_type: str) -> Variant:
-    """The substitutions that make `sequence` of `wild_type`, both in upper case.
+    """Return the substitutions that turn `wild_type` into `sequence`, both in upper case.
 
     Raises:
-        ValueError: lengths differ, or a residue is none of the 20 amino acids.
+        ValueError: lengths differ, or a residue is not one of the 20 amino acids.
     """
     if len(sequence) != len(wild_type):
         raise ValueError(
-            f"the sequence has {len(sequence)} residues, the wild type {len(wild_type)}; marginals know substitutions "
-            "only, use --method pseudo-perplexity"
+            f"the sequence has {len(sequence)} residues, the wild type {len(wild_type)}; marginals are for "
+            "substitutions only, use --method pseudo-perplexity"
         )
     pairs = enumerate(zip(wild_type, sequence, strict=True))
     found = tuple(Substitution(i, wild, mutant) for i, (wild, mutant) in pairs if wild != mutant)
     for each in found:
         if each.mutant not in STANDARD:
-            raise ValueError(f"{each.mutant!r} at residue {each.index + 1} is none of the 20 amino acids; correct it")
+            raise ValueError(
+                f"{each.mutant!r} at residue {each.index + 1} is not one of the 20 amino acids; correct it"
+            )
     return found
 
 
 def mutated(wild_type: str, variant: Variant) -> str:
-    """The variant's sequence."""
+    """Return the variant's sequence."""
     residues = list(wild_type)
     for each in variant:
         residues[each.index] = each.mutant
@@ -134,7 +136,7 @@ class VariantColumns:
 
 @dataclass(frozen=True)
 class Row:
-    """A usable row."""
+    """A row that can be scored."""
 
     text: str
     """The variant or the sequence as the table has it."""
@@ -146,7 +148,7 @@ class Row:
 
 
 class VariantTable:
-    """The rows of a table in its order, in pieces; can be read any number of times.
+    """The rows of a table in its order, cut into pieces; can be read any number of times.
 
     Args:
         path: CSV, TSV, JSONL or Parquet.
@@ -154,9 +156,9 @@ class VariantTable:
         cfg: `max_residues`, and what is done with a row that cannot be scored: `on_bad_residue` strict or skip.
         wild_type: the protein, in upper case; None where sequences need none.
         first: number of its first residue.
-        compare: whether variants are made of sequences, by comparing them with the wild type.
-        tokens: most tokens in a piece, as `cost` counts them, or one row.
-        cost: tokens that the model is given for a row, after the earlier ones of its piece.
+        compare: whether sequences are turned into variants, by comparing them with the wild type.
+        tokens: most tokens in a piece of several rows, as `cost` counts them.
+        cost: returns the tokens that the model gets for a row, given the sites of earlier rows of its piece.
     """
 
     def __init__(
@@ -178,10 +180,10 @@ class VariantTable:
         self._wild_type, self._first, self._compare = wild_type, first, compare
         self.rows = self.unmeasured = 0
         self.rejected: list[Rejected] = []
-        """The rows that the last reading has left out."""
+        """The rows that the last reading left out."""
 
     def summary(self) -> str:
-        """What the last reading has found, in a line."""
+        """Return one line about what the last reading found."""
         parts = [f"{self.rows} rows"]
         if self.rejected:
             parts.append(f"{len(self.rejected)} skipped because they cannot be scored")
@@ -190,10 +192,10 @@ class VariantTable:
         return f"{self._path}: " + "; ".join(parts)
 
     def __call__(self) -> Iterator[Piece[list[Row]]]:
-        """The pieces.
+        """Yield the pieces.
 
         Raises:
-            DataError: the table or a row cannot be used, after the last piece.
+            DataError: the table or a row cannot be used; raised after the last piece.
         """
         rows, seen, tokens = list[Row](), set[tuple[int, ...]](), 0
         for row in self._usable():
@@ -257,7 +259,7 @@ class VariantTable:
             return math.nan
         value = to_number(text)
         if not math.isfinite(value):
-            raise ValueError(f"column {self._columns.score!r} has {quote(text)}, which is no number; correct it")
+            raise ValueError(f"column {self._columns.score!r} has {quote(text)}, which is not a number; correct it")
         return value
 
 

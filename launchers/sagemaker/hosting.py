@@ -24,7 +24,7 @@ from esm_neuron.config import AdapterConfig, BackendName, require, settings
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.files import write_text
 from esm_neuron.inference.export import export
-from esm_neuron.inference.load import moved
+from esm_neuron.inference.load import move_to
 from esm_neuron.redact import redact
 from esm_neuron.run_dir import CONFIG, MODEL
 
@@ -39,7 +39,7 @@ def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
         EsmNeuronError: `run` is no finished run, or its weights are damaged.
     """
     export(run, folder / MODEL)
-    cfg = replace(moved(settings.read_config(run / CONFIG), backend), adapter=AdapterConfig(kind="none"))
+    cfg = replace(move_to(backend, settings.read_config(run / CONFIG)), adapter=AdapterConfig(kind="none"))
     write_text(folder / CONFIG, settings.dump(cfg))
     code = folder / "code"
     code.mkdir()

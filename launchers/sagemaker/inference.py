@@ -1,9 +1,9 @@
 """Handler of a SageMaker endpoint (PyTorch inference image, CPU or GPU) for a folder that hosting.py made.
 
 Requests: application/json `{"records": [{"id": "P1", "sequence": "MKT..."}]}` or `{"sequences": ["MKT..."]}`, or FASTA
-as text/plain. The answer is JSON, `{"answers": [{"id": "P1", "label": "membrane", ...}]}` in the order of the request,
-with the columns of `esm-neuron predict`; null for what is not known, as of residues that were cut off. A request that
-cannot be used is an error of one line.
+as text/plain. The response is JSON, `{"predictions": [{"id": "P1", "label": "membrane", ...}]}` in the order of the
+request, with the columns of `esm-neuron predict`; null where there is no value, as for residues that were cut off. A
+request that cannot be used is an error of one line.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Records = list[tuple[str, str]]
 
 
 def model_fn(model_dir: str) -> Predictor:
-    """The model, loaded once a worker, on the device that hosting.py was told."""
-    return Predictor.open(Path(model_dir))
+    """Load the model, once per worker, on the device that was given to hosting.py."""
+    return Predictor.load(Path(model_dir))
 
 
 def input_fn(body: str | bytes, content_type: str) -> Records:
-    """(id, sequence) of each protein of a request.
+    """Return (id, sequence) of each protein of a request.
 
     Raises:
-        DataError: not the form above.
+        DataError: the request does not have the form above.
     """
     try:
         text = body.decode("utf-8") if isinstance(body, bytes) else body
@@ -49,19 +49,19 @@ def input_fn(body: str | bytes, content_type: str) -> Records:
 
 
 def predict_fn(records: Records, model: Predictor) -> list[dict[str, Any]]:
-    """The answers, in order."""
-    return model.answer(records)
+    """Return the predictions, in order."""
+    return model.predict(records)
 
 
 def output_fn(predictions: list[dict[str, Any]], accept: str) -> str:
-    """The answers as JSON, whatever is asked for: there is one form."""
+    """Return the predictions as JSON, whatever `accept` says: there is one form."""
     return json.dumps({"predictions": predictions}, allow_nan=False)
 
 
 def _fasta(text: str) -> Records:
     before, *records = ("\n" + text).split("\n>")
     if before.strip() or not records:
-        raise DataError("request is no FASTA; begin each record with a line >ID")
+        raise DataError("request is not FASTA; begin each record with a line >ID")
     parts = [record.partition("\n") for record in records]
     return [(header.split()[0] if header.split() else "", "".join(body.split())) for header, _, body in parts]
 

@@ -31,7 +31,7 @@ from esm_neuron.inference.embed import embed
 from esm_neuron.inference.export import export
 from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.inference.predict import predict
-from esm_neuron.inference.stream import Parts
+from esm_neuron.inference.stream import Shards
 from esm_neuron.models.shapes import SHAPES, esm_config
 from esm_neuron.training import run
 
@@ -115,7 +115,7 @@ def test_pieces_give_what_the_whole_gives_in_its_order(
     whole, pieces = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("whole", "pieces"))
     assert list(pieces["id"]) == list(whole["id"]) == list(pd.read_csv(source)["id"])
     assert pieces["p_alpha"].to_numpy() == pytest.approx(whole["p_alpha"].to_numpy(), abs=1e-6)
-    assert not list(tmp_path.glob("*.parts"))
+    assert not list(tmp_path.glob("*.shards"))
 
 
 def test_classes_called_id_and_label_keep_their_columns(toy: Toy, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_an_answering_model_has_no_gradient_buffers(toy: Toy) -> None:
 
 
 def parts(target: Path) -> list[Path]:
-    return sorted(target.with_name(f"{target.name}.parts").glob("[0-9]*.*"))
+    return sorted(target.with_name(f"{target.name}.shards").glob("[0-9]*.*"))
 
 
 def test_a_killed_command_goes_on_and_loses_no_row(
@@ -263,7 +263,7 @@ def test_a_killed_command_goes_on_and_loses_no_row(
         assert cli.main([*command, *other]) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "parts of answers that were not finished; go on with --resume" in refused()
+    assert "shards of unfinished predictions; go on with --resume" in refused()
     assert "begun with another data.long_sequences" in refused("--resume", "--data.long_sequences=window")
     text = source.read_text()
     source.write_text(text.replace("A", "G", 1))
@@ -276,8 +276,8 @@ def test_a_killed_command_goes_on_and_loses_no_row(
     config.write_text(kept_config)
     assert cli.main([*command, "--resume"]) == 0
     said = capsys.readouterr().err
-    assert f"resumed: {len(kept)} of " in said and "2500 records answered" in said
-    assert not target.with_name("out.csv.parts").exists()
+    assert f"resumed: {len(kept)} of " in said and "2500 predictions written" in said
+    assert not target.with_name("out.csv.shards").exists()
     predict(trained.output, source, tmp_path / "whole.csv", settings=SMALL)
     assert target.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert list(pd.read_csv(target)["id"]) == list(pd.read_csv(source)["id"])
@@ -307,7 +307,7 @@ def test_two_processes_write_what_one_writes(trained: TrainConfig, proteins: Pro
         [*start, "-m", "esm_neuron.cli", *command], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("300 records answered") == 1 and done.stderr.count("300 rows") == 1
+    assert done.stderr.count("300 predictions written") == 1 and done.stderr.count("300 rows") == 1
     predict(trained.output, source, tmp_path / "one.csv", settings=SMALL)
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
@@ -364,19 +364,19 @@ def test_an_input_that_changes_while_it_is_answered_is_refused(
 ) -> None:
     source = proteins("p.csv", 5)
 
-    def read_once(*given: Any) -> Any:
-        survey = stream.read_once(*given)
+    def scan(*given: Any) -> Any:
+        survey = stream.scan(*given)
         source.write_text(source.read_text().replace("A", "G"))
         return survey
 
-    monkeypatch.setattr(records, "read_once", read_once)
-    with pytest.raises(DataError, match="the input has changed while it was answered"):
+    monkeypatch.setattr(records, "scan", scan)
+    with pytest.raises(DataError, match="the input has changed while it was read"):
         embed(str(plain), source, tmp_path / "x.parquet")
     assert not (tmp_path / "x.parquet").exists()
 
 
 def test_lists_of_a_residue_each_become_text_in_a_csv_file(tmp_path: Path) -> None:
-    made = Parts(tmp_path / "out.csv")
+    made = Shards(tmp_path / "out.csv")
     made.begin({}, resume=False)
     made.write(0, pa.table({"id": ["a"], "values": pa.array([np.linspace(0, 1, 2001)]), "n": [1]}))
     made.write(1, pa.table({"id": ["b"], "values": pa.array([np.array([0.5])]), "n": [2]}))

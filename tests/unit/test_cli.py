@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def words_of(cfg: TrainConfig) -> list[str]:
 
 
 def test_ctrl_c_is_one_line(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(words: Sequence[str]) -> int:
+    def interrupted() -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, "doctor", interrupted)
@@ -243,7 +243,7 @@ def test_predict_answers_every_record_in_its_order(
     fasta.write_text("".join(f">{name} a note\n{sequence}\n" for name, sequence, _ in rows))
     target = tmp_path / "deep" / "answers.csv"
     said = call("predict", "--model", trained.output, "--input", fasta, "--output", target)
-    assert said.code == 0 and "21 records answered" in said.err
+    assert said.code == 0 and "21 predictions written" in said.err
     assert "1 cut into 3 windows" in said.err
     frame = pd.read_csv(target)
     assert list(frame.columns) == ["id", "label", "p_alpha", "p_beta"]

@@ -292,9 +292,9 @@ def test_what_has_no_answer_is_null_in_json(
     rows = [("long", "ACDEFGHIKL" * 6), *((residue, residue) for residue in "ACDEFGHIKL")]
     pd.DataFrame(rows, columns=["id", "sequence"]).to_csv(tmp_path / "some.csv", index=False)
     predict(run_, tmp_path / "some.csv", tmp_path / "a.jsonl", settings=["--data.long_sequences=crop"], log=str)
-    predictor = Predictor.open(Path(run_))
+    predictor = Predictor.load(Path(run_))
     data = replace(predictor.cfg.data, long_sequences="crop")
-    predictions = replace(predictor, cfg=replace(predictor.cfg, data=data)).answer(rows)
+    predictions = replace(predictor, cfg=replace(predictor.cfg, data=data)).predict(rows)
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     for found in (json.loads(json.dumps(predictions, allow_nan=False)), lines):
         if task == "masked_lm":

@@ -42,7 +42,7 @@ from esm_neuron.data.tokenizer import PAD
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import write_json, write_text
 from esm_neuron.inference.export import export
-from esm_neuron.inference.load import build_trained, moved, read_run
+from esm_neuron.inference.load import build_trained, move_to, read_run
 from esm_neuron.models.esm2 import PackedForPooledClassification
 from esm_neuron.tasks import Task, create_task
 from esm_neuron.training.results import write_results
@@ -344,7 +344,7 @@ def test_a_run_on_another_device_leaves_behind_what_only_its_own_has(backend: An
     trained = TrainConfig(
         backend="cuda", loop=loop, parallel=ParallelConfig(fsdp=True), optim=OptimConfig(kind="adamw8bit", lr=1e-4)
     )
-    found = moved(trained, backend)
+    found = move_to(backend, trained)
     assert (found.backend, found.parallel, found.optim.kind) == (backend, ParallelConfig(), "adamw")
     assert (found.loop.precision, found.loop.tf32, found.loop.torch_compile) == (precision, False, False)
     assert (found.loop.eval_packs_per_device, found.optim.lr, found.adapter) == (3, 1e-4, trained.adapter)

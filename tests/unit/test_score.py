@@ -170,11 +170,11 @@ def test_every_bad_variant_is_named_with_its_place(plain: Path, wild: Path, tmp_
     bad = {
         "A42G": "residue 42 is outside 1 to 40 of the wild type; correct it or --first-residue",
         "A1G": "the wild type has M at residue 1, not A; correct it, --wild-type or --first-residue",
-        "K2*": "a stop codon, for which the model has no likelihood; remove the row",
-        "K2K": "exchanges nothing; write WT for the wild type",
-        "K2X": "X is none of the 20 amino acids",
-        "K2": "is no substitution; write such as A42G, several joined by ':', WT for none",
-        "K2A:K2R": "exchanges residue 2 twice; keep one",
+        "K2*": "a stop codon has no likelihood in the model; remove the row",
+        "K2K": "substitutes nothing; write WT for the wild type",
+        "K2X": "X is no standard amino acid",
+        "K2": "is not a substitution; write A42G, several joined by ':', or WT for none",
+        "K2A:K2R": "substitutes residue 2 twice; keep one",
         "": "the variant is empty; fill it in",
     }
     table = tmp_path / "dms.csv"
@@ -202,7 +202,7 @@ def test_every_bad_variant_is_named_with_its_place(plain: Path, wild: Path, tmp_
     assert len(rejected) == 9 and "A42G" in rejected[1] and "outside 1 to 40" in rejected[1]
     assert found == {"method": "masked-marginal", "rows": 2, "n": 1, "spearman": None, "spearman_ci": None}
     table.write_text("variant,value\nK2A,high\n")
-    with pytest.raises(DataError, match=r":2: column 'value' has 'high', which is no number"):
+    with pytest.raises(DataError, match=r":2: column 'value' has 'high', which is not a number"):
         score(str(plain), table, tmp_path / "o.csv", wild_type=wild, columns=VariantColumns(score="value"))
 
 
