@@ -56,7 +56,7 @@ COMMANDS = {
     "score": ("mlm", "variants.csv", "scores.csv"),
     "score marginals": ("mlm", "variants.csv", "scores.csv"),
 }
-"""Case of `answer_cases.py` -> the run that answers, its input, the file that it leaves."""
+"""Case of `command_cases.py` -> the run that answers, its input, the file that it leaves."""
 
 
 def _answers(backend: str, tp: int = 1) -> list[Case]:

@@ -2,7 +2,7 @@
 
 Without NXD_CPU_MODE it is a world of one on XLA:CPU: nothing of torch_xla is replaced, so that graphs can be counted.
 
-torchrun starts it with a file of cases; every case is a function of `cases.py`, `answer_cases.py`, `memory_cases.py`
+torchrun starts it with a file of cases; every case is a function of `cases.py`, `command_cases.py`, `memory_cases.py`
 or `vendor_cases.py` and its arguments. All cases share one process, because importing NxD takes longer than training a
 tiny model, and each has process groups of its own.
 """
@@ -32,8 +32,8 @@ def main(cases_file: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    import answer_cases
     import cases
+    import command_cases
     import memory_cases
     import vendor_cases
     from standins import collectives
@@ -51,7 +51,7 @@ def main(cases_file: str) -> None:
             if number == 0:
                 collectives.install()
             collectives.forget_groups()
-        module = next(m for m in (cases, answer_cases, memory_cases, vendor_cases) if hasattr(m, case["run"]))
+        module = next(m for m in (cases, command_cases, memory_cases, vendor_cases) if hasattr(m, case["run"]))
         getattr(module, case["run"])(**case["with"])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from snapshots import FILES, same, snapshot
+from helpers.snapshots import FILES, same, snapshot
 
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import write_json

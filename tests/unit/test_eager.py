@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import packs
 import pytest
 import torch
+from helpers import packs
 from torch import nn
 from torch._dynamo.utils import counters
 

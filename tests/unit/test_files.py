@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from waiting import wait_for
+from helpers.processes import wait_for
 
 from esm_neuron.data.cache import cached
 from esm_neuron.errors import ConfigError

@@ -11,11 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import fuzzing
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fuzzing import (
+from helpers import fuzzing
+from helpers.fuzzing import (
     DIRTY,
     NAMES,
     PRINTABLE,

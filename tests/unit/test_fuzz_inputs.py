@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-import fuzzing
 import pytest
 import torch
-from fuzzing import SEEDS, Refusal, fuzz, mutate, refused, stored
+from helpers import fuzzing
+from helpers.fuzzing import SEEDS, Refusal, fuzz, mutate, refused, stored
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EsmForMaskedLM

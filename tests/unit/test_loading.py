@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import small_weights
 import torch
-from small_weights import DECODER, QUERY, WORDS, nothing_new, on_meta, one_line_of, state_of, tiny
+from helpers import weights as small_weights
+from helpers.weights import DECODER, QUERY, WORDS, nothing_new, on_meta, one_line_of, state_of, tiny
 from transformers import EsmConfig, EsmForMaskedLM, EsmForSequenceClassification, EsmModel
 
 from esm_neuron.errors import CheckpointError

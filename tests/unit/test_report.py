@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from chromium import CHROMIUM, Browser
+from helpers.chromium import CHROMIUM, Browser
 from sklearn.metrics import confusion_matrix
 
 from esm_neuron import cli

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from snapshots import FORK, same, snapshot
+from helpers.processes import wait_for
+from helpers.snapshots import FORK, same, snapshot
 from torch import nn
-from waiting import wait_for
 
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import TrainConfig

@@ -31,7 +31,7 @@ from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.redact import RedactingFormatter, redact
 
 ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
+BOMBS = ROOT / "tests" / "helpers" / "bombs.py"
 
 # --- no code
 
@@ -151,7 +151,11 @@ def test_small_files_cannot_fill_a_memory(tmp_path: Path) -> None:
     """A gigabyte in a line, in a record, in blank lines; pages of Parquet, depths, aliases, a million classes."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(HERE / "bombs.py"), str(tmp_path)], capture_output=True, text=True, env=env, timeout=300
+        [sys.executable, str(BOMBS), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     expected = {

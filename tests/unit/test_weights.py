@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import small_weights
 import torch
+from helpers import weights as small_weights
+from helpers.weights import QUERY, WORDS, nothing_new, on_meta, one_line_of, state_of, tiny
 from safetensors.torch import load_file, save_file
-from small_weights import QUERY, WORDS, nothing_new, on_meta, one_line_of, state_of, tiny
 from transformers import EsmForMaskedLM, EsmModel
 
 from esm_neuron.config import ModelConfig

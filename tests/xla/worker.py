@@ -24,8 +24,8 @@ import pandas as pd
 import torch_xla
 import torch_xla.debug.metrics as met
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from packs import LAYOUTS, build, difference, gradients, predictions, proteins
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.packs import LAYOUTS, build, difference, gradients, predictions, proteins
 
 from esm_neuron.backends.xla import XlaBackend
 from esm_neuron.config import TrainConfig, settings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packs import (
+from helpers.packs import (
     ATTENTIONS,
     KINDS,
     LAYOUTS,

@@ -1,4 +1,7 @@
-"""Small files that would fill a memory, read in a small one: `python tests/unit/bombs.py FOLDER` prints what comes."""
+"""Small files that would fill a memory, read in a small one.
+
+`python tests/helpers/bombs.py FOLDER` prints what comes of each.
+"""
 
 from __future__ import annotations
 
