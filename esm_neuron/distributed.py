@@ -1,4 +1,4 @@
-"""Errors that every rank learns of: nobody waits in a collective for a peer that has failed."""
+"""Raise an error of one rank on all of them, so that none waits in a collective for a peer that has failed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ T = TypeVar("T")
 
 
 def raise_on_any_rank(backend: Backend, act: Callable[[], T]) -> T:
-    """Do `act` on every rank, without collectives in it; if it fails on any, all raise the first one's error.
+    """Do `act`, which has no collectives in it, on every rank; if it fails on any, all raise the first rank's error.
 
-    Raises:
-        EsmNeuronError: a known error of any rank.
-        OSError: of the file system, of any rank.
+    This holds for an EsmNeuronError and an OSError; any other is a bug and goes up on its own rank.
     """
     value, failure = _attempt(act)
     for rank, error in enumerate(backend.gather_host(failure)):
@@ -26,13 +24,13 @@ def raise_on_any_rank(backend: Backend, act: Callable[[], T]) -> T:
 
 
 def main_rank_only(backend: Backend, act: Callable[[], T]) -> T | None:
-    """Do `act` on the main rank alone, and give None elsewhere; every rank raises its error, as by `agree`."""
+    """Do `act` on the main rank alone and return None elsewhere; every rank raises its error."""
     return raise_on_any_rank(backend, act if backend.topology.is_main else lambda: None)
 
 
 def from_main_rank(backend: Backend, act: Callable[[], T]) -> T:
-    """Do `act` on the main rank alone and give its value to all: for files that other nodes may not see."""
-    return backend.broadcast_host(cast(T, main_rank_only(backend, act)))  # the others' None is not looked at
+    """Do `act` on the main rank alone and return its value on all: for files that other nodes may not see."""
+    return backend.broadcast_host(cast(T, main_rank_only(backend, act)))  # the other ranks' None is not used
 
 
 def _attempt(act: Callable[[], T]) -> tuple[T | None, EsmNeuronError | OSError | None]:
@@ -43,4 +41,4 @@ def _attempt(act: Callable[[], T]) -> tuple[T | None, EsmNeuronError | OSError |
 
 
 def log_nothing(line: str) -> None:
-    """Print nothing: the `log` of every rank but the main one."""
+    """Log nothing: the `log` of every rank but the main one."""

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,38 +40,6 @@ class Callback:
 
     def on_end(self, result: Record) -> None:
         """Training is over, also when it stopped early; `result` is what result.json gets."""
-
-
-class CallbackList(Callback):
-    """Several callbacks, told one after the other.
-
-    A file that one of them cannot write must not end this rank alone, while its peers wait in a collective: the error
-    is kept in `failure`, and `Trainer.stop_requested` raises it on all ranks.
-    """
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
-        self.failure: OSError | None = None
-
-    def on_log(self, step: int, total: int, record: Record) -> None:
-        """Pass it on."""
-        self._tell(lambda callback: callback.on_log(step, total, record))
-
-    def on_eval(self, step: int, record: Record) -> None:
-        """Pass it on."""
-        self._tell(lambda callback: callback.on_eval(step, record))
-
-    def on_end(self, result: Record) -> None:
-        """Pass it on; no collective follows, so an error goes up at once."""
-        for callback in self.callbacks:
-            callback.on_end(result)
-
-    def _tell(self, what: Callable[[Callback], None]) -> None:
-        try:
-            for callback in self.callbacks:
-                what(callback)
-        except OSError as error:
-            self.failure = self.failure or error
 
 
 class ProgressConsole(Callback):

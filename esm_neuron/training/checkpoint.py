@@ -209,10 +209,10 @@ class CheckpointManager:
         folder = step_folder(self.folder, step)
         weights: dict[str, Tensor] = {}
         seen: str | None = None
-        failure: CheckpointError | None = None
+        failure: CheckpointError | OSError | None = None
         try:
-            weights, seen = load(folder).model, fingerprint(folder)
-        except CheckpointError as error:
+            weights, seen = load(folder).model, sha256(folder / MANIFEST)
+        except (CheckpointError, OSError) as error:
             failure = error
         seen_by_all = self._backend.gather_host(seen)
         if seen is not None and set(seen_by_all) == {seen}:
@@ -342,14 +342,6 @@ def newest(root: Path) -> Snapshot | None:
             f"{root}: none of its {len(found)} checkpoints is whole; start again with another --output"
         )
     return None
-
-
-def fingerprint(folder: Path) -> str:
-    """Return the hash of a checkpoint's manifest, which two checkpoints of equal content share."""
-    try:
-        return sha256(folder / MANIFEST)
-    except OSError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror}); {UNREADABLE}") from error
 
 
 def set_aside_after(root: Path, step: int) -> None:

@@ -1,7 +1,7 @@
-"""What a run ends with: figures of all held-out rows, of the clean ones among them, of baselines on the same rows.
+"""The evaluation at the end of a run: metrics of held-out proteins, of the clean ones, and of baselines on the same.
 
-Clean rows have no homolog among the training rows, as far as `data.homologs` finds them; an answer to others may be
-remembered.
+Clean proteins have no homolog in training, as far as `data.homologs` finds them. The model may have memorized what it
+predicts for the others.
 """
 
 from __future__ import annotations
@@ -26,64 +26,60 @@ from esm_neuron.training.callbacks import format_record
 from esm_neuron.training.evaluation import collect
 from esm_neuron.training.trainer import Trainer
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Metrics = dict[str, Value]
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """Which held-out rows have a homolog among the training rows."""
+    """Which held-out proteins have a homolog in training."""
 
     method: str
     has_homolog: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Split -> bool [records]; empty where none were looked for."""
+    """Split -> bool [records]; empty where no homologs were looked for."""
 
     def counts(self) -> dict[str, dict[str, Any]]:
-        """Split -> method, rows, and how many of them are related."""
+        """Return by split: the method, the proteins, and how many of them have a homolog."""
         return {
             split: {"method": self.method, "rows": len(has_homolog), "homologs": int(has_homolog.sum())}
             for split, has_homolog in self.has_homolog.items()
         }
 
     def clean(self, split: str) -> np.ndarray | None:
-        """bool [records]: the clean rows of a split where they are some, not all, of it; else None."""
+        """Return bool [records], True for a split's clean proteins; None unless they are some of it and not all."""
         has_homolog = self.has_homolog.get(split)
         return None if has_homolog is None or not has_homolog.any() or has_homolog.all() else ~has_homolog
 
 
-def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Say) -> Leaks:
-    """Look for homologs of the held-out rows as `data.homologs` says, and tell what was found.
+def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -> Leaks:
+    """Look for homologs of the held-out proteins as `data.homologs` says, and log how many have one.
 
-    Args:
-        tables: by split, `train` among them.
-
-    Raises:
-        DataError: MMseqs2 was asked for and is not there, or fails.
+    `tables` are by split, `train` among them.
     """
-    method, rows = cfg.data.homologs, sum(len(table.ids) for table in tables.values())
+    method, proteins = cfg.data.homologs, sum(len(table.ids) for table in tables.values())
     held_out = {split: table for split, table in tables.items() if split != "train"}
     if method == "off" or not held_out:
         return Leaks(method)
-    if rows > MOST:
-        log(f"homologs of held-out rows are not looked for: {rows} rows are more than {MOST}; leaks are not known")
+    if proteins > MOST:
+        log(f"homologs are not looked for: {proteins} proteins are more than {MOST}; whether data leaks is not known")
         return Leaks(method)
     found = homolog_rows(tables["train"], held_out, method)
-    for name, has_homolog in found.items():
-        found_in = f"{has_homolog.sum()} of {len(has_homolog)} rows have a homolog in the training rows"
-        log(f"{name} split: {found_in} (by {method})")
+    for split, has_homolog in found.items():
+        count = f"{has_homolog.sum()} of {len(has_homolog)} proteins"
+        log(f"{split} split: {count} have a homolog in training (by {method})")
     return Leaks(method, found)
 
 
 def score(
-    trainer: Trainer, train: ExampleTable, held_out: Mapping[str, EvalLoader], leaks: Leaks, log: Say
+    trainer: Trainer, train: ExampleTable, held_out: Mapping[str, EvalLoader], leaks: Leaks, log: Log
 ) -> dict[str, Any]:
-    """Figures of a trained model with intervals, on every rank; the answers to held-out rows are kept in the output.
+    """Return the metrics of a trained model with intervals, on every rank; its predictions are kept in the output.
 
     Returns:
-        valid, test: figures of all rows, None where no rows are held out.
-        clean: split -> figures of its clean rows, where they are some of it.
+        valid, test: metrics of all proteins, None for a split without any.
+        clean: split -> metrics of its clean proteins, where they are some of it.
         leaks: `Leaks.counts`.
-        baselines, clean_baselines: split -> baseline -> figures on the same rows.
+        baselines, clean_baselines: split -> baseline -> metrics on the same proteins.
     """
     cfg, task, backend = trainer.cfg, trainer.task, trainer.backend
     metrics: dict[str, Metrics | None] = {"valid": None, "test": None}
@@ -96,20 +92,20 @@ def score(
             has_homolog = leaks.has_homolog.get(split)
             main_rank_only(backend, partial(save_predictions, path, task, table, predictions, has_homolog))
         metrics[split] = task.metrics(table, predictions, intervals=True)
-        rows = leaks.clean(split)
-        if rows is not None:
-            clean_tables[split], examples, tokens = select_records(table, rows)
-            chosen = [answer[tokens if task.predictions_per_token else examples] for answer in predictions]
-            clean[split] = task.metrics(clean_tables[split], chosen, intervals=True)
+        chosen = leaks.clean(split)
+        if chosen is not None:
+            clean_tables[split], examples, tokens = select_records(table, chosen)
+            index = tokens if task.predictions_per_token else examples
+            clean[split] = task.metrics(clean_tables[split], [values[index] for values in predictions], intervals=True)
     tables = {split: loader.table for split, loader in held_out.items()}
-    every, pure = from_main_rank(backend, lambda: _baselines(trainer, train, (tables, clean_tables), log))
-    return {**metrics, "clean": clean, "leaks": leaks.counts(), "baselines": every, "clean_baselines": pure}
+    whole, pure = from_main_rank(backend, lambda: _baselines(trainer, train, (tables, clean_tables), log))
+    return {**metrics, "clean": clean, "leaks": leaks.counts(), "baselines": whole, "clean_baselines": pure}
 
 
 def _baselines(
-    trainer: Trainer, train: ExampleTable, on: tuple[Mapping[str, ExampleTable], ...], log: Say
+    trainer: Trainer, train: ExampleTable, on: tuple[Mapping[str, ExampleTable], ...], log: Log
 ) -> list[dict[str, dict[str, Metrics]]]:
-    """For each of `on`: split -> baseline -> its figures on the very rows that the model was scored on."""
+    """Return for each of `on`: split -> baseline -> its metrics on the proteins that the model was scored on."""
     if not trainer.cfg.log.baselines or not any(on):
         return [{} for _ in on]
     fitted = fit_baselines(trainer.cfg.task, train)

@@ -11,10 +11,9 @@ from esm_neuron.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
-    """The trainable parameters in two AdamW groups: matrices with weight decay; biases, norms, other vectors without.
+    """Return the trainable parameters in two groups: matrices with weight decay; biases, norms and vectors without.
 
-    Returns:
-        Groups with `params`, `names` (of the parameters, in the same order) and `weight_decay`; empty ones left out.
+    Each group has `params`, their `names` in the same order, and `weight_decay`; an empty one is left out.
     """
     groups: list[dict[str, Any]] = []
     for decays in (True, False):
@@ -27,16 +26,16 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
 
 
 LEAST_RATE = 1e-20
-"""Stands for a learning rate of 0, at the end of a schedule. AdamW on an XLA device divides by the rate: at 0, a weight
-without gradient would become 0 / 0 (torch 2.8, `capturable`). And XLA compiles a scalar 0 into the program."""
+"""Takes the place of a learning rate of 0 at the end of a schedule. AdamW on an XLA device divides by the rate, so at 0
+a weight without gradient would become 0 / 0 (torch 2.8, `capturable`); and XLA compiles a scalar 0 into the graph."""
 
 
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
-    """Learning rate of the optimizer step `step` (from 0) of `total_steps`.
+    """Return the learning rate of optimizer step `step` (from 0) of `total_steps`.
 
-    Warm-up: `lr * (step + 1) / warmup_steps`, so that no step is wasted at rate 0. Then the schedule falls from `lr` to
-    `lr * min_lr_ratio` (at least LEAST_RATE) at the last step: half a cosine (Loshchilov & Hutter 2017, eq. 5), a line,
-    or not at all.
+    Warm-up is `lr * (step + 1) / warmup_steps`, so that no step is wasted at rate 0. Then the rate falls from `lr` to
+    `lr * min_lr_ratio` (at least LEAST_RATE) at the last step: along half a cosine (Loshchilov & Hutter 2017, eq. 5),
+    along a line, or not at all.
     """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps

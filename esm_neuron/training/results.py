@@ -1,4 +1,4 @@
-"""What a training run leaves behind: a plain PEFT adapter, or a plain Hugging Face folder."""
+"""Write the trained weights of a run: a plain PEFT adapter, or a plain Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from esm_neuron.tasks import Task
 
 
 def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
-    """The task's model on the CPU with its starting weights: whole, without adapters."""
+    """Return the task's model on the CPU with its starting weights: whole, without adapters."""
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = model_config(cfg, task, pretrained)
     with torch.device("meta"):
@@ -42,10 +42,10 @@ def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
 
 
 def write_model(model: nn.Module, config: EsmConfig, folder: Path, card: str = "") -> None:
-    """A Hugging Face folder: config.json, sharded safetensors, the tokenizer, and `card` as its model card if any.
+    """Write a Hugging Face folder: config.json, sharded safetensors, the tokenizer, and `card` as its model card.
 
-    With `cls` pooling, for classes of residues and for masked LM it loads in plain transformers; other poolings, and
-    regression, name a model type of their own, known after `import esm_neuron.models.esm2`.
+    Plain transformers loads it for `cls` pooling, residue classification and masked LM. Other poolings and regression
+    have a model type of their own, known after `import esm_neuron.models.esm2`.
     """
 
     def state() -> Iterator[tuple[str, Tensor]]:
@@ -75,7 +75,7 @@ def write_results(
 
     Args:
         trained: whole trained parameters by name, as `Backend.gather_state` gives them.
-        result: what result.json is to hold.
+        result: what result.json will hold.
 
     Returns:
         The folder to load.
@@ -109,8 +109,8 @@ def _write_adapter(
     lora = adapted.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
     if built.config.model_type == PooledEsmConfig.model_type and not is_carried(cfg.model):
-        # With the pretrained repository for its base the adapter would load in plain transformers, PEFT would pass over
-        # the head it does not find, and a random <cls> head would answer. A config of our type is refused there.
+        # If the adapter named the pretrained repository as its base, plain transformers would load it, PEFT would pass
+        # over the head it does not find, and a random <cls> head would predict. A config of our type is refused there.
         with new_folder(out / BASE) as aside, torch.device("meta"):
             _write_config(task.build(built.config), built.config, aside)
         lora.base_model_name_or_path, lora.revision = str((out / BASE).resolve()), None

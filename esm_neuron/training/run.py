@@ -1,4 +1,4 @@
-"""The composition root: the one file that knows everyone. Each function is a command of the CLI."""
+"""The composition root of a training run: reads the data, builds the model, trains, evaluates, writes the results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,6 @@ from esm_neuron.tasks import Task, create_task, task_class
 from esm_neuron.training import checkpoint
 from esm_neuron.training.callbacks import (
     Callback,
-    CallbackList,
     JsonlLogger,
     ProgressConsole,
     TensorBoardLogger,
@@ -40,21 +39,19 @@ from esm_neuron.training.callbacks import (
 )
 from esm_neuron.training.final_eval import Leaks, find_leaks, score
 from esm_neuron.training.results import write_results
-from esm_neuron.training.trainer import FitResult, Trainer
+from esm_neuron.training.trainer import Trainer
 from esm_neuron.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 FREE = {"output", "backend", "parallel", "checkpoint", "log"}
-"""Sections that a resumed run may change: they decide where and how, not what is computed."""
+"""Sections that a resumed run may change: they decide where and how it runs, not what it computes."""
 FREE_FIELDS = {
     "data.train", "data.valid", "data.test", "data.cache", "data.homologs", "model.gradient_checkpointing",
     "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
-    "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog",
-    "loop.watchdog_slow",
+    "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog", "loop.watchdog_slow",
 }  # fmt: skip
-"""The same for single fields; the data itself is compared by its fingerprint."""
+"""Single fields of the same kind; the data itself is compared by its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +81,12 @@ def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome
 
 
 def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> int:
-    """Compile what the training run of `cfg` will need, ahead of it, and write nothing to `cfg.output`.
+    """Compile the graphs of the training run of `cfg` ahead of it, and write nothing to `cfg.output`.
 
-    On Trainium under `neuron_parallel_compile`, which collects the programs and then compiles them side by side.
+    On Trainium it runs under `neuron_parallel_compile`, which collects the graphs and compiles them side by side.
 
     Returns:
-        Programs that this process asked for.
+        The number of graphs that this process asked for.
 
     Raises:
         EsmNeuronError: settings, data or weights that cannot be used; a backend that compiles nothing.
@@ -99,18 +96,15 @@ def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -
         if not backend.static_shapes:
             raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for --backend xla or neuron")
         job = _Job.of(cfg, backend, log if backend.topology.is_main else log_nothing)
-        job.trainer.compile(list(job.loaders.held_out().values()))
+        job.trainer.compile(list(job.loaders.held_out.values()))
         return backend.graphs()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A run before its first step."""
+    """A run before its first step. Its trainer has the task, the backend, and the settings with the data's classes."""
 
-    cfg: TrainConfig
-    """With the class names that the data has."""
     splits: Splits
-    task: Task
     built: Built
     loaders: Loaders
     trainer: Trainer
@@ -129,10 +123,11 @@ class _Job:
         loaders = Loaders.of(cfg, splits, task, backend)
         base = from_main_rank(backend, lambda: built.source.reference.sha256)
         same = identity(cfg, splits.fingerprint, base)
-        trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], same)
+        valid = loaders.held_out.get("valid")
+        trainer = Trainer(cfg, built.model, task, backend, loaders.train, valid, [], same)
         for note in _notes(trainer):
             log(note)
-        return cls(cfg, splits, task, built, loaders, trainer)
+        return cls(splits, built, loaders, trainer)
 
 
 def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Outcome:
@@ -140,77 +135,38 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
     with watchdog:
         watchdog.expect("the start of the run (data, weights, checkpoint)", slow=True)
         job = _Job.of(cfg, backend, log)
-        cfg, splits, task, built, loaders, trainer = job.cfg, job.splits, job.task, job.built, job.loaders, job.trainer
+        cfg, trainer = job.trainer.cfg, job.trainer
         begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
         if begin:
             log(f"resumed after step {begin} of {trainer.total_steps}")
-        leaks = from_main_rank(backend, lambda: find_leaks(cfg, loaders.tables(), log))
-        main_rank_only(backend, lambda: _write_settings(cfg, splits))
+        leaks = from_main_rank(backend, lambda: find_leaks(cfg, job.loaders.tables(), log))
+        main_rank_only(backend, lambda: _write_settings(cfg, job.splits))
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
-        trainer.callbacks = CallbackList(main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or [])
+        trainer.callbacks = main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or []
     result: dict[str, Any] = {}
     try:
         fit = trainer.fit()
         if fit.stopped_by is None:
             with watchdog:
-                passes = sum(map(len, loaders.held_out().values()))
+                passes = sum(map(len, job.loaders.held_out.values()))
                 watchdog.expect("the end of the run (last evaluation, baselines, export)", passes + 1, slow=True)
-                result = _finish(cfg, task, built, trainer, fit, loaders, leaks, log)
+                result = _finish(job, leaks, log)
     finally:
-        trainer.callbacks.on_end(result)
+        for callback in trainer.callbacks:
+            callback.on_end(result)
     return Outcome(result, fit.stopped_by)
 
 
-@dataclass(frozen=True)
-class Loaders:
-    """Batches of each split."""
-
-    train: TrainLoader
-    valid: EvalLoader | None
-    test: EvalLoader | None
-
-    def held_out(self) -> dict[str, EvalLoader]:
-        """Those of the splits that are held out, by name."""
-        return {split: loader for split in ("valid", "test") if (loader := getattr(self, split)) is not None}
-
-    def tables(self) -> dict[str, ExampleTable]:
-        """What each split holds, by name, `train` first."""
-        return {"train": self.train.table, **{split: loader.table for split, loader in self.held_out().items()}}
-
-    @classmethod
-    def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend) -> Loaders:
-        """Make the loaders of this rank."""
-        share: dict[str, Any] = {
-            "dp": backend.topology.dp,
-            "dp_rank": backend.topology.dp_rank,
-            "local_dp": backend.local_dp,
-            "static_shapes": backend.static_shapes,
-        }
-        held_out = (
-            None if table is None else EvalLoader(table, task, cfg, **share) for table in (splits.valid, splits.test)
-        )
-        return cls(TrainLoader(splits.train, task, cfg, **share), *held_out)
-
-
-def _finish(
-    cfg: TrainConfig,
-    task: Task,
-    built: Built,
-    trainer: Trainer,
-    fit: FitResult,
-    loaders: Loaders,
-    leaks: Leaks,
-    log: Callable[[str], None],
-) -> dict[str, Any]:
+def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate the best weights, write them and the result."""
-    backend = trainer.backend
+    trainer, loaders = job.trainer, job.loaders
+    cfg, backend, state = trainer.cfg, trainer.backend, trainer.state
     chosen, weights = trainer.load_best()
-    scores = score(trainer, loaders.train.table, loaders.held_out(), leaks, log)
-    trainable, total = parameter_count(built.model)
-    state = fit.state
+    scores = score(trainer, loaders.train.table, loaders.held_out, leaks, log)
+    trainable, total = parameter_count(job.built.model)
     result = finite({
         "task": cfg.task.name,
-        "metric": task.metric,
+        "metric": trainer.task.metric,
         "model": cfg.model.name,
         "init": cfg.model.init,
         "backend": cfg.backend,
@@ -229,19 +185,19 @@ def _finish(
         **scores,
     })  # fmt: skip
     out = Path(cfg.output)
-    weights_folder = main_rank_only(backend, lambda: write_results(cfg, task, built, weights, result))
+    written = main_rank_only(backend, lambda: write_results(cfg, trainer.task, job.built, weights, result))
     main_rank_only(backend, lambda: write_json(out / RESULT, result))
-    log(f"weights of step {chosen} in {weights_folder}, result in {out / RESULT}, checkpoints in {out / 'checkpoints'}")
+    log(f"weights of step {chosen} in {written}, result in {out / RESULT}, checkpoints in {trainer.checkpoints.folder}")
     return dict(result)
 
 
 def _size(table: ExampleTable) -> dict[str, int]:
-    """Records of a split, and the residues in them before they were cut."""
+    """Return the records of a split, and the residues in them before they were cut."""
     return {"records": len(table.ids), "residues": int(table.whole_residues().sum(dtype=np.int64))}
 
 
 def _notes(trainer: Trainer) -> Iterator[str]:
-    """Settings that are legal and rarely meant."""
+    """Yield a note about each setting that is allowed and rarely meant."""
     cfg = trainer.cfg
     if cfg.loop.patience and trainer.valid_loader is None:
         yield f"NOTE: loop.patience={cfg.loop.patience} never ends training: there are no validation rows to watch"
@@ -262,9 +218,37 @@ def _notes(trainer: Trainer) -> Iterator[str]:
         )
 
 
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of each split."""
+
+    train: TrainLoader
+    held_out: dict[str, EvalLoader]
+    """`valid` and `test`, as far as they have rows."""
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend) -> Loaders:
+        """Make the loaders of this rank."""
+        share: dict[str, Any] = {
+            "dp": backend.topology.dp,
+            "dp_rank": backend.topology.dp_rank,
+            "local_dp": backend.local_dp,
+            "static_shapes": backend.static_shapes,
+        }
+        tables = {"valid": splits.valid, "test": splits.test}
+        held_out = {
+            split: EvalLoader(table, task, cfg, **share) for split, table in tables.items() if table is not None
+        }
+        return cls(TrainLoader(splits.train, task, cfg, **share), held_out)
+
+    def tables(self) -> dict[str, ExampleTable]:
+        """Return what each split holds, by name, `train` first."""
+        return {"train": self.train.table, **{split: loader.table for split, loader in self.held_out.items()}}
+
+
 @contextmanager
 def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
-    """Hold the output folder for this run; all ranks learn when it cannot be had."""
+    """Lock the output folder for this run; every rank raises when it cannot be had."""
     with ExitStack() as held:
         main_rank_only(backend, lambda: _claim(cfg, held))
         yield
@@ -281,7 +265,7 @@ def _claim(cfg: TrainConfig, held: ExitStack) -> None:
 
 
 def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
-    """What two runs must share for one to continue the other: dotted settings, the data, the base."""
+    """Return what two runs must share for one to continue the other: dotted settings, the data, the base weights."""
     values: dict[str, Any] = {"data": fingerprint, "base": base}
 
     def flatten(prefix: str, value: Any) -> None:
@@ -296,14 +280,14 @@ def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
 
 
 def describe(cfg: TrainConfig, built: Built) -> str:
-    """What is trained, in a line or two for a person."""
+    """Say in a line or two what is trained."""
     trainable, total = parameter_count(built.model)
     lines = [
         f"{cfg.model.name} on {cfg.backend}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     ]
     if cfg.model.init == "random":
         lines.append(
-            "NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect a small network's figures"
+            "NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect a small network's metrics"
         )
     elif cfg.model.name in SHAPES:
         lines.append(
@@ -312,12 +296,12 @@ def describe(cfg: TrainConfig, built: Built) -> str:
         )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
     if drawn:
-        lines.append(f"new in this task, drawn from seed {cfg.seed}: {', '.join(drawn)}")
+        lines.append(f"newly initialized from seed {cfg.seed}: {', '.join(drawn)}")
     return "\n".join(lines)
 
 
 def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
-    """Save the resolved configuration, and prove that it reads back as itself."""
+    """Save the resolved configuration, and check that it reads back as itself."""
     out = Path(cfg.output)
     write_text(out / CONFIG, settings.dump(cfg))
     if settings.read_config(out / CONFIG) != cfg:
@@ -328,7 +312,10 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
 
 
 def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int] = ()) -> list[Callback]:
-    """What watches a run from step `begin` on, its logs cut there; `pending`: earlier steps still to be named."""
+    """Return the callbacks of a run from step `begin` on, with its logs cut there.
+
+    `pending`: earlier steps that were not finite and are not in nonfinite.jsonl yet.
+    """
     out = Path(cfg.output)
     jsonl = JsonlLogger(out / METRICS)
     jsonl.truncate_after(begin)

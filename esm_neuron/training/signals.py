@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM (a cluster that wants its node back) and SIGINT (ctrl-C) let the step finish first."""
+"""Stop on request: SIGTERM (a cluster wants its node back) and SIGINT (ctrl-C) let the step finish first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and has saved its state (EX_TEMPFAIL of sysexits.h: try again later)."""
 
-
 ECHO = 5.0
 """Seconds in which a second signal is the same request again: Slurm and a terminal signal every process, and torchrun
 then passes on the one it got itself."""
@@ -21,15 +20,15 @@ then passes on the one it got itself."""
 class StopSignal:
     """Within the block, the first SIGTERM or SIGINT sets `received`; one that comes `ECHO` later ends the process.
 
-    At once and from a thread of its own: Python's handlers wait for the main thread, which may be compiling for an hour
-    or writing. What was being written aside is then never seen. The exit code is a shell's, 128 and the signal.
+    A thread of its own ends it, at once: Python's handlers wait for the main thread, which may be writing, or compiling
+    for an hour. What is being written aside then never becomes visible. The exit code is a shell's: 128 + the signal.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        """Name of the signal that came, None so far."""
+        """Name of the first signal, None without one."""
         self.answered = False
-        """Whether someone has said that the run ends for a signal; one that nobody answers is sent again at the end."""
+        """Whether the run ends because of it; a signal that came too late for that is sent again after the block."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -46,7 +45,7 @@ class StopSignal:
         self.received = self.received or signal.Signals(number).name
 
     def _listen(self) -> None:
-        """The system's own handler writes each signal's number into a pipe as it comes."""
+        # The handler in C writes each signal's number into a pipe as it comes, see `signal.set_wakeup_fd`.
         first: float | None = None
         while number := ord(os.read(self._heard, 1)):
             if number in self._before:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from esm_neuron.config import TrainConfig
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch
 from esm_neuron.metrics import Value
 from esm_neuron.tasks import Task
-from esm_neuron.training.callbacks import Callback, CallbackList, EarlyStopping
+from esm_neuron.training.callbacks import Callback, EarlyStopping
 from esm_neuron.training.checkpoint import CheckpointManager, TrainState
 from esm_neuron.training.evaluation import evaluate, forward, on_device, run_passes
 from esm_neuron.training.monitors import WARM_UP, Monitors, mean_loss
@@ -52,8 +52,8 @@ class Trainer:
     ) -> None:
         """Make the optimizer; `identity` is what a resumed checkpoint must agree with."""
         self.cfg, self.model, self.task, self.backend = cfg, model, task, backend
-        self.train_loader, self.valid_loader = train, valid
-        self.callbacks = CallbackList(callbacks)
+        self.train_loader, self.valid_loader, self.callbacks = train, valid, callbacks
+        self._callback_failure: OSError | None = None
         # Loss sum and weight of the step. Made real with the optimizer's state: as zeros not yet computed, or copied
         # from the host, they would look unlike all later ones, and the first pass would be a graph of its own.
         self._totals = torch.zeros(2, device=backend.device)
@@ -133,7 +133,7 @@ class Trainer:
             OSError: a callback of the main rank could not write; raised on every rank.
         """
         signal = self.monitors.signal
-        heard = self.backend.gather_host((signal.received, self.callbacks.failure))
+        heard = self.backend.gather_host((signal.received, self._callback_failure))
         failure = next((error for _, error in heard if error is not None), None)
         if failure is not None:
             raise failure
@@ -150,7 +150,7 @@ class Trainer:
             metrics = self.evaluate(self.valid_loader)
             watched = metrics[self.task.metric]
             self.early_stopping.update(watched if isinstance(watched, (int, float)) else None, step)
-            self.callbacks.on_eval(step, {"split": "valid", **metrics})
+            self._tell(lambda callback: callback.on_eval(step, {"split": "valid", **metrics}))
 
     def evaluate(self, loader: EvalLoader) -> dict[str, Value]:
         """Return the metrics of a loader's table over all ranks."""
@@ -204,5 +204,14 @@ class Trainer:
         self.monitors.clock.stop()
         record = {"loss": mean_loss(totals), "lr": lr, "grad_norm": float(norm)}
         record.update(self.monitors.metrics(self.state.residues))
-        self.callbacks.on_log(step, self.total_steps, record)
+        self._tell(lambda callback: callback.on_log(step, self.total_steps, record))
         self.monitors.clock.start()
+
+    def _tell(self, what: Callable[[Callback], None]) -> None:
+        # A disk that is full must not end this rank alone, while its peers wait in a collective: `stop_requested`
+        # raises the error on all of them.
+        try:
+            for callback in self.callbacks:
+                what(callback)
+        except OSError as error:
+            self._callback_failure = self._callback_failure or error

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from types import TracebackType
 
@@ -76,34 +74,21 @@ class Watchdog:
         )
         try:
             # Whatever the writes below wait for, this timer ends the process; where no thread can be started, which may
-            # be why it hangs, faulthandler's does.
+            # be why it hangs, faulthandler's own does.
             with contextlib.suppress(RuntimeError):
                 threading.Timer(PATIENCE, os._exit, (EXIT_HUNG,)).start()
-            text = (reason + _stacks()).encode()
-            _write_to_stderr(text)
             with contextlib.suppress(OSError):
-                self._file.write_bytes(text)
+                blocking = os.get_blocking(2)
+                os.set_blocking(2, False)  # it may be a full pipe that nobody reads
+                _write(2, reason)
+                os.set_blocking(2, blocking)  # other processes write there too
+            with contextlib.suppress(OSError), self._file.open("wb") as file:
+                _write(file.fileno(), reason)
         finally:
             os._exit(EXIT_HUNG)
 
 
-def _write_to_stderr(text: bytes) -> None:
-    """Write what stderr takes without waiting: it may be a full pipe that nobody reads."""
+def _write(file: int, reason: str) -> None:
     with contextlib.suppress(OSError):
-        blocking = os.get_blocking(2)
-        os.set_blocking(2, False)
-        try:
-            os.write(2, text)
-        finally:
-            os.set_blocking(2, blocking)  # the flag is shared with every process that writes there
-
-
-def _stacks() -> str:
-    """Return the stacks of all threads, without their source lines, which may lie on a file system that hangs."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    lines = []
-    for ident, top in sys._current_frames().items():
-        lines.append(f"Thread {names.get(ident, ident)} (most recent call first):")
-        for frame, line in traceback.walk_stack(top):
-            lines.append(f'  File "{frame.f_code.co_filename}", line {line} in {frame.f_code.co_name}')
-    return "\n".join(lines) + "\n"
+        os.write(file, reason.encode())
+    faulthandler.dump_traceback(file)

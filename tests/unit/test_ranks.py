@@ -17,6 +17,7 @@ from esm_neuron.backends.topology import Topology
 from esm_neuron.config import TrainConfig
 from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import CheckpointError, ConfigError, TrainingError
+from esm_neuron.files import sha256
 from esm_neuron.training import checkpoint
 from esm_neuron.training.checkpoint import CheckpointManager, Snapshot, TrainState
 
@@ -108,7 +109,7 @@ def test_each_rank_reads_a_checkpoint_that_all_see_and_the_main_one_sends_what_i
     tmp_path: Path, theirs: str | None
 ) -> None:
     whole = Snapshot(TrainState(step=3), {"w": torch.ones(2)}, {})
-    mine = checkpoint.fingerprint(checkpoint.save(tmp_path / "checkpoints", whole))
+    mine = sha256(checkpoint.save(tmp_path / "checkpoints", whole) / "manifest.json")
     sent: list[Any] = []
 
     class Sending(Peer):

@@ -124,7 +124,7 @@ class Run:
         trained = {n: tuple(p.shape) for n, p in built.model.named_parameters() if p.requires_grad}
         backend.load_weights(built.model, {name: draw(name, shape) for name, shape in trained.items()})
         loaders = Loaders.of(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), task, backend)
-        trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.valid, [], {})
+        trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out["valid"], [], {})
         made = cls(cfg, backend, task, built, loaders, trainer)
         made._watch()
         return made
@@ -190,7 +190,7 @@ class Run:
     def valid_loader(self, rows: int) -> EvalLoader:
         """The validation data in passes of `rows`, however many devices share them."""
         cfg = replace(self.cfg, loop=replace(self.cfg.loop, eval_packs_per_device=rows))
-        return EvalLoader(self.loaders.valid.table, self.task, cfg)
+        return EvalLoader(self.loaders.held_out["valid"].table, self.task, cfg)
 
 
 def differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -207,10 +207,10 @@ def parity(name: str, task: str) -> tuple[dict[str, Any], Run]:
     mesh.train()
     weights, moments = mesh.backend.gather_state(mesh.model, mesh.trainer.optimizer)
     expected, expected_moments = plain.backend.gather_state(plain.model, plain.trainer.optimizer)
-    predictions = mesh.trainer.evaluate(mesh.loaders.valid)
+    predictions = mesh.trainer.evaluate(mesh.loaders.held_out["valid"])
     compared = {
         "passes": [plain.loaders.train.passes, mesh.loaders.train.passes],
-        "batches": [len(plain.loaders.valid), len(mesh.loaders.valid)],
+        "batches": [len(plain.loaders.held_out["valid"]), len(mesh.loaders.held_out["valid"])],
         "local_dp": mesh.backend.local_dp,
         "logits": before,
         "losses": mesh.losses,
@@ -223,7 +223,7 @@ def parity(name: str, task: str) -> tuple[dict[str, Any], Run]:
         "moments": differences(moments, expected_moments),
         "graphs": mesh.graphs,
         "metrics": predictions,
-        "expected_figures": plain.trainer.evaluate(plain.loaders.valid),
+        "expected_figures": plain.trainer.evaluate(plain.loaders.held_out["valid"]),
         "layout": layout(mesh),
     }
     return compared, mesh
@@ -270,7 +270,7 @@ def rows_layout(mesh: Run) -> dict[str, str]:
     import torch_xla
 
     spec = torch_xla._XLAC._get_xla_sharding_spec
-    batch = next(iter(mesh.loaders.valid))
+    batch = next(iter(mesh.loaders.held_out["valid"]))
     (moved,) = on_device([batch], mesh.backend)
     with torch.no_grad():
         logits = forward(mesh.model.eval(), moved)
@@ -282,16 +282,16 @@ def rows_layout(mesh: Run) -> dict[str, str]:
 def packs(mesh: Run) -> dict[str, Any]:
     """Logits of proteins that share rows against those of each alone in a batch."""
     predictions: dict[int, np.ndarray] = {}
-    table = mesh.loaders.valid.table
+    table = mesh.loaders.held_out["valid"].table
     used = []
 
     def take(members: np.ndarray, values: list[np.ndarray]) -> None:
         used.append(int((members >= 0).sum(1).max()))
         predictions.update({int(e): values[0][r, s] for (r, s), e in np.ndenumerate(members) if e >= 0})
 
-    run_passes(mesh.model, mesh.task, mesh.backend, mesh.loaders.valid, take)
+    run_passes(mesh.model, mesh.task, mesh.backend, mesh.loaders.held_out["valid"], take)
     shared = np.stack([predictions[e] for e in range(len(table))])
-    batch = next(iter(mesh.loaders.valid))
+    batch = next(iter(mesh.loaders.held_out["valid"]))
     got: list[np.ndarray] = []
     alone = []
     for example in range(len(table)):
