@@ -1,11 +1,12 @@
-"""docs/adapters.md: the demo's task with all weights, LoRA, QLoRA and the head alone trained, `--seeds` times each.
+"""docs/adapters.md: train the demo's task with all weights, LoRA, QLoRA and the head alone, `--seeds` times each.
 
     python benchmarks/adapters.py              # train what has not finished, write the page
     python benchmarks/adapters.py --only lora qlora   # train these alone; no page
 
-Every run starts from `mini` and has the rows, steps and residues of the others of its seed; the seed decides the order
-of rows, the drawn weights and nothing of the data. Validation chooses the step of a run, and the learning rate of a
-kind by a run of each with another seed, whose test figures nobody looks at. OMP_NUM_THREADS is the cores it takes.
+Every run starts from `mini` and trains on the same proteins for as many steps and residues as the others of its seed.
+The seed decides the order of the proteins and the newly initialized weights, not the data. Validation chooses the step
+of a run. It also chooses the learning rate of a kind, by one run per rate with another seed, whose test metrics nobody
+looks at. OMP_NUM_THREADS sets the number of cores.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ RATES = {"none": (2.5e-4, 5e-4, 1e-3), "lora": (1e-3, 2e-3, 4e-3), "head": (2.5e
 TITLES = {"none": "all weights", "lora": "LoRA", "qlora": "QLoRA (NF4)", "head": "head alone"}
 """adapter.kind -> what the page calls it."""
 REFERENCE = "lora"
-"""What the others are compared with; QLoRA, the same with fewer bits, takes its learning rate."""
+"""What the others are compared with. QLoRA, the same with fewer bits, takes its learning rate."""
 METRICS = ("mcc", "accuracy")
 TRAVELLERS = 100
-"""Test proteins whose logits are compared on a quantized base and on others."""
+"""Test proteins whose logits are compared on a quantized base and on a float one."""
 PRECISIONS: dict[str, Any] = {"float32": "fp32", "bf16": "bf16"}
 """What the page calls a precision -> loop.precision."""
 SAVED = results.HERE / "results" / "adapters.json"
@@ -49,7 +50,7 @@ PAGE = results.PAGE.with_name("adapters.md")
 
 
 def configured(kind: str, seed: int, lr: float, args: argparse.Namespace) -> TrainConfig:
-    """The demo's configuration for one run."""
+    """Return the demo's configuration, changed for one run."""
     own = settings.read_config(results.CONFIGS / "demo.yaml")
     return replace(
         own,
@@ -65,7 +66,7 @@ def configured(kind: str, seed: int, lr: float, args: argparse.Namespace) -> Tra
 
 
 def search(kind: str, args: argparse.Namespace) -> dict[float, float]:
-    """Learning rate -> validation MCC of its run, at the step that it chose; its seed is none of the comparison's."""
+    """Return the best validation MCC by learning rate, with a seed that the comparison does not use."""
     searched = REFERENCE if kind == "qlora" else kind
     found = {}
     for lr in RATES[searched]:
@@ -76,10 +77,10 @@ def search(kind: str, args: argparse.Namespace) -> dict[float, float]:
 
 
 def finished(cfg: TrainConfig) -> Finished:
-    """The run of a configuration.
+    """Return the finished run of a configuration.
 
     Raises:
-        ConfigError: there is a run of another one in its folder.
+        ConfigError: its folder holds a run with other settings.
     """
     one = read_finished(Path(cfg.output))
     same = replace(one.cfg, output=cfg.output, task=cfg.task) == cfg
@@ -88,7 +89,7 @@ def finished(cfg: TrainConfig) -> Finished:
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of every run, and differences to LoRA with both kinds of interval."""
+    """Return the metrics of every run, and differences from LoRA with both kinds of interval."""
     seeds = range(args.seeds)
     tried = {kind: search(kind, args) for kind in TITLES}
     rates = {kind: max(found, key=found.__getitem__) for kind, found in tried.items()}
@@ -109,11 +110,11 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def travelled(one: Finished, proteins: pd.Series) -> dict[str, float]:
-    """How far a QLoRA run's logits move when its adapter is put on a base that is not quantized.
+    """Return how far a QLoRA run's logits move when its adapter is put on a base that is not quantized.
 
     Returns:
-        `proteins`: how many were drawn from the sequences given that need no crop; `float32` and `bf16`: root mean
-        square of the difference over that of the logits; `changed`: proteins whose class is another in either.
+        `proteins`: how many were drawn, of those that need no crop; `float32` and `bf16`: root mean
+        square of the difference over that of the logits; `changed`: proteins that get another class in either.
     """
     cfg, task = read_run(Path(one.cfg.output))
     short = proteins[proteins.str.len() <= cfg.data.max_residues]
@@ -130,7 +131,7 @@ def travelled(one: Finished, proteins: pd.Series) -> dict[str, float]:
 
 
 def logits(cfg: TrainConfig, task: Task, sequences: Iterable[str]) -> torch.Tensor:
-    """float32 [proteins, classes] of a finished run, one protein at a time."""
+    """Return the logits of a finished run, float32 [proteins, classes], one protein at a time."""
     backend = create_backend(cfg)
     model = build_trained(cfg, task, backend).model.eval()
     with torch.no_grad(), backend.autocast():
@@ -139,22 +140,22 @@ def logits(cfg: TrainConfig, task: Task, sequences: Iterable[str]) -> torch.Tens
 
 
 def compared(cells: Mapping[tuple[str, int], np.ndarray], labels: Sequence[str], seeds: int) -> dict[str, Any]:
-    """Figures of every run, and differences to LoRA with their intervals.
+    """Return the metrics of every run, and differences from LoRA with their intervals.
 
     Args:
         cells: (kind, seed) -> float64 [proteins, C * C], see `results.confusion_cells`.
         labels: the C classes.
-        seeds: seeds of each kind, from 0.
+        seeds: how many seeds of each kind, from 0.
     """
 
     def scores(kind: str, counts: np.ndarray, metric: str) -> np.ndarray:
-        """[seeds, k]: `metric` of each run of `kind` on each resample."""
+        """Return `metric` of each run of `kind` on each resample, [seeds, k]."""
         shape = (-1, len(labels), len(labels))
         drawn = [results.confusion_scores((counts @ cells[kind, seed]).reshape(shape))[metric] for seed in range(seeds)]
         return np.stack(drawn)
 
     def apart(kind: str, counts: np.ndarray, metric: str) -> np.ndarray:
-        """[seeds, k]: what `kind` has more than the reference."""
+        """Return by how much `kind` is above the reference, [seeds, k]."""
         return scores(kind, counts, metric) - scores(REFERENCE, counts, metric)
 
     proteins = len(cells[REFERENCE, 0])
@@ -170,15 +171,15 @@ def compared(cells: Mapping[tuple[str, int], np.ndarray], labels: Sequence[str],
 
 
 def difference(by_seed: np.ndarray, over_proteins: np.ndarray) -> dict[str, Any]:
-    """Mean of paired differences and 95 % intervals by Student's t.
+    """Return the mean of paired differences, with 95 % intervals by Student's t.
 
     Args:
         by_seed: [seeds] difference of each pair of runs.
         over_proteins: [k] the mean over seeds in each resample of the test proteins.
 
     Returns:
-        `difference`; `over_seeds`, for these test proteins; `over_both`, for others like them too: the variances of the
-        mean over seeds and over proteins are added, and the degrees of freedom are the seeds', which is cautious.
+        `difference`; `over_seeds`, for these test proteins; `over_both`, for other such proteins too: the variances
+        of the mean over seeds and over proteins are added. The degrees of freedom are the seeds', which is cautious.
     """
     mean, freedom = float(by_seed.mean()), len(by_seed) - 1
     of_seeds = stats.sem(by_seed) ** 2
@@ -190,7 +191,7 @@ def difference(by_seed: np.ndarray, over_proteins: np.ndarray) -> dict[str, Any]
 
 
 def page(saved: Mapping[str, Any]) -> str:
-    """docs/adapters.md."""
+    """Return docs/adapters.md."""
     seeds, steps, proteins = (saved[name] for name in ("seeds", "steps", "proteins"))
     lines = [
         "# What to train: all weights, LoRA, QLoRA or the head",
@@ -233,12 +234,12 @@ def page(saved: Mapping[str, Any]) -> str:
 
 
 def heading(cells: Sequence[str]) -> list[str]:
-    """The first two lines of a table."""
+    """Return the first two lines of a table."""
     return [f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"]
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/adapters"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=5)
@@ -251,7 +252,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Train, score and write the page."""
     args = arguments()
     for kind in args.only or TITLES:
         tried = search(kind, args)

@@ -1,4 +1,4 @@
-"""The ways to train that are compared, and one run of one of them, in a process of its own."""
+"""The ways to train that throughput.py compares; each run of one is a process of its own."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from esm_neuron.models.shapes import SHAPES
 HERE = Path(__file__).parent
 OURS = "esm-neuron packed"
 LOG_TAIL = 2000
-"""Characters of a failed run's output that are shown."""
+"""Characters of a failed run's output that are kept."""
 BF16_TFLOPS = {
     "A10G": 70, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "L40S": 362, "L40": 181,
     "L4": 121,
 }  # fmt: skip
-"""Part of a GPU's name -> its peak with float32 sums; the first that fits."""
+"""Part of a GPU's name -> its peak with float32 accumulation; the first match counts."""
 FIGURES_FILE, SETUP_FILE = "figures.json", "setup.json"
 """What hf_trainer.py and timed_train.py measured."""
 NEVER = 1_000_000
-"""Steps between things that are not to happen."""
+"""More steps than a run has: for what should not happen."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ class Contestant:
     adapter: str = "lora"
     """none (everything is trained), lora or qlora."""
     again: bool = False
-    """Whether blocks are computed again in the backward pass (gradient checkpointing)."""
+    """Whether blocks are recomputed in the backward pass (gradient checkpointing)."""
     compiled: bool = False
     """Ours: whether blocks go through torch.compile."""
 
     @property
     def label(self) -> str:
-        """All that tells it from others."""
+        """Return what distinguishes it from the others."""
         adapter = "full" if self.adapter == "none" else self.adapter
         more = [*["checkpointing"] * self.again, *["torch.compile"] * self.compiled]
         return " ".join([self.name, adapter, self.precision, *more])
 
 
 def write_rows(args: argparse.Namespace, folder: Path) -> int:
-    """Write the training rows and a few validation rows of their classes (ours asks for some); our rows in a step."""
+    """Write the training proteins and a few validation proteins (ours asks for some); return our packs per step."""
     table = pd.read_csv(args.data, sep="\t", dtype=str)
     train = table[table["split"] == "train"].sample(args.rows, random_state=0)
     train.to_csv(folder / "train.tsv", sep="\t", index=False)
@@ -70,7 +70,7 @@ def write_rows(args: argparse.Namespace, folder: Path) -> int:
 
 
 def command(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_step: int) -> list[str]:
-    """The process of one contestant."""
+    """Return the command line of one contestant's process."""
     if who.name != OURS:
         options = {
             "data": folder / "train.tsv",
@@ -94,7 +94,7 @@ def command(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_s
 
 
 def ours(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_step: int) -> list[str]:
-    """The flags of `esm-neuron train`."""
+    """Return the flags of `esm-neuron train`."""
     return flags({
         "output": folder / "out",
         "backend": args.backend,
@@ -130,7 +130,7 @@ def ours(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_step
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """`--name value` of every option."""
+    """Return `--name value` of every option."""
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
@@ -178,12 +178,12 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_step:
 
 
 def speeds(who: Contestant, args: argparse.Namespace, folder: Path, metrics: dict[str, Any]) -> dict[str, float]:
-    """tokens_per_second (specials counted, padding not) and, where the device's peak is known, mfu from 0 to 1.
+    """Return tokens_per_second (specials counted, padding not) and, if the device's peak is known, mfu from 0 to 1.
 
-    Floating-point operations that the model asks for, a token: 2 a weight of the linears and 4 a neighbour and channel
-    in attention (PaLM, arXiv:2204.02311, appendix B). The linears once forward and once for the inputs' gradients, and
-    once more for the weights' where they are trained; attention, whose products have two inputs, three times. Computing
-    a block again is not counted.
+    Counted are the floating-point operations that the model needs per token: 2 per weight of the linears, and 4 per
+    neighbour and channel in attention (PaLM, arXiv:2204.02311, appendix B). The linears count once forward, once for
+    the inputs' gradients, and once more for the weights' gradients if they are trained. Attention, whose products have
+    two inputs, counts three times. Recomputing a block is not counted.
     """
     lengths = pd.read_csv(folder / "train.tsv", sep="\t")["sequence"].str.len().clip(upper=args.max_residues)
     tokens = metrics["residues_per_second"] * (lengths.sum() + 2 * len(lengths)) / lengths.sum()
@@ -199,7 +199,7 @@ def speeds(who: Contestant, args: argparse.Namespace, folder: Path, metrics: dic
 
 
 def known_peak(precision: str) -> float | None:
-    """Dense matrix products of this machine's GPU, TFLOP/s (NVIDIA's data sheets); None where it is not known."""
+    """Return the peak of this GPU for dense matrix products, TFLOP/s (NVIDIA's data sheets); None if unknown."""
     import torch
 
     if not torch.cuda.is_available() or precision != "bf16":
@@ -219,7 +219,7 @@ def keep(folder: Path, who: Contestant, run_folder: Path) -> None:
 
 
 def planned(words: list[str], backend: str) -> dict[str, float]:
-    """What `esm-neuron plan` foresees of a run: on xla its programs, the evaluation's included; on cuda its memory."""
+    """Return what `esm-neuron plan` expects: on xla the graphs, the evaluation's included; on cuda the memory."""
     from esm_neuron.config import settings
     from esm_neuron.data.labels import Labels
     from esm_neuron.data.splits import load_splits
@@ -235,15 +235,15 @@ def planned(words: list[str], backend: str) -> dict[str, float]:
 
 
 def read_ours(out: Path, warmup: int, setup_seconds: float) -> dict[str, Any]:
-    """Our figures from result.json and metrics.jsonl.
+    """Return our numbers from result.json and metrics.jsonl.
 
-    Without a warm-up the seconds are those from the building of the model on. With one they are those of the lines of
-    metrics.jsonl after it: a line has the rate since the line before; rates are averaged over time, with steps (packs
-    of equal length) for residues.
+    Without a warm-up, seconds count from the building of the model on. With one, they are those of the lines of
+    metrics.jsonl after it. A line has the rate since the line before; rates are averaged over time, weighted by steps
+    (packs of equal length).
 
     Returns:
-        residues_per_second is NaN and steps is not above 0 where the warm-up was all. `graphs` are the programs up to
-        the last step, `graphs_in_all` those of the evaluation after it too.
+        residues_per_second is NaN and steps is not above 0 if there was nothing after the warm-up. `graphs` are those
+        up to the last step; `graphs_in_all` includes those of the evaluation after it.
     """
     train = json.loads((out / "result.json").read_text())["train"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

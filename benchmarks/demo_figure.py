@@ -1,4 +1,4 @@
-"""The README's picture: the demo's learning curve, and its test figures beside two baselines on the same rows.
+"""Draw the README's picture: the demo's learning curve, and its test metrics beside two baselines on the same proteins.
 
 Run `make demo` first, then `python benchmarks/demo_figure.py`.
 """
@@ -26,7 +26,7 @@ METRICS = {"accuracy": "accuracy", "mcc": "MCC", "auroc": "AUROC"}
 
 
 def baselines(run: Path) -> dict[str, dict[str, Any]]:
-    """Majority and amino-acid composition on the run's test rows, whole sequences, fitted on its training rows."""
+    """Return majority and amino-acid composition on the run's test proteins, fitted on its training proteins."""
     cfg = read_config(run / "config.yaml")
     whole = {"max_residues": 100_000, "pack_tokens": 100_002}
     data = type(cfg.data)(**{**vars(cfg.data), **whole})

@@ -1,8 +1,8 @@
-"""Break things on purpose and write down what training says and leaves: benchmarks/results/faults.json and a table.
+"""Break things on purpose, and write down what training says and leaves: benchmarks/results/faults.json and a table.
 
 python benchmarks/faults.py
 
-Each fault meets a copy of a finished run of 20 steps, or a new run, in a fork of this process, by the command line.
+Each fault hits a copy of a finished run of 20 steps, or a new run, in a fork of this process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BALLAST = "ballast"
 
 
 def nothing(*_: Any) -> None:
-    """No fault of this kind."""
+    """Do nothing: there is no fault of this kind."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Fault:
     resumed: bool = True
     """Whether a finished run is resumed, or a new one started."""
     disk: bool = False
-    """Whether the run has a disk of its own, a tmpfs of 16 MB, which only root may mount."""
+    """Whether the run has a disk of its own: a tmpfs of 16 MB, which only root may mount."""
     root: bool = False
     """Whether only root can make it happen, for another reason."""
 
 
 def newest(run: Path, file: str) -> Path:
-    """A file of the newest checkpoint."""
+    """Return a file of the newest checkpoint."""
     return max((run / "checkpoints").iterdir()) / file
 
 
@@ -91,7 +91,7 @@ def other_version(run: Path) -> None:
 
 
 def from_step_8(act: Callable[[Path], object]) -> Callable[[], None]:
-    """`act` on the run's folder before step 8."""
+    """Have `act` change the run's folder before step 8."""
 
     def arm() -> None:
         from esm_neuron.training.trainer import Trainer
@@ -109,12 +109,12 @@ def from_step_8(act: Callable[[Path], object]) -> Callable[[], None]:
 
 
 def small_files(_: Path) -> None:
-    """No file may grow beyond 20 kB."""
+    """Let no file grow beyond 20 kB."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def fill(run: Path, free: int) -> None:
-    """Write on the run's disk until it has `free` bytes left."""
+    """Fill the run's disk until it has `free` bytes left."""
     with (run / BALLAST).open("wb", buffering=0) as file:
         with suppress(OSError):
             while file.write(bytes(4096)) == 4096:
@@ -123,12 +123,12 @@ def fill(run: Path, free: int) -> None:
 
 
 def become_nobody(_: Path) -> None:
-    """A user who may read and not write what root has made."""
+    """Become a user who may read, but not write, what root has made."""
     os.setuid(65534)
 
 
 def spoil(*steps: int) -> Callable[[], None]:
-    """Make the weights of the proteins of these steps, counted from 1, NaN."""
+    """Make the proteins' loss weights NaN in these steps, counted from 1."""
 
     def arm() -> None:
         from esm_neuron.data.loader import TrainLoader
@@ -147,7 +147,7 @@ def spoil(*steps: int) -> Callable[[], None]:
 
 
 def hang() -> None:
-    """Step 7 never gets its rows."""
+    """Let step 7 wait for its packs for ever."""
     from esm_neuron.data.loader import TrainLoader
 
     load = TrainLoader.load
@@ -161,7 +161,7 @@ def hang() -> None:
 
 
 def signalled(owner: str, name: str, call: int, *pauses: float) -> Callable[[], None]:
-    """SIGTERM in a call of a function, the `call`th: at its beginning, and again after each pause, in seconds."""
+    """Send SIGTERM at the beginning of the `call`th call of a function, and again after each pause, in seconds."""
 
     def arm() -> None:
         place = pkgutil.resolve_name(owner)
@@ -181,7 +181,7 @@ def signalled(owner: str, name: str, call: int, *pauses: float) -> Callable[[], 
 
 
 def signalled_compiling(*moments: float) -> Callable[[], None]:
-    """SIGTERM so many seconds after the first step has gone to the compiler; the second is no echo after 0.2 s."""
+    """Send SIGTERM these seconds after the first step went to the compiler; a second counts as new after 0.2 s."""
 
     def arm() -> None:
         from esm_neuron.backends.xla import XlaBackend
@@ -263,7 +263,7 @@ FAULTS = [
 
 
 def command(cfg: Any, process: Callable[[], None]) -> None:
-    """In a fork: `esm-neuron train`, broken."""
+    """Run `esm-neuron train` with a fault, in a fork."""
     from esm_neuron.cli import main
     from esm_neuron.config import settings
 
@@ -280,7 +280,7 @@ def command(cfg: Any, process: Callable[[], None]) -> None:
 
 
 def run(cfg: Any, process: Callable[[], None] = nothing) -> tuple[int, list[str]]:
-    """Exit code, and what was said in warnings and errors."""
+    """Return the exit code, and the warnings and errors."""
     child = tiny_run.FORK.Process(target=command, args=(cfg, process))
     child.start()
     child.join()
@@ -290,7 +290,7 @@ def run(cfg: Any, process: Callable[[], None] = nothing) -> tuple[int, list[str]
 
 
 def whole_steps(cfg: Any) -> list[int]:
-    """Steps of the checkpoints that can be loaded."""
+    """Return the steps of the checkpoints that can be loaded."""
     from esm_neuron.errors import CheckpointError
     from esm_neuron.training import checkpoint
 
@@ -305,7 +305,7 @@ def whole_steps(cfg: Any) -> list[int]:
 
 
 def unbroken(folder: Path, backend: BackendName) -> dict[str, Any]:
-    """What a run leaves that nothing happens to; it is trained where it was not yet."""
+    """Return what an unbroken run leaves; train it first if that has not been done."""
     cfg = tiny_run.configuration(folder, f"whole-{backend}", tiny_run.Mode(backend=backend), STEPS)
     if not Path(cfg.output).exists():
         code, said = run(cfg)
@@ -316,7 +316,7 @@ def unbroken(folder: Path, backend: BackendName) -> dict[str, Any]:
 
 @contextmanager
 def own_disk(folder: Path) -> Iterator[None]:
-    """A small tmpfs at `folder`."""
+    """Mount a small tmpfs at `folder`."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], check=True)
     try:
@@ -326,7 +326,7 @@ def own_disk(folder: Path) -> Iterator[None]:
 
 
 def inject(fault: Fault, folder: Path, number: int) -> dict[str, Any]:
-    """One fault, its outcome, and whether a run that finished, or went on without it, left what the unbroken did."""
+    """Return the outcome of a fault, and whether the run, finished or continued, left what the unbroken one did."""
     chosen = dict(fault.settings or {})
     backend = chosen.pop("backend", "cpu")
     expected = unbroken(folder, backend)
@@ -355,7 +355,7 @@ def inject(fault: Fault, folder: Path, number: int) -> dict[str, Any]:
 
 
 def outcome(found: dict[str, Any]) -> str:
-    """One cell of the table."""
+    """Return one cell of the table."""
     end = {True: "finished, byte for byte as unbroken", False: "finished", None: f"ended with {found['exit']}"}
     kept = f"whole checkpoints: {', '.join(map(str, found['whole_checkpoints'])) or 'none'}"
     on = {True: "; gone on without it: byte for byte as unbroken", False: "; GONE ON, AND DIFFERS", None: ""}

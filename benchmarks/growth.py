@@ -1,6 +1,6 @@
-"""How residues per second grow with data size and with sequence length: ours and HF Trainer's best, in turn, one run.
+"""How residues per second change with the data size and with the sequence length: ours and HF Trainer's best, in turn.
 
-Every point is one process of `throughput.py`'s; who comes first alternates from point to point and from repeat to
+Every point is one process of `throughput.py`; who comes first alternates from point to point and from repeat to
 repeat. Writes `results/growth-BACKEND-SHAPE.json` after every point, and a plot at the end.
 """
 
@@ -29,7 +29,7 @@ AXES = {"rows": "training proteins", "max-residues": "longest protein, residues"
 
 
 def measure(who: Contestant, axis: str, value: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One contestant at one value of `--axis`."""
+    """Measure one contestant at one value of `--axis`."""
     with tempfile.TemporaryDirectory() as folder:
         metrics = run(who, args, Path(folder), write_rows(args, Path(folder)))
     shown = metrics.get("error") or f"{metrics['residues_per_second']:.0f} residues/s"
@@ -38,7 +38,7 @@ def measure(who: Contestant, axis: str, value: int, args: argparse.Namespace) ->
 
 
 def plot(points: list[dict[str, Any]], title: str, path: Path) -> None:
-    """A panel an axis, a line of medians and the range a contestant."""
+    """Draw one panel per axis, and per contestant a line of medians with its range."""
     figure, panels = plt.subplots(1, len(AXES), figsize=(5 * len(AXES), 3.4), sharey=True)
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
         for who in CONTESTANTS:
@@ -64,7 +64,7 @@ def plot(points: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def point_of(args: argparse.Namespace, rows: int, max_residues: int) -> argparse.Namespace:
-    """What `throughput.py` would be asked for: one pass over the rows, or `--max-steps` where that is less."""
+    """Return the options for `throughput.py`: one pass over the proteins, or `--max-steps` if that is less."""
     options = {
         "backend": args.backend, "shape": args.shape, "precision": "fp32", "threads": args.threads, "rows": rows,
         "max-residues": max_residues,
@@ -75,7 +75,7 @@ def point_of(args: argparse.Namespace, rows: int, max_residues: int) -> argparse
 
 
 def main() -> int:
-    """Measure every point and write them; exit code 1 where one failed."""
+    """Measure every point and write them; exit code 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=("cpu", "xla"), default="cpu", help="xla is XLA:CPU, compilation included")
     parser.add_argument("--shape", default="esm2_t6_8M")

@@ -1,17 +1,17 @@
-"""One setting of Hugging Face Trainer + PEFT, measured in a process of its own; writes its `--figures`, as JSON.
+"""Measure one setting of Hugging Face Trainer + PEFT in a process of its own, and write its `--figures` as JSON.
 
-What a careful user of Trainer would write: EsmForSequenceClassification, LoRA on all six linears of a block, AdamW, and
-batches padded to the cap, to their longest member, or grouped by length first. What counts is residues of proteins that
-went through an optimizer step, never padding and never <cls> or <eos>.
+This is what a careful user of Trainer would write: EsmForSequenceClassification, LoRA on all six linears of a block,
+AdamW, and batches padded to the cap, to their longest member, or grouped by length first. Counted are residues of
+proteins that went through an optimizer step, never padding, <cls> or <eos>.
 
 torch_xla, where installed, makes accelerate choose the XLA device even under `use_cpu=True`, and there Trainer's
 default fused AdamW raises. `USE_TORCH_XLA=0`, which accelerate and transformers read while they are imported, gives a
 true CPU run; the device of the parameters is checked before anything is measured. On XLA the optimizer is plain
 `adamw_torch`; elsewhere it is Trainer's own default.
 
-Without a warm-up the clock starts before the model is built, as ours does, and what is compiled is part of the time.
-Tokens are counted by the collator, on the host: a sum over a batch on an XLA device would be a program of its own, and
-a wait in every step.
+Without a warm-up the clock starts before the model is built, as ours does, so compilation is part of the time. The
+collator counts tokens on the host: on an XLA device, a sum over a batch would be a graph of its own, and a wait in
+every step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SETTINGS = ("padded", "dynamic", "group_by_length")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; throughput.py gives the same rows and figures to every contestant."""
+    """Read the command line; throughput.py gives the same proteins and settings to every contestant."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="TSV with sequence and label; every row is trained on once")
     parser.add_argument("--figures", required=True, type=Path, help="JSON file to write what was measured to")
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Train and return the figures of the steps after the warm-up."""
+    """Train, and return the numbers of the steps after the warm-up."""
     import pandas as pd
     import torch
     from datasets import Dataset
@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
 
     class Counted(DataCollatorWithPadding):
-        """Remembers residues, tokens and slots of each batch, in the order in which batches are trained on."""
+        """Remember residues, tokens and slots of each batch, in the order of training."""
 
         def __call__(self, features: Any) -> Any:
             batch = super().__call__(features)
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             return batch
 
     class Timed(Trainer):
-        """Counts steps; the time starts when the warm-up steps are done."""
+        """Count steps; the time starts after the warm-up steps."""
 
         seen, began = 0, 0.0
 
@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def adapted(model: Any, lora: Any, args: argparse.Namespace) -> Any:
-    """`model` with the adapter that is asked for, on every linear of its blocks."""
+    """Return `model` with the adapter that is asked for, on every linear of its blocks."""
     from peft import get_peft_model
 
     if args.adapter == "qlora":
@@ -163,7 +163,7 @@ def adapted(model: Any, lora: Any, args: argparse.Namespace) -> Any:
 
 
 def quantized(model: Any, precision: str) -> Any:
-    """`model` saved and loaded again by transformers with bitsandbytes' NF4; the head stays float."""
+    """Return `model` after saving and loading it by transformers with bitsandbytes' NF4; the head stays float."""
     import torch
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig, EsmForSequenceClassification
@@ -182,7 +182,7 @@ def quantized(model: Any, precision: str) -> Any:
 
 
 def graphs() -> int:
-    """Programs that torch_xla has compiled."""
+    """Return how many graphs torch_xla has compiled."""
     from torch_xla.debug import metrics
 
     return int(metrics.metric_data("CompileTime")[0])

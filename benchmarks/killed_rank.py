@@ -1,4 +1,4 @@
-"""One rank of one attempt of soak.py: it trains, keeps the numbers of its steps in files, and may kill itself."""
+"""One rank of one attempt of soak.py: it trains, writes its step numbers to files, and may kill itself."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Kill:
 
 
 def die() -> None:
-    """As by `kill -9`."""
+    """End this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arm(kill: Kill) -> None:
-    """Have this process die at the moment of `kill`."""
+    """Arrange for this process to die at the moment of `kill`."""
     from esm_neuron.training import checkpoint
     from esm_neuron.training import evaluation as evaluate
     from esm_neuron.training.trainer import Trainer
@@ -82,7 +82,7 @@ def arm(kill: Kill) -> None:
 
 
 def train(cfg: Any, mode: Mode, rank: int, port: int, kill: Kill | None) -> None:
-    """In a fork: one rank of one attempt; the process ends with its exit code."""
+    """Run one rank of one attempt in a fork; the process ends with its exit code."""
     with Path(f"{cfg.output}.{rank}.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -115,17 +115,17 @@ def train(cfg: Any, mode: Mode, rank: int, port: int, kill: Kill | None) -> None
 
 
 def step_file(cfg: Any, rank: int) -> Path:
-    """Where a rank keeps the number of its last whole step."""
+    """Return the file with the number of a rank's last whole step."""
     return Path(f"{cfg.output}.{rank}.step")
 
 
 def begin_file(cfg: Any, rank: int) -> Path:
-    """Where it keeps the step that it has gone on from."""
+    """Return the file with the step that a rank went on from."""
     return Path(f"{cfg.output}.{rank}.begin")
 
 
 def note_steps(done: Path, begin: Path) -> None:
-    """Have this rank keep these two numbers in files, which a kill leaves as they are."""
+    """Have this rank write the two numbers to files, which a kill leaves as they are."""
     from esm_neuron.training.trainer import Trainer
 
     step, fit, file = Trainer.train_step, Trainer.fit, os.open(done, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -143,7 +143,7 @@ def note_steps(done: Path, begin: Path) -> None:
 
 
 def join_standins() -> None:
-    """As tests/nxd/worker.py does: a process group on gloo, and torch_xla's calls between processes on it."""
+    """Set up a process group on gloo, and torch_xla's collectives on it, as tests/nxd/worker.py does."""
     import torch.distributed as dist
     from standins import collectives
 

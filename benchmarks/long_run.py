@@ -1,11 +1,11 @@
-"""Does anything grow while a run goes on? Memory, open files, threads and compiled programs over half an hour.
+"""Does anything grow while a run goes on? Memory, open files, threads and compiled graphs over half an hour.
 
 python benchmarks/long_run.py                  30 minutes on the CPU
-python benchmarks/long_run.py --backend xla    on XLA:CPU, where programs are counted
+python benchmarks/long_run.py --backend xla    on XLA:CPU, where graphs are counted
 
 A tiny model trains with accumulation, packs, an evaluation every 200 steps and a checkpoint every 100, and is asked to
-stop by SIGTERM when the time is over. Samples of a minute are averaged, since neighbouring ones are alike; slopes are
-least squares over these minutes, the first fifth left out, with 95 % intervals by Student's t.
+stop by SIGTERM when the time is over. Samples are averaged by the minute, since neighbouring ones are alike. Slopes are
+least squares over these minutes, without the first fifth, with 95 % intervals by Student's t.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ WARM_UP = 0.2
 
 
 class Sampler:
-    """A callback that notes what this process holds, at most once a second, and ends the run after `seconds`.
+    """A callback that notes what this process holds, at most once per second, and ends the run after `seconds`.
 
-    It adds up by the minute, in memory taken before: a list that grows would be part of what is measured.
+    It adds up by the minute in memory that it took at the start: a growing list would be part of what is measured.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -68,14 +68,14 @@ class Sampler:
 
 
 def held() -> dict[str, float]:
-    """What this process holds now."""
+    """Return what this process holds now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     memory = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
     return {"memory_mb": memory, "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()}
 
 
 def slope(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """Growth of a quantity per hour, with its 95 % interval, from the means of minutes after the warm-up.
+    """Return the growth of a quantity per hour, with its 95 % interval, from the means of minutes after the warm-up.
 
     Args:
         sums: [minutes] the quantity's values, added up.

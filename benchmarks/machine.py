@@ -1,4 +1,4 @@
-"""What figures depend on: the processor, the memory, versions, the commit, and who else is at work."""
+"""What measurements depend on: the processor, the memory, versions, the commit, and the load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VERSIONS = ("torch", "torch_xla", "transformers", "peft", "bitsandbytes", "accel
 
 
 def machine() -> dict[str, Any]:
-    """Processor, memory, versions and commit."""
+    """Return processor, memory, versions and commit."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
 
 
 def gpu() -> str | None:
-    """Name, memory, driver, power limit and clock of the first GPU; None where there is none."""
+    """Return name, memory, driver, power limit and clock of the first GPU; None if there is none."""
     asked = "name,memory.total,driver_version,power.limit,clocks.max.sm"
     try:
         words = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "--id=0"]
@@ -48,7 +48,7 @@ def gpu() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, `+changes` where tracked files differ from it (results but for); None: no git."""
+    """Return the commit, with `+changes` if tracked files other than results differ from it; None without git."""
     head = _git("rev-parse", "HEAD")
     if head is None:
         return None
@@ -57,7 +57,7 @@ def commit() -> str | None:
 
 
 def load() -> float:
-    """Processes at work, mean of the last minute; the threads of a run that has just ended are among them."""
+    """Return the mean number of running processes in the last minute, a run that has just ended included."""
     return round(os.getloadavg()[0], 2)
 
 

@@ -1,8 +1,8 @@
-"""Does packing change what is learnt? The demo's data, seeds and proteins a step, packed and one protein a row.
+"""Does packing change what is learnt? The demo's data, packed, and with one protein per pack.
 
 Trains `--seeds` times each way and draws the validation curves of all runs on one plot against residues seen; prints
 the paired difference at the end. Writes `results/packed-accuracy.json` after every run, and `.png` at the end; the runs
-and what they said are kept in `--folder`. As it stands: about 25 minutes on two cores.
+and their logs are kept in `--folder`. It takes about 25 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MEASURES = {"loss": "validation loss, nats", "mcc": "validation MCC"}
 
 
 def settings_of(way: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What a way sets beside the demo's configuration: as many proteins a step, in rows of its own kind."""
+    """Return the settings of a way: as many proteins per step, in packs of its own kind."""
     rows = args.packs_per_step
     own: dict[str, Any] = {}
     if way == "unpacked":
@@ -58,7 +58,7 @@ def settings_of(way: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def of_demo(args: argparse.Namespace) -> tuple[int, int]:
-    """Tokens of the demo's longest protein, and how many proteins its packs of `--rows-per-step` rows hold."""
+    """Return the tokens of the demo's longest protein, and how many proteins `--rows-per-step` packs hold."""
     from esm_neuron.config import settings
     from esm_neuron.data.labels import Labels
     from esm_neuron.data.packing import plan_epoch
@@ -73,7 +73,7 @@ def of_demo(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def train(options: dict[str, Any], threads: int) -> dict[str, Any]:
-    """One run: the load before it, its seconds, and its curve: step, residues seen and validation figures."""
+    """Train once; return the load before it, its seconds, and its curve: step, residues seen, validation metrics."""
     out = Path(options["output"])
     shutil.rmtree(out, ignore_errors=True)
     log = out.with_suffix(".log")
@@ -96,7 +96,7 @@ def train(options: dict[str, Any], threads: int) -> dict[str, Any]:
 
 
 def plot(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    """A panel a measure, a thin line a seed, the mean of each way in bold."""
+    """Draw one panel per metric, a thin line per seed, and the mean of each way in bold."""
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(10, 3.6))
     for panel, (name, title) in zip(panels, MEASURES.items(), strict=True):
         for way, colour in WAYS.items():

@@ -1,8 +1,9 @@
-"""How fast, how lean and how tight packing is: `python benchmarks/packing.py --sequences 50000000`.
+"""Measure the speed, memory and efficiency of packing: `python benchmarks/packing.py --sequences 50000000`.
 
 Lengths are drawn from a log-normal law close to UniProt's (median 300 residues) and cropped, or read from the sequence
-column of a TSV file. Planned once without a clock, so that numpy's own set-up is not counted. Prints one JSON line, and
-writes it with the machine to `results/packing-SOURCE-SEQUENCES-PACK_TOKENSxPACKS_PER_STEP-SEGMENTS.json`.
+column of a TSV file. One plan is made before the clock starts, so that numpy's own set-up is not counted. Prints a
+JSON line, and writes it with the machine to
+`results/packing-SOURCE-SEQUENCES-PACK_TOKENSxPACKS_PER_STEP-SEGMENTS.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from esm_neuron.data.packing import plan_epoch
 
 
 def drawn_lengths(sequences: int, pack_tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """int32 [sequences]: tokens of each, specials included; drawn a million at a time to keep memory for the plan."""
+    """Draw the tokens of each sequence, int32, specials included, a million at a time to leave memory for the plan."""
     lengths = np.empty(sequences, np.int32)
     for start in range(0, sequences, 1_000_000):
         part = lengths[start : start + 1_000_000]
@@ -30,7 +31,7 @@ def drawn_lengths(sequences: int, pack_tokens: int, rng: np.random.Generator) ->
 
 
 def read_lengths(path: str, column: str, pack_tokens: int) -> np.ndarray:
-    """int64 [rows]: tokens of each sequence of a TSV file, cropped to the pack."""
+    """Return the tokens of each sequence of a TSV file, int64, cropped to the pack."""
     residues = pd.read_csv(path, sep="\t", usecols=[column])[column].str.len()
     return residues.clip(upper=pack_tokens - 2).to_numpy() + 2
 

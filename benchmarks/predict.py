@@ -1,10 +1,10 @@
 """Predict and embed on a large FASTA of random proteins: rate, memory over time, and a kill in the middle.
 
-python benchmarks/answers.py --records 200000 --folder FOLDER
+python benchmarks/predict.py --records 200000 --folder FOLDER
 
-Shape `tiny`, random weights: what is measured is the engine around the model. Each command runs in a process of its
-own, whose resident memory is read from /proc; the one to be killed gets SIGKILL once half of its parts are there, and
-is resumed.
+The shape is `tiny`, newly initialized: what is measured is the engine around the model. Each command runs in a process
+of its own, whose resident memory is read from /proc. The one to be killed gets SIGKILL once half of its shards are
+there, and is resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ AMINO_ACIDS = RESIDUES[:20]
 
 
 def write_fasta(path: Path, records: int, seed: int = 0) -> int:
-    """Random proteins of 20 to 100 residues; returns their residues."""
+    """Write random proteins of 20 to 100 residues; return how many residues they have."""
     rng, total = random.Random(seed), 0
     with path.open("w") as file:
         for number in range(records):
@@ -41,7 +41,7 @@ def write_fasta(path: Path, records: int, seed: int = 0) -> int:
 
 
 def make_run(folder: Path) -> Path:
-    """One training step of the shape `tiny`: a finished run with random weights."""
+    """Make a finished run: one training step of the shape `tiny`, newly initialized."""
     rng = random.Random(1)
     rows = [f"p{i},{''.join(rng.choices(AMINO_ACIDS, k=50))},{'ab'[i % 2]}" for i in range(40)]
     (folder / "train.csv").write_text("\n".join(["id,sequence,label", *rows]) + "\n")
@@ -58,13 +58,13 @@ def make_run(folder: Path) -> Path:
 
 
 def resident(pid: int) -> float:
-    """Anonymous resident memory in MB."""
+    """Return the anonymous resident memory in MB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def watch(words: Sequence[str], parts: Path, kill_at: int | None = None) -> dict[str, Any]:
-    """Run a command; memory and finished parts every half second; SIGKILL at `kill_at` parts."""
+    """Run a command, noting memory and finished shards every half second; SIGKILL it at `kill_at` shards."""
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "esm_neuron.cli", *words])
     seen: list[tuple[float, int, float]] = []
@@ -94,14 +94,14 @@ def watch(words: Sequence[str], parts: Path, kill_at: int | None = None) -> dict
 
 
 def check(table: Path, records: int) -> dict[str, Any]:
-    """Whether every record is there once and in order."""
+    """Return whether every record is there, once and in order."""
     frame = pd.read_parquet(table, columns=["id"]) if table.suffix == ".parquet" else pd.read_csv(table, usecols=["id"])
     ordered = frame["id"].tolist() == [f"protein_{number}" for number in range(records)]
     return {"rows": len(frame), "each once and in order": ordered}
 
 
 def main() -> None:
-    """Everything, as JSON."""
+    """Measure everything, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--folder", type=Path, required=True)

@@ -1,7 +1,7 @@
-"""Where the time of a training step goes on the CPU: `python benchmarks/profile_step.py`.
+"""Show where the time of a training step goes on the CPU: `python benchmarks/profile_step.py`.
 
-Trains as `throughput.py` does, ours alone, and records steps after a warm-up with torch's profiler. An operation's own
-time counts, without that of those it calls; what is left of the steps' time is Python, and waiting for the next batch.
+Trains as `throughput.py` does, ours alone, and records steps after a warm-up with torch's profiler. An operation's
+own time counts, without that of the operations it calls; the rest is Python, and waiting for the next batch.
 Prints the shares by kind and writes them, with the 25 longest operations and the machine, to `results/profile-*.json`.
 """
 
@@ -38,13 +38,13 @@ KINDS = {
     "layer norm": ("layer_norm",),
     "copies": ("copy_", "cat", "index", "gather", "embedding", "clone", "pad"),
 }
-"""Kind -> names of matrix products, and parts of the other operations' names; what has none of them is element-wise."""
+"""Kind -> names of matrix products, and parts of the other operations' names; the rest is element-wise."""
 UPDATE, REST, BETWEEN = "update", "element-wise and the rest", "between operations"
 LONGEST = 25
 
 
 def kind_of(name: str) -> str:
-    """An operation's kind, the first that fits."""
+    """Return an operation's kind: the first that matches."""
     operation = name.removeprefix("aten::")
     if operation in KINDS["matrix products"]:
         return "matrix products"
@@ -53,7 +53,7 @@ def kind_of(name: str) -> str:
 
 
 def in_update(event: FunctionEvent) -> bool:
-    """Whether an operation was called, at any depth, by the clipping and the optimizer."""
+    """Return whether an operation was called, at any depth, by the clipping or the optimizer."""
     caller: FunctionEvent | None = event
     while caller is not None and caller.name != UPDATE:
         caller = caller.cpu_parent
@@ -61,7 +61,7 @@ def in_update(event: FunctionEvent) -> bool:
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """Shares of the time of the recorded steps."""
+    """Return shares of the time of the recorded steps."""
     torch.set_num_threads(args.threads)
     step, update = Trainer.train_step, CpuBackend.step
     recorder, clock = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), [0.0]
@@ -100,7 +100,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Train, record, and write the shares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="esm2_t6_8M")
     parser.add_argument("--adapter", choices=("none", "lora"), default="lora")

@@ -1,12 +1,12 @@
-"""docs/results.md: every task on real data, from the shipped checkpoint, from random weights, and by baselines.
+"""docs/results.md: every task on real data, from the shipped checkpoint, newly initialized, and by baselines.
 
     python benchmarks/results.py --data data              # train what has not finished, score, write the page
     python benchmarks/results.py --only demo --init random   # train one run alone
     python benchmarks/results.py --from-saved             # train nothing: the page from what there is
 
 `esm-neuron data get scl2205`, `disorder` and `amyloid` make the data. Each run is `esm-neuron train` with a file of
-configs/ and can be stopped and given again. Test rows are scored once, at the end of a run, with the step that its
-validation rows chose; baselines are fitted on the same training rows and see whole sequences.
+configs/; it can be stopped and started again. The test set is scored once, at the end of a run, with the step that
+validation chose. Baselines are fitted on the same training proteins and see whole sequences.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ HERE = Path(__file__).parent
 CONFIGS, SAVED, PAGE = HERE.parent / "configs", HERE / "results" / "tasks.json", HERE.parent / "docs" / "results.md"
 INITS = ("pretrained", "random")
 SHOWN = ("model", "chosen_step", "adapter", "parameters", "train")
-"""What the page tells of a run."""
+"""What the page shows of a run."""
 
 Figure = Callable[[np.ndarray], np.ndarray]
-"""From multiplicities [k, proteins] to a figure of each resample [k]."""
+"""From multiplicities [k, proteins] to a metric per resample [k]."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A row of the page."""
+    """One task of the page."""
 
     name: str
-    """Of its file in configs/."""
+    """Name of its file in configs/."""
     title: str
     metrics: tuple[str, ...]
-    """Compared pair by pair; the first decides."""
+    """Metrics that are compared; the first one decides."""
     baseline: str
-    """What has to be beaten besides random weights."""
+    """What has to be beaten besides the newly initialized network."""
     all_related: str = ""
-    """Why there are no clean rows, where there are none."""
+    """Why there are no clean proteins, if there are none."""
 
 
 EXPERIMENTS = (
@@ -80,7 +80,7 @@ EXPERIMENTS = (
 
 
 def configured(experiment: Experiment, init: str, data: Path, runs: Path) -> TrainConfig:
-    """The configuration of a run: its file, the user's data folder, and where it starts."""
+    """Return the configuration of a run: its file, with the user's data folder and the start of the weights."""
     path = CONFIGS / f"{experiment.name}.yaml"
     own = settings.read_config(path)
     train = Path(str(own.data.train))
@@ -96,14 +96,14 @@ def configured(experiment: Experiment, init: str, data: Path, runs: Path) -> Tra
 
 
 def train(cfg: TrainConfig) -> None:
-    """Run it, or what is left of it."""
+    """Train it, or what is left of it."""
     if not (Path(cfg.output) / RESULT).exists():
         print(f"== {cfg.output}", flush=True)
         run.train(cfg, lambda text: print(text, flush=True))
 
 
 def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
-    """Figures of both runs and of the baselines on the test rows and the clean ones, and paired differences."""
+    """Return the metrics of both runs and the baselines, of all test proteins and the clean ones, and differences."""
     cfg = configured(experiment, "pretrained", data, runs)
     finished = {init: read_finished(runs / f"{experiment.name}-{init}") for init in INITS}
     predictions = {init: one.predictions["test"].to_pandas() for init, one in finished.items()}
@@ -145,7 +145,7 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
 
 
 def paired(task: str, metric: str, labels: tuple[str, ...], one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
-    """`metric` of one answerer less that of another, with both scored on the same resamples of proteins."""
+    """Return the difference of a metric between two sets of predictions, scored on the same resamples of proteins."""
     a, b = (scorer(task, metric, labels, predictions) for predictions in (one, other))
     drawn = bootstrap(len(one), lambda counts: {"difference": a(counts) - b(counts)}, width=len(one) * 4)
     once = np.ones((1, len(one)))
@@ -155,7 +155,7 @@ def paired(task: str, metric: str, labels: tuple[str, ...], one: pd.DataFrame, o
 def scorer(
     task: str, metric: str, labels: tuple[str, ...], predictions: pd.DataFrame
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """How `metric` of one answerer follows from how often each protein was drawn."""
+    """Return the function from how often each protein was drawn to `metric` of these predictions."""
     if task in ("sequence_classification", "residue_classification"):
         cells = confusion_cells(labels, predictions, task == "residue_classification")
         return lambda counts: confusion_scores((counts @ cells).reshape(-1, len(labels), len(labels)))[metric]
@@ -186,12 +186,12 @@ def scorer(
 
 
 def has_label(texts: pd.Series, label: str) -> np.ndarray:
-    """bool [proteins]: whether `label` is among those that each text joins."""
+    """Return whether `label` is among those that each text joins, bool [proteins]."""
     return np.array([label in text.split(LIST_JOINER) for text in texts])
 
 
 def confusion_cells(labels: tuple[str, ...], predictions: pd.DataFrame, per_residue: bool) -> np.ndarray:
-    """float64 [proteins, C * C]: how often each pair of truth and answer occurs in a protein."""
+    """Return how often each pair of target and prediction occurs in a protein, float64 [proteins, C * C]."""
     place = {label: i for i, label in enumerate(labels)}
     cells = np.zeros((len(predictions), len(labels) ** 2))
     for row, (truth, said) in enumerate(
@@ -204,13 +204,13 @@ def confusion_cells(labels: tuple[str, ...], predictions: pd.DataFrame, per_resi
 
 
 def macro_f1(right: np.ndarray, marked: np.ndarray) -> np.ndarray:
-    """[k] from sums over proteins [k, C], 0 for a class neither present nor predicted, as in `multi_label_figures`."""
+    """Return macro-F1 [k] from sums over proteins [k, C]; a class neither present nor predicted counts 0."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(marked > 0, 2 * right / marked, 0.0).mean(1))
 
 
 def verdict(metric: str, difference: Mapping[str, Any]) -> str:
-    """`better`, `worse`, or `undecided` where the interval of the difference holds 0."""
+    """Return `better`, `worse`, or `undecided` if the interval of the difference contains 0."""
     low, high = difference["difference_ci"]
     if low <= 0 <= high:
         return "undecided"
@@ -218,7 +218,7 @@ def verdict(metric: str, difference: Mapping[str, Any]) -> str:
 
 
 def page(saved: Mapping[str, Any]) -> str:
-    """docs/results.md."""
+    """Return docs/results.md."""
     environment = Environment(
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
@@ -236,7 +236,7 @@ def page(saved: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Train, score and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of `esm-neuron data get`")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs")

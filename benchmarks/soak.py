@@ -1,14 +1,14 @@
-"""Kill training at random moments and resume it until it is done; then everything must be what one run would have left.
+"""Kill training at random moments and resume it until it is done; then all files must be those of an unbroken run.
 
 python benchmarks/soak.py                              every mode that this machine can run, 8 kills each
 python benchmarks/soak.py --modes lora gloo --kills 3  some of them
 NXD_SRC=<folder> python benchmarks/soak.py --modes nxd the real neuronx-distributed with ZeRO-1, on gloo
 
-A kill is SIGKILL, from within the process so that it can be placed: at a random time of the training loop, after a
-random file of a checkpoint (the file cut in half), or before a random batch of an evaluation. Where there are peers,
-one rank is killed and the others must end by themselves within a minute, by an error with its reason; or it hangs,
-stopped by SIGSTOP, and their watchdogs must end them. A mode has each kind once before any twice, and each attempt must
-go on from the newest checkpoint: one that began anew would end with the same bytes. Moments are drawn from --seed.
+A kill is SIGKILL from within the process, so that it can be placed: at a random time of the training loop, after a
+random file of a checkpoint (the file cut in half), or before a random batch of an evaluation. If there are peers, one
+rank is killed and the others must end by themselves within a minute, with an error that gives the reason; or it hangs,
+stopped by SIGSTOP, and their watchdogs must end them. A mode has each kind once before any twice. Each attempt must go
+on from the newest checkpoint, because one that began anew would end with the same bytes. Moments are drawn from --seed.
 Attempts are forks of this process, which has imported everything and run nothing.
 """
 
@@ -57,7 +57,7 @@ class Ended:
 
 
 def attempt(cfg: Any, mode: Mode, kill: Kill | None) -> Ended:
-    """All ranks of one attempt, to their end.
+    """Run all ranks of one attempt to their end.
 
     Raises:
         RuntimeError: a rank lived on a minute after its peer had died, or five after it hung; or nothing ended at all.
@@ -98,7 +98,7 @@ def attempt(cfg: Any, mode: Mode, kill: Kill | None) -> Ended:
 
 
 def is_stopped(pid: int | None) -> bool:
-    """Whether a process is stopped by SIGSTOP."""
+    """Return whether a process is stopped by SIGSTOP."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "T"
     except OSError:  # it has ended
@@ -106,12 +106,12 @@ def is_stopped(pid: int | None) -> bool:
 
 
 def newest_step(output: Path) -> int:
-    """The step of the newest checkpoint that can be seen, which is to be whole; 0: none."""
+    """Return the step of the newest checkpoint that can be seen, which must be whole; 0 if there is none."""
     return max((int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*")), default=0)
 
 
 def check_not_ahead(cfg: Any, processes: int) -> None:
-    """After a kill: nothing may be saved of a step that not all ranks have done.
+    """Check after a kill that nothing is saved of a step that not all ranks have done.
 
     Raises:
         RuntimeError: something is.
@@ -125,7 +125,7 @@ def check_not_ahead(cfg: Any, processes: int) -> None:
 
 
 def check_went_on(cfg: Any, processes: int, newest: int) -> None:
-    """After an attempt: every rank that came to train has gone on from the checkpoint that was the `newest` before it.
+    """Check after an attempt that every rank that trained went on from the checkpoint that was the `newest` before it.
 
     Raises:
         RuntimeError: one has begun elsewhere.
@@ -137,7 +137,7 @@ def check_went_on(cfg: Any, processes: int, newest: int) -> None:
 
 
 def check_ended_by_kill(cfg: Any, kill: Kill, codes: list[int]) -> None:
-    """One rank was killed; its peers ended with an error that gives the reason, or by their watchdogs if it hung.
+    """Check that one rank was killed, and that its peers gave the reason, or were ended by their watchdogs if it hung.
 
     Raises:
         RuntimeError: they ended otherwise.
@@ -150,7 +150,7 @@ def check_ended_by_kill(cfg: Any, kill: Kill, codes: list[int]) -> None:
 
 
 def ask(cfg: Any) -> None:
-    """Predictions of a finished run on the test file, beside it; in a fork."""
+    """Write a finished run's predictions of the test file beside it, in a fork."""
 
     def predict_there() -> None:
         from esm_neuron.inference.predict import predict
@@ -166,7 +166,7 @@ def ask(cfg: Any) -> None:
 
 
 def draw(rng: random.Random, mode: Mode, seconds: float, steps: int, found: Counter[str]) -> Kill:
-    """The next kill: of a kind that was not `found` yet, then of any alike, but twice as often anywhere in the loop."""
+    """Draw the next kill: first of a kind not `found` yet, then of any kind, twice as often anywhere in the loop."""
     kinds = KINDS if mode.processes > 1 else KINDS[:3]
     kind = rng.choice([kind for kind in kinds if not found[kind]] or [*kinds, "step"])
     if kind == "write":
@@ -236,7 +236,7 @@ def soak(name: str, kills: int, steps: int, seed: int, folder: Path) -> dict[str
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = ["| mode | processes | kills | in the loop | in a checkpoint | in an evaluation | hung | files | differ |"]
     lines.append("|" + "---|" * 9)
     for name, r in results.items():
@@ -246,7 +246,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Soak the modes asked for; the exit code is 1 where anything differed or failed: its folder is then kept."""
+    """Soak the modes asked for; if anything differed or failed, keep its folder and return exit code 1."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     able = [name for name in MODES if not name.startswith("nxd") or "NXD_SRC" in os.environ]
     words.add_argument("--modes", nargs="+", choices=list(MODES), default=able)

@@ -1,4 +1,4 @@
-"""Residues per second of esm-neuron against Hugging Face Trainer + PEFT: same rows, same machine, one run.
+"""Measure residues per second of esm-neuron and of Hugging Face Trainer + PEFT: same proteins, same machine, one run.
 
 Every setting runs in a process of its own, in turn, `--repeats` times; the table has medians. Writes a JSON file with
 every run and the machine, and a plot, under `benchmarks/results/`. See README.md here for what is held equal.
@@ -42,7 +42,7 @@ TOO_SLOW = 4
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=HERE.parent / "examples/demo/localization.tsv.gz")
     parser.add_argument("--rows", type=int, default=192, help="training proteins, sampled with a fixed seed")
@@ -81,7 +81,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def stem_of(args: argparse.Namespace) -> str:
-    """The files' name: every option that is not the default, so that no measurement overwrites another."""
+    """Return the files' name: every option that is not the default, so that no measurement overwrites another."""
     parts = [args.backend, args.shape, "+".join(args.precision), "+".join(args.adapters)]
     for option, name in ((args.checkpointing, "checkpointing"), (args.compile, "compiled")):
         if "on" in option:
@@ -102,10 +102,10 @@ def stem_of(args: argparse.Namespace) -> str:
 
 
 def too_slow(who: Contestant, args: argparse.Namespace, folder: Path) -> str | None:
-    """Why bf16 is not measured: a CPU without bf16 units emulates it, and a step of one row takes too long.
+    """Return why bf16 is not measured: a CPU without bf16 units emulates it, and a step of one pack takes too long.
 
-    Both precisions make two steps of one short protein (or row of them), of which the second is timed. What fails here
-    is not kept from being run, and from saying why.
+    Both precisions make two steps of one short protein (or pack of them); the second is timed. A failure here keeps
+    nothing from being measured, where it will say why.
     """
     if args.backend != "cpu" or who.precision != "bf16" or has_bf16_units() is not False:
         return None
@@ -121,9 +121,8 @@ def too_slow(who: Contestant, args: argparse.Namespace, folder: Path) -> str | N
 
 
 def summary(contestants: Iterable[Contestant], runs: dict[Contestant, list[dict[str, Any]]]) -> pd.DataFrame:
-    """One row a contestant: medians over its runs, the ratio to the fastest HF setting with the same adapter and
-    checkpointing in any precision, and how much of ours over it is padding: the ratio of the padding efficiencies,
-    which is what packing alone could give."""
+    """Return one line per contestant: medians over its runs, the ratio to the fastest HF setting with the same adapter
+    and checkpointing in any precision, and the ratio of padding efficiencies, what packing alone could give."""
     rows = []
     for who in contestants:
         done = [r for r in runs[who] if "error" not in r]
@@ -146,7 +145,7 @@ def summary(contestants: Iterable[Contestant], runs: dict[Contestant, list[dict[
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The command's options, the data by its name alone."""
+    """Return the command's options, with the data by its name alone."""
     return {**{k: v for k, v in vars(args).items() if k not in ("data", "output", "keep")}, "data": args.data.name}
 
 
@@ -154,7 +153,7 @@ def write_record(
     path: Path, described: dict[str, Any], settings: dict[str, Any], skipped: dict[Contestant, str],
     table: pd.DataFrame, runs: dict[Contestant, list[dict[str, Any]]],
 ) -> None:  # fmt: skip
-    """Every run so far and its summary, as JSON."""
+    """Write every run so far, and the summary, as JSON."""
     record = {
         "machine": described,
         "settings": settings,
@@ -166,7 +165,7 @@ def write_record(
 
 
 def plot(table: pd.DataFrame, title: str, path: Path) -> None:
-    """Bars of residues per second and of padding efficiency; the fastest HF setting of one kind of run is marked."""
+    """Draw residues per second and padding efficiency; the fastest HF setting of one kind of run is marked."""
     labels = table["label"].tolist()
     colours = ["#c8553d" if setting == OURS else "#6b7f99" for setting in table["setting"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 * len(labels) + 1.4), sharey=True)
@@ -194,7 +193,7 @@ def plot(table: pd.DataFrame, title: str, path: Path) -> None:
 
 
 def main() -> int:
-    """Run everything; exit code 1 where a setting failed."""
+    """Run everything; exit code 1 if a setting failed."""
     args = arguments()
     names = [OURS if name == "ours" else f"HF {name}" for name in args.settings]
     ways = product(args.precision, args.adapters, args.checkpointing, names, args.compile)

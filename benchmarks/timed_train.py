@@ -1,8 +1,10 @@
-"""`esm-neuron train` with a clock on what comes before its own: python benchmarks/timed_train.py FILE --output OUT ...
+"""Run `esm-neuron train`, and time what comes before its own clock.
 
-The run's own seconds begin with its first step. What is compiled before (weights, gradients and moments are made by
-programs too) is part of what one waits for, so the seconds from the building of the model to the first step are
-written to FILE, as JSON; hf_trainer.py starts its clock at the same place.
+    python benchmarks/timed_train.py FILE --output OUT ...
+
+The run's own seconds begin with its first step. But a user also waits for what is compiled before (weights, gradients
+and moments are made by graphs too). So the seconds from the building of the model to the first step are written to
+FILE, as JSON; hf_trainer.py starts its clock at the same place.
 """
 
 from __future__ import annotations

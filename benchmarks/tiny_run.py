@@ -1,4 +1,4 @@
-"""The tiny run that is killed, broken or left running: its proteins, its settings in every mode, what it leaves."""
+"""The tiny run that soak.py kills, faults.py breaks and long_run.py watches: proteins, modes, what it leaves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
-"""How processes begin: with all that this one has imported."""
+"""How processes start: with all that this one has imported."""
 TIMING = {"residues_per_second", "graphs", "peak_memory_gb", "seconds"}
 """Values that depend on the clock, or on what was compiled before."""
 
@@ -35,7 +35,7 @@ class Mode:
     """One way to train."""
 
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Section -> name -> value, beside those that all modes share."""
+    """Section -> name -> value, on top of those that all modes share."""
     backend: BackendName = "cpu"
     processes: int = 1
     environment: dict[str, str] = field(default_factory=dict)
@@ -62,11 +62,11 @@ MODES = {
         for trained, settings in (("", {}), ("-full", FULL), ("-masked-lm", MASKED))
     },
 }
-"""By name; a name of a device alone trains LoRA."""
+"""Modes by name; a device's name alone trains LoRA."""
 
 
 def configuration(folder: Path, output: str, mode: Mode, steps: int) -> TrainConfig:
-    """A tiny run with all that a resumed one could get wrong: dropout, accumulation, packs, epochs that end within."""
+    """Configure a tiny run with all that a resume could get wrong: dropout, accumulation, packs, epochs that end."""
     sections: dict[str, Any] = {
         "model": {"name": "tiny", "init": "random", "dropout": 0.1},
         "data": {
@@ -88,7 +88,7 @@ def configuration(folder: Path, output: str, mode: Mode, steps: int) -> TrainCon
 
 
 def write_proteins(folder: Path) -> None:
-    """Random proteins of 20 to 60 residues with one of two labels."""
+    """Write random proteins of 20 to 60 residues, each with one of two labels."""
     rng = random.Random(0)
     for split, count in (("train", 60), ("valid", 24), ("test", 24)):
         rows = ["id,sequence,label"]
@@ -99,7 +99,7 @@ def write_proteins(folder: Path) -> None:
 
 
 def left(output: Path) -> dict[str, Any]:
-    """What a finished run has left, but for clocks: content by name."""
+    """Return the content of all files of a finished run by name, without clocks."""
     found: dict[str, Any] = {}
     for path in sorted(p for p in output.rglob("*") if p.is_file() and not p.parent.name.startswith(PASSED_OVER)):
         name = str(path.relative_to(output))
@@ -115,21 +115,21 @@ def left(output: Path) -> dict[str, Any]:
 
 
 def begun_after(cfg: TrainConfig) -> int:
-    """The step that a run, by the log beside its folder, went on from; 0: it began anew, which can end as well."""
+    """Return the step that a run went on from by its log; 0 if it began anew, which can end with the same bytes."""
     said = Path(f"{cfg.output}.log").read_text(encoding="utf-8")
     found = re.search(r"^resumed after step (\d+)", said, re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def without_timing(value: Any) -> Any:
-    """`value` without the entries named in TIMING, at any depth."""
+    """Return `value` without the entries named in TIMING, at any depth."""
     if isinstance(value, dict):
         return {key: without_timing(item) for key, item in value.items() if key not in TIMING}
     return value
 
 
 def import_all(modes: list[str]) -> None:
-    """Everything that forks will need; nothing of it may start threads or open devices."""
+    """Import everything that forks will need; none of it may start threads or open devices."""
     backends = {MODES[mode].backend for mode in modes}
     if "neuron" in backends:
         sys.path[:0] = [os.environ["NXD_SRC"], str(ROOT / "tests" / "nxd")]

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Train on one or several nodes: one process a NeuronCore, a GPU, or else one a node. Run it once on every node.
+# Train on one or several nodes: one process per NeuronCore or GPU, otherwise one per node. Run it once on every node.
 #
 #   launchers/torchrun.sh --config C --backend neuron ...                  train; the flags of `esm-neuron train`
-#   launchers/torchrun.sh --compile-only --config C --backend neuron ...   compile its programs ahead, with equal flags
+#   launchers/torchrun.sh --compile-only --config C --backend neuron ...   compile its graphs beforehand, with the same flags
 #   launchers/torchrun.sh --dry-run ...                                    print what would be run
 #
-# Node count, this node's number and the first node's address come from Slurm, from MPI (Open MPI, MPICH, Intel MPI: one
-# process a node), from a Kubernetes PyTorchJob, or by hand:
+# The number of nodes, this node's number and the first node's address come from Slurm, from MPI (Open MPI, MPICH, Intel
+# MPI: one process per node), from a Kubernetes PyTorchJob, or by hand:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launchers/torchrun.sh ...    and NODE_RANK=1 on the other node
-# All variables below win over what is found: NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE MAX_RESTARTS.
+# These variables take precedence over what is found: NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE MAX_RESTARTS.
 #
-# A worker that dies is restarted with all others, up to MAX_RESTARTS times, from the newest checkpoint. SIGTERM lets the
-# step finish and saves; torchrun waits 30 s for it. The output folder must be one that all nodes share.
-# NEURON_CC_FLAGS and the other Neuron variables are set by the library: docs/neuron-environment.md.
+# If a worker dies, all are restarted from the newest checkpoint, up to MAX_RESTARTS times. On SIGTERM the step is finished
+# and saved; torchrun waits 30 s for it. The output folder must be one that all nodes share.
+# The library sets NEURON_CC_FLAGS and the other Neuron variables: docs/neuron-environment.md.
 set -euo pipefail
 
 die() {
@@ -29,7 +29,7 @@ for word in "$@"; do
   esac
 done
 
-# Who is where. Slurm comes first: under srun, MPI's variables may be there as well.
+# Find the nodes. Slurm comes first: under srun, MPI's variables may be set as well.
 nodes=1 node=0 address='' run_id=esm-neuron
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
   nodes=${SLURM_NNODES:-1} node=${SLURM_NODEID:-0} run_id=$SLURM_JOB_ID
@@ -58,7 +58,7 @@ if ! [[ $nodes =~ ^[1-9][0-9]*$ && $node =~ ^[0-9]+$ && $node -lt $nodes ]]; the
 fi
 ((nodes == 1)) || [[ -n $address ]] || die "$nodes nodes and no address of the first one; set MASTER_ADDR"
 
-# What is here.
+# Find the devices of this node.
 python=${PYTHON:-python}
 cores=0 processes=1
 if command -v neuron-ls >/dev/null; then
@@ -75,17 +75,17 @@ processes=${NPROC_PER_NODE:-$processes}
 [[ $processes =~ ^[1-9][0-9]*$ ]] || die "$processes devices found; check the driver, or set NPROC_PER_NODE"
 
 if ((cores > 0)); then
-  export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-64} # dozens of processes with dozens of threads: bounds host memory
+  export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-64} # limits host memory: dozens of processes have dozens of threads each
 fi
 if ((nodes > 1)) && { ((cores > 0)) || fi_info -p efa >/dev/null 2>&1; }; then
   export FI_PROVIDER=${FI_PROVIDER:-efa}
   export FI_EFA_USE_DEVICE_RDMA=${FI_EFA_USE_DEVICE_RDMA:-1}
   export FI_EFA_FORK_SAFE=${FI_EFA_FORK_SAFE:-1}
 fi
-# Workers that share torchrun's store find the addresses of killed peers in it after a restart, and wait for them. Without
-# sharing, each start of the workers has a store of its own.
+# Workers that share torchrun's store would find the addresses of killed peers in it after a restart, and wait for them.
+# Without sharing, each start of the workers has a store of its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-ulimit -n "$(ulimit -Hn)" # sockets of all peers
+ulimit -n "$(ulimit -Hn)" # a socket per peer
 
 command=("$python" -m torch.distributed.run "--nnodes=$nodes" "--nproc_per_node=$processes")
 if ((nodes == 1)); then
@@ -95,7 +95,7 @@ else
   command+=(--rdzv_backend=c10d "--rdzv_endpoint=$address:$port" "--rdzv_id=$run_id"
     "--rdzv_conf=is_host=$host,read_timeout=600,join_timeout=1800")
 fi
-# A process that is killed while it compiles leaves a lock on its program, and every later one waits for it.
+# A process that is killed while it compiles leaves a lock on its graph, and every later one waits for that lock.
 cache=${NEURON_COMPILE_CACHE_URL:-/var/tmp/neuron-compile-cache}
 if ((cores > 0)) && [[ -z $dry_run && -d $cache ]] && ! pgrep -x neuronx-cc >/dev/null; then
   neuron_parallel_compile --command clear-locks || echo "torchrun.sh: the locks in $cache were not cleared" >&2
