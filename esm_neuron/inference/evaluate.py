@@ -12,10 +12,9 @@ from esm_neuron.config import BackendName, settings
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_rank
-from esm_neuron.files import write_json
+from esm_neuron.files import finite, write_json
 from esm_neuron.inference.load import MAY_CHANGE, build_trained, read_run
 from esm_neuron.inference.predict import write_rejected
-from esm_neuron.training.callbacks import finite
 from esm_neuron.training.evaluation import evaluate as evaluate_table
 
 logger = logging.getLogger(__name__)

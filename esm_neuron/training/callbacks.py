@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import write_text
+from esm_neuron.files import finite, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -249,12 +249,3 @@ def format_seconds(seconds: float) -> str:
     """Return HH:MM:SS; hours go beyond 99 where needed."""
     whole = round(seconds)
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def finite(value: Any) -> Any:
-    """Return `value` with every NaN and infinity inside replaced by None: JSON has neither."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,20 +23,14 @@ from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.files import claimed, write_json, write_text
+from esm_neuron.files import claimed, finite, write_json, write_text
 from esm_neuron.models.esm2 import parameter_count
 from esm_neuron.models.shapes import SHAPES
 from esm_neuron.planning.doctor import has_bf16_units
 from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
 from esm_neuron.tasks import Task, create_task, task_class
 from esm_neuron.training import checkpoint
-from esm_neuron.training.callbacks import (
-    Callback,
-    JsonlLogger,
-    ProgressConsole,
-    TensorBoardLogger,
-    finite,
-)
+from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger
 from esm_neuron.training.final_eval import Leaks, find_leaks, score
 from esm_neuron.training.results import write_results
 from esm_neuron.training.trainer import Trainer

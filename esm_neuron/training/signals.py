@@ -60,7 +60,7 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._bell_before)
-        os.write(self._bell, b"\0")  # no signal has this number
+        os.write(self._bell, b"\0")  # ends the thread: no signal has this number
         self._listener.join()
         os.close(self._bell)
         os.close(self._heard)

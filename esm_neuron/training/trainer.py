@@ -97,9 +97,9 @@ class Trainer:
             with self.backend.autocast():
                 loss, weight = self.task.loss(forward(self.model, batch), batch)
             loss.backward()
-            self._totals += torch.stack((loss.detach(), weight))
+            self._totals += torch.stack((loss.detach(), weight))  # sums, so that passes and ranks add up exactly
             self.backend.sync()
-        totals = self._totals.clone()
+        totals = self._totals.clone()  # summed over the ranks by the update, and logged after the buffer is zeroed
         norm = self.backend.step(self.model, self.optimizer, totals, self.cfg.optim.max_grad_norm)
         self._totals.zero_()
         self.state.residues += data.residues
@@ -132,6 +132,7 @@ class Trainer:
         Raises:
             OSError: a callback of the main rank could not write; raised on every rank.
         """
+        # One exchange over the host per step: all ranks must leave the loop after the same step.
         signal = self.monitors.signal
         heard = self.backend.gather_host((signal.received, self._callback_failure))
         failure = next((error for _, error in heard if error is not None), None)
