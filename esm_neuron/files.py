@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, flushed to the disk, renamed."""
+"""Write files that are either whole or not there: write aside, flush to the disk, rename."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    """Yield a path to write; the file replaces `path` if the block succeeds, and is removed if it fails."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside
@@ -39,18 +39,18 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one move."""
+    """Replace the content of `path` by `text` in one move."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one move."""
+    """Replace the content of `path` in one move."""
     with new_file(path) as aside:
         aside.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON; NaN is refused, since JSON has none."""
+    """Replace the content of `path` by `value` as indented JSON; NaN is refused, because JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -65,7 +65,7 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    """Yield a folder to fill; it replaces `path` if the block succeeds, and is removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -83,18 +83,18 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 JSON_LIMIT = 1 << 26
-"""Most bytes of a JSON file that we read whole: the largest of ours, a run's labels among its counters, has a few."""
+"""Largest JSON file in bytes that is read whole; our own have a few megabytes at most."""
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file.
+    """Return the value in a JSON file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no regular file, too large, or no JSON.
+        ValueError: it is not a regular file, too large, or not JSON.
     """
     if path.exists() and not path.is_file():
-        raise ValueError("no regular file")
+        raise ValueError("not a regular file")
     with path.open("rb") as file:
         content = file.read(JSON_LIMIT + 1)
     if len(content) > JSON_LIMIT:
@@ -106,7 +106,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
@@ -115,10 +115,10 @@ def sha256(path: Path) -> str:
 
 
 def flock(lock: IO[str], operation: int, what: str) -> None:
-    """`fcntl.flock` for `what`, a setting and its folder.
+    """Call `fcntl.flock`; `what` names the setting and its folder in errors.
 
     Raises:
-        BlockingIOError: another process holds the lock, and `operation` is not to wait.
+        BlockingIOError: another process holds the lock, and `operation` does not wait.
         ConfigError: the file system has no locks.
     """
     try:
@@ -134,10 +134,10 @@ def flock(lock: IO[str], operation: int, what: str) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process until the block ends, or the process dies.
+    """Lock `folder` for this process until the block ends or the process dies.
 
     Raises:
-        ConfigError: another process holds it, or it cannot be written or locked.
+        ConfigError: another process uses it, or it cannot be written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Secrets out of text: what goes to a terminal, a log or a file passes here first.
+"""Remove secrets from text before it goes to a terminal, a log or a file.
 
-Known are passwords in URLs, the signatures and tokens of signed URLs (S3, Azure, Google), tokens of the Hugging Face
-hub and of GitHub, AWS keys, and what is written behind a name such as `password=`, `HF_TOKEN=`, `AccountKey=` or
+The patterns find passwords in URLs, signatures and tokens of signed URLs (S3, Azure, Google), tokens of the Hugging
+Face hub and of GitHub, AWS keys, and what follows a name such as `password=`, `HF_TOKEN=`, `AccountKey=` or
 `x-api-key:`, or a flag such as `--token`.
 """
 
@@ -11,15 +11,15 @@ import logging
 import re
 
 HIDDEN = "***"
-"""Written in a secret's place."""
+"""Written in place of a secret."""
 
 _WHOLE = r"x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|aws_access_key_id|signature|sig"
 _ENDS = r"(?:api|access|secret|account)[-_]?key|token|password|passwd|secret"
-# A word is looked at from its start alone, once by each of the two: no time that grows with the square of its length.
+# The lookbehind starts each search at the start of a word, so that time does not grow with the square of its length.
 _NAME = rf"(?<![\w-])(?:(?:[\w-]*-)?(?:{_WHOLE})|[\w-]*(?:{_ENDS}))"
 _PATTERNS = (
     re.compile(r"(?P<keep>:/{1,2})[^\s/'\"]+(?=@)"),  # pathlib makes one slash of two
-    # before the names: of `X-Auth-Token: Bearer V` they would hide the first word alone
+    # comes before the names, which would hide only the word Bearer of `X-Auth-Token: Bearer V`
     re.compile(r"(?P<keep>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
     re.compile(rf"(?P<keep>{_NAME}['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;)\]}}]+", re.IGNORECASE),
     re.compile(rf"(?<!\S)(?P<keep>--[\w.-]*?(?:{_WHOLE}|{_ENDS})(?:\s+|=))(?!-)\S+", re.IGNORECASE),
@@ -31,7 +31,7 @@ _PATTERNS = (
 
 
 def redact(text: str) -> str:
-    """`text` with every secret that it is known to hold replaced by `***`; text without one comes back as it is."""
+    """Return `text` with every secret found replaced by `***`."""
     for pattern in _PATTERNS:
         kept = r"\g<keep>" if "keep" in pattern.groupindex else ""
         text = pattern.sub(kept + HIDDEN, text)
@@ -39,16 +39,16 @@ def redact(text: str) -> str:
 
 
 class RedactedRecord(logging.LogRecord):
-    """A log record whose text has no secrets, whichever logger makes it and whichever handler writes it."""
+    """A log record without secrets, whichever logger makes it and whichever handler writes it."""
 
     def getMessage(self) -> str:  # noqa: N802 - logging's name
-        """The text."""
+        """Return the text without secrets."""
         return redact(super().getMessage())
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines without secrets, in the tracebacks under them too."""
+    """Format log lines without secrets, their tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line without secrets."""
         return redact(super().format(record))

@@ -1,4 +1,4 @@
-"""What settings can be: ranges, and what one field cannot know alone."""
+"""Check settings: their ranges, and what one field cannot know alone."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ TASK_SETTINGS: dict[str, tuple[TaskName, ...]] = {
     "target_sd": ("regression",),
     "mask_probability": ("masked_lm",),
 }
-"""Setting of a task -> the tasks it is for."""
+"""Setting of a task -> the tasks that use it."""
 MOST = 1 << 40
-"""Largest number where nothing else bounds one: steps, tokens, devices; no infinity passes."""
+"""Largest number where nothing else is a bound, as for steps, tokens, devices; refuses infinity."""
 
 
 def check_backend(cfg: TrainConfig) -> None:
-    """Check that the backend can do what is asked of it.
+    """Check that the backend can do what the configuration asks for.
 
     Raises:
-        ConfigError: it cannot; the message names what does the same there.
+        ConfigError: it cannot; the message names what to use instead.
     """
     require(
         cfg.adapter.kind != "qlora" or cfg.can_quantize,
@@ -66,28 +66,24 @@ def check_backend(cfg: TrainConfig) -> None:
 
 
 def validate(cfg: TrainConfig) -> None:
-    """Check what one field cannot know alone.
+    """Check a configuration to train with.
 
     Raises:
-        ConfigError: a value is out of its range or two values do not fit; the message has the cure.
+        ConfigError: a value is out of range or two values contradict each other; the message has the cure.
     """
     require(cfg.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
     check_values(cfg)
 
 
 def check_values(cfg: TrainConfig) -> None:
-    """What `validate` checks of a configuration that trains nothing.
-
-    Raises:
-        ConfigError: as there.
-    """
+    """Check what `validate` checks, for a configuration without training data."""
     check_backend(cfg)
     for name, text in _texts("", asdict(cfg)):
         _check_text(name, text)
     fits = cfg.data.max_residues + 2 <= cfg.data.pack_tokens
     require(
         fits,
-        f"data.max_residues={cfg.data.max_residues} and 2 specials do not fit a row of "
+        f"data.max_residues={cfg.data.max_residues} and 2 special tokens do not fit a pack of "
         f"data.pack_tokens={cfg.data.pack_tokens}; use data.max_residues <= {cfg.data.pack_tokens - 2}",
     )
     if cfg.data.long_sequences == "window":
@@ -104,7 +100,7 @@ def check_values(cfg: TrainConfig) -> None:
 
 
 def _texts(name: str, value: object) -> Iterator[tuple[str, str]]:
-    """Every text in a setting or a section, keys included, and the setting's name."""
+    """Yield the name of each setting with each text in it, keys included."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, dict):
@@ -117,7 +113,7 @@ def _texts(name: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def _check_text(name: str, text: str) -> None:
-    """Refuse what no file can hold, and secrets: settings are written to config.yaml, cards and reports."""
+    """Refuse text that no file can hold, and secrets: settings are written to config.yaml, model cards and reports."""
     sound = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
     require(sound, f"{name}={redact(text)[:60]!r} has a zero byte or half a surrogate pair; remove it")
     require(
@@ -128,13 +124,13 @@ def _check_text(name: str, text: str) -> None:
 
 
 def _check_task(cfg: TrainConfig) -> None:
-    """Refuse a setting that the task would pass over."""
+    """Refuse a setting that the task would ignore."""
     task, default = cfg.task, TaskConfig()
     for name, users in TASK_SETTINGS.items():
         unused = task.name not in users and getattr(task, name) != getattr(default, name)
         require(
             not unused,
-            f"task.{name}={getattr(task, name)} says nothing to {task.name}; leave it out "
+            f"task.{name}={getattr(task, name)} has no effect with task.name={task.name}; leave it out "
             f"(it is for {', '.join(users)})",
         )
     weights = task.class_weights.values() if isinstance(task.class_weights, dict) else ()

@@ -1,7 +1,7 @@
-"""The configuration tree: frozen dataclasses, one a section, each field with its meaning and unit.
+"""The configuration tree: one frozen dataclass per section, each field with its meaning and unit.
 
-This module imports no torch, so that `esm-neuron --help` and a launcher on a login node answer at once. Files are read
-and flags are parsed by jsonargparse (`cli.py`); what a single field cannot know is checked by `rules.validate`.
+This module imports no torch, so that `esm-neuron --help` and a launcher on a login node answer at once. `settings`
+reads files and flags; `rules` checks ranges and what a single field cannot know.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ OnNonfinite = Literal["stop", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which ESM-2, and how it is read."""
+    """The ESM-2 to start from."""
 
     name: str = "esm2_t6_8M"
     """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `small`, `mini`,
-    `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs
-    `init: random`; only `mini` has weights in the package, trained by this project and not Meta's."""
+    `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs `init:
+    random`; only `mini` has weights in the package, which this project trained."""
     revision: str | None = None
     """Hub revision: a branch, a tag or, best, a commit hash. None is the hub's main branch."""
     sha256: str | None = None
-    """SHA-256 that the weights must have, in hexadecimal: that of model.safetensors (as the hub and sha256sum show it),
-    of shards that of their sorted sums, a line each. None: any."""
+    """SHA-256 that the weights must have, in hexadecimal: that of model.safetensors, as the hub and sha256sum show it;
+    of shards, that of their sorted sums, one per line. None: any."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`pretrained` reads weights; `random` draws them from `seed` and keeps only the shape of `name`."""
+    """`pretrained` loads weights; `random` keeps only the shape of `name` and initializes newly from `seed`."""
     pooling: Literal["mean", "cls", "attention"] = "mean"
     """How the residues of a protein become one vector: their mean (specials left out), the <cls> position, or a mean
-    with learnt weights. `cls` is what transformers' EsmForSequenceClassification does."""
+    with learned weights. `cls` is what transformers' EsmForSequenceClassification does."""
     dropout: float = 0.0
     """Dropout probability of hidden states, attention and classification head (ESM-2 was trained with 0)."""
     gradient_checkpointing: bool = False
-    """Keep only each block's input and compute the rest again in the backward pass: less memory, a third slower."""
+    """Keep only the input of each block and recompute the rest in the backward pass: less memory, a third slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What is learnt."""
+    """What is learned."""
 
     name: TaskName = "sequence_classification"
-    """What is learnt: one label a protein; any number of labels a protein; a number a protein; a label a residue; or
-    the residues hidden from the model."""
+    """What is learned: one label per protein, any number of labels per protein, a number per protein, a label per
+    residue, or the residues hidden from the model."""
     labels: tuple[str, ...] | None = None
     """Class names in the order of the outputs. None takes the sorted labels of the training rows."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
@@ -59,10 +59,11 @@ class TaskConfig:
     focal_gamma: float = 0.0
     """Focal loss (arXiv:1708.02002): a class's loss is multiplied by (1 - its probability)^gamma; 0: cross entropy."""
     ignore: tuple[str, ...] = ("-", "?", ".")
-    """residue_classification: labels of residues that nothing is known of; counted, and neither learnt nor scored."""
+    """residue_classification: labels of residues about which nothing is known; they are counted, and neither learned
+    nor scored."""
     target_mean: float | None = None
-    """regression: what is subtracted from values before they are learnt; None: the mean of the training rows. Answers
-    and figures are in the values' own unit."""
+    """regression: what is subtracted from values before training; None: the mean of the training rows. Predictions and
+    metrics are in the values' own unit."""
     target_sd: float | None = None
     """regression: what values are divided by; None: the standard deviation of the training rows."""
     mask_probability: float = 0.15
@@ -71,7 +72,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Files, columns, splits, filters, and how sequences are laid in rows."""
+    """Files, columns, splits, filters, and how sequences are packed."""
 
     train: str | None = None
     """Training file: CSV, TSV, FASTA or JSONL, plain or .gz; Parquet; a folder that `Dataset.save_to_disk` wrote; or
@@ -91,37 +92,38 @@ class DataConfig:
     split_names: tuple[str, str, str] = ("train", "valid", "test")
     """The values of `split_column` for training, validation and test rows."""
     valid_fraction: float = 0.1
-    """Share of training rows sampled for validation, by `seed`, where neither file nor column gives any, 0 to 1."""
+    """Share of training rows sampled for validation, by `seed`, if neither file nor column gives any, 0 to 1."""
     test_fraction: float = 0.0
-    """The same for test rows, sampled after the validation rows, 0 to 1."""
+    """Share of training rows sampled for the test, after the validation rows, 0 to 1."""
     sample: Literal["rows", "clusters"] = "rows"
-    """What `valid_fraction` and `test_fraction` sample: rows, each class with its share; or whole clusters of homologs
-    (found as `homologs` says), so that no sampled row has a homolog left in training."""
+    """What `valid_fraction` and `test_fraction` sample: rows, each class in proportion; or whole clusters of homologs
+    (found as `homologs` says), so that no sampled row has a homolog in training."""
     keep: dict[str, list[str]] = field(default_factory=dict)
-    """Row filter for every split: column -> values to keep; the rest is counted and left out."""
+    """Row filter for every split: column -> values to keep; other rows are counted and left out."""
     keep_heldout: dict[str, list[str]] = field(default_factory=dict)
     """Row filter for validation and test rows only, such as `{leaky: ["false"]}` for the clean rows."""
     homologs: Literal["kmer", "mmseqs", "off"] = "kmer"
-    """How validation and test rows with a homolog among the training rows are found, to be counted, and to be left out
-    of figures of their own: by k-mers, by MMseqs2 where it is installed, or not at all."""
+    """How validation and test rows with a homolog in training are found: by k-mers, by MMseqs2 if it is installed, or
+    not at all. They are counted, and metrics are also given without them."""
     on_bad_residue: Literal["strict", "skip", "replace"] = "strict"
-    """A character outside the ESM alphabet: stop, leave the row out, or write X. The latter two are counted."""
+    """What to do with a character outside the ESM alphabet: stop, leave the row out, or write X. The latter two are
+    counted."""
     cache: str | None = None
     """Folder that keeps tokenized data by content, as files mapped into memory: made once, shared by runs and
-    processes; needed for files larger than memory. None: tokenized anew by every process, held in memory."""
+    processes; needed for files larger than memory. None: every process tokenizes and holds the data in memory."""
     max_residues: int = 1022
     """Longest sequence given to the model, in residues; <cls> and <eos> come on top."""
     long_sequences: Literal["refuse", "crop", "crop_ends", "window"] = "crop"
-    """A longer sequence: an error, its first residues, its first and last halves (sorting signals sit at the termini),
-    or overlapping windows whose outputs are averaged. Counted and printed in every case."""
+    """What to do with a longer sequence: stop, keep its first residues, keep its two ends (sorting signals sit at the
+    termini), or average over overlapping windows. Counted and printed in every case."""
     window_overlap: int = 128
-    """Residues shared by neighbouring windows."""
+    """Residues that neighbouring windows share."""
     packing: bool = True
-    """Several sequences end to end in a pack (almost no padding). False: one sequence per pack."""
+    """Put several sequences end to end into a pack (almost no padding). False: one sequence per pack."""
     pack_tokens: int = 1024
-    """Length of a pack in tokens, residues and specials. At least `max_residues` + 2."""
+    """Length of a pack in tokens, special tokens included. At least `max_residues` + 2."""
     max_segments: int = 32
-    """Most sequences in one pack; a static number so that pooling has one shape."""
+    """Most sequences in one pack; a fixed number, so that pooling has one shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class AdapterConfig:
     """What is trained: everything, the head alone, or low-rank adapters and the head; `qlora` keeps the frozen linears
     of the blocks quantized, on cpu and cuda."""
     quantization: Quantization = "nf4"
-    """qlora: how they are kept: 4 bits (NormalFloat with double quantization) or 8."""
+    """qlora: how frozen linears are kept: in 4 bits (NormalFloat with double quantization) or 8."""
     r: int = 8
     """LoRA rank."""
     alpha: int = 16
@@ -157,12 +159,12 @@ class ParallelConfig:
     tp: int = 1
     """Tensor-parallel degree: how many devices share one copy of the model. The rest of the world is data-parallel."""
     pad_heads: bool = False
-    """Add zero heads until `tp` divides their number (20 -> 24 at tp 8): same outputs, some wasted work."""
+    """Add zero heads until `tp` divides their number (20 -> 24 at tp 8): the same outputs with some wasted work."""
     zero1: bool = True
-    """neuron: each data-parallel rank keeps its share of the optimizer state only (ZeRO stage 1)."""
+    """neuron: each data-parallel rank keeps only its share of the optimizer state (ZeRO stage 1)."""
     fsdp: bool = False
-    """cuda, cpu: each rank keeps its share of weights, gradients and optimizer state; blocks are put together while
-    they compute (FSDP2). For models that do not fit one device."""
+    """cuda, cpu: each rank keeps its share of weights, gradients and optimizer state; a block is gathered while it
+    computes (FSDP2). For models that do not fit on one device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,41 +196,40 @@ class LoopConfig:
     """Steps, batches, precision, validation."""
 
     epochs: float = 1.0
-    """Passes over the training rows, when `max_steps` is not given."""
+    """Passes over the training rows, if `max_steps` is not given."""
     max_steps: int | None = None
     """Optimizer steps; overrides `epochs`."""
     packs_per_step: int = 8
-    """Rows (packs) in one optimizer step over all devices: the same on any number of devices."""
+    """Packs in one optimizer step over all devices: the same on any number of devices."""
     packs_per_device: int = 8
-    """Rows in one forward pass of one device. `packs_per_step` must be a multiple of this times the data-parallel
+    """Packs in one forward pass of one device. `packs_per_step` must be a multiple of this times the data-parallel
     degree; the factor is the number of accumulated passes."""
     eval_packs_per_device: int = 8
-    """Rows in one forward pass of one device during evaluation and prediction."""
+    """Packs in one forward pass of one device during evaluation and prediction."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products in bfloat16 by autocast and frozen linears stored so; trained weights stay float32."""
     tf32: bool = False
     """cuda: float32 matrix products in TensorFloat-32: faster, 10 bits of mantissa."""
     torch_compile: bool = False
-    """cuda: compile each block with torch.compile, attention left as it is: minutes at the start, and again for new row
-    lengths."""
+    """cuda: compile each block with torch.compile, except its attention: minutes at the start."""
     eval_every: int = 0
-    """Optimizer steps between validations; 0: once an epoch."""
+    """Optimizer steps between validations; 0: once per epoch."""
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
     on_recompile: OnRecompile = "error"
-    """A training step, or a validation, that compiles a graph after the first two, where shapes are static (xla,
-    neuron): stop and name what changed, warn and go on, or say nothing."""
+    """What to do when a training step or a validation after the first two compiles a graph, where shapes are static
+    (xla, neuron): stop and name what changed, warn and go on, or nothing."""
     on_nonfinite: OnNonfinite = "stop"
-    """A step whose loss or gradient is not finite never moves the weights, and its records are named in
-    `output`/nonfinite.jsonl. Then stop, or skip it and go on. Seen at the next line of the log, evaluation or
-    checkpoint."""
+    """What to do after a step whose loss or gradient is not finite: stop, or skip it and go on. Such a step never
+    changes the weights, and its records are named in `output`/nonfinite.jsonl. Noticed at the next log line, evaluation
+    or checkpoint."""
     watchdog: int = 0
     """Seconds that a step, a batch of an evaluation or a checkpoint may take before the process writes the stacks of
-    its threads to stderr and `output`/hung-rank<N>.txt, and ends; 0: for ever."""
+    its threads to stderr and `output`/hung-rank<N>.txt, and ends; 0: no limit."""
     watchdog_slow: int = 10_800
-    """Seconds that the watchdog allows besides for what may compile: the first two steps of each row length, the first
-    evaluation and the first checkpoint (xla, neuron, torch_compile); and, on every backend, for the start of a run: its
-    data, weights and checkpoint; and for its end: the last evaluation, the baselines and the export."""
+    """More seconds that the watchdog allows for what may compile (xla, neuron, torch_compile): the first two steps, the
+    first evaluation and the first checkpoint; and, on every backend, for the start of a run (its data, weights and
+    checkpoint) and for its end (the last evaluation, the baselines and the export)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +239,12 @@ class CheckpointConfig:
     every: int = 0
     """Optimizer steps between checkpoints; 0: at each validation."""
     keep: int = 2
-    """Newest checkpoints kept; besides, the best one."""
+    """Newest checkpoints kept; the best one is kept too."""
     resume: Literal["no", "auto"] = "no"
-    """`auto` continues from the newest complete checkpoint in `output`, or starts when there is none."""
+    """`auto` continues from the newest complete checkpoint in `output`, or starts anew if there is none."""
     asynchronous: bool = False
-    """Write a checkpoint while training goes on. One at most is being written: the next one waits for it, and so does
-    the end of training; an error is raised then."""
+    """Write a checkpoint while training goes on. The next checkpoint, and the end of training, wait for it and raise
+    its error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,10 +254,11 @@ class LogConfig:
     every: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
     baselines: bool = True
-    """Score what needs no network (frequencies, composition) on the same rows at the end, and write it beside."""
+    """Also score baselines that need no network (frequencies, composition) on the same rows at the end."""
     predictions: bool = True
-    """Keep the answer to every held-out record in `output`/predictions-valid.parquet and predictions-test.parquet: what
-    `esm-neuron report` draws from. Classes of residues take 4 bytes a residue and class."""
+    """Keep the predictions for validation and test records in `output`/predictions-valid.parquet and
+    predictions-test.parquet, which `esm-neuron report` draws. Classes of residues take 4 bytes per residue and
+    class."""
     tensorboard: bool = True
     """Write TensorBoard event files under `output`/tensorboard."""
 

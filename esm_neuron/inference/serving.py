@@ -25,29 +25,12 @@ from esm_neuron.training.evaluation import collect
 
 @dataclass(frozen=True)
 class Predictor:
-    """A finished run, ready to predict."""
+    """A finished run, ready to predict; `load` makes one."""
 
     cfg: TrainConfig
     task: Task
     backend: Backend
     model: nn.Module
-
-    @classmethod
-    def load(cls, run: Path, backend_name: BackendName | None = None) -> Predictor:
-        """Load a finished run.
-
-        Args:
-            run: output folder of a training run.
-            backend_name: where to run; None: where it was trained.
-
-        Raises:
-            EsmNeuronError: the run or its weights cannot be used.
-        """
-        cfg, task = read_run(run, backend_name)
-        data = replace(cfg.data, id_column="id", sequence_column="sequence")  # the training's files had their own
-        cfg = replace(cfg, data=data)
-        backend = create_backend(cfg)
-        return cls(cfg, task, backend, build_trained(cfg, task, backend).model)
 
     def predict(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """Return the columns of `esm-neuron predict` for each (id, sequence), in order, with None for NaN.
@@ -67,6 +50,22 @@ class Predictor:
         columns = self.task.outputs(table, collect(self.model, self.task, backend, loader))
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
         return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
+
+
+def load(run: Path, backend: BackendName | None = None) -> Predictor:
+    """Load a finished run.
+
+    Args:
+        run: output folder of a training run.
+        backend: where to run; None: where it was trained.
+
+    Raises:
+        EsmNeuronError: the run or its weights cannot be used.
+    """
+    cfg, task = read_run(run, backend)
+    cfg = replace(cfg, data=replace(cfg.data, id_column="id", sequence_column="sequence"))  # as `predict` names them
+    created = create_backend(cfg)
+    return Predictor(cfg, task, created, build_trained(cfg, task, created).model)
 
 
 def _plain(column: Sequence[Any] | np.ndarray) -> list[Any]:

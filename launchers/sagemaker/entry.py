@@ -1,8 +1,7 @@
-"""The program inside a SageMaker training container: torchrun, started by the container, runs it once a device.
+"""The program inside a SageMaker training container: the container's torchrun starts it once per device.
 
-SM_* variables and channels become flags of `esm-neuron`; the run lives in the checkpoint folder, which SageMaker keeps
-in S3 and brings back after an interruption; what it leaves is laid in the model folder. Of the library only public
-names are used: the command line, settings, errors, files, redact.
+SM_* variables and channels become flags of `esm-neuron`. The run writes to the checkpoint folder, which SageMaker keeps
+in S3 and restores after an interruption; its results are copied to the model folder.
 
 Flags (a job's hyperparameters): those of `esm-neuron train`, `--config` first of all.
 """
@@ -18,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-# The first of these imports reads nothing of torch: a wrong flag is known at once.
+# These imports need no torch, so that a wrong flag is reported at once.
 from esm_neuron import cli
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.errors import ConfigError, EsmNeuronError
@@ -26,22 +25,22 @@ from esm_neuron.files import write_text
 from esm_neuron.redact import redact
 
 RESULTS = ("result.json", "metrics.jsonl", "valid_ids.txt", "adapter", "base", "model")
-"""What a finished run leaves, config.yaml apart."""
+"""Files and folders of a finished run, except config.yaml."""
 SHOWN = 1024
 """Characters of the failure file that SageMaker shows as the reason."""
 SPLITS = ("train", "valid", "test")
 
 
 def base_folder(env: Mapping[str, str]) -> Path:
-    """/opt/ml, or where the container's toolkit was told to put it."""
+    """Return /opt/ml, or the folder that the container's toolkit uses instead."""
     return Path(env.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
 
 
 def flags(argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
-    """The flags of this container's run: the job's own, then the folders of this container.
+    """Return the flags of this container's run: those of the job, then the folders of this container.
 
     Raises:
-        ConfigError: the job's flags cannot be used, or a channel does not hold the file that the config names.
+        ConfigError: a flag of the job is wrong, or a channel does not hold the file that the config names.
     """
     cfg = settings.parse(argv)
     words = [*argv, "--output", str(base_folder(env) / "checkpoints"), "--checkpoint.resume", "auto"]
@@ -55,7 +54,7 @@ def flags(argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
 
 
 def channel_file(split: str, folder: Path, named: str | None) -> Path:
-    """The file of a channel that the config names, whatever its folder there; else the channel's only file."""
+    """Return the file of a channel that has the name in the config, else the only file of the channel."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     wanted = [path for path in files if named is not None and path.name == Path(named).name]
     if wanted or len(files) == 1:
@@ -65,10 +64,10 @@ def channel_file(split: str, folder: Path, named: str | None) -> Path:
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Train, or compile under neuron_parallel_compile; returns the exit code. Why it failed is written down."""
+    """Train, or compile under neuron_parallel_compile; write the failure file on an error; return the exit code."""
     try:
         words = flags(argv, env)
-        # neuron_parallel_compile sets it for the run that collects programs
+        # neuron_parallel_compile sets it for the run that collects graphs
         command = "compile" if env.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1" else "train"
         code = cli.run([command, *words])
         if code == 0 and command == "train" and env.get("RANK", "0") == "0":
@@ -80,14 +79,13 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         return error.exit_code if isinstance(error, EsmNeuronError) else 2
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:
-            write_failure(
-                base_folder(env), redact(traceback.format_exc())[-SHOWN:]
-            )  # cut first, a secret loses its name
+            reason = redact(traceback.format_exc())  # before the cut, which could separate a secret from its name
+            write_failure(base_folder(env), reason[-SHOWN:])
         raise
 
 
 def lay_out(run: Path, target: Path, submitted: TrainConfig) -> None:
-    """Copy a finished run to the model folder; its config names data and base weights as the job's submitter did."""
+    """Copy a finished run to the model folder; its config names data and base weights as the submitted job did."""
     target.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:
         if (run / name).is_dir():
@@ -101,7 +99,7 @@ def lay_out(run: Path, target: Path, submitted: TrainConfig) -> None:
 
 
 def write_failure(base: Path, reason: str) -> None:
-    """Write the failure file, which SageMaker shows as the reason: the first rank that fails knows it best."""
+    """Write the failure file, which SageMaker shows as the reason; the first rank that fails writes it."""
     (base / "output").mkdir(parents=True, exist_ok=True)
     try:
         with (base / "output" / "failure").open("x", encoding="utf-8") as file:
@@ -111,5 +109,5 @@ def write_failure(base: Path, reason: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.excepthook, threading.excepthook = cli.show_traceback, cli.show_failure  # CloudWatch keeps what they print
+    sys.excepthook, threading.excepthook = cli.show_traceback, cli.show_failure  # CloudWatch keeps what is printed
     sys.exit(main(sys.argv[1:], os.environ))

@@ -1,4 +1,4 @@
-"""Lay a finished run out for a SageMaker endpoint on CPU or GPU instances:
+"""Pack a finished run for a SageMaker endpoint on CPU or GPU instances:
 
     python launchers/sagemaker/hosting.py --model RUN --output model.tar.gz [--backend cuda]
 
@@ -29,14 +29,14 @@ from esm_neuron.redact import redact
 from esm_neuron.run_dir import CONFIG, MODEL
 
 TORCH = "torch==2.8.*"
-"""Inference images bring an older one."""
+"""Inference images bring an older version."""
 
 
 def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
-    """Fill `folder` with config, merged weights, handler and package; it will answer on `backend`.
+    """Fill `folder` with config, merged weights, handler and package, to run on `backend`.
 
     Raises:
-        EsmNeuronError: `run` is no finished run, or its weights are damaged.
+        EsmNeuronError: `run` is not a finished run, or its weights are damaged.
     """
     export(run, folder / MODEL)
     cfg = replace(move_to(backend, settings.read_config(run / CONFIG)), adapter=AdapterConfig(kind="none"))
@@ -49,7 +49,7 @@ def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
 
 
 def pack(run: Path, target: Path, backend: BackendName) -> None:
-    """Write the archive that CreateModel takes."""
+    """Write the archive that SageMaker's CreateModel takes."""
     require(not target.exists(), f"--output {target}: exists already; name a new file")
     with tempfile.TemporaryDirectory(dir=target.resolve().parent) as work:
         folder, aside = Path(work) / "model", Path(work) / "model.tar.gz"
@@ -62,7 +62,7 @@ def pack(run: Path, target: Path, backend: BackendName) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Pack one run; returns the exit code."""
+    """Pack one run; return the exit code."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="output folder of a training run")
     parser.add_argument("--output", required=True, type=Path, help="model.tar.gz to write")

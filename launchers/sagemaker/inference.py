@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from esm_neuron.errors import DataError
-from esm_neuron.inference.serving import Predictor
+from esm_neuron.inference.serving import Predictor, load
 
 Records = list[tuple[str, str]]
 
 
 def model_fn(model_dir: str) -> Predictor:
     """Load the model, once per worker, on the device that was given to hosting.py."""
-    return Predictor.load(Path(model_dir))
+    return load(Path(model_dir))
 
 
 def input_fn(body: str | bytes, content_type: str) -> Records:

@@ -1,4 +1,4 @@
-"""A SageMaker training job, described and checked before anything is sent: the service refuses most of this late."""
+"""Describe a SageMaker training job and check it before anything is sent: the service refuses most errors late."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ IMAGES = Path(__file__).with_name("images.yaml")
 SPLITS = ("train", "valid", "test")
 DAYS = 24 * 3600
 MOST_RUN = 28 * DAYS
-"""Seconds that the service lets a job run."""
+"""Longest run of a job that the service allows, in seconds."""
 MOST_WARM = 3600
-"""Seconds that the service keeps a warm pool."""
+"""Longest life of a warm pool that the service allows, in seconds."""
 OWN = ("config", "output", "backend", "checkpoint.resume", "data.train", "data.valid", "data.test")
-"""Settings that the launcher and the entry point give themselves."""
+"""Settings that only the launcher and the entry point give."""
 BACKENDS = {"neuron": "neuron", "gpu": "cuda"}
 """Kind of an instance -> the backend that runs on it."""
 
@@ -36,7 +36,7 @@ SDK_HYPERPARAMETERS = (
     "sagemaker_submit_directory", "sagemaker_program", "sagemaker_container_log_level", "sagemaker_job_name",
     "sagemaker_region", "sagemaker_torch_distributed_enabled", "sagemaker_instance_type",
 )  # fmt: skip
-"""What the SDK adds to a job's hyperparameters; the service counts them too."""
+"""Hyperparameters that the SDK adds to a job; the service counts them too."""
 
 _NUMBER = r"(-?[0-9.]+(?:e[+-]?[0-9]+)?)"
 TRAIN_METRICS = ("loss", "lr", "grad_norm", "residues_per_second", "graphs")
@@ -47,7 +47,7 @@ EVAL_METRICS = (
 
 
 def metric_definitions() -> list[dict[str, str]]:
-    """Name and regular expression of what SageMaker reads from the log: the lines of `callbacks.ProgressConsole`."""
+    """Return name and pattern of the metrics that SageMaker reads from the lines of `callbacks.ProgressConsole`."""
     train = {f"train:{name}": rf"step=\d+/\d+ (?:.* )?{name}={_NUMBER}(?: |$)" for name in TRAIN_METRICS}
     valid = {f"valid:{name}": rf"eval step=\d+ split=valid (?:.* )?{name}={_NUMBER}(?: |$)" for name in EVAL_METRICS}
     return [{"Name": name, "Regex": regex} for name, regex in {**train, **valid}.items()]
@@ -60,43 +60,43 @@ class Job:
     config: Path
     """YAML of the training run, as for `esm-neuron train`."""
     instance_type: str
-    """Such as ml.trn1.32xlarge, ml.trn1n.32xlarge, ml.g5.2xlarge."""
+    """For example ml.trn1.32xlarge, ml.trn1n.32xlarge, ml.g5.2xlarge."""
     output: str
     """s3:// prefix for code, uploads, checkpoints and results; the job's name is added."""
     role: str
     """ARN of the execution role."""
     region: str
-    """Such as us-west-2."""
+    """For example us-west-2."""
     name: str
-    """Name of the job, unique in account and region. The checkpoints of an earlier job: see `checkpoints`."""
+    """Name of the job, unique in account and region. To go on with an earlier job, see `checkpoints`."""
     instance_count: int = 1
     """Instances; several need ml.trn1.32xlarge, ml.trn1n.32xlarge or GPU instances."""
     train: str | None = None
-    """Training file, or an s3:// prefix that holds it. None: the config's, uploaded."""
+    """Training file, or an s3:// prefix that holds it. None: the file of the config is uploaded."""
     valid: str | None = None
-    """The same for validation."""
+    """Validation file, as `train`."""
     test: str | None = None
-    """The same for the test."""
+    """Test file, as `train`."""
     model: str | None = None
-    """Hugging Face folder of the starting weights, local or s3://. None: the config's name, from the hub."""
+    """Hugging Face folder of the pretrained weights, local or s3://. None: from the hub, by the config's name."""
     checkpoints: str | None = None
-    """s3:// prefix of the checkpoints; that of an earlier job goes on with it. None: under `output` and `name`."""
+    """s3:// prefix of the checkpoints; give that of an earlier job to resume it. None: under `output` and `name`."""
     compile_cache: str | None = None
-    """s3:// prefix where compiled programs are kept (NEURON_COMPILE_CACHE_URL)."""
+    """s3:// prefix that keeps compiled graphs (NEURON_COMPILE_CACHE_URL)."""
     compile_only: bool = False
-    """Compile the run's programs into `compile_cache` and end."""
+    """Compile the graphs of the run into `compile_cache` and end."""
     spot: bool = False
-    """Spare capacity: cheaper, may be interrupted; goes on from the newest checkpoint."""
+    """Use spare capacity: cheaper, may be interrupted; resumes from the newest checkpoint."""
     max_run: int = DAYS
     """Seconds after which the service stops the job."""
     max_wait: int | None = None
-    """Spot: seconds of waiting and running together. None: as `max_run`."""
+    """Spot: longest time of waiting and running together, in seconds. None: as `max_run`."""
     keep_alive: int = 0
-    """Seconds that the instances stay for the next job (warm pool); they cost as if in use."""
+    """Seconds that the instances stay for the next job (warm pool), at the full price."""
     image: str | None = None
-    """Full name of the training image. None: that of images.yaml for the instance and region."""
+    """Full name of the training image. None: the one in images.yaml for the instance and region."""
     baked: bool = False
-    """`image` holds this package and what it needs (launchers/Dockerfile): nothing is installed at start."""
+    """`image` holds this package and its requirements (launchers/Dockerfile), so nothing is installed at start."""
     network_isolation: bool = False
     """No network in the container; needs `baked`, and weights in `model`."""
     subnets: tuple[str, ...] = ()
@@ -104,19 +104,19 @@ class Job:
     security_groups: tuple[str, ...] = ()
     """VPC security groups."""
     volume_kms_key: str | None = None
-    """Refused: all instances here have local NVMe, which encrypts by itself and takes no key."""
+    """Refused: all instances here have local NVMe, which is always encrypted and takes no key."""
     output_kms_key: str | None = None
     """Key for results in S3."""
     encrypt_traffic: bool = False
     """Encrypt traffic between instances."""
     volume_gb: int = 200
-    """EBS volume in GB; instances with local NVMe have their own."""
+    """Size of the EBS volume in GB; instances with local NVMe use that."""
     tags: dict[str, str] = field(default_factory=dict)
     """Tags of the job."""
     environment: dict[str, str] = field(default_factory=dict)
     """More environment variables."""
     overrides: tuple[str, ...] = ()
-    """Flags of `esm-neuron train` beside the config: the words after `--`."""
+    """Flags of `esm-neuron train` besides the config: the words after `--`."""
 
     def __post_init__(self) -> None:
         """Check everything; raises ConfigError with the cure."""
@@ -128,7 +128,7 @@ class Job:
 
     @property
     def instance(self) -> Instance:
-        """What the instance has."""
+        """Return the description of the instance."""
         known = read_prices().instances
         plain = self.instance_type.removeprefix("ml.")
         if not self.instance_type.startswith("ml.") or plain not in known:
@@ -138,13 +138,13 @@ class Job:
 
     @cached_property
     def run(self) -> TrainConfig:
-        """The configuration of the training run, overrides in it."""
+        """Return the configuration of the training run, overrides included."""
         words = ["--config", str(self.config), *self.overrides, "--backend", BACKENDS[self.instance.kind]]
         return settings.parse(words)
 
     @property
     def hyperparameters(self) -> dict[str, str]:
-        """Flags of the entry point: scalars only, since the container mangles anything else."""
+        """Return the flags of the entry point: scalars only, because the container changes anything else."""
         words = [part for word in self.overrides for part in word.split("=", 1)]
         require(len(words) % 2 == 0, f"overrides {' '.join(words)}: give each as --section.field value")
         given = dict(zip(words[::2], words[1::2], strict=True))
@@ -161,10 +161,10 @@ class Job:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment of the container, beside what SageMaker sets."""
+        """Return the environment of the container, besides what SageMaker sets."""
         found: dict[str, str] = {}
         if self.instance.kind == "neuron" and self.instance_count > 1:
-            # the container's toolkit does it for trn1.32xlarge and forgets trn1n
+            # the container's toolkit sets these for trn1.32xlarge, but not for trn1n
             settings_of_library = apply_settings(self.run, nodes=True, env={})
             found |= {name: value for name, value in settings_of_library.items() if name.startswith("FI_")}
         if self.compile_cache:
@@ -175,7 +175,7 @@ class Job:
 
     @property
     def image_uri(self) -> str:
-        """Full name of the image."""
+        """Return the full name of the image."""
         if self.image:
             return self.image
         known = yaml.safe_load(IMAGES.read_text(encoding="utf-8"))
@@ -185,17 +185,17 @@ class Job:
 
     @property
     def prefix(self) -> str:
-        """s3:// prefix of all that belongs to this job."""
+        """Return the s3:// prefix of everything that belongs to this job."""
         return f"{self.output.rstrip('/')}/{self.name}"
 
     @property
     def checkpoint_uri(self) -> str:
-        """Where checkpoints are kept."""
+        """Return the s3:// prefix of the checkpoints."""
         return self.checkpoints or f"{self.prefix}/checkpoints"
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Channel -> local path or s3:// URI."""
+        """Return channel -> local path or s3:// URI."""
         found = {split: getattr(self, split) or getattr(self.run.data, split) for split in SPLITS}
         found["model"] = self.model
         return {name: value for name, value in found.items() if value is not None}
@@ -222,7 +222,7 @@ class Job:
         check(self.volume_gb >= 1, f"volume_gb={self.volume_gb} must be at least 1")
         if self.compile_only:
             check(instance.kind == "neuron", f"compile_only: only Trainium compiles ahead; train on {kind} at once")
-            lost = "compile_only: its programs would be lost; add --compile-cache s3://bucket/prefix"
+            lost = "compile_only: its graphs would be lost; add --compile-cache s3://bucket/prefix"
             check(self.compile_cache is not None, lost)
         for name in ("output", "checkpoints", "compile_cache"):
             value = getattr(self, name)
@@ -289,5 +289,5 @@ class Job:
 
 
 def is_s3(text: str) -> bool:
-    """Whether `text` is the URI of a bucket or of something in it."""
+    """Return whether `text` is the URI of a bucket or of something in it."""
     return re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text) is not None

@@ -29,10 +29,10 @@ from esm_neuron.redact import redact
 
 
 def parse(argv: Sequence[str]) -> tuple[Job, argparse.Namespace]:
-    """The job that the words describe, and how to start it.
+    """Return the job that the words describe, and how to start it.
 
     Raises:
-        ConfigError: an unknown flag or a description that the service would refuse.
+        ConfigError: a flag is unknown, or the service would refuse the job.
     """
     split = argv.index("--") if "--" in argv else len(argv)
     words = [re.sub(r"^--[\w-]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in argv[:split]]
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> tuple[Job, argparse.Namespace]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Start a job, or print its request; returns the exit code."""
+    """Start a job, or print its request; return the exit code."""
     try:
         job, how = parse(argv)
         with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
-    """`service.submit`, with the SDK imported only now: a wrong flag is known before."""
+    """Call `service.submit`; the SDK is imported only here, so that a wrong flag is reported before."""
     os.environ.setdefault("SAGEMAKER_SUPPRESS_V2_WARNING", "1")
     from service import submit as send
 

@@ -1,4 +1,4 @@
-"""From a checked job to SageMaker: the only file that knows the SDK (version 2, `sagemaker.pytorch.PyTorch`)."""
+"""Send a checked job to SageMaker: the only file that uses the SDK (version 2, `sagemaker.pytorch.PyTorch`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stage import stage
 from esm_neuron.errors import ConfigError, TrainingError
 
 REQUEST = "provide-client-params.sagemaker.CreateTrainingJob"
-"""botocore's event with the very request that is about to be sent."""
+"""The event of botocore that holds the request before it is sent."""
 
 SDK_CONFIG = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
 
@@ -29,50 +29,50 @@ UPLOAD = b"<InitiateMultipartUploadResult><UploadId>dry-run</UploadId></Initiate
 
 
 class Body(io.BytesIO):
-    """The body of an answer to a request that was not sent."""
+    """The body of a response to a request that was not sent."""
 
     def stream(self, **_: Any) -> Any:
-        """All of it."""
+        """Yield all of it."""
         yield self.read()
 
 
-def answer(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
-    """What a dry run is told: yes; and, where a large upload begins (the source archive's), a number for its parts."""
+def respond(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
+    """Return a success for a dry run; where a large upload begins (the source archive), an id for its parts."""
     body = UPLOAD if request.url.endswith("?uploads") else b""
     return AWSResponse(request.url, 200, {"ETag": "dry-run"}, Body(body))
 
 
 def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
-    """Upload and start the job by the SDK; returns the request as it went out.
+    """Upload and start the job through the SDK; return the request as it was sent.
 
     Args:
         job: what to start.
         folder: an empty folder for the source archive.
-        dry: do all of it, but answer every call ourselves instead of sending it; no account is needed.
-        wait: follow the logs until the job has ended.
+        dry: do everything, but respond to every call here instead of sending it; no account is needed.
+        wait: follow the logs until the job ends.
 
     Raises:
-        ConfigError: AWS refused a call: keys, rights, the bucket, a quota, a name that was used before.
-        TrainingError: the job that was followed did not complete.
+        ConfigError: AWS refused a call: keys, permissions, the bucket, a quota, a name that was used before.
+        TrainingError: the job did not complete.
     """
     keys = {"aws_access_key_id": "dry-run", "aws_secret_access_key": "dry-run"} if dry else {}  # nosec B105
-    boto3.setup_default_session(region_name=job.region, **keys)  # the SDK makes a client of it beside those of ours
+    boto3.setup_default_session(region_name=job.region, **keys)  # the SDK makes a client of its own from it
     boto = boto3.Session(region_name=job.region, **keys)
     sent: list[dict[str, Any]] = []
     boto.events.register(REQUEST, lambda params, **_: sent.append(dict(params)))
     if dry:
-        boto.events.register_first("before-send.*", answer)
+        boto.events.register_first("before-send.*", respond)
     bucket = job.output.removeprefix("s3://").partition("/")[0]
-    # a config of our own: the SDK's default files would change the request unseen, and it would report each call home
+    # our own config: the SDK's default files would change the request unseen, and the SDK would report each call
     session = sagemaker.Session(boto_session=boto, default_bucket=bucket, sagemaker_config=SDK_CONFIG)
     started = estimator(job, folder, session)
     try:
         started.fit(channels(job, session), job_name=job.name, wait=wait, logs="All" if wait else None)
     except (Boto3Error, BotoCoreError, ClientError) as error:
-        cure = "check your keys, the bucket, the job's name, and your rights (docs/sagemaker.md)"
+        cure = "check your keys, the bucket, the job's name, and your permissions (docs/sagemaker.md)"
         raise ConfigError(f"AWS took no job {job.name} in {job.region}: {_one_line(error)}; {cure}") from error
     except UnexpectedStatusException as error:
-        cure = f"mend it and go on with --checkpoints {job.checkpoint_uri}"
+        cure = f"fix it and go on with --checkpoints {job.checkpoint_uri}"
         raise TrainingError(f"{job.name} ended as {error.actual_status}: {_one_line(error)}; {cure}") from error
     return sent[0]
 
@@ -82,7 +82,7 @@ def _one_line(error: Exception) -> str:
 
 
 def estimator(job: Job, folder: Path, session: sagemaker.Session) -> PyTorch:
-    """The SDK's description of the job."""
+    """Return the SDK's description of the job."""
     optional: dict[str, Any] = {}
     if job.spot:
         optional["max_wait"] = job.max_wait if job.max_wait is not None else job.max_run
@@ -119,7 +119,7 @@ def estimator(job: Job, folder: Path, session: sagemaker.Session) -> PyTorch:
 
 
 def channels(job: Job, session: sagemaker.Session) -> dict[str, TrainingInput]:
-    """A channel an input, local ones uploaded; every host gets all of it."""
+    """Return a channel per input, local ones uploaded; every host gets all of it."""
     bucket, _, key = job.prefix.removeprefix("s3://").partition("/")
     found = {}
     for name, value in job.inputs.items():

@@ -1,4 +1,4 @@
-"""The folder that becomes a job's source archive: entry point, config, this package, and what pip is to add."""
+"""Make the folder that becomes a job's source archive: entry point, config, package, and what pip has to install."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTRAS = {"neuron": "neuron", "gpu": "cuda"}
 
 
 def stage(folder: Path, config: Path, kind: str, baked: bool) -> Path:
-    """Fill `folder` for a job on an instance of this kind; an image that is `baked` has package and requirements."""
+    """Fill `folder` for a job on an instance of this kind; a `baked` image already has package and requirements."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy2(HERE / "entry.py", folder)
     shutil.copy2(config, folder / config.name)
@@ -31,15 +31,15 @@ def stage(folder: Path, config: Path, kind: str, baked: bool) -> Path:
 
 
 def copy_package(folder: Path) -> None:
-    """This package's source, without what Python left beside it."""
+    """Copy the source of this package, without what Python left beside it."""
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def requirements(extra: str) -> list[str]:
-    """Requirement lines of this package and one of its extras, those of the images left out.
+    """Return the requirement lines of this package and one of its extras, without what the images bring.
 
     Raises:
-        ConfigError: the package is not installed here, so its requirements are not known.
+        ConfigError: the package is not installed here, so its requirements are unknown.
     """
     lines = []
     for requirement in map(Requirement, requires("esm-neuron") or []):

@@ -78,7 +78,7 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
             {"model": "s3://bucket/esm2/", "overrides": ("--model.revision", "a" * 40)},
             f"model.revision={'a' * 40} is of a hub id, not of --model; pin it by model.sha256",
         ),
-        ({"compile_only": True}, "compile_only: its programs would be lost; add --compile-cache"),
+        ({"compile_only": True}, "compile_only: its graphs would be lost; add --compile-cache"),
         ({"overrides": ("--adapter.kind", "qlora")}, "adapter.kind=qlora with backend=neuron"),
         ({"compile_only": True, "instance_type": "ml.g5.2xlarge"}, "only Trainium compiles ahead"),
         ({"region": "mars-1"}, "region=mars-1 is not in images.yaml; give --image"),

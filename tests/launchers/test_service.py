@@ -223,7 +223,7 @@ def test_a_job_that_aws_does_not_take_or_that_fails_is_one_line(
         raise UnexpectedStatusException("Error for Training job job-1: Failed.\nReason: AlgorithmError", [], "Failed")
 
     monkeypatch.setattr(service.PyTorch, "fit", fit)
-    with pytest.raises(TrainingError, match="job-1 ended as Failed: .*AlgorithmError; mend it and go on with") as ended:
+    with pytest.raises(TrainingError, match="job-1 ended as Failed: .*AlgorithmError; fix it and go on with") as ended:
         service.submit(Job(**described()), tmp_path / "b", dry=False, wait=True)
     assert "\n" not in str(no.value) + str(ended.value)
     assert str(ended.value).endswith("--checkpoints s3://bucket/esm/job-1/checkpoints")

@@ -20,7 +20,7 @@ from esm_neuron.data.homology import homolog_rows
 from esm_neuron.data.splits import load_splits
 from esm_neuron.inference.evaluate import evaluate
 from esm_neuron.inference.load import read_run
-from esm_neuron.inference.serving import Predictor
+from esm_neuron.inference.serving import load
 from esm_neuron.reports import write_report
 from esm_neuron.tasks import TASKS, task_class
 from esm_neuron.training import run
@@ -292,7 +292,7 @@ def test_what_has_no_answer_is_null_in_json(
     rows = [("long", "ACDEFGHIKL" * 6), *((residue, residue) for residue in "ACDEFGHIKL")]
     pd.DataFrame(rows, columns=["id", "sequence"]).to_csv(tmp_path / "some.csv", index=False)
     predict(run_, tmp_path / "some.csv", tmp_path / "a.jsonl", settings=["--data.long_sequences=crop"], log=str)
-    predictor = Predictor.load(Path(run_))
+    predictor = load(Path(run_))
     data = replace(predictor.cfg.data, long_sequences="crop")
     predictions = replace(predictor, cfg=replace(predictor.cfg, data=data)).predict(rows)
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]

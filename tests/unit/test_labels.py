@@ -233,5 +233,5 @@ def test_sampled_validation_rows_are_spread_over_labels_and_values(tmp_path: Pat
 )
 def test_a_setting_that_a_task_would_pass_over_is_refused(task: str, setting: str, value: Any) -> None:
     cfg = TrainConfig(task=replace(TaskConfig(name=task), **{setting: value}), data=DataConfig(train="x"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=rf"task.{setting}=.* says nothing to {task}; leave it out \(it is for "):
+    with pytest.raises(ConfigError, match=rf"task.{setting}=.* has no effect with task.name={task}; leave it out "):
         validate(cfg)

@@ -155,6 +155,14 @@ def test_an_old_name_is_answered_with_the_new_one(folder: Path, old: str, cure: 
     assert said == f"unknown setting {old}; {cure}" or section == "train"
 
 
+@pytest.mark.parametrize("old", settings.REMOVED)
+def test_what_was_removed_says_what_to_do_instead(folder: Path, old: str) -> None:
+    setting, _, value = old.partition("=")
+    section, name = setting.split(".")
+    for argv in ([f"--{setting}={value or 2}"], ["--config", written(folder, f"{section}: {{{name}: {value or 2}}}")]):
+        assert refusal(*argv).endswith(settings.REMOVED[old])
+
+
 @pytest.mark.parametrize("new", settings.RENAMED.values())
 def test_new_names_are_settings(new: str) -> None:
     assert new in known_keys()
