@@ -87,19 +87,20 @@ def test_a_compilers_own_cache_folder_beside_the_cache_url_is_refused(monkeypatc
     assert Lack(expected.rpartition("; ")[0], "remove one of the two") in lacks("neuron")
 
 
-def test_a_cache_on_nfs_is_refused(tmp_path: Path) -> None:
+def test_a_cache_on_nfs_or_lustre_is_refused(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     rows = [
         f"fs-1:/ {tmp_path}/efs nfs4 rw 0 0",
-        f"fs-2@tcp:/x {tmp_path}/efs/fsx lustre rw 0 0",
+        f"fs-2@tcp:/x {tmp_path}/fsx lustre rw 0 0",
         "/dev/nvme0n1p1 / ext4 rw 0 0",
     ]
     mounts.write_text("\n".join(rows) + "\n")
-    assert cache_trouble({CACHE: f"{tmp_path}/efs/cache"}, mounts) == (
-        f"NEURON_COMPILE_CACHE_URL={tmp_path}/efs/cache is on NFS, where the compiler's locks break; use a local "
-        "folder, FSx for Lustre or S3"
-    )
-    for fine in (f"{tmp_path}/efs/fsx/cache", f"{tmp_path}/cache", "s3://bucket/efs"):
+    for folder, kind in (("efs", "nfs4"), ("fsx", "lustre")):
+        assert cache_trouble({CACHE: f"{tmp_path}/{folder}/cache"}, mounts) == (
+            f"NEURON_COMPILE_CACHE_URL={tmp_path}/{folder}/cache is on {kind}, where the compiler's locks break; use a "
+            "local folder or an S3 prefix"
+        )
+    for fine in (f"{tmp_path}/cache", "s3://bucket/efs"):
         assert cache_trouble({CACHE: fine}, mounts) is None
     assert cache_trouble({CACHE: str(tmp_path)}, tmp_path / "no such file") is None
 
