@@ -96,7 +96,8 @@ SETTINGS = (
         CACHE,
         lambda cfg, nodes: None,
         "Yours alone: the folder or S3 prefix where compiled graphs are kept. NFS and Lustre (EFS, FSx) are "
-        "refused, where the compiler's locks break, and so is --cache_dir in NEURON_CC_FLAGS beside it, which would overrule it.",
+        "refused, where the compiler's locks break, and so is --cache_dir in NEURON_CC_FLAGS beside it, which would "
+        "overrule it.",
     ),
 )
 """Every variable that matters to the backend; it sets those that have a value and that the user has not set."""
