@@ -50,6 +50,18 @@ def adapters() -> str:
     return str(adapters.page(json.loads(adapters.SAVED.read_text(encoding="utf-8"))))
 
 
+def rooms_page() -> str:
+    import rooms
+
+    return rooms.page(rooms.read())
+
+
+def rooms_picture() -> str:
+    import rooms
+
+    return rooms.picture(rooms.read())
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/settings.md": settings,
     "docs/errors.md": errors,

@@ -14,6 +14,7 @@ from esm_neuron.config.schema import (
     ParallelConfig,
     Quantization,
     TaskConfig,
+    TaskName,
     TrainConfig,
     require,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ParallelConfig",
     "Quantization",
     "TaskConfig",
+    "TaskName",
     "TrainConfig",
     "require",
 ]

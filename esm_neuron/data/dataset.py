@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -148,12 +148,13 @@ class Target:
 
 
 class TargetMaker(Protocol):
-    """The part of `tasks.Task` that the loader calls."""
+    """The part of a task that the loader calls, see `tasks.Task`."""
 
-    per_token: ClassVar[bool]
+    per_token: bool
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Return input, label and weight of one example."""
+        """Input, label and weight of one example; `rng` is seeded by (seed, epoch, example), in evaluation
+        by (seed, tokens)."""
         ...
 
 

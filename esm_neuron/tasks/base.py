@@ -1,13 +1,11 @@
-"""What a task is: everything that differs between tasks is a field or a method of `Task`."""
+"""What the loop, the loader, the evaluation and the prediction ask of a task."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import pyarrow as pa
 from torch import Tensor
 from transformers import EsmConfig, PreTrainedModel
 
@@ -21,124 +19,62 @@ from esm_neuron.models.esm2 import (
     PooledEsmConfig,
     head_names,
 )
-from esm_neuron.tasks.baselines import Baseline
-from esm_neuron.tasks.view import View
 
 Predictions = Sequence[np.ndarray]
-"""What `evaluation.collect` found for every example of a table, in the table's order: arrays [examples, ...], or
-[tokens of the table, ...] for a task that predicts each token."""
+"""What `evaluate.collect` found for every example of a table, in the table's order: arrays [examples, ...], or
+[tokens of the table, ...] for a task that answers each token."""
 Column = np.ndarray | list[str] | list[np.ndarray]
-"""One value per record: numbers [records], texts, or an array for each record."""
-CLASS_SETTINGS = ("labels", "class_weights", "label_smoothing", "focal_gamma")
-"""Settings of tasks with classes."""
+"""A value a record: numbers [records], texts, or an array a record."""
 
 
-class Task(ABC):
-    """One way of learning from proteins: a subclass, and a row of `tasks.TASKS`.
+class Task(Protocol):
+    """One way of learning from proteins; `tasks.TASKS` holds them by name."""
 
-    The defaults are those of a task without labels that predicts one thing per protein. A task that only predicts,
-    such as embedding, needs no `loss`, `metrics` and `outputs`.
-
-    Args:
-        cfg: with what the training rows decide, see `data.labels.Labels.resolve`.
-        labels: class names; empty where the task has none.
-    """
-
-    summary: ClassVar[str] = "a task of its own"
-    """What it predicts, for the model card: `one class per protein`."""
-    unit: ClassVar[str] = "proteins"
-    """What the metrics count, for the report."""
-    settings: ClassVar[tuple[str, ...]] = ()
-    """Fields of `TaskConfig` that it uses; the others must keep their defaults."""
-    label_kind: ClassVar[type[Labels] | None] = None
+    metric: str
+    """The figure of `figures` that chooses the best checkpoint."""
+    greater_is_better: bool
+    label_kind: ClassVar[type[Labels] | None]
     """Reads the label column; None: the task needs no labels."""
-    metric: ClassVar[str] = "loss"
-    """The one of `metrics` that chooses the best checkpoint."""
-    greater_is_better: ClassVar[bool] = False
-    compared: ClassVar[tuple[str, ...]] = ()
-    """Metrics of one scale that the report draws beside those of the baselines, on one axis."""
-    per_token: ClassVar[bool] = False
-    """Whether there is one target per token or one per sequence."""
-    predictions_per_token: bool = False
-    """Whether `predictions` are one per token [R, L, ...] or one per segment [R, S, ...]."""
-    keeps_lm_head: ClassVar[bool] = False
-    """Whether its head is the language model's, which a pretrained ESM-2 has."""
-    hub_task: ClassVar[str | None] = None
-    """The hub's name for it (`pipeline_tag`); None: the hub has none."""
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    """The class of transformers that loads its model."""
-
-    def __init__(self, cfg: TaskConfig, labels: Sequence[str] = ()) -> None:
-        self.cfg = cfg
-        self.labels = tuple(labels)
-
-    # The model
+    per_token: bool
+    """Whether targets are one a token or one a sequence."""
+    predictions_per_token: bool
+    """Whether `answers` are one a token [R, L, ...] or one a segment [R, S, ...]."""
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
-        """Return the configuration of the task's model, made from the pretrained one."""
-        return config
+        """The configuration of the task's model, from that of the pretrained one."""
+        ...
 
-    @abstractmethod
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """Return the task's model; called under the meta device, so it has shapes and no values."""
+        """The task's model; called under the meta device, so it has shapes and no values."""
+        ...
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """Return the names of the modules that a pretrained ESM-2 does not have: newly initialized, always trained."""
-        return ()
-
-    @classmethod
-    def in_transformers(cls, model: ModelConfig) -> bool:
-        """Return whether plain transformers can compute what the task's model does."""
-        return True
-
-    @classmethod
-    def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
-        """Return the sizes of the parameters in `head`, for `esm-neuron plan`."""
-        return []
-
-    @classmethod
-    def head_bytes(cls, hidden: int, outputs: int, number: int) -> int:
-        """Return the bytes that head and loss keep for each token (`per_token`) or segment; matmuls give `number`."""
-        return 4 * (4 * hidden + 4 * outputs)
-
-    # Learning
+        """Names of the modules that a pretrained ESM-2 does not have: drawn anew and always trained."""
+        ...
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Return what the model sees of one example and what it should predict, here nothing (weight 0).
-
-        `rng` is seeded by (seed, epoch, example), in evaluation by (seed, tokens).
-        """
-        return Target(table.sequence(example), np.zeros((), np.int64), np.zeros((), np.float32))
+        """See `data.batch.TargetMaker`."""
+        ...
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (sum of weighted losses, sum of weights), scalars: sums, so that passes and ranks add up exactly."""
-        raise NotImplementedError(f"{type(self).__name__} is not trained")
-
-    # Predictions
+        """(sum of weighted losses, sum of weights), scalars: sums, so that passes and ranks add up exactly."""
+        ...
 
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Return what an evaluation keeps of a batch: float32 [R, S, ...] or [R, L, ...] each, here the logits."""
-        return (logits.float(),)
+        """What an evaluation keeps of a batch, float32 [R, S, ...] or [R, L, ...] a tensor, on the device."""
+        ...
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """Return how good the predictions for a table with labels are; with `intervals` also 95 % intervals."""
-        raise NotImplementedError(f"{type(self).__name__} is not evaluated")
+        """How good the answers to a table with labels are; with `intervals` also 95 % bootstrap intervals."""
+        ...
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
-        """Return what is written about each record: column -> one value per record, in the order of `table.ids`."""
-        raise NotImplementedError(f"{type(self).__name__} has no table of predictions")
+        """What is told of each record of a table: column -> a value a record, in the order of `table.ids`."""
+        ...
 
     def targets(self, table: ExampleTable) -> Column | None:
-        """Return what a table's labels say of each record, in the words of `outputs`; None without labels."""
-        return None
-
-    def baselines(self, train: ExampleTable) -> list[Baseline]:
-        """Return simple models, fitted on the training table, that the network has to beat."""
-        return []
-
-    def view(self, table: pa.Table) -> View | None:
-        """Return what the report draws of a table that `run_dir.save_predictions` wrote; None: no charts of it."""
-        return None
+        """What a table's labels say of each record, in the words of `outputs`; None for a task without labels."""
+        ...
 
 
 def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
@@ -151,53 +87,43 @@ def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
     return mean
 
 
-def class_weights(cfg: TaskConfig, labels: Sequence[str]) -> np.ndarray:
+def weights_of(cfg: TaskConfig, labels: Sequence[str]) -> np.ndarray:
     """float32 [classes]: the class weights of a resolved task, 1 where it has none."""
     if isinstance(cfg.class_weights, dict):
         return np.array([cfg.class_weights[label] for label in labels], np.float32)
     return np.ones(len(labels), np.float32)
 
 
-def weighted(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return (sum of weighted losses, sum of weights)."""
-    return (losses * batch.weights).sum(), batch.weights.sum()
-
-
-class PooledTask(Task):
-    """One vector per protein, and a head on it; subclasses say what is predicted and how it is learned."""
+class PooledTask:
+    """One vector a protein, and a head on it; subclasses say what is answered and how it is learnt."""
 
     greater_is_better = True
-    label_kind: ClassVar[type[Labels] | None] = Labels
+    label_kind: ClassVar[type[Labels]] = Labels
+    per_token = False
+    predictions_per_token = False
+
+    def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
+        self.cfg = cfg
+        self.labels = tuple(labels)
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
-        """Add the outputs and the pooling; what transformers would compute otherwise becomes a type of its own."""
-        values = config.to_dict() | {"pooling": model.pooling} | self._output_config()
+        """Add the answers and the pooling; what transformers would compute otherwise becomes a type of its own."""
+        values = config.to_dict() | {"pooling": model.pooling} | self._answered()
         values.update(label2id={label: i for i, label in values["id2label"].items()})
         values.pop("model_type", None)
-        kind = EsmConfig if self.in_transformers(model) else PooledEsmConfig
-        configured: EsmConfig = kind.from_dict(values)
+        plain = model.pooling == "cls" and values["problem_type"] != "regression"
+        configured: EsmConfig = (EsmConfig if plain else PooledEsmConfig).from_dict(values)
         return configured
 
-    def _output_config(self) -> dict[str, Any]:
+    def _answered(self) -> dict[str, Any]:
         """Entries of the model's configuration: `id2label`, `problem_type`."""
         return {"id2label": dict(enumerate(self.labels)), "problem_type": "single_label_classification"}
 
-    @classmethod
-    def in_transformers(cls, model: ModelConfig) -> bool:
-        """Return whether transformers has the pooling: only that of <cls>."""
-        return model.pooling == "cls"
-
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """Return transformers' classifier, or ours where the pooling is another."""
+        """See `Task.build`."""
         kind = PackedForPooledClassification if isinstance(config, PooledEsmConfig) else PackedForSequenceClassification
         return kind(config)
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """Return the dense layer, the outputs and, with attention pooling, its weights."""
+        """See `Task.head`."""
         return head_names(config)
-
-    @classmethod
-    def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
-        """Return the sizes of the modules in `head`."""
-        pooling = [hidden] if model.pooling == "attention" else []
-        return [hidden**2, hidden, outputs * hidden, outputs, *pooling]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,17 @@ from esm_neuron.data.dataset import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, prefetch
 from esm_neuron.errors import TrainingError
 from esm_neuron.metrics import Value
-from esm_neuron.tasks.base import Task
+from esm_neuron.tasks import Task
+
+
+class Asks(Protocol):
+    """What forward passes need of a task, see `tasks.Task`."""
+
+    @property
+    def predictions_per_token(self) -> bool: ...
+
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]: ...
+
 
 AHEAD = 2
 """Batches made before the device asks for them."""
@@ -40,7 +51,7 @@ def on_device(batches: Iterable[Batch], backend: Backend) -> Iterator[Batch]:
 
 def run_passes(
     model: nn.Module,
-    task: Task,
+    task: Asks,
     backend: Backend,
     batches: Iterable[Batch],
     take: Callable[[np.ndarray, list[np.ndarray]], None],
@@ -64,7 +75,7 @@ def run_passes(
 
 def collect(
     model: nn.Module,
-    task: Task,
+    task: Asks,
     backend: Backend,
     loader: EvalLoader,
     alone: bool = False,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import errors_page
 import neuron_page
 import pages
 import pytest
+import rooms
 import settings_page
 
 from esm_neuron.backends.neuron_env import SETTINGS
@@ -48,3 +50,44 @@ def test_versions_of_libraries_may_word_their_part_of_an_error() -> None:
     reworded = re.sub(r"\([^()]*\)", "(worded (otherwise))", text)
     assert pages.comparable(name, reworded) == pages.comparable(name, text)
     assert pages.comparable(name, text.replace("close the quotes", "x")) != pages.comparable(name, text)
+
+
+MODULE = '''"""Do | this.
+
+More."""
+from typing import TYPE_CHECKING
+def f():
+    from esm_neuron.low import x
+if TYPE_CHECKING:
+    from esm_neuron.top import T
+'''
+SOURCES = {
+    "__init__.py": "from esm_neuron.top import nothing",
+    "top.py": '"""Begin."""\nfrom esm_neuron import low\nimport esm_neuron.middle.one',
+    "middle/__init__.py": "",
+    "middle/one.py": MODULE,
+    "low.py": '"""End."""\nimport os',
+}
+"""`top` imports `middle`, which imports `low` within a function; a type alone is no import."""
+
+
+def test_rooms_stand_above_what_they_import(tmp_path: Path) -> None:
+    for name, text in SOURCES.items():
+        (tmp_path / "esm_neuron" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "esm_neuron" / name).write_text(text)
+    found = rooms.read(tmp_path)
+    assert found.modules == {"top": {"top": "Begin."}, "middle": {"one": "Do | this."}, "low": {"low": "End."}}
+    assert found.imports == {"top": {"low", "middle"}, "middle": {"low"}, "low": frozenset()}
+    assert found.arrows == [("middle", "low"), ("top", "middle")], "that top imports low follows"
+    assert found.floors == [["top"], ["middle"], ["low"]]
+    drawing = ElementTree.fromstring(rooms.picture(found))
+    names = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert names == ["top.py", "middle/", "one", "low.py"]
+    assert "| `one` | Do \\| this. |" in rooms.page(found) and rooms.page(found) == rooms.page(rooms.read(tmp_path))
+
+
+def test_an_arrow_passes_the_rooms_of_the_floors_between() -> None:
+    imports = {"a": {"b", "c", "d"}, "b": {"d"}, "c": {"e"}, "d": {"e"}, "e": set()}
+    found = rooms.Rooms({room: {"m": ""} for room in imports}, {room: frozenset(to) for room, to in imports.items()})
+    assert ["a", "a>c", "c"] in found.ways
+    assert [set(floor) for floor in found.floors] == [{"a"}, {"b", "a>c"}, {"c", "d"}, {"e"}]
