@@ -32,7 +32,7 @@ from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.metrics.bootstrap import bootstrap
 from esm_neuron.metrics.text import NAMES
 from esm_neuron.run_dir import Finished, read_finished
-from esm_neuron.tasks import Task
+from esm_neuron.tasks.base import Task
 
 RATES = {"none": (2.5e-4, 5e-4, 1e-3), "lora": (1e-3, 2e-3, 4e-3), "head": (2.5e-3, 5e-3, 1e-2)}
 """adapter.kind -> learning rates to choose from."""

@@ -19,7 +19,6 @@ from esm_neuron.config.settings import read_config
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import load_splits
 from esm_neuron.tasks import create_task
-from esm_neuron.tasks.baselines import fit_baselines
 
 HERE = Path(__file__).parent
 METRICS = {"accuracy": "accuracy", "mcc": "MCC", "auroc": "AUROC"}
@@ -33,7 +32,7 @@ def baselines(run: Path) -> dict[str, dict[str, Any]]:
     splits = load_splits(type(cfg)(**{**vars(cfg), "data": data}), Labels)
     assert splits.test is not None
     task = create_task(splits.task, splits.labels)
-    return {baseline.name: baseline.metrics(task, splits.test) for baseline in fit_baselines(splits.task, splits.train)}
+    return {baseline.name: baseline.metrics(task, splits.test) for baseline in task.baselines(splits.train)}
 
 
 def draw(run: Path, target: Path) -> None:

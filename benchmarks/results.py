@@ -33,10 +33,9 @@ from esm_neuron.data.splits import load_splits
 from esm_neuron.metrics.bootstrap import Curve, bootstrap, interval
 from esm_neuron.metrics.classification import confusion_scores
 from esm_neuron.metrics.regression import correlations, ranks
-from esm_neuron.metrics.text import LOWER_IS_BETTER, NAMES, counted, number, show
+from esm_neuron.metrics.text import NAMES, counted, number, show
 from esm_neuron.run_dir import RESULT, as_table, read_finished
 from esm_neuron.tasks import create_task, task_class
-from esm_neuron.tasks.baselines import fit_baselines
 from esm_neuron.training import run
 
 HERE = Path(__file__).parent
@@ -116,8 +115,8 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
     metrics = {
         init: {"all": one.result["test"], "clean": one.result["clean"].get("test")} for init, one in finished.items()
     }
-    for baseline in fit_baselines(splits.task, splits.train):
-        own = baseline.answer(splits.test)
+    for baseline in task.baselines(splits.train):
+        own = baseline.predict(splits.test)
         _, examples, tokens = selected = select_records(splits.test, ~has_homolog)
         part = [values[tokens if task.predictions_per_token else examples] for values in own]
         metrics[baseline.name] = {
@@ -209,6 +208,9 @@ def macro_f1(right: np.ndarray, marked: np.ndarray) -> np.ndarray:
         return np.asarray(np.where(marked > 0, 2 * right / marked, 0.0).mean(1))
 
 
+LOWER_IS_BETTER = {"loss", "rmse", "mae", "perplexity"}
+
+
 def verdict(metric: str, difference: Mapping[str, Any]) -> str:
     """Return `better`, `worse`, or `undecided` if the interval of the difference contains 0."""
     low, high = difference["difference_ci"]
@@ -229,7 +231,7 @@ def page(saved: Mapping[str, Any]) -> str:
         names=NAMES,
         show=show,
         number=number,
-        counted=counted,
+        counted=lambda found, task: counted(found, task_class(task).unit),
         verdict=verdict,
         missing=[experiment.title for experiment in EXPERIMENTS if experiment.name not in saved],
     )

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import EsmConfig, PreTrainedModel
+from transformers import EsmConfig
 
 from esm_neuron.backends.base import Backend
-from esm_neuron.config import ModelConfig, TrainConfig
+from esm_neuron.config import TrainConfig
 from esm_neuron.models.esm2 import encoder_of, set_attention
 from esm_neuron.models.lora import adapt, draw_lora
 from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import Draw, LoadReport, WeightSource, load_into, open_weights
-
-
-class ModelMaker(Protocol):
-    """The part of a task that building asks for, see `tasks.Task`."""
-
-    def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
-        """The configuration of the task's model, from that of the pretrained one."""
-        ...
-
-    def build(self, config: EsmConfig) -> PreTrainedModel:
-        """The task's model, under the meta device."""
-        ...
-
-    def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """Names of the modules that a pretrained ESM-2 does not have."""
-        ...
+from esm_neuron.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -48,7 +32,7 @@ class Built:
     """Whether linears of the blocks are kept in few bits."""
 
 
-def build_model(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
+def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     """Build on meta, shard, load slices (and quantize each as it comes), adapt, prepare.
 
     Raises:
@@ -78,7 +62,7 @@ def build_model(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
     return Built(backend.prepare(adapted), config, source, report, quantized=cfg.adapter.kind == "qlora")
 
 
-def model_config(cfg: TrainConfig, task: ModelMaker, pretrained: EsmConfig) -> EsmConfig:
+def model_config(cfg: TrainConfig, task: Task, pretrained: EsmConfig) -> EsmConfig:
     """The configuration of the task's model: the pretrained one's, with the run's dropout and longest sequence."""
     config = task.configure(pretrained, cfg.model)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = cfg.model.dropout

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from esm_neuron.config import BackendName, DataConfig, TaskConfig, TaskName, TrainConfig, require
+from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import RedactedRecord, RedactingFormatter, redact
 from esm_neuron.training.signals import EXIT_STOPPED
@@ -193,8 +193,9 @@ def plan(
     from esm_neuron.models.shapes import known_shape
     from esm_neuron.planning import cost
     from esm_neuron.planning.plan import make_plan, metrics, render
-    from esm_neuron.tasks import task_class
+    from esm_neuron.tasks import check_task, task_class
 
+    check_task(cfg.task)
     made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), devices)
     values, lines = metrics(made), [render(made)]
     if instance is not None:
@@ -255,7 +256,7 @@ def data_check(
     sequence_column: Annotated[str, "column with the sequence"] = DataConfig.sequence_column,
     label_column: Annotated[str | None, "checked if it is given"] = None,
     task: Annotated[
-        TaskName, "what the labels are: one per protein, several joined by `;`, a number, or one per residue"
+        str, "task that the labels are for: one per protein, several joined by `;`, a number, or one per residue"
     ] = TaskConfig.name,
     split_column: Annotated[str | None, "checked if it is given"] = None,
     train: Annotated[str, "value of the split column for training rows"] = "train",
@@ -275,6 +276,7 @@ def data_check(
         split_names=(train, valid, test),
     )
     kind = task_class(task).label_kind
+    require(kind is not None or not label_column, f"--task {task} reads no labels; leave out --label_column")
     labels = kind(TaskConfig(name=task), cfg.label_column) if label_column and kind else None
     found = check_file(file, cfg, labels, None if homologs == "off" else homologs)
     print(json.dumps(asdict(found), indent=2) if json_ else found.render())

@@ -111,7 +111,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 if TYPE_CHECKING:
     from esm_neuron.data.dataset import ExampleTable
-    from esm_neuron.tasks import Column, Predictions, Task
+    from esm_neuron.tasks.base import Column, Predictions, Task
 
 
 def save_predictions(

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from esm_neuron.config import DataConfig, TaskConfig, TaskName, TrainConfig
+from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
 from esm_neuron.config.rules import validate
 from esm_neuron.config.settings import read_config
 from esm_neuron.data.splits import load_splits
@@ -46,7 +46,7 @@ class Malformed:
     use: Callable[[Path], Any]
 
 
-def train(path: Path, task: TaskName = "sequence_classification", **data: Any) -> None:
+def train(path: Path, task: str = "sequence_classification", **data: Any) -> None:
     """Read training rows."""
     cfg = TrainConfig(task=TaskConfig(name=task), data=DataConfig(train=str(path), valid_fraction=0.0, **data))
     load_splits(cfg, task_class(task).label_kind)

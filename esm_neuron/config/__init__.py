@@ -14,7 +14,6 @@ from esm_neuron.config.schema import (
     ParallelConfig,
     Quantization,
     TaskConfig,
-    TaskName,
     TrainConfig,
     require,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "ParallelConfig",
     "Quantization",
     "TaskConfig",
-    "TaskName",
     "TrainConfig",
     "require",
 ]

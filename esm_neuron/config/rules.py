@@ -5,21 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from esm_neuron.config import TaskConfig, TaskName, TrainConfig, require
+from esm_neuron.config import TaskConfig, TrainConfig, require
 from esm_neuron.redact import redact
 
-_CLASSES: tuple[TaskName, ...] = ("sequence_classification", "multi_label", "residue_classification")
-TASK_SETTINGS: dict[str, tuple[TaskName, ...]] = {
-    "labels": _CLASSES,
-    "class_weights": _CLASSES,
-    "label_smoothing": _CLASSES,
-    "focal_gamma": _CLASSES,
-    "ignore": ("residue_classification",),
-    "target_mean": ("regression",),
-    "target_sd": ("regression",),
-    "mask_probability": ("masked_lm",),
-}
-"""Setting of a task -> the tasks that use it."""
 MOST = 1 << 40
 """Largest number where nothing else is a bound, as for steps, tokens, devices; refuses infinity."""
 
@@ -96,7 +84,7 @@ def check_values(cfg: TrainConfig) -> None:
         require(low <= value <= high, f"{name}={value} is outside {low} to {high}")
     for name, value in (("loop.epochs", cfg.loop.epochs), ("optim.lr", cfg.optim.lr)):
         require(0 < value <= MOST, f"{name}={value} must be above 0, and at most {MOST}")
-    _check_task(cfg)
+    _check_task(cfg.task)
 
 
 def _texts(name: str, value: object) -> Iterator[tuple[str, str]]:
@@ -123,16 +111,8 @@ def _check_text(name: str, text: str) -> None:
     )
 
 
-def _check_task(cfg: TrainConfig) -> None:
-    """Refuse a setting that the task would ignore."""
-    task, default = cfg.task, TaskConfig()
-    for name, users in TASK_SETTINGS.items():
-        unused = task.name not in users and getattr(task, name) != getattr(default, name)
-        require(
-            not unused,
-            f"task.{name}={getattr(task, name)} has no effect with task.name={task.name}; leave it out "
-            f"(it is for {', '.join(users)})",
-        )
+def _check_task(task: TaskConfig) -> None:
+    """Check weights and scales; which settings a task uses is its own to say, see `tasks.check_task`."""
     weights = task.class_weights.values() if isinstance(task.class_weights, dict) else ()
     require(all(0 < weight < float("inf") for weight in weights), "task.class_weights must all be above 0")
     require(

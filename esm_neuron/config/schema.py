@@ -12,7 +12,6 @@ from typing import Literal
 from esm_neuron.errors import ConfigError
 
 BackendName = Literal["cpu", "cuda", "xla", "neuron"]
-TaskName = Literal["sequence_classification", "multi_label", "regression", "residue_classification", "masked_lm"]
 Quantization = Literal["nf4", "int8"]
 OnRecompile = Literal["error", "warn", "ignore"]
 OnNonfinite = Literal["stop", "skip"]
@@ -46,9 +45,10 @@ class ModelConfig:
 class TaskConfig:
     """What is learned."""
 
-    name: TaskName = "sequence_classification"
-    """What is learned: one label per protein, any number of labels per protein, a number per protein, a label per
-    residue, or the residues hidden from the model."""
+    name: str = "sequence_classification"
+    """What is learned: `sequence_classification`, one class per protein; `multi_label`, any number of labels per
+    protein; `regression`, a number per protein; `residue_classification`, one class per residue; or `masked_lm`, the
+    residues hidden from the model."""
     labels: tuple[str, ...] | None = None
     """Class names in the order of the outputs. None takes the sorted labels of the training rows."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -148,13 +148,12 @@ class Target:
 
 
 class TargetMaker(Protocol):
-    """The part of a task that the loader calls, see `tasks.Task`."""
+    """The part of `tasks.Task` that the loader calls."""
 
-    per_token: bool
+    per_token: ClassVar[bool]
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Input, label and weight of one example; `rng` is seeded by (seed, epoch, example), in evaluation
-        by (seed, tokens)."""
+        """Return input, label and weight of one example."""
         ...
 
 

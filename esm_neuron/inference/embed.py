@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor, nn
+from torch import nn
 from transformers import EsmConfig, PreTrainedModel
 
-from esm_neuron.config import BackendName, ModelConfig
-from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.config import BackendName, TaskConfig
+from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import DataError
 from esm_neuron.inference.load import find_model
 from esm_neuron.inference.predict import BATCHES, PredictionJob, predict_file
 from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
 from esm_neuron.models.attention import mean_over
 from esm_neuron.models.esm2 import PackedEncoder, encoder_of
-from esm_neuron.tasks.base import record_mean
+from esm_neuron.tasks.base import Task, record_mean
 from esm_neuron.tasks.residues import residue_mean
 
 Pooling = Literal["mean", "cls", "residue"]
@@ -48,33 +48,16 @@ class Embedder(nn.Module):
         return SimpleNamespace(logits=mean_over(pack.residues if self.pooling == "mean" else pack.first, hidden))
 
 
-class Embedding:
-    """What building, loading and evaluation need of a task, in order to embed; see `tasks.Task`."""
-
-    per_token = False
+class Embedding(Task):
+    """Embedding as a task that learns nothing: its model is the encoder alone."""
 
     def __init__(self, pooling: Pooling) -> None:
+        super().__init__(TaskConfig())
         self.predictions_per_token = pooling == "residue"
 
-    def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
-        """Return the configuration unchanged."""
-        return config
-
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """Return the encoder alone."""
+        """Return the encoder."""
         return PackedEncoder(config)
-
-    def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """Return no modules: nothing is newly initialized."""
-        return ()
-
-    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Return the sequence; there are no labels."""
-        return Target(table.sequence(example), np.zeros((), np.int64), np.zeros((), np.float32))
-
-    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the embeddings."""
-        return (logits,)
 
 
 def per_record(table: ExampleTable, predictions: Sequence[np.ndarray], per_residue: bool) -> list[np.ndarray]:

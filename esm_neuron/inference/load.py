@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esm_neuron import __version__
 from esm_neuron.backends.base import Backend
-from esm_neuron.build import Built, ModelMaker, build_model
+from esm_neuron.build import Built, build_model
 from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import sha256
@@ -23,7 +23,8 @@ from esm_neuron.models.hf_folder import BaseReference
 from esm_neuron.models.lora import saved_key
 from esm_neuron.models.weights import is_carried
 from esm_neuron.run_dir import ADAPTER, ADAPTER_WEIGHTS, BASE, CONFIG, MODEL, REFERENCE
-from esm_neuron.tasks import Task, create_task
+from esm_neuron.tasks import create_task
+from esm_neuron.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class ModelSpec:
     task: Task | None
     """The task of a training run; None for a plain ESM-2."""
 
-    def load(self, plain: ModelMaker, backend: Backend) -> Built:
+    def load(self, plain: Task, backend: Backend) -> Built:
         """Return the model with its weights on the backend's device: the run's own, or what `plain` makes of an ESM-2.
 
         Raises:
@@ -137,7 +138,7 @@ def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:
     )
 
 
-def build_trained(cfg: TrainConfig, task: ModelMaker, backend: Backend) -> Built:
+def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     """Build the model of a finished run with its trained weights, on the backend's device.
 
     Raises:

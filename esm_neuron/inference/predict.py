@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,9 @@ from torch import nn
 
 from esm_neuron.backends import opened_backend
 from esm_neuron.backends.base import Backend
-from esm_neuron.build import Built, ModelMaker
+from esm_neuron.build import Built
 from esm_neuron.config import BackendName, TrainConfig
-from esm_neuron.data.dataset import ExampleTable, TargetMaker
+from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import Rejected, save_rejected
@@ -25,7 +25,8 @@ from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_ran
 from esm_neuron.errors import ConfigError
 from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
-from esm_neuron.training.evaluation import Asks, collect
+from esm_neuron.tasks.base import Task
+from esm_neuron.training.evaluation import collect
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,6 @@ def predict(
     return predict_file(spec, job, source, target, resume, log)
 
 
-class Asking(ModelMaker, TargetMaker, Asks, Protocol):
-    """The part of a task that predictions need."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PredictionJob:
     """What a command does with the records of a file."""
@@ -87,7 +84,7 @@ class PredictionJob:
     command: str
     options: Mapping[str, Any]
     """What decides its predictions besides model and settings, in JSON's types."""
-    task: Asking
+    task: Task
     model: Callable[[Built], nn.Module]
     """Returns the network to run, given the one that was built."""
     write: Callable[[ExampleTable, Sequence[np.ndarray]], Predictions]
@@ -138,7 +135,7 @@ def piece_tokens(cfg: TrainConfig, backend: Backend, batches: int = BATCHES) -> 
 
 
 def predict_table(
-    model: nn.Module, task: Asking, backend: Backend, cfg: TrainConfig, table: ExampleTable, advance: Advance
+    model: nn.Module, task: Task, backend: Backend, cfg: TrainConfig, table: ExampleTable, advance: Advance
 ) -> list[np.ndarray]:
     """Return the task's predictions for a table, made by this rank alone, see `evaluation.collect`."""
     loader = EvalLoader(table, task, cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)

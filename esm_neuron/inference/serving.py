@@ -19,7 +19,7 @@ from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import load_inputs
 from esm_neuron.inference.load import build_trained, read_run
-from esm_neuron.tasks import Task
+from esm_neuron.tasks.base import Task
 from esm_neuron.training.evaluation import collect
 
 

@@ -136,10 +136,3 @@ def _f1(matrix: np.ndarray) -> np.ndarray:
     right, marked = np.einsum("kii->ki", matrix), matrix.sum(2) + matrix.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(marked > 0, 2 * right / marked, np.nan))
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [n, C]: log probabilities of `logits` [n, C]."""
-    exact = logits.astype(np.float64)
-    shifted = exact - exact.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))

@@ -1,10 +1,9 @@
-"""Figures of a number a protein."""
+"""Metrics of a number per protein."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy import stats
-from scipy.stats import spearmanr
 
 from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
 
@@ -14,7 +13,7 @@ NAMES = ("loss", "spearman", "pearson", "rmse", "mae", "r2")
 def regression_metrics(
     predicted: np.ndarray, truth: np.ndarray, scale: float = 1.0, intervals: bool = False
 ) -> dict[str, Value]:
-    """Figures over proteins.
+    """Return metrics over proteins.
 
     Args:
         predicted: float64 [n].
@@ -23,8 +22,8 @@ def regression_metrics(
         intervals: also `<name>_ci`.
 
     Returns:
-        n, loss (mean squared error over scale^2), spearman, pearson (both undefined where the values or the answers
-        are all equal), rmse, mae (in the values' unit) and r2 = 1 - MSE / variance.
+        n, loss (mean squared error over scale^2), spearman, pearson (both undefined where the targets or the
+        predictions are all equal), rmse, mae (in the values' unit) and r2 = 1 - MSE / variance.
     """
     n = len(truth)
     values: dict[str, Value] = {"n": n, **dict.fromkeys(NAMES)}
@@ -81,31 +80,16 @@ def ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> dict[str, Value]:
-    """`n`, `spearman` (by scipy; ties share their mean rank) and `spearman_ci`, 95 % over resampled rows.
+    """Return `n`, `spearman` (by scipy; ties share their mean rank) and `spearman_ci`, 95 % over resampled rows.
 
     Args:
-        one, other: float64 [n]. The figure is None below two different values of either.
+        one, other: float64 [n]. The metric is None below two different values of either.
     """
     n = len(one)
     defined = n > 1 and np.ptp(one) > 0 and np.ptp(other) > 0
-    values: dict[str, Value] = {"n": n, "spearman": float(spearmanr(one, other)[0]) if defined else None}
-    groups = [np.unique(side, return_inverse=True)[1] for side in (one, other)]
-    return with_intervals(values, bootstrap(n, lambda counts: {"spearman": _of_draws(counts, groups)}))
+    values: dict[str, Value] = {"n": n, "spearman": float(stats.spearmanr(one, other).statistic) if defined else None}
 
+    def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
+        return {"spearman": correlations(counts, ranks(counts, one), ranks(counts, other))}
 
-def _of_draws(counts: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
-    """Spearman [k] of resamples as multiplicities [k, n]; `groups` numbers the distinct values [n] of each side."""
-    first, second = (_ranks(counts, group) for group in groups)
-    middle = (counts.sum(1, keepdims=True) + 1) / 2
-    first, second = first - middle, second - middle
-    with np.errstate(invalid="ignore", divide="ignore"):
-        scale = np.sqrt((counts * first**2).sum(1) * (counts * second**2).sum(1))
-        return np.asarray((counts * first * second).sum(1) / scale)
-
-
-def _ranks(counts: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """The mean rank [k, n], from 1, of every row in each resample."""
-    order = np.argsort(group, kind="stable")
-    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    held = np.add.reduceat(counts[:, order], starts, axis=1)
-    return np.asarray((np.cumsum(held, axis=1) - (held - 1) / 2)[:, group])
+    return with_intervals(values, bootstrap(n, metrics))

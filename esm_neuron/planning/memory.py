@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from esm_neuron.config import TrainConfig
-from esm_neuron.models.shapes import VOCABULARY, EsmShape
+from esm_neuron.models.shapes import EsmShape
 from esm_neuron.models.tensor_parallel import HEADED, PLAN, in_block, padded_heads
+from esm_neuron.tasks import task_class
 
 Shape = tuple[int, ...]
 
@@ -69,7 +70,8 @@ def predict_memory(
         checkpointing: instead of `model.gradient_checkpointing`.
     """
     again = cfg.model.gradient_checkpointing if checkpointing is None else checkpointing
-    head, lora = _head(cfg, shape, outputs), _lora(cfg, shape)
+    head = task_class(cfg.task.name).head_sizes(cfg.model, shape.hidden, outputs)
+    lora = _lora(cfg, shape)
     weights, trained = _weights(cfg, shape, sum(head))
     added = head + lora
     number = BFLOAT16 if _trunk_in_bfloat16(cfg) else FLOAT32
@@ -116,7 +118,8 @@ def _weights(cfg: TrainConfig, shape: EsmShape, head: int) -> tuple[dict[str, in
 def _parameters(cfg: TrainConfig, shape: EsmShape) -> dict[str, Shape]:
     """The parameters of the task's model that a pretrained ESM-2 has."""
     every = shape.parameters()
-    return every if cfg.task.name == "masked_lm" else {n: s for n, s in every.items() if not n.startswith("lm_head.")}
+    keeps = task_class(cfg.task.name).keeps_lm_head
+    return every if keeps else {n: s for n, s in every.items() if not n.startswith("lm_head.")}
 
 
 def _storage(cfg: TrainConfig, name: str, learns: bool) -> str:
@@ -147,16 +150,6 @@ def _share(cfg: TrainConfig, shape: EsmShape, name: str, size: Shape) -> int:
 
 def _is_lora(cfg: TrainConfig) -> bool:
     return cfg.adapter.kind not in ("none", "head")
-
-
-def _head(cfg: TrainConfig, shape: EsmShape, outputs: int) -> list[int]:
-    """Sizes of the parameters that the task adds: the outputs, and of a pooled answer a dense layer and the pooling."""
-    if cfg.task.name == "masked_lm":
-        return []
-    output = [outputs * shape.hidden, outputs]
-    if cfg.task.name == "residue_classification":
-        return output
-    return [shape.hidden**2, shape.hidden, *output, *([shape.hidden] if cfg.model.pooling == "attention" else [])]
 
 
 def _lora(cfg: TrainConfig, shape: EsmShape) -> list[int]:
@@ -242,15 +235,10 @@ def _pack(cfg: TrainConfig, shape: EsmShape) -> int:
 
 
 def _logits(cfg: TrainConfig, shape: EsmShape, outputs: int) -> int:
-    number = _number(cfg)
-    if cfg.task.name == "masked_lm":
-        of_token = (2 * number + 2 * FLOAT32) * shape.hidden + (number + 2 * FLOAT32) * VOCABULARY
-        return cfg.loop.packs_per_device * cfg.data.pack_tokens * of_token
-    if cfg.task.name == "residue_classification":
-        of_token = number * shape.hidden + (number + 3 * FLOAT32) * outputs
-        return cfg.loop.packs_per_device * cfg.data.pack_tokens * of_token
+    task = task_class(cfg.task.name)
     segments = cfg.data.max_segments if cfg.data.packing else 1
-    return cfg.loop.packs_per_device * segments * FLOAT32 * (4 * shape.hidden + 4 * outputs)
+    places = cfg.data.pack_tokens if task.per_token else segments
+    return cfg.loop.packs_per_device * places * task.head_bytes(shape.hidden, outputs, _number(cfg))
 
 
 def _moment(cfg: TrainConfig, shape: EsmShape) -> int:

@@ -12,30 +12,24 @@ from huggingface_hub import EvalResult, ModelCardData
 from esm_neuron import __version__
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.records import is_hub
-from esm_neuron.metrics.text import clean_of, counted, leak_text, shown, trained_text, verdict
+from esm_neuron.metrics.text import clean_of, counted, leak_text, shown, verdict
 from esm_neuron.models.hf_folder import BaseReference
-from esm_neuron.reports.html import environment
+from esm_neuron.reports.html import environment, trained_text
+from esm_neuron.tasks import task_class
+from esm_neuron.tasks.base import PooledTask
 
 Kind = Literal["adapter", "model"]
 
-TASKS = {
-    "sequence_classification": ("text-classification", "SequenceClassification", "one class a protein"),
-    "multi_label": ("text-classification", "SequenceClassification", "any number of labels a protein"),
-    "regression": (None, "SequenceClassification", "a number a protein"),
-    "residue_classification": ("token-classification", "TokenClassification", "one class a residue"),
-    "masked_lm": ("fill-mask", "MaskedLM", "masked language modelling"),
-}
-"""Task -> the hub's name for it (None: it has none), the end of transformers' Auto class, what is answered."""
 HUB_METRICS = {"mcc": "matthews_correlation", "macro_f1": "f1", "auroc": "roc_auc", "spearman": "spearmanr",
                "pearson": "pearsonr", "r2": "r_squared"}  # fmt: skip
-"""Figure -> the hub's name for it, where that is another."""
+"""Metric -> the hub's name for it, where that is another."""
 
 _TAGS = {"lora": ("lora",), "qlora": ("lora", "qlora")}
 """Kind of adapter -> what the hub calls it."""
 
 
 def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference, kind: Kind) -> str:
-    """A card filled from a finished run.
+    """Return a card filled from a finished run.
 
     Args:
         cfg: as the run saved it.
@@ -44,7 +38,7 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
         kind: `adapter`: LoRA matrices for PEFT; `model`: whole weights for transformers.
     """
     name = f"{_short(cfg.model.name)}-{cfg.task.name}" + ("-lora" if kind == "adapter" else "")
-    pipeline, auto, answered = TASKS[cfg.task.name]
+    task = task_class(cfg.task.name)
     split = "test" if result.get("test") else "valid"
     baselines = (result.get("baselines") or {}).get(split, {})
     metrics = result.get(split) or {}
@@ -56,26 +50,25 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
         base=base,
         base_name=_base_name(cfg),
         kind=kind,
-        plain=cfg.task.name in ("residue_classification", "masked_lm")
-        or (cfg.model.pooling == "cls" and cfg.task.name != "regression"),
-        auto=f"AutoModelFor{auto}",
-        answered=answered,
+        task=task,
+        plain=task.in_transformers(cfg.model),
+        pooling=cfg.model.pooling if issubclass(task, PooledTask) else None,
         classes=len(cfg.task.labels or ()) or 1,
         files={name: _file(getattr(cfg.data, name)) for name in ("train", "valid", "test")},
-        splits=[(name, counted(result[name], cfg.task.name)) for name in ("test", "valid") if result.get(name)],
+        splits=[(name, counted(result[name], task.unit)) for name in ("test", "valid") if result.get(name)],
         columns=_columns(metrics, baselines),
         rows=_rows(metrics, baselines),
         clean=_rows(clean, (result.get("clean_baselines") or {}).get(split, {})),
-        clean_counted=counted(clean, cfg.task.name) if clean else "",
+        clean_counted=counted(clean, task.unit) if clean else "",
         clean_of=clean_of(result, split) if clean else "",
         leaks=leak_text(result, split) if metrics else "",
         split=split,
-        verdict=verdict(metrics, baselines, result["metric"]),
+        verdict=verdict(metrics, baselines, result["metric"], task.greater_is_better),
         licence=_licence(cfg),
         version=__version__,
         name=name,
     )  # fmt: skip
-    return f"---\n{_metadata(cfg, result, name, pipeline, kind)}\n---\n{text}"
+    return f"---\n{_metadata(cfg, result, name, task.hub_task, kind)}\n---\n{text}"
 
 
 def _columns(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[str]:
@@ -83,7 +76,7 @@ def _columns(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[s
 
 
 def _rows(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[list[str]]:
-    """A row a figure: its name, its value, the baselines'."""
+    """One row per metric: its name, its value, the baselines'."""
     return [
         [figure.name, figure.text, *(_text(values, figure.key) for values in baselines.values())]
         for figure in shown(metrics)
@@ -95,7 +88,7 @@ def _text(metrics: Mapping[str, Any], key: str) -> str:
 
 
 def _metadata(cfg: TrainConfig, result: Mapping[str, Any], name: str, pipeline: str | None, kind: Kind) -> str:
-    """The YAML in front, by the hub's own library, which also checks it."""
+    """Return the YAML in front, by the hub's own library, which also checks it."""
     dataset = _file(cfg.data.train) or "unknown"
     results = [
         EvalResult(
@@ -145,5 +138,5 @@ def _base_name(cfg: TrainConfig) -> str:
 
 
 def _file(source: str | None) -> str | None:
-    """A data file without its folder, which is nobody's business; a hub dataset whole."""
+    """The name of a data file without its folder, which is private; a hub dataset whole."""
     return source if source is None or is_hub(source) else Path(source).name

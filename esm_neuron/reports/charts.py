@@ -19,21 +19,21 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from esm_neuron.metrics.calibration import Group, group_means, reliability
-from esm_neuron.metrics.text import NAMES, Shown, show
-from esm_neuron.reports.views import Confidence, Confusion, View
+from esm_neuron.metrics.text import Shown, name_of, show
+from esm_neuron.tasks.view import Confidence, Confusion, View
 
 SIZE = (4.7, 3.0)
 """Of a plain chart in inches."""
 MOST_CLASSES, MOST_CELLS = 30, 14
-"""Classes that bars are drawn for; classes that a confusion matrix has numbers for in its cells."""
+"""Most classes that bars are drawn for; most that a confusion matrix has numbers for in its cells."""
 MOST_POINTS = 5_000
 """Points of a scatter: more of them would make a page of many megabytes."""
 LENGTH_BINS, LEAST_RECORDS = 8, 10
-"""Bins of length at most, and about how many records each has at least."""
+"""Most bins of length, and about how many records each has at least."""
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]], chosen: int) -> Chart | None:
-    """Loss over steps, of training and validation; None where nothing was logged."""
+    """Draw the loss over steps, of training and validation; None where nothing was logged."""
     train, valid = _series(log, "loss", None), _series(log, "loss", "valid")
     if not train[0] and not valid[0]:
         return None
@@ -48,14 +48,14 @@ def loss_curve(log: Sequence[Mapping[str, Any]], chosen: int) -> Chart | None:
         axes.legend()
 
     caption = (
-        "Loss over optimizer steps. Training: of the rows of a step, with dropout and masks as trained. Validation: of "
-        f"all validation rows. Dotted: step {chosen}, whose weights were kept."
+        "Loss over optimizer steps. Training: on the rows of each step, with dropout and masks as trained. "
+        f"Validation: on all validation rows. The dotted line is step {chosen}, whose weights were kept."
     )
     return draw("loss", "Loss", caption, SIZE, paint)
 
 
 def metric_curve(log: Sequence[Mapping[str, Any]], chosen: int, metric: str) -> Chart | None:
-    """The figure that chose the weights over steps; None where it is the loss, or there is no validation."""
+    """Draw the metric that chose the weights over steps; None where it is the loss, or there is no validation."""
     points = _series(log, metric, "valid")
     if metric == "loss" or not points[0]:
         return None
@@ -64,14 +64,14 @@ def metric_curve(log: Sequence[Mapping[str, Any]], chosen: int, metric: str) -> 
         axes = figure.subplots()
         axes.plot(*points, "o-", ms=3.5, color=ACCENT)
         _steps(axes, chosen)
-        axes.set_ylabel(f"validation {NAMES[metric]}")
+        axes.set_ylabel(f"validation {name_of(metric)}")
 
-    caption = f"{NAMES[metric]} on the validation rows, by which the weights of step {chosen} (dotted) were chosen."
-    return draw("metric", f"Validation {NAMES[metric]}", caption, SIZE, paint)
+    caption = f"{name_of(metric)} on the validation rows, by which the weights of step {chosen} (dotted) were chosen."
+    return draw("metric", f"Validation {name_of(metric)}", caption, SIZE, paint)
 
 
 def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Chart:
-    """The model beside its baselines, a row a figure."""
+    """Draw the model beside its baselines, one row per metric."""
     models = {"this model": metrics, **baselines}
     colours = [ACCENT, *[SECOND, THIRD, MUTED][: len(baselines)]]
 
@@ -81,17 +81,17 @@ def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
             places = np.arange(len(names)) + (m - (len(models) - 1) / 2) * 0.22
             points = [(place, show(values, name)) for place, name in zip(places, names, strict=True)]
             _dots(axes, [(place, point) for place, point in points if point.value is not None], colour, model)
-        axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
+        axes.set_yticks(range(len(names)), [name_of(name) for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=min(len(models), 3))
 
-    caption = "This model and what needs no network, on the same rows, with 95 % bootstrap intervals over proteins."
+    caption = "This model and the baselines on the same rows, with 95 % bootstrap intervals over proteins."
     return draw("comparison", "Beside baselines", caption, (SIZE[0], 1.1 + 0.42 * len(names)), paint)
 
 
 def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) -> Chart:
-    """Truth against answer; cells are shaded by their share of the row."""
+    """Draw targets against predictions; cells are shaded by their share of the row."""
     share = np.divide(found.counts, found.totals[:, None], out=np.zeros_like(found.counts),
                       where=found.totals[:, None] > 0)  # fmt: skip
     crowd = sum(len(_short(name)) for name in names)
@@ -105,7 +105,7 @@ def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) 
                 large = len(names) <= 4
                 text = f"{found.counts[row, column]:,.0f}" + (f"\n{part:.0%}" if large else "")
                 axes.text(column, row, text, ha="center", va="center", color=INK, size=9.5 if large else 6.5)
-        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), xlabel="answered", ylabel="true")
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), xlabel="predicted", ylabel="target")
         axes.set_xticks(range(len(names)), [_short(n) for n in names], rotation=0 if crowd <= 26 else 90)
         axes.set_yticks(range(len(names)), [_short(n) for n in names])
         axes.grid(visible=False)
@@ -113,20 +113,18 @@ def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) 
             spine.set_visible(True)
 
     if several:
-        title, caption = "Answers by label", (
-            "Of the proteins that have a label (row), how many were given each label (column). A protein with several "
-            "labels counts in several rows and columns, so only the diagonal is right for certain."
+        title, caption = "Predictions by label", (
+            "Of the proteins that have a label (row), how many were predicted to have each label (column). A protein "
+            "with several labels counts in several rows and columns, so only the diagonal is right for certain."
         )  # fmt: skip
     else:
         title = "Confusion matrix"
-        caption = (
-            f"{unit.capitalize()} of each true class (row) by the class answered (column); shade: share of the row."
-        )
+        caption = f"{unit.capitalize()} of each class (row) by the predicted class (column). Shade: share of the row."
     return draw("confusion", title, caption, (side + 1.2, side), paint)
 
 
 def class_bars(per_class: Mapping[str, Mapping[str, Any]], unit: str) -> Chart:
-    """F1 of each class with its interval; of very many classes those with the most rows."""
+    """Draw F1 of each class with its interval; of very many classes those with the most rows."""
     order = sorted(per_class, key=lambda name: -int(per_class[name]["n"]))[:MOST_CLASSES]
     scores = [show(per_class[name], "f1") for name in order]
 
@@ -143,16 +141,16 @@ def class_bars(per_class: Mapping[str, Mapping[str, Any]], unit: str) -> Chart:
 
     left_out = len(per_class) - len(order)
     more = f" The {left_out} classes with the fewest rows are in the table only." if left_out else ""
-    caption = f"F1 of each class against the rest, with 95 % intervals; n: {unit} of the class.{more}"
+    caption = f"F1 of each class against the rest, with 95 % intervals; n counts {unit} of the class.{more}"
     return draw("classes", "Classes", caption, (SIZE[0], 1.0 + 0.3 * len(order)), paint)
 
 
 def calibration(found: Confidence, several: bool) -> Chart | None:
-    """The reliability diagram and the expected calibration error; None without rows."""
+    """Draw the reliability diagram with the expected calibration error; None without rows."""
     seen = reliability(found.probability, found.right, found.protein)
     if seen is None:
         return None
-    what = "labels that are there" if several else "answers that are right"
+    what = "labels that are there" if several else "predictions that are right"
 
     def paint(figure: Figure) -> None:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -162,19 +160,19 @@ def calibration(found: Confidence, several: bool) -> Chart | None:
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel=f"share of {what}")
         axes.text(0.04, 0.9, f"ECE {seen.ece:.3f}", transform=axes.transAxes, color=INK, weight="bold")
         below.bar(seen.confidence, [group.rows for group in seen.right], 0.05, color=THIRD)
-        below.set(xlabel="probability given", ylabel="rows")
+        below.set(xlabel="predicted probability", ylabel="rows")
         below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
 
-    given = "each label's probability" if several else "the probability of the class answered"
+    given = "each label's probability" if several else "the probability of the predicted class"
     caption = (
-        f"Share of {what} by {given}, in 10 bins with 95 % intervals over proteins; on the dotted line, probabilities "
-        f"mean what they say. Expected calibration error (ECE): {seen.ece:.3f}."
+        f"Share of {what} by {given}, in 10 bins with 95 % intervals over proteins. Calibrated probabilities "
+        f"lie on the dotted line. Expected calibration error (ECE): {seen.ece:.3f}."
     )
     return draw("calibration", "Calibration", caption, (SIZE[0], 3.5), paint)
 
 
 def length_chart(found: View) -> Chart | None:
-    """Errors by the length of the sequence; None where there are too few records, or lengths, for two bins."""
+    """Draw errors by sequence length; None where there are too few records, or lengths, for two bins."""
     asked = found.weight > 0
     lengths = found.residues[asked]
     bins = min(len(lengths) // LEAST_RECORDS, LENGTH_BINS)
@@ -193,45 +191,46 @@ def length_chart(found: View) -> Chart | None:
         axes.set_ylim(bottom=0)
 
     caption = (
-        f"{found.error_name.capitalize()} by length of the whole sequence, in {len(shown)} bins of about as many "
-        "proteins each, with 95 % intervals over proteins."
+        f"{found.error_name.capitalize()} by length of the whole sequence, in {len(shown)} bins of about equally many "
+        "proteins, with 95 % intervals over proteins."
     )
     return draw("length", "Length against error", caption, SIZE, paint)
 
 
-def scatter(truth: np.ndarray, said: np.ndarray) -> Chart:
-    """Answers against truth."""
-    rows, note = _few(len(truth))
+def scatter(target: np.ndarray, predicted: np.ndarray) -> Chart:
+    """Draw predictions against targets."""
+    rows, note = _few(len(target))
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        ends = [float(min(truth.min(), said.min())), float(max(truth.max(), said.max()))]
+        ends = [float(min(target.min(), predicted.min())), float(max(target.max(), predicted.max()))]
         axes.plot(ends, ends, color=THIRD, lw=1, ls=":")
-        axes.plot(truth[rows], said[rows], "o", ms=3, mew=0, color=ACCENT, alpha=0.5)
-        axes.set(xlabel="true value", ylabel="answered value")
+        axes.plot(target[rows], predicted[rows], "o", ms=3, mew=0, color=ACCENT, alpha=0.5)
+        axes.set(xlabel="target", ylabel="prediction")
 
-    return draw("scatter", "Answers against truth", f"A point a protein; dotted: equal.{note}", SIZE, paint)
+    caption = f"One point per protein; the dotted line is y = x.{note}"
+    return draw("scatter", "Predictions against targets", caption, SIZE, paint)
 
 
-def residuals(truth: np.ndarray, said: np.ndarray) -> Chart:
-    """Errors against answers, and how they are spread."""
-    rows, note = _few(len(truth))
-    error = said - truth
+def residuals(target: np.ndarray, predicted: np.ndarray) -> Chart:
+    """Draw errors against predictions, and how they are spread."""
+    rows, note = _few(len(target))
+    error = predicted - target
 
     def paint(figure: Figure) -> None:
         axes, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
         axes.axhline(0, color=THIRD, lw=1, ls=":")
-        axes.plot(said[rows], error[rows], "o", ms=3, mew=0, color=ACCENT, alpha=0.5)
-        axes.set(xlabel="answered value", ylabel="answered - true")
+        axes.plot(predicted[rows], error[rows], "o", ms=3, mew=0, color=ACCENT, alpha=0.5)
+        axes.set(xlabel="prediction", ylabel="prediction - target")
         right.hist(error, bins=24, orientation="horizontal", color=THIRD)
         right.set_xlabel("proteins")
 
-    caption = f"What is answered too high (above 0) or too low, by the answer; right: how often.{note}"
+    caption = f"Errors by the prediction: above 0 it is too high, below too low. Right: how often they occur.{note}"
     return draw("residuals", "Residuals", caption, SIZE, paint)
 
 
 def spread(perplexity: np.ndarray) -> Chart:
-    """How perplexity is spread over proteins."""
+    """Draw how perplexity is spread over proteins."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -239,7 +238,7 @@ def spread(perplexity: np.ndarray) -> Chart:
         axes.axvline(20, color=THIRD, lw=1, ls=":")
         axes.set(xlabel="perplexity of the hidden residues", ylabel="proteins")
 
-    caption = "Perplexity by protein; dotted: 20, of 20 amino acids guessed with equal probability."
+    caption = "Perplexity per protein. The dotted line is 20: 20 amino acids guessed with equal probability."
     return draw("perplexity", "Perplexity by protein", caption, SIZE, paint)
 
 
@@ -272,11 +271,11 @@ def _bars_up(axes: Axes, places: Sequence[float], groups: Sequence[Group]) -> No
 
 
 def _few(rows: int) -> tuple[np.ndarray, str]:
-    """The rows to draw, and a word about the others."""
+    """Return the rows to draw, and a sentence about the others."""
     if rows <= MOST_POINTS:
         return np.arange(rows), ""
     chosen = np.sort(np.random.default_rng(0).choice(rows, MOST_POINTS, replace=False))
-    return chosen, f" Of {rows:,} proteins {MOST_POINTS:,} are drawn, chosen at random."
+    return chosen, f" {MOST_POINTS:,} of {rows:,} proteins are drawn, chosen at random."
 
 
 def _short(name: str, most: int = 22) -> str:
@@ -309,14 +308,14 @@ class Chart:
     """Of the file, without .png, and of the place in the page."""
     title: str
     caption: str
-    """What is shown and how to read it, for the page and for who cannot see it."""
+    """What is shown and how to read it, also for screen readers."""
     svg: str
     """An `<svg>` element whose colours are the page's variables; safe to embed."""
     png: bytes
 
 
 def draw(name: str, title: str, caption: str, size: tuple[float, float], paint: Callable[[Figure], None]) -> Chart:
-    """Let `paint` fill a figure of `size` (inches) and keep it as SVG and PNG.
+    """Let `paint` fill a figure of `size` (inches) and return it as SVG and PNG.
 
     Texts are taken as they are: a `$` in a class name begins no formula.
     """
@@ -331,7 +330,7 @@ def draw(name: str, title: str, caption: str, size: tuple[float, float], paint: 
 
 
 def _inline(svg: str, name: str, caption: str) -> str:
-    """matplotlib's file as an element of a page: its own ids, the page's colours and width, no metadata."""
+    """Return matplotlib's file as an element of a page: its own ids, the page's colours and width, no metadata."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     tag, rest = svg.split(">", 1)

@@ -1,41 +1,65 @@
-"""What is learnt. A task is a file here and a row in `TASKS`: its model, its targets, its loss and its figures."""
+"""What is learned. A task is one class in a file of its own and one row of `TASKS`; no other file names a task."""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from esm_neuron.config import TaskConfig
-from esm_neuron.tasks.base import Column, Predictions, Task
-from esm_neuron.tasks.masked_lm import MaskedLM
-from esm_neuron.tasks.multi_label import MultiLabel
-from esm_neuron.tasks.regression import Regression
-from esm_neuron.tasks.residues import ResidueClassification
-from esm_neuron.tasks.sequence import SequenceClassification
+from esm_neuron.errors import ConfigError
 
-__all__ = ["TASKS", "Column", "Predictions", "Task", "create_task", "task_class"]
+if TYPE_CHECKING:
+    from esm_neuron.tasks.base import Task
 
-TASKS: dict[str, type[Any]] = {
-    "sequence_classification": SequenceClassification,
-    "multi_label": MultiLabel,
-    "regression": Regression,
-    "residue_classification": ResidueClassification,
-    "masked_lm": MaskedLM,
+__all__ = ["TASKS", "check_task", "create_task", "task_class"]
+
+TASKS: dict[str, str] = {
+    "sequence_classification": "esm_neuron.tasks.sequence:SequenceClassification",
+    "multi_label": "esm_neuron.tasks.multi_label:MultiLabel",
+    "regression": "esm_neuron.tasks.regression:Regression",
+    "residue_classification": "esm_neuron.tasks.residues:ResidueClassification",
+    "masked_lm": "esm_neuron.tasks.masked_lm:MaskedLM",
 }
-"""Name in the config -> task."""
+"""Name in the config -> `module:class`, imported when it is asked for, so that `--help` waits for no torch."""
 
 
-def task_class(name: str) -> type[Any]:
-    """Return the class of the task `name`."""
-    return TASKS[name]
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task.
+
+    Raises:
+        ConfigError: no task has this name.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        cure = f"did you mean {near[0]}?" if near else f"use one of {', '.join(TASKS)}"
+        raise ConfigError(f"task.name={name!r} is no task; {cure}")
+    module, _, found = TASKS[name].partition(":")
+    task: type[Task] = getattr(importlib.import_module(module), found)
+    return task
+
+
+def check_task(cfg: TaskConfig) -> None:
+    """Check that the task exists and uses every setting that was changed.
+
+    Raises:
+        ConfigError: it does not; the message names the tasks that do.
+    """
+    used, default = task_class(cfg.name).settings, TaskConfig()
+    for setting, value in vars(cfg).items():
+        if setting != "name" and setting not in used and value != getattr(default, setting):
+            users = ", ".join(name for name in TASKS if setting in task_class(name).settings)
+            raise ConfigError(
+                f"task.{setting}={value} has no effect on {cfg.name}; leave it out (it is for {users or 'no task'})"
+            )
 
 
 def create_task(cfg: TaskConfig, labels: Sequence[str]) -> Task:
-    """The task that `cfg.name` names, for the classes `labels` (empty where it has none).
+    """Return the task that `cfg.name` names.
 
     Args:
-        cfg: with what training rows decide, see `data.labels.resolve`.
-        labels: class names.
+        cfg: with what the training rows decide, see `data.labels.Labels.resolve`.
+        labels: class names; empty where the task has none.
     """
-    task: Task = TASKS[cfg.name](cfg, labels)
-    return task
+    return task_class(cfg.name)(cfg, labels)

@@ -1,11 +1,13 @@
-"""What the loop, the loader, the evaluation and the prediction ask of a task."""
+"""What a task is: everything that differs between tasks is a field or a method of `Task`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 from torch import Tensor
 from transformers import EsmConfig, PreTrainedModel
 
@@ -19,62 +21,124 @@ from esm_neuron.models.esm2 import (
     PooledEsmConfig,
     head_names,
 )
+from esm_neuron.tasks.baselines import Baseline
+from esm_neuron.tasks.view import View
 
 Predictions = Sequence[np.ndarray]
-"""What `evaluate.collect` found for every example of a table, in the table's order: arrays [examples, ...], or
-[tokens of the table, ...] for a task that answers each token."""
+"""What `evaluation.collect` found for every example of a table, in the table's order: arrays [examples, ...], or
+[tokens of the table, ...] for a task that predicts each token."""
 Column = np.ndarray | list[str] | list[np.ndarray]
-"""A value a record: numbers [records], texts, or an array a record."""
+"""One value per record: numbers [records], texts, or an array for each record."""
+CLASS_SETTINGS = ("labels", "class_weights", "label_smoothing", "focal_gamma")
+"""Settings of tasks with classes."""
 
 
-class Task(Protocol):
-    """One way of learning from proteins; `tasks.TASKS` holds them by name."""
+class Task(ABC):
+    """One way of learning from proteins: a subclass, and a row of `tasks.TASKS`.
 
-    metric: str
-    """The figure of `figures` that chooses the best checkpoint."""
-    greater_is_better: bool
-    label_kind: ClassVar[type[Labels] | None]
+    The defaults are those of a task without labels that predicts one thing per protein. A task that only predicts,
+    such as embedding, needs no `loss`, `metrics` and `outputs`.
+
+    Args:
+        cfg: with what the training rows decide, see `data.labels.Labels.resolve`.
+        labels: class names; empty where the task has none.
+    """
+
+    summary: ClassVar[str] = "a task of its own"
+    """What it predicts, for the model card: `one class per protein`."""
+    unit: ClassVar[str] = "proteins"
+    """What the metrics count, for the report."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Fields of `TaskConfig` that it uses; the others must keep their defaults."""
+    label_kind: ClassVar[type[Labels] | None] = None
     """Reads the label column; None: the task needs no labels."""
-    per_token: bool
-    """Whether targets are one a token or one a sequence."""
-    predictions_per_token: bool
-    """Whether `answers` are one a token [R, L, ...] or one a segment [R, S, ...]."""
+    metric: ClassVar[str] = "loss"
+    """The one of `metrics` that chooses the best checkpoint."""
+    greater_is_better: ClassVar[bool] = False
+    compared: ClassVar[tuple[str, ...]] = ()
+    """Metrics of one scale that the report draws beside those of the baselines, on one axis."""
+    per_token: ClassVar[bool] = False
+    """Whether there is one target per token or one per sequence."""
+    predictions_per_token: bool = False
+    """Whether `predictions` are one per token [R, L, ...] or one per segment [R, S, ...]."""
+    keeps_lm_head: ClassVar[bool] = False
+    """Whether its head is the language model's, which a pretrained ESM-2 has."""
+    hub_task: ClassVar[str | None] = None
+    """The hub's name for it (`pipeline_tag`); None: the hub has none."""
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    """The class of transformers that loads its model."""
+
+    def __init__(self, cfg: TaskConfig, labels: Sequence[str] = ()) -> None:
+        self.cfg = cfg
+        self.labels = tuple(labels)
+
+    # The model
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
-        """The configuration of the task's model, from that of the pretrained one."""
-        ...
+        """Return the configuration of the task's model, made from the pretrained one."""
+        return config
 
+    @abstractmethod
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """The task's model; called under the meta device, so it has shapes and no values."""
-        ...
+        """Return the task's model; called under the meta device, so it has shapes and no values."""
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """Names of the modules that a pretrained ESM-2 does not have: drawn anew and always trained."""
-        ...
+        """Return the names of the modules that a pretrained ESM-2 does not have: newly initialized, always trained."""
+        return ()
+
+    @classmethod
+    def in_transformers(cls, model: ModelConfig) -> bool:
+        """Return whether plain transformers can compute what the task's model does."""
+        return True
+
+    @classmethod
+    def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
+        """Return the sizes of the parameters in `head`, for `esm-neuron plan`."""
+        return []
+
+    @classmethod
+    def head_bytes(cls, hidden: int, outputs: int, number: int) -> int:
+        """Return the bytes that head and loss keep for each token (`per_token`) or segment; matmuls give `number`."""
+        return 4 * (4 * hidden + 4 * outputs)
+
+    # Learning
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """See `data.batch.TargetMaker`."""
-        ...
+        """Return what the model sees of one example and what it should predict, here nothing (weight 0).
+
+        `rng` is seeded by (seed, epoch, example), in evaluation by (seed, tokens).
+        """
+        return Target(table.sequence(example), np.zeros((), np.int64), np.zeros((), np.float32))
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sum of weighted losses, sum of weights), scalars: sums, so that passes and ranks add up exactly."""
-        ...
+        """Return (sum of weighted losses, sum of weights), scalars: sums, so that passes and ranks add up exactly."""
+        raise NotImplementedError(f"{type(self).__name__} is not trained")
+
+    # Predictions
 
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """What an evaluation keeps of a batch, float32 [R, S, ...] or [R, L, ...] a tensor, on the device."""
-        ...
+        """Return what an evaluation keeps of a batch: float32 [R, S, ...] or [R, L, ...] each, here the logits."""
+        return (logits.float(),)
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """How good the answers to a table with labels are; with `intervals` also 95 % bootstrap intervals."""
-        ...
+        """Return how good the predictions for a table with labels are; with `intervals` also 95 % intervals."""
+        raise NotImplementedError(f"{type(self).__name__} is not evaluated")
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
-        """What is told of each record of a table: column -> a value a record, in the order of `table.ids`."""
-        ...
+        """Return what is written about each record: column -> one value per record, in the order of `table.ids`."""
+        raise NotImplementedError(f"{type(self).__name__} has no table of predictions")
 
     def targets(self, table: ExampleTable) -> Column | None:
-        """What a table's labels say of each record, in the words of `outputs`; None for a task without labels."""
-        ...
+        """Return what a table's labels say of each record, in the words of `outputs`; None without labels."""
+        return None
+
+    def baselines(self, train: ExampleTable) -> list[Baseline]:
+        """Return simple models, fitted on the training table, that the network has to beat."""
+        return []
+
+    def view(self, table: pa.Table) -> View | None:
+        """Return what the report draws of a table that `run_dir.save_predictions` wrote; None: no charts of it."""
+        return None
 
 
 def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
@@ -87,43 +151,53 @@ def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
     return mean
 
 
-def weights_of(cfg: TaskConfig, labels: Sequence[str]) -> np.ndarray:
+def class_weights(cfg: TaskConfig, labels: Sequence[str]) -> np.ndarray:
     """float32 [classes]: the class weights of a resolved task, 1 where it has none."""
     if isinstance(cfg.class_weights, dict):
         return np.array([cfg.class_weights[label] for label in labels], np.float32)
     return np.ones(len(labels), np.float32)
 
 
-class PooledTask:
-    """One vector a protein, and a head on it; subclasses say what is answered and how it is learnt."""
+def weighted(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (sum of weighted losses, sum of weights)."""
+    return (losses * batch.weights).sum(), batch.weights.sum()
+
+
+class PooledTask(Task):
+    """One vector per protein, and a head on it; subclasses say what is predicted and how it is learned."""
 
     greater_is_better = True
-    label_kind: ClassVar[type[Labels]] = Labels
-    per_token = False
-    predictions_per_token = False
-
-    def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
-        self.cfg = cfg
-        self.labels = tuple(labels)
+    label_kind: ClassVar[type[Labels] | None] = Labels
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
-        """Add the answers and the pooling; what transformers would compute otherwise becomes a type of its own."""
-        values = config.to_dict() | {"pooling": model.pooling} | self._answered()
+        """Add the outputs and the pooling; what transformers would compute otherwise becomes a type of its own."""
+        values = config.to_dict() | {"pooling": model.pooling} | self._output_config()
         values.update(label2id={label: i for i, label in values["id2label"].items()})
         values.pop("model_type", None)
-        plain = model.pooling == "cls" and values["problem_type"] != "regression"
-        configured: EsmConfig = (EsmConfig if plain else PooledEsmConfig).from_dict(values)
+        kind = EsmConfig if self.in_transformers(model) else PooledEsmConfig
+        configured: EsmConfig = kind.from_dict(values)
         return configured
 
-    def _answered(self) -> dict[str, Any]:
+    def _output_config(self) -> dict[str, Any]:
         """Entries of the model's configuration: `id2label`, `problem_type`."""
         return {"id2label": dict(enumerate(self.labels)), "problem_type": "single_label_classification"}
 
+    @classmethod
+    def in_transformers(cls, model: ModelConfig) -> bool:
+        """Return whether transformers has the pooling: only that of <cls>."""
+        return model.pooling == "cls"
+
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """See `Task.build`."""
+        """Return transformers' classifier, or ours where the pooling is another."""
         kind = PackedForPooledClassification if isinstance(config, PooledEsmConfig) else PackedForSequenceClassification
         return kind(config)
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """See `Task.head`."""
+        """Return the dense layer, the outputs and, with attention pooling, its weights."""
         return head_names(config)
+
+    @classmethod
+    def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
+        """Return the sizes of the modules in `head`."""
+        pooling = [hidden] if model.pooling == "attention" else []
+        return [hidden**2, hidden, outputs * hidden, outputs, *pooling]

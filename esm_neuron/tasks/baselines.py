@@ -1,7 +1,7 @@
-"""What a network has to beat: answers from the training labels' frequencies, and from amino acids counted.
+"""Simple models that a network has to beat: by the training labels' frequencies, and by counted amino acids.
 
-A baseline answers in the form that the task's model does, so `Task.figures` scores both on the same rows, with the same
-intervals. What is counted is what the model is given: the cropped sequence, or a record's windows one after the other.
+A baseline predicts in the form of the task's `predictions`, so `Task.metrics` scores both on the same rows, with the
+same intervals. It counts what the model is given: the cropped sequence, or a record's windows one after the other.
 """
 
 from __future__ import annotations
@@ -16,75 +16,60 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from esm_neuron.config import TaskConfig
 from esm_neuron.data.tokenizer import AMINO_ACIDS, PAD, UNK, VOCABULARY
 from esm_neuron.metrics import Value
 
 if TYPE_CHECKING:
     from esm_neuron.data.dataset import ExampleTable
-    from esm_neuron.tasks import Task
+    from esm_neuron.tasks.base import Task
 
 END = 50
 """Residues at each terminus that get a composition of their own: sorting signals sit there."""
 REACH = 7
-"""Neighbours on each side that the baseline of residue classes sees."""
+"""Neighbors on each side that the baseline of residue classes sees."""
 MOST_ROWS, MOST_RESIDUES = 20_000, 50_000
-"""Training rows, or residues, that a baseline is fitted on at most: drawn from them where there are more, and one more
-for each class that a draw has none of."""
+"""Most training rows, or residues, that a baseline is fitted on: a sample where there are more, and one row for each
+class that is not in the sample."""
 CHUNK = 1 << 18
-"""Tokens looked at together: the tables may be files larger than the memory."""
+"""Tokens looked at together: tables may be files larger than the memory."""
 LEAST = np.exp(-50.0)
-"""Least probability that a logarithm is taken of, so that a cross entropy stays a number."""
+"""Least probability that a logarithm is taken of, so that a cross entropy stays finite."""
 
-Answer = Callable[["ExampleTable"], list[np.ndarray]]
-"""From a table to answers of the form of `Task.answers`, for the whole table in its order."""
+Predict = Callable[["ExampleTable"], list[np.ndarray]]
+"""From a table to predictions of the form of `Task.predictions`, for the whole table in its order."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Something simple, fitted."""
+    """A simple fitted model."""
 
     name: str
-    answer: Answer
+    predict: Predict
     fitted_on: int
     """Training rows, or residues where those are classified, that it has seen."""
     training: int
     """How many there are."""
 
     def metrics(self, task: Task, table: ExampleTable) -> dict[str, Value]:
-        """The task's figures with intervals on a table with labels, and on how many rows the baseline was fitted."""
-        scored = task.metrics(table, self.answer(table), intervals=True)
+        """Return the task's metrics with intervals on a table with labels, and on how many rows it was fitted."""
+        scored = task.metrics(table, self.predict(table), intervals=True)
         return {**scored, "fitted_on": self.fitted_on, "training": self.training}
 
 
-def fit_baselines(task: TaskConfig, train: ExampleTable) -> list[Baseline]:
-    """The baselines of a task (resolved, see `data.labels.resolve`), fitted on its training table."""
-    kind = {
-        "sequence_classification": _class_baselines,
-        "multi_label": _multi_label_baselines,
-        "regression": _regression_baselines,
-        "residue_classification": _residue_baselines,
-        "masked_lm": _unigram,
-    }[task.name]
-    return kind(len(task.labels or ()), train)
-
-
-def _class_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+def class_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+    """Fit the class frequencies, and a logistic regression on the amino-acid composition."""
     counts, rows = _draw(train.labels, classes, MOST_ROWS)
     shares = counts / counts.sum()
     classify = _classifier(_logistic(), composition_features(train, rows), train.labels[rows], shares)
-    return [
-        Baseline("majority", lambda table: [np.tile(_log(shares), (len(table), 1))], len(train.ids), len(train.ids)),
-        Baseline(
-            "composition",
-            lambda table: [_log(classify(composition_features(table)))[table.record]],
-            len(rows),
-            len(train.ids),
-        ),
-    ]
+
+    def composition(table: ExampleTable) -> list[np.ndarray]:
+        return [_log(classify(composition_features(table)))[table.record]]
+
+    return [_constant("majority", _log(shares), train), Baseline("composition", composition, len(rows), len(train.ids))]
 
 
-def _multi_label_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+def label_set_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+    """Fit the label frequencies, and a logistic regression per label on the amino-acid composition."""
     rows = _sample(len(train.ids), MOST_ROWS)
     shares = train.labels.mean(0)
     features = composition_features(train, rows)
@@ -98,64 +83,73 @@ def _multi_label_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
         return [_logit(np.stack([classify(seen)[:, 1] for classify in having], axis=1))[table.record]]
 
     return [
-        Baseline("majority", lambda table: [np.tile(_logit(shares), (len(table), 1))], len(train.ids), len(train.ids)),
+        _constant("majority", _logit(shares), train),
         Baseline("composition", composition, len(rows), len(train.ids)),
     ]
 
 
-def _regression_baselines(_: int, train: ExampleTable) -> list[Baseline]:
+def value_baselines(train: ExampleTable) -> list[Baseline]:
+    """Fit the mean, and a ridge regression on the amino-acid composition."""
     rows = _sample(len(train.ids), MOST_ROWS)
-    mean = train.labels.mean()
     model = make_pipeline(StandardScaler(), Ridge()).fit(composition_features(train, rows), train.labels[rows])
+
+    def composition(table: ExampleTable) -> list[np.ndarray]:
+        return [model.predict(composition_features(table))[table.record]]
+
     return [
-        Baseline("mean", lambda table: [np.full(len(table), mean)], len(train.ids), len(train.ids)),
-        Baseline(
-            "composition",
-            lambda table: [model.predict(composition_features(table))[table.record]],
-            len(rows),
-            len(train.ids),
-        ),
+        _constant("mean", train.labels.mean(), train),
+        Baseline("composition", composition, len(rows), len(train.ids)),
     ]
 
 
-def _residue_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+def residue_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
+    """Fit the class frequencies, and a logistic regression on the residues around each."""
     counts, rows = _draw(train.labels, classes, MOST_RESIDUES)
     known, shares = int(counts.sum()), counts / counts.sum()
     classify = _classifier(LogisticRegression(max_iter=1000), window_features(train, rows), train.labels[rows], shares)
 
+    def majority(table: ExampleTable) -> list[np.ndarray]:
+        return [np.tile(_log(shares), (len(table.tokens), 1))]
+
     def window(table: ExampleTable) -> list[np.ndarray]:
-        places = np.arange(len(table.tokens))
-        found = [classify(window_features(table, part)) for _, part in _chunks(places)]
-        return [_log(np.concatenate(found))]
+        return [_log(np.concatenate([classify(window_features(table, part)) for part in _chunks(len(table.tokens))]))]
 
-    return [
-        Baseline("majority", lambda table: [np.tile(_log(shares), (len(table.tokens), 1))], known, known),
-        Baseline("window", window, len(rows), known),
-    ]
+    return [Baseline("majority", majority, known, known), Baseline("window", window, len(rows), known)]
 
 
-def _unigram(_: int, train: ExampleTable) -> list[Baseline]:
-    """Every residue by its frequency in training, each token of the alphabet counted once more; all residues of a
-    table are asked, not only those that were hidden from the network."""
+def unigram_baseline(train: ExampleTable) -> Baseline:
+    """Fit the frequency of every residue, each token of the alphabet counted once more.
+
+    All residues of a table are predicted, not only those that were hidden from the network.
+    """
     counts = np.zeros(len(VOCABULARY), dtype=np.int64)
-    for _start, tokens in _chunks(train.tokens):
-        counts += np.bincount(tokens, minlength=len(VOCABULARY))
+    for part in _chunks(len(train.tokens)):
+        counts += np.bincount(train.tokens[part], minlength=len(VOCABULARY))
     residues = int(counts[UNK + 1 :].sum())
     counts += 1
     counts[: UNK + 1] = 0
     loss, likeliest = -_log(counts / counts.sum()), int(counts.argmax())
 
-    def answer(table: ExampleTable) -> list[np.ndarray]:
+    def predict(table: ExampleTable) -> list[np.ndarray]:
         real, starts = table.tokens > UNK, table.offsets[:-1]
         columns = (loss[table.tokens] * real, real, table.tokens == likeliest)
         return [np.add.reduceat(column.astype(np.float64), starts) for column in columns]
 
-    return [Baseline("unigram", answer, residues, residues)]
+    return Baseline("unigram", predict, residues, residues)
+
+
+def _constant(name: str, prediction: np.ndarray, train: ExampleTable) -> Baseline:
+    """The same prediction for every example, learned from all training rows."""
+
+    def predict(table: ExampleTable) -> list[np.ndarray]:
+        return [np.broadcast_to(prediction, (len(table), *np.shape(prediction)))]
+
+    return Baseline(name, predict, len(train.ids), len(train.ids))
 
 
 def composition_features(table: ExampleTable, records: np.ndarray | None = None) -> np.ndarray:
-    """float64 [records, 61]: amino-acid frequencies of the protein, its first and its last 50 residues, log length; of
-    all records of the table, or of those asked for."""
+    """float64 [records, 61]: amino-acid frequencies of the protein, of its first and its last 50 residues, and the log
+    length; for all records of the table, or for those given."""
     records = np.arange(len(table.ids)) if records is None else records
     features = np.zeros((len(records), 3 * len(AMINO_ACIDS) + 1))
     order = np.argsort(table.record, kind="stable")
@@ -193,10 +187,10 @@ def _logistic() -> Any:
 def _classifier(
     model: Any, features: np.ndarray | sparse.csr_matrix, labels: np.ndarray, shares: np.ndarray
 ) -> Callable[[np.ndarray | sparse.csr_matrix], np.ndarray]:
-    """From features to probabilities, float64 [rows, classes], by a model fitted on rows of the classes `labels`.
+    """Return a function from features to probabilities, float64 [rows, classes], fitted on rows of classes `labels`.
 
-    A class without such rows has probability 0. With rows of one class only nothing can be fitted, and the answer is
-    `shares`, float64 [classes].
+    A class without such rows has probability 0. With rows of one class only nothing can be fitted, and every
+    probability is that in `shares`, float64 [classes].
     """
     if len(np.unique(labels)) < 2:
         return lambda seen: np.tile(shares, (seen.shape[0], 1))
@@ -210,16 +204,16 @@ def _classifier(
     return probabilities
 
 
-def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """An array CHUNK values at a time, each part with the place it begins at."""
-    return ((start, values[start : start + CHUNK]) for start in range(0, len(values), CHUNK))
+def _chunks(n: int) -> Iterator[np.ndarray]:
+    """The indices 0 to n - 1, CHUNK at a time: the features of all tokens, or tokens as int64, may fill the memory."""
+    return (np.arange(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
 
 
 def _draw(labels: np.ndarray, classes: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit a classifier on.
+    """Draw rows to fit a classifier on.
 
     Args:
-        labels: int [n]: class indices, -1 where it is not known.
+        labels: int [n]: class indices, -1 where it is unknown.
         classes: how many there are.
         most: rows to draw by a fixed seed where more are known.
 
@@ -227,21 +221,12 @@ def _draw(labels: np.ndarray, classes: int, most: int) -> tuple[np.ndarray, np.n
         int64 [classes]: how many rows each class has. int64: the rows drawn, rising, and of each class that has none
         among them its first.
     """
-    counts, first = np.zeros(classes, dtype=np.int64), np.full(classes, -1)
-    for start, part in _chunks(labels):
-        here = np.bincount(part[part >= 0], minlength=classes)
-        for new in np.flatnonzero((counts == 0) & (here > 0)):
-            first[new] = start + int(np.argmax(part == new))
-        counts += here
-    picks, rows, seen = _sample(int(counts.sum()), most), list[np.ndarray](), 0
-    for start, part in _chunks(labels):
-        known = np.flatnonzero(part >= 0)
-        low, high = np.searchsorted(picks, (seen, seen + len(known)))
-        rows.append(start + known[picks[low:high] - seen])
-        seen += len(known)
-    drawn = np.concatenate(rows)
-    lacking = np.setdiff1d(np.flatnonzero(counts), labels[drawn])
-    return counts, np.sort(np.concatenate([drawn, first[lacking]]))
+    known = np.flatnonzero(labels >= 0)
+    found, first = np.unique(labels[known], return_index=True)
+    drawn = known[_sample(len(known), most)]
+    lacking = ~np.isin(found, labels[drawn])
+    rows = np.sort(np.concatenate([drawn, known[first[lacking]]]))
+    return np.bincount(labels[known], minlength=classes), rows
 
 
 def _sample(n: int, most: int) -> np.ndarray:
@@ -258,6 +243,6 @@ def _logit(probabilities: np.ndarray) -> np.ndarray:
 
 
 def capped(baselines: Sequence[Baseline]) -> str:
-    """A line that says which baselines did not see all training rows; empty where all did."""
+    """Return a line that says which baselines did not see all training rows; empty where all did."""
     some = [f"{b.name} on {b.fitted_on:,} of {b.training:,}" for b in baselines if b.fitted_on < b.training]
     return f"baselines fitted on a sample of the training rows: {', '.join(some)}" if some else ""

@@ -1,24 +1,24 @@
-"""Masked language modelling."""
+"""Masked language modeling."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EsmConfig, PreTrainedModel
 
-from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
-from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK
+from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, VOCABULARY
 from esm_neuron.metrics import Value, masked_lm_metrics
 from esm_neuron.models.esm2 import PackedForMaskedLM
-from esm_neuron.tasks.base import Column, Predictions
+from esm_neuron.tasks.base import Column, Predictions, Task, weighted
+from esm_neuron.tasks.baselines import Baseline, unigram_baseline
+from esm_neuron.tasks.view import View, lengths, worst
 
 
-class MaskedLM:
+class MaskedLM(Task):
     """Residues hidden from the model, predicted from the rest; BERT's recipe (arXiv:1810.04805), as in ESM-2.
 
     Of the residues, `mask_probability` are targets; 80 % of these are shown as <mask>, 10 % as a random standard amino
@@ -26,31 +26,28 @@ class MaskedLM:
     each of them hides its own.
     """
 
-    metric = "loss"
-    greater_is_better = False
-    label_kind = None
+    summary = "masked language modeling"
+    unit = "hidden residues"
+    settings = ("mask_probability",)
+    compared = ("perplexity",)
     per_token = True
-    predictions_per_token = False
-
-    def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
-        self._probability = cfg.mask_probability
-
-    def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
-        """The pretrained configuration as it is."""
-        return config
+    keeps_lm_head = True
+    hub_task = "fill-mask"
+    auto_class = "AutoModelForMaskedLM"
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """See `Task.build`."""
+        """Return the pretrained model, with its own LM head."""
         return PackedForMaskedLM(config)
 
-    def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """None: the LM head is ESM-2's own."""
-        return ()
+    @classmethod
+    def head_bytes(cls, hidden: int, outputs: int, number: int) -> int:
+        """Return the bytes per token of the LM head's two layers, its outputs and float32 copies of them."""
+        return (2 * number + 2 * 4) * hidden + (number + 2 * 4) * len(VOCABULARY)
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """The original token ids, int64 [n], with weight 1 at the chosen residues."""
+        """Return the original token ids, int64 [n], with weight 1 at the chosen residues."""
         original = table.sequence(example)
-        chosen = (rng.random(len(original)) < self._probability) & (original != CLS) & (original != EOS)
+        chosen = (rng.random(len(original)) < self.cfg.mask_probability) & (original != CLS) & (original != EOS)
         fate = rng.random(len(original))
         shown = np.where(chosen & (fate < 0.8), np.uint8(MASK), original)
         random = np.asarray(AMINO_ACIDS, np.uint8)[rng.integers(0, len(AMINO_ACIDS), len(original))]
@@ -58,8 +55,8 @@ class MaskedLM:
         return Target(shown, original.astype(np.int64), chosen.astype(np.float32))
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross entropy in nats, see `Task.loss`."""
-        return (self._losses(logits, batch) * batch.weights).sum(), batch.weights.sum()
+        """Return the cross entropy of the hidden residues, in nats."""
+        return weighted(self._losses(logits, batch), batch)
 
     @staticmethod
     def _losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -67,7 +64,7 @@ class MaskedLM:
         return F.cross_entropy(flat, batch.labels.flatten(), reduction="none").view_as(batch.weights)
 
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Per segment [R, S]: summed loss, number of targets, number of these answered right."""
+        """Return per segment [R, S]: summed loss, number of targets, how many of these were predicted right."""
         right = logits.argmax(-1) == batch.labels
         slots = torch.arange(batch.max_segments, device=batch.segment_ids.device).view(1, -1, 1)
         member = (batch.segment_ids.unsqueeze(1) == slots).float()
@@ -75,21 +72,35 @@ class MaskedLM:
         return tuple((member @ values.unsqueeze(-1)).squeeze(-1) for values in per_token)
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """See `masked_lm_figures`."""
+        """Return `masked_lm_metrics`."""
         return masked_lm_metrics(self._sums(table, predictions), intervals)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
-        """hidden (residues asked for), loss (nats a residue) and perplexity; NaN where none was hidden."""
+        """Return `hidden` (residues), `loss` (nats per residue) and `perplexity`; NaN where none was hidden."""
         loss, hidden, _ = self._sums(table, predictions).T
         with np.errstate(invalid="ignore"):
             mean = loss / hidden
         return {"hidden": hidden.astype(np.int64), "loss": mean, "perplexity": np.exp(mean)}
 
-    def targets(self, table: ExampleTable) -> None:
-        """None: the hidden residues are the truth."""
+    def baselines(self, train: ExampleTable) -> list[Baseline]:
+        """Return the residues' frequencies."""
+        return [unigram_baseline(train)]
+
+    def view(self, table: pa.Table) -> View:
+        """Return perplexities, the largest first."""
+        hidden, loss = (table[name].to_numpy().astype(np.float64) for name in ("hidden", "loss"))
+        mean = np.where(hidden > 0, loss, 0.0)
+        return View(
+            residues=lengths(table),
+            error=mean * hidden,
+            weight=hidden,
+            error_name="cross entropy of hidden residues (nats)",
+            worst=worst(table, mean, lambda i: (f"{hidden[i]:.0f} hidden", "", f"perplexity {np.exp(mean[i]):.3g}")),
+            spread=np.exp(mean[hidden > 0]),
+        )
 
     @staticmethod
     def _sums(table: ExampleTable, predictions: Predictions) -> np.ndarray:
-        """float64 [records, 3]: loss, hidden residues and right answers."""
+        """float64 [records, 3]: loss, hidden residues, right predictions."""
         columns = [np.bincount(table.record, values.astype(np.float64), len(table.ids)) for values in predictions]
         return np.stack(columns, axis=1)

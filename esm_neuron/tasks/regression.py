@@ -1,4 +1,4 @@
-"""A number a protein."""
+"""A number per protein."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from torch import Tensor
 
-from esm_neuron.config import TaskConfig, require
+from esm_neuron.config import ModelConfig, TaskConfig, require
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Numbers
 from esm_neuron.metrics import Value, regression_metrics
-from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean
+from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean, weighted
+from esm_neuron.tasks.baselines import Baseline, value_baselines
+from esm_neuron.tasks.view import View, lengths, worst
 
 
 class Regression(PooledTask):
-    """A number a protein; the loss is the squared error in units of the training values' standard deviation.
+    """A number per protein; the loss is the squared error in units of the training values' standard deviation.
 
-    The model answers in the values' own unit: mean and sd are part of its configuration.
+    The model predicts in the values' own unit: mean and sd are part of its configuration.
     """
 
-    metric = "spearman"
+    summary = "a number per protein"
+    settings = ("target_mean", "target_sd")
     label_kind = Numbers
+    metric = "spearman"
+    compared = ("spearman", "pearson")
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
         super().__init__(cfg, labels)
@@ -32,34 +38,58 @@ class Regression(PooledTask):
         )
         self._mean, self._sd = float(cfg.target_mean or 0.0), float(cfg.target_sd or 1.0)
 
-    def _answered(self) -> dict[str, Any]:
+    @classmethod
+    def in_transformers(cls, model: ModelConfig) -> bool:
+        """Return False: transformers does not scale values."""
+        return False
+
+    def _output_config(self) -> dict[str, Any]:
         scale = {"target_mean": self._mean, "target_sd": self._sd}
         return {"id2label": {0: "value"}, "problem_type": "regression", **scale}
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """The protein's value, float32; 0 with weight 0 where the table has no labels (prediction)."""
+        """Return the protein's value, float32; 0 with weight 0 where the table has no labels (prediction)."""
         if not len(table.labels):
             return Target(table.sequence(example), np.asarray(0, np.float32), np.asarray(0, np.float32))
         value = np.asarray(table.labels[table.record[example]], np.float32)
         return Target(table.sequence(example), value, table.weight[example])
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See `Task.loss`."""
+        """Return the squared errors, in units of the training values' standard deviation."""
         errors = (logits.float().squeeze(-1) - batch.labels) / self._sd
-        return (errors.square() * batch.weights).sum(), batch.weights.sum()
+        return weighted(errors.square(), batch)
 
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Values [R, S]."""
+        """Return values [R, S]."""
         return (logits.float().squeeze(-1),)
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """See `regression_figures`; a record's value is the mean over its windows, and loss is as it is trained."""
+        """Return `regression_metrics`; a record's value is the mean over its windows, and loss is as in training."""
         return regression_metrics(record_mean(table, predictions[0]), table.labels, self._sd, intervals)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
-        """value: the mean over windows."""
+        """Return `value`, the mean over windows."""
         return {"value": record_mean(table, predictions[0])}
 
     def targets(self, table: ExampleTable) -> Column:
-        """Each protein's value."""
+        """Return each protein's value."""
         return table.labels
+
+    def baselines(self, train: ExampleTable) -> list[Baseline]:
+        """Return the mean and the amino-acid composition."""
+        return value_baselines(train)
+
+    def view(self, table: pa.Table) -> View:
+        """Return errors of the values, the largest first."""
+        target, predicted = (table[name].to_numpy().astype(np.float64) for name in ("target", "value"))
+        error = predicted - target
+        return View(
+            residues=lengths(table),
+            error=np.abs(error),
+            weight=np.ones(len(error)),
+            error_name="mean absolute error",
+            worst=worst(
+                table, np.abs(error), lambda i: (f"{target[i]:.4g}", f"{predicted[i]:.4g}", f"{error[i]:+.4g}")
+            ),
+            values=(target, predicted),
+        )

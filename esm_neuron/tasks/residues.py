@@ -1,10 +1,12 @@
-"""One class a residue."""
+"""One class per residue."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+from scipy.special import log_softmax
 from torch import Tensor
 from transformers import EsmConfig, PreTrainedModel
 
@@ -13,33 +15,39 @@ from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import ResidueLabels
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.metrics import Value, classification_metrics
-from esm_neuron.metrics.classification import log_softmax
 from esm_neuron.models.esm2 import PackedForTokenClassification
-from esm_neuron.tasks.base import Column, Predictions, weights_of
+from esm_neuron.tasks.base import CLASS_SETTINGS, Column, Predictions, Task, class_weights, weighted
+from esm_neuron.tasks.baselines import Baseline, residue_baselines
 from esm_neuron.tasks.losses import softmax_losses
+from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, lengths, worst
 
-NOT_ANSWERED = "-"
+NO_PREDICTION = "-"
 """Stands for a residue that was cut off and so never shown to the model."""
 
 
-class ResidueClassification:
-    """One class a residue, by softmax; the loss is cross entropy in nats over the residues with a label.
+class ResidueClassification(Task):
+    """One class per residue, by softmax; the loss is cross entropy in nats over the residues with a label.
 
-    In training a residue counts in every window that shows it; in figures and outputs it is one residue, with the mean
+    In training a residue counts in every window that shows it; in metrics and outputs it is one residue, with the mean
     of its windows' probabilities.
     """
 
+    summary = "one class per residue"
+    unit = "residues"
+    settings = (*CLASS_SETTINGS, "ignore")
+    label_kind = ResidueLabels
     metric = "mcc"
     greater_is_better = True
-    label_kind = ResidueLabels
+    compared = ("accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
     per_token = True
     predictions_per_token = True
+    hub_task = "token-classification"
+    auto_class = "AutoModelForTokenClassification"
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
-        self.cfg = cfg
-        self.labels = tuple(labels)
+        super().__init__(cfg, labels)
         # one more, for UNKNOWN: index -1 is the last
-        self._weights = np.append(weights_of(cfg, labels), np.float32(0))
+        self._weights = np.append(class_weights(cfg, labels), np.float32(0))
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
         """Add the classes; the model is transformers' own EsmForTokenClassification."""
@@ -48,15 +56,25 @@ class ResidueClassification:
         return configured
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """See `Task.build`."""
+        """Return transformers' token classifier."""
         return PackedForTokenClassification(config)
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """See `Task.head`."""
+        """Return the output layer."""
         return ("classifier",)
 
+    @classmethod
+    def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
+        """Return the sizes of the output layer's weight and bias."""
+        return [outputs * hidden, outputs]
+
+    @classmethod
+    def head_bytes(cls, hidden: int, outputs: int, number: int) -> int:
+        """Return the bytes per token: the layer's input, its outputs and float32 copies of them in the loss."""
+        return number * hidden + (number + 3 * 4) * outputs
+
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Class indices int64 [n] weighed by their class; 0 with weight 0 at specials and where nothing is known."""
+        """Return class indices int64 [n] weighted by their class; 0 with weight 0 at specials and unknown labels."""
         tokens = table.sequence(example)
         if not len(table.labels):
             return Target(tokens, np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.float32))
@@ -64,17 +82,12 @@ class ResidueClassification:
         return Target(tokens, np.maximum(labels, 0), self._weights[labels])
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See `Task.loss`."""
-        losses = softmax_losses(logits, batch.labels, self.cfg.label_smoothing, self.cfg.focal_gamma)
-        return (losses * batch.weights).sum(), batch.weights.sum()
-
-    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Logits [R, L, classes]."""
-        return (logits.float(),)
+        """Return the sums over residues of w_y x loss and of w_y, with class weights w."""
+        return weighted(softmax_losses(logits, batch.labels, self.cfg.label_smoothing, self.cfg.focal_gamma), batch)
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """See `classification_figures`: over residues with a label, intervals over proteins."""
-        log_probabilities = log_softmax(predictions[0])
+        """Return `classification_metrics` over residues with a label, intervals over proteins."""
+        log_probabilities = log_softmax(predictions[0].astype(np.float64), axis=1)
         slot, bounds = table.residue_slots()
         label = residue_labels(table, slot, bounds)
         own = -np.take_along_axis(log_probabilities, np.maximum(table.labels, 0).astype(np.int64)[:, None], axis=1)
@@ -85,28 +98,58 @@ class ResidueClassification:
         return classification_metrics(probabilities, label[known], loss, self.labels, intervals, protein)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
-        """`labels` (a character a residue; with longer names joined by `,`) and as `p_<class>` each class's
-        probabilities, an array a record; `-` and NaN for residues that were cut off."""
+        """Return `labels` (a character per residue; longer names joined by `,`) and as `p_<class>` each class's
+        probabilities, an array per record; `-` and NaN for residues that were cut off."""
         slot, bounds = table.residue_slots()
-        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(predictions[0])))
-        names = np.array([*self.labels, NOT_ANSWERED], dtype=object)
-        said = names[np.where(np.isnan(probabilities[:, 0]), -1, probabilities.argmax(1))]
+        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(predictions[0].astype(np.float64), axis=1)))
+        names = np.array([*self.labels, NO_PREDICTION], dtype=object)
+        predicted = names[np.where(np.isnan(probabilities[:, 0]), -1, probabilities.argmax(1))]
         joiner = "" if all(len(name) == 1 for name in self.labels) else RESIDUE_JOINER
-        columns: dict[str, Column] = {"labels": [joiner.join(part) for part in np.split(said, bounds[1:-1])]}
+        columns: dict[str, Column] = {"labels": [joiner.join(part) for part in np.split(predicted, bounds[1:-1])]}
         return {
             **columns,
             **{f"p_{name}": np.split(p, bounds[1:-1]) for name, p in zip(self.labels, probabilities.T, strict=True)},
         }
 
     def targets(self, table: ExampleTable) -> Column:
-        """The class names of each record's residues; None where nothing is known or the residue was cut off."""
+        """Return the class names of each record's residues; None where unknown or cut off."""
         slot, bounds = table.residue_slots()
         names = np.array([*self.labels, None], dtype=object)
         return np.split(names[residue_labels(table, slot, bounds)], bounds[1:-1])
 
+    def baselines(self, train: ExampleTable) -> list[Baseline]:
+        """Return the class frequencies and a window of neighbours."""
+        return residue_baselines(len(self.labels), train)
+
+    def view(self, table: pa.Table) -> View:
+        """Return wrong residues; the proteins with the largest share of them come first."""
+        residues = lengths(table)
+        columns = [table[f"p_{label}"].combine_chunks() for label in self.labels]
+        flat = [column.flatten().to_numpy(zero_copy_only=False) for column in columns]
+        probabilities = np.stack(flat, axis=1).astype(np.float64)
+        names = table["target"].combine_chunks().flatten()
+        protein = np.repeat(np.arange(len(residues)), residues)
+        known = ~np.isnan(probabilities[:, 0]) & names.is_valid().to_numpy(zero_copy_only=False)
+        probabilities, protein = probabilities[known], protein[known]
+        target, predicted = class_indices(self.labels, names.filter(pa.array(known))), probabilities.argmax(1)
+        wrong = np.bincount(protein, predicted != target, len(residues))
+        labelled = np.bincount(protein, minlength=len(residues)).astype(float)
+        share = wrong / np.maximum(labelled, 1)
+        return View(
+            residues=residues,
+            error=wrong,
+            weight=labelled,
+            error_name="share of wrong residues",
+            worst=worst(
+                table, share, lambda i: (f"{labelled[i]:.0f} residues", f"{wrong[i]:.0f} wrong", f"{share[i]:.1%}")
+            ),
+            confusion=Confusion.of(target, predicted, len(self.labels)),
+            confidence=Confidence(probabilities.max(1), predicted == target, protein),
+        )
+
 
 def residue_labels(table: ExampleTable, slot: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """int64 [residues of all records]: class index, -1 where nothing is known; `slot` and `bounds` as below."""
+    """int64 [residues of all records]: class index, -1 where it is unknown; `slot` and `bounds` as below."""
     shown = slot >= 0
     label = np.full(bounds[-1], -1)
     label[slot[shown]] = table.labels[shown]

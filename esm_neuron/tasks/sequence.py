@@ -1,59 +1,95 @@
-"""One class a protein."""
+"""One class per protein."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+from scipy.special import log_softmax
 from torch import Tensor
 
 from esm_neuron.config import TaskConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.metrics import Value, classification_metrics
-from esm_neuron.metrics.classification import log_softmax
-from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean, weights_of
+from esm_neuron.tasks.base import (
+    CLASS_SETTINGS,
+    Column,
+    PooledTask,
+    Predictions,
+    class_weights,
+    record_mean,
+    weighted,
+)
+from esm_neuron.tasks.baselines import Baseline, class_baselines
 from esm_neuron.tasks.losses import softmax_losses
+from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, class_probabilities, lengths, worst
 
 
 class SequenceClassification(PooledTask):
-    """One class a protein, by softmax; the loss is cross entropy in nats."""
+    """One class per protein, by softmax; the loss is cross entropy in nats."""
 
+    summary = "one class per protein"
+    settings = CLASS_SETTINGS
     metric = "mcc"
+    compared = ("accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
+    hub_task = "text-classification"
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
         super().__init__(cfg, labels)
-        self._weights = weights_of(cfg, labels)
+        self._weights = class_weights(cfg, labels)
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """The protein's class index, int64, weighed by its class; 0 with weight 0 without labels (prediction)."""
+        """Return the protein's class index, int64, weighted by its class; weight 0 without labels (prediction)."""
         if not len(table.labels):
-            return Target(table.sequence(example), np.asarray(0, np.int64), np.asarray(0, np.float32))
+            return super().example_target(table, example, rng)
         label = np.asarray(table.labels[table.record[example]], np.int64)
         return Target(table.sequence(example), label, self._weights[label] * table.weight[example])
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See `Task.loss`; with class weights w the sums are those of w_y x loss and of w_y."""
-        losses = softmax_losses(logits, batch.labels, self.cfg.label_smoothing, self.cfg.focal_gamma)
-        return (losses * batch.weights).sum(), batch.weights.sum()
-
-    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Logits [R, S, classes]."""
-        return (logits.float(),)
+        """Return the sums of w_y x loss and of w_y, with class weights w."""
+        return weighted(softmax_losses(logits, batch.labels, self.cfg.label_smoothing, self.cfg.focal_gamma), batch)
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """See `classification_figures`. A record's loss is the mean over its windows of the cross entropy, without
-        class weights, smoothing and focal factor."""
-        log_probabilities = log_softmax(predictions[0])
+        """Return `classification_metrics`.
+
+        A record's loss is the mean over its windows of the cross entropy, without class weights, smoothing and focal
+        factor.
+        """
+        log_probabilities = log_softmax(predictions[0].astype(np.float64), axis=1)
         loss = -log_probabilities[np.arange(len(table)), table.labels[table.record]]
         probabilities = record_mean(table, np.exp(log_probabilities))
         return classification_metrics(probabilities, table.labels, record_mean(table, loss), self.labels, intervals)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
-        """`label`, and as `p_<class>` the probability of each class: the mean over windows."""
-        probabilities = record_mean(table, np.exp(log_softmax(predictions[0])))
+        """Return `label`, and as `p_<class>` the probability of each class: the mean over windows."""
+        probabilities = record_mean(table, np.exp(log_softmax(predictions[0].astype(np.float64), axis=1)))
         columns: dict[str, Column] = {"label": [self.labels[i] for i in probabilities.argmax(1)]}
         return {**columns, **{f"p_{name}": p for name, p in zip(self.labels, probabilities.T, strict=True)}}
 
     def targets(self, table: ExampleTable) -> Column:
-        """The name of each protein's class."""
+        """Return the name of each protein's class."""
         return [self.labels[label] for label in table.labels]
+
+    def baselines(self, train: ExampleTable) -> list[Baseline]:
+        """Return the class frequencies and the amino-acid composition."""
+        return class_baselines(len(self.labels), train)
+
+    def view(self, table: pa.Table) -> View:
+        """Return wrong classes, the most confident ones first."""
+        labels, probabilities = self.labels, class_probabilities(table, self.labels)
+        target, predicted = class_indices(labels, table["target"]), probabilities.argmax(1)
+        confidence, wrong = probabilities.max(1), predicted != target
+        return View(
+            residues=lengths(table),
+            error=wrong.astype(float),
+            weight=np.ones(len(wrong)),
+            error_name="share of wrong classes",
+            worst=worst(
+                table,
+                np.where(wrong, confidence, 0.0),
+                lambda i: (labels[target[i]], labels[predicted[i]], f"probability {confidence[i]:.3f}"),
+            ),
+            confusion=Confusion.of(target, predicted, len(labels)),
+            confidence=Confidence(confidence, ~wrong, np.arange(len(wrong))),
+        )

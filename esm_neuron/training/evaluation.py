@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,17 +13,7 @@ from esm_neuron.data.dataset import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, prefetch
 from esm_neuron.errors import TrainingError
 from esm_neuron.metrics import Value
-from esm_neuron.tasks import Task
-
-
-class Asks(Protocol):
-    """What forward passes need of a task, see `tasks.Task`."""
-
-    @property
-    def predictions_per_token(self) -> bool: ...
-
-    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]: ...
-
+from esm_neuron.tasks.base import Task
 
 AHEAD = 2
 """Batches made before the device asks for them."""
@@ -51,7 +40,7 @@ def on_device(batches: Iterable[Batch], backend: Backend) -> Iterator[Batch]:
 
 def run_passes(
     model: nn.Module,
-    task: Asks,
+    task: Task,
     backend: Backend,
     batches: Iterable[Batch],
     take: Callable[[np.ndarray, list[np.ndarray]], None],
@@ -75,7 +64,7 @@ def run_passes(
 
 def collect(
     model: nn.Module,
-    task: Asks,
+    task: Task,
     backend: Backend,
     loader: EvalLoader,
     alone: bool = False,

@@ -21,7 +21,7 @@ from esm_neuron.data.loader import EvalLoader
 from esm_neuron.distributed import from_main_rank, main_rank_only
 from esm_neuron.metrics import Value
 from esm_neuron.run_dir import predictions_name, save_predictions
-from esm_neuron.tasks.baselines import capped, fit_baselines
+from esm_neuron.tasks.baselines import capped
 from esm_neuron.training.callbacks import format_record
 from esm_neuron.training.evaluation import collect
 from esm_neuron.training.trainer import Trainer
@@ -108,7 +108,7 @@ def _baselines(
     """Return for each of `on`: split -> baseline -> its metrics on the proteins that the model was scored on."""
     if not trainer.cfg.log.baselines or not any(on):
         return [{} for _ in on]
-    fitted = fit_baselines(trainer.cfg.task, train)
+    fitted = trainer.task.baselines(train)
     if capped(fitted):
         log(capped(fitted))
     found = [

@@ -23,7 +23,7 @@ from esm_neuron.models.lora import saved_key
 from esm_neuron.models.weights import Draw, is_carried, load_into, open_weights
 from esm_neuron.reports.card import model_card
 from esm_neuron.run_dir import ADAPTER, ADAPTER_WEIGHTS, BASE, CARD, MODEL, REFERENCE
-from esm_neuron.tasks import Task
+from esm_neuron.tasks.base import Task
 
 
 def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:

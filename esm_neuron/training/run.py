@@ -28,7 +28,8 @@ from esm_neuron.models.esm2 import parameter_count
 from esm_neuron.models.shapes import SHAPES
 from esm_neuron.planning.doctor import has_bf16_units
 from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
-from esm_neuron.tasks import Task, create_task, task_class
+from esm_neuron.tasks import check_task, create_task, task_class
+from esm_neuron.tasks.base import Task
 from esm_neuron.training import checkpoint
 from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger
 from esm_neuron.training.final_eval import Leaks, find_leaks, score
@@ -65,6 +66,7 @@ def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome
         EsmNeuronError: settings, data or checkpoints that cannot be used; nothing half-written is left.
     """
     validate(cfg)
+    check_task(cfg.task)
     if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
         raise ConfigError(
             "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
@@ -86,6 +88,7 @@ def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -
         EsmNeuronError: settings, data or weights that cannot be used; a backend that compiles nothing.
     """
     validate(cfg)
+    check_task(cfg.task)
     with opened_backend(cfg) as backend:
         if not backend.static_shapes:
             raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for --backend xla or neuron")

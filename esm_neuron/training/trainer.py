@@ -16,7 +16,7 @@ from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch
 from esm_neuron.metrics import Value
-from esm_neuron.tasks import Task
+from esm_neuron.tasks.base import Task
 from esm_neuron.training.callbacks import Callback, EarlyStopping
 from esm_neuron.training.checkpoint import CheckpointManager, TrainState
 from esm_neuron.training.evaluation import evaluate, forward, on_device, run_passes

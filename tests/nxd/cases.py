@@ -46,7 +46,8 @@ from esm_neuron.models.esm2 import encoder_of, set_attention
 from esm_neuron.models.lora import saved_key
 from esm_neuron.models.tensor_parallel import cut_of, whole_shape
 from esm_neuron.models.weights import Draw
-from esm_neuron.tasks import Task, create_task
+from esm_neuron.tasks import create_task
+from esm_neuron.tasks.base import Task
 from esm_neuron.training.evaluation import forward, on_device, run_passes
 from esm_neuron.training.results import plain_model, write_results
 from esm_neuron.training.run import train

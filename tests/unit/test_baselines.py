@@ -12,7 +12,7 @@ from esm_neuron.config import TaskConfig
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.tokenizer import UNK, VOCABULARY
 from esm_neuron.tasks import baselines, create_task
-from esm_neuron.tasks.baselines import capped, composition_features, fit_baselines
+from esm_neuron.tasks.baselines import Baseline, capped, composition_features
 
 ALPHABET = "LAGVSERTIDPKQNFYMHWCXBUZO"
 
@@ -45,6 +45,10 @@ def test_windows_of_a_record_are_one_protein() -> None:
     split = composition_features(table(["A" * 60, "L" * 60, "W" * 60], [0, 1], record=[0, 1, 0]))
     whole = composition_features(table(["A" * 60 + "W" * 60, "L" * 60], [0, 1]))
     assert split == pytest.approx(whole)
+
+
+def fit_baselines(task: TaskConfig, train: ExampleTable) -> list[Baseline]:
+    return create_task(task, task.labels or ()).baselines(train)
 
 
 def metrics(task: TaskConfig, train: ExampleTable, test: ExampleTable) -> dict[str, dict[str, Any]]:
@@ -159,15 +163,12 @@ def test_a_class_that_the_sample_lacks_keeps_a_row(monkeypatch: pytest.MonkeyPat
     assert found["window"]["loss"] == found["majority"]["loss"], "with one class alone there is nothing to fit"
 
 
-def test_what_is_drawn_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_drawn_among_those_with_a_label() -> None:
     labels = residue_signal(20, 0).labels
     counts, rows = baselines._draw(labels, 2, 50)
     known = np.flatnonzero(labels >= 0)
     assert counts.tolist() == np.bincount(labels[known]).tolist()
     assert rows.tolist() == known[baselines._sample(len(known), 50)].tolist()
-    monkeypatch.setattr(baselines, "CHUNK", 11)
-    again = baselines._draw(labels, 2, 50)
-    assert [array.tolist() for array in again] == [counts.tolist(), rows.tolist()]
 
 
 def test_only_the_sample_is_described(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_clean_rows_have_figures_of_their_own() -> None:
         "clean_baselines": {"test": {"majority": {"n": 800, "mcc": 0.0, "mcc_ci": None}}},
     }
     text = model_card(config(), found, BASE, "model")
-    assert "Of the 800 proteins among these without a homolog in the training rows (by kmer):" in text
+    assert "On the 800 proteins among these without a homolog in the training rows (by kmer):" in text
     assert "|  | this model | majority |\n|---|---|---|\n| MCC | 0.200 \\[0.100, 0.300\\] | 0.000 |\n" in text
     assert "62 of 862 test rows have a homolog in the training rows (by kmer)." in text
     unknown = model_card(config(), RESULT, BASE, "model")

@@ -44,7 +44,8 @@ from esm_neuron.files import write_json, write_text
 from esm_neuron.inference.export import export
 from esm_neuron.inference.load import build_trained, move_to, read_run
 from esm_neuron.models.esm2 import PackedForPooledClassification
-from esm_neuron.tasks import Task, create_task
+from esm_neuron.tasks import create_task
+from esm_neuron.tasks.base import Task
 from esm_neuron.training.results import write_results
 
 LABELS = ("cytosol", "membrane", "nucleus")

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, settings
-from esm_neuron.config.rules import validate
 from esm_neuron.data.check import check_file
 from esm_neuron.data.labels import Numbers, ResidueLabels
 from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.tasks import task_class
+from esm_neuron.tasks import check_task, task_class
 
 Row = tuple[str, str]
 """Sequence and label."""
@@ -233,5 +232,5 @@ def test_sampled_validation_rows_are_spread_over_labels_and_values(tmp_path: Pat
 )
 def test_a_setting_that_a_task_would_pass_over_is_refused(task: str, setting: str, value: Any) -> None:
     cfg = TrainConfig(task=replace(TaskConfig(name=task), **{setting: value}), data=DataConfig(train="x"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=rf"task.{setting}=.* has no effect with task.name={task}; leave it out "):
-        validate(cfg)
+    with pytest.raises(ConfigError, match=rf"task.{setting}=.* has no effect on {task}; leave it out \(it is for "):
+        check_task(cfg.task)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.special import log_softmax
 from sklearn import metrics as sk
 
 from esm_neuron.metrics import (
@@ -21,7 +22,6 @@ from esm_neuron.metrics import (
 )
 from esm_neuron.metrics import bootstrap as ranking
 from esm_neuron.metrics.bootstrap import Curve
-from esm_neuron.metrics.classification import log_softmax
 
 
 def number(value: Value) -> float:
@@ -38,7 +38,7 @@ def example_rows(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.nd
 
 
 def filled(logits: np.ndarray, labels: np.ndarray, intervals: bool = False, **more: np.ndarray) -> dict[str, Value]:
-    log_probabilities = log_softmax(logits)
+    log_probabilities = log_softmax(logits.astype(np.float64), axis=1)
     loss = -log_probabilities[np.arange(len(labels)), labels]
     names = "ABCDE"[: logits.shape[1]]
     return classification_metrics(np.exp(log_probabilities), labels, loss, names, intervals, **more)
@@ -68,7 +68,7 @@ def test_point_values_are_scikit_learns(classes: int) -> None:
 @pytest.mark.parametrize("classes", [2, 4])
 def test_resampled_values_are_scikit_learns_on_the_drawn_rows(classes: int) -> None:
     logits, labels = example_rows(60, classes, seed=3)
-    p = np.exp(log_softmax(logits))
+    p = np.exp(log_softmax(logits.astype(np.float64), axis=1))
     counts = next(bootstrap.resamples(60, seed=1))[:25]
     cells = np.eye(classes * classes)[labels * classes + p.argmax(1)]
     shown = [1] if classes == 2 else range(classes)
@@ -123,7 +123,7 @@ def test_every_class_has_figures_of_its_own_with_intervals() -> None:
     logits, labels = example_rows(200, 3)
     per_class = filled(logits, labels, True)["per_class"]
     assert isinstance(per_class, dict) and list(per_class) == ["A", "B", "C"]
-    p = np.exp(log_softmax(logits))
+    p = np.exp(log_softmax(logits.astype(np.float64), axis=1))
     for c, values in enumerate(per_class.values()):
         assert values["n"] == (labels == c).sum()
         assert values["f1"] == pytest.approx(sk.f1_score(labels, p.argmax(1), average=None)[c])

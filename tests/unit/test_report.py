@@ -26,9 +26,8 @@ from esm_neuron.files import write_json
 from esm_neuron.metrics.calibration import group_means, reliability
 from esm_neuron.metrics.text import show, verdict
 from esm_neuron.reports import write_report
-from esm_neuron.reports.views import view
 from esm_neuron.run_dir import load_predictions, save_predictions
-from esm_neuron.tasks import TASKS, create_task
+from esm_neuron.tasks import TASKS, create_task, task_class
 
 EVIL = "<script>alert(1)</script>"
 LABELS = {"plain": ("alpha", "beta", "gamma"), "evil": (EVIL, "$x_1$ & \"q'", "long " * 20)}
@@ -183,7 +182,10 @@ def test_a_page_has_what_its_task_has_and_asks_for_nothing(task: str, runs: dict
     assert "majority on 40 of 50" in page.text
     assert "0 of 60 test rows have a homolog in the training rows (by kmer)." in page.text
     assert "without a homolog" not in page.text
-    assert verdict(result["test"], result["baselines"]["test"], result["metric"]) in page.text
+    assert (
+        verdict(result["test"], result["baselines"]["test"], result["metric"], task_class(task).greater_is_better)
+        in page.text
+    )
 
 
 def test_clean_rows_have_a_table_of_their_own(spoilt: Path) -> None:
@@ -211,7 +213,7 @@ def test_confusion_and_errors_are_those_of_the_answers(runs: dict[str, Path]) ->
     assert table is not None
     frame = table.to_pandas()
     result = json.loads((runs["sequence_classification"] / "result.json").read_text())["test"]
-    seen = view("sequence_classification", LABELS["plain"], table)
+    seen = create_task(TaskConfig(), LABELS["plain"]).view(table)
     assert seen.confusion is not None
     assert (seen.confusion.counts == confusion_matrix(frame["target"], frame["label"], labels=LABELS["plain"])).all()
     assert 1 - seen.error.mean() == pytest.approx(result["accuracy"])
@@ -226,7 +228,7 @@ def test_views_agree_with_the_figures_of_every_other_task(runs: dict[str, Path])
         table = load_predictions(runs[task] / "predictions-test.parquet")
         assert table is not None
         result = json.loads((runs[task] / "result.json").read_text())["test"]
-        return view(task, LABELS["plain"], table), result
+        return create_task(TaskConfig(name=task, target_mean=0.0, target_sd=1.0), LABELS["plain"]).view(table), result
 
     seen, result = of("residue_classification")
     assert 1 - seen.error.sum() / seen.weight.sum() == pytest.approx(result["accuracy"])
@@ -268,13 +270,13 @@ def test_a_verdict_says_where_the_model_loses() -> None:
         "majority": {"mcc": 0.0, "mcc_ci": [0.0, 0.0], "loss": 0.9, "loss_ci": [0.8, 1.0]},
         "composition": {"mcc": 0.35, "mcc_ci": [0.28, 0.42], "loss": 0.7, "loss_ci": [0.65, 0.75]},
     }
-    assert verdict(model, baselines, "mcc") == (
-        "Not better than the composition baseline by MCC: 0.200 [0.100, 0.300] against 0.350 [0.280, 0.420], with "
-        "intervals that overlap."
+    assert verdict(model, baselines, "mcc", True) == (
+        "Not better than the composition baseline by MCC: 0.200 [0.100, 0.300] against 0.350 [0.280, 0.420]; the "
+        "difference is undecided, since the intervals overlap."
     )
-    assert verdict(model, baselines, "loss").startswith("Better than the composition baseline by loss: 0.500")
-    assert "overlap" not in verdict(model, baselines, "loss")
-    assert verdict({**model, "mcc": None}, baselines, "mcc") == verdict(model, {}, "mcc") == ""
+    assert verdict(model, baselines, "loss", False).startswith("Better than the composition baseline by loss: 0.500")
+    assert "overlap" not in verdict(model, baselines, "loss", False)
+    assert verdict({**model, "mcc": None}, baselines, "mcc", True) == verdict(model, {}, "mcc", True) == ""
 
 
 @pytest.mark.parametrize("splits", [(), ("valid",), ("test",)])
@@ -291,7 +293,7 @@ def test_a_run_that_kept_no_answers_and_logged_nothing_gets_a_page(spoilt: Path)
     (spoilt / "predictions-test.parquet").unlink()
     (spoilt / "metrics.jsonl").unlink()
     page = Page(write_report(spoilt).read_text())
-    assert "answers to the test rows were not kept (log.predictions)" in page.text
+    assert "predictions for the test rows were not kept (log.predictions)" in page.text
     assert {path.stem for path in (spoilt / "report").glob("*.png")} == {"comparison", "classes"}
 
 

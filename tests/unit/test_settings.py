@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TaskName, TrainConfig, settings
+from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TrainConfig, settings
 from esm_neuron.config.rules import check_values, validate
 from esm_neuron.config.settings import dump, known_keys, make_parser, parse, read_config
 from esm_neuron.errors import ConfigError
 from esm_neuron.planning import cost
+from esm_neuron.tasks import TASKS
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=12)
 """Any printable text: numbers, dates, quotes, colons and "null" are among what YAML could take for something else."""
@@ -298,4 +299,4 @@ def test_every_example_configuration_is_valid(path: Path) -> None:
 
 
 def test_every_task_has_an_example_configuration() -> None:
-    assert {read_config(path).task.name for path in CONFIGS} == set(get_args(TaskName))
+    assert {read_config(path).task.name for path in CONFIGS} == set(TASKS)

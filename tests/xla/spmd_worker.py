@@ -42,7 +42,8 @@ from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.inference.predict import predict
 from esm_neuron.models.weights import Draw
-from esm_neuron.tasks import Task, create_task, task_class
+from esm_neuron.tasks import create_task, task_class
+from esm_neuron.tasks.base import Task
 from esm_neuron.training import run
 from esm_neuron.training.evaluation import forward, on_device, run_passes
 from esm_neuron.training.run import Loaders

@@ -1,0 +1,102 @@
+"""Predictions of one split in the forms that the report draws, whatever the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+WORST = 10
+"""Records listed as the worst."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Which class was predicted for which target."""
+
+    counts: np.ndarray
+    """float64 [C, C]: rows are targets, columns predictions."""
+    totals: np.ndarray
+    """float64 [C]: what the cells of a row are shares of."""
+
+    @classmethod
+    def of(cls, target: np.ndarray, predicted: np.ndarray, classes: int) -> Confusion:
+        """Count pairs of class indices int64 [n]."""
+        counts = np.bincount(target * classes + predicted, minlength=classes**2).reshape(classes, classes).astype(float)
+        return cls(counts, counts.sum(1))
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Probabilities and whether what they stand for is true: n rows of some proteins."""
+
+    probability: np.ndarray
+    """float64 [n]."""
+    right: np.ndarray
+    """bool [n]."""
+    protein: np.ndarray
+    """int64 [n]."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record with a bad prediction."""
+
+    id: str
+    residues: int
+    target: str
+    prediction: str
+    error: str
+
+
+@dataclass(frozen=True)
+class View:
+    """The predictions for one split; None where a chart does not fit the task."""
+
+    residues: np.ndarray
+    """int64 [records]."""
+    error: np.ndarray
+    """float64 [records]: how wrong each is, a sum over `weight` parts."""
+    weight: np.ndarray
+    """float64 [records]."""
+    error_name: str
+    worst: list[Record]
+    """The WORST worst records, the worst first."""
+    confusion: Confusion | None = None
+    confidence: Confidence | None = None
+    several: bool = False
+    """Whether a protein can have several of the classes."""
+    values: tuple[np.ndarray, np.ndarray] | None = None
+    """Of numbers, targets and predictions, float64 [records] each."""
+    spread: np.ndarray | None = None
+    """Perplexity of each record with hidden residues, float64."""
+
+
+def lengths(table: pa.Table) -> np.ndarray:
+    """int64 [records]: residues of each."""
+    return np.asarray(table["residues"].to_numpy()).astype(np.int64)
+
+
+def class_probabilities(table: pa.Table, labels: Sequence[str]) -> np.ndarray:
+    """float64 [records, C]: the columns `p_<class>`."""
+    return np.stack([table[f"p_{label}"].to_numpy() for label in labels], axis=1)
+
+
+def class_indices(labels: Sequence[str], names: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """int64 [n]: the class of each name."""
+    place = {label: i for i, label in enumerate(labels)}
+    return np.array([place[name] for name in names.to_pylist()], dtype=np.int64)
+
+
+def worst(table: pa.Table, score: np.ndarray, describe: Callable[[int], tuple[str, str, str]]) -> list[Record]:
+    """Return the records with the WORST largest scores above 0, the largest first; of equal ones the first.
+
+    Args:
+        table: the predictions.
+        score: float64 [records].
+        describe: a record's number -> its target, prediction and error.
+    """
+    rows = [int(i) for i in np.argsort(-score, kind="stable")[:WORST] if score[i] > 0]
+    return [Record(table["id"][i].as_py(), table["residues"][i].as_py(), *describe(i)) for i in rows]
