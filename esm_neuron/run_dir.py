@@ -1,4 +1,4 @@
-"""Names within a run's folder."""
+"""The folder of a run: the names of its files, and what reads a finished one."""
 
 from __future__ import annotations
 
@@ -16,53 +16,56 @@ from esm_neuron.config.settings import read_config
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import new_file
 
+if TYPE_CHECKING:
+    from esm_neuron.data.dataset import ExampleTable
+    from esm_neuron.tasks.base import Column, Predictions, Task
+
 CONFIG = "config.yaml"
 """Every setting, resolved."""
 RESULT = "result.json"
-"""Figures of the finished run; there is none before it has finished."""
+"""Metrics of the finished run; there is no such file before it has finished."""
 METRICS = "metrics.jsonl"
-"""A line a logged step, a line an evaluation."""
+"""One line per logged step and per evaluation."""
 NONFINITE = "nonfinite.jsonl"
-"""A line a step whose loss or gradient was not finite, with the ids of its records; there only if there was one."""
+"""One line per step whose loss or gradient was not finite, with the ids of its records; only if there was one."""
 REJECTED = "rejected.tsv"
 """Rows left out or changed for their characters."""
 ADAPTER, MODEL, BASE = "adapter", "model", "base"
-"""A PEFT adapter, or a whole Hugging Face model; and an adapter's base where it has no other home."""
+"""A PEFT adapter, or a whole Hugging Face model; and an adapter's base if it is kept nowhere else."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 REFERENCE = "base_reference.json"
-"""Beside an adapter: which weights it was trained on."""
+"""Beside an adapter: the weights it was trained on."""
 REPORT = "report"
-"""The page of `esm-neuron report` and its pictures."""
+"""The page of `esm-neuron report` and its charts."""
 CARD = "README.md"
 """Model card, in the folder of an adapter or a model."""
 PASSED_OVER = "passed-over-"
-"""What the name of a checkpoint begins with that a resumed run could not read."""
+"""Prefix of a checkpoint that a resumed run could not read."""
+_KEYS = ("task", "metric", "model", "init", "backend", "adapter", "parameters", "chosen_step", "data", "train")
+"""What every result.json has."""
 
 
 def predictions_name(split: str) -> str:
-    """The file with the answers to `valid` or `test`, see `held_out`."""
+    """Return the file with the predictions for `valid` or `test`, see `save_predictions`."""
     return f"predictions-{split}.parquet"
-
-
-_KEYS = ("task", "metric", "model", "init", "backend", "adapter", "parameters", "chosen_step", "data", "train")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended by itself."""
+    """A finished run."""
 
     folder: Path
     cfg: TrainConfig
     result: dict[str, Any]
     """result.json."""
     log: list[dict[str, Any]]
-    """metrics.jsonl: lines of the training, and with a `split` of evaluations."""
+    """metrics.jsonl: lines of training steps, and lines of evaluations, which have a `split`."""
     predictions: dict[str, pa.Table]
-    """Split -> its answers, see `held_out`; a split that was not kept is missing."""
+    """Split -> its predictions, see `save_predictions`; a split that was not kept is missing."""
 
 
 def read_finished(run: Path) -> Finished:
-    """Everything of a run's folder that needs no network.
+    """Read everything in a run's folder that is no weights.
 
     Raises:
         ConfigError: it is no run, or one that has not finished.
@@ -76,7 +79,7 @@ def read_finished(run: Path) -> Finished:
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """What a run's result.json holds; raises as `read_finished` does."""
+    """Read a run's result.json; raises as `read_finished` does."""
     path = run / RESULT
     require(
         path.is_file(),
@@ -88,12 +91,12 @@ def read_result(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); train again") from error
     if missing:
-        raise CheckpointError(f"{path}: has no {missing[0]}, as of another version of esm-neuron; train again")
+        raise CheckpointError(f"{path}: has no {missing[0]}, so another version of esm-neuron wrote it; train again")
     return dict(result)
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, none where there is no such file. Raises CheckpointError at a bad line."""
+    """Read the lines of a run's metrics.jsonl, none if there is no such file; CheckpointError at a bad line."""
     path = run / METRICS
     try:
         texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -109,11 +112,6 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-if TYPE_CHECKING:
-    from esm_neuron.data.dataset import ExampleTable
-    from esm_neuron.tasks.base import Column, Predictions, Task
-
-
 def save_predictions(
     path: Path, task: Task, table: ExampleTable, predictions: Predictions, has_homolog: np.ndarray | None = None
 ) -> None:
@@ -126,18 +124,21 @@ def save_predictions(
 def as_table(
     task: Task, table: ExampleTable, predictions: Predictions, has_homolog: np.ndarray | None = None
 ) -> pa.Table:
-    """The answers of `evaluate.collect` to a table with labels, a row a record, in the table's order.
+    """Return what `evaluation.collect` gave for a table with labels: one row per record, in the table's order.
 
     Args:
-        related: bool [records]: which records have a homolog among the training rows; None: not known.
+        task: makes columns of the predictions.
+        table: with labels.
+        predictions: what `collect` gave.
+        has_homolog: bool [records]: which records have a homolog among the training rows; None: not known.
     """
     _, bounds = table.residue_slots()
-    truth = task.targets(table)
+    targets = task.targets(table)
     columns = {
         "id": pa.array(list(table.ids), pa.string()),
         "residues": pa.array(np.diff(bounds), pa.int32()),
         **({} if has_homolog is None else {"has_homolog": pa.array(has_homolog, pa.bool_())}),
-        **({} if truth is None else {"target": _array(truth)}),
+        **({} if targets is None else {"target": _array(targets)}),
     }
     outputs = task.outputs(table, predictions)
     arrays = [*columns.values(), *map(_array, outputs.values())]
@@ -145,7 +146,7 @@ def as_table(
 
 
 def load_predictions(path: Path) -> pa.Table | None:
-    """The table that `save_answers` wrote; None where there is none (`log.predictions` false, or no rows held out).
+    """Read what `save_predictions` wrote; None if there is none (`log.predictions` false, or no rows held out).
 
     Raises:
         CheckpointError: the file is damaged.

@@ -1,6 +1,6 @@
-"""Figures of finished evaluations: functions of every protein's answer, with n and 95 % bootstrap intervals.
+"""Metrics of finished evaluations: functions of every protein's prediction, with n and 95 % bootstrap intervals.
 
-They take arrays with each protein once (`evaluate.collect` sees to it), so they are exact whatever the batch size and
+They take arrays with each protein once (`evaluation.collect` sees to it), so they are exact whatever the batch size and
 the world. Values that are undefined (AUROC with one class present) are None, which is null in JSON.
 """
 

@@ -1,4 +1,4 @@
-"""95 % intervals by the percentile bootstrap, with proteins as what is drawn.
+"""95 % intervals by the percentile bootstrap, which draws proteins.
 
 Point values come from scikit-learn and scipy; the resamples of an interval are computed from multiplicities (how often
 a protein was drawn), since calling a library a thousand times would need minutes for what takes a second here. The
@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 Value = float | int | list[float] | None | dict[str, Any]
-"""A figure, a count, an interval [low, high], None where it is undefined, or figures by class name."""
+"""A metric, a count, an interval [low, high], None where it is undefined, or metrics by class name."""
 
 RESAMPLES = 1000
 """Bootstrap resamples of an interval."""
@@ -24,11 +24,11 @@ LEVEL = 95.0
 CELLS = 4_000_000
 """Multiplicities held at once while resampling: bounds memory on large splits (32 MB of float64)."""
 SEED = 0
-"""Seed of the resamples: two evaluations of the same answers give the same interval."""
+"""Seed of the resamples: two evaluations of the same predictions give the same interval."""
 
 
 def resamples(n: int, seed: int = SEED, width: int = 0) -> Iterator[np.ndarray]:
-    """RESAMPLES bootstrap draws as multiplicities float64 [k, n], in chunks; none for n = 0.
+    """Yield RESAMPLES bootstrap draws as multiplicities float64 [k, n], in chunks; none for n = 0.
 
     A chunk has at most CELLS cells, counted by the larger of n and `width` (what the caller makes of a draw).
     """
@@ -44,21 +44,21 @@ def resamples(n: int, seed: int = SEED, width: int = 0) -> Iterator[np.ndarray]:
 def bootstrap(
     n: int, metrics: Callable[[np.ndarray], Mapping[str, np.ndarray]], width: int = 0
 ) -> dict[str, np.ndarray]:
-    """The figures of every resample of `n` proteins: name -> [RESAMPLES], empty for n = 0.
+    """Return the metrics of every resample of `n` proteins: name -> [RESAMPLES], empty for n = 0.
 
     Args:
         n: proteins to draw from.
-        figures: multiplicities float64 [k, n] -> name -> [k], NaN where undefined.
-        width: numbers that `figures` holds for a draw, where more than n.
+        metrics: multiplicities float64 [k, n] -> name -> [k], NaN where undefined.
+        width: numbers that `metrics` holds for a draw, where more than n.
     """
     chunks = [metrics(counts) for counts in resamples(n, width=width)]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in (chunks[0] if chunks else ())}
 
 
 def with_intervals(values: Mapping[str, Value], drawn: Mapping[str, np.ndarray]) -> dict[str, Value]:
-    """`values` with a `<name>_ci` behind every figure: the interval of `drawn[name]`, None where it has none.
+    """Return `values` with a `<name>_ci` behind every metric: the interval of `drawn[name]`, None where it has none.
 
-    Counts (integers) and figures by class have no interval of their own.
+    Counts (integers) and metrics by class have no interval of their own.
     """
     result: dict[str, Value] = {}
     for name, value in values.items():
@@ -70,7 +70,7 @@ def with_intervals(values: Mapping[str, Value], drawn: Mapping[str, np.ndarray])
 
 
 def interval(drawn: np.ndarray) -> list[float] | None:
-    """The central LEVEL percent of the defined values, None when fewer than half are defined."""
+    """Return the central LEVEL percent of the defined values, None if fewer than half are defined."""
     defined = drawn[np.isfinite(drawn)]
     if 2 * len(defined) < len(drawn):
         return None
@@ -79,7 +79,7 @@ def interval(drawn: np.ndarray) -> list[float] | None:
 
 
 MOST_THRESHOLDS = 4096
-"""Distinct scores kept apart in resamples; of more, neighbours share a threshold, which moves an interval's bounds far
+"""Distinct scores kept apart in resamples; of more, neighbors share a threshold, which moves an interval's bounds far
 less than resampling does. Point values use every score."""
 
 
@@ -96,8 +96,8 @@ class Curve:
     """float64 [proteins, thresholds]: rows of other classes."""
 
     @classmethod
-    def of(cls, score: np.ndarray, truth: np.ndarray, unit: np.ndarray, units: int) -> Curve:
-        """From rows: score float64 [n], truth bool [n], and the protein int64 [n] (0 to units - 1) of each."""
+    def of(cls, score: np.ndarray, target: np.ndarray, unit: np.ndarray, units: int) -> Curve:
+        """Count rows: score float64 [n], target bool [n], and the protein int64 [n] (0 to units - 1) of each."""
         distinct, place = np.unique(-score, return_inverse=True)  # rows of one score are one threshold
         thresholds = min(len(distinct), MOST_THRESHOLDS)
         place = place * thresholds // max(len(distinct), 1)
@@ -106,15 +106,15 @@ class Curve:
             cells = (np.ones(int(rows.sum())), (unit[rows], place[rows]))
             return sparse.csr_matrix(cells, shape=(units, thresholds))
 
-        return cls(counted(truth), counted(~truth))
+        return cls(counted(target), counted(~target))
 
     @property
     def thresholds(self) -> int:
-        """Scores that are told apart."""
+        """How many scores are kept apart."""
         return int(self.positive.shape[1])
 
     def areas(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """AUROC (Mann-Whitney U, ties count half) and average precision, each [k], of resamples [k, proteins].
+        """Return AUROC (Mann-Whitney U, ties count half) and average precision, each [k], of resamples [k, proteins].
 
         NaN where a resample has rows of one kind only.
         """

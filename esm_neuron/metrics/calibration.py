@@ -25,17 +25,17 @@ class Group:
 def group_means(
     value: np.ndarray, weight: np.ndarray, group: np.ndarray, groups: int, protein: np.ndarray
 ) -> list[Group | None]:
-    """The mean of `value` by group, with proteins resampled.
+    """Return the mean of `value` by group, with proteins resampled.
 
     Args:
-        value: float64 [n], sums over what a row stands for.
-        weight: float64 [n], how much that is; a mean is the sum of values over the sum of weights.
+        value: float64 [n], a sum over the parts of each row.
+        weight: float64 [n], how many parts; a mean is the sum of values over the sum of weights.
         group: int64 [n], 0 to `groups` - 1.
         groups: how many there are.
         protein: int64 [n], whose row it is.
 
     Returns:
-        A group each, None for one without weight.
+        One per group, None for a group without weight.
     """
     found, unit = np.unique(protein, return_inverse=True)
     cell, cells = unit * groups + group, len(found) * groups
@@ -57,21 +57,21 @@ def group_means(
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often answers given with some confidence are right."""
+    """How often predictions of some confidence are right."""
 
     confidence: list[float]
     """Mean confidence of each bin that has rows."""
     right: list[Group]
-    """The share of right answers in it."""
+    """The share of right predictions in each."""
     ece: float
-    """Expected calibration error: the mean of |share right - confidence| over bins, weighed by their rows."""
+    """Expected calibration error: the mean of |share right - confidence| over bins, weighted by their rows."""
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, protein: np.ndarray) -> Reliability | None:
-    """The reliability diagram and the expected calibration error of Guo et al. 2017 (arXiv:1706.04599).
+    """Return the reliability diagram and the expected calibration error of Guo et al. 2017 (arXiv:1706.04599).
 
     Args:
-        confidence: float64 [n], 0 to 1: the probability of what was answered.
+        confidence: float64 [n], 0 to 1: the probability of what was predicted.
         right: bool [n].
         protein: int64 [n], whose row it is.
 

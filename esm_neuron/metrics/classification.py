@@ -1,4 +1,4 @@
-"""Figures of one class out of several: a protein's, or with proteins resampled, a residue's."""
+"""Metrics of one class out of several: per protein, or per residue with proteins resampled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def classification_metrics(
     intervals: bool = False,
     protein: np.ndarray | None = None,
 ) -> dict[str, Value]:
-    """Figures over proteins, or over residues whose proteins are resampled.
+    """Return metrics over proteins, or over residues whose proteins are resampled.
 
     Of two classes, AUROC and AUPRC are those of class 1; of more, the mean over classes of one against the rest,
     undefined when a class is absent. Balanced accuracy averages over the classes present, macro-F1 over those present
@@ -72,7 +72,7 @@ def classification_metrics(
 
 
 def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray) -> dict[str, Value]:
-    """The point values NAMES by scikit-learn: probabilities [n, C], labels [n], loss [n]."""
+    """Return the point values NAMES by scikit-learn: probabilities [n, C], labels [n], loss [n]."""
     values: dict[str, Value] = dict.fromkeys(NAMES)
     if not len(labels):
         return values
@@ -80,7 +80,7 @@ def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: n
     present = np.unique(labels)
     values["loss"] = float(loss.mean())
     values["accuracy"] = float(sk.accuracy_score(labels, predicted))
-    # Not balanced_accuracy_score: the same figure, but it warns of every class that is predicted and not present.
+    # Not balanced_accuracy_score: the same value, but it warns of every class that is predicted and not present.
     values["balanced_accuracy"] = float(np.mean([(predicted[labels == c] == c).mean() for c in present]))
     values["macro_f1"] = float(sk.f1_score(labels, predicted, average="macro", zero_division=0))
     if len(present) > 1:
@@ -89,44 +89,44 @@ def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: n
     if len(present) == classes:
         shown = [1] if classes == 2 else range(classes)
         each = [(labels == c, probabilities[:, c]) for c in shown]
-        values["auroc"] = float(np.mean([sk.roc_auc_score(truth, column) for truth, column in each]))
-        values["auprc"] = float(np.mean([sk.average_precision_score(truth, column) for truth, column in each]))
+        values["auroc"] = float(np.mean([sk.roc_auc_score(target, column) for target, column in each]))
+        values["auprc"] = float(np.mean([sk.average_precision_score(target, column) for target, column in each]))
     return values
 
 
-def binary_scores(score: np.ndarray, truth: np.ndarray, said: np.ndarray) -> dict[str, Value]:
-    """n (rows of the class), f1, auroc, auprc of one class against the rest, None where undefined.
+def binary_scores(score: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> dict[str, Value]:
+    """Return n (rows of the class), f1, auroc, auprc of one class against the rest, None where undefined.
 
     Args:
         score: float64 [n], probability of the class.
-        truth, said: bool [n], rows that are of the class, and that were answered so.
+        target, predicted: bool [n], rows that are of the class, and that were predicted so.
     """
-    positives = int(truth.sum())
-    both = 0 < positives < len(truth)
+    positives = int(target.sum())
+    both = 0 < positives < len(target)
     return {
         "n": positives,
-        "f1": float(sk.f1_score(truth, said)) if truth.any() or said.any() else None,
-        "auroc": float(sk.roc_auc_score(truth, score)) if both else None,
-        "auprc": float(sk.average_precision_score(truth, score)) if both else None,
+        "f1": float(sk.f1_score(target, predicted)) if target.any() or predicted.any() else None,
+        "auroc": float(sk.roc_auc_score(target, score)) if both else None,
+        "auprc": float(sk.average_precision_score(target, score)) if both else None,
     }
 
 
 def confusion_scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """accuracy, balanced_accuracy, mcc, macro_f1, each [k], of confusion matrices [k, C, C]; NaN where undefined.
+    """Return accuracy, balanced_accuracy, mcc, macro_f1, each [k], of matrices [k, C, C]; NaN where undefined.
 
-    Rows of a matrix are the truth, columns the prediction. MCC of several classes after Gorodkin 2004, and 0 for a
+    Rows of a confusion matrix are targets, columns predictions. MCC of several classes after Gorodkin 2004, and 0 for a
     constant prediction, both as in scikit-learn.
     """
-    right, truth, said = np.einsum("kii->ki", matrix), matrix.sum(2), matrix.sum(1)
-    n = truth.sum(1)
-    covariance = right.sum(1) * n - (truth * said).sum(1)
-    truth_variance, said_variance = n**2 - (truth**2).sum(1), n**2 - (said**2).sum(1)
+    right, target, predicted = np.einsum("kii->ki", matrix), matrix.sum(2), matrix.sum(1)
+    n = target.sum(1)
+    covariance = right.sum(1) * n - (target * predicted).sum(1)
+    target_variance, predicted_variance = n**2 - (target**2).sum(1), n**2 - (predicted**2).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mcc = np.where(said_variance > 0, covariance / np.sqrt(truth_variance * said_variance), 0.0)
+        mcc = np.where(predicted_variance > 0, covariance / np.sqrt(target_variance * predicted_variance), 0.0)
         return {
             "accuracy": right.sum(1) / n,
-            "balanced_accuracy": np.nanmean(np.where(truth > 0, right / truth, np.nan), axis=1),
-            "mcc": np.where(truth_variance > 0, mcc, np.nan),
+            "balanced_accuracy": np.nanmean(np.where(target > 0, right / target, np.nan), axis=1),
+            "mcc": np.where(target_variance > 0, mcc, np.nan),
             "macro_f1": np.nanmean(_f1(matrix), axis=1),
         }
 

@@ -1,4 +1,4 @@
-"""Figures of masked language modelling: over residues asked, with proteins resampled."""
+"""Metrics of masked language modeling: over hidden residues, with proteins resampled."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
 
 
 def masked_lm_metrics(sums: np.ndarray, intervals: bool = False) -> dict[str, Value]:
-    """Figures over the residues that were hidden.
+    """Return metrics over the residues that were hidden.
 
     Args:
-        sums: float64 [proteins, 3]: summed cross entropy (nats), hidden residues, and of these how many answered right.
+        sums: float64 [proteins, 3]: summed cross entropy (nats), hidden residues, and right predictions.
         intervals: also `<name>_ci`, drawn over proteins.
 
     Returns:
         n (residues hidden, each counted in every window that hides it), n_records (proteins with such residues), loss
-        (nats a residue), perplexity = exp(loss), accuracy; None where nothing was hidden.
+        (nats per residue), perplexity = exp(loss), accuracy; None where nothing was hidden.
     """
     sums = sums[sums[:, 1] > 0]
     values: dict[str, Value] = {"n": round(float(sums[:, 1].sum())), "n_records": len(sums)}

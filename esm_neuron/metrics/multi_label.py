@@ -1,4 +1,4 @@
-"""Figures of any number of labels a protein."""
+"""Metrics of any number of labels per protein."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, with_intervals
 from esm_neuron.metrics.classification import binary_scores
 
 THRESHOLD = 0.5
-"""Probability from which a label is said to be there."""
+"""Probability from which a label is predicted."""
 NAMES = ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
 
 
 def multi_label_metrics(
-    probabilities: np.ndarray, truth: np.ndarray, loss: np.ndarray, names: Sequence[str], intervals: bool = False
+    probabilities: np.ndarray, target: np.ndarray, loss: np.ndarray, names: Sequence[str], intervals: bool = False
 ) -> dict[str, Value]:
-    """Figures over proteins.
+    """Return metrics over proteins.
 
     F1 of a class that is neither present nor predicted is 0 in the macro average, as in scikit-learn; AUROC and AUPRC
     are means over classes, undefined when a class has rows of one kind only.
 
     Args:
         probabilities: float64 [n, C].
-        truth: bool [n, C].
+        target: bool [n, C].
         loss: float64 [n], nats, the mean over classes.
         names: C class names.
         intervals: also `<name>_ci`, and `per_class`: n (proteins with the label), F1, AUROC and AUPRC of each class.
@@ -33,24 +33,24 @@ def multi_label_metrics(
     Returns:
         n and NAMES; subset_accuracy is the share of proteins with exactly the right labels.
     """
-    said = probabilities >= THRESHOLD
-    per_class = [binary_scores(probabilities[:, c], truth[:, c], said[:, c]) for c in range(len(names))]
-    values: dict[str, Value] = {"n": len(truth), **dict.fromkeys(NAMES)}
-    if len(truth):
+    predicted = probabilities >= THRESHOLD
+    per_class = [binary_scores(probabilities[:, c], target[:, c], predicted[:, c]) for c in range(len(names))]
+    values: dict[str, Value] = {"n": len(target), **dict.fromkeys(NAMES)}
+    if len(target):
         values["loss"] = float(loss.mean())
-        values["subset_accuracy"] = float(sk.accuracy_score(truth, said))
-        values["macro_f1"] = float(sk.f1_score(truth, said, average="macro", zero_division=0))
-        values["micro_f1"] = float(sk.f1_score(truth, said, average="micro", zero_division=0))
+        values["subset_accuracy"] = float(sk.accuracy_score(target, predicted))
+        values["macro_f1"] = float(sk.f1_score(target, predicted, average="macro", zero_division=0))
+        values["micro_f1"] = float(sk.f1_score(target, predicted, average="micro", zero_division=0))
         for name in ("auroc", "auprc"):
             each = [scores[name] for scores in per_class]
             defined = [value for value in each if isinstance(value, float)]
             values[name] = float(np.mean(defined)) if len(defined) == len(names) else None
     if not intervals:
         return values
-    n, everyone = len(truth), np.arange(len(truth))
-    right, marked = (truth & said).astype(float), truth.astype(float) + said
-    exact = (truth == said).all(1).astype(float)
-    curves = [Curve.of(probabilities[:, c], truth[:, c], everyone, n) for c in range(len(names))]
+    n, everyone = len(target), np.arange(len(target))
+    right, marked = (target & predicted).astype(float), target.astype(float) + predicted
+    exact = (target == predicted).all(1).astype(float)
+    curves = [Curve.of(probabilities[:, c], target[:, c], everyone, n) for c in range(len(names))]
 
     def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
         both, either = 2 * (counts @ right), counts @ marked

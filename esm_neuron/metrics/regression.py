@@ -11,13 +11,13 @@ NAMES = ("loss", "spearman", "pearson", "rmse", "mae", "r2")
 
 
 def regression_metrics(
-    predicted: np.ndarray, truth: np.ndarray, scale: float = 1.0, intervals: bool = False
+    predicted: np.ndarray, target: np.ndarray, scale: float = 1.0, intervals: bool = False
 ) -> dict[str, Value]:
     """Return metrics over proteins.
 
     Args:
         predicted: float64 [n].
-        truth: float64 [n], in the same unit.
+        target: float64 [n], in the same unit.
         scale: unit of the loss, in the values' own.
         intervals: also `<name>_ci`.
 
@@ -25,22 +25,22 @@ def regression_metrics(
         n, loss (mean squared error over scale^2), spearman, pearson (both undefined where the targets or the
         predictions are all equal), rmse, mae (in the values' unit) and r2 = 1 - MSE / variance.
     """
-    n = len(truth)
+    n = len(target)
     values: dict[str, Value] = {"n": n, **dict.fromkeys(NAMES)}
     if not n:
         return with_intervals(values, {}) if intervals else values
-    error = predicted - truth
+    error = predicted - target
     mse = float(np.mean(error**2))
     values.update(loss=mse / scale**2, rmse=mse**0.5, mae=float(np.abs(error).mean()))
-    if np.ptp(truth) > 0:
-        values["r2"] = 1 - mse / float(truth.var())
+    if np.ptp(target) > 0:
+        values["r2"] = 1 - mse / float(target.var())
         if np.ptp(predicted) > 0:
-            values["spearman"] = float(stats.spearmanr(predicted, truth).statistic)
-            values["pearson"] = float(stats.pearsonr(predicted, truth).statistic)
+            values["spearman"] = float(stats.spearmanr(predicted, target).statistic)
+            values["pearson"] = float(stats.pearsonr(predicted, target).statistic)
     if not intervals:
         return values
     # centred first: the sums below would cancel where a mean is large against its spread
-    x, y = predicted - predicted.mean(), truth - truth.mean()
+    x, y = predicted - predicted.mean(), target - target.mean()
 
     def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
         squares, absolute = counts @ error**2 / n, counts @ np.abs(error) / n

@@ -1,4 +1,4 @@
-"""Losses of single answers, unreduced; smoothed targets and focal factors are defined for all of them alike."""
+"""Losses of single predictions, unreduced; all of them have smoothed targets and focal factors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEAST = 1e-6
 
 
 def softmax_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:
-    """float32 [...]: - sum over classes c of q_c (1 - p_c)^gamma log p_c, in nats.
+    """Return float32 [...]: - sum over classes c of q_c (1 - p_c)^gamma log p_c, in nats.
 
     q is 1 at the label, mixed with the even distribution by `smoothing`. gamma 0 is cross entropy; hard labels with
     gamma > 0 are the focal loss of Lin et al. 2017 (arXiv:1708.02002, eq. 4).
@@ -20,7 +20,7 @@ def softmax_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, gamma
         logits: [..., C], p is their softmax.
         labels: int64 [...].
         smoothing: share of q spread evenly.
-        gamma: how much less a class counts the surer it is.
+        gamma: how much less a class counts, the surer its prediction is.
     """
     classes = logits.shape[-1]
     flat = logits.float().reshape(-1, classes)
@@ -33,14 +33,14 @@ def softmax_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, gamma
     return -(q * (-torch.expm1(log_p)).clamp_min(LEAST) ** gamma * log_p).sum(-1).view(labels.shape)
 
 
-def sigmoid_losses(logits: Tensor, truth: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:
+def sigmoid_losses(logits: Tensor, target: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:
     """float32, of the shape of `logits`: - q (1 - p)^gamma log p - (1 - q) p^gamma log (1 - p), in nats.
 
-    q is `truth` mixed with 1 / 2 by `smoothing`. gamma 0 is binary cross entropy; hard labels with gamma > 0 are
+    q is `target` mixed with 1 / 2 by `smoothing`. gamma 0 is binary cross entropy; hard labels with gamma > 0 are
     torchvision's `sigmoid_focal_loss` without alpha.
     """
     log_p, log_not = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
-    q = truth * (1 - smoothing) + smoothing / 2
+    q = target * (1 - smoothing) + smoothing / 2
     if gamma == 0:
         return -(q * log_p + (1 - q) * log_not)
     wrong, wrong_not = (log.exp().clamp_min(LEAST) ** gamma for log in (log_not, log_p))
