@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
@@ -13,14 +13,12 @@ import torch
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.labels import UNKNOWN, Labels
-from esm_neuron.data.tokenizer import encode_many
+from esm_neuron.data.sources import sequence_bytes
+from esm_neuron.data.tokenizer import encode_residues
 from esm_neuron.data.validation import Problems, Report, quote
 
 PAD_SEGMENT = -1
 """`segment_ids` of padding: belongs to no sequence."""
-
-IntArray = np.ndarray
-"""An array of integers; its shape and width are said where it is used."""
 
 
 @dataclass(frozen=True)
@@ -206,18 +204,30 @@ def chunk_table(
         labels: makes targets of the rows' encoded labels; None: the table gets none.
         problems: where faults of the rows go; with any, the table is of no use.
     """
-    columns = rows.to_pydict()
-    ids, sequences = columns["id"], columns["sequence"]
-    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    cuts = [cut_starts(length, cfg) for length in lengths.tolist()]
-    counts = np.array([len(cut) for cut in cuts], dtype=np.int64)
-    starts = np.array([cut[:2] for of_record in cuts for cut in of_record], dtype=np.int32).reshape(-1, 2)
-    long = lengths > cfg.max_residues
+    ids = rows["id"].to_pylist()
+    text, bounds = sequence_bytes(rows)
+    lengths = np.diff(bounds)
+    long = np.flatnonzero(lengths > cfg.max_residues)
     if cfg.long_sequences == "refuse":
-        for i in np.flatnonzero(long):
-            problems.add(columns["line"][i], _too_long(ids[i], int(lengths[i]), cfg.max_residues))
-    tokens, offsets = encode_many([piece for sequence in sequences for piece in cut_sequence(sequence, cfg)])
+        for i in long.tolist():
+            problems.add(rows["line"][i].as_py(), _too_long(ids[i], int(lengths[i]), cfg.max_residues))
+        long = long[:0]
+    cuts = {i: cut_starts(int(lengths[i]), cfg) for i in long.tolist()}
+    counts = np.ones(len(ids), dtype=np.int64)
+    counts[long] = [len(of_record) for of_record in cuts.values()]
     record = np.repeat(np.arange(len(ids), dtype=np.int64), counts)
+    starts = np.stack([np.zeros_like(lengths), lengths - lengths // 2], axis=1).astype(np.int32)[record]
+    sizes = lengths[record]
+    # Most sequences are not long: the text between two long ones is taken as it stands.
+    pieces, done = [], 0
+    for i, of_record in cuts.items():
+        begin = int(bounds[i])
+        pieces += [text[done:begin], *_cut(text[begin : bounds[i + 1]], of_record)]
+        done = int(bounds[i + 1])
+        examples = slice(*np.searchsorted(record, [i, i + 1]))
+        starts[examples] = [cut[:2] for cut in of_record]
+        sizes[examples] = cfg.max_residues
+    tokens, offsets = encode_residues(b"".join([*pieces, text[done:]]), sizes)
     table = ExampleTable(
         tokens=tokens,
         offsets=offsets,
@@ -230,10 +240,10 @@ def chunk_table(
     )
     report = Report(name=source, rows=len(ids))
     if cfg.long_sequences == "window":
-        report = replace(report, windowed=int(long.sum()), windows=int(counts[long].sum()))
+        report = replace(report, windowed=len(long), windows=int(counts[long].sum()))
     else:
         cropped = int((lengths - cfg.max_residues)[long].sum())
-        report = replace(report, cropped=int(long.sum()), cropped_residues=cropped)
+        report = replace(report, cropped=len(long), cropped_residues=cropped)
     if labels is None:
         return table, report
     targets = labels.targets(rows, problems)
@@ -269,7 +279,8 @@ def cut_starts(length: int, cfg: DataConfig) -> list[tuple[int, int, int]]:
     return [(start, start + half, n) for start in starts]
 
 
-def cut_sequence(sequence: str, cfg: DataConfig) -> list[str]:
-    """The residues of each of `cut_starts`."""
-    cuts = cut_starts(len(sequence), cfg)
-    return [sequence[a : a + n - n // 2] + sequence[b : b + n // 2] for a, b, n in cuts]
+def _cut(text: bytes, cuts: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
+    """Give the residues of each of `cut_starts`, in two pieces."""
+    for first, second, n in cuts:
+        yield text[first : first + n - n // 2]
+        yield text[second : second + n // 2]

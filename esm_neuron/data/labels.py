@@ -91,7 +91,9 @@ class Labels:
 
     def _entries(self, text: str, length: int) -> list[Any]:
         names = self.split(text, length)
-        for name in set(names) - self.codes.keys():
+        for name in dict.fromkeys(names):
+            if name in self.codes:
+                continue
             if len(name) > LONGEST_NAME:
                 raise ValueError(f"a label has more than {LONGEST_NAME} characters; check data.label_column")
             self.codes[name] = len(self.codes)

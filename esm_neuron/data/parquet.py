@@ -70,7 +70,7 @@ def _rows_at_once(path: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
     """Records to decode together: fewer where lists might repeat one long text, which is stored once.
 
     Raises:
-        DataError: a row group is said to swell as no proteins do, see `text_formats.read_lines`.
+        DataError: a row group is said to swell as no proteins do, see `text_files.read_blocks`.
     """
     # No look at single columns: where their entries are damaged, pyarrow ends the process instead of raising.
     sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]

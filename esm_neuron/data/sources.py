@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from esm_neuron.config import DataConfig
@@ -22,11 +23,6 @@ from esm_neuron.errors import DataError
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 16_384, 1 << 24
 """A chunk of rows ends with whichever is reached first: so many rows, so many characters."""
-
-
-def read_rows(path: str | Path, cfg: DataConfig, need_label: bool, joiner: str = LIST_JOINER) -> pa.Table:
-    """The rows of one file, in memory, in its order: all chunks of `read_chunks` as one."""
-    return pa.concat_tables(read_chunks(path, cfg, need_label, joiner))
 
 
 def read_chunks(
@@ -85,6 +81,16 @@ def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:
     """A table in memory: `line` as int64, all else as text (64-bit offsets: a corpus can pass 2 GiB)."""
     schema = pa.schema([(name, pa.int64() if name == "line" else pa.large_string()) for name in columns])
     return pa.table(dict(columns), schema=schema)
+
+
+def sequence_bytes(rows: pa.Table) -> tuple[bytes, np.ndarray]:
+    """Return the sequences of some rows end to end, in UTF-8, and int64 [rows + 1] where each begins."""
+    column = rows["sequence"].combine_chunks()
+    if not len(column):
+        return b"", np.zeros(1, dtype=np.int64)
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
+    return data.slice(bounds[0], bounds[-1] - bounds[0]).to_pybytes(), bounds - bounds[0]
 
 
 def filter_column(source: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Container, Iterator, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from esm_neuron.data.records import (
     EXPANSION_FROM,
@@ -24,6 +25,9 @@ from esm_neuron.data.records import (
     text,
 )
 from esm_neuron.errors import DataError
+
+BLOCK = 1 << 20
+"""Bytes of a text file that are read and decoded at once; less than `LINE_LIMIT`."""
 
 _HEADER_FIELD = re.compile(r'(?:^|\s)([^\s="]+)=(?:"([^"]*)"|(\S*))')
 
@@ -82,39 +86,50 @@ def _row_name(record: Sequence[str], columns: Sequence[Column], picks: Sequence[
 
 
 def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
-    """Records of a FASTA file: the id and the sequence, and header fields for all other columns ('' where absent)."""
+    """Read a FASTA file: the id and the sequence, and header fields for all other columns ('' where absent)."""
     wanted = [column for column in columns if column.name not in ("id", "sequence")]
+    keys = {column.source for column in wanted}
     seen = Seen(wanted)
-    start, residues, header, parts = 0, 0, "", list[str]()
-
-    def record() -> Record:
-        fields = _header_fields(path, start, header, {column.source for column in wanted})
+    for start, header, body in _fasta_records(path):
+        fields = _header_fields(path, start, header, keys) if keys else {}
         seen.add(fields)
-        special = {"id": header.split()[0], "sequence": "".join(parts)}
-        return start, [special.get(column.name, fields.get(column.source, "")) for column in columns]
+        special = {"id": header.split(maxsplit=1)[0], "sequence": "".join(body.split())}
+        yield start, [special.get(column.name, fields.get(column.source, "")) for column in columns]
+    seen.check(path)
 
-    for number, line in zip(count(1), read_lines(path)):
-        if line.startswith(">"):
-            if start:
-                yield record()
-            start, residues, header, parts = number, 0, line[1:].strip(), []
-            if not header:
-                raise DataError(f"{path}:{number}: the header is empty; write the protein's name after '>'")
-        elif start:
-            parts.extend(line.split())
-            residues += len(line)
-            if residues > LINE_LIMIT:
-                raise DataError(
-                    f"{path}:{start}: the sequence has more than {LINE_LIMIT} characters; is this the right file?"
-                )
-        elif line.strip():
+
+def _fasta_records(path: str) -> Iterator[tuple[int, str, str]]:
+    """Give the line, the header and the lines of residues of each record; a record may span blocks of the file."""
+    start, header, body = 0, "", ""
+    for number, block in read_blocks(path):
+        rest, *records = ("\n" + block).split("\n>")
+        if start:
+            body += rest
+        elif text := rest.lstrip():
+            at = number + rest.removesuffix(text).count("\n") - 1
             raise DataError(
-                f"{path}:{number}: text before the first '>'; is this FASTA? If it is a table, name it .csv or .tsv"
+                f"{path}:{at}: text before the first '>'; is this FASTA? If it is a table, name it .csv or .tsv"
             )
+        _check_record(path, start, body)
+        number += rest.count("\n")
+        for record in records:
+            if start:
+                yield start, header, body
+            start = number
+            header, _, body = record.partition("\n")
+            header = header.strip()
+            if not header:
+                raise DataError(f"{path}:{start}: the header is empty; write the protein's name after '>'")
+            _check_record(path, start, body)
+            number += record.count("\n") + 1
     if not start:
         raise DataError(f"{path}: the file is empty; give one with '>' headers and sequences")
-    yield record()
-    seen.check(path)
+    yield start, header, body
+
+
+def _check_record(path: str, start: int, body: str) -> None:
+    if len(body) > LINE_LIMIT:
+        raise DataError(f"{path}:{start}: the sequence has more than {LINE_LIMIT} characters; is this the right file?")
 
 
 def _header_fields(path: str, line: int, header: str, wanted: Container[str]) -> dict[str, str]:
@@ -163,28 +178,42 @@ def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
 
 
 def read_lines(path: str) -> Iterator[str]:
-    """Lines of a UTF-8 text file, plain or .gz, each ending in one newline; a byte-order mark and CRs are dropped."""
+    """Read the lines of a text file as `read_blocks` has them, each ending in one newline."""
+    # No str.splitlines: it ends lines at other characters too.
+    return chain.from_iterable(io.StringIO(block, newline="\n") for _, block in read_blocks(path))
+
+
+def read_blocks(path: str) -> Iterator[tuple[int, str]]:
+    """Read a UTF-8 text file, plain or .gz: whole lines of about `BLOCK` bytes, and the number of the first of them.
+
+    Every line ends in one newline; a byte-order mark and carriage returns at ends of lines are dropped.
+    """
+    number, size, limit = 1, 0, EXPANSION_FROM
+    begun: list[bytes] = []  # the pieces of a line whose end has not been read
     with _open(path) as file:
-        limit, size = EXPANSION_FROM, 0
-        for number in count(1):
-            raw = _read_line(path, number, file)
-            if not raw:
-                return
-            size += len(raw)
+        while piece := _read(path, number, file):
+            size += len(piece)
             if size >= limit:
                 limit += EXPANSION_FROM
                 _check_expansion(path, number, size)
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            raw = raw.rstrip(b"\r\n")
-            yield _decode(path, number, raw) + "\n"
+            end = piece.rfind(b"\n") + 1
+            if end:
+                block = b"".join([*begun, piece[:end]])
+                _check_line(path, number, block.index(b"\n") + 1)
+                yield from _decoded(path, number, block)
+                number += block.count(b"\n")
+                begun = []
+            begun.append(piece[end:])
+            _check_line(path, number, sum(map(len, begun)))
+    if last := b"".join(begun):
+        yield from _decoded(path, number, last + b"\n")
 
 
-def _open(name: str) -> BinaryIO:
+def _open(name: str) -> io.BufferedReader | gzip.GzipFile:
     path = Path(name)
     check_regular(name)
     try:
-        return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+        return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be opened: {error.strerror}; check the file and its permissions") from None
 
@@ -198,9 +227,10 @@ def _check_expansion(path: str, number: int, size: int) -> None:
         )
 
 
-def _read_line(path: str, number: int, file: BinaryIO) -> bytes:
+def _read(path: str, number: int, file: io.BufferedReader | gzip.GzipFile) -> bytes:
+    """Read the next bytes; what comes before a fault in gzip data is given first, so that `number` is its line."""
     try:
-        raw = file.readline(LINE_LIMIT + 1)
+        return file.read1(BLOCK)
     except gzip.BadGzipFile as error:
         cure = "drop .gz from its name if it is plain text, or copy it again"
         raise DataError(f"{path}:{number}: not sound gzip data ({error}); {cure}") from None
@@ -210,12 +240,29 @@ def _read_line(path: str, number: int, file: BinaryIO) -> bytes:
         raise DataError(f"{path}:{number}: damaged gzip data ({error}); copy the file again") from None
     except OSError as error:
         raise DataError(f"{path}:{number}: cannot be read: {error.strerror}; check the disk") from None
-    if len(raw) > LINE_LIMIT:
+
+
+def _check_line(path: str, number: int, length: int) -> None:
+    if length > LINE_LIMIT:
         raise DataError(f"{path}:{number}: the line has more than {LINE_LIMIT} bytes; is this the right file?")
-    return raw
 
 
-def _decode(path: str, number: int, raw: bytes) -> str:
+def _decoded(path: str, number: int, block: bytes) -> Iterator[tuple[int, str]]:
+    """Give lines as text, all at once; if that fails one by one, so that those before the one at fault are given."""
+    if number == 1:
+        block = block.removeprefix(b"\xef\xbb\xbf")
+    block = block.replace(b"\r\n", b"\n")
+    try:
+        if b"\r" not in block and b"\0" not in block:
+            yield number, block.decode("utf-8")
+            return
+    except UnicodeDecodeError:
+        pass
+    for at, line in enumerate(block.removesuffix(b"\n").split(b"\n"), start=number):
+        yield at, _decode_line(path, at, line.rstrip(b"\r")) + "\n"
+
+
+def _decode_line(path: str, number: int, raw: bytes) -> str:
     if raw.startswith(b"\x1f\x8b"):
         raise DataError(f"{path}:{number}: this is gzip data; name the file .gz")
     if b"\0" in raw:

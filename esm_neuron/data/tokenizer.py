@@ -32,9 +32,10 @@ AMINO_ACIDS = np.arange(4, 24, dtype=np.uint8)
 """uint8 [20]: ids of the standard amino acids."""
 
 _BAD = re.compile(f"[^{RESIDUES}{RESIDUES.lower()}]")
-_TABLE = np.full(256, UNK, dtype=np.uint8)
+_LETTERS = (RESIDUES + RESIDUES.lower()).encode()
+_TOKENS = bytearray([UNK]) * 256
 for _id, _letter in enumerate(RESIDUES, start=4):
-    _TABLE[[ord(_letter), ord(_letter.lower())]] = _id
+    _TOKENS[ord(_letter)] = _TOKENS[ord(_letter.lower())] = _id
 
 
 def encode(sequence: str) -> np.ndarray:
@@ -50,31 +51,48 @@ def encode(sequence: str) -> np.ndarray:
 
 
 def encode_many(sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of many proteins end to end.
-
-    Returns:
-        tokens: uint8 [total], <cls>, residues and <eos> of each protein.
-        offsets: int64 [proteins + 1]; protein i is `tokens[offsets[i]:offsets[i + 1]]`.
+    """Return tokens of many proteins end to end, see `encode_residues`.
 
     Raises:
-        DataError: a character is no residue (rows that went through `validate.check_rows` have none).
+        DataError: a character is no residue (rows that went through a `Checker` have none).
     """
-    offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
-    np.cumsum([len(sequence) + 2 for sequence in sequences], out=offsets[1:])
     # "replace" writes one "?" for one character outside ASCII, so positions hold.
-    residues = _TABLE[np.frombuffer("".join(sequences).encode("ascii", "replace"), dtype=np.uint8)]
-    if (residues == UNK).any():
+    residues = "".join(sequences).encode("ascii", "replace")
+    if len(not_residues(residues)):
         bad = next(filter(None, map(bad_residues, sequences)))
         raise DataError(
             f"{bad.character!r} at residue {bad.position} is not one of the residues {RESIDUES}; correct it"
         )
+    return encode_residues(residues, np.array([len(sequence) for sequence in sequences], dtype=np.int64))
+
+
+def encode_residues(residues: bytes, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens of many proteins end to end.
+
+    Args:
+        residues: the letters of all proteins end to end, nothing else among them.
+        lengths: int64 [proteins]: residues of each.
+
+    Returns:
+        tokens: uint8 [total], <cls>, residues and <eos> of each protein.
+        offsets: int64 [proteins + 1]; protein i is `tokens[offsets[i]:offsets[i + 1]]`.
+    """
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths + 2, out=offsets[1:])
     tokens = np.empty(offsets[-1], dtype=np.uint8)
     inside = np.ones(len(tokens), dtype=bool)
     for positions, token in ((offsets[:-1], CLS), (offsets[1:] - 1, EOS)):
         tokens[positions] = token
         inside[positions] = False
-    tokens[inside] = residues
+    tokens[inside] = np.frombuffer(residues.translate(_TOKENS), dtype=np.uint8)
     return tokens, offsets
+
+
+def not_residues(text: bytes) -> np.ndarray:
+    """Return the places of the bytes that are no residue."""
+    if not text.translate(None, _LETTERS):  # the usual case, at the speed of a copy
+        return np.empty(0, dtype=np.int64)
+    return np.flatnonzero(np.frombuffer(text.translate(_TOKENS), dtype=np.uint8) == UNK)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.records import place, row_unit
-from esm_neuron.data.sources import make_rows
-from esm_neuron.data.tokenizer import BadResidues, bad_residues, replace_bad_residues
+from esm_neuron.data.sources import sequence_bytes
+from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
 from esm_neuron.errors import DataError
 from esm_neuron.files import write_text
 
@@ -149,8 +149,7 @@ class Checker:
     """Takes the rows of one file, in as many chunks as they come, and gives those that can be used.
 
     Characters that are no residue are treated by `cfg.on_bad_residue`; every other fault is an error whatever that
-    says. Of each id 16 bytes are kept, a 64-bit hash and its line: two different ids are taken for one with
-    probability n^2 / 2^65, 1 in 10,000 for 50 million ids.
+    says. All ids are kept, about 200 bytes each.
 
     Args:
         cfg: how bad residues are treated; names in messages.
@@ -160,29 +159,75 @@ class Checker:
     def __init__(self, cfg: DataConfig, source: str) -> None:
         self._cfg, self._source = cfg, source
         self.problems = Problems(source)
-        """What is wrong with the rows so far."""
-        self._ids = _Ids()
+        """What is wrong with the rows so far, in the order of the file."""
+        self._first_line: dict[str, int] = {}  # id -> where it was first used
         self._rows = self._kept = self._replaced = self._replaced_residues = 0
         self.rejected: list[Rejected] = []
         """The rows left out or changed so far, in the order of the file."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """The rows of a chunk that can be used, sequences in upper case; problems are noted for `finish`.
+        """Return the rows of a chunk that can be used, sequences in upper case; note problems for `finish`.
 
         Labels are checked where `rows` has the column `label`.
         """
-        columns: dict[str, list[Any]] = rows.to_pydict()
         self._rows += len(rows)
-        self._check_ids(columns["id"], columns["line"])
-        if "label" in columns:
-            for line, name, label in zip(columns["line"], columns["id"], columns["label"], strict=True):
-                if is_missing(label):
-                    self.problems.add(line, _no_label(self._cfg.label_column, name))
-        sequences, kept = self._check_sequences(columns)
-        self._kept += len(kept)
-        clean = {name: [values[i] for i in kept] for name, values in columns.items()}
-        clean["sequence"] = sequences
-        return make_rows(clean)
+        kept = np.ones(len(rows), dtype=bool)
+        changed: dict[int, str] = {}
+        columns = [name for name in ("line", "id", "sequence", "label") if name in rows.column_names]
+        # Whole columns tell which rows could be at fault; only these are looked at one by one.
+        for row in np.flatnonzero(self._suspects(rows)).tolist():
+            sequence = self._check(*(rows[name][row].as_py() for name in columns))
+            if sequence is None:
+                kept[row] = False
+            elif sequence != rows["sequence"][row].as_py():
+                changed[row] = sequence
+        self._kept += int(kept.sum())
+        sequences = rows["sequence"]
+        if changed:
+            texts = sequences.to_pylist()
+            sequences = pa.array([changed.get(row, text) for row, text in enumerate(texts)], pa.large_string())
+        rows = rows.set_column(rows.column_names.index("sequence"), "sequence", pc.ascii_upper(sequences))
+        return rows if kept.all() else rows.filter(pa.array(kept))
+
+    def _suspects(self, rows: pa.Table) -> np.ndarray:
+        """bool [rows]: which rows may have a fault; the ids of all are then known."""
+        lines = rows["line"].to_pylist()
+        first = list(map(self._first_line.setdefault, rows["id"].to_pylist(), lines))
+        residues, bounds = sequence_bytes(rows)
+        found = (np.array(first) != lines) | (np.diff(bounds) == 0) | (pc.equal(rows["id"], "").to_numpy())
+        if "label" in rows.column_names:
+            found |= missing(rows["label"])
+        found[np.searchsorted(bounds, not_residues(residues), side="right") - 1] = True
+        return np.asarray(found)
+
+    def _check(self, line: int, name: str, sequence: str, label: str | None = None) -> str | None:
+        """Note what is wrong with a row. Return its sequence as it is used, None where the row is left out."""
+        first = self._first_line[name]
+        if not name:
+            self.problems.add(line, "the id is empty; give every row a name")
+        elif first != line:
+            where = f"{row_unit(self._source)} {first}"
+            self.problems.add(line, f"id {quote(name)} was used in {where} already; make ids unique")
+        if label is not None and is_missing(label):
+            what = f"column {self._cfg.label_column!r} of {quote(name)} is empty"
+            self.problems.add(line, f"{what}; give a label or remove the row")
+        if not sequence:
+            self.problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the row")
+        bad = bad_residues(sequence)
+        if bad is None:
+            return sequence
+        choice = self._cfg.on_bad_residue
+        if choice == "strict":
+            cure = "correct it, or use data.on_bad_residue=skip (leave the row out) or replace (write X)"
+            self.problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {cure}")
+        else:
+            action = "left out" if choice == "skip" else "replaced by X"
+            self.rejected.append(Rejected(self._source, line, name, f"the sequence {_bad_message(bad)}", action))
+        if choice == "skip":
+            return None
+        self._replaced += 1
+        self._replaced_residues += bad.count
+        return replace_bad_residues(sequence)
 
     def chunks(self, chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """What is left of each chunk that is not left out whole; once `problems` has one, only good to find more.
@@ -220,62 +265,15 @@ class Checker:
             replaced_residues=self._replaced_residues,
         )
 
-    def _check_ids(self, ids: Sequence[str], lines: Sequence[int]) -> None:
-        earlier = self._ids.earlier(ids, lines)
-        for i, name in enumerate(ids):
-            if not name:
-                self.problems.add(lines[i], "the id is empty; give every row a name")
-            elif earlier[i]:
-                where = f"{row_unit(self._source)} {earlier[i]}"
-                self.problems.add(lines[i], f"id {quote(name)} was used in {where} already; make ids unique")
-
-    def _check_sequences(self, columns: dict[str, list[Any]]) -> tuple[list[str], list[int]]:
-        """The sequences to use, and the indices of their rows."""
-        sequences: list[str] = []
-        kept: list[int] = []
-        choice = self._cfg.on_bad_residue
-        for i, (line, name, sequence) in enumerate(
-            zip(columns["line"], columns["id"], columns["sequence"], strict=True)
-        ):
-            bad = bad_residues(sequence)
-            if not sequence:
-                self.problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the row")
-            elif bad and choice == "strict":
-                cure = "correct it, or use data.on_bad_residue=skip (leave the row out) or replace (write X)"
-                self.problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {cure}")
-            elif bad:
-                action = "left out" if choice == "skip" else "replaced by X"
-                self.rejected.append(Rejected(self._source, line, name, f"the sequence {_bad_message(bad)}", action))
-            if bad and choice == "skip":
-                continue
-            if bad:
-                self._replaced += 1
-                self._replaced_residues += bad.count
-                sequence = replace_bad_residues(sequence)
-            sequences.append(sequence.upper())
-            kept.append(i)
-        return sequences, kept
-
-
-def check_rows(rows: pa.Table, cfg: DataConfig, source_name: str) -> tuple[pa.Table, Report]:
-    """The rows of a whole file that can be used, and what was done to the others, see `Checker`.
-
-    Raises:
-        DataError: see `Checker.finish`.
-    """
-    checker = Checker(cfg, source_name)
-    clean = checker(rows)
-    return clean, checker.finish()
-
 
 def is_missing(value: str) -> bool:
-    """Whether a value stands for nothing: '' or NaN. NA and None can be labels."""
+    """Return whether a value stands for nothing: '' or NaN. NA and None can be labels."""
     return value == "" or value.lower() == "nan"
 
 
-def labelled(rows: pa.Table) -> pa.Table:
-    """The rows that have a label; the others were noted as problems by a `Checker`."""
-    return rows.filter(pa.array([not is_missing(text) for text in rows["label"].to_pylist()], pa.bool_()))
+def missing(values: pa.ChunkedArray) -> np.ndarray:
+    """bool [values]: `is_missing` of each."""
+    return np.asarray(pc.or_(pc.equal(values, ""), pc.equal(pc.utf8_lower(values), "nan")).to_numpy())
 
 
 def quote(value: str) -> str:
@@ -283,39 +281,9 @@ def quote(value: str) -> str:
     return repr(value if len(value) <= 60 else value[:57] + "...")
 
 
-class _Ids:
-    """Ids seen so far and where: sorted runs of (hash, line) that are merged as they grow alike."""
-
-    def __init__(self) -> None:
-        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def earlier(self, ids: Sequence[str], lines: Sequence[int]) -> np.ndarray:
-        """int64 [n]: the line in which each id was first used, 0 for those that are new; the ids are then known."""
-        hashes, at = text_hashes(ids), np.asarray(lines, dtype=np.int64)
-        known, first, index = np.unique(hashes, return_index=True, return_inverse=True)
-        earlier = np.where(first[index] == np.arange(len(hashes)), 0, at[first[index]])
-        for run_hashes, run_lines in self._runs:
-            place = np.minimum(np.searchsorted(run_hashes, hashes), len(run_hashes) - 1)
-            earlier = np.where(run_hashes[place] == hashes, run_lines[place], earlier)
-        self._add(known, at[first])
-        return np.asarray(earlier)
-
-    def _add(self, hashes: np.ndarray, lines: np.ndarray) -> None:
-        while self._runs and len(self._runs[-1][0]) <= 2 * len(hashes):
-            run_hashes, run_lines = self._runs.pop()
-            # the older run comes first, so that a hash in both keeps its first line
-            hashes, first = np.unique(np.concatenate([run_hashes, hashes]), return_index=True)
-            lines = np.concatenate([run_lines, lines])[first]
-        self._runs.append((hashes, lines))
-
-
 def text_hashes(texts: Sequence[str]) -> np.ndarray:
     """uint64 [n]: a hash of each text (SipHash with a fixed key), equal in every process."""
     return np.asarray(pd.util.hash_array(np.array(texts, dtype=object), categorize=False))
-
-
-def _no_label(column: str, name: str) -> str:
-    return f"column {column!r} of {quote(name)} is empty; give a label or remove the row"
 
 
 def _bad_message(bad: BadResidues) -> str:

@@ -1,1 +1,1 @@
-"""Plan a run before it starts: memory, graphs, hours and dollars; and what this machine has."""
+"""Before anything is rented: what a run needs in memory, graphs, hours and dollars, and what this machine has."""

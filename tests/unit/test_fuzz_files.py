@@ -29,11 +29,12 @@ from helpers.fuzzing import (
     refused,
     stored,
 )
+from helpers.rows import read_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_neuron.config import DataConfig, TaskConfig
-from esm_neuron.data.sources import make_rows, read_chunks, read_rows
+from esm_neuron.data.sources import make_rows, read_chunks
 from esm_neuron.data.tokenizer import RESIDUES, bad_residues
 from esm_neuron.data.validation import Checker, Problems
 from esm_neuron.tasks import task_class

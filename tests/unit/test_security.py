@@ -20,13 +20,13 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from helpers.rows import read_rows
 
 from esm_neuron import cli
 from esm_neuron.config import DataConfig, ModelConfig, TrainConfig
 from esm_neuron.config.rules import check_values
 from esm_neuron.config.settings import parse
 from esm_neuron.data import download
-from esm_neuron.data.sources import read_rows
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.redact import RedactingFormatter, redact
 

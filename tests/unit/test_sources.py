@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
+from helpers.rows import read_rows
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data import text_files as text_formats
-from esm_neuron.data.sources import read_chunks, read_rows
+from esm_neuron.data.sources import read_chunks
 from esm_neuron.errors import DataError
 
 

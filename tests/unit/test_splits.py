@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.inputs import load_inputs
+from helpers.rows import cut_sequence
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
-from esm_neuron.data.dataset import ExampleTable, cut_sequence, join_tables
+from esm_neuron.data.dataset import ExampleTable, cut_starts, join_tables
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.splits import InputChunks, Splits, load_splits
+from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
 from esm_neuron.data.tokenizer import decode
 from esm_neuron.errors import ConfigError, DataError
 
@@ -237,8 +237,8 @@ def test_cuts(choice: str, limit: int, overlap: int, pieces: list[str]) -> None:
 @pytest.mark.parametrize("length", [11, 12, 17, 18, 19, 200, 1001])
 def test_windows_cover_every_residue_and_overlap_enough(length: int) -> None:
     cfg = DataConfig(max_residues=10, long_sequences="window", window_overlap=3)
-    numbers = "".join(chr(0x4E00 + i) for i in range(length))
-    windows = [[ord(c) - 0x4E00 for c in window] for window in cut_sequence(numbers, cfg)]
+    numbers = list(range(length))
+    windows = [numbers[a : a + n - n // 2] + numbers[b : b + n // 2] for a, b, n in cut_starts(length, cfg)]
     assert {len(window) for window in windows} == {10}
     assert windows[0][0] == 0
     assert windows[-1][-1] == length - 1

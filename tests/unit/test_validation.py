@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from helpers.rows import check_rows
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.sources import make_rows
-from esm_neuron.data.validation import Checker, Rejected, Report, check_rows
+from esm_neuron.data.validation import Checker, Rejected, Report
 from esm_neuron.errors import DataError
 
 
