@@ -290,11 +290,11 @@ def data_get(
     archive: Annotated[Path | None, "the package's wheel or .tar.gz where pip cannot fetch it"] = None,
 ) -> int:
     """Fetch the public original of a data set of the docs and rebuild our file from it, both checked by sha256."""
-    from esm_neuron.data.download import RECIPES
+    from esm_neuron.data.download import ORIGINALS
     from esm_neuron.data.download import get as fetch
 
     print(fetch(name, output, archive))
-    print(RECIPES[name].licence)
+    print(ORIGINALS[name].licence)
     return 0
 
 

@@ -29,11 +29,11 @@ from esm_neuron.files import write_bytes
 MEMBER_LIMIT = 1 << 28
 """Most bytes of a file in an archive, unpacked; the largest of ours has 12 million."""
 Members = Mapping[str, bytes]
-"""Name in `Recipe.members` -> content."""
+"""Name in `Original.members` -> content."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Original:
     """How a file is made of a package."""
 
     package: str
@@ -54,24 +54,24 @@ class Recipe:
 
 
 def get(name: str, folder: Path, archive: Path | None = None) -> Path:
-    """Write a data set of `RECIPES` into `folder`; returns the file.
+    """Write a data set of `ORIGINALS` into `folder`; returns the file.
 
     Args:
-        name: key of `RECIPES`.
+        name: key of `ORIGINALS`.
         folder: made where it is not there.
         archive: the distribution, fetched before; None: pip fetches it.
 
     Raises:
         DataError: the package cannot be fetched, or is not what was pinned.
     """
-    recipe = RECIPES[name]
+    original = ORIGINALS[name]
     with tempfile.TemporaryDirectory(prefix="esm-neuron-") as scratch:
-        members = read_members(archive or _fetch(recipe, Path(scratch)), recipe.members)
-    text = recipe.build(members).encode()
-    if hashlib.sha256(text).hexdigest() != recipe.sha256:
-        raise DataError(f"{name}: what was built has not the pinned sha256 {recipe.sha256}; please report it")
+        members = read_members(archive or _fetch(original, Path(scratch)), original.members)
+    text = original.build(members).encode()
+    if hashlib.sha256(text).hexdigest() != original.sha256:
+        raise DataError(f"{name}: what was built has not the pinned sha256 {original.sha256}; please report it")
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / recipe.target
+    target = folder / original.target
     write_bytes(target, gzip.compress(text, 9, mtime=0))
     return target
 
@@ -120,9 +120,9 @@ def _bounded(file: IO[bytes], name: str) -> bytes:
     return content
 
 
-def _fetch(recipe: Recipe, folder: Path) -> Path:
-    wanted = f"{recipe.package}=={recipe.version}"
-    words = ["pip", "download", "--no-deps", *([f"--no-binary={recipe.package}"] if recipe.source else []), wanted]
+def _fetch(original: Original, folder: Path) -> Path:
+    wanted = f"{original.package}=={original.version}"
+    words = ["pip", "download", "--no-deps", *([f"--no-binary={original.package}"] if original.source else []), wanted]
     # a fixed list of words, our own pinned name and no shell
     command = [sys.executable, "-m", *words, "--dest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
@@ -183,8 +183,8 @@ def _tsv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("\t".join(row) + "\n" for row in [header, *rows])
 
 
-RECIPES: Mapping[str, Recipe] = {
-    "scl2205": Recipe(
+ORIGINALS: Mapping[str, Original] = {
+    "scl2205": Original(
         package="p-scldata",
         version="2026.2.0",
         source=True,
@@ -198,7 +198,7 @@ RECIPES: Mapping[str, Recipe] = {
         target="scl2205.tsv.gz",
         licence="p-scldata: MIT; sequences and annotations: UniProtKB 2022_05, CC BY 4.0",
     ),
-    "disorder": Recipe(
+    "disorder": Original(
         package="aaanalysis",
         version="1.1.0",
         source=False,
@@ -210,7 +210,7 @@ RECIPES: Mapping[str, Recipe] = {
         target="disorder.tsv.gz",
         licence="aaanalysis: BSD-3-Clause; data set AA_LDR after Tang et al. 2020",
     ),
-    "amyloid": Recipe(
+    "amyloid": Original(
         package="mavenn",
         version="1.1.4",
         source=False,

@@ -213,8 +213,7 @@ class InputChunks:
         self.rejected = checker.rejected
         cuts = Report(name=self._path)
         labels = self._labels
-        joiner = LIST_JOINER if labels is None else labels.joiner
-        for usable in checker.chunks(read_chunks(self._path, self._cfg, labels is not None, joiner, self._rows)):
+        for usable in checker.chunks(self._chunks()):
             rows = usable if labels is None else labels.encode(usable, checker.problems)
             table, more = chunk_table(rows, self._path, self._cfg, labels, checker.problems)
             cuts = cuts.plus(more, CUTS)
@@ -222,6 +221,10 @@ class InputChunks:
             if not checker.problems.total:
                 yield table
         self.report = checker.report().plus(cuts, CUTS)
+
+    def _chunks(self) -> Iterator[pa.Table]:
+        joiner = LIST_JOINER if self._labels is None else self._labels.joiner
+        return read_chunks(self._path, self._cfg, self._labels is not None, joiner, self._rows)
 
     def read(self) -> ExampleTable:
         """The whole file as one table in memory.
@@ -233,16 +236,6 @@ class InputChunks:
         for table in self:
             writer.add(table)
         return writer.table()
-
-
-def load_inputs(path: str | Path, cfg: DataConfig, labels: Labels | None = None) -> tuple[ExampleTable, Report]:
-    """One whole file in memory, see `InputChunks`.
-
-    Raises:
-        DataError: the file or a row cannot be used; a label that training did not know.
-    """
-    chunks = InputChunks(path, cfg, labels)
-    return chunks.read(), chunks.report
 
 
 def _families(train: Part, cfg: DataConfig) -> np.ndarray:

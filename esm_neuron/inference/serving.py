@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from torch import nn
 
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
-from esm_neuron.config import BackendName, TrainConfig
+from esm_neuron.config import BackendName, DataConfig, TrainConfig
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.data.splits import load_inputs
+from esm_neuron.data.sources import make_rows
+from esm_neuron.data.splits import InputChunks
+from esm_neuron.errors import DataError
 from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.tasks.base import Task
 from esm_neuron.training.evaluation import collect
@@ -40,16 +41,26 @@ class Predictor:
         Raises:
             DataError: a sequence cannot be used.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "request.csv"
-            with path.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows([("id", "sequence"), *records])
-            table, _ = load_inputs(path, self.cfg.data)
+        table = _Request(records, self.cfg.data).read()
         backend = self.backend
         loader = EvalLoader(table, self.task, self.cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
         columns = self.task.outputs(table, collect(self.model, self.task, backend, loader))
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
         return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
+
+
+class _Request(InputChunks):
+    """The records of a request, which pass the same checks as those of a file."""
+
+    def __init__(self, records: Sequence[tuple[str, str]], cfg: DataConfig) -> None:
+        super().__init__("request", cfg)
+        if not records:
+            raise DataError("request: no records; send at least one")
+        self._records = [(name.strip(), sequence.strip()) for name, sequence in records]
+
+    def _chunks(self) -> Iterator[pa.Table]:
+        ids, sequences = zip(*self._records, strict=True)
+        yield make_rows({"line": range(1, len(ids) + 1), "id": ids, "sequence": sequences})
 
 
 def load(run: Path, backend: BackendName | None = None) -> Predictor:
@@ -63,7 +74,6 @@ def load(run: Path, backend: BackendName | None = None) -> Predictor:
         EsmNeuronError: the run or its weights cannot be used.
     """
     cfg, task = read_run(run, backend)
-    cfg = replace(cfg, data=replace(cfg.data, id_column="id", sequence_column="sequence"))  # as `predict` names them
     created = create_backend(cfg)
     return Predictor(cfg, task, created, build_trained(cfg, task, created).model)
 

@@ -14,7 +14,7 @@ from esm_neuron.files import read_json
 if TYPE_CHECKING:
     from transformers import EsmConfig
 
-VOCABULARY = 33
+VOCABULARY_SIZE = 33
 """Tokens of the ESM alphabet."""
 PAD_TOKEN = 1
 MASK_TOKEN = 32
@@ -50,7 +50,7 @@ class EsmShape:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter of transformers' EsmForMaskedLM, the tied decoder left out."""
         encoder, head = "esm.encoder", "lm_head"
-        sizes: dict[str, tuple[int, ...]] = {"esm.embeddings.word_embeddings.weight": (VOCABULARY, self.hidden)}
+        sizes: dict[str, tuple[int, ...]] = {"esm.embeddings.word_embeddings.weight": (VOCABULARY_SIZE, self.hidden)}
         for layer in range(self.layers):
             block = f"{encoder}.layer.{layer}"
             for linear in ("self.query", "self.key", "self.value", "output.dense"):
@@ -63,7 +63,7 @@ class EsmShape:
         sizes |= _linear("esm.contact_head.regression", 1, self.layers * self.heads)
         sizes |= _linear(f"{head}.dense", self.hidden, self.hidden)
         sizes |= _norm(f"{head}.layer_norm", self.hidden)
-        return sizes | {f"{head}.bias": (VOCABULARY,)}
+        return sizes | {f"{head}.bias": (VOCABULARY_SIZE,)}
 
     def parameter_count(self) -> int:
         """Parameters of transformers' EsmForMaskedLM, the tied decoder counted once."""
@@ -124,7 +124,7 @@ def esm_config(shape: EsmShape) -> EsmConfig:
     from transformers import EsmConfig
 
     return EsmConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY_SIZE,
         mask_token_id=MASK_TOKEN,
         pad_token_id=PAD_TOKEN,
         hidden_size=shape.hidden,

@@ -20,7 +20,7 @@ from esm_neuron.config import ModelConfig, require
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import read_json
 from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, one_line, some
-from esm_neuron.models.shapes import PAD_TOKEN, SHAPES, VOCABULARY, EsmShape, esm_config
+from esm_neuron.models.shapes import PAD_TOKEN, SHAPES, VOCABULARY_SIZE, EsmShape, esm_config
 from esm_neuron.models.tensor_parallel import Index, Shard
 
 
@@ -224,7 +224,7 @@ def read_config(folder: Path) -> EsmConfig:
     facts: list[tuple[str, object, object]] = [
         ("model_type", model_type, "esm" if model_type != "esm_neuron" else model_type),
         ("position_embedding_type", config.position_embedding_type, "rotary"),
-        ("vocab_size", config.vocab_size, VOCABULARY),
+        ("vocab_size", config.vocab_size, VOCABULARY_SIZE),
         ("pad_token_id", config.pad_token_id, PAD_TOKEN),
         ("emb_layer_norm_before", bool(config.emb_layer_norm_before), False),
         ("is_folding_model", config.is_folding_model, False),

@@ -1,1 +1,1 @@
-"""Before anything is rented: what a run needs in memory, graphs, hours and dollars, and what this machine has."""
+"""Plan a run before it starts: memory, graphs, hours and dollars; and what this machine has."""

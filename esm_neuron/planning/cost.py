@@ -1,8 +1,8 @@
-"""Time and money of a run on rented instances, before renting: estimates from a roofline, and called so.
+"""Estimate time and money of a run on rented instances by a roofline.
 
-A step takes, on each device, the longer of two times: that of its matrix products at a stated share of the peak, and
-that of reading the weights; then the sums over tensor- and data-parallel peers, none of it hidden behind the products.
-Validation, reading data and saving are left out. Prices and devices' figures: instances.yaml, or a file like it.
+On each device a step takes the longer of two times: its matrix products at an assumed share of the peak, or reading the
+weights. Communication with tensor- and data-parallel peers is added; no overlap is assumed. Validation, reading data
+and saving are left out. Prices and data of devices come from instances.yaml, or a file like it.
 """
 
 from __future__ import annotations
@@ -31,47 +31,47 @@ EXAMPLE = "esm_neuron/planning/instances.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Instance:
-    """What a rented machine has."""
+    """A machine to rent."""
 
     kind: Literal["neuron", "gpu"]
     device: str
-    """Its accelerator."""
+    """Name of its accelerator."""
     devices: int
-    """Accelerators (NeuronCores, GPUs) of a machine."""
+    """Accelerators (NeuronCores, GPUs) per machine."""
     gib: float
-    """Memory of a device, GiB."""
+    """Memory per device, GiB."""
     peak: dict[str, float]
-    """Precision -> dense matrix products of a device, TFLOP/s."""
+    """Precision -> dense matrix products per device, TFLOP/s."""
     memory: float
     """Bandwidth of a device's memory, GB/s."""
     link: float
     """Bandwidth of a device to its peers in the machine, GB/s."""
     network: float | None
-    """Bandwidth of the machine to others, Gbit/s; None: it works alone."""
+    """Bandwidth of the machine to others, Gbit/s; None: it cannot train with others."""
     prices: dict[str, float | None]
-    """Market (`ec2`, `sagemaker`) -> dollars an hour on demand; None: not known."""
+    """Market (`ec2`, `sagemaker`) -> dollars per hour on demand; None: not known."""
 
     @property
     def several(self) -> bool:
-        """Whether several of them can train one model."""
+        """Return whether several of them can train one model."""
         return self.network is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What no file of prices knows."""
+    """Assumptions behind an estimate."""
 
     utilisation: float
     """Share of `Instance.peak` that is reached, 0 to 1."""
     spot_share: float
     """Spot price as a share of the price on demand, 0 to 1."""
     compile_minutes: float
-    """Minutes of neuronx-cc a program."""
+    """Minutes of neuronx-cc per graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriceList:
-    """A file of prices."""
+    """The content of a price list."""
 
     date: str
     """When they were read."""
@@ -90,29 +90,29 @@ class Estimate:
     tp: int
     dp: int
     state_gib: float
-    """Weights, gradients and moments on a device, GiB."""
+    """Weights, gradients and moments per device, GiB."""
     peak_gib: float
-    """With the activations of a step, GiB: `memory.predict_memory`, whose caveats hold."""
+    """The same with the activations of a step, GiB, by `memory.predict_memory`."""
     refused: str | None = None
-    """Why it cannot be done so; the figures below are then 0."""
+    """Why this does not work; the numbers below are then 0."""
     tokens_per_second: float = 0.0
-    """Over all devices, filler included."""
+    """Over all devices, padding included."""
     residues_per_second: float = 0.0
     hours: float = 0.0
     """Training."""
     compile_hours: float = 0.0
-    """Compilation ahead of it, one program after the other."""
+    """Compilation before training, one graph after the other."""
     dollars: float | None = None
-    """On demand; None where the price is not known."""
+    """On demand; None if the price is not known."""
     spot_dollars: float | None = None
 
 
 @lru_cache
 def read_prices(path: Path | None = None) -> PriceList:
-    """The price list in a file; None: the one of this package.
+    """Read a price list; None: the one of this package.
 
     Raises:
-        ConfigError: the file cannot be read, or is no price list.
+        ConfigError: the file cannot be read, or is not a price list.
     """
     values = read_yaml(Path(__file__).with_name("instances.yaml") if path is None else path, "--prices", EXAMPLE)
     try:
@@ -129,14 +129,14 @@ def read_prices(path: Path | None = None) -> PriceList:
 def estimates(
     cfg: TrainConfig, plan: RunPlan, shape: EsmShape, prices: PriceList, nodes: int = 1, market: str = "ec2"
 ) -> list[Estimate]:
-    """Every legal tensor-parallel degree on every instance, refused ones with their reason.
+    """Estimate every legal tensor-parallel degree on every instance; refused ones have a reason.
 
     Args:
         cfg: the run.
         plan: its plan, from `make_plan`.
         shape: the model's.
         prices: devices and prices.
-        nodes: instances of the job; instances without a network are left out where there are several.
+        nodes: instances of the job; if several, instances without a network are left out.
         market: `ec2` or `sagemaker`.
     """
     made = []
@@ -188,7 +188,7 @@ def _estimate(
 
 
 def trained_parameters(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Parameters that get gradients, the task's head left out."""
+    """Return the number of parameters with gradients, without the task's head."""
     if cfg.adapter.kind == "none":
         return shape.parameter_count()
     if cfg.adapter.kind == "head":
@@ -207,7 +207,7 @@ def step_seconds(
     passes: int,
     utilisation: float,
 ) -> float:
-    """Seconds of an optimizer step, by the roofline of this module.
+    """Return the seconds of an optimizer step, by the roofline of this module.
 
     Args:
         cfg: the run.
@@ -215,22 +215,21 @@ def step_seconds(
         instance: the machine.
         nodes: how many of it.
         tp: tensor-parallel degree.
-        slots: tokens of a step over all devices, filler included.
+        slots: tokens of a step over all devices, padding included.
         passes: forward passes of a step on a device.
         utilisation: share of the peak that is reached.
     """
     bf16 = cfg.loop.precision == "bf16"
     dp = instance.devices * nodes // tp
     linear = shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.intermediate)
-    forward = 2 * linear + 4 * shape.layers * shape.hidden * cfg.data.pack_tokens  # a token: linears, attention
-    runs = (
-        1 if cfg.adapter.kind == "head" else 2 + cfg.model.gradient_checkpointing
-    )  # forward, inputs' gradients, again
+    forward = 2 * linear + 4 * shape.layers * shape.hidden * cfg.data.pack_tokens  # per token: linears, attention
+    # forward, gradients of the inputs, and forward again
+    runs = 1 if cfg.adapter.kind == "head" else 2 + cfg.model.gradient_checkpointing
     flops = runs * forward + (2 * linear if cfg.adapter.kind == "none" else 0)
     rate = instance.peak["bf16" if bf16 else "fp32"] * 1e12 * utilisation
     products = flops * slots / (dp * tp) / rate
     reading = passes * runs * linear * (2 if bf16 else 4) / tp / (instance.memory * 1e9)
-    # ring sums: 2 (n - 1) / n of the bytes cross each link; two sums a block and direction
+    # ring all-reduce: 2 (n - 1) / n of the bytes cross each link; two all-reduces per block and direction
     across_tp = 2 * runs * shape.layers * slots / dp * shape.hidden * (2 if bf16 else 4) * 2 * (tp - 1) / tp
     across_dp = 4 * trained_parameters(cfg, shape) / tp * 2 * (dp - 1) / dp
     summing = (across_tp + across_dp) / (instance.link * 1e9)
@@ -240,20 +239,20 @@ def step_seconds(
 
 
 def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> str:
-    """The estimates for a person: every degree on the instance `asked`; of each other instance the cheapest, or where
-    its price is not known the fastest."""
+    """Return the estimates as text: every degree on the instance `asked`; for each other instance the cheapest one, or
+    the fastest if its price is not known."""
     assumed = prices.assumptions
     mine = [e for e in made if e.instance == asked]
     nodes = made[0].nodes if made else 1
     lines = [
         f"ESTIMATES, not measurements, for {nodes} x each; {market} dollars of {prices.date}, {prices.region}",
         f"assumed: {assumed.utilisation:.0%} of the peak, spot at {assumed.spot_share:.0%} of on demand, "
-        f"{assumed.compile_minutes:g} min a program; validation left out; state = weights, gradients and moments, "
+        f"{assumed.compile_minutes:g} min per graph; validation left out; state = weights, gradients and moments, "
         "peak = with a step's activations",
         f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'peak':>7} {'tokens/s':>10} {'residues/s':>10} "
         f"{'hours':>8} {'compile':>8} {'on demand':>10} {'spot':>8}",
     ]
-    lines += [_row(e) for e in mine] or [f"{asked}: no legal tensor-parallel degree, or it works alone"]
+    lines += [_row(e) for e in mine] or [f"{asked}: no legal tensor-parallel degree, or it cannot train with others"]
     for name in prices.instances:
         fit = [e for e in made if e.instance == name != asked and e.refused is None]
         if fit:
@@ -276,10 +275,10 @@ def _money(dollars: float | None) -> str:
 
 
 def price_of(name: str, prices: PriceList) -> tuple[str, str]:
-    """(instance, market) of a name as a user writes it: with `ml.` it is SageMaker's.
+    """Return (instance, market) of a name as a user writes it: with `ml.` it is SageMaker's.
 
     Raises:
-        ConfigError: an instance that the price list does not have.
+        ConfigError: the price list does not have the instance.
     """
     plain = name.removeprefix("ml.")
     if plain not in prices.instances:

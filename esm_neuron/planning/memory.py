@@ -1,8 +1,9 @@
-"""Memory of a training run on each device, before the run: arithmetic over the model's shape, no torch.
+"""Predict the memory of a training run on each device: arithmetic over the model's shape, no torch.
 
-Counted are the tensors that are alive at the peak of a step. What an allocator keeps beyond them (fragments, a
-workspace of the matrix library, some 0.5 GB of a CUDA context) comes on top. The activations follow what autograd keeps
-of a block in `model.py`; on compiling backends (xla, neuron) the compiler decides, and the figure is a guide.
+The prediction counts the tensors that are alive at the peak of a step. What an allocator keeps beyond them (fragments,
+the workspace of the matrix library, about 0.5 GB of a CUDA context) comes on top. The activations are those that
+autograd keeps of a block in `models/esm2.py`; on compiling backends (xla, neuron) the compiler decides, and the number
+is a guide.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ Shape = tuple[int, ...]
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a number."""
 _BYTES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "nf4": 0.5 + 1 / 64 + FLOAT32 / (64 * 256), "int8": 1}
-"""Storage type -> bytes of a weight. NF4's hold its scales: 8 bits for 64 weights, and a float for 256 of those."""
+"""Storage type -> bytes per weight. NF4 includes its scales: 8 bits per 64 weights, and a float per 256 scales."""
 MOMENTS = 2 * FLOAT32
-"""Bytes of AdamW's state of a parameter."""
+"""Bytes of AdamW's state per parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,41 +33,41 @@ class Memory:
     """Bytes on one device at the peak of a training step."""
 
     weights: Mapping[str, int]
-    """Storage type -> the model's own parameters kept in it."""
+    """Storage type -> bytes of the model's own parameters kept in it."""
     adapters: int
     """LoRA matrices and the task's head, float32."""
     gradients: int
-    """One number a trained parameter."""
+    """One number per trained parameter."""
     optimizer: int
     """AdamW's state of the trained parameters."""
     activations: int
-    """What autograd keeps of a forward pass, copies of trained weights in bfloat16 included."""
+    """What autograd keeps of a forward pass, bfloat16 copies of trained weights included."""
     logits: int
-    """The task's head or the LM head, its outputs and the loss."""
+    """The activations of the task's head or the LM head, its outputs and the loss."""
     working: int
-    """What lives for a moment in a block: gradients of activations, and what is computed again."""
+    """What lives only while a block computes: gradients of activations, and what is recomputed."""
 
     @property
     def state(self) -> int:
-        """What a run holds between two steps."""
+        """Return the bytes that a run holds between two steps."""
         return sum(self.weights.values()) + self.adapters + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """The peak: at the outputs, or later in the widest block."""
+        """Return the bytes at the peak: at the outputs, or later in the widest block."""
         return self.state + self.activations + max(self.logits, self.working)
 
 
 def predict_memory(
     cfg: TrainConfig, shape: EsmShape, dp: int = 1, outputs: int = 2, checkpointing: bool | None = None
 ) -> Memory:
-    """The memory of a training run.
+    """Predict the memory of a training run.
 
     Args:
         cfg: the run; `parallel.tp` cuts the linears of the blocks.
-        shape: its model's.
-        dp: data-parallel devices, over which zero1 spreads the optimizer's state, and fsdp everything that stays.
-        outputs: numbers that the task's head gives, such as classes; nothing for masked LM.
+        shape: the model's.
+        dp: data-parallel devices, over which zero1 spreads the optimizer's state, and fsdp the whole state.
+        outputs: outputs of the task's head, such as classes; unused for masked LM.
         checkpointing: instead of `model.gradient_checkpointing`.
     """
     again = cfg.model.gradient_checkpointing if checkpointing is None else checkpointing
@@ -99,7 +100,7 @@ def predict_memory(
 
 
 def _weights(cfg: TrainConfig, shape: EsmShape, head: int) -> tuple[dict[str, int], list[int]]:
-    """Bytes of the model's own parameters by storage type, and the sizes of those that are trained."""
+    """Return the bytes of the model's own parameters by storage type, and the sizes of those that are trained."""
     held: Counter[str] = Counter()
     if _is_lora(cfg):  # PEFT keeps the head as it was before training
         kind = _storage(cfg, "dense", learns=False)
@@ -116,7 +117,7 @@ def _weights(cfg: TrainConfig, shape: EsmShape, head: int) -> tuple[dict[str, in
 
 
 def _parameters(cfg: TrainConfig, shape: EsmShape) -> dict[str, Shape]:
-    """The parameters of the task's model that a pretrained ESM-2 has."""
+    """Return the parameters of the task's model that a pretrained ESM-2 has."""
     every = shape.parameters()
     keeps = task_class(cfg.task.name).keeps_lm_head
     return every if keeps else {n: s for n, s in every.items() if not n.startswith("lm_head.")}
@@ -133,12 +134,12 @@ def _storage(cfg: TrainConfig, name: str, learns: bool) -> str:
 
 
 def _trunk_in_bfloat16(cfg: TrainConfig) -> bool:
-    """Whether also what is trained of ESM-2 itself is stored in bfloat16."""
+    """Return whether the trained parameters of ESM-2 itself are stored in bfloat16."""
     return cfg.backend == "neuron" and cfg.loop.precision == "bf16"
 
 
 def _share(cfg: TrainConfig, shape: EsmShape, name: str, size: Shape) -> int:
-    """Numbers of a parameter on one device under tensor parallelism, zero heads included."""
+    """Return the size of a parameter on one device under tensor parallelism, zero heads included."""
     linear, leaf = (in_block(name) or "").rpartition(".")[::2]
     style = PLAN.get(linear)
     if style is None or (style == "row" and leaf == "bias"):
@@ -153,7 +154,7 @@ def _is_lora(cfg: TrainConfig) -> bool:
 
 
 def _lora(cfg: TrainConfig, shape: EsmShape) -> list[int]:
-    """Sizes of the LoRA matrices on one device."""
+    """Return the sizes of the LoRA matrices on one device."""
     if not _is_lora(cfg):
         return []
     sizes, tp = [], cfg.parallel.tp
@@ -166,7 +167,7 @@ def _lora(cfg: TrainConfig, shape: EsmShape) -> list[int]:
 
 
 def _sides(shape: EsmShape, target: str) -> tuple[int, int]:
-    """(inputs, outputs) of a linear of a block."""
+    """Return (inputs, outputs) of a linear of a block."""
     inputs = shape.intermediate if target == "output.dense" else shape.hidden
     return inputs, shape.intermediate if target == "intermediate.dense" else shape.hidden
 
@@ -176,18 +177,18 @@ def _optimizer(cfg: TrainConfig, trained: int, added: int, dp: int) -> int:
         return math.ceil((2 + 2 * FLOAT32 / 256) * (trained + added))
     if cfg.backend != "neuron":
         return math.ceil(MOMENTS * (trained + added) / (dp if cfg.parallel.fsdp else 1))
-    if cfg.parallel.zero1:  # a float32 copy of each weight besides
+    if cfg.parallel.zero1:  # and a float32 copy of each weight
         return math.ceil((MOMENTS + FLOAT32) * (trained + added) / dp)
     return (MOMENTS // 2 if _trunk_in_bfloat16(cfg) else MOMENTS) * trained + MOMENTS * added
 
 
 def _number(cfg: TrainConfig) -> int:
-    """Bytes of a number that a matrix product takes and gives."""
+    """Return the bytes of a number in matrix products."""
     return BFLOAT16 if cfg.loop.precision == "bf16" else FLOAT32
 
 
 def _block(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Bytes a token that autograd keeps of one block."""
+    """Return the bytes per token that autograd keeps of one block."""
     number, tp = _number(cfg), cfg.parallel.tp
     hidden, wide = shape.hidden // tp, shape.intermediate // tp
     norms = 2 * (FLOAT32 * shape.hidden + 2 * FLOAT32)  # inputs, means and deviations
@@ -197,12 +198,12 @@ def _block(cfg: TrainConfig, shape: EsmShape) -> int:
 
 
 def _linear_inputs(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Bytes a token of the linears' inputs, kept for the gradients of weights or of LoRA matrices."""
+    """Return the bytes per token of the linears' inputs, kept for the gradients of weights or of LoRA matrices."""
     number, tp = _number(cfg), cfg.parallel.tp
     full = cfg.adapter.kind == "none"
     targets = set(PLAN) if full else set(cfg.adapter.targets)
     first = targets & {"attention.self.query", "attention.self.key", "attention.self.value"}
-    # under autocast each of the three makes its own copy of what they share
+    # under autocast each of the three makes its own copy of their common input
     copies = len(first) if cfg.loop.precision == "bf16" else min(len(first), 1)
     inputs = {"attention.output.dense": shape.hidden // tp, "intermediate.dense": shape.hidden}
     inputs["output.dense"] = shape.intermediate // tp
@@ -211,16 +212,16 @@ def _linear_inputs(cfg: TrainConfig, shape: EsmShape) -> int:
 
 
 def _scores(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Bytes a token of what attention keeps beside its inputs and its sum."""
+    """Return the bytes per token that attention keeps besides its inputs and its sum."""
     heads = padded_heads(shape.heads, cfg.parallel.tp) // cfg.parallel.tp
-    if cfg.backend in ("cpu", "cuda"):  # fused: one number a head
+    if cfg.backend in ("cpu", "cuda"):  # fused attention keeps one number per head
         return FLOAT32 * heads
     each = FLOAT32 + (BFLOAT16 if cfg.loop.precision == "bf16" else 0)  # softmax, and its copy for the product
     return heads * cfg.data.pack_tokens * each
 
 
 def _dropout(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Bytes a token of dropout masks (and of LoRA's dropped inputs)."""
+    """Return the bytes per token of dropout masks (and of LoRA's dropped inputs)."""
     hidden = 2 * shape.hidden if cfg.model.dropout else 0
     if not _is_lora(cfg) or not cfg.adapter.dropout:
         return hidden
@@ -228,7 +229,7 @@ def _dropout(cfg: TrainConfig, shape: EsmShape) -> int:
 
 
 def _pack(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Bytes a token of what all blocks share: ids, members of segments, angles, and the final norm's input."""
+    """Return the bytes per token that all blocks share: ids, members of segments, angles, the final norm's input."""
     segments = cfg.data.max_segments if cfg.data.packing else 1
     angles = 4 * FLOAT32 * shape.hidden // shape.heads // 2
     return 5 * 8 + 3 * FLOAT32 * segments + angles + FLOAT32 * shape.hidden
@@ -242,25 +243,25 @@ def _logits(cfg: TrainConfig, shape: EsmShape, outputs: int) -> int:
 
 
 def _moment(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Bytes a token of what lives for a moment in the widest place of a block, the feed-forward's activation."""
+    """Return the bytes per token that live for a moment where a block is widest, in the feed-forward's activation."""
     wide = shape.intermediate // cfg.parallel.tp
-    if cfg.adapter.kind == "head":  # a forward pass alone: its widest place, and the vectors that come and go
+    if cfg.adapter.kind == "head":  # only a forward pass: its widest activations, and vectors that come and go
         return 2 * _number(cfg) * wide + 4 * FLOAT32 * shape.hidden
-    if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type, `low_rank` does not
+    if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type, our fused LoRA does not
         fused = cfg.adapter.kind == "lora" and cfg.backend in ("cpu", "cuda") and not cfg.adapter.dropout
         return 2 * (_number(cfg) if fused else FLOAT32) * wide
     return _number(cfg) * wide + FLOAT32 * shape.hidden
 
 
 def _restored(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Bytes of the largest quantized weight while it is whole."""
+    """Return the bytes of the largest quantized weight while it is dequantized."""
     if cfg.adapter.kind != "qlora":
         return 0
     return shape.hidden * shape.intermediate * (_number(cfg) + (FLOAT32 if cfg.adapter.quantization == "int8" else 0))
 
 
 def _copies(cfg: TrainConfig, shape: EsmShape) -> int:
-    """Bytes of the bfloat16 copies that autocast makes of trained linears and keeps to the backward pass."""
+    """Return the bytes of the bfloat16 copies of trained linears that autocast keeps until the backward pass."""
     if cfg.loop.precision != "bf16" or cfg.adapter.kind != "none" or cfg.backend == "neuron":
         return 0
     sizes = _parameters(cfg, shape).items()
@@ -268,13 +269,13 @@ def _copies(cfg: TrainConfig, shape: EsmShape) -> int:
 
 
 def render(as_set: Memory, turned: Memory) -> list[str]:
-    """A line for the run as it is set, and one for gradient checkpointing turned on or off."""
+    """Return a line for the run as configured, and one with gradient checkpointing switched."""
     weights = ", ".join(f"{kind} {_gb(size)}" for kind, size in as_set.weights.items())
     parts = ("adapters", "gradients", "optimizer", "activations", "logits", "working")
     rest = ", ".join(f"{name} {_gb(getattr(as_set, name))}" for name in parts)
     return [
         f"memory of a device: {_gb(as_set.total)} GB = weights {_gb(sum(as_set.weights.values()))} ({weights}), {rest}",
-        f"  {_gb(turned.total)} GB with model.gradient_checkpointing turned; what the allocator keeps comes on top",
+        f"  {_gb(turned.total)} GB with model.gradient_checkpointing switched; what the allocator keeps comes on top",
     ]
 
 

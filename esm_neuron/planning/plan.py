@@ -1,6 +1,6 @@
-"""What a run will be like before anything is built or rented: packs, graphs, legal tensor parallelism.
+"""Plan a run before anything is built or rented: packs, graphs, legal tensor parallelism.
 
-Planned by the functions that the loaders use, so the table is what will happen and not an estimate.
+The plan comes from the functions that the loaders use, so it is what will happen and not an estimate.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Epoch:
     """Packs that hold sequences."""
     sequences: int
     residues: int
-    """Residues, specials left out."""
+    """Residues, without special tokens."""
     efficiency: float
     """Share of the slots, filler packs included, that hold tokens. Static shapes compute all of them; where shapes are
     free (cpu, cuda) less is computed, and result.json's `padding_efficiency` is higher."""
     unpacked_efficiency: float
-    """The same with one sequence per pack."""
+    """`efficiency` with one sequence per pack."""
     steps: int
     """Optimizer steps."""
     packs_per_step: int
@@ -58,11 +58,11 @@ class TensorParallel:
 
     heads: int
     degrees: tuple[int, ...]
-    """Powers of two up to 32 that cut heads and feed-forward evenly."""
+    """Powers of two up to 32 that divide heads and feed-forward evenly."""
     padded: tuple[int, ...]
-    """The same with `parallel.pad_heads`."""
+    """`degrees` with `parallel.pad_heads`."""
     instances: Mapping[str, tuple[int, ...]]
-    """trn1 instance -> those of `padded` that lie well on its links."""
+    """trn1 instance -> those of `padded` that fit its links."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,23 @@ class RunPlan:
     epoch: Epoch
     steps: int
     """Optimizer steps of the run."""
-    graphs_by_part: Mapping[str, int]
-    """Part of the run -> graphs that a static-shape backend compiles for it."""
+    graphs_by_phase: Mapping[str, int]
+    """Phase of the run -> graphs that a static-shape backend compiles for it."""
     tensor_parallel: TensorParallel | None
-    """None where the model's shape is not known here: a hub id that is no released ESM-2."""
+    """None if the model's shape is not known here: a hub id that is not a released ESM-2."""
     memory: Memory | None
-    """Of a device; None where the shape is not known."""
+    """On one device; None if the shape is not known."""
     memory_turned: Memory | None
-    """The same with gradient checkpointing on instead of off, or off instead of on."""
+    """`memory` with gradient checkpointing switched."""
 
     @property
     def graphs(self) -> int:
-        """All graphs of the run."""
-        return sum(self.graphs_by_part.values())
+        """Return the number of graphs of the run."""
+        return sum(self.graphs_by_phase.values())
 
 
 def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
-    """The plan of a run on so many data-parallel devices.
+    """Return the plan of a run on `devices` data-parallel devices.
 
     Raises:
         ConfigError: `loop.packs_per_step` is not a multiple of `loop.packs_per_device` times `devices`.
@@ -104,7 +104,7 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
     return RunPlan(
         epoch=epoch,
         steps=total_steps(epoch.steps, cfg.loop.epochs, cfg.loop.max_steps),
-        graphs_by_part={
+        graphs_by_phase={
             "training pass": 1,
             "evaluation pass": int(splits.valid is not None or splits.test is not None),
             "update": 1,
@@ -117,7 +117,7 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
 
 
 def tensor_parallel(shape: EsmShape) -> TensorParallel:
-    """The degrees that a shape allows."""
+    """Return the degrees that a shape allows."""
     padded = tuple(legal_tp(shape.heads, shape.intermediate, pad_heads=True))
     return TensorParallel(
         heads=shape.heads,
@@ -128,7 +128,7 @@ def tensor_parallel(shape: EsmShape) -> TensorParallel:
 
 
 def metrics(plan: RunPlan) -> dict[str, Any]:
-    """The plan as JSON has it, sums included."""
+    """Return the plan for JSON, sums included."""
     said: dict[str, Any] = {**asdict(plan), "graphs": plan.graphs}
     for name, memory in (("memory", plan.memory), ("memory_turned", plan.memory_turned)):
         if memory is not None:
@@ -137,7 +137,7 @@ def metrics(plan: RunPlan) -> dict[str, Any]:
 
 
 def render(plan: RunPlan) -> str:
-    """The plan as a table for a person."""
+    """Return the plan as text."""
     epoch = plan.epoch
     lines = [
         f"an epoch: {epoch.sequences:,} sequences of {epoch.residues:,} residues in {epoch.packs:,} packs of "
@@ -146,7 +146,7 @@ def render(plan: RunPlan) -> str:
         f"{plan.steps:,} optimizer steps of {epoch.packs_per_step} packs in {epoch.passes} passes; an epoch has "
         f"{epoch.steps:,} steps",
         f"{plan.graphs} graphs on a static-shape backend: "
-        + ", ".join(f"{number} {part}" for part, number in plan.graphs_by_part.items()),
+        + ", ".join(f"{number} {phase}" for phase, number in plan.graphs_by_phase.items()),
     ]
     if plan.tensor_parallel is None or plan.memory is None or plan.memory_turned is None:
         return "\n".join([*lines, "parallel.tp and memory: the model's shape is not known before it is downloaded"])

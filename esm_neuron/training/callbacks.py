@@ -25,20 +25,20 @@ from esm_neuron.files import finite, write_text
 
 logger = logging.getLogger(__name__)
 
-Record = Mapping[str, Any]
+MetricsLine = Mapping[str, Any]
 """Named values: numbers, None where undefined, strings such as the split, intervals [low, high]."""
 
 
 class Callback:
     """A watcher of a run; a subclass overrides what it wants to hear of."""
 
-    def on_log(self, step: int, total: int, record: Record) -> None:
+    def on_log(self, step: int, total: int, record: MetricsLine) -> None:
         """Optimizer step `step` of `total` is done; `record` has loss, lr, grad_norm, residues_per_second, ..."""
 
-    def on_eval(self, step: int, record: Record) -> None:
+    def on_eval(self, step: int, record: MetricsLine) -> None:
         """An evaluation after `step` is done; `record` has the split and its metrics."""
 
-    def on_end(self, result: Record) -> None:
+    def on_end(self, result: MetricsLine) -> None:
         """Training is over, also when it stopped early; `result` is what result.json gets."""
 
 
@@ -60,7 +60,7 @@ class ProgressConsole(Callback):
         self.origin = (start, clock())
         self.bar: tqdm[Any] | None = None
 
-    def on_log(self, step: int, total: int, record: Record) -> None:
+    def on_log(self, step: int, total: int, record: MetricsLine) -> None:
         if not self.stream.isatty():
             self._write(f"step={step}/{total} {format_record(record)} eta={format_seconds(self._eta(step, total))}")
             return
@@ -69,10 +69,10 @@ class ProgressConsole(Callback):
         self.bar.set_postfix_str(format_record(record), refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def on_eval(self, step: int, record: Record) -> None:
+    def on_eval(self, step: int, record: MetricsLine) -> None:
         self._write(f"eval step={step} {format_record(record)}")
 
-    def on_end(self, result: Record) -> None:
+    def on_end(self, result: MetricsLine) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -101,10 +101,10 @@ class JsonlLogger(Callback):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def on_log(self, step: int, total: int, record: Record) -> None:
+    def on_log(self, step: int, total: int, record: MetricsLine) -> None:
         self.append({"step": step, **record})
 
-    def on_eval(self, step: int, record: Record) -> None:
+    def on_eval(self, step: int, record: MetricsLine) -> None:
         """Append a line; the record's `split` tells it from a training line."""
         self.append({"step": step, **record})
 
@@ -131,7 +131,7 @@ class JsonlLogger(Callback):
                 f"{self.path}:{number}: not a JSON object with a step; delete the line (or the file) to resume"
             ) from None
 
-    def append(self, record: Record) -> None:
+    def append(self, record: MetricsLine) -> None:
         """Append a line."""
         line = json.dumps(finite(record), allow_nan=False) + "\n"
         # Buffered: an unbuffered write to a full disk may write half a line and report no error.
@@ -159,20 +159,20 @@ class TensorBoardLogger(Callback):
         self.folder = folder
         self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
-    def on_log(self, step: int, total: int, record: Record) -> None:
+    def on_log(self, step: int, total: int, record: MetricsLine) -> None:
         self._scalars("train", step, record)
 
-    def on_eval(self, step: int, record: Record) -> None:
+    def on_eval(self, step: int, record: MetricsLine) -> None:
         self._scalars(str(record["split"]), step, record)
 
-    def on_end(self, result: Record) -> None:
+    def on_end(self, result: MetricsLine) -> None:
         """Close the event file. A full disk is only logged: the result of the run, or why it ended, matters more."""
         try:
             self.writer.close()
         except OSError as error:
             logger.warning("%s: the last values could not be written (%s)", self.folder, error.strerror)
 
-    def _scalars(self, group: str, step: int, record: Record) -> None:
+    def _scalars(self, group: str, step: int, record: MetricsLine) -> None:
         with _naming(self.folder):
             for name, value in record.items():
                 if isinstance(value, (int, float)):
@@ -221,7 +221,7 @@ class EarlyStopping:
         """Return the state for a checkpoint, valid JSON."""
         return {name: value for name, value in asdict(self).items() if name in ("best", "best_step", "bad")}
 
-    def load_state_dict(self, state: Record) -> None:
+    def load_state_dict(self, state: MetricsLine) -> None:
         """Go on from `state`; patience and direction stay those of the present config."""
         best, best_step, bad = (state.get(name) for name in ("best", "best_step", "bad"))
         sound = (best is None) == (best_step is None) and isinstance(best, (int, float, NoneType))
@@ -234,7 +234,7 @@ FORMATS = {"lr": ".1e", "grad_norm": ".2f", "residues_per_second": ".0f"}
 """How a value is printed on the console; other floats get 4 decimals."""
 
 
-def format_record(record: Record) -> str:
+def format_record(record: MetricsLine) -> str:
     """Return `name=value` of every number and string; undefined values and intervals are left to metrics.jsonl."""
     parts = []
     for name, value in record.items():

@@ -70,7 +70,7 @@ def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -
     return Leaks(method, found)
 
 
-def score(
+def score_splits(
     trainer: Trainer, train: ExampleTable, held_out: Mapping[str, EvalLoader], leaks: Leaks, log: Log
 ) -> dict[str, Any]:
     """Return the metrics of a trained model with intervals, on every rank; its predictions are kept in the output.

@@ -32,7 +32,7 @@ from esm_neuron.tasks import check_task, create_task, task_class
 from esm_neuron.tasks.base import Task
 from esm_neuron.training import checkpoint
 from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger
-from esm_neuron.training.final_eval import Leaks, find_leaks, score
+from esm_neuron.training.final_eval import Leaks, find_leaks, score_splits
 from esm_neuron.training.results import write_results
 from esm_neuron.training.trainer import Trainer
 from esm_neuron.training.watchdog import Watchdog
@@ -159,7 +159,7 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     trainer, loaders = job.trainer, job.loaders
     cfg, backend, state = trainer.cfg, trainer.backend, trainer.state
     chosen, weights = trainer.load_best()
-    scores = score(trainer, loaders.train.table, loaders.held_out, leaks, log)
+    scores = score_splits(trainer, loaders.train.table, loaders.held_out, leaks, log)
     trainable, total = parameter_count(job.built.model)
     result = finite({
         "task": cfg.task.name,

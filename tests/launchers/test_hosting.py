@@ -84,7 +84,7 @@ def test_the_handler_answers_as_predict_does(toy: Toy, tmp_path: Path) -> None:
         ("{", "application/json", "request is not"),
         ('{"records": [{"id": 1}]}', "application/json", "KeyError"),
         ('{"sequences": [3]}', "application/json", "a sequence is int, not text"),
-        ("MKT", "text/plain", "request is no FASTA"),
+        ("MKT", "text/plain", "request is not FASTA"),
         ("a,b", "text/csv", "content type 'text/csv'; send application/json"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 
 from esm_neuron import cli
 from esm_neuron.data import download
-from esm_neuron.data.download import RECIPES
+from esm_neuron.data.download import ORIGINALS
 
 
 def write(path: Path) -> Path:
@@ -135,15 +135,15 @@ AMYLOID = "set,dist,y,dy,x\ntraining,1,-0.25,1,MKV\ntest,1,0.5,1,MK*\nvalidation
 @pytest.fixture
 def amyloid(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """The recipe, pinned to a small original; gives that original's members."""
-    (end,) = RECIPES["amyloid"].members
+    (end,) = ORIGINALS["amyloid"].members
     content = gzip.compress(AMYLOID.encode(), mtime=0)
     text = b"sequence\tscore\tsplit\nMKV\t-0.25\ttrain\nMKA\t1.50\tvalid\n"
     small = replace(
-        RECIPES["amyloid"],
+        ORIGINALS["amyloid"],
         members={end: hashlib.sha256(content).hexdigest()},
         sha256=hashlib.sha256(text).hexdigest(),
     )
-    monkeypatch.setattr(download, "RECIPES", {**RECIPES, "amyloid": small})
+    monkeypatch.setattr(download, "ORIGINALS", {**ORIGINALS, "amyloid": small})
     return {end: content}
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.inputs import load_inputs
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, settings
 from esm_neuron.data.check import check_file
 from esm_neuron.data.labels import Numbers, ResidueLabels
-from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
+from esm_neuron.data.splits import InputChunks, Splits, load_splits
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.tasks import check_task, task_class
 

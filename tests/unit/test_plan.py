@@ -56,11 +56,11 @@ def test_graphs_are_counted_by_the_shapes_that_come(lengthy: TrainConfig) -> Non
     plan, task = make_plan(lengthy, splits), create_task(lengthy.task, splits.labels)
     loader = train_loader(lengthy, splits)
     trained = {b.input_ids.shape for step in range(plan.steps) for b in loader.batches(step)}
-    assert plan.graphs_by_part["training pass"] == len(trained)
+    assert plan.graphs_by_phase["training pass"] == len(trained)
     held_out = [table for table in (splits.valid, splits.test) if table is not None]
     assert len(held_out) == 2
     evaluated = {b.input_ids.shape for table in held_out for b in EvalLoader(table, task, lengthy)}
-    assert plan.graphs_by_part["evaluation pass"] == len(evaluated)
+    assert plan.graphs_by_phase["evaluation pass"] == len(evaluated)
     assert plan.graphs == len(trained) + len(evaluated) + 1 + SET_UP
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.inputs import load_inputs
 from helpers.rows import cut_sequence
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
 from esm_neuron.data.dataset import ExampleTable, cut_starts, join_tables
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.splits import InputChunks, Splits, load_inputs, load_splits
+from esm_neuron.data.splits import InputChunks, Splits, load_splits
 from esm_neuron.data.tokenizer import decode
 from esm_neuron.errors import ConfigError, DataError
 

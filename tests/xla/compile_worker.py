@@ -76,7 +76,7 @@ def main(config: Path, folder: Path, answer: Path) -> None:
     def at(name: str, **loop: Any) -> TrainConfig:
         return replace(cfg, output=str(folder / name), loop=replace(cfg.loop, **loop))
 
-    said: dict[str, Any] = {"graphs": dict(make_plan(cfg, load_splits(cfg, Labels)).graphs_by_part)}
+    said: dict[str, Any] = {"graphs": dict(make_plan(cfg, load_splits(cfg, Labels)).graphs_by_phase)}
     said["compiled"] = run.compile_graphs(at("ahead"), str)
     said["written"] = [str(path) for path in (folder / "ahead").rglob("*")]
     result = run.train(at("after"), str).result
