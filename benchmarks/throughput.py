@@ -27,8 +27,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from esm_neuron.backends.cpu import has_bf16_units
 from esm_neuron.data.cache import content_key
-from esm_neuron.planning.doctor import has_bf16_units
 
 SETTINGS = ("ours", "padded", "dynamic", "group_by_length")
 FIGURES = (

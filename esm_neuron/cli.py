@@ -22,6 +22,7 @@ from types import TracebackType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, require
+from esm_neuron.config.backends import BACKENDS
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import RedactedRecord, RedactingFormatter, redact
 from esm_neuron.training.signals import EXIT_STOPPED
@@ -30,7 +31,9 @@ RunFolder = Annotated[Path, "output folder of a training run"]
 AnyModel = Annotated[str, "output folder of a training run, Hugging Face folder of ESM-2, or hub id"]
 Records = Annotated[Path, "FASTA, CSV, TSV, JSONL or Parquet"]
 Table = Annotated[Path, "file to write: CSV, TSV, JSONL or Parquet, by its suffix"]
-Backend = Annotated[BackendName | None, "where to run; default: where it was trained, else cpu"]
+Backend = Annotated[
+    BackendName | None, f"where to run ({', '.join(BACKENDS)}); default: where it was trained, else cpu"
+]
 Resume = Annotated[bool, "go on with the shards that a killed command left"]
 AsJson = Annotated[bool, "print JSON instead of text"]
 
@@ -224,8 +227,6 @@ def compile_ahead(*settings: str) -> int:
     cfg = parse(settings, "compile")
     from esm_neuron.training.run import compile_graphs
 
-    if cfg.backend == "neuron" and os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") != "1":
-        log("compiling one graph after the other; start as `neuron_parallel_compile torchrun ...` for all at once")
     log(f"{compile_graphs(cfg, log)} graphs compiled")
     return 0
 
@@ -239,7 +240,7 @@ def doctor(
     """Show what is installed, which devices there are, and what each backend lacks."""
     from esm_neuron.planning.doctor import examine, render
 
-    cfg = TrainConfig()
+    cfg = TrainConfig(backend=backend or TrainConfig.backend)
     if config is not None:
         from esm_neuron.config.settings import read_config
 

@@ -33,7 +33,7 @@ ENGINE = (
     "training/trainer.py",
 )
 """What decides the numbers of a parallel run, below `esm_neuron`."""
-NOT_ENGINE = ("backends/cuda.py", "models/convert.py")
+NOT_ENGINE = ("backends/cuda.py", "backends/survey.py", "models/convert.py")
 """No parity run takes these."""
 PROOF = ("parity.py", "*cases.py", "worker.py", "standins/*.py")
 """What runs it, below `tests/nxd`."""

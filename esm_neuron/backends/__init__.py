@@ -1,4 +1,4 @@
-"""Devices behind one protocol (`base.Backend`). A backend is a file here and a row in `_BACKENDS`."""
+"""Devices behind one base class (`base.Backend`). Each backend has its code here and a row in `config/backends.py`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,45 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from esm_neuron.backends.base import Backend, from_peers
 from esm_neuron.config import TrainConfig
+from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.rules import check_backend
+
+if TYPE_CHECKING:
+    from esm_neuron.backends.base import Backend
 
 logger = logging.getLogger(__name__)
 
-_BACKENDS = {
-    "cpu": ("esm_neuron.backends.cpu", "CpuBackend"),
-    "cuda": ("esm_neuron.backends.cuda", "CudaBackend"),
-    "xla": ("esm_neuron.backends.spmd", "create"),
-    "neuron": ("esm_neuron.backends.neuron", "NeuronBackend"),
-}
+
+def import_object(name: str) -> Any:
+    """Import what a row of the table of backends names as `module:name`."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def create_backend(cfg: TrainConfig) -> Backend:
-    """The backend that `cfg.backend` names; its vendor packages are imported only now.
+    """Return the backend that `cfg.backend` names; its vendor packages are imported only now.
 
     Raises:
         ConfigError: a package or device it needs is missing, or the world or the settings do not fit it.
     """
     check_backend(cfg)
-    module, name = _BACKENDS[cfg.backend]
-    backend: Backend = getattr(import_module(module), name)(cfg)
+    backend: Backend = import_object(BACKENDS[cfg.backend].make)(cfg)
     return backend
 
 
 @contextmanager
 def opened_backend(cfg: TrainConfig) -> Iterator[Backend]:
-    """`create_backend`, and its `close` at the end; after an error without waiting for peers, who may be gone.
+    """Create the backend and close it at the end; after an error without waiting for peers, which may be gone.
 
     Raises:
         ConfigError: as `create_backend`.
         TrainingError: a collective within the block failed because a peer is gone or does not answer.
     """
+    from esm_neuron.backends.base import from_peers
+
     backend = create_backend(cfg)
     try:
         with from_peers(backend.topology):

@@ -1,192 +1,330 @@
-"""What the training loop asks of a device. The loop knows this protocol and nothing of any vendor package."""
+"""The base class of all backends: one process with one CPU-like device. A backend overrides what differs there.
+
+The training loop knows this class and nothing of any vendor package. The arithmetic of an optimizer step that all
+backends share is below the class.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig
+from esm_neuron.config.backends import BACKENDS
 from esm_neuron.errors import CheckpointError, TrainingError
+from esm_neuron.models.lora import store_frozen_linears
 from esm_neuron.models.tensor_parallel import Shard
 
 T = TypeVar("T")
-
-
-class Backend(Protocol):
-    """One process's view of its device and of its peers.
-
-    Call order: `shard` (model on meta), weights, adapters, `prepare`, `optimizer`, then for every optimizer step one
-    `seed` a pass, forward and backward, `sync`, and one `step`, `sync`.
-    """
-
-    name: str
-    device: torch.device
-    topology: Topology
-    """Where this process is among the processes."""
-    local_dp: int
-    """Data-parallel devices that this process drives as one: 1, but the mesh's degree under SPMD. A pass of the process
-    holds `loop.packs_per_device` times as many rows; the process reads them all, so the topology knows nothing of it."""
-    static_shapes: bool
-    """True where a new shape means a new compiled program."""
-    attention: str
-    """Which of `attention.ATTENTIONS` fits the device: "segments", "varlen" (on cuda with torch.compile
-    "varlen_uncompiled") or "masked"."""
-
-    lora_modules: Mapping[type, type]
-    """Linear class -> LoRA layer class, for linears that PEFT does not know."""
-
-    def shard(self, model: nn.Module) -> None:
-        """Swap or mark the linears of the tensor-parallel plan, before weights and adapters come."""
-        ...
-
-    def part(self, name: str, shape: tuple[int, ...]) -> Shard | None:
-        """What this rank holds of the whole parameter `name` of `shape`; None for all of it."""
-        ...
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Move to the device, in the precision of the run; answers need no more than this."""
-        ...
-
-    def spread(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Lay the rows (dimension 0) of a batch's tensors, already on the device, over the `local_dp` devices."""
-        ...
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context of a forward pass: mixed precision, or nothing."""
-        ...
-
-    def checkpoint_fn(self) -> Callable[..., Any]:
-        """The function that recomputes a block in the backward pass (torch's, or a device's own)."""
-        ...
-
-    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        """AdamW over `groups`: its state and zeroed gradient buffers already made, its learning rate a tensor there."""
-        ...
-
-    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """Write a new learning rate into the tensor that the update graph reads."""
-        ...
-
-    def seed(self, *numbers: int) -> None:
-        """Seed the device's generator from (run seed, step, pass): equal on TP ranks, different on DP ranks."""
-        ...
-
-    def step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: torch.Tensor, max_norm: float
-    ) -> torch.Tensor:
-        """Sum gradients over data-parallel ranks, divide by the global weight, clip, update, zero the gradients.
-
-        Where the loss or the norm is not finite, weights, moments and their count of steps stay as they are.
-
-        Args:
-            totals: [2] on the device: this rank's loss sum and weight since the last step; becomes all ranks' sums.
-            max_norm: clip to this norm of the normalised gradient; 0 for no clipping.
-
-        Returns:
-            The norm before clipping, a scalar on the device, the same on every rank; not finite where nothing moved.
-        """
-        ...
-
-    def sync(self) -> None:
-        """End of a graph: run what has been recorded (nothing to do on eager devices)."""
-        ...
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over data-parallel ranks, on the device."""
-        ...
-
-    def on_host(self, fn: Callable[..., None], *tensors: torch.Tensor) -> None:
-        """Run `fn` with the tensors' values once they are there; never blocks the graph."""
-        ...
-
-    def gather_host(self, value: T) -> list[T]:
-        """One value of every rank, in rank order, on every rank; over the host, not the device."""
-        ...
-
-    def broadcast_host(self, value: T) -> T:
-        """Rank 0's value, on every rank; over the host, not the device."""
-        ...
-
-    def gather_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Whole tensors on the host, by parameter name: trained parameters, and optimizer state (`name/exp_avg`...).
-
-        Called by all ranks; complete on rank 0.
-        """
-        ...
-
-    def load_state(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        weights: Mapping[str, torch.Tensor],
-        moments: Mapping[str, torch.Tensor],
-    ) -> None:
-        """The inverse of `gather_state`, from whole tensors at any world size.
-
-        Raises:
-            CheckpointError: names or shapes differ from the model's.
-        """
-        ...
-
-    def load_weights(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        """The trained parameters alone, as `load_state` does."""
-        ...
-
-    def graphs(self) -> int:
-        """Programs compiled so far; 0 on eager devices."""
-        ...
-
-    def peak_memory(self) -> int | None:
-        """Most bytes of tensors that the device has held so far; None where it does not say."""
-        ...
-
-    def close(self, wait: bool = True) -> None:
-        """Leave the process group; with `wait`, once the device has done all it was told."""
-        ...
-
 
 LARGEST = 3e38
 """A loss or norm from here on is infinite: Neuron's compiler writes infinity as float32's largest number, 3.4e38."""
 PEER_LOST = re.compile(r"gloo|connection|broken pipe|socket|timed?[ _]?out", re.IGNORECASE)
 """In what torch.distributed, its stores and device runtimes say of a collective that a peer has left."""
 
-Place = Callable[[Tensor, Tensor], Tensor]
-"""(whole tensor, target) -> the tensor where and as the target is."""
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained parameter and what the optimizer of this process keeps of it."""
+
+    name: str
+    parameter: nn.Parameter
+    """This process's part, in the model."""
+    master: Tensor
+    """What the optimizer updates: the parameter itself, or a copy of some of its rows (ZeRO-1)."""
+    state: dict[str, Any]
+    """The optimizer's state of `master`: tensors of its shape, scalars, or a plain count of steps."""
+
+
+class Backend:
+    """One process's view of its device and of its peers.
+
+    Call order: `shard` (model on meta), weights, adapters, `prepare`, `optimizer`; then for every optimizer step one
+    `seed`, forward and backward, `sync` per pass, and one `step`, `sync`.
+    """
+
+    local_dp: int = 1
+    """Data-parallel devices that this process drives as one: 1, but the mesh's degree under SPMD. A pass of the process
+    holds that many times `loop.packs_per_device` packs; it reads them all, so the topology counts them as one."""
+    attention: str = "segments"
+    """Which of `attention.ATTENTIONS` fits the device."""
+    lora_modules: Mapping[type, type] = {}
+    """Linear class -> LoRA layer class, for linears that PEFT does not know."""
+    host_group: dist.ProcessGroup | None = None
+    """Processes that exchange values over the host; None: the default group."""
+
+    def __init__(self, cfg: TrainConfig, device: torch.device | None = None, topology: Topology | None = None) -> None:
+        """Set up a single process on the CPU, unless a device and the place of this process are given."""
+        self.device = device or torch.device("cpu")
+        self.topology = topology or Topology()
+        self.static_shapes = BACKENDS[cfg.backend].compiles  # a new shape means a new graph
+        self._bf16 = cfg.loop.precision == "bf16"
+
+    # The model ------------------------------------------------------------------------------------------------------
+
+    def shard(self, model: nn.Module) -> None:
+        """Swap or mark the linears of the tensor-parallel plan, before weights and adapters come."""
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Shard | None:
+        """Return what this rank holds of the whole parameter `name` of `shape`; None for all of it."""
+        return None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Store the model in the precision of the run and move it to the device; inference needs no more than this."""
+        if self._bf16:
+            store_frozen_linears(model, torch.bfloat16)
+        self.move(model)
+        self.sync()
+        return model
+
+    def move(self, model: nn.Module) -> None:
+        """Move the model to the device, in place."""
+        model.to(self.device)
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Lay the packs (dimension 0) of a batch's tensors, already on the device, over the `local_dp` devices."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass: mixed precision, or nothing."""
+        return nullcontext()
+
+    def checkpoint_fn(self) -> Callable[..., Any]:
+        """Return the function that computes a block again in the backward pass (torch's, or a device's own)."""
+
+        def recompute(fn: Callable[..., Any], *args: Any) -> Any:
+            return checkpoint(fn, *args, use_reentrant=False)
+
+        return recompute
+
+    # An optimizer step ----------------------------------------------------------------------------------------------
+
+    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        """Return AdamW over `groups`, with its state and zeroed gradient buffers already made."""
+        return adamw(groups, cfg, self.device, fused=True)
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Set the learning rate of the next update."""
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def seed(self, *numbers: int) -> None:
+        """Seed the device's generator from (run seed, step, pass): equal on TP ranks, different on DP ranks."""
+        torch.manual_seed(mix_seed(*numbers, self.topology.dp_rank))
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
+        """Sum gradients over data-parallel ranks, divide by the global weight, clip, update, zero the gradients.
+
+        Where the loss or the norm is not finite, weights, moments and their count of steps stay as they are.
+
+        Args:
+            totals: [2] on the device: this rank's loss sum and weight since the last step; becomes all ranks' sums.
+            max_norm: clip to this norm of the normalized gradient; 0 for no clipping.
+
+        Returns:
+            The norm before clipping, a scalar on the device, the same on every rank; not finite where nothing moved.
+        """
+        totals = self.all_reduce(totals)
+        return normalise_clip_update(trainable(model), optimizer, totals, max_norm, lazy=self.static_shapes)
+
+    def sync(self) -> None:
+        """End a graph: run what has been recorded (eager devices have already run it)."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over data-parallel ranks, on the device."""
+        return tensor
+
+    # The host -------------------------------------------------------------------------------------------------------
+
+    def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
+        """Run `fn` with the tensors' values once they are there; never blocks a graph."""
+        fn(*(tensor.cpu() for tensor in tensors))
+
+    def gather_host(self, value: T) -> list[T]:
+        """Return one value of every rank, in rank order, on every rank; over the host, not the device."""
+        if self.topology.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.topology.world
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def broadcast_host(self, value: T) -> T:
+        """Return rank 0's value on every rank; over the host, not the device."""
+        values = [value]
+        if self.topology.world > 1:
+            dist.broadcast_object_list(values, group=self.host_group)
+        return values[0]
+
+    # Weights and optimizer state ------------------------------------------------------------------------------------
+
+    def fetch(self, item: Trained, tensor: Tensor) -> Tensor:
+        """Return the whole of a tensor of `item` on the host, contiguous; called by all ranks, complete on rank 0."""
+        return copy_to_host(tensor)
+
+    def place(self, item: Trained, whole: Tensor, target: Tensor) -> Tensor:
+        """Return what is to be copied into `target`, a tensor of `item`, of the whole tensor on the host."""
+        return whole
+
+    def whole_shape(self, item: Trained, tensor: Tensor) -> tuple[int, ...]:
+        """Return the shape that `fetch` gives a tensor of `item`."""
+        return tuple(tensor.shape)
+
+    def gather_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return whole tensors on the host: trained parameters, and optimizer state (`name/exp_avg`...).
+
+        Called by all ranks; only rank 0 gets them.
+        """
+        weights: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        for item in trained(model, optimizer):
+            whole = self.fetch(item, item.master)
+            state = {f"{item.name}/{kind}": self.fetch(item, torch.as_tensor(v)) for kind, v in item.state.items()}
+            if self.topology.is_main:
+                weights[item.name] = whole
+                moments |= state
+        return weights, moments
+
+    def load_state(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+    ) -> None:
+        """Put back what `gather_state` returned, at any world size, without making new tensors.
+
+        Raises:
+            CheckpointError: names or shapes differ from the model's.
+        """
+        self._load_weights(model, weights)
+        for item in trained(model, optimizer):
+            if item.master is not item.parameter:
+                self._copy(item, weights[item.name], item.master)
+            for kind, value in item.state.items():
+                saved = moments.get(f"{item.name}/{kind}")
+                if saved is None or tuple(saved.shape) != self.whole_shape(item, torch.as_tensor(value)):
+                    raise CheckpointError(
+                        f"the saved optimizer state has no {kind} of {item.name} that fits; delete the checkpoint's "
+                        "folder"
+                    )
+                if isinstance(value, Tensor):
+                    self._copy(item, saved, value)
+                else:  # a plain count of steps
+                    item.state[kind] = type(value)(saved.item())
+        self.sync()
+
+    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Put back the trained parameters alone, as `load_state` does."""
+        self._load_weights(model, weights)
+        self.sync()
+
+    def _load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        mine = {name: Trained(name, p, p, {}) for name, p in model.named_parameters() if p.requires_grad}
+        different = sorted(set(mine) ^ set(weights)) or [
+            name for name, item in mine.items() if self.whole_shape(item, item.parameter) != tuple(weights[name].shape)
+        ]
+        if different:
+            raise CheckpointError(
+                f"the saved weights do not fit the model: {len(different)} parameters differ, the first is "
+                f"{different[0]}; use the configuration they were trained with"
+            )
+        for name, item in mine.items():
+            self._copy(item, weights[name], item.parameter)
+
+    def _copy(self, item: Trained, whole: Tensor, target: Tensor) -> None:
+        with torch.no_grad():
+            target.copy_(self.place(item, whole, target))
+
+    # The run --------------------------------------------------------------------------------------------------------
+
+    def notes(self) -> Iterator[str]:
+        """Yield settings that are legal and rarely meant on this machine."""
+        yield from ()
+
+    def compile_note(self) -> str | None:
+        """Return how graphs are compiled faster than by `esm-neuron compile` as it was started; None: in no way."""
+        return None
+
+    def graphs(self) -> int:
+        """Return how many graphs have been compiled so far; 0 on eager devices."""
+        return 0
+
+    def peak_memory(self) -> int | None:
+        """Return the most bytes of tensors that the device has held so far; None where it does not say."""
+        return None
+
+    def close(self, wait: bool = True) -> None:
+        """Leave the process group; with `wait`, once the device has done all it was told."""
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Trained]:
+    """Yield every trained parameter of `model`, in its order, with its optimizer state."""
+    # torch_xla's ZeRO-1 holds an optimizer of its own, over this rank's rows of each parameter
+    inner: torch.optim.Optimizer = getattr(optimizer, "base_optimizer", optimizer)
+    masters: dict[int, Tensor] = {}
+    for outside, inside in zip(optimizer.param_groups, inner.param_groups, strict=True):
+        masters |= {id(p): master for p, master in zip(outside["params"], inside["params"], strict=True)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            master = masters[id(parameter)]
+            yield Trained(name, parameter, master, inner.state[master])
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are trained, in the model's order."""
+    """Return the parameters that are trained, in the model's order."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, the same memory; the tensor itself where it is not cut."""
+    """Return this rank's part of a tensor, the same memory; the tensor itself where it is not cut."""
     part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return part
 
 
-def make_gradient_buffers(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Give every parameter of `groups` a zero gradient that stays, so that the first pass traces like all others."""
+def startable(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Give every parameter of `groups` a zero gradient that stays; return the groups as torch's optimizers take them.
+
+    With gradients and state made before the first pass, that one traces like all others.
+    """
     for group in groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
+    return [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+
+
+def make_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Make AdamW's state before its first step."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
 
 
 def move_keeping_ties(model: nn.Module, device: torch.device) -> None:
-    """Move `model`; a parameter in several places stays one. On XLA `.to` makes a new one in each place, and the
-    embedding and the LM head's decoder, one tensor in ESM-2, would be trained apart."""
+    """Move `model`; a parameter in several places stays one.
+
+    On XLA `.to` makes a new one in each place, and the embedding and the LM head's decoder, one tensor in ESM-2, would
+    be trained apart.
+    """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -201,21 +339,14 @@ def move_keeping_ties(model: nn.Module, device: torch.device) -> None:
 def adamw(
     groups: Sequence[Mapping[str, Any]], cfg: OptimConfig, device: torch.device, **kind: bool
 ) -> torch.optim.AdamW:
-    """AdamW with gradients and state made before the first step and its learning rate a tensor: no other graphs."""
-    make_gradient_buffers(groups)
-    named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+    """Return AdamW that is ready to trace, its learning rate a tensor on the device."""
     # AdamW compares its rate with 0: given a tensor of a lazy device, it would read that device (and ahead-of-time
     # compilation answers every read with 0)
-    optimizer = torch.optim.AdamW(named, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **kind)
+    optimizer = torch.optim.AdamW(startable(groups), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **kind)
     lr = torch.tensor(cfg.lr, dtype=torch.float32, device=device)
     for group in optimizer.param_groups:
         group["lr"] = lr
-        for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+    make_state(optimizer, device)
     return optimizer
 
 
@@ -235,8 +366,8 @@ def normalise_clip_update(
         parameters: whose `grad` holds the gradient of the loss summed over the whole step.
         totals: [2], the step's loss sum and its weight over all ranks; a weight of 0 leaves zero gradients.
         max_norm: as in `Backend.step`.
-        total_norm: of this rank's gradients, over all ranks.
-        lazy: True where looking at a value would break a compiled program: the update is made and undone there.
+        total_norm: the norm over all ranks of this rank's gradients.
+        lazy: True where reading a value would break a compiled graph: the update is made, and undone on the device.
 
     Returns:
         The norm of the mean's gradient before clipping, a scalar; not finite where nothing was updated.
@@ -260,14 +391,14 @@ def normalise_clip_update(
 
 
 def patience(cfg: TrainConfig) -> timedelta:
-    """How long ranks wait for each other: half an hour, or what the watchdog allows the slowest part of a run."""
+    """Return how long ranks wait for each other: half an hour, or what the watchdog allows the slowest part."""
     return timedelta(seconds=max(1800, cfg.loop.watchdog + cfg.loop.watchdog_slow))
 
 
 def mean_scale(totals: Tensor) -> Tensor:
-    """What turns summed gradients into the mean's: 1 / weight, or NaN where the loss is not finite.
+    """Return the factor from summed gradients to the mean's: 1 / weight, or NaN where the loss is not finite.
 
-    NaN because it then reaches every gradient, and by their norm every rank: all leave the same steps out.
+    A NaN reaches every gradient, and through their norm every rank, so that all ranks leave the same steps out.
     """
     loss, weight = totals[0], totals[1]
     scale = 1.0 / torch.where(weight > 0, weight, torch.ones_like(weight))
@@ -275,14 +406,15 @@ def mean_scale(totals: Tensor) -> Tensor:
 
 
 def is_number(value: Tensor) -> Tensor:
-    """Whether a loss or a norm is neither NaN nor infinite, nor what Neuron's compiler makes of infinity."""
+    """Return whether a loss or a norm is neither NaN nor infinite, nor what Neuron's compiler makes of infinity."""
     return value.abs() < LARGEST
 
 
 def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
-    """Call before an update, and the result after it: it puts all back, on the device, if the norm is not finite.
+    """Return a function to call after the update: it puts everything back, on the device, if the norm is not finite.
 
-    By a selection that XLA fuses into the update, so no second copy is kept. Under ZeRO-1 it covers the shards too.
+    It does so by a selection that XLA fuses into the update, so no second copy is kept. Under ZeRO-1 it covers the
+    shards too.
     """
     inner: torch.optim.Optimizer = getattr(optimizer, "base_optimizer", optimizer)
     held = {
@@ -304,7 +436,7 @@ def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
 
 @contextmanager
 def from_peers(topology: Topology) -> Iterator[None]:
-    """Around collectives: a failure that is a peer's in one line of this rank; any other goes up as it is.
+    """Turn a lost peer's failure within the block into one line of this rank; any other error goes up as it is.
 
     Raises:
         TrainingError: a peer has ended, or has not answered within the process group's time.
@@ -323,76 +455,16 @@ def from_peers(topology: Topology) -> Iterator[None]:
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers; unlike a sum, no two lists of numbers are alike."""
+    """Return one 63-bit seed for several numbers; unlike a sum, it differs for any two lists of numbers."""
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
-    """A copy of its own on the host, contiguous."""
+    """Return a contiguous copy on the host."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def gather_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, fetch: Callable[[Tensor], Tensor] = copy_to_host
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Trained parameters and optimizer state as copies on the host, named as in `checkpoint.Snapshot`."""
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            weights[name] = fetch(parameter)
-            for kind, value in optimizer.state[parameter].items():
-                moments[f"{name}/{kind}"] = fetch(torch.as_tensor(value))
-    return weights, moments
-
-
-def load_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    weights: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    place: Place | None = None,
-) -> None:
-    """Put what `gather_state` gave back into place, without making new tensors; `place` as in `load_weights`.
-
-    Raises:
-        CheckpointError: names or shapes differ from the model's.
-    """
-    load_weights(model, weights, place)
-    place = place or (lambda whole, target: upload(whole, target.device))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            for kind, value in optimizer.state[parameter].items():
-                saved = moments.get(f"{name}/{kind}")
-                if saved is None or saved.shape != torch.as_tensor(value).shape:
-                    raise CheckpointError(
-                        f"the saved optimizer state has no {kind} of {name} that fits; delete the checkpoint's folder"
-                    )
-                if isinstance(value, Tensor):
-                    value.copy_(place(saved, value))
-                else:  # a count of steps
-                    optimizer.state[parameter][kind] = type(value)(saved.item())
-
-
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. As a vector: torch_xla gives equal scalars one buffer, which makes another program."""
+    """Copy `tensor` to `device`, as a vector: torch_xla gives equal scalars one buffer, which makes another graph."""
     return tensor.contiguous().view(-1).to(device).view(tensor.shape)
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], place: Place | None = None) -> None:
-    """Copy trained parameters by name; `place` lays a whole tensor like its target, None: they are laid alike.
-
-    Raises:
-        CheckpointError: names or shapes differ from the model's.
-    """
-    mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    different = sorted(set(mine) ^ set(weights)) or [n for n, p in mine.items() if p.shape != weights[n].shape]
-    if different:
-        raise CheckpointError(
-            f"the saved weights do not fit the model: {len(different)} parameters differ, the first is {different[0]}; "
-            "use the configuration they were trained with"
-        )
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(weights[name] if place is None else place(weights[name], parameter))

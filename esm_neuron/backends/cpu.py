@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -12,12 +14,14 @@ from esm_neuron.config import TrainConfig
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 _MOST = 2**31 - 1
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Of x86's AVX-512 and AMX, and of Arm, in /proc/cpuinfo."""
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step.
 
-    By default each large activation is mapped anew, zeroed page by page and unmapped, which took 5 to 20 % of a step.
+    By default, each large activation is mapped anew, zeroed page by page and unmapped, which took 5 to 20 % of a step.
     Nothing is changed with another C library, or where the user set MALLOC_* variables.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
@@ -29,11 +33,30 @@ def keep_freed_memory() -> None:
 
 
 class CpuBackend(EagerBackend):
-    """See `base.Backend`."""
-
-    name = "cpu"
-    attention = "segments"
+    """The CPU of this process."""
 
     def __init__(self, cfg: TrainConfig) -> None:
         keep_freed_memory()
         super().__init__(cfg, torch.device("cpu"), "gloo")
+
+    def notes(self) -> Iterator[str]:
+        units = has_bf16_units()
+        if self._bf16 and units is False:
+            yield (
+                "NOTE: loop.precision=bf16 on a CPU without bf16 units: it is emulated, and may take many times as "
+                "long as --loop.precision fp32"
+            )
+        if not self._bf16 and units:
+            yield (
+                "NOTE: this CPU has bf16 units: --loop.precision bf16 may be faster; it is not chosen by itself, since "
+                "another machine would then give other numbers"
+            )
+
+
+def has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Return whether the processor multiplies bfloat16 itself; None where the system does not say."""
+    if not cpuinfo.exists():
+        return None
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    return bool(flags & BF16_FLAGS)

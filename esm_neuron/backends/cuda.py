@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: eager torch, one process a GPU, NCCL between them and gloo for what the hosts say to each other."""
+"""NVIDIA GPUs: eager torch, one process per GPU, NCCL between them and gloo for what the hosts exchange."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esm_neuron.backends.base import make_gradient_buffers
+from esm_neuron.backends.base import startable
 from esm_neuron.backends.eager import EagerBackend
 from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig, require
@@ -22,7 +22,7 @@ UNCOMPILED = "varlen_uncompiled"
 class Uncompiled:
     """An attention that torch.compile leaves as it is.
 
-    Within a compiled block it would be another program for the bounds of each pack, and torch.compile gives a block up
+    Within a compiled block it would be another graph for the bounds of each pack, and torch.compile gives a block up
     after eight.
     """
 
@@ -31,7 +31,6 @@ class Uncompiled:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        """See `Attention`."""
         return self._attend(query, key, value, dropout)
 
 
@@ -39,9 +38,7 @@ ATTENTIONS[UNCOMPILED] = lambda segment_ids: Uncompiled(varlen_attention(segment
 
 
 class CudaBackend(EagerBackend):
-    """See `base.Backend`."""
-
-    name = "cuda"
+    """The GPU of this process."""
 
     def __init__(self, cfg: TrainConfig) -> None:
         device = choose_device(Topology.from_env().local_rank)
@@ -55,12 +52,15 @@ class CudaBackend(EagerBackend):
         self.attention = UNCOMPILED if cfg.loop.torch_compile else "varlen"
         torch.cuda.reset_peak_memory_stats(device)
 
+    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        return paged_adamw8bit(groups, cfg) if cfg.kind == "adamw8bit" else super().optimizer(groups, cfg)
+
     def peak_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device)
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """The GPU of a process of this node.
+    """Return the GPU of a process of this node.
 
     Raises:
         ConfigError: torch finds no GPU, or fewer than there are processes.
@@ -76,21 +76,19 @@ def choose_device(local_rank: int) -> torch.device:
     require(
         local_rank < found,
         f"backend cuda: process {local_rank} of this node has no GPU, there are {found}; start at most {found} "
-        "processes a node (torchrun --nproc_per_node)",
+        "processes per node (torchrun --nproc_per_node)",
     )
     return torch.device("cuda", local_rank)
 
 
 def paged_adamw8bit(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer with its state made; parameters of fewer than 4,096 numbers keep float32 moments.
+    """Return the optimizer with its state made; parameters of fewer than 4,096 numbers keep float32 moments.
 
     Raises:
         ConfigError: bitsandbytes is missing.
     """
     optim = bitsandbytes("bitsandbytes.optim.adamw", "optim.kind=adamw8bit", "optim.kind=adamw")
-    make_gradient_buffers(groups)
-    named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-    optimizer: Any = optim.PagedAdamW8bit(named, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+    optimizer: Any = optim.PagedAdamW8bit(startable(groups), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, number, place)

@@ -1,14 +1,14 @@
-"""Eager torch on one device a process: what the CPU and CUDA GPUs share.
+"""Eager torch on one device per process: what the CPU and CUDA GPUs share.
 
-Data parallelism sums gradients once an optimizer step, after all its passes, in buckets. With `parallel.fsdp` (FSDP2)
+Data parallelism sums gradients once per optimizer step, after all its passes, in buckets. With `parallel.fsdp` (FSDP2)
 parameters, gradients and moments are cut over the ranks, and each block is put together while it computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,95 +18,48 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from esm_neuron.backends import base as common
-from esm_neuron.backends import eager as fsdp
-from esm_neuron.backends.base import (
-    adamw,
-    copy_to_host,
-    mix_seed,
-    normalise_clip_update,
-    patience,
-    trainable,
-    upload,
-)
+from esm_neuron.backends.base import Backend, Trained, copy_to_host, normalise_clip_update, patience, trainable
 from esm_neuron.backends.topology import Topology
-from esm_neuron.config import OptimConfig, TrainConfig, require
+from esm_neuron.config import TrainConfig, require
 from esm_neuron.models.esm2 import encoder_of
-from esm_neuron.models.lora import fuse_lora, store_frozen_linears
-from esm_neuron.models.tensor_parallel import Shard
-
-T = TypeVar("T")
+from esm_neuron.models.lora import fuse_lora
 
 BUCKET = 64 << 20
 """Bytes of gradients that are summed over the ranks at a time."""
 
 
-def buckets(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """The tensors in order, in lists of at most `most` bytes; one that is larger comes alone."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.nbytes > most:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-class EagerBackend:
-    """See `base.Backend`."""
-
-    name: str
-    attention: str
-    local_dp = 1
-    static_shapes = False
-    lora_modules: Mapping[type, type] = {}
+class EagerBackend(Backend):
+    """Several data-parallel processes, each with one device that runs what it is told at once."""
 
     def __init__(self, cfg: TrainConfig, device: torch.device, processes: str) -> None:
-        """`processes`: the kind of torch's process group."""
+        """Join the process group of the kind `processes` where there are several processes."""
         require(
             cfg.parallel.tp == 1,
-            f"parallel.tp={cfg.parallel.tp}: the {self.name} backend has no tensor parallelism; use parallel.tp=1",
+            f"parallel.tp={cfg.parallel.tp}: the {cfg.backend} backend has no tensor parallelism; use parallel.tp=1",
         )
-        self.device = device
-        self.topology = Topology.from_env(tp=1)
+        super().__init__(cfg, device, Topology.from_env())
         require(
             not cfg.parallel.fsdp or self.topology.world > 1,
             "parallel.fsdp=true with one process: there is nobody to share with; start several with torchrun, or use "
             "parallel.fsdp=false",
         )
-        self._bf16 = cfg.loop.precision == "bf16"
         self._drops = cfg.model.dropout > 0 or cfg.adapter.dropout > 0
         self._fsdp, self._compile = cfg.parallel.fsdp, cfg.loop.torch_compile
         if self.topology.world > 1 and not dist.is_initialized():
             dist.init_process_group(processes, timeout=patience(cfg))
 
-    def shard(self, model: nn.Module) -> None:
-        """Nothing is sharded: tp is 1."""
-
-    def part(self, name: str, shape: tuple[int, ...]) -> Shard | None:
-        return None
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        if self._bf16:
-            store_frozen_linears(model, torch.bfloat16)
+    def move(self, model: nn.Module) -> None:
         fuse_lora(model)
         if self._compile:
             for block in encoder_of(model).encoder.layer:
                 block.compile()
         if self._fsdp:
-            fsdp.shard_fully(model, self.device.type, self.topology.world)
+            shard_fully(model, self.device.type, self.topology.world)
         else:
-            model.to(self.device)
-        return model
-
-    def spread(self, tensors: Iterable[Tensor]) -> None:
-        """The rows are where they belong: this process drives one device."""
+            super().move(model)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        # each weight is used once a pass: a cache of casts would only hold all of them to its end
+        # each weight is used once per pass: a cache of casts would only hold all of them to its end
         kind = self.device.type
         return torch.autocast(kind, dtype=torch.bfloat16, cache_enabled=False) if self._bf16 else nullcontext()
 
@@ -115,23 +68,6 @@ class EagerBackend:
             return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=self._drops)
 
         return recompute
-
-    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        if cfg.kind == "adamw8bit":
-            from esm_neuron.backends.cuda import paged_adamw8bit  # needs bitsandbytes
-
-            return paged_adamw8bit(groups, cfg)
-        return adamw(groups, cfg, self.device, fused=True)
-
-    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-
-    def seed(self, *numbers: int) -> None:
-        torch.manual_seed(mix_seed(*numbers, self.topology.dp_rank))
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
         parameters = trainable(model)
@@ -152,56 +88,42 @@ class EagerBackend:
     def _norm_over_ranks(self, shards: list[Tensor]) -> Tensor:
         return self.all_reduce(torch.nn.utils.get_total_norm(shards) ** 2).sqrt()
 
-    def sync(self) -> None:
-        """Eager torch has already run."""
-
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if self.topology.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
-        fn(*(tensor.cpu() for tensor in tensors))
+    def fetch(self, item: Trained, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return copy_to_host(tensor)
+        # Every rank takes part, and rank 0 alone keeps the result: a host has a rank per GPU, and not the memory for
+        # as many copies of a model and its moments.
+        whole = tensor.full_tensor()
+        return copy_to_host(whole if self.topology.is_main else whole.new_empty(0))
 
-    def gather_host(self, value: T) -> list[T]:
-        if self.topology.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.topology.world
-        dist.all_gather_object(values, value)
-        return values
-
-    def broadcast_host(self, value: T) -> T:
-        values = [value]
-        if self.topology.world > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
-    def gather_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return common.gather_state(model, optimizer, fsdp.fetch)
-
-    def load_state(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        weights: Mapping[str, Tensor],
-        moments: Mapping[str, Tensor],
-    ) -> None:
-        common.load_state(model, optimizer, weights, moments, fsdp.place)
-
-    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        common.load_weights(model, weights, fsdp.place)
-
-    def graphs(self) -> int:
-        return 0
-
-    def peak_memory(self) -> int | None:
-        return None
+    def place(self, item: Trained, whole: Tensor, target: Tensor) -> Tensor:
+        if not isinstance(target, DTensor):
+            return whole
+        # every rank has the whole tensor, so none sends anything
+        return distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
     def close(self, wait: bool = True) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def buckets(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Yield the tensors in order, in lists of at most `most` bytes; one that is larger comes alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > most:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def shard_fully(model: nn.Module, device: str, ranks: int) -> None:
@@ -217,20 +139,3 @@ def shard_fully(model: nn.Module, device: str, ranks: int) -> None:
         cut = fully_shard(module, mesh=mesh, reshard_after_forward=True)
         cut.set_gradient_divide_factor(1.0)
         cut.set_force_sum_reduction_for_comms(True)  # else a factor of 1 asks for an operation that only NCCL has
-
-
-def fetch(tensor: Tensor) -> Tensor:
-    """The whole tensor on the host; where it is cut, a collective that leaves it on rank 0 and nothing elsewhere: a
-    host has a rank a GPU, and not the memory for as many copies of a model and its moments."""
-    if not isinstance(tensor, DTensor):
-        return copy_to_host(tensor)
-    whole = tensor.full_tensor()
-    return copy_to_host(whole if dist.get_rank() == 0 else whole.new_empty(0))
-
-
-def place(whole: Tensor, target: Tensor) -> Tensor:
-    """`whole`, which every rank has, laid like `target`; no rank sends anything."""
-    if not isinstance(target, DTensor):
-        return upload(whole, target.device)
-    moved = whole.to(target.device)
-    return distribute_tensor(moved, target.device_mesh, target.placements, src_data_rank=None)

@@ -1,8 +1,8 @@
 """Trainium by torch-neuronx: linears of neuronx_distributed (NxD) on every block, its ZeRO-1, optimum-neuron's LoRA.
 
-NxD and torch_xla's ZeRO-1 each divide reduced gradients by the data-parallel degree; the loss is normalised by the
+NxD and torch_xla's ZeRO-1 each divide reduced gradients by the data-parallel degree; the loss is normalized by the
 global weight instead, so `step` multiplies by that degree first. Sequence parallelism stays off: with LoRA it leaves
-out an all-reduce of some gradients (optimum-neuron 0.4.5). Programs of a run with one row length: as in `xla.py`.
+out an all-reduce of some gradients (optimum-neuron 0.4.5). The graphs of a run are those of `xla.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,22 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.esm.modeling_esm import EsmSelfAttention
 
-from esm_neuron.backends.base import (
-    make_gradient_buffers,
-    mean_scale,
-    mix_seed,
-    patience,
-    trainable,
-    undoable,
-)
+from esm_neuron.backends.base import Trained, make_state, mean_scale, mix_seed, patience, startable, trainable, undoable
 from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_trouble, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
 from esm_neuron.backends.topology import Topology
+from esm_neuron.backends.xla import LazyBackend, import_torch_xla
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
-from esm_neuron.models.tensor_parallel import HEADED, PLAN, Shard, Style, in_block, padded_heads, shard_of
-
-T = TypeVar("T")
+from esm_neuron.models.tensor_parallel import HEADED, PLAN, Shard, Style, in_block, padded_heads, shard_of, whole_shape
 
 TRUNK = re.compile(r"(?:.*\.)?(esm|lm_head)\.(?!.*\.lora_).*")
 """Parameters of ESM-2 itself: stored in bfloat16 under `loop.precision` bf16; LoRA matrices and task heads are not."""
@@ -49,30 +40,28 @@ class FloatLayerNorm(nn.LayerNorm):
         return normed.to(x.dtype)
 
 
-class NeuronBackend:
-    """See `base.Backend`."""
+class NeuronBackend(LazyBackend):
+    """One NeuronCore of a world of dp x tp processes.
 
-    name = "neuron"
-    local_dp = 1
-    static_shapes = True
-    attention = "masked"
-    lora_modules: Mapping[type, type] = {}
+    There is no `autocast`: bf16 is in the weights. NxD's linears ask only CUDA's autocast, and their backward pass
+    would mix dtypes.
+    """
 
     def __init__(self, cfg: TrainConfig) -> None:
-        self.topology = Topology.from_env(cfg.parallel.tp, neuron=True)
+        topology = Topology.from_env(cfg.parallel.tp, neuron=True)
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if (trouble := cache_trouble(os.environ)) is not None:
             raise ConfigError(trouble)
-        apply_settings(cfg, nodes=self.topology.world > local_world)
+        apply_settings(cfg, nodes=topology.world > local_world)
         check_packages()
         self._import_vendor(lora=cfg.adapter.kind == "lora")
         if not self._nxd.utils.cpu_mode():  # NXD_CPU_MODE: NxD's own switch, for machines without the chip
-            self.topology.validate_neuron(neuron_cores(), local_world)
-        self._parallel, self._bf16, self._model_name = cfg.parallel, cfg.loop.precision == "bf16", cfg.model.name
-        self._patience = patience(cfg)
+            topology.validate_neuron(neuron_cores(), local_world)
+        super().__init__(cfg, topology=topology)
+        self._parallel, self._model_name, self._patience = cfg.parallel, cfg.model.name, patience(cfg)
         self._join_world()
         self.device = self._torch_xla.device()
-        self._whole_world = dist.new_group(backend="gloo", timeout=self._patience)
+        self.host_group = dist.new_group(backend="gloo", timeout=self._patience)
         self._groups = host_groups(self.topology, self._patience)
         self._heads = 0
 
@@ -82,10 +71,6 @@ class NeuronBackend:
             import neuronx_distributed.optimizer
             import neuronx_distributed.parallel_layers.grads
             import neuronx_distributed.utils.model_utils
-            import torch_xla
-            import torch_xla.core.xla_model as xm
-            import torch_xla.debug.metrics as met
-            from torch_xla.utils import checkpoint
 
             if lora:
                 from optimum.neuron.peft.tuners.lora.layer import NEURON_LORA_MODULES
@@ -93,15 +78,15 @@ class NeuronBackend:
                 self.lora_modules = NEURON_LORA_MODULES
         except ImportError as error:
             raise ConfigError(f"backend neuron needs a package that is missing ({error}); {CURE}") from error
-        self._nxd, self._torch_xla, self._xm, self._met, self._checkpoint = nxd, torch_xla, xm, met, checkpoint
+        self._nxd, self._torch_xla = nxd, import_torch_xla()
         self._state = nxd.parallel_layers.parallel_state
 
     def _join_world(self) -> None:
         if not dist.is_initialized():
             require(
                 "RANK" in os.environ,
-                "backend neuron runs a process a NeuronCore, under torchrun: launchers/torchrun.sh for training, "
-                "torchrun --nproc_per_node=N -m esm_neuron.cli COMMAND for answers, or answer with --backend cpu",
+                "backend neuron runs one process per NeuronCore, under torchrun: launchers/torchrun.sh for training, "
+                "torchrun --nproc_per_node=N -m esm_neuron.cli COMMAND for predictions, or predict with --backend cpu",
             )
             importlib.import_module("torch_xla.distributed.xla_backend")  # registers the process group's kind
             dist.init_process_group("xla", timeout=self._patience)
@@ -115,7 +100,7 @@ class NeuronBackend:
             )
 
     def _check_world(self) -> None:
-        """Raise ConfigError where torch_xla sees another world: its collectives would then sum nothing, silently."""
+        """Raise ConfigError where torch_xla sees another world: its collectives would then silently sum nothing."""
         runtime = self._torch_xla.runtime
         theirs = f"rank {runtime.global_ordinal()} of {runtime.world_size()}"
         ours = f"rank {self.topology.rank} of {self.topology.world}"
@@ -156,7 +141,6 @@ class NeuronBackend:
         return row
 
     def part(self, name: str, shape: tuple[int, ...]) -> Shard:
-        """What this rank reads of the whole parameter `name` of `shape`; for `weights.load_into`."""
         return shard_of(name, shape, self._heads, self.topology.tp, self.topology.tp_rank)
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -197,20 +181,8 @@ class NeuronBackend:
             if isinstance(module, self._nxd.parallel_layers.layers.ColumnParallelLinear):
                 module.reduce_dtype = module.weight.dtype
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
-        """The rows are where they belong: this process drives one device."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        # bf16 is in the weights: NxD's linears ask only CUDA's autocast, and their backward pass would mix dtypes
-        return nullcontext()
-
-    def checkpoint_fn(self) -> Callable[..., Any]:
-        function: Callable[..., Any] = self._checkpoint.checkpoint
-        return function
-
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        make_gradient_buffers(groups)
-        named = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+        named = startable(groups)
         # AdamW compares its rate with 0 and would read the device for it, which compiling ahead answers with 0
         options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
         options["capturable"] = self.device.type == "xla"
@@ -225,32 +197,20 @@ class NeuronBackend:
             )
         else:
             optimizer = torch.optim.AdamW(named, **options)
-        self._make_state(getattr(optimizer, "base_optimizer", optimizer))
+        make_state(getattr(optimizer, "base_optimizer", optimizer), self.device)
         self.set_lr(optimizer, cfg.lr)
         self.sync()
         return optimizer
 
-    def _make_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """AdamW's state before its first step, which then traces like all others."""
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                optimizer.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=self.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-
     def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        value = self._rate(lr)
+        # of one dimension: torch_xla compiles a scalar 0 or 1 into the graph, which makes another one
+        rate = torch.full((1,), lr, dtype=torch.float32).to(self.device)
         for group in optimizer.param_groups:
-            group["lr"] = value
-
-    def _rate(self, lr: float) -> Tensor:
-        # of one dimension: torch_xla compiles a scalar 0 or 1 into the program, which makes another one
-        return torch.full((1,), lr, dtype=torch.float32).to(self.device)
+            group["lr"] = rate
 
     def seed(self, *numbers: int) -> None:
-        self._xm.set_rng_state(mix_seed(*numbers, self.topology.dp_rank) >> 1, device=str(self.device))
+        seed = mix_seed(*numbers, self.topology.dp_rank) >> 1
+        self._torch_xla.core.xla_model.set_rng_state(seed, device=str(self.device))
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
         parameters = trainable(model)
@@ -275,61 +235,34 @@ class NeuronBackend:
             _gradient(p).zero_()
         return norm
 
-    def sync(self) -> None:
-        self._torch_xla.sync()
-
     def all_reduce(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self._state.get_data_parallel_group())
         return tensor
 
-    def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
-        def with_values(*values: Tensor) -> None:
-            fn(*(v.cpu() for v in values))
+    def fetch(self, item: Trained, tensor: Tensor) -> Tensor:
+        rows = None if item.master is item.parameter else item.parameter.shape[0]
+        return self._sharded().whole(item.name, tensor.detach().cpu(), rows)
 
-        self._xm.add_step_closure(with_values, args=tensors)
+    def place(self, item: Trained, whole: Tensor, target: Tensor) -> Tensor:
+        if whole.ndim == 0:
+            return super().place(item, whole, target)
+        part = self._sharded().part(item.name, whole)
+        cut_by_rows = item.master is not item.parameter and target is not item.parameter
+        return self._sharded().rows(part) if cut_by_rows else part
 
-    def gather_host(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.topology.world
-        dist.all_gather_object(values, value, group=self._whole_world)
-        return values
+    def whole_shape(self, item: Trained, tensor: Tensor) -> tuple[int, ...]:
+        return whole_shape(item.name, item.parameter.shape, self._heads, self.topology.tp) if tensor.ndim else ()
 
-    def broadcast_host(self, value: T) -> T:
-        values = [value]
-        dist.broadcast_object_list(values, group=self._whole_world)
-        return values[0]
-
-    def gather_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self._sharded().gather(model, optimizer)
-
-    def load_state(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        weights: Mapping[str, Tensor],
-        moments: Mapping[str, Tensor],
-    ) -> None:
-        self._sharded().load(model, optimizer, weights, moments)
-        self.sync()
-
-    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self._sharded().load_weights(model, weights)
-        self.sync()
+    def compile_note(self) -> str | None:
+        if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
+            return None
+        return "compiling one graph after the other; start as `neuron_parallel_compile torchrun ...` for all at once"
 
     def _sharded(self) -> ShardedState:
         return ShardedState(self.topology, self._heads, self._groups)
 
-    def graphs(self) -> int:
-        compiled = self._met.metric_data("CompileTime")
-        return compiled[0] if compiled else 0
-
-    def peak_memory(self) -> int | None:
-        return None
-
     def close(self, wait: bool = True) -> None:
-        if wait:
-            self._xm.wait_device_ops()
+        super().close(wait)
         self._state.destroy_model_parallel()
         dist.destroy_process_group()
 

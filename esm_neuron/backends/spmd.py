@@ -1,9 +1,9 @@
 """Several torch_xla devices driven by one process: the tensor-parallel table as `mark_sharding` over a dp x tp mesh.
 
-torch_xla shows the process one logical device and XLA cuts every program into one a device, with the collectives that
-the marks ask for: rows along dp, linears of the table along tp, their LoRA matrices, gradients and moments alike,
-everything else on each device. So the process sees whole tensors, and checkpoints hold them. Programs of a run: as in
-`xla.py`. On a TPU the devices are its cores; on the CPU, PJRT_DEVICE=CPU and CPU_NUM_DEVICES=4 make four.
+torch_xla shows the process one logical device, and XLA cuts every graph into one per device, with the collectives that
+the marks ask for: packs along dp; linears of the table, their LoRA matrices, gradients and moments along tp; everything
+else whole on each device. So the process sees whole tensors, and checkpoints hold them. The graphs of a run are those
+of `xla.py`. On a TPU the devices are its cores; on the CPU, PJRT_DEVICE=CPU and CPU_NUM_DEVICES=4 make four.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.backends import base as common
-from esm_neuron.backends.topology import Topology, divisors
+from esm_neuron.backends.base import Trained, copy_to_host, upload
+from esm_neuron.backends.topology import Topology, any_of, divisors
 from esm_neuron.backends.xla import XlaBackend, import_torch_xla
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.models.tensor_parallel import cut_of
 
 
 def create(cfg: TrainConfig) -> XlaBackend:
-    """The `xla` backend: SPMD over all devices of this process where it has several, else its only device.
+    """Return the `xla` backend: SPMD over all devices of this process where it has several, else its only device.
 
     Raises:
         ConfigError: torch_xla is missing, or processes, devices and `parallel` do not fit.
@@ -35,7 +35,7 @@ def create(cfg: TrainConfig) -> XlaBackend:
 
 
 class SpmdBackend(XlaBackend):
-    """See `base.Backend`."""
+    """All devices of this process, as a mesh of dp x tp."""
 
     def _open(self, cfg: TrainConfig) -> torch.device:
         from torch_xla import runtime
@@ -52,7 +52,7 @@ class SpmdBackend(XlaBackend):
         require(
             devices % tp == 0,
             f"parallel.tp={tp} does not divide the {devices} devices of this process; "
-            f"use parallel.tp={_or(divisors(devices))}",
+            f"use parallel.tp={any_of(divisors(devices))}",
         )
         require(
             not cfg.parallel.pad_heads,
@@ -65,7 +65,8 @@ class SpmdBackend(XlaBackend):
         self.local_dp = self._grid.dp
         self._mesh = spmd.Mesh(np.arange(devices), (self._grid.dp, tp), ("dp", "tp"))
         self._model_name, self._heads = cfg.model.name, 0
-        return self._torch_xla.device()
+        device: torch.device = self._torch_xla.device()
+        return device
 
     def shard(self, model: nn.Module) -> None:
         """Check that tp fits the model; its tensors are marked once they are on the device."""
@@ -74,8 +75,8 @@ class SpmdBackend(XlaBackend):
         sizes = (self._heads, config.hidden_size, config.intermediate_size)
         self._grid.validate(*sizes, self._model_name, can_pad=False)
 
-    def _move(self, model: nn.Module) -> None:
-        super()._move(model)
+    def move(self, model: nn.Module) -> None:
+        super().move(model)
         for name, parameter in model.named_parameters():
             self._lay(name, parameter)
 
@@ -91,7 +92,8 @@ class SpmdBackend(XlaBackend):
     def _lay(self, name: str, tensor: Tensor) -> None:
         """Cut a tensor of the shape of the parameter `name` along tp, as the table says, or put it on each device.
 
-        Before the tensor is made real, so that no device ever holds more than its part; updates in place keep the mark.
+        Called before the tensor is made real, so that no device ever holds more than its part. Updates in place keep
+        the mark.
         """
         dim = cut_of(name, tensor.shape, self._heads, self._grid.tp).dim
         self._mark(tensor, dim, "tp")
@@ -111,9 +113,9 @@ class SpmdBackend(XlaBackend):
         return self._joined(super().all_reduce(tensor))
 
     def _joined(self, tensor: Tensor) -> Tensor:
-        """Joined by the program itself: reading a cut tensor compiles one, each time anew.
+        """Mark a tensor as whole on every device, so that the graph joins it: reading a cut one compiles another graph.
 
-        Every step marks its sum and its norm, also where nobody reads them: a mark is part of the program.
+        Every step marks its sum and its norm, also where nobody reads them: a mark is part of the graph.
         """
         self._mark(tensor, None)
         return tensor
@@ -124,43 +126,19 @@ class SpmdBackend(XlaBackend):
                 self._joined(tensor)
         super().on_host(fn, *tensors)
 
-    def gather_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return common.gather_state(model, optimizer, self._fetch)
-
-    def load_state(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        weights: Mapping[str, Tensor],
-        moments: Mapping[str, Tensor],
-    ) -> None:
-        super().load_state(model, optimizer, self._laid(weights), self._laid(moments))
-
-    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        super().load_weights(model, self._laid(weights))
-
-    def _laid(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the mesh: a copy of a tensor without marks would take the target's away."""
-        moved = {name: common.upload(tensor, self.device) for name, tensor in tensors.items()}
-        for name, tensor in moved.items():
-            parameter, _, kind = name.partition("/")
-            if kind != "step":
-                self._lay(parameter, tensor)
+    def place(self, item: Trained, whole: Tensor, target: Tensor) -> Tensor:
+        moved = upload(whole, self.device)
+        if whole.ndim:  # marked like its target: a copy of a tensor without marks would take the target's away
+            self._lay(item.name, moved)
         return moved
 
-    def _fetch(self, tensor: Tensor) -> Tensor:
-        """The whole tensor on the host, put together here from the devices' parts: no program, no device holds it."""
+    def fetch(self, item: Trained, tensor: Tensor) -> Tensor:
+        # put together here from the devices' parts: no graph, and no device holds the whole
         kinds = self._spmd.ShardingType
         sharded = self._wrap(tensor.detach())
         if sharded.sharding_type not in (kinds.TILED, kinds.PARTIAL):
-            return common.copy_to_host(tensor)
+            return copy_to_host(tensor)
         whole = torch.empty(tensor.shape, dtype=tensor.dtype)
         for shard in sharded.local_shards:
             whole[tuple(shard.indices)] = shard.data  # nothing is padded: tp divides whatever it cuts
         return whole
-
-
-def _or(numbers: Sequence[int]) -> str:
-    return " or ".join(map(str, numbers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from esm_neuron.errors import ConfigError
@@ -38,7 +38,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.world < 1 or self.world % self.tp:
-            fits = _or(divisors(max(self.world, 1)))
+            fits = any_of(divisors(max(self.world, 1)))
             raise ConfigError(f"tp={self.tp} does not divide the world of {self.world} processes; use tp={fits}")
         if self.stride < 1 or self.dp % self.stride:
             raise ConfigError(f"stride {self.stride} does not divide the data-parallel degree {self.dp}; use 1")
@@ -125,7 +125,7 @@ class Topology:
         legal = legal_tp(heads, intermediate, pad_heads)
         if self.tp in legal:
             return
-        cure = f"use tp={_or(legal)}"
+        cure = f"use tp={any_of(legal)}"
         if intermediate % self.tp:
             raise ConfigError(f"tp={self.tp} does not divide the intermediate size {intermediate} of {model}; {cure}")
         cure += ", or parallel.pad_heads=true" if can_pad else ""
@@ -146,7 +146,7 @@ class Topology:
             have = ", ".join(f"{name} ({n})" for name, n in NEURON_CORES.items())
             raise ConfigError(f"{cores} NeuronCores found, but a trn1 node has {have}; free the cores other jobs hold")
         if local_world not in NEURON_WORKERS[cores]:
-            workers = _or(NEURON_WORKERS[cores])
+            workers = any_of(NEURON_WORKERS[cores])
             raise ConfigError(f"{local_world} processes on {name}; start {workers} (torchrun --nproc_per_node)")
         if self.world > local_world and cores != 32:
             raise ConfigError(f"{self.world} processes on several {name}; several nodes need trn1.32xlarge")
@@ -155,7 +155,7 @@ class Topology:
         if self.tp not in NEURON_TP[cores] or local_world % self.tp:
             fits = [tp for tp in NEURON_TP[cores] if local_world % tp == 0]
             raise ConfigError(f"tp={self.tp} does not lie on the links of {name} with {local_world} processes; "
-                              f"use tp={_or(fits)}")  # fmt: skip
+                              f"use tp={any_of(fits)}")  # fmt: skip
 
 
 def neuron_stride(tp: int, local_world: int) -> int:
@@ -180,8 +180,8 @@ def legal_tp(heads: int, intermediate: int, pad_heads: bool = False, most: int =
     ]  # fmt: skip
 
 
-def _or(numbers: list[int] | tuple[int, ...]) -> str:
-    """[1, 2, 4] -> "1, 2 or 4"."""
+def any_of(numbers: Sequence[int]) -> str:
+    """Return the numbers in words: [1, 2, 4] -> "1, 2 or 4"."""
     words = [str(number) for number in numbers]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 

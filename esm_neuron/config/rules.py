@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from esm_neuron.config import TaskConfig, TrainConfig, require
+from esm_neuron.config.backends import BACKENDS, named
 from esm_neuron.redact import redact
 
 MOST = 1 << 40
@@ -18,38 +19,43 @@ def check_backend(cfg: TrainConfig) -> None:
     Raises:
         ConfigError: it cannot; the message names what to use instead.
     """
-    require(
-        cfg.adapter.kind != "qlora" or cfg.can_quantize,
-        f"adapter.kind=qlora with backend={cfg.backend}, parallel.tp={cfg.parallel.tp}: bitsandbytes works on "
-        "the CPU and on CUDA, with whole linears; use adapter.kind=lora with loop.precision=bf16",
-    )
-    eager, cuda = cfg.backend in ("cpu", "cuda"), cfg.backend == "cuda"
+    can, parallel, loop = BACKENDS[cfg.backend], cfg.parallel, cfg.loop
     here = f"with backend={cfg.backend}"
     require(
-        eager or not cfg.parallel.fsdp,
-        f"parallel.fsdp=true {here}: it is for cpu and cuda; use parallel.tp, or on neuron parallel.zero1",
+        cfg.adapter.kind != "qlora" or cfg.can_quantize,
+        f"adapter.kind=qlora {here}, parallel.tp={parallel.tp}: it is for {named(lambda b: b.quantizes)}, with whole "
+        "linears; use adapter.kind=lora with loop.precision=bf16",
     )
     require(
-        not (cfg.parallel.fsdp and cfg.adapter.kind == "qlora"),
+        can.fsdp or not parallel.fsdp,
+        f"parallel.fsdp=true {here}: it is for {named(lambda b: b.fsdp)}; use parallel.tp, or on "
+        f"{named(lambda b: b.zero1)} parallel.zero1",
+    )
+    require(
+        not (parallel.fsdp and cfg.adapter.kind == "qlora"),
         "parallel.fsdp=true with adapter.kind=qlora: quantized weights are not cut; use parallel.fsdp=false (each "
         "GPU holds them), or adapter.kind=lora with loop.precision=bf16",
     )
-    copies = cfg.adapter.kind == "none" and cfg.loop.precision == "bf16" and not cfg.model.gradient_checkpointing
+    copies = cfg.adapter.kind == "none" and loop.precision == "bf16" and not cfg.model.gradient_checkpointing
     require(
-        not (cfg.parallel.fsdp and copies),
+        not (parallel.fsdp and copies),
         "parallel.fsdp=true, adapter.kind=none, loop.precision=bf16: each GPU would keep bfloat16 copies of all "
         "weights to the backward pass; use model.gradient_checkpointing=true",
     )
     require(
-        cfg.optim.kind == "adamw" or (cuda and not cfg.parallel.fsdp),
-        f"optim.kind={cfg.optim.kind} {here}, parallel.fsdp={str(cfg.parallel.fsdp).lower()}: it is for cuda "
-        "without fsdp; use optim.kind=adamw",
+        cfg.optim.kind == "adamw" or (can.adamw8bit and not parallel.fsdp),
+        f"optim.kind={cfg.optim.kind} {here}, parallel.fsdp={str(parallel.fsdp).lower()}: it is for "
+        f"{named(lambda b: b.adamw8bit)} without fsdp; use optim.kind=adamw",
     )
-    require(cuda or not cfg.loop.tf32, f"loop.tf32=true {here}: only GPUs have it; use loop.tf32=false")
     require(
-        cuda or not cfg.loop.torch_compile,
-        f"loop.torch_compile=true {here}: it is for cuda; cpu attends segment by segment, which would be compiled anew "
-        "for each pack, and xla and neuron compile without being asked; use loop.torch_compile=false",
+        can.tf32 or not loop.tf32,
+        f"loop.tf32=true {here}: it is for {named(lambda b: b.tf32)}; use loop.tf32=false",
+    )
+    require(
+        can.torch_compile or not loop.torch_compile,
+        f"loop.torch_compile=true {here}: it is for {named(lambda b: b.torch_compile)}; attention by segments "
+        "would be compiled anew for each pack, and backends that compile do so without being asked; use "
+        "loop.torch_compile=false",
     )
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from esm_neuron.config.backends import spec_of
 from esm_neuron.errors import ConfigError
 
-BackendName = Literal["cpu", "cuda", "xla", "neuron"]
+BackendName = str
+"""A name of the table in `config/backends.py`."""
 Quantization = Literal["nf4", "int8"]
 OnRecompile = Literal["error", "warn", "ignore"]
 OnNonfinite = Literal["stop", "skip"]
@@ -269,8 +271,9 @@ class TrainConfig:
 
     output: str = "out"
     """Folder for everything the run writes."""
-    backend: BackendName = "cpu"
-    """Where to run: a CPU, NVIDIA GPUs, any torch_xla device (XLA:CPU, TPU), or Trainium. Never chosen silently."""
+    backend: str = "cpu"
+    """Where to run: `cpu`, `cuda` (NVIDIA GPUs), `xla` (any torch_xla device: XLA:CPU, TPU) or `neuron` (Trainium).
+    Never chosen silently."""
     seed: int = 42
     """Seed of weights, splits, order, masks and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -283,10 +286,18 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse a backend that is not in the table.
+
+        Raises:
+            ConfigError: there is no such backend.
+        """
+        spec_of(self.backend)
+
     @property
     def can_quantize(self) -> bool:
         """Whether the backend can keep frozen linears quantized."""
-        return self.backend not in ("xla", "neuron") and self.parallel.tp == 1
+        return spec_of(self.backend).quantizes and self.parallel.tp == 1
 
 
 def require(condition: bool, message: str) -> None:

@@ -17,6 +17,7 @@ from esm_neuron import __version__
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
+from esm_neuron.config.backends import spec_of
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import sha256
 from esm_neuron.models.hf_folder import BaseReference
@@ -128,7 +129,7 @@ def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:
 
     The CPU gets float32: those without bf16 units emulate it, at a fraction of the speed.
     """
-    precision = "fp32" if backend == "cpu" else cfg.loop.precision
+    precision = "fp32" if spec_of(backend).emulates_bf16 else cfg.loop.precision
     return replace(
         cfg,
         backend=backend,

@@ -1,4 +1,8 @@
-"""Where weights come from: safetensors, read slice by slice, or a seed."""
+"""Weights of a model: where they come from (safetensors, read slice by slice, or a seed), and how a model is filled.
+
+From top to bottom: what a source of weights is; drawing from a seed; what `model.name` means, with the check of its
+config.json; and `load_into`, which fills a model on meta or on a device.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +56,14 @@ _BARE = re.compile(r"(embeddings|encoder|pooler|contact_head)\.")
 
 
 def canonical(key: str) -> str:
-    """The key as EsmForMaskedLM has it: a bare EsmModel's `encoder...` becomes `esm.encoder...`."""
+    """Return the key as EsmForMaskedLM has it: a bare EsmModel's `encoder...` becomes `esm.encoder...`."""
     return f"esm.{key}" if _BARE.match(key) else key
+
+
+def seeded(seed: int, name: str) -> np.random.Generator:
+    """Return a generator for one parameter, so that its values depend on the seed and its name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,7 @@ class Draw:
             return torch.zeros(shape)
         if "norm" in module.rpartition(".")[2].lower():
             return torch.ones(shape)
-        digest = hashlib.sha256(f"{self.seed}/{canonical(name)}".encode()).digest()
-        generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+        generator = seeded(self.seed, canonical(name))
         drawn = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(self.std)
         if module.endswith("word_embeddings"):
             drawn[PAD_TOKEN] = 0.0
@@ -118,7 +127,7 @@ SHIPPED = Path(__file__).parent / "pretrained"
 
 
 def is_carried(cfg: ModelConfig) -> bool:
-    """Whether a run keeps a copy of its base weights: nobody else could name them."""
+    """Return whether a run keeps a copy of its base weights, because nobody else could name them."""
     return cfg.init == "random" or cfg.name in SHAPES
 
 
@@ -181,11 +190,9 @@ def _find_folder(cfg: ModelConfig) -> tuple[Path, str | None]:
 def _download(cfg: ModelConfig) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
-    wanted = (
-        ["config.json"]
-        if cfg.init == "random"
-        else ["config.json", "model*.safetensors", "model*.safetensors.index.json"]
-    )
+    wanted = ["config.json"]
+    if cfg.init != "random":
+        wanted += ["model*.safetensors", "model*.safetensors.index.json"]
     try:
         folder = Path(snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # what huggingface_hub and its HTTP client raise: offline, not found, bad id
@@ -205,7 +212,7 @@ def _download(cfg: ModelConfig) -> tuple[Path, str]:
 
 
 def read_config(folder: Path) -> EsmConfig:
-    """The ESM-2 configuration of a Hugging Face folder; no code that it may point to is run.
+    """Read the ESM-2 configuration of a Hugging Face folder; no code that it may point to is run.
 
     Raises:
         ConfigError: config.json is missing or unreadable, or describes something else than an ESM-2.
@@ -213,9 +220,7 @@ def read_config(folder: Path) -> EsmConfig:
     path = folder / "config.json"
     try:
         raw = read_json(path)
-        model_type = raw.pop(
-            "model_type", None
-        )  # a classifier written by this package has its own: the encoder is equal
+        model_type = raw.pop("model_type", None)  # a classifier of this package has its own; its encoder is equal
         raw.pop("auto_map", None)
         config = EsmConfig.from_dict(raw)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -328,32 +333,41 @@ def load_into(
     Raises:
         CheckpointError: a key is missing, unexpected or twice there, or a shape or a tied pair does not agree.
     """
-    slots, available = list(_slots(model)), _canonical_keys(source)
+    # Names: the source's keys and the model's in one spelling. A key that is left over is a sign of another model.
+    keys: dict[str, str] = {}
+    for key in sorted(source.keys()):
+        twin = keys.setdefault(canonical(key), key)
+        _require(twin == key, f"{source.name} has both {twin} and {key}; keep one of them")
+    slots = list(_slots(model))
     names = {canonical(name) for slot in slots for name in slot.names}
-    _check_all_known(source, available, names)
-    plan = [(slot, next((n for n in slot.names if canonical(n) in available), None)) for slot in slots]
-    missing = [
-        slot.names[0]
-        for slot, found in plan
-        if found is None and not new_ok(slot.names[0]) and not _DRAWABLE.match(canonical(slot.names[0]))
-    ]
-    if missing:
-        raise CheckpointError(
-            f"{source.name} lacks {len(missing)} of the model's parameters: {some(missing)}; "
-            "use a checkpoint of this model"
-        )
-    parts = {found: _part(slot, found, source, available, shard) for slot, found in plan if found is not None}
-    for slot, found in plan:
-        if found is None:
-            slot.fill(draw(slot.names[0], tuple(slot.tensor.shape)))
-        else:
-            slot.fill(_read(source, available[canonical(found)], parts[found]))
-    _fill_derived(model)
-    return LoadReport(
-        loaded=tuple(found for _, found in plan if found is not None),
-        drawn=tuple(slot.names[0] for slot, found in plan if found is None),
-        ignored=tuple(sorted(key for name, key in available.items() if name not in names)),
+    unknown = [key for name, key in keys.items() if not _expected(name, names)]
+    _require(
+        not unknown,
+        f"{source.name} has {len(unknown)} tensors that the model does not: {some(unknown)}; {_CURE}",
     )
+    # Gaps: only a task's head and what fine-tuning does not use may be drawn.
+    plan = [(slot, [name for name in slot.names if canonical(name) in keys]) for slot in slots]
+    gaps = [slot.names[0] for slot, found in plan if not found]
+    missing = [name for name in gaps if not new_ok(name) and not _DRAWABLE.match(canonical(name))]
+    _require(not missing, f"{source.name} lacks {len(missing)} of the model's parameters: {some(missing)}; {_CURE}")
+    # Shapes, of this rank's parts where the model is cut; then values.
+    parts = [_part(slot, found, source, keys, shard) if found else None for slot, found in plan]
+    for (slot, found), part in zip(plan, parts, strict=True):
+        if found:
+            slot.fill(_read(source, keys[canonical(found[0])], part))
+        else:
+            slot.fill(draw(slot.names[0], tuple(slot.tensor.shape)))
+    _fill_derived(model)
+    ignored = tuple(sorted(key for name, key in keys.items() if name not in names))
+    return LoadReport(tuple(found[0] for _, found in plan if found), tuple(gaps), ignored)
+
+
+_CURE = "use a checkpoint of this model"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(message)
 
 
 def _slots(model: nn.Module) -> Iterator[_Slot]:
@@ -368,66 +382,49 @@ def _slots(model: nn.Module) -> Iterator[_Slot]:
         yield _Slot(tuple(p[0] for p in same), tuple(p[1] for p in same), same[0][2])
 
 
-def _canonical_keys(source: WeightSource) -> dict[str, str]:
-    keys: dict[str, str] = {}
-    for key in sorted(source.keys()):
-        if canonical(key) in keys:
-            raise CheckpointError(f"{source.name} has both {keys[canonical(key)]} and {key}; keep one of them")
-        keys[canonical(key)] = key
-    return keys
-
-
-def _check_all_known(source: WeightSource, available: dict[str, str], names: set[str]) -> None:
-    def known(name: str) -> bool:
-        part = _OPTIONAL.match(name)
-        unused = part is not None and not any(n.startswith(part[0]) for n in names)
-        return name in names or unused or _DERIVED.fullmatch(name) is not None
-
-    unknown = [key for name, key in available.items() if not known(name)]
-    if unknown:
-        raise CheckpointError(
-            f"{source.name} has {len(unknown)} tensors that the model does not: {some(unknown)}; "
-            "use a checkpoint of this model"
-        )
+def _expected(name: str, names: set[str]) -> bool:
+    """Return whether the source may have a key: it is the model's, of a part that the model lacks whole, or derived."""
+    part = _OPTIONAL.match(name)
+    unused = part is not None and not any(n.startswith(part[0]) for n in names)
+    return name in names or unused or _DERIVED.fullmatch(name) is not None
 
 
 def _part(
     slot: _Slot,
-    found: str,
+    found: list[str],
     source: WeightSource,
-    available: dict[str, str],
+    keys: dict[str, str],
     shard: Callable[[str, tuple[int, ...]], Shard | None] | None,
 ) -> Shard | None:
-    """The part of the tensor that belongs in `slot`, after its shape and its tied twins have been checked."""
-    key = available[canonical(found)]
+    """Return the part of the tensor that belongs in `slot`, after checking its shape and its tied twins."""
+    key, *twins = dict.fromkeys(keys[canonical(name)] for name in found)
     whole = source.shape(key)
-    part = shard(found, whole) if shard is not None else None
+    part = shard(found[0], whole) if shard is not None else None
     shape = whole if part is None else part.shape
-    if shape != tuple(slot.tensor.shape):
-        raise CheckpointError(
-            f"{source.name}: {key} is {list(whole)}, which gives {list(shape)}, but the model wants "
-            f"{list(slot.tensor.shape)}; use a checkpoint of this model"
-        )
-    twins = {available[canonical(n)] for n in slot.names if canonical(n) in available} - {key}
+    _require(
+        shape == tuple(slot.tensor.shape),
+        f"{source.name}: {key} is {list(whole)}, which gives {list(shape)}, but the model wants "
+        f"{list(slot.tensor.shape)}; {_CURE}",
+    )
     for twin in twins:
-        if source.shape(twin) != whole or not torch.equal(source.read(twin), source.read(key)):
-            raise CheckpointError(
-                f"{source.name}: {key} and {twin} are one tensor in the model, but differ; untie the model"
-            )
+        _require(
+            source.shape(twin) == whole and torch.equal(source.read(twin), source.read(key)),
+            f"{source.name}: {key} and {twin} are one tensor in the model, but differ; untie the model",
+        )
     return part
 
 
 def _read(source: WeightSource, key: str, part: Shard | None) -> Tensor:
     tensor = source.read(key) if part is None else part.read(lambda index: source.read(key, index))
-    if not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{source.name}: {key} is {tensor.dtype}, no float; use a checkpoint that is not quantized"
-        )
+    _require(
+        tensor.is_floating_point(),
+        f"{source.name}: {key} is {tensor.dtype}, no float; use a checkpoint that is not quantized",
+    )
     return tensor
 
 
 def _fill_derived(model: nn.Module) -> None:
-    """Compute what `_DERIVED` names wherever the model is still on meta."""
+    """Compute the buffers that `_DERIVED` names where the model is still on meta."""
     for prefix, module in model.named_modules():
         for leaf, buffer in list(module._buffers.items()):
             if buffer is None or buffer.device.type != "meta" or not _DERIVED.fullmatch(canonical(f"{prefix}.{leaf}")):

@@ -7,45 +7,24 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import get_args
 
 from packaging.requirements import Requirement
 
+from esm_neuron.backends import import_object
 from esm_neuron.backends.neuron_env import (
     CURE,
     PACKAGES,
     PLACEHOLDERS,
     SETTINGS,
     apply_settings,
-    cache_trouble,
     installed_version,
-    neuron_cores,
 )
-from esm_neuron.backends.neuron_env import INSTALL as NEURON_INSTALL
-from esm_neuron.backends.topology import NEURON_CORES
-from esm_neuron.config import BackendName, TrainConfig
+from esm_neuron.backends.survey import Lack, Survey
+from esm_neuron.config import TrainConfig
+from esm_neuron.config.backends import BACKENDS
 
 SHOWN = ("esm-neuron", "torch", "torch_xla", "transformers", "peft", "bitsandbytes", "optimum-neuron", *PACKAGES)
 """Packages whose versions are printed."""
-INSTALL = {
-    "": "pip install -e .",
-    "cuda": "pip install -e '.[cuda]'",
-    "xla": "pip install -e '.[xla]'",
-    "neuron": NEURON_INSTALL,
-}
-"""Extra of the package -> how it is installed, in the repository's folder."""
-NO_GPU = "none"
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Of x86's AVX-512 and AMX, and of Arm, in /proc/cpuinfo."""
-
-
-@dataclass(frozen=True)
-class Lack:
-    """Something a backend needs and this machine has not."""
-
-    what: str
-    cure: str
 
 
 @dataclass(frozen=True)
@@ -83,30 +62,38 @@ def examine(cfg: TrainConfig, env: Mapping[str, str] | None = None) -> Diagnosis
     versions = {"python": platform.python_version(), **{name: installed_version(name) for name in SHOWN}}
     return Diagnosis(
         versions=versions,
-        devices={"cpu": _cpu(), "cuda": _cuda(), "neuron": _neuron(), "xla": _xla()},
+        devices={name: survey_of(name).devices() for name in BACKENDS},
         environment=environment(cfg, dict(os.environ if env is None else env)),
-        lacks={name: tuple(lacks(name, env)) for name in get_args(BackendName)},
+        lacks={name: tuple(lacks(name, env)) for name in BACKENDS},
     )
 
 
+def survey_of(backend: str) -> Survey:
+    """Return the backend's own look at this machine."""
+    survey: Survey = import_object(BACKENDS[backend].survey)()
+    return survey
+
+
 def lacks(backend: str, env: Mapping[str, str] | None = None) -> list[Lack]:
-    """What `backend` needs and does not find; `env`: the environment, None: this process's."""
-    found = missing_packages("")
-    if backend != "cpu":
-        found += missing_packages(backend)
-    if backend == "cuda" and _cuda() == NO_GPU:
-        found.append(Lack("torch finds no CUDA GPU", "use a machine with an NVIDIA GPU and its driver"))
-    if backend == "neuron":
-        found += _no_trainium(os.environ if env is None else env)
-    return found
+    """Return what `backend` needs and does not find; `env`: the environment, None: this process's."""
+    survey = survey_of(backend)
+    found = missing_packages("", Survey.install)
+    if survey.extra:
+        found += missing_packages(survey.extra, survey.install)
+    return found + survey.lacks(os.environ if env is None else env)
 
 
-def missing_packages(extra: str) -> list[Lack]:
-    """Requirements of esm-neuron ("") or of one of its extras that are not installed, or in another version."""
+def missing_packages(extra: str, install: str) -> list[Lack]:
+    """Return the requirements of esm-neuron, or of its `extra`, that are missing or of another version.
+
+    Args:
+        extra: "" for what is always required.
+        install: the command that installs them.
+    """
     try:
         texts = importlib.metadata.requires("esm-neuron") or []
     except importlib.metadata.PackageNotFoundError:
-        return [Lack("esm-neuron itself is not installed", INSTALL[""])]
+        return [Lack("esm-neuron itself is not installed", install)]
     found = []
     for requirement in map(Requirement, texts):
         marker = requirement.marker
@@ -114,12 +101,12 @@ def missing_packages(extra: str) -> list[Lack]:
             continue
         version = installed_version(requirement.name)
         if version is None:
-            found.append(Lack(f"{requirement.name} is not installed", INSTALL[extra]))
+            found.append(Lack(f"{requirement.name} is not installed", install))
         elif requirement.name in PACKAGES and version in PLACEHOLDERS:
             found.append(Lack(f"{requirement.name} {version} is an empty placeholder of the general index", CURE))
         elif not requirement.specifier.contains(version, prereleases=True):
             what = f"{requirement.name} {version} is not {requirement.specifier}"
-            found.append(Lack(what, INSTALL[extra]))
+            found.append(Lack(what, install))
     return found
 
 
@@ -151,63 +138,3 @@ def render(diagnosis: Diagnosis) -> str:
         lines.append(f"  {name:<20} {'lacks' if missing else 'can run here'}")
         lines += [f"      {lack.what}; {lack.cure}" for lack in missing]
     return "\n".join(lines)
-
-
-def has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
-    """Whether the processor multiplies bfloat16 itself; None where the system does not say."""
-    if not cpuinfo.exists():
-        return None
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
-    return bool(flags & BF16_FLAGS)
-
-
-def _cpu() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return f"{cores} cores, {pages * size / 2**30:.1f} GiB"
-
-
-def _cuda() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return NO_GPU
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return f"{len(names)}: {', '.join(names)}"
-
-
-def _neuron() -> str:
-    cores = neuron_cores()
-    instance = next((name for name, have in NEURON_CORES.items() if have == cores), None)
-    return f"{cores} cores{f' ({instance})' if instance else ''}" if cores else "none (no /dev/neuron*)"
-
-
-def _xla() -> str:
-    if installed_version("torch_xla") is None:
-        return "none (torch_xla is not installed)"
-    if neuron_cores():
-        return "not asked: its runtime would claim the NeuronCores"
-    from esm_neuron.backends.xla_env import xla_devices
-
-    try:
-        return ", ".join(xla_devices()) or "none"
-    except (ImportError, RuntimeError) as error:
-        return f"none: {' '.join(str(error).split())}"
-
-
-def _no_trainium(env: Mapping[str, str]) -> list[Lack]:
-    found = []
-    if (trouble := cache_trouble(env)) is not None:
-        what, _, cure = trouble.rpartition("; ")
-        found.append(Lack(what, cure))
-    major, minor, _ = platform.python_version_tuple()
-    if (int(major), int(minor)) > (3, 11):
-        found.append(Lack(f"Python {major}.{minor}: the Neuron wheels are for 3.10 and 3.11", "use Python 3.11"))
-    cores = neuron_cores()
-    if not Path("/dev/neuron0").exists():
-        found.append(Lack("there is no /dev/neuron0", "use a trn1 instance with the Neuron driver (aws-neuronx-dkms)"))
-    elif cores not in NEURON_CORES.values():
-        have = " or ".join(f"{n} ({name})" for name, n in NEURON_CORES.items())
-        found.append(Lack(f"{cores} NeuronCores, a trn1 has {have}", "free the devices that other jobs hold"))
-    return found

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from esm_neuron.config import TrainConfig
+from esm_neuron.config.backends import BACKENDS
 from esm_neuron.models.shapes import EsmShape
 from esm_neuron.models.tensor_parallel import HEADED, PLAN, in_block, padded_heads
 from esm_neuron.tasks import task_class
@@ -135,7 +136,7 @@ def _storage(cfg: TrainConfig, name: str, learns: bool) -> str:
 
 def _trunk_in_bfloat16(cfg: TrainConfig) -> bool:
     """Return whether the trained parameters of ESM-2 itself are stored in bfloat16."""
-    return cfg.backend == "neuron" and cfg.loop.precision == "bf16"
+    return BACKENDS[cfg.backend].bf16_weights and cfg.loop.precision == "bf16"
 
 
 def _share(cfg: TrainConfig, shape: EsmShape, name: str, size: Shape) -> int:
@@ -175,7 +176,7 @@ def _sides(shape: EsmShape, target: str) -> tuple[int, int]:
 def _optimizer(cfg: TrainConfig, trained: int, added: int, dp: int) -> int:
     if cfg.optim.kind == "adamw8bit":  # two bytes, and two floats for 256 of each
         return math.ceil((2 + 2 * FLOAT32 / 256) * (trained + added))
-    if cfg.backend != "neuron":
+    if not BACKENDS[cfg.backend].zero1:
         return math.ceil(MOMENTS * (trained + added) / (dp if cfg.parallel.fsdp else 1))
     if cfg.parallel.zero1:  # and a float32 copy of each weight
         return math.ceil((MOMENTS + FLOAT32) * (trained + added) / dp)
@@ -214,7 +215,7 @@ def _linear_inputs(cfg: TrainConfig, shape: EsmShape) -> int:
 def _scores(cfg: TrainConfig, shape: EsmShape) -> int:
     """Return the bytes per token that attention keeps besides its inputs and its sum."""
     heads = padded_heads(shape.heads, cfg.parallel.tp) // cfg.parallel.tp
-    if cfg.backend in ("cpu", "cuda"):  # fused attention keeps one number per head
+    if not BACKENDS[cfg.backend].compiles:  # fused attention keeps one number per head
         return FLOAT32 * heads
     each = FLOAT32 + (BFLOAT16 if cfg.loop.precision == "bf16" else 0)  # softmax, and its copy for the product
     return heads * cfg.data.pack_tokens * each
@@ -248,7 +249,7 @@ def _moment(cfg: TrainConfig, shape: EsmShape) -> int:
     if cfg.adapter.kind == "head":  # only a forward pass: its widest activations, and vectors that come and go
         return 2 * _number(cfg) * wide + 4 * FLOAT32 * shape.hidden
     if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type, our fused LoRA does not
-        fused = cfg.adapter.kind == "lora" and cfg.backend in ("cpu", "cuda") and not cfg.adapter.dropout
+        fused = cfg.adapter.kind == "lora" and not BACKENDS[cfg.backend].compiles and not cfg.adapter.dropout
         return 2 * (_number(cfg) if fused else FLOAT32) * wide
     return _number(cfg) * wide + FLOAT32 * shape.hidden
 
@@ -262,7 +263,7 @@ def _restored(cfg: TrainConfig, shape: EsmShape) -> int:
 
 def _copies(cfg: TrainConfig, shape: EsmShape) -> int:
     """Return the bytes of the bfloat16 copies of trained linears that autocast keeps until the backward pass."""
-    if cfg.loop.precision != "bf16" or cfg.adapter.kind != "none" or cfg.backend == "neuron":
+    if cfg.loop.precision != "bf16" or cfg.adapter.kind != "none" or BACKENDS[cfg.backend].bf16_weights:
         return 0
     sizes = _parameters(cfg, shape).items()
     return BFLOAT16 * sum(_share(cfg, shape, n, s) for n, s in sizes if "dense" in n or "self" in n)

@@ -16,6 +16,7 @@ from esm_neuron.backends import opened_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config.backends import named
 from esm_neuron.config.rules import validate
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader
@@ -26,7 +27,6 @@ from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import claimed, finite, write_json, write_text
 from esm_neuron.models.esm2 import parameter_count
 from esm_neuron.models.shapes import SHAPES
-from esm_neuron.planning.doctor import has_bf16_units
 from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
 from esm_neuron.tasks import check_task, create_task, task_class
 from esm_neuron.tasks.base import Task
@@ -91,8 +91,11 @@ def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -
     check_task(cfg.task)
     with opened_backend(cfg) as backend:
         if not backend.static_shapes:
-            raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for --backend xla or neuron")
-        job = _Job.of(cfg, backend, log if backend.topology.is_main else log_nothing)
+            raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for {named(lambda b: b.compiles)}")
+        log = log if backend.topology.is_main else log_nothing
+        if (note := backend.compile_note()) is not None:
+            log(note)
+        job = _Job.of(cfg, backend, log)
         job.trainer.compile(list(job.loaders.held_out.values()))
         return backend.graphs()
 
@@ -203,16 +206,7 @@ def _notes(trainer: Trainer) -> Iterator[str]:
             f"NOTE: optim.warmup_steps={cfg.optim.warmup_steps} of {trainer.total_steps} steps: the learning rate "
             "never reaches optim.lr"
         )
-    if cfg.backend == "cpu" and cfg.loop.precision == "bf16" and has_bf16_units() is False:
-        yield (
-            "NOTE: loop.precision=bf16 on a CPU without bf16 units: it is emulated, and may take many times as long as "
-            "--loop.precision fp32"
-        )
-    if cfg.backend == "cpu" and cfg.loop.precision == "fp32" and has_bf16_units():
-        yield (
-            "NOTE: this CPU has bf16 units: --loop.precision bf16 may be faster; it is not chosen by itself, since "
-            "another machine would then give other numbers"
-        )
+    yield from trainer.backend.notes()
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from esm_neuron.backends.cpu import has_bf16_units
 from esm_neuron.config import settings
 from esm_neuron.config.rules import validate
-from esm_neuron.planning.doctor import has_bf16_units
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -8,10 +8,12 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from esm_neuron import cli
+from esm_neuron.backends import survey
 from esm_neuron.backends.neuron_env import PACKAGES
+from esm_neuron.backends.survey import Lack
 from esm_neuron.config import AdapterConfig, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.planning import doctor
-from esm_neuron.planning.doctor import Lack, environment, lacks, missing_packages, render
+from esm_neuron.planning.doctor import environment, lacks, missing_packages, render
 
 
 def test_the_environment_says_who_set_what() -> None:
@@ -44,12 +46,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_nothing_is_missing_where_all_is_there(installed: dict[str, str]) -> None:
-    assert [missing_packages(extra) for extra in ("", "xla", "neuron")] == [[], [], []]
+    assert [missing_packages(extra, "") for extra in ("", "xla", "neuron")] == [[], [], []]
 
 
 def test_a_missing_package_is_named_with_its_cure(installed: dict[str, str]) -> None:
     del installed["torch_xla"]
-    assert missing_packages("xla") == [Lack("torch_xla is not installed", "pip install -e '.[xla]'")]
+    assert missing_packages("xla", "pip install -e '.[xla]'") == [
+        Lack("torch_xla is not installed", "pip install -e '.[xla]'")
+    ]
     assert lacks("cpu") == []
 
 
@@ -62,7 +66,7 @@ def test_a_wrong_version_is_named(installed: dict[str, str]) -> None:
 @pytest.mark.parametrize("version", ["0.1", "1.0"])
 def test_a_placeholder_is_named(installed: dict[str, str], version: str) -> None:
     installed["neuronx-cc"] = version
-    (lack,) = missing_packages("neuron")
+    (lack,) = missing_packages("neuron", "")
     assert lack.what == f"neuronx-cc {version} is an empty placeholder of the general index"
     assert "constraints/neuron.txt" in lack.cure
 
@@ -72,16 +76,16 @@ def test_a_tree_that_was_never_installed_says_so(monkeypatch: pytest.MonkeyPatch
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.requires", absent)
-    assert [lack.what for lack in missing_packages("")] == ["esm-neuron itself is not installed"]
+    assert [lack.what for lack in missing_packages("", "")] == ["esm-neuron itself is not installed"]
 
 
 def test_neuron_cannot_run_without_devices(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
-    monkeypatch.setattr(doctor, "neuron_cores", lambda: 0)
+    monkeypatch.setattr(survey, "neuron_cores", lambda: 0)
     assert any("/dev/neuron0" in lack.what for lack in lacks("neuron"))
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(doctor, "_xla", lambda: "CPU:0")  # would start torch_xla's runtime in the tests' process
+    monkeypatch.setattr(survey.XlaSurvey, "devices", lambda self: "CPU:0")
     assert cli.main(["doctor", "--backend", "cpu", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["versions"]["torch"].startswith("2.8")

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from esm_neuron.backends import cpu
 from esm_neuron.config import LoopConfig, TrainConfig, settings
 from esm_neuron.data.homology import homolog_rows
 from esm_neuron.data.splits import load_splits
@@ -308,7 +309,7 @@ def test_what_has_no_answer_is_null_in_json(
 def test_settings_that_are_rarely_meant_are_noted(
     module_toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "has_bf16_units", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: False)
     cfg = module_toy(
         "noted", data={"valid": None, "valid_fraction": 0.0}, optim={"warmup_steps": 9},
         loop={"patience": 3, "precision": "bf16"}, log={"baselines": False},
@@ -318,6 +319,7 @@ def test_settings_that_are_rarely_meant_are_noted(
     assert any(line.startswith("NOTE: loop.patience=3 never ends training") for line in said)
     assert any(line.startswith("NOTE: optim.warmup_steps=9 of 8 steps: the learning rate never") for line in said)
     assert any(line.startswith("NOTE: loop.precision=bf16 on a CPU without bf16 units") for line in said)
-    monkeypatch.setattr(run, "has_bf16_units", lambda: True)
-    trainer: Any = SimpleNamespace(cfg=replace(cfg, loop=LoopConfig()), valid_loader=object(), total_steps=99)
+    monkeypatch.setattr(cpu, "has_bf16_units", lambda: True)
+    plain = replace(cfg, loop=LoopConfig())
+    trainer: Any = SimpleNamespace(cfg=plain, backend=cpu.CpuBackend(plain), valid_loader=object(), total_steps=99)
     assert [note[:58] for note in run._notes(trainer)] == ["NOTE: this CPU has bf16 units: --loop.precision bf16 may b"]

@@ -17,9 +17,10 @@ from esm_neuron.backends.neuron_env import (
     check_packages,
     neuron_cores,
 )
+from esm_neuron.backends.survey import Lack
 from esm_neuron.config import AdapterConfig, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.errors import ConfigError
-from esm_neuron.planning.doctor import Lack, lacks
+from esm_neuron.planning.doctor import lacks
 
 FP32 = TrainConfig()
 BF16 = replace(FP32, loop=LoopConfig(precision="bf16"))

@@ -23,7 +23,7 @@ from parity import difference
 from torch import Tensor, nn
 
 from esm_neuron.backends import create_backend
-from esm_neuron.backends.base import Backend, copy_to_host
+from esm_neuron.backends.base import Backend, Trained
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
@@ -133,7 +133,7 @@ class Run:
     def _watch(self) -> None:
         """Note losses, the first step's gradients, and what each part of the loop compiles."""
         passed = Counter[str]()
-        sync, fetch = self.backend.sync, getattr(self.backend, "_fetch", copy_to_host)
+        sync, fetch = self.backend.sync, self.backend.fetch
 
         def log(number: int, rate: float, totals: Tensor, norm: Tensor) -> None:
             self.losses.append(float(totals[0] / totals[1]))
@@ -144,7 +144,7 @@ class Run:
             passed["passes"] += 1
             if passed["passes"] == self.loaders.train.passes:  # the first step's last pass is done, its update is not
                 trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-                self.gradients = {n: fetch(p.grad) for n, p in trained}
+                self.gradients = {n: fetch(Trained(n, p, p, {}), p.grad) for n, p in trained}
 
         self.trainer._log, self._watched_sync = log, watched_sync
         for part in ("train_step", "evaluate", "save_checkpoint"):

@@ -158,7 +158,7 @@ def test_train_and_predict_as_commands(mesh: dict[str, Any]) -> None:
 
 def test_what_does_not_fit_is_refused_with_the_cure(mesh: dict[str, Any]) -> None:
     assert mesh["messages"] == {
-        "devices": "parallel.tp=3 does not divide the 4 devices of this process; use parallel.tp=1 or 2 or 4",
+        "devices": "parallel.tp=3 does not divide the 4 devices of this process; use parallel.tp=1, 2 or 4",
         "heads": "tp=4 does not divide 2 attention heads of tiny; use tp=1 or 2",
         "intermediate": "tp=4 does not divide the intermediate size 126 of tiny; use tp=1 or 2",
         "padding": "parallel.pad_heads=true: only the neuron backend adds zero heads; use parallel.pad_heads=false",
