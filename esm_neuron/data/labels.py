@@ -91,12 +91,10 @@ class Labels:
 
     def _entries(self, text: str, length: int) -> list[Any]:
         names = self.split(text, length)
-        for name in dict.fromkeys(names):
-            if name in self.codes:
-                continue
+        for name in dict.fromkeys(names):  # not a set, whose order differs between processes
             if len(name) > LONGEST_NAME:
                 raise ValueError(f"a label has more than {LONGEST_NAME} characters; check data.label_column")
-            self.codes[name] = len(self.codes)
+            self.codes.setdefault(name, len(self.codes))
         return list(map(self.codes.__getitem__, names))
 
     def _add(self, problems: Problems, rows: pa.Table, row: int, message: str) -> None:

@@ -196,7 +196,7 @@ def score(
     """
     check_target(target, JOIN)
     spec, columns = find_model(model, backend, settings, "score"), columns or VariantColumns()
-    if spec.task is not None and not isinstance(spec.task, MaskedLM):
+    if spec.task is not None and not spec.task.keeps_lm_head:
         raise ConfigError(
             f"--model {model}: was trained for {spec.cfg.task.name} and has no language-model head; "
             "name a masked_lm run, or the pretrained ESM-2"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -156,6 +156,11 @@ def class_weights(cfg: TaskConfig, labels: Sequence[str]) -> np.ndarray:
     if isinstance(cfg.class_weights, dict):
         return np.array([cfg.class_weights[label] for label in labels], np.float32)
     return np.ones(len(labels), np.float32)
+
+
+def by_class(labels: Sequence[str], columns: Iterable[Column]) -> dict[str, Column]:
+    """Return one column `p_<class>` per class."""
+    return {f"p_{name}": column for name, column in zip(labels, columns, strict=True)}
 
 
 def weighted(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from esm_neuron.data.labels import LabelSets
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Value, multi_label_metrics
 from esm_neuron.metrics.multi_label import THRESHOLD
-from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, class_weights, record_mean
+from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, by_class, class_weights, record_mean
 from esm_neuron.tasks.baselines import Baseline, label_set_baselines
 from esm_neuron.tasks.losses import sigmoid_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_probabilities, lengths, worst
@@ -65,8 +65,7 @@ class MultiLabel(PooledTask):
         """Return `label` (those with a probability of at least 1 / 2, joined by `;`; may be empty), and as `p_<class>`
         the probability of each class."""
         probabilities = record_mean(table, sigmoid(predictions[0].astype(np.float64)))
-        columns: dict[str, Column] = {"label": self._joined(probabilities >= THRESHOLD)}
-        return {**columns, **{f"p_{name}": p for name, p in zip(self.labels, probabilities.T, strict=True)}}
+        return {"label": self._joined(probabilities >= THRESHOLD), **by_class(self.labels, probabilities.T)}
 
     def targets(self, table: ExampleTable) -> Column:
         """Return each protein's labels, joined by `;`; may be empty."""

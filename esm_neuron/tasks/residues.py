@@ -16,7 +16,7 @@ from esm_neuron.data.labels import ResidueLabels
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.metrics import Value, classification_metrics
 from esm_neuron.models.esm2 import PackedForTokenClassification
-from esm_neuron.tasks.base import CLASS_SETTINGS, Column, Predictions, Task, class_weights, weighted
+from esm_neuron.tasks.base import CLASS_SETTINGS, Column, Predictions, Task, by_class, class_weights, weighted
 from esm_neuron.tasks.baselines import Baseline, residue_baselines
 from esm_neuron.tasks.losses import softmax_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, lengths, worst
@@ -105,11 +105,8 @@ class ResidueClassification(Task):
         names = np.array([*self.labels, NO_PREDICTION], dtype=object)
         predicted = names[np.where(np.isnan(probabilities[:, 0]), -1, probabilities.argmax(1))]
         joiner = "" if all(len(name) == 1 for name in self.labels) else RESIDUE_JOINER
-        columns: dict[str, Column] = {"labels": [joiner.join(part) for part in np.split(predicted, bounds[1:-1])]}
-        return {
-            **columns,
-            **{f"p_{name}": np.split(p, bounds[1:-1]) for name, p in zip(self.labels, probabilities.T, strict=True)},
-        }
+        texts = [joiner.join(part) for part in np.split(predicted, bounds[1:-1])]
+        return {"labels": texts, **by_class(self.labels, [np.split(p, bounds[1:-1]) for p in probabilities.T])}
 
     def targets(self, table: ExampleTable) -> Column:
         """Return the class names of each record's residues; None where unknown or cut off."""

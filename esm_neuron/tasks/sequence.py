@@ -17,6 +17,7 @@ from esm_neuron.tasks.base import (
     Column,
     PooledTask,
     Predictions,
+    by_class,
     class_weights,
     record_mean,
     weighted,
@@ -64,8 +65,8 @@ class SequenceClassification(PooledTask):
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `label`, and as `p_<class>` the probability of each class: the mean over windows."""
         probabilities = record_mean(table, np.exp(log_softmax(predictions[0].astype(np.float64), axis=1)))
-        columns: dict[str, Column] = {"label": [self.labels[i] for i in probabilities.argmax(1)]}
-        return {**columns, **{f"p_{name}": p for name, p in zip(self.labels, probabilities.T, strict=True)}}
+        predicted = [self.labels[i] for i in probabilities.argmax(1)]
+        return {"label": predicted, **by_class(self.labels, probabilities.T)}
 
     def targets(self, table: ExampleTable) -> Column:
         """Return the name of each protein's class."""
