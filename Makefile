@@ -168,4 +168,4 @@ $(VENV)/.launchers-tests: $(VENV)/.installed
 	touch $@
 
 $(DATA)/%.tsv.gz: | $(VENV)/.installed
-	$(BIN)/esm-neuron data get $(firstword $(subst _, ,$*)) --output $(DATA)
+	$(BIN)/python examples/datasets/get.py $(firstword $(subst _, ,$*)) --output $(DATA)

@@ -4,8 +4,8 @@
     python benchmarks/results.py --only demo --init random   # train one run alone
     python benchmarks/results.py --from-saved             # train nothing: the page from what there is
 
-`esm-neuron data get scl2205`, `disorder` and `amyloid` make the data. Each run is `esm-neuron train` with a file of
-configs/; it can be stopped and started again. The test set is scored once, at the end of a run, with the step that
+`examples/datasets/get.py scl2205`, `disorder` and `amyloid` make the data. Each run is `esm-neuron train` with a file
+of configs/; it can be stopped and started again. The test set is scored once, at the end of a run, with the step that
 validation chose. Baselines are fitted on the same training proteins and see whole sequences.
 """
 
@@ -240,7 +240,7 @@ def page(saved: Mapping[str, Any]) -> str:
 def main() -> None:
     """Train, score and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of `esm-neuron data get`")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of `examples/datasets/get.py`")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs")
     parser.add_argument("--only", choices=[one.name for one in EXPERIMENTS], help="train this one; no page")
     parser.add_argument("--init", choices=INITS, help="with --only: from these weights alone")

@@ -284,21 +284,6 @@ def data_check(
     return 1 if found.faults else 0
 
 
-def data_get(
-    name: Annotated[Literal["scl2205", "disorder", "amyloid"], "which data set, see docs/data.md"],
-    *,
-    output: Annotated[Path, "folder to write to"] = Path("data"),
-    archive: Annotated[Path | None, "the package's wheel or .tar.gz where pip cannot fetch it"] = None,
-) -> int:
-    """Fetch the public original of a data set of the docs and rebuild our file from it, both checked by sha256."""
-    from esm_neuron.data.download import ORIGINALS
-    from esm_neuron.data.download import get as fetch
-
-    print(fetch(name, output, archive))
-    print(ORIGINALS[name].licence)
-    return 0
-
-
 COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "evaluate": evaluate,
@@ -312,7 +297,6 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "compile": compile_ahead,
     "doctor": doctor,
     "data check": data_check,
-    "data get": data_get,
 }
 """Command -> function that returns the exit code. Keyword-only parameters are flags; `*settings` takes any setting of a
 run, `*overrides` those that may change for a trained model."""

@@ -1,4 +1,4 @@
-"""`esm-neuron data check` and `esm-neuron data get`, without a network."""
+"""`esm-neuron data check` and `examples/datasets/get.py`, without a network."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.datasets import download
 
 from esm_neuron import cli
-from esm_neuron.data import download
-from esm_neuron.data.download import ORIGINALS
 
 
 def write(path: Path) -> Path:
@@ -135,22 +134,22 @@ AMYLOID = "set,dist,y,dy,x\ntraining,1,-0.25,1,MKV\ntest,1,0.5,1,MK*\nvalidation
 @pytest.fixture
 def amyloid(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """The recipe, pinned to a small original; gives that original's members."""
-    (end,) = ORIGINALS["amyloid"].members
+    (end,) = download.ORIGINALS["amyloid"].members
     content = gzip.compress(AMYLOID.encode(), mtime=0)
     text = b"sequence\tscore\tsplit\nMKV\t-0.25\ttrain\nMKA\t1.50\tvalid\n"
     small = replace(
-        ORIGINALS["amyloid"],
+        download.ORIGINALS["amyloid"],
         members={end: hashlib.sha256(content).hexdigest()},
         sha256=hashlib.sha256(text).hexdigest(),
     )
-    monkeypatch.setattr(download, "ORIGINALS", {**ORIGINALS, "amyloid": small})
+    monkeypatch.setattr(download, "ORIGINALS", {**download.ORIGINALS, "amyloid": small})
     return {end: content}
 
 
 @pytest.mark.parametrize("pack", [sdist, wheel])
 def test_get_rebuilds_a_file_from_its_original(tmp_path: Path, amyloid: dict[str, bytes], pack) -> None:
     archive = pack(tmp_path / "x", amyloid)
-    assert cli.main(["data", "get", "amyloid", "--output", str(tmp_path), "--archive", str(archive)]) == 0
+    assert download.main(["amyloid", "--output", str(tmp_path), "--archive", str(archive)]) == 0
     text = gzip.decompress((tmp_path / "amyloid_dms.tsv.gz").read_bytes())
     assert text == b"sequence\tscore\tsplit\nMKV\t-0.25\ttrain\nMKA\t1.50\tvalid\n"
 
@@ -159,8 +158,8 @@ def test_get_refuses_another_original(
     tmp_path: Path, amyloid: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(archive: Path) -> str:
-        words = ["data", "get", "amyloid", "--output", str(tmp_path / "out"), "--archive", str(archive)]
-        assert cli.main(words) == 2
+        words = ["amyloid", "--output", str(tmp_path / "out"), "--archive", str(archive)]
+        assert download.main(words) == 2
         return capsys.readouterr().err
 
     (end,) = amyloid
@@ -173,7 +172,7 @@ def test_get_refuses_another_original(
 
 def test_get_names_the_command_where_pip_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
-    assert cli.main(["data", "get", "scl2205", "--output", str(tmp_path / "out")]) == 2
+    assert download.main(["scl2205", "--output", str(tmp_path / "out")]) == 2
     wanted = "`pip download --no-deps --no-binary=p-scldata p-scldata==2026.2.0` and give --archive FILE"
     assert wanted in capsys.readouterr().err
 

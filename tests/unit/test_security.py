@@ -20,13 +20,13 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from helpers.datasets import download
 from helpers.rows import read_rows
 
 from esm_neuron import cli
 from esm_neuron.config import DataConfig, ModelConfig, TrainConfig
 from esm_neuron.config.rules import check_values
 from esm_neuron.config.settings import parse
-from esm_neuron.data import download
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.redact import RedactingFormatter, redact
 
@@ -49,7 +49,7 @@ def calls(folder: str) -> Iterator[tuple[Path, str, dict[str, object]]]:
                 yield path, ast.unparse(node.func), words
 
 
-@pytest.mark.parametrize("folder", ["esm_neuron", "launchers", "benchmarks"])
+@pytest.mark.parametrize("folder", ["esm_neuron", "launchers", "benchmarks", "examples"])
 def test_nothing_that_is_read_can_run(folder: str) -> None:
     runs = {f"import {name}" for name in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")}
     runs |= {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pd.read_pickle"}

@@ -1,11 +1,14 @@
-"""The data sets of our docs, rebuilt from their public originals: Python packages of a pinned version and content.
+"""Rebuild the data sets of the docs from their public originals, Python packages of a pinned version and content:
 
-pip fetches a package, from wherever it is set up to; what is read from it must have the pinned sha256, and so must the
-text that is made of it. What cannot be computed from an original is carried in `originals/` (see docs/data.md).
+    python examples/datasets/get.py scl2205 [--output data] [--archive FILE]
+
+pip fetches the package. What is read from it, and the text that is made of it, must have the pinned sha256. What cannot
+be computed from an original is in `originals/` beside this file (see docs/data.md).
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gzip
 import hashlib
@@ -19,11 +22,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import IO
 
-from esm_neuron.errors import DataError
+from esm_neuron.errors import DataError, EsmNeuronError
 from esm_neuron.files import write_bytes
 
 MEMBER_LIMIT = 1 << 28
@@ -125,7 +127,7 @@ def _fetch(original: Original, folder: Path) -> Path:
     words = ["pip", "download", "--no-deps", *([f"--no-binary={original.package}"] if original.source else []), wanted]
     # a fixed list of words, our own pinned name and no shell
     command = [sys.executable, "-m", *words, "--dest", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     files = [path for path in folder.iterdir() if path.is_file()]
     if done.returncode or len(files) != 1:
         said = (done.stderr or done.stdout).strip().splitlines()
@@ -172,7 +174,7 @@ def _amyloid(members: Members) -> str:
 
 
 def _carried(name: str) -> bytes:
-    return (resources.files("esm_neuron.data") / "originals" / name).read_bytes()
+    return (Path(__file__).parent / "originals" / name).read_bytes()
 
 
 def _table(content: bytes, delimiter: str) -> list[dict[str, str]]:
@@ -224,3 +226,23 @@ ORIGINALS: Mapping[str, Original] = {
     ),
 }
 """Name -> how it is made."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Get one data set; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(ORIGINALS), help="which data set, see docs/data.md")
+    parser.add_argument("--output", type=Path, default=Path("data"), help="folder to write to; default: %(default)s")
+    parser.add_argument("--archive", type=Path, help="the package's wheel or .tar.gz where pip cannot fetch it")
+    args = parser.parse_args(argv)
+    try:
+        print(get(args.name, args.output, args.archive))
+    except EsmNeuronError as error:
+        sys.stderr.write(f"get.py: error: {error}\n")
+        return error.exit_code
+    print(ORIGINALS[args.name].licence)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
