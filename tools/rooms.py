@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "esm_neuron"
@@ -142,22 +143,22 @@ def picture(rooms: Rooms) -> str:
     tall = {room: TOP + LINE * len(lines) - (0 if lines else 8) for room, lines in text.items()}
     widths = [sum(BOX if stop in tall else STOP for stop in floor) + GAP * (len(floor) - 1) for floor in rooms.floors]
     width, y = max(widths) + 2 * GAP, float(GAP)
-    spots: dict[tuple[int, str], tuple[float, float, float]] = {}  # floor, stop -> middle, upper and lower edge
+    spots: dict[tuple[int, str], Spot] = {}  # of each stop on each floor
     for level, (floor, own) in enumerate(zip(rooms.floors, widths, strict=True)):
         x = (width - own) / 2
         deep = max(tall.get(stop, 0) for stop in floor)
         for stop in floor:
             wide = BOX if stop in tall else STOP
-            spots[level, stop] = (x + wide / 2, y, y + tall.get(stop, deep))
+            spots[level, stop] = Spot(x + wide / 2, y, y + tall.get(stop, deep), y + deep)
             x += wide + GAP
         y += deep + FLOOR
     parts = []
     for way in rooms.ways:
         first = len(rooms.floors) - 1 - rooms.height[way[0]]
         parts.append(arrow([spots[first + number, stop] for number, stop in enumerate(way)]))
-    for (_, room), (middle, top, _) in spots.items():
+    for (_, room), spot in spots.items():
         if room in tall:
-            parts += box(room, is_loose(rooms, room), middle - BOX / 2, top, tall[room], text[room])
+            parts += box(room, is_loose(rooms, room), spot.x - BOX / 2, spot.top, tall[room], text[room])
     y += GAP - FLOOR
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {y:g}" width="{width:g}" height="{y:g}">'
     tip = (
@@ -180,16 +181,28 @@ def box(room: str, loose: bool, x: float, top: float, tall: float, lines: list[s
     return [frame, name, *modules]
 
 
-def arrow(spots: list[tuple[float, float, float]]) -> str:
+class Spot(NamedTuple):
+    """Where an arrow meets a floor."""
+
+    x: float
+    top: float
+    """Upper edge of the box, or of the floor where the arrow only passes it."""
+    low: float
+    """Lower edge of the same."""
+    floor: float
+    """Lower edge of the floor's tallest box."""
+
+
+def arrow(spots: Sequence[Spot]) -> str:
     """Return a curve from the lower edge of the first box, past the stops between, to the upper edge of the last."""
-    x, _, y = spots[0]
-    steps = [f"M{x:g},{y:g}"]
-    for number, (end, top, low) in enumerate(spots[1:], 2):
-        last = number == len(spots)
-        under = top - 2 if last else top
-        half = (under - y) / 2
-        steps.append(f"C{x:g},{y + half:g} {end:g},{under - half:g} {end:g},{under:g}" + ("" if last else f" V{low:g}"))
-        x, y = end, low
+    steps = [f"M{spots[0].x:g},{spots[0].low:g} V{spots[0].floor:g}"]
+    for one, to in pairwise(spots):
+        last = to is spots[-1]
+        end = to.top - 2 if last else to.top
+        half = (end - one.floor) / 2
+        steps.append(f"C{one.x:g},{one.floor + half:g} {to.x:g},{end - half:g} {to.x:g},{end:g}")
+        if not last:
+            steps.append(f"V{to.floor:g}")
     return f'<path marker-end="url(#tip)" d="{" ".join(steps)}"/>'
 
 
