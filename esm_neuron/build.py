@@ -1,4 +1,4 @@
-"""From a configuration to a model ready to train or to answer, in one visible order."""
+"""Build a model from a configuration, ready to train or to predict, in one visible order."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
 
 
 def model_config(cfg: TrainConfig, task: Task, pretrained: EsmConfig) -> EsmConfig:
-    """The configuration of the task's model: the pretrained one's, with the run's dropout and longest sequence."""
+    """Return the configuration of the task's model: the pretrained one's with dropout and length of the run."""
     config = task.configure(pretrained, cfg.model)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = cfg.model.dropout
     config.max_position_embeddings = max(config.max_position_embeddings, cfg.data.max_residues + 2)

@@ -57,7 +57,7 @@ SETTINGS = (
     Setting(
         "XLA_PARAMETER_WRAPPING_THREADSHOLD",  # spelled so
         lambda cfg, nodes: "100000",
-        "A program with more inputs gets them as a tuple, and Neuron takes none; torch_xla's 3,200 are fewer than the "
+        "A graph with more inputs gets them as a tuple, which Neuron refuses; torch_xla's 3,200 are fewer than the "
         "update of all weights has.",
     ),
     Setting("NEURON_FUSE_SOFTMAX", lambda cfg, nodes: "1", "One kernel for the softmax of attention."),
@@ -123,7 +123,7 @@ def apply_settings(cfg: TrainConfig, nodes: bool, env: MutableMapping[str, str] 
 
 
 def cache_trouble(env: Mapping[str, str], mounts: Path = Path("/proc/mounts")) -> str | None:
-    """Why compiled programs cannot be kept where NEURON_COMPILE_CACHE_URL says, with the cure; None where they can."""
+    """Return why graphs cannot be kept where NEURON_COMPILE_CACHE_URL says, with the cure; None where they can."""
     url = env.get(CACHE)
     if url is None:
         return None
@@ -141,7 +141,7 @@ def cache_trouble(env: Mapping[str, str], mounts: Path = Path("/proc/mounts")) -
 
 
 def file_system(folder: Path, mounts: Path) -> str:
-    """Kind of the file system that `folder` is, or would be, on; "" where the system does not say."""
+    """Return the kind of the file system that `folder` is, or would be, on; "" where the system does not say."""
     if not mounts.is_file():
         return ""
     rows = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
@@ -159,7 +159,7 @@ def check_packages() -> None:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package, None where there is none."""
+    """Return the version of an installed package, None where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -167,5 +167,5 @@ def installed_version(package: str) -> str | None:
 
 
 def neuron_cores(devices: Path = Path("/dev")) -> int:
-    """NeuronCores of this node."""
+    """Count the NeuronCores of this node."""
     return CORES_A_DEVICE * sum(1 for device in devices.glob("neuron*") if device.name[6:].isdigit())

@@ -12,7 +12,7 @@ from esm_neuron.models.tensor_parallel import padded_heads
 NEURON_CORES = {"trn1.2xlarge": 2, "trn1.32xlarge": 32}
 """NeuronCores of an instance."""
 NEURON_WORKERS = {2: (1, 2), 32: (1, 2, 8, 32)}
-"""Cores of an instance -> processes a node that its runtime can form collectives over (Neuron documentation)."""
+"""Cores of an instance -> processes per node that its runtime can form collectives over (Neuron documentation)."""
 NEURON_TP = {2: (1, 2), 32: (1, 2, 4, 8, 32)}
 """Cores of an instance -> tensor-parallel degrees that lie well on its links (NxD developer guide)."""
 
@@ -54,7 +54,7 @@ class Topology:
 
     @property
     def dp_rank(self) -> int:
-        """Which copy of the model this process belongs to; it reads the rows of this index."""
+        """Which copy of the model this process belongs to; it reads the packs of this index."""
         block, place = divmod(self.rank, self.tp * self.stride)
         return block * self.stride + place % self.stride
 
@@ -159,7 +159,7 @@ class Topology:
 
 
 def neuron_stride(tp: int, local_world: int) -> int:
-    """Distance between ranks of a TP group on trn1: 1, but at tp 4 a quarter of the node's processes.
+    """Return the distance between ranks of a TP group on trn1: 1, but at tp 4 a quarter of the node's processes.
 
     NxD's `initialize_model_parallel` does so to put the four on one ring of links: (0, 8, 16, 24) of 32.
     """
@@ -167,12 +167,12 @@ def neuron_stride(tp: int, local_world: int) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, ascending."""
+    """Return all divisors of a positive number, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def legal_tp(heads: int, intermediate: int, pad_heads: bool = False, most: int = 32) -> list[int]:
-    """Tensor-parallel degrees up to `most`, powers of two, that cut heads (padded if allowed) and intermediate size."""
+    """Return the powers of two up to `most` that cut heads (padded if allowed) and intermediate size evenly."""
     powers = [2**n for n in range(most.bit_length()) if 2**n <= most]
     return [
         tp for tp in powers

@@ -1,8 +1,8 @@
 """Attention over packs: rotary positions that restart at each segment, and segments that do not see each other.
 
-Three forms of the same sum. `segments` runs torch's fused attention once a segment and never touches padding or pairs
-across segments: for the CPU. `varlen` does so in one call, by CUDA's kernels for segments of any length. `masked` is
-one block-diagonal product of a static shape: for devices that compile.
+There are three forms of the same sum. `segments`, for the CPU, runs torch's fused attention once per segment and never
+touches padding or pairs across segments. `varlen`, for CUDA, does so in one call of a kernel for segments of any
+length. `masked`, for devices that compile, is one block-diagonal product of a static shape.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """A rotation's gradient is the rotation back: autograd's own would take three times the memory traffic."""
+    """A rotation, whose gradient is the rotation back: autograd's own would take three times the memory traffic."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Pack:
-    """What a forward pass knows of its rows; made once and shared by all blocks."""
+    """What a forward pass knows of its packs; made once and shared by all blocks."""
 
     membership: Tensor
     """float32 [R, S, L]: 1 where a token belongs to a segment."""
@@ -135,7 +135,7 @@ def mean_over(membership: Tensor, hidden: Tensor) -> Tensor:
 
 
 def masked_attention(segment_ids: Tensor) -> Attention:
-    """One product a row with everything outside a token's own segment masked away; static shapes."""
+    """Return one product per pack, with everything outside a token's own segment masked away; static shapes."""
     ids = segment_ids.int()
     same = ids.unsqueeze(1).unsqueeze(-1) == ids.unsqueeze(1).unsqueeze(-2)
     bias = torch.where(same, 0.0, APART)
@@ -151,14 +151,14 @@ def _attend_masked(bias: Tensor, query: Tensor, key: Tensor, value: Tensor, drop
 
 
 def segment_attention(segment_ids: Tensor) -> Attention:
-    """torch's fused attention, segment by segment; reads the segment bounds on the host once a pass."""
+    """Return torch's fused attention, segment by segment; reads the segment bounds on the host once per pass."""
     sizes, real = _runs(segment_ids)
-    # padding alone attends to itself: every weight then has a gradient, of zeros, and FSDP sums those that ranks have
+    # A batch of padding alone attends to itself: every weight then has a gradient, of zeros, which FSDP must sum.
     return partial(_attend_segments, sizes, real if any(real) else [True] * len(real))
 
 
 def _runs(segment_ids: Tensor) -> tuple[list[int], list[bool]]:
-    """Of each run of equal ids in the rows, one after the other: its tokens, and whether it is a segment."""
+    """Return the tokens of each run of equal ids, one pack after the other, and whether the run is a segment."""
     flat = segment_ids.cpu()
     starts = torch.ones_like(flat, dtype=torch.bool)
     starts[:, 1:] = flat[:, 1:] != flat[:, :-1]
@@ -184,10 +184,10 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Te
 
 
 def varlen_attention(segment_ids: Tensor) -> Attention:
-    """torch's attention over sequences of unlike lengths (nested tensors), all segments in one kernel.
+    """Return torch's attention over sequences of unlike lengths (nested tensors), all segments in one kernel.
 
     On CUDA this is FlashAttention-2's variable-length form for 16-bit numbers, and the memory-efficient kernel for
-    float32; padding attends to itself. The bounds are read on the host once a pass.
+    float32; padding attends to itself. The bounds are read on the host once per pass.
     """
     sizes, _ = _runs(segment_ids)
     offsets = torch.tensor([0, *sizes], device="cpu").cumsum(0).to(segment_ids.device)

@@ -1,4 +1,4 @@
-"""Pickled checkpoints (`pytorch_model*.bin`) to sharded safetensors, once; what a pickle asks to run never runs."""
+"""Convert pickled checkpoints (`pytorch_model*.bin`) to sharded safetensors; code in a pickle is never run."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def convert(source: Path, target: Path, max_shard_bytes: int = SHARD_BYTES) -> C
 
 
 def _pickles(source: Path) -> dict[str, set[str] | None]:
-    """File -> the keys that the index says it has; None where there is no index."""
+    """Return each file with the keys that the index says it has; None where there is no index."""
     if (source / PICKLE_INDEX).is_file():
         return {file: set(keys) for file, keys in read_index(source / PICKLE_INDEX, ".bin").items()}
     if (source / PICKLE).is_file():
@@ -81,7 +81,7 @@ def _pickles(source: Path) -> dict[str, set[str] | None]:
 
 
 def _tensors(source: Path, files: dict[str, set[str] | None]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of every file, one file mapped at a time; that all files are there is known before the first."""
+    """Yield every tensor of every file, one file mapped at a time; all files are known to be there before the first."""
     absent = [file for file in files if not (source / file).is_file()]
     if absent:
         raise CheckpointError(f"{source / absent[0]} is missing, as its index lists it; fetch the checkpoint again")
@@ -93,7 +93,7 @@ def _tensors(source: Path, files: dict[str, set[str] | None]) -> Iterator[tuple[
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a torch file, mapped where its format allows. Code in the file is refused, never run.
+    """Read the tensors of a torch file, mapped where its format allows. Code in the file is refused, never run.
 
     Raises:
         CheckpointError: the file is damaged, or holds anything but a flat mapping of names to tensors.

@@ -1,4 +1,4 @@
-"""ESM-2 as transformers has it, with the few classes swapped that packs and compilers need, and the order of building.
+"""ESM-2 as transformers has it, with the few classes swapped that packs and compilers need.
 
 Swapped: the embeddings (transformers 4.57.6 takes the token-dropout ratio over the padded length; here it is each
 sequence's own), the rotary tables (float32, made once), attention (over packs) and the activation (one fused kernel of
@@ -95,13 +95,13 @@ class PackedEsmModel(EsmModel):
         max_segments: int = 1,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Pack]:
-        """Encode rows.
+        """Encode packs.
 
         Args:
             input_ids: int64 [R, L].
-            segment_ids: int64 [R, L]; None for one sequence a row, as a tokenizer pads them.
+            segment_ids: int64 [R, L]; None for one sequence per pack, as a tokenizer pads them.
             positions: int64 [R, L], from 0 within each segment.
-            max_segments: S, the most segments in a row.
+            max_segments: S, the most segments in a pack.
             attention_mask: [R, L], 1 for tokens and 0 for padding; read only where `segment_ids` is None.
 
         Returns:
@@ -116,7 +116,7 @@ class PackedEsmModel(EsmModel):
 
 
 def one_segment(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`segment_ids` and `positions`, int64 [R, L], of rows with a single sequence each."""
+    """Return `segment_ids` and `positions`, int64 [R, L], of packs with a single sequence each."""
     used = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     return used - 1, positions * used
@@ -153,22 +153,22 @@ def set_attention(encoder: PackedEsmModel, max_positions: int, attention: str) -
 class PooledEsmConfig(EsmConfig):
     """Configuration of a classifier whose pooling transformers does not have.
 
-    Its own model type, so that plain transformers refuses it instead of answering from the <cls> token. A regression
-    has it too: transformers would leave its answers standardised.
+    It has its own model type, so that plain transformers refuses it instead of predicting from the <cls> token. A
+    regression has it too: transformers would leave its predictions standardized.
     """
 
     model_type = "esm_neuron"
 
 
 def head_name(config: EsmConfig) -> str:
-    """Attribute of the head; transformers' own name only where transformers would compute the same."""
+    """Return the attribute of the head: transformers' own name only where transformers would compute the same."""
     if config.problem_type == "regression":
         return f"{config.pooling}_regressor"
     return "classifier" if config.pooling == "cls" else f"{config.pooling}_classifier"
 
 
 def head_names(config: EsmConfig) -> tuple[str, ...]:
-    """Attributes of everything that is new above the encoder."""
+    """Return the attributes of everything that is new above the encoder."""
     return (head_name(config), *(("attention_pooling",) if config.pooling == "attention" else ()))
 
 
@@ -189,9 +189,9 @@ class AttentionPooling(nn.Module):
 
 
 class PackedForSequenceClassification(EsmPreTrainedModel):
-    """One answer a segment: the encoder, a pooling, and transformers' classification head.
+    """One prediction per segment: the encoder, a pooling, and transformers' classification head.
 
-    A regression's answers are brought to the values' own unit: x `target_sd` + `target_mean` of its configuration.
+    A regression's predictions are brought to the values' own unit: x `target_sd` + `target_mean` of its configuration.
     """
 
     def __init__(self, config: EsmConfig) -> None:
@@ -236,7 +236,7 @@ class PackedEncoder(EsmPreTrainedModel):
 
 
 class PackedForMaskedLM(EsmForMaskedLM):
-    """One distribution over the 33 tokens a position."""
+    """One distribution over the 33 tokens per position."""
 
     def __init__(self, config: EsmConfig) -> None:
         super().__init__(config)
@@ -249,7 +249,7 @@ class PackedForMaskedLM(EsmForMaskedLM):
 
 
 class PackedForTokenClassification(EsmForTokenClassification):
-    """One answer a token, by transformers' own head."""
+    """One prediction per token, by transformers' own head."""
 
     def __init__(self, config: EsmConfig) -> None:
         super().__init__(config)
@@ -266,12 +266,12 @@ AutoModelForSequenceClassification.register(PooledEsmConfig, PackedForPooledClas
 
 
 def encoder_of(model: nn.Module) -> PackedEsmModel:
-    """The one encoder within a task's model, whatever wraps it."""
+    """Return the one encoder within a task's model, whatever wraps it."""
     return next(module for module in model.modules() if isinstance(module, PackedEsmModel))
 
 
 def parameter_count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a weight of 4 bits counts as many as it stands for."""
+    """Return (trainable, all) parameters; a weight of 4 bits counts as many as it stands for."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     linears = (m for m in model.modules() if isinstance(m, nn.Linear))
     packed = sum(m.in_features * m.out_features - m.weight.numel() for m in linears)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import EsmConfig
 
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import new_folder, read_json, sha256
@@ -128,7 +127,7 @@ def _no_weights(path: Path) -> str:
 
 
 def open_safetensors(path: Path) -> Any:
-    """The mapped file. Raises CheckpointError where it is missing, truncated or no safetensors file."""
+    """Map the file. Raises CheckpointError where it is missing, truncated or no safetensors file."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; fetch or convert the checkpoint again")
     try:
@@ -140,7 +139,7 @@ def open_safetensors(path: Path) -> Any:
 
 
 def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
-    """File -> keys that it should hold, from a Hugging Face index.
+    """Read a Hugging Face index: file -> keys that it should hold.
 
     Raises:
         CheckpointError: not such an index, or a file name that is not a plain name ending in `suffix`: an index from
@@ -172,25 +171,9 @@ def check_keys(path: Path, found: set[str], listed: set[str]) -> None:
         )
 
 
-def write_safetensors_folder(
-    state: Iterable[tuple[str, torch.Tensor]], config: EsmConfig, folder: Path, max_shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write a Hugging Face model folder: config.json and model.safetensors, or shards and their index.
-
-    `state` may be a generator: at most one shard of tensors is held. The folder appears complete or not at all.
-
-    Raises:
-        ConfigError: `folder` is there already.
-        CheckpointError: it cannot be written.
-    """
-    with fresh_folder(folder) as aside:
-        write_shards(state, aside, max_shard_bytes)
-        config.to_json_file(aside / "config.json")
-
-
 @contextmanager
 def fresh_folder(target: Path) -> Iterator[Path]:
-    """A folder aside to write to, which becomes `target` on leaving, its files safely on disk, or vanishes on an error.
+    """Make a folder aside to write to; on leaving it becomes `target`, its files safely on disk, or it is removed.
 
     Raises:
         ConfigError: `target` exists and is not an empty folder.
@@ -257,13 +240,13 @@ def _name_parts(shards: list[list[str]], folder: Path, total: int) -> None:
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
-    """The first names and how many more there are: "a, b, c and 12 more"; "none" for none."""
+    """Return the first names and how many more there are: "a, b, c and 12 more"; "none" for none."""
     ordered = sorted(names)
     shown, rest = ", ".join(ordered[:most]) or "none", len(ordered) - most
     return shown if rest <= 0 else f"{shown} and {rest} more"
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind where it has none."""
+    """Return the first line of an error's text, or its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .") if lines else type(error).__name__

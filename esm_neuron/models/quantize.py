@@ -1,7 +1,7 @@
 """Frozen linears kept in 4 or 8 bits: QLoRA (arXiv:2305.14314) and 8-bit LoRA (weights as in arXiv:2208.07339).
 
 bitsandbytes quantizes and restores, on CUDA and on the CPU; its own linears are not used. Its 4-bit one repacks the
-weights for good on a CPU with AVX512-BF16 as soon as the model answers, after which gradients no longer flow; its 8-bit
+weights for good on a CPU with AVX512-BF16 as soon as it predicts, after which gradients no longer flow; its 8-bit
 one rounds activations too, and differently in training and in evaluation. Here a weight is made whole for each product,
 forward and backward, and what is kept never changes.
 """

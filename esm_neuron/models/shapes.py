@@ -98,7 +98,7 @@ SHAPES: dict[str, EsmShape] = {
 
 
 def known_shape(model: str) -> EsmShape | None:
-    """The shape of `model.name`: a name here, the hub id of a released ESM-2 or a local folder; None for any other.
+    """Return the shape of a model: a name here, the hub id of a released ESM-2 or a local folder; None for any other.
 
     Raises:
         ConfigError: the folder's config.json cannot be read.
@@ -120,7 +120,7 @@ def known_shape(model: str) -> EsmShape | None:
 
 
 def esm_config(shape: EsmShape) -> EsmConfig:
-    """The configuration that the hub's ESM-2 of this shape has in its config.json."""
+    """Return the configuration that the hub's ESM-2 of this shape has in its config.json."""
     from transformers import EsmConfig
 
     return EsmConfig(

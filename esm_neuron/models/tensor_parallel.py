@@ -1,4 +1,7 @@
-"""How each linear of an ESM block is cut over tensor-parallel ranks: one table, read by NxD and by torch_xla SPMD."""
+"""How each linear of an ESM block is cut over tensor-parallel ranks: one table, read by NxD and by torch_xla SPMD.
+
+From the table follows what one rank holds of each parameter (`shard_of`), and how the parts are joined (`join`).
+"""
 
 from __future__ import annotations
 
@@ -27,30 +30,29 @@ PLAN: dict[str, Style] = {
 HEADED = frozenset({"attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"})
 """Linears whose cut dimension is attention heads times head width, so that head padding concerns them."""
 
+_DIM: dict[Style, dict[str, int]] = {
+    "column": {"weight": 0, "bias": 0, "lora_B": 0},
+    "row": {"weight": 1, "lora_A": 1},
+}
+"""Style -> parameter of the linear -> dimension that is cut; what is not here is replicated."""
+
 BLOCKS = "encoder.layer."
 """What stands before a block's number in Hugging Face's parameter names."""
 
+Index = tuple[slice, ...]
+"""One slice per dimension of the whole parameter: what `WeightSource.read` takes."""
+
 
 def in_block(module: str) -> str | None:
-    """Name within its block of a module: "esm.encoder.layer.3.output.dense" -> "output.dense"; None outside blocks."""
+    """Return a module's name in its block: "esm.encoder.layer.3.output.dense" -> "output.dense"; None outside."""
     _, found, rest = module.partition(BLOCKS)
     number, dot, name = rest.partition(".")
     return name if found and dot and number.isdigit() else None
 
 
-def style_of(module: str) -> Style | None:
-    """Style of the linear of this full module name; None where it is replicated."""
-    name = in_block(module)
-    return PLAN.get(name) if name is not None else None
-
-
 def padded_heads(heads: int, tp: int) -> int:
-    """Least number of heads, at least `heads`, that `tp` divides: 20 -> 24 at tp 8, 20 -> 32 at 16, 40 -> 64 at 32."""
+    """Return the least number of heads that `tp` divides: 20 -> 24 at tp 8, 20 -> 32 at 16, 40 -> 64 at 32."""
     return -(-heads // tp) * tp
-
-
-Index = tuple[slice, ...]
-"""One slice a dimension of the whole parameter: what `WeightSource.read` takes."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Shard:
     """Shape of the rank's part. Where `index` covers less, the rest, at the end, is zero heads."""
 
     def read(self, read: Callable[[Index], torch.Tensor]) -> torch.Tensor:
-        """The rank's part [`shape`], zero heads appended; `read` is not called where there is nothing but zeros."""
+        """Return the rank's part [`shape`], zero heads appended; `read` is not called where all of it is zeros."""
         real = tuple(cut.stop - cut.start for cut in self.index)
         if real == self.shape:
             return read(self.index)
@@ -86,7 +88,7 @@ class Shard:
 
 
 def cut_of(parameter: str, shape: Sequence[int], heads: int, tp: int) -> Cut:
-    """How `parameter` is cut.
+    """Return how `parameter` is cut.
 
     Args:
         parameter: its full name, with or without PEFT's wrapping: `...layer.0.attention.self.query.weight`,
@@ -111,7 +113,7 @@ def cut_of(parameter: str, shape: Sequence[int], heads: int, tp: int) -> Cut:
 
 
 def shard_of(parameter: str, shape: Sequence[int], heads: int, tp: int, tp_rank: int) -> Shard:
-    """The part of `parameter` that belongs to `tp_rank`; arguments as in `cut_of`."""
+    """Return the part of `parameter` that belongs to `tp_rank`; arguments as in `cut_of`."""
     cut = cut_of(parameter, shape, heads, tp)
     index, local = [slice(0, length) for length in shape], list(shape)
     if cut.dim is not None:
@@ -122,7 +124,7 @@ def shard_of(parameter: str, shape: Sequence[int], heads: int, tp: int, tp_rank:
 
 
 def whole_shape(parameter: str, local: Sequence[int], heads: int, tp: int) -> tuple[int, ...]:
-    """Shape of the whole parameter, zero heads left out, from that of one rank's part; the inverse of `shard_of`."""
+    """Return the shape of the whole parameter, without zero heads, from that of one rank's part."""
     linear, style, leaf = _parse(parameter)
     dim = None if style is None else _DIM[style].get(leaf)
     shape = list(local)
@@ -134,7 +136,7 @@ def whole_shape(parameter: str, local: Sequence[int], heads: int, tp: int) -> tu
 
 
 def join(parameter: str, parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
-    """The whole parameter from the parts of all ranks of one tensor-parallel group, in order, zero heads stripped.
+    """Join the parts of all ranks of one tensor-parallel group, in order, and strip zero heads.
 
     A parameter that is not cut is taken from the first rank.
     """
@@ -143,15 +145,8 @@ def join(parameter: str, parts: Sequence[torch.Tensor], heads: int) -> torch.Ten
     return parts[0] if dim is None else torch.cat(list(parts), dim).narrow(dim, 0, shape[dim])
 
 
-_DIM: dict[Style, dict[str, int]] = {
-    "column": {"weight": 0, "bias": 0, "lora_B": 0},
-    "row": {"weight": 1, "lora_A": 1},
-}
-"""Style -> parameter of the linear -> dimension that is cut; what is not here is replicated."""
-
-
 def _parse(parameter: str) -> tuple[str, Style | None, str]:
-    """`...layer.0.output.dense.lora_A.default.weight` -> ("output.dense", "row", "lora_A")."""
+    """Split a name: `...layer.0.output.dense.lora_A.default.weight` -> ("output.dense", "row", "lora_A")."""
     name = in_block(parameter) or ""
     for linear, style in PLAN.items():
         if name.startswith(linear + "."):

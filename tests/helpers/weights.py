@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -10,12 +10,21 @@ import torch
 from transformers import EsmConfig, EsmForMaskedLM
 
 from esm_neuron.errors import EsmNeuronError
-from esm_neuron.models.hf_folder import write_safetensors_folder
+from esm_neuron.models.hf_folder import SHARD_BYTES, fresh_folder, write_shards
 from esm_neuron.models.shapes import SHAPES, esm_config
 
 QUERY = "esm.encoder.layer.0.attention.self.query.weight"
 WORDS = "esm.embeddings.word_embeddings.weight"
 DECODER = "lm_head.decoder.weight"
+
+
+def write_safetensors_folder(
+    state: Iterable[tuple[str, torch.Tensor]], config: EsmConfig, folder: Path, max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a Hugging Face model folder: config.json and the weights, in shards of at most `max_shard_bytes`."""
+    with fresh_folder(folder) as aside:
+        write_shards(state, aside, max_shard_bytes)
+        config.to_json_file(aside / "config.json")
 
 
 def nothing_new(_: str) -> bool:

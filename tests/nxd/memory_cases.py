@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from esm_neuron.backends.neuron import NeuronBackend
 from esm_neuron.build import build_model
 from esm_neuron.config import ModelConfig
-from esm_neuron.models.hf_folder import write_safetensors_folder
+from esm_neuron.models.hf_folder import fresh_folder, write_shards
 from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import open_weights
 from esm_neuron.tasks import create_task
@@ -26,7 +26,9 @@ def write_650m(output: str) -> None:
     """A checkpoint of the 650M shape with cheap weights, in shards as the hub's."""
     config, source = open_weights(ModelConfig(name="esm2_t33_650M", init="random"), 0)
     state = ((key, torch.full(source.shape(key), 0.01)) for key in sorted(source.keys()))
-    write_safetensors_folder(state, config, Path(output) / "model", max_shard_bytes=500_000_000)
+    with fresh_folder(Path(output) / "model") as aside:
+        write_shards(state, aside, 500_000_000)
+        config.to_json_file(aside / "config.json")
     dist.destroy_process_group()
 
 

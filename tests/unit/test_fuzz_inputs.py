@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import fuzzing
 from helpers.fuzzing import SEEDS, Refusal, fuzz, mutate, refused, stored
+from helpers.weights import write_safetensors_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EsmForMaskedLM
@@ -33,7 +34,6 @@ from esm_neuron.inference.variants import (
     mutated,
     parse_variant,
 )
-from esm_neuron.models.hf_folder import write_safetensors_folder
 from esm_neuron.models.shapes import SHAPES, esm_config
 from esm_neuron.models.weights import Draw, load_into, open_weights
 from esm_neuron.training import checkpoint

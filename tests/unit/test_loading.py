@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import weights as small_weights
-from helpers.weights import DECODER, QUERY, WORDS, nothing_new, on_meta, one_line_of, state_of, tiny
+from helpers.weights import (
+    DECODER,
+    QUERY,
+    WORDS,
+    nothing_new,
+    on_meta,
+    one_line_of,
+    state_of,
+    tiny,
+    write_safetensors_folder,
+)
 from transformers import EsmConfig, EsmForMaskedLM, EsmForSequenceClassification, EsmModel
 
 from esm_neuron.errors import CheckpointError
-from esm_neuron.models.hf_folder import SafetensorsFolder, write_safetensors_folder
+from esm_neuron.models.hf_folder import SafetensorsFolder
 from esm_neuron.models.tensor_parallel import join, shard_of
 from esm_neuron.models.weights import Draw, RandomWeights, load_into
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import esm as fair_esm
 import pytest
 import torch
+from helpers.weights import write_safetensors_folder
 
 from esm_neuron.models.esm2 import PackedForMaskedLM, set_attention
-from esm_neuron.models.hf_folder import SafetensorsFolder, write_safetensors_folder
+from esm_neuron.models.hf_folder import SafetensorsFolder
 from esm_neuron.models.shapes import EsmShape, esm_config
 from esm_neuron.models.weights import Draw, load_into, read_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from esm_neuron.models.tensor_parallel import HEADED, PLAN, in_block, padded_heads, style_of
+from esm_neuron.models.tensor_parallel import HEADED, PLAN, in_block, padded_heads
 
 
 def test_the_table_names_every_linear_of_a_block() -> None:
@@ -23,8 +23,8 @@ def test_the_table_names_every_linear_of_a_block() -> None:
     linears = {name for name, module in EsmForMaskedLM(config).named_modules() if isinstance(module, nn.Linear)}
     planned = {f"esm.encoder.layer.{block}.{name}" for block in range(2) for name in PLAN}
     assert {name for name in linears if in_block(name)} == planned
-    assert all(style_of(name) for name in planned)
-    assert not any(style_of(name) for name in linears - planned)
+    assert all(in_block(name) in PLAN for name in planned)
+    assert not any(in_block(name) in PLAN for name in linears - planned)
     assert HEADED < set(PLAN)
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import weights as small_weights
-from helpers.weights import QUERY, WORDS, nothing_new, on_meta, one_line_of, state_of, tiny
+from helpers.weights import QUERY, WORDS, nothing_new, on_meta, one_line_of, state_of, tiny, write_safetensors_folder
 from safetensors.torch import load_file, save_file
 from transformers import EsmForMaskedLM, EsmModel
 
 from esm_neuron.config import ModelConfig
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.models.hf_folder import SafetensorsFolder, write_safetensors_folder
+from esm_neuron.models.hf_folder import SafetensorsFolder
 from esm_neuron.models.shapes import SHAPES, EsmShape, esm_config
 from esm_neuron.models.weights import Draw, RandomWeights, load_into, open_weights, read_config
 
