@@ -24,7 +24,7 @@ from esm_neuron.models.shapes import EsmShape, known_shape
 from esm_neuron.planning.memory import Memory, predict_memory
 from esm_neuron.planning.memory import render as render_memory
 
-SET_UP = 2
+SET_UP = 1
 """Graphs that make the gradient buffers and the optimizer's state on XLA:CPU (torch_xla 2.8.1)."""
 
 

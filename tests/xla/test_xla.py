@@ -78,7 +78,7 @@ def test_variants_are_scored_as_on_the_cpu_by_one_program(said: dict[str, Any]) 
 
 
 ONCE = {"first pass", "first update", "first evaluation"}
-SET_UP = 2
+SET_UP = 1
 """Most programs before the first step: the gradient buffers and the optimizer's state."""
 NEW = {
     "lora": ONCE,
