@@ -63,7 +63,8 @@ def write_proteins(folder: Path, proteins: int) -> None:
 def read(path: Path, checkout: Path) -> dict[str, Any]:
     """What one process needed to read a file with the code of a checkout."""
     env = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", READ, str(path)], env=env, stdout=subprocess.PIPE, check=True)
+    command = [sys.executable, "-c", READ, str(path)]  # which looks for modules in the working folder first
+    done = subprocess.run(command, cwd=checkout, env=env, stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

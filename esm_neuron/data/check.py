@@ -15,7 +15,7 @@ from esm_neuron.data.labels import Labels, flatten
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validation import Checker, text_hashes
+from esm_neuron.data.validation import Checker, conflicting, text_hashes
 
 SHOWN = 20
 """Labels that the text names."""
@@ -123,7 +123,8 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
         flat, offsets = encode_many(columns["sequence"])
         tokens.append(flat)
         lengths.append(np.diff(offsets))
-    table = _table(np.concatenate(tokens), np.concatenate(lengths))
+    bounds = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    table = ExampleTable.of(np.concatenate(tokens), bounds)
     sequences, residues = np.concatenate(hashes), table.lengths - 2
     letters = np.bincount(table.tokens, minlength=len(VOCABULARY))[4:]
     order = [i for i in np.argsort(-letters, kind="stable") if letters[i]]
@@ -134,7 +135,7 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
         lengths={name: int(value) for name, value in _quartiles(residues).items()},
         alphabet={VOCABULARY[4 + i]: int(letters[i]) for i in order},
         repeated=len(sequences) - len(np.unique(sequences)),
-        conflicting=_conflicting(sequences, np.concatenate(label_hashes)) if labels is not None else 0,
+        conflicting=conflicting(sequences, sequences, np.concatenate(label_hashes)) if labels is not None else 0,
         labels=None if labels is None or labels.numeric else dict(names.most_common()),
         values=_quartiles(np.concatenate(values)) if any(map(len, values)) else None,
         splits=dict(Counter(splits).most_common()) if cfg.split_column is not None else None,
@@ -147,19 +148,6 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
 def _quartiles(values: np.ndarray) -> dict[str, float]:
     found = np.percentile(values, [0, 25, 50, 75, 100])
     return dict(zip(("min", "q1", "median", "q3", "max"), map(float, found), strict=True))
-
-
-def _table(tokens: np.ndarray, lengths: np.ndarray) -> ExampleTable:
-    n = len(lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return ExampleTable(tokens, offsets, np.arange(n), np.ones(n, np.float32), np.empty(0), [str(i) for i in range(n)])
-
-
-def _conflicting(sequences: np.ndarray, labels: np.ndarray) -> int:
-    """Rows whose sequence has more than one label, by the hashes of both."""
-    pairs = np.unique(np.stack([sequences, labels], axis=1), axis=0)
-    different, times = np.unique(pairs[:, 0], return_counts=True)
-    return int(np.isin(sequences, different[times > 1]).sum())
 
 
 def _leaks(

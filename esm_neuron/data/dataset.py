@@ -48,6 +48,13 @@ class ExampleTable:
     residues: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     """int32 [records]: residues of the record's sequence before it was cut. Empty: as `starts`."""
 
+    @classmethod
+    def of(cls, tokens: np.ndarray, offsets: np.ndarray, ids: Sequence[str] | None = None) -> ExampleTable:
+        """Return whole proteins without labels, named by their number where `ids` gives no names."""
+        n = len(offsets) - 1
+        names = [str(number) for number in range(n)] if ids is None else ids
+        return cls(tokens, offsets, np.arange(n), np.ones(n, np.float32), np.empty(0), names)
+
     @property
     def lengths(self) -> np.ndarray:
         """int64 [examples]: tokens of each example, specials included."""

@@ -5,27 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.data.cache import TableWriter, cached, content_hash, content_key, open_table
 from esm_neuron.data.dataset import CUTS, ExampleTable, chunk_table
-from esm_neuron.data.homology import MOST, clusters
-from esm_neuron.data.intake import SPLITS, Part, data_files, passes, read_parts
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.records import LIST_JOINER
-from esm_neuron.data.sources import CHUNK_ROWS, read_chunks
-from esm_neuron.data.tokenizer import VOCABULARY, encode_many
-from esm_neuron.data.validation import Checker, Problems, Rejected, Report, text_hashes
-from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.data.records import LIST_JOINER, row_unit
+from esm_neuron.data.sampling import families, sample_clusters, sample_rows
+from esm_neuron.data.sources import CHUNK_ROWS, filter_column, make_rows, read_chunks
+from esm_neuron.data.tokenizer import VOCABULARY
+from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
+from esm_neuron.errors import DataError
 
-_SAMPLING = 2**63
-"""Keeps the random numbers of the sampling apart from others drawn from the same seed."""
-_CACHE_VERSION = 4
+SPLITS = ("train", "valid", "test")
+_SHOWN = 10
+"""Values of a column that an error shows."""
+_CACHE_VERSION = 5
 """Of what `_save` writes: another number makes every cached folder anew."""
 _UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", *SPLITS}
 _UNCACHED_TASK = {
@@ -33,8 +35,6 @@ _UNCACHED_TASK = {
 }  # fmt: skip
 """Settings that change nothing in the tables; of the files, the content is what counts."""
 _META = "splits.json"
-_ROWS = {"valid": "validation", "test": "test"}
-"""Split -> what errors call its rows."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,7 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
     parts, reports, rejected = read_parts(cfg.data, labels, folder)
     if labels is not None:
         labels.learn_classes(parts["train"].chunks(["label"]), parts["train"].source)
-    sampled: dict[str, tuple[str, ...]] = {}
-    fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
-    wanted = {name: fraction for name, fraction in fractions.items() if name not in parts and fraction > 0}
-    families = _families(parts["train"], cfg.data) if wanted and cfg.data.sample == "clusters" else None
-    for name, fraction in wanted.items():
-        if families is None:
-            chosen = _sample(parts["train"], labels, cfg, name, fraction)
-        else:
-            chosen = _sample_families(parts["train"], labels, families, cfg, name, fraction)
-            families = families[~chosen]
-        parts |= {"train": parts["train"].take(~chosen), name: parts["train"].take(chosen)}
-        sampled[name] = tuple(parts[name].column("id"))
+    sampled = _sample(parts, labels, cfg)
     tables: dict[str, ExampleTable] = {}
     shared = _shared(parts, labels)
     for name in (split for split in SPLITS if split in parts):
@@ -130,6 +119,256 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
         sampled=sampled,
         rejected=tuple(rejected),
         task=cfg.task,
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows on their way to a split, and the file they are from."""
+
+    rows: pa.Table
+    """The kept rows of the whole file."""
+    source: str
+    mask: np.ndarray
+    """bool [rows]: which of them are the part's."""
+
+    def __len__(self) -> int:
+        return int(self.mask.sum())
+
+    def chunks(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The part's rows, in order, those of CHUNK_ROWS rows of the file at a time; all columns or those named."""
+        rows = self.rows if columns is None else self.rows.select(list(columns))
+        for start in range(0, len(rows), CHUNK_ROWS):
+            mask = self.mask[start : start + CHUNK_ROWS]
+            if mask.any():
+                yield rows.slice(start, CHUNK_ROWS).filter(pa.array(mask))
+
+    def column(self, name: str) -> list[str]:
+        """The values of one column."""
+        return [value for chunk in self.chunks([name]) for value in chunk[name].to_pylist()]
+
+    def take(self, chosen: np.ndarray) -> Part:
+        """The rows of the part where `chosen`, bool [rows of the part], holds."""
+        mask = self.mask.copy()
+        mask[mask] = chosen
+        return replace(self, mask=mask)
+
+
+class Spool:
+    """Where rows are put as they come: memory, or a file that is mapped when it is read.
+
+    Args:
+        path: the file to write; None: memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._tables: list[pa.Table] = []
+        self._writer: pa.RecordBatchFileWriter | None = None
+
+    def add(self, rows: pa.Table) -> None:
+        """Put rows behind those that are there; all have the same columns."""
+        if self._path is None:
+            self._tables.append(rows)
+            return
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(self._path, rows.schema)
+        self._writer.write_table(rows)
+
+    def table(self) -> pa.Table:
+        """All rows; nothing can be added after."""
+        if self._writer is not None:
+            self._writer.close()
+            return pa.ipc.open_file(pa.memory_map(str(self._path))).read_all()
+        return pa.concat_tables(self._tables) if self._tables else make_rows({"id": [], "sequence": [], "line": []})
+
+
+@dataclass
+class _File:
+    """One file while it is read: its kept rows and all that its errors and its report tell."""
+
+    split: str
+    source: str
+    cfg: DataConfig
+    """With the split column and the held-out filter only where they are this file's."""
+    spool: Spool
+    checker: Checker
+    labels: Labels | None
+    """Reads the labels; None: rows have none."""
+    rows: int = 0
+    filtered: int = 0
+    filtered_heldout: int = 0
+    named: set[str] = field(default_factory=set)
+    """Splits of the rows that pass `keep`."""
+    usable: set[str] = field(default_factory=set)
+    """Splits of the rows that pass `keep_heldout` as well."""
+    unknown: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Value of the split column that no split has -> how many rows, the first of them."""
+    values: dict[str, set[str]] = field(default_factory=dict)
+    """Filtered column -> its values."""
+
+    def read(self) -> None:
+        """Read, filter and check all rows; what is wrong with them is told by `finish`."""
+        joiner = LIST_JOINER if self.labels is None else self.labels.joiner
+        for rows in read_chunks(self.source, self.cfg, self.labels is not None, joiner):
+            self.rows += len(rows)
+            for source in {**self.cfg.keep, **self.cfg.keep_heldout}:
+                self.values.setdefault(source, set()).update(rows[filter_column(source)].unique().to_pylist())
+            kept = self._number_splits(rows.filter(pa.array(passes(rows, self.cfg.keep))))
+            split = kept["split"].to_numpy()
+            usable = split == 0
+            if not usable.all():
+                usable |= (split > 0) & passes(kept, self.cfg.keep_heldout)
+            self.named |= _names(split)
+            self.usable |= _names(split[usable])
+            self.filtered += len(rows) - len(kept)
+            self.filtered_heldout += int((~usable).sum())
+            clean = self.checker(kept.filter(pa.array(usable)))
+            if len(clean):
+                self.spool.add(clean if self.labels is None else self.labels.encode(clean, self.checker.problems))
+
+    def _number_splits(self, rows: pa.Table) -> pa.Table:
+        """Return the rows with a column `split`, int8: the place in SPLITS of each row's split, -1 for none."""
+        if self.cfg.split_column is None:
+            return rows.append_column("split", pa.array(np.full(len(rows), SPLITS.index(self.split), np.int8)))
+        names = pa.array(self.cfg.split_names, pa.large_string())
+        split = pc.fill_null(pc.index_in(rows["split"], value_set=names), -1).cast(pa.int8())
+        strange = rows.filter(pc.equal(split, -1))
+        for value, line in zip(strange["split"].to_pylist(), strange["line"].to_pylist(), strict=True):
+            count, first = self.unknown.get(value, (0, line))
+            self.unknown[value] = (count + 1, first)
+        return rows.set_column(rows.column_names.index("split"), "split", split)
+
+    def finish(self) -> tuple[dict[str, Part], Report]:
+        """The part of each split that has rows.
+
+        Raises:
+            DataError: a filter leaves nothing, a split is unknown, or rows cannot be used.
+        """
+        if self.filtered == self.rows:
+            raise DataError(f"{self.source}: data.keep leaves no rows; allow more values")
+        if self.unknown:
+            self._refuse_unknown()
+        _check_members(self.source, self.named, self.usable, "data.keep_heldout leaves", "allow more values")
+        report = self.checker.finish()
+        table = self.spool.table()
+        split = table["split"].to_numpy()
+        left = _names(split)
+        _check_members(self.source, self.named, left, "data.on_bad_residue=skip leaves", "correct their sequences")
+        parts = {name: Part(table, self.source, split == SPLITS.index(name)) for name in sorted(left)}
+        return parts, replace(report, rows=self.rows, filtered=self.filtered, filtered_heldout=self.filtered_heldout)
+
+    def _refuse_unknown(self) -> None:
+        unit = row_unit(self.source)
+        shown = ", ".join(
+            f"{quote(value)} ({count} rows, first in {unit} {first})"
+            for value, (count, first) in list(self.unknown.items())[:5]
+        )
+        raise DataError(
+            f"{self.source}: column {self.cfg.split_column!r} has {len(self.unknown)} values that are not in "
+            f"data.split_names={self.cfg.split_names}: {shown}; name the splits there, or filter the rows with "
+            "data.keep"
+        )
+
+
+def read_parts(
+    cfg: DataConfig, labels: Labels | None, folder: Path | None
+) -> tuple[dict[str, Part], list[Report], list[Rejected]]:
+    """The checked rows of each split that has any, a report a file, and the rows that were left out or changed.
+
+    Args:
+        cfg: files, columns and filters.
+        labels: replaces the text of each label by its codes; None: rows have no labels.
+        folder: where kept rows are put as files; None: they are kept in memory.
+
+    Raises:
+        DataError: a file or a row cannot be used; a filter value that no row has; a split without rows.
+        ConfigError: a split has two origins.
+    """
+    files = [_open(cfg, split, path, labels, folder) for split, path in data_files(cfg).items()]
+    for file in files:
+        file.read()
+    _check_filters(cfg, files)
+    parts: dict[str, Part] = {}
+    reports = []
+    for file in files:
+        own, report = file.finish()
+        reports.append(report)
+        for name, part in own.items():
+            require(name == file.split or name not in data_files(cfg), _twice(cfg, name))
+            parts[name] = part
+    if "train" not in parts:
+        raise DataError(
+            f"{cfg.train}: no row has {cfg.split_names[0]!r} in column {cfg.split_column!r} "
+            "(data.split_column); set data.split_names to the values for training, validation and test"
+        )
+    return parts, reports, [row for file in files for row in file.checker.rejected]
+
+
+def data_files(cfg: DataConfig) -> dict[str, str]:
+    """Split -> the file that the configuration names for it, where it names one."""
+    return {split: path for split, path in zip(SPLITS, (cfg.train, cfg.valid, cfg.test), strict=True) if path}
+
+
+def passes(rows: pa.Table, filters: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """bool [rows]: which rows have an allowed value in every column of the filter."""
+    mask = np.ones(len(rows), dtype=bool)
+    for source, allowed in filters.items():
+        keys = {_filter_key(value) for value in allowed}
+        column = rows[filter_column(source)]
+        wanted = [value for value in column.unique().to_pylist() if _filter_key(value) in keys]
+        mask &= pc.is_in(column, value_set=pa.array(wanted, pa.large_string())).to_numpy()
+    return mask
+
+
+def _open(data: DataConfig, split: str, path: str, labels: Labels | None, folder: Path | None) -> _File:
+    """A file to read; only the training file has a split column."""
+    own = data if split == "train" else replace(data, split_column=None)
+    sampled = (not data.valid and data.valid_fraction > 0) or data.test_fraction > 0
+    if split == "train" and data.split_column is None and not sampled:
+        own = replace(own, keep_heldout={})
+    spool = Spool(None if folder is None else folder / f"{split}.arrow")
+    return _File(split, path, own, spool, Checker(own, path), labels)
+
+
+def _names(split: np.ndarray) -> set[str]:
+    """Return the splits that some row is of."""
+    return {SPLITS[number] for number in np.unique(split) if number >= 0}
+
+
+def _filter_key(value: str) -> str:
+    """Values are compared as strings, but True, TRUE and true are one."""
+    return value.lower() if value.lower() in ("true", "false") else value
+
+
+def _check_filters(cfg: DataConfig, files: Sequence[_File]) -> None:
+    """Refuse a filter value that no row of any file has: it is a slip of the pen."""
+    for setting, filters in (("keep", cfg.keep), ("keep_heldout", cfg.keep_heldout)):
+        for source, allowed in filters.items():
+            having = [file for file in files if source in getattr(file.cfg, setting)]
+            if not having:  # no held-out rows at all: a file that should have the column was refused when it was read
+                continue
+            there = set().union(*(file.values[source] for file in having))
+            found = set(map(_filter_key, there))
+            missing = [value for value in allowed if _filter_key(value) not in found]
+            if missing or not allowed:
+                what = f"value {quote(missing[0])} matches no row" if missing else "the list of values is empty"
+                shown, where = ", ".join(map(quote, sorted(there)[:_SHOWN])), ", ".join(file.source for file in having)
+                raise DataError(
+                    f"{where}: data.{setting}, column {source!r}: {what}; use values that are there, such as {shown}"
+                )
+
+
+def _check_members(source: str, before: set[str], after: set[str], reason: str, cure: str) -> None:
+    """Refuse that a split which had rows has none now."""
+    for name in sorted(before - after):
+        raise DataError(f"{source}: {reason} no {name} rows; {cure}")
+
+
+def _twice(cfg: DataConfig, split: str) -> str:
+    return (
+        f"{split} rows come both from data.{split} and from data.split_column={cfg.split_column!r}; "
+        f"leave out data.{split}, or filter those rows with data.keep"
     )
 
 
@@ -238,91 +477,28 @@ class InputChunks:
         return writer.table()
 
 
-def _families(train: Part, cfg: DataConfig) -> np.ndarray:
-    """int64 [rows]: the cluster of homologs that each row is in, by whole sequences; see `homologs.clusters`."""
-    if cfg.homologs == "off":
-        raise ConfigError(
-            "data.sample=clusters with data.homologs=off: clusters are of homologs; use data.homologs=kmer or mmseqs"
-        )
-    require(
-        len(train) <= MOST,
-        f"data.sample=clusters: {len(train)} rows are more than {MOST}; cluster them beforehand and name the split of "
-        "each row in a column (data.split_column)",
-    )
-    tokens, offsets = encode_many(train.column("sequence"))
-    rows = np.arange(len(train))
-    table = ExampleTable(
-        tokens, offsets, rows, np.ones(len(rows), np.float32), np.empty(0), [str(row) for row in rows.tolist()]
-    )
-    return clusters(table, cfg.homologs)
-
-
-def _sample_families(
-    train: Part, labels: Labels | None, families: np.ndarray, cfg: TrainConfig, name: str, fraction: float
-) -> np.ndarray:
-    """bool [rows]: whole clusters drawn for a split by `seed`; every class keeps a row to train on.
-
-    Clusters come in random order; one is passed over where it would make more than the wanted rows, has a row that
-    `data.keep_heldout` leaves out, or has the last rows of a class.
-    """
-    rng, rows = _generator(cfg, name), len(train)
-    groups = _strata(train, labels)
-    members = np.split(np.argsort(families, kind="stable"), np.cumsum(np.bincount(families))[:-1])
-    left, allowed = np.bincount(groups), _allowed(train, cfg)
-    chosen, wanted = np.zeros(rows, dtype=bool), max(1, round(fraction * rows))
-    for family in rng.permutation(np.unique(families)):
-        own = members[family]
-        after = left - np.bincount(groups[own], minlength=len(left))
-        if len(own) <= wanted and allowed[own].all() and (after[groups[own]] > 0).all():
-            chosen[own], left, wanted = True, after, wanted - len(own)
-    if not chosen.any():
-        largest = int(np.bincount(families).max())
-        raise DataError(
-            f"{train.source}: no cluster of homologs can be held out for {_ROWS[name]} ({rows} training rows, "
-            f"{len(np.unique(families))} clusters, the largest of {largest} rows); use data.sample=rows, or give "
-            f"data.{name}"
-        )
-    return chosen
-
-
-def _generator(cfg: TrainConfig, name: str) -> np.random.Generator:
-    """The random numbers that sample a split."""
-    return np.random.default_rng([cfg.seed, _SAMPLING + SPLITS.index(name) - 1])
-
-
-def _strata(train: Part, labels: Labels | None) -> np.ndarray:
-    """int64 [rows]: the group of each row's label; one group where there are no labels."""
-    if labels is None:
-        return np.zeros(len(train), dtype=np.int64)
-    return labels.strata(pa.concat_tables(train.chunks(["label"])))
-
-
-def _allowed(train: Part, cfg: TrainConfig) -> np.ndarray:
-    """bool [rows]: which rows `data.keep_heldout` lets be held out."""
-    return np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
-
-
-def _sample(train: Part, labels: Labels | None, cfg: TrainConfig, name: str, fraction: float) -> np.ndarray:
-    """bool [rows]: rows drawn for a split by `seed`, each class with its share; every class keeps a row to train on.
-
-    Systematic sampling: rows in random order, sorted by class, one taken at every 1 / fraction.
-    """
-    rng, rows = _generator(cfg, name), len(train)
-    order = rng.permutation(rows)
-    groups = _strata(train, labels)[order]
-    order = order[np.argsort(groups, kind="stable")]
-    order = order[np.diff(np.sort(groups), prepend=-1) == 0]
-    order = order[_allowed(train, cfg)[order]]
-    number = min(len(order), max(1, round(fraction * rows)))
-    if number == 0:
-        raise DataError(
-            f"{train.source}: {rows} training rows are too few to sample {_ROWS[name]} rows from; "
-            f"give data.{name}, or data.{name}_fraction=0 for none"
-        )
-    chosen = np.zeros(rows, dtype=bool)
-    every = (np.arange(number) + rng.random()) * len(order) / number
-    chosen[order[every.astype(np.int64)]] = True
-    return chosen
+def _sample(parts: dict[str, Part], labels: Labels | None, cfg: TrainConfig) -> dict[str, tuple[str, ...]]:
+    """Take validation and test rows from the training rows where no file has any; return split -> ids of its rows."""
+    fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
+    wanted = {name: fraction for name, fraction in fractions.items() if name not in parts and fraction > 0}
+    by_cluster = cfg.data.sample == "clusters"
+    homologs = families(parts["train"].column("sequence"), cfg.data) if wanted and by_cluster else None
+    sampled: dict[str, tuple[str, ...]] = {}
+    for name, fraction in wanted.items():
+        train = parts["train"]
+        groups = np.zeros(len(train), dtype=np.int64)
+        if labels is not None:
+            groups = labels.strata(pa.concat_tables(train.chunks(["label"])))
+        allowed = np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
+        how: dict[str, Any] = {"seed": cfg.seed, "split": name, "source": train.source}
+        if homologs is None:
+            chosen = sample_rows(groups, allowed, fraction, **how)
+        else:
+            chosen = sample_clusters(homologs, groups, allowed, fraction, **how)
+            homologs = homologs[~chosen]
+        parts |= {"train": train.take(~chosen), name: train.take(chosen)}
+        sampled[name] = tuple(parts[name].column("id"))
+    return sampled
 
 
 def _table(part: Part, cfg: DataConfig, labels: Labels | None, stem: Path | None) -> tuple[ExampleTable, Report]:
@@ -347,16 +523,12 @@ def _shared(parts: Mapping[str, Part], labels: Labels | None) -> dict[str, dict[
     counts = {}
     for name, own in hashes.items():
         both = [own] if name == "train" else [own, train]
-        texts, answers = (np.concatenate([hashed[column] for hashed in both]) for column in ("sequence", "label"))
-        pairs = (
-            np.unique(np.stack([texts, answers], axis=1), axis=0) if len(answers) else np.empty((0, 2), dtype=np.uint64)
-        )
-        different, times = np.unique(pairs[:, 0], return_counts=True)
+        texts, says = (np.concatenate([hashed[column] for hashed in both]) for column in ("sequence", "label"))
         found = {"repeated": len(own["sequence"]) - len(np.unique(own["sequence"]))}
         if name != "train":
             found["in_train"] = int(np.isin(own["sequence"], train["sequence"]).sum())
             found["renamed"] = _renamed(own, train)
-        counts[name] = found | {"conflicting": int(np.isin(own["sequence"], different[times > 1]).sum())}
+        counts[name] = found | {"conflicting": conflicting(own["sequence"], texts, says) if len(says) else 0}
     return counts
 
 
@@ -384,6 +556,5 @@ def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> s
         digest.update(f"{name} {len(table)}".encode())
         for array in (table.tokens, table.offsets, table.record, table.weight, table.labels):
             digest.update(np.ascontiguousarray(array).data)
-        for record in table.ids:
-            digest.update(f"{len(record)} {record}".encode())
+        digest.update("".join(f"{len(record)} {record}" for record in table.ids).encode())
     return digest.hexdigest()

@@ -286,6 +286,13 @@ def text_hashes(texts: Sequence[str]) -> np.ndarray:
     return np.asarray(pd.util.hash_array(np.array(texts, dtype=object), categorize=False))
 
 
+def conflicting(own: np.ndarray, sequences: np.ndarray, labels: np.ndarray) -> int:
+    """Count the rows of `own` whose sequence has more than one label among `sequences` and `labels`; all are hashes."""
+    pairs = np.unique(np.stack([sequences, labels], axis=1), axis=0)
+    different, times = np.unique(pairs[:, 0], return_counts=True)
+    return int(np.isin(own, different[times > 1]).sum())
+
+
 def _bad_message(bad: BadResidues) -> str:
     more = f" and {bad.count - 1} more" if bad.count > 1 else ""
     what = f"{bad.character!r}{_SPECIAL.get(bad.character.upper(), '')}"

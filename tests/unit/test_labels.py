@@ -118,7 +118,7 @@ def test_a_label_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, fault:
 
 
 def test_faults_of_all_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esm_neuron.data.intake.CHUNK_ROWS", 2)
+    monkeypatch.setattr("esm_neuron.data.splits.CHUNK_ROWS", 2)
     rows = [("MK", text) for text in ("1", "high", "2", "low", "3", "none")]
     with pytest.raises(DataError, match=r"3 problems \(all listed\):\n.*'high'.*\n.*'low'.*\n.*column 'label' of 'p5'"):
         load(tmp_path, "regression", rows)

@@ -1,0 +1,112 @@
+"""Which training rows become validation or test rows, where neither a file nor a column says so."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from esm_neuron.config import DataConfig, require
+from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.homology import MOST, clusters
+from esm_neuron.data.tokenizer import encode_many
+from esm_neuron.errors import ConfigError, DataError
+
+_SAMPLING = 2**63
+"""Keeps the random numbers of the sampling apart from others drawn from the same seed."""
+_ROWS = {"valid": "validation", "test": "test"}
+"""Split -> what errors call its rows."""
+
+
+def families(sequences: list[str], cfg: DataConfig) -> np.ndarray:
+    """int64 [rows]: the cluster of homologs that each row is in, by whole sequences; see `homology.clusters`."""
+    if cfg.homologs == "off":
+        raise ConfigError(
+            "data.sample=clusters with data.homologs=off: clusters are of homologs; use data.homologs=kmer or mmseqs"
+        )
+    require(
+        len(sequences) <= MOST,
+        f"data.sample=clusters: {len(sequences)} rows are more than {MOST}; cluster them beforehand and name the split "
+        "of each row in a column (data.split_column)",
+    )
+    return clusters(ExampleTable.of(*encode_many(sequences)), cfg.homologs)
+
+
+def sample_rows(
+    groups: np.ndarray, allowed: np.ndarray, fraction: float, *, seed: int, split: str, source: str
+) -> np.ndarray:
+    """Draw rows for a split, each group with its share; every group keeps a row to train on.
+
+    Systematic sampling: rows in random order, sorted by group, one taken at every 1 / fraction.
+
+    Args:
+        groups: int64 [rows]: the group of each row's label.
+        allowed: bool [rows]: which rows may be held out.
+        fraction: of the rows.
+        seed: of the run.
+        split: `valid` or `test`.
+        source: the training file, for messages.
+
+    Returns:
+        bool [rows].
+    """
+    rng, rows = _generator(seed, split), len(groups)
+    order = rng.permutation(rows)
+    shuffled = groups[order]
+    order = order[np.argsort(shuffled, kind="stable")]
+    order = order[np.diff(np.sort(shuffled), prepend=-1) == 0]
+    order = order[allowed[order]]
+    number = min(len(order), max(1, round(fraction * rows)))
+    if number == 0:
+        raise DataError(
+            f"{source}: {rows} training rows are too few to sample {_ROWS[split]} rows from; "
+            f"give data.{split}, or data.{split}_fraction=0 for none"
+        )
+    chosen = np.zeros(rows, dtype=bool)
+    every = (np.arange(number) + rng.random()) * len(order) / number
+    chosen[order[every.astype(np.int64)]] = True
+    return chosen
+
+
+def sample_clusters(
+    families: np.ndarray,
+    groups: np.ndarray,
+    allowed: np.ndarray,
+    fraction: float,
+    *,
+    seed: int,
+    split: str,
+    source: str,
+) -> np.ndarray:
+    """Draw whole clusters of homologs for a split; every group keeps a row to train on.
+
+    Clusters come in random order; one is passed over where it would make more than the wanted rows, has a row that may
+    not be held out, or has the last rows of a group.
+
+    Args:
+        families: int64 [rows]: see `families`.
+        groups, allowed, fraction, seed, split, source: as for `sample_rows`.
+
+    Returns:
+        bool [rows].
+    """
+    rng, rows = _generator(seed, split), len(groups)
+    members = np.split(np.argsort(families, kind="stable"), np.cumsum(np.bincount(families))[:-1])
+    left = np.bincount(groups)
+    chosen, wanted = np.zeros(rows, dtype=bool), max(1, round(fraction * rows))
+    for family in rng.permutation(np.unique(families)):
+        own = members[family]
+        after = left - np.bincount(groups[own], minlength=len(left))
+        if len(own) <= wanted and allowed[own].all() and (after[groups[own]] > 0).all():
+            chosen[own], left, wanted = True, after, wanted - len(own)
+    if not chosen.any():
+        largest = int(np.bincount(families).max())
+        raise DataError(
+            f"{source}: no cluster of homologs can be held out for {_ROWS[split]} ({rows} training rows, "
+            f"{len(np.unique(families))} clusters, the largest of {largest} rows); use data.sample=rows, or give "
+            f"data.{split}"
+        )
+    return chosen
+
+
+def _generator(seed: int, split: str) -> np.random.Generator:
+    """The random numbers that sample a split."""
+    return np.random.default_rng([seed, _SAMPLING + ("valid", "test").index(split)])
