@@ -144,7 +144,7 @@ def test_other_columns_by_overruling(trained: TrainConfig, tmp_path: Path, capsy
     for word, expected in (
         ("--adapter.r=4", "`predict` changes no such setting of a trained model, only data.*, loop.eval"),
         ("--data.id_colum=name", "unknown setting data.id_colum; did you mean data.id_column?"),
-        ("--data.max_residues=2000", "do not fit a row of data.pack_tokens=128"),
+        ("--data.max_residues=2000", "do not fit a pack of data.pack_tokens=128"),
     ):
         assert cli.main(words("predict", trained.output, tmp_path / "other.csv", tmp_path / "x.csv", word)) == 2
         assert expected in capsys.readouterr().err

@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TrainConfig, settings
+from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.rules import check_values, validate
 from esm_neuron.config.settings import dump, known_keys, make_parser, parse, read_config
 from esm_neuron.errors import ConfigError
@@ -30,7 +31,10 @@ NOTHING = re.compile(r"null|~|\s*(#.*)?", re.IGNORECASE)
 def values(kind: Any) -> st.SearchStrategy[Any]:
     """Values of a field's type."""
     if is_dataclass(kind):
-        return st.builds(kind, **{name: values(hint) for name, hint in get_type_hints(kind).items()})
+        made = {name: values(hint) for name, hint in get_type_hints(kind).items()}
+        if kind is TrainConfig:  # refuses a backend that is not in the table
+            made["backend"] = st.sampled_from(list(BACKENDS))
+        return st.builds(kind, **made)
     parts = get_args(kind)
     if kind is float:
         return st.floats(allow_nan=False, allow_infinity=False)
