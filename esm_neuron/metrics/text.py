@@ -68,17 +68,17 @@ def counted(metrics: Mapping[str, Any], unit: str) -> str:
 
 
 def clean_of(result: Mapping[str, Any], split: str) -> str:
-    """Say what the clean rows of a split are."""
-    return f"without a homolog in the training rows (by {result['leaks'][split]['method']})"
+    """Say what the clean proteins of a split are."""
+    return f"without a homolog in training (by {result['leaks'][split]['method']})"
 
 
 def leak_text(result: Mapping[str, Any], split: str) -> str:
-    """Say how many rows of a split have a homolog in the training rows, or that nobody looked."""
+    """Say how many proteins of a split have a homolog in training, or that nobody looked."""
     leak = (result.get("leaks") or {}).get(split)
     if leak is None:
-        return f"Homologs of {split} rows in the training rows were not looked for."
-    has_homolog = f"{leak['homologs']:,} of {leak['rows']:,} {split} rows"
-    return f"{has_homolog} have a homolog in the training rows (by {leak['method']})."
+        return f"Homologs of {split} proteins in training were not looked for."
+    has_homolog = f"{leak['homologs']:,} of {leak['rows']:,} {split} proteins"
+    return f"{has_homolog} have a homolog in training (by {leak['method']})."
 
 
 def verdict(
@@ -86,7 +86,7 @@ def verdict(
 ) -> str:
     """Say whether a model is better than the best baseline by `metric`; empty where that cannot be said.
 
-    Overlapping intervals leave it undecided; both are of the same rows, so a paired test may still decide.
+    Overlapping intervals leave it undecided; both are of the same proteins, so a paired test may still decide.
     """
     known = {name: show(values, metric) for name, values in baselines.items() if values.get(metric) is not None}
     own, sign = show(metrics, metric), 1 if greater_is_better else -1

@@ -134,7 +134,7 @@ def _short(name: str) -> str:
 
 def _base_name(cfg: TrainConfig) -> str:
     name = cfg.model.name if _is_hub_id(cfg) else _short(cfg.model.name)
-    return f"{name} with random weights of seed {cfg.seed}" if cfg.model.init == "random" else name
+    return f"{name}, newly initialized from seed {cfg.seed}" if cfg.model.init == "random" else name
 
 
 def _file(source: str | None) -> str | None:

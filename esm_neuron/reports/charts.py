@@ -48,8 +48,8 @@ def loss_curve(log: Sequence[Mapping[str, Any]], chosen: int) -> Chart | None:
         axes.legend()
 
     caption = (
-        "Loss over optimizer steps. Training: on the rows of each step, with dropout and masks as trained. "
-        f"Validation: on all validation rows. The dotted line is step {chosen}, whose weights were kept."
+        "Loss over optimizer steps. Training: on the packs of each step, with dropout and masks. "
+        f"Validation: on all validation proteins. The dotted line is step {chosen}, whose weights were kept."
     )
     return draw("loss", "Loss", caption, SIZE, paint)
 
@@ -66,7 +66,7 @@ def metric_curve(log: Sequence[Mapping[str, Any]], chosen: int, metric: str) -> 
         _steps(axes, chosen)
         axes.set_ylabel(f"validation {name_of(metric)}")
 
-    caption = f"{name_of(metric)} on the validation rows, by which the weights of step {chosen} (dotted) were chosen."
+    caption = f"{name_of(metric)} on the validation proteins, which chose the weights of step {chosen} (dotted)."
     return draw("metric", f"Validation {name_of(metric)}", caption, SIZE, paint)
 
 
@@ -86,7 +86,7 @@ def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=min(len(models), 3))
 
-    caption = "This model and the baselines on the same rows, with 95 % bootstrap intervals over proteins."
+    caption = "This model and the baselines on the same proteins, with 95 % bootstrap intervals over proteins."
     return draw("comparison", "Beside baselines", caption, (SIZE[0], 1.1 + 0.42 * len(names)), paint)
 
 
@@ -124,7 +124,7 @@ def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) 
 
 
 def class_bars(per_class: Mapping[str, Mapping[str, Any]], unit: str) -> Chart:
-    """Draw F1 of each class with its interval; of very many classes those with the most rows."""
+    """Draw F1 of each class with its interval; of very many classes the most frequent ones."""
     order = sorted(per_class, key=lambda name: -int(per_class[name]["n"]))[:MOST_CLASSES]
     scores = [show(per_class[name], "f1") for name in order]
 
@@ -140,13 +140,13 @@ def class_bars(per_class: Mapping[str, Mapping[str, Any]], unit: str) -> Chart:
         axes.grid(axis="y", visible=False)
 
     left_out = len(per_class) - len(order)
-    more = f" The {left_out} classes with the fewest rows are in the table only." if left_out else ""
+    more = f" The {left_out} rarest classes are in the table only." if left_out else ""
     caption = f"F1 of each class against the rest, with 95 % intervals; n counts {unit} of the class.{more}"
     return draw("classes", "Classes", caption, (SIZE[0], 1.0 + 0.3 * len(order)), paint)
 
 
 def calibration(found: Confidence, several: bool) -> Chart | None:
-    """Draw the reliability diagram with the expected calibration error; None without rows."""
+    """Draw the reliability diagram with the expected calibration error; None without predictions."""
     seen = reliability(found.probability, found.right, found.protein)
     if seen is None:
         return None
@@ -160,7 +160,7 @@ def calibration(found: Confidence, several: bool) -> Chart | None:
         axes.set(xlim=(0, 1), ylim=(0, 1), ylabel=f"share of {what}")
         axes.text(0.04, 0.9, f"ECE {seen.ece:.3f}", transform=axes.transAxes, color=INK, weight="bold")
         below.bar(seen.confidence, [group.rows for group in seen.right], 0.05, color=THIRD)
-        below.set(xlabel="predicted probability", ylabel="rows")
+        below.set(xlabel="predicted probability", ylabel="count")
         below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
 
     given = "each label's probability" if several else "the probability of the predicted class"

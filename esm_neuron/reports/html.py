@@ -131,13 +131,13 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
 
 
 def _tables(finished: Finished, task: Task) -> Iterator[Table]:
-    """Yield the metrics of each split and, where some of its rows have homologs in training, of the others alone."""
+    """Yield the metrics of each split and, if some of its proteins have homologs in training, of the others alone."""
     result = finished.result
     for split, name in SPLITS.items():
         if result.get(split):
-            yield _table(task, f"{name.capitalize()} rows", result[split], _baselines(finished, split))
+            yield _table(task, f"{name.capitalize()} set", result[split], _baselines(finished, split))
         if split in (result.get("clean") or {}):
-            title = f"{name.capitalize()} rows {clean_of(result, split)}"
+            title = f"{name.capitalize()} set {clean_of(result, split)}"
             yield _table(task, title, result["clean"][split], result["clean_baselines"].get(split, {}))
 
 
@@ -146,13 +146,13 @@ def _table(task: Task, title: str, metrics: dict[str, Any], baselines: dict[str,
     rows = [(own.name, [show(each, own.key) for each in everyone]) for own in shown(metrics)]
     sampled = [f"{name} on {values['fitted_on']:,} of {values['training']:,}" for name, values in baselines.items()
                if values.get("fitted_on", 0) < values.get("training", 0)]  # fmt: skip
-    note = f"Baselines fitted on a sample of the training rows: {', '.join(sampled)}." if sampled else ""
+    note = f"Baselines fitted on a sample of the training set: {', '.join(sampled)}." if sampled else ""
     scored = f"{title}: {counted(metrics, task.unit)}"
     return Table(scored, note, ["this model", *baselines], rows)
 
 
 def _per_class(metrics: dict[str, Any]) -> list[tuple[str, int, list[Shown]]]:
-    """Return each class, how many rows it has, and its F1, AUROC and AUPRC."""
+    """Return each class, how often it is there, and its F1, AUROC and AUPRC."""
     names = ("f1", "auroc", "auprc")
     return [
         (name, values["n"], [show(values, figure) for figure in names])

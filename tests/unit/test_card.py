@@ -64,8 +64,8 @@ def test_what_is_not_known_is_said() -> None:
     text = model_card(random, nothing, base, "model")
     card = ModelCard(text)
     assert card.data.license == "other" and card.data.base_model is None and card.data.eval_results is None
-    assert "| started from | tiny with random weights of seed 42, sha256 0000" in text
-    assert "No rows were held out" in text and "**random** weights" in text and "fill in" in text
+    assert "| started from | tiny, newly initialized from seed 42, sha256 0000" in text
+    assert "No proteins were held out" in text and "**newly initialized**" in text and "fill in" in text
     assert "optimistic" in model_card(config(), {**RESULT, "test": None}, BASE, "model")
 
 
@@ -87,8 +87,8 @@ def test_clean_rows_have_figures_of_their_own() -> None:
         "clean_baselines": {"test": {"majority": {"n": 800, "mcc": 0.0, "mcc_ci": None}}},
     }
     text = model_card(config(), found, BASE, "model")
-    assert "On the 800 proteins among these without a homolog in the training rows (by kmer):" in text
+    assert "On the 800 proteins among these without a homolog in training (by kmer):" in text
     assert "|  | this model | majority |\n|---|---|---|\n| MCC | 0.200 \\[0.100, 0.300\\] | 0.000 |\n" in text
-    assert "62 of 862 test rows have a homolog in the training rows (by kmer)." in text
+    assert "62 of 862 test proteins have a homolog in training (by kmer)." in text
     unknown = model_card(config(), RESULT, BASE, "model")
-    assert "Homologs of test rows in the training rows were not looked for." in unknown
+    assert "Homologs of test proteins in training were not looked for." in unknown

@@ -180,7 +180,7 @@ def test_a_page_has_what_its_task_has_and_asks_for_nothing(task: str, runs: dict
                 show(values, name[:-3]).text.split(" [")[0] in page.text for name in values if name[-3:] == "_ci"
             )
     assert "majority on 40 of 50" in page.text
-    assert "0 of 60 test rows have a homolog in the training rows (by kmer)." in page.text
+    assert "0 of 60 test proteins have a homolog in training (by kmer)." in page.text
     assert "without a homolog" not in page.text
     assert (
         verdict(result["test"], result["baselines"]["test"], result["metric"], task_class(task).greater_is_better)
@@ -194,10 +194,8 @@ def test_clean_rows_have_a_table_of_their_own(spoilt: Path) -> None:
     result["clean"]["test"] = {**result["test"], "n": 40, "mcc": 0.123}
     write_json(spoilt / "result.json", result)
     page = Page(write_report(spoilt).read_text())
-    assert "20 of 60 test rows have a homolog in the training rows (by kmer)." in page.text
-    assert (
-        "Test rows without a homolog in the training rows (by kmer): 40 proteins" in page.text and "0.123" in page.text
-    )
+    assert "20 of 60 test proteins have a homolog in training (by kmer)." in page.text
+    assert "Test set without a homolog in training (by kmer): 40 proteins" in page.text and "0.123" in page.text
 
 
 def test_markup_in_ids_labels_and_paths_stays_text(runs: dict[str, Path]) -> None:
@@ -283,7 +281,7 @@ def test_a_verdict_says_where_the_model_loses() -> None:
 def test_a_run_without_some_rows_gets_a_page_that_says_so(tmp_path: Path, splits: tuple[str, ...]) -> None:
     run = made_run(tmp_path / "run", "sequence_classification", splits)
     page = Page(write_report(run).read_text())
-    assert ("No rows were held out" in page.text) == (splits == ())
+    assert ("No proteins were held out" in page.text) == (splits == ())
     assert ("their metrics are optimistic" in page.text) == (splits == ("valid",))
     assert ("confusion" in page.ids) == (splits != ())
     assert ("metric" in page.ids) == ("valid" in splits)
@@ -293,7 +291,7 @@ def test_a_run_that_kept_no_answers_and_logged_nothing_gets_a_page(spoilt: Path)
     (spoilt / "predictions-test.parquet").unlink()
     (spoilt / "metrics.jsonl").unlink()
     page = Page(write_report(spoilt).read_text())
-    assert "predictions for the test rows were not kept (log.predictions)" in page.text
+    assert "predictions for the test set were not kept (log.predictions)" in page.text
     assert {path.stem for path in (spoilt / "report").glob("*.png")} == {"comparison", "classes"}
 
 
