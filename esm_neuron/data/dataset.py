@@ -226,7 +226,8 @@ def chunk_table(
     starts = np.stack([np.zeros_like(lengths), lengths - lengths // 2], axis=1).astype(np.int32)[record]
     sizes = lengths[record]
     # Most sequences are not long: the text between two long ones is taken as it stands.
-    pieces, done = [], 0
+    pieces: list[memoryview] = []
+    done = 0
     for i, of_record in cuts.items():
         begin = int(bounds[i])
         pieces += [text[done:begin], *_cut(text[begin : bounds[i + 1]], of_record)]
@@ -286,7 +287,7 @@ def cut_starts(length: int, cfg: DataConfig) -> list[tuple[int, int, int]]:
     return [(start, start + half, n) for start in starts]
 
 
-def _cut(text: bytes, cuts: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
+def _cut(text: memoryview, cuts: Iterable[tuple[int, int, int]]) -> Iterator[memoryview]:
     """Give the residues of each of `cut_starts`, in two pieces."""
     for first, second, n in cuts:
         yield text[first : first + n - n // 2]

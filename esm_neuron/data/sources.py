@@ -83,14 +83,14 @@ def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:
     return pa.table(dict(columns), schema=schema)
 
 
-def sequence_bytes(rows: pa.Table) -> tuple[bytes, np.ndarray]:
-    """Return the sequences of some rows end to end, in UTF-8, and int64 [rows + 1] where each begins."""
+def sequence_bytes(rows: pa.Table) -> tuple[memoryview, np.ndarray]:
+    """Return the sequences of some rows end to end, in UTF-8 and not copied, and int64 [rows + 1] where each begins."""
     column = rows["sequence"].combine_chunks()
     if not len(column):
-        return b"", np.zeros(1, dtype=np.int64)
+        return memoryview(b""), np.zeros(1, dtype=np.int64)
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
-    return data.slice(bounds[0], bounds[-1] - bounds[0]).to_pybytes(), bounds - bounds[0]
+    return memoryview(data)[bounds[0] : bounds[-1]], bounds - bounds[0]
 
 
 def filter_column(source: str) -> str:

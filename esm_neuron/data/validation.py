@@ -197,7 +197,7 @@ class Checker:
         found = (np.array(first) != lines) | (np.diff(bounds) == 0) | (pc.equal(rows["id"], "").to_numpy())
         if "label" in rows.column_names:
             found |= missing(rows["label"])
-        found[np.searchsorted(bounds, not_residues(residues), side="right") - 1] = True
+        found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
         return np.asarray(found)
 
     def _check(self, line: int, name: str, sequence: str, label: str | None = None) -> str | None:
