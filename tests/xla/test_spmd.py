@@ -163,5 +163,5 @@ def test_what_does_not_fit_is_refused_with_the_cure(mesh: dict[str, Any]) -> Non
         "intermediate": "tp=4 does not divide the intermediate size 126 of tiny; use tp=1 or 2",
         "padding": "parallel.pad_heads=true: only the neuron backend adds zero heads; use parallel.pad_heads=false",
         "rows": "loop.packs_per_step=4 is not a multiple of 8 (loop.packs_per_device=4 on 2 data-parallel ranks); "
-        "use loop.packs_per_step=8, or fewer rows per device",
+        "use loop.packs_per_step=8, or fewer packs per device",
     }
