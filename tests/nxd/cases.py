@@ -177,7 +177,7 @@ class Run:
     def whole(self, name: str, value: Tensor) -> Tensor:
         """`value` of a parameter joined over tensor-parallel ranks."""
         if isinstance(self.backend, NeuronBackend):
-            return self.backend._sharded()._whole(name, value, None)
+            return self.backend._sharded().whole(name, value, None)
         return value.cpu()
 
     def held_out(self) -> EvalLoader:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.cli import main
 from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config.backends import BACKENDS
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import CheckpointError, ConfigError
@@ -132,14 +133,14 @@ def test_passes_do_not_change_the_arithmetic(toy: Toy) -> None:
 def test_filler_rows_and_padding_change_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     lean, static = toy("lean"), toy("static")
     train(lean)
-    monkeypatch.setattr(CpuBackend, "static_shapes", True)
+    monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], compiles=True))
     monkeypatch.setattr(CpuBackend, "attention", "masked")
     train(static)
     assert losses(static) == pytest.approx(losses(lean), rel=1e-5)
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_proteins(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CpuBackend, "static_shapes", True)
+    monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], compiles=True))
     cfg = toy(optim={"lr": 1e-20}, loop={"max_steps": None, "epochs": 1.0, "eval_every": 0, "packs_per_device": 2})
     cfg = replace(cfg, data=replace(cfg.data, valid=cfg.data.train))
     train(cfg)

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.rules import validate
 from esm_neuron.training import run
 from esm_neuron.training.watchdog import EXIT_HUNG, Watchdog
@@ -149,7 +150,7 @@ def test_what_may_compile_has_longer(
 
     for module in ("monitors", "run"):
         monkeypatch.setattr(f"esm_neuron.training.{module}.Watchdog", Noted)
-    monkeypatch.setattr(CpuBackend, "static_shapes", True)
+    monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], compiles=True))
     cfg = toy(loop={"max_steps": 4, "eval_every": 2, "watchdog": 600, "watchdog_slow": 7200})
     run.train(cfg, str)
     steps = [seconds for what, seconds in allowed if what.startswith("step")]
