@@ -68,6 +68,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/neuron-environment.md": neuron_environment,
     "docs/results.md": results,
     "docs/adapters.md": adapters,
+    "docs/dev/rooms.md": rooms_page,
+    "docs/dev/rooms.svg": rooms_picture,
 }
 
 
