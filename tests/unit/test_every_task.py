@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.processes import on_two_ranks, saved_config
+from helpers.runs import losses
 
 from esm_neuron.backends import cpu
-from esm_neuron.config import LoopConfig, TrainConfig, settings
+from esm_neuron.config import LoopConfig, TrainConfig
 from esm_neuron.data.homology import homolog_rows
 from esm_neuron.data.splits import load_splits
 from esm_neuron.inference.evaluate import evaluate
@@ -114,51 +114,16 @@ def test_the_finished_run_reads_back_with_what_training_decided(
     same_metrics(again, results[task]["test"], rel=1e-5)
 
 
-def losses(cfg: TrainConfig) -> list[float]:
-    """Of every step of a run."""
-    lines = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "split" not in line]
-
-
-WORKER = """
-import json, os, sys
-from pathlib import Path
-import torch.distributed as dist
-from esm_neuron.config import settings
-from esm_neuron.inference.evaluate import evaluate
-from esm_neuron.training import run
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-for number, words in enumerate(json.loads(sys.argv[1])):
-    # keys of its own: over the same ones a second group would find the addresses of the first
-    dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=world)
-    if len(words) == 1:
-        run.train(settings.read_config(Path(words[0])), str)
-    else:
-        evaluate(Path(words[0]), Path(words[1]), Path(words[0]) / "two.json", log=str)
-"""
-
-
-def on_two_ranks(cfg: TrainConfig) -> TrainConfig:
+def for_two_ranks(cfg: TrainConfig) -> TrainConfig:
     """The same training, for two processes."""
     return replace(cfg, output=f"{cfg.output}_two", log=replace(cfg.log, baselines=False))
 
 
 @pytest.fixture(scope="module")
-def on_two(
-    results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Every run evaluated again, and every task trained anew, by two processes on gloo."""
-    folder = tmp_path_factory.mktemp("two")
-    worker = folder / "worker.py"
-    worker.write_text(WORKER)
-    jobs = [[cfg.output, str(cfg.data.test)] for cfg in task_toys.values()]
-    for task, cfg in task_toys.items():
-        (folder / f"{task}.yaml").write_text(settings.dump(on_two_ranks(cfg)))
-        jobs.append([str(folder / f"{task}.yaml")])
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    done = subprocess.run([*words, json.dumps(jobs)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def on_two(results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig]) -> None:
+    """Evaluate every run again and train every task anew, in two processes on gloo."""
+    jobs = [["evaluate", cfg.output, str(cfg.data.test), f"{cfg.output}/two.json"] for cfg in task_toys.values()]
+    on_two_ranks([*jobs, *(["train", str(saved_config(for_two_ranks(cfg)))] for cfg in task_toys.values())])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -175,7 +140,7 @@ def test_two_processes_give_the_figures_of_one_to_the_sixth_digit(
 def test_two_processes_train_as_one(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_metrics: Callable[..., None]
 ) -> None:
-    cfg = on_two_ranks(task_toys[task])
+    cfg = for_two_ranks(task_toys[task])
     assert losses(cfg) == pytest.approx(losses(task_toys[task]), rel=1e-5)
     found = json.loads((Path(cfg.output) / "result.json").read_text())
     same_metrics(found["test"], results[task]["test"], rel=1e-4, abs=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -11,16 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import TORCHRUN, on_two_ranks, saved_config
+from helpers.runs import log_lines as lines
+from helpers.runs import losses, result
+from helpers.signals import stopping_after
 from safetensors.torch import load_file
 
-from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config import TrainConfig
 from esm_neuron.training import checkpoint, run
-from esm_neuron.training.callbacks import Callback
 from esm_neuron.training.signals import EXIT_STOPPED
 from esm_neuron.training.watchdog import EXIT_HUNG
 
@@ -33,10 +35,7 @@ PATIENCE = 300
 @contextmanager
 def torchrun(cfg: TrainConfig) -> Iterator[subprocess.Popen[str]]:
     """Training in two processes, as a user starts it; ended when the block is left."""
-    path = Path(f"{cfg.output}.yaml")
-    path.write_text(settings.dump(cfg))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words += ["-m", "esm_neuron.cli", "train", "--config", str(path)]
+    words = [*TORCHRUN, "-m", "esm_neuron.cli", "train", "--config", str(saved_config(cfg))]
     with Path(f"{cfg.output}.log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, text=True)
         try:
@@ -44,26 +43,6 @@ def torchrun(cfg: TrainConfig) -> Iterator[subprocess.Popen[str]]:
         finally:
             process.terminate()
             process.wait(PATIENCE)
-
-
-class Stop(Callback):
-    """A callback that sends this process a SIGTERM after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_log(self, step: int, total: int, record: Any) -> None:
-        if step == self.step:
-            signal.raise_signal(signal.SIGTERM)
-
-
-@contextmanager
-def stopping_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Training within the block is asked to stop after `step`."""
-    make = run._callbacks
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_callbacks", lambda *of: [*make(*of), Stop(step)])
-        yield
 
 
 def printed(cfg: TrainConfig) -> str:
@@ -75,22 +54,13 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def lines(cfg: TrainConfig) -> list[dict[str, Any]]:
-    path = Path(cfg.output) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def losses(cfg: TrainConfig) -> list[float]:
-    return [line["loss"] for line in lines(cfg) if "split" not in line]
-
-
 def assert_close_end(
     one: TrainConfig, other: TrainConfig, same_metrics: Callable[..., None], rel: float = 1e-5, apart: float = 2e-5
 ) -> None:
-    """Equal to rounding: the losses, the validations, the last weights and moments, the test figures; equal: what was
-    counted. `rel`: of losses, ten times as much of figures; `apart`: of weights and moments."""
+    """Equal to rounding: the losses, the validations, the last weights and moments, the test metrics; equal: what was
+    counted. `rel`: of losses, ten times as much of metrics; `apart`: of weights and moments."""
     assert losses(one) == pytest.approx(losses(other), rel=rel)
-    results = [json.loads((Path(cfg.output) / "result.json").read_text()) for cfg in (one, other)]
+    results = [result(cfg) for cfg in (one, other)]
     for split in ("valid", "test"):
         same_metrics(results[0][split], results[1][split], rel=10 * rel)
     assert results[0]["train"]["residues"] == results[1]["train"]["residues"]
@@ -103,41 +73,24 @@ def assert_close_end(
             assert value.numpy() == pytest.approx(states[1][name].numpy(), abs=apart), name
 
 
-def test_two_processes_train_as_one_does_and_evaluate_every_row_once(
-    toy: Toy, same_metrics: Callable[..., None]
-) -> None:
-    # 60, 20 and 20 proteins in rows of 128 tokens: the last batch of a split leaves one rank with filler rows only
-    one, two = toy("one"), toy("two", loop={"packs_per_device": 2, "eval_packs_per_device": 3})
-    run.train(one, str)
-    with torchrun(two) as process:
-        assert process.wait(PATIENCE) == 0, printed(two)
-    assert_close_end(two, one, same_metrics)
-    assert printed(two).count("train split: 60 rows") == 1, "one rank speaks"
-    assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)], "one rank writes"
+@dataclass(frozen=True)
+class Pair:
+    """The same training in one process and in two."""
+
+    one: TrainConfig
+    two: TrainConfig
 
 
-@pytest.mark.parametrize(
-    ("kind", "precision", "rel", "apart"), [("none", "fp32", 1e-5, 2e-5), ("lora", "bf16", 1e-2, 5e-3)]
-)
-def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
-    toy: Toy,
-    monkeypatch: pytest.MonkeyPatch,
-    same_metrics: Callable[..., None],
-    kind: str,
-    precision: str,
-    rel: float,
-    apart: float,
-) -> None:
-    """FSDP2 on gloo, from a checkpoint of one process, computes and saves what that process would have.
+def cut_over_two(toy: Toy, name: str, kind: str, precision: str) -> Pair:
+    """FSDP2 on gloo, from a checkpoint that one process left after 3 steps.
 
     LoRA in bf16 has frozen linears in bfloat16 and trained matrices in float32 in one block. The last checkpoint is
     written after a validation, whose forward pass must not leave any weight put together.
     """
     values: dict[str, Any] = {"adapter": {"kind": kind}, "optim": {"lr": 1e-3}, "checkpoint": {"keep": 100}}
     loop = {"packs_per_device": 2, "precision": precision}
-    whole, moved = (toy(name, loop=loop, **values) for name in ("whole", "moved"))
-    run.train(whole, str)
-    with stopping_after(3, monkeypatch):
+    whole, moved = (toy(f"{name}-{role}", loop=loop, **values) for role in ("whole", "moved"))
+    with stopping_after(3):
         assert run.train(moved, str).stopped_by == "SIGTERM"
     moved = replace(
         moved,
@@ -145,20 +98,48 @@ def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
         parallel=replace(moved.parallel, fsdp=True),
         model=replace(moved.model, gradient_checkpointing=True),
     )
-    with torchrun(moved) as process:
-        assert process.wait(PATIENCE) == 0, printed(moved)
-    assert "resumed after step 3 of 8" in printed(moved)
-    assert_close_end(moved, whole, same_metrics, rel, apart)
+    return Pair(whole, moved)
 
 
-def test_one_process_hands_over_to_two_and_two_to_one(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, same_metrics: Callable[..., None]
+@pytest.fixture(scope="module")
+def pairs(module_toy: Toy) -> dict[str, Pair]:
+    """Trainings that end by themselves; two processes do all of them, one after the other."""
+    # 60, 20 and 20 proteins in packs of 128 tokens: the last batch of a split leaves one rank with filler packs only
+    copies = Pair(module_toy("one"), module_toy("two", loop={"packs_per_device": 2, "eval_packs_per_device": 3}))
+    made = {
+        "copies": copies,
+        "full, fp32": cut_over_two(module_toy, "full", "none", "fp32"),
+        "LoRA, bf16": cut_over_two(module_toy, "lora", "lora", "bf16"),
+    }
+    for pair in made.values():
+        run.train(pair.one, str)
+    said = on_two_ranks([["train", str(saved_config(pair.two))] for pair in made.values()])
+    assert said.count("train split: 60 ") == 3, "one rank speaks"
+    assert said.count("resumed after step 3 of 8") == 2
+    return made
+
+
+def test_two_processes_train_as_one_does_and_evaluate_every_row_once(
+    pairs: dict[str, Pair], same_metrics: Callable[..., None]
 ) -> None:
+    one, two = pairs["copies"].one, pairs["copies"].two
+    assert_close_end(two, one, same_metrics)
+    assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)], "one rank writes"
+
+
+@pytest.mark.parametrize(("name", "rel", "apart"), [("full, fp32", 1e-5, 2e-5), ("LoRA, bf16", 1e-2, 5e-3)])
+def test_weights_gradients_and_moments_may_be_cut_over_the_processes(
+    pairs: dict[str, Pair], same_metrics: Callable[..., None], name: str, rel: float, apart: float
+) -> None:
+    assert_close_end(pairs[name].two, pairs[name].one, same_metrics, rel, apart)
+
+
+def test_one_process_hands_over_to_two_and_two_to_one(toy: Toy, same_metrics: Callable[..., None]) -> None:
     long = {"max_steps": 120, "packs_per_device": 2, "eval_every": 40}
     whole, moved = (toy(name, loop=long, optim={"lr": 1e-4}, checkpoint={"keep": 100}) for name in ("whole", "moved"))
     run.train(whole, str)
 
-    with stopping_after(3, monkeypatch):
+    with stopping_after(3):
         assert run.train(moved, str).stopped_by == "SIGTERM"
     moved = replace(moved, checkpoint=replace(moved.checkpoint, resume="auto"))
     with torchrun(moved) as process:
@@ -169,6 +150,7 @@ def test_one_process_hands_over_to_two_and_two_to_one(
         os.kill(last, signal.SIGTERM)
         assert process.wait(PATIENCE) != 0
     assert "resumed after step 3 of 120" in printed(moved)
+    assert printed(moved).count("train split: 60 ") == 1, "one rank speaks"
     assert "stopped by SIGTERM; the state is saved" in printed(moved)
     assert f"exitcode  : {EXIT_STOPPED}" in printed(moved)
     stopped = max(saved_steps(moved))
@@ -180,8 +162,7 @@ def test_one_process_hands_over_to_two_and_two_to_one(
 @contextmanager
 def two_ranks(cfg: TrainConfig) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Training in two processes, six steps on, without an agent such as torchrun's, which would end a survivor."""
-    path = Path(f"{cfg.output}.yaml")
-    path.write_text(settings.dump(cfg))
+    path = saved_config(cfg)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

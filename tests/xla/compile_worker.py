@@ -1,6 +1,6 @@
-"""Compiles ahead, trains, and plants what a guard must find; writes what happened as JSON.
+"""Compiles ahead, trains, and plants what a monitor must find; prints what happened as JSON.
 
-python compile_worker.py CONFIG.yaml FOLDER ANSWER.json
+python compile_worker.py CONFIG.yaml FOLDER
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Forgetful:
         return lambda backend, *args: self(backend, *args)
 
 
-def main(config: Path, folder: Path, answer: Path) -> None:
+def main(config: Path, folder: Path) -> None:
     cfg = settings.read_config(config)
 
     def at(name: str, **loop: Any) -> TrainConfig:
@@ -98,8 +98,8 @@ def main(config: Path, folder: Path, answer: Path) -> None:
     XlaBackend.step = Forgetful().method()  # type: ignore[method-assign]
     warned = run.train(other, str).result
     said["warned"] = {"steps": warned["train"]["steps"], "lines": lines}
-    answer.write_text(json.dumps(said))
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

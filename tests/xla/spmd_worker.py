@@ -1,6 +1,6 @@
 """Trains over XLA:CPU devices in a process of its own, beside the same runs on the plain CPU; prints figures as JSON.
 
-python spmd_worker.py mesh FOLDER    four devices, tp 2 x dp 2, and the plain CPU
+python spmd_worker.py mesh FOLDER TASK.yaml...    four devices, tp 2 x dp 2, and the plain CPU
 python spmd_worker.py single FOLDER  one device: goes on from a checkpoint that `mesh` left in FOLDER
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from helpers.xla_tasks import on_both
 from parity import difference
 from torch import Tensor, nn
 
@@ -374,6 +375,7 @@ def on_mesh() -> dict[str, Any]:
         "cpu_after_mesh": {"losses": plain.losses},
         "commands": commands(),
         "messages": messages(),
+        "tasks": on_both([Path(name) for name in sys.argv[3:]], tp=2),
     }
 
 

@@ -1,19 +1,16 @@
-"""Ahead-of-time compilation and the recompile guard, on XLA:CPU in a process of their own."""
+"""Ahead-of-time compilation and the recompile monitor, on XLA:CPU in a process of their own."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import json_of, saved_config
 
-from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config import TrainConfig
 
 pytestmark = pytest.mark.xla
 
@@ -27,22 +24,15 @@ def said(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """What the worker saw."""
-    folder = tmp_path_factory.mktemp("compile")
-    answer = folder / "said.json"
     cfg = module_toy(
         data={"max_residues": 190, "pack_tokens": 192, "max_segments": 2},
         loop={"max_steps": 20, "eval_every": 10},
     )
-    (folder / "run.yaml").write_text(settings.dump(lengthened(replace(cfg, backend="xla"))))
-    command = [sys.executable, str(WORKER), str(folder / "run.yaml"), str(folder), str(answer)]
-    environment = {**os.environ, "PJRT_DEVICE": "CPU"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    values: dict[str, Any] = json.loads(answer.read_text())
-    return values
+    config = saved_config(lengthened(replace(cfg, backend="xla")))
+    return json_of([WORKER, config, tmp_path_factory.mktemp("compile")], {"PJRT_DEVICE": "CPU"})
 
 
-def test_compile_makes_the_planned_programs(said: dict[str, Any]) -> None:
+def test_compile_makes_the_planned_graphs(said: dict[str, Any]) -> None:
     assert said["graphs"]["training pass"] == said["graphs"]["evaluation pass"] == 1
     assert said["compiled"] == sum(said["graphs"].values())
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import parity
 import pytest
+from helpers.processes import json_of, saved_config
+from helpers.xla_tasks import TASKS
+
+from esm_neuron.config import TrainConfig
 
 pytestmark = pytest.mark.xla
 
@@ -39,15 +41,10 @@ TILES = {
 """(dimensions, which is cut) -> XLA's word for it: devices 0 and 2 hold one half, 1 and 3 the other."""
 
 
-def _work(mode: str, devices: int, folder: Path) -> dict[str, Any]:
-    env = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), "USE_TORCH_XLA": "0"}
-    env["PYTHONPATH"] = os.pathsep.join([str(parity.HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, str(WORKER), mode, str(folder)], capture_output=True, text=True, env=env, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def _work(mode: str, devices: int, folder: Path, tasks: Sequence[Path] = ()) -> dict[str, Any]:
+    path = os.pathsep.join([str(parity.HERE), str(parity.HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), "USE_TORCH_XLA": "0", "PYTHONPATH": path.strip(":")}
+    return json_of([WORKER, mode, folder, *tasks], env)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mesh(folder: Path) -> dict[str, Any]:
-    return _work("mesh", 4, folder)
+def mesh(folder: Path, task_toys: dict[str, TrainConfig]) -> dict[str, Any]:
+    return _work("mesh", 4, folder, [saved_config(task_toys[task]) for task in TASKS])
 
 
 def _dimension(name: str) -> int | None:
@@ -165,3 +162,13 @@ def test_what_does_not_fit_is_refused_with_the_cure(mesh: dict[str, Any]) -> Non
         "rows": "loop.packs_per_step=4 is not a multiple of 8 (loop.packs_per_device=4 on 2 data-parallel ranks); "
         "use loop.packs_per_step=8, or fewer packs per device",
     }
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_and_scores_as_on_the_cpu(
+    mesh: dict[str, Any], task: str, same_metrics: Callable[..., None]
+) -> None:
+    cpu, xla = mesh["tasks"][task]
+    assert len(cpu["losses"]) == 6
+    assert xla["losses"] == pytest.approx(cpu["losses"], rel=1e-4)
+    same_metrics(xla["test"], cpu["test"], abs=1e-3)

@@ -1,18 +1,16 @@
-"""XLA:CPU: the arithmetic of the plain CPU, and a number of compiled programs that is known beforehand."""
+"""XLA:CPU: the arithmetic of the plain CPU, and a number of compiled graphs that is known beforehand."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import json_of, saved_config
+from helpers.xla_tasks import TASKS
 
-from esm_neuron import cli
-from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config import TrainConfig
 
 pytestmark = pytest.mark.xla
 
@@ -20,18 +18,11 @@ Toy = Callable[..., TrainConfig]
 
 
 @pytest.fixture(scope="module")
-def said(module_toy: Toy) -> dict[str, Any]:
-    """What `worker.py` found: torch_xla is set up once a process, and not in this one."""
+def said(module_toy: Toy, task_toys: dict[str, TrainConfig]) -> dict[str, Any]:
+    """What `worker.py` found: torch_xla is set up once per process, and not in this one."""
     cfg = module_toy(loop={"max_steps": 20, "eval_every": 5}, optim={"warmup_steps": 3, "min_lr_ratio": 0.0})
-    folder = Path(cfg.output)
-    file = folder.with_suffix(".yaml")
-    file.write_text(settings.dump(cfg))
-    worker = Path(__file__).with_name("worker.py")
-    words = [sys.executable, str(worker), str(file), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    tasks = [saved_config(task_toys[task]) for task in TASKS]
+    return json_of([Path(__file__).with_name("worker.py"), saved_config(cfg), cfg.output, *tasks])
 
 
 def test_losses_and_norms_are_those_of_the_cpu(said: dict[str, Any]) -> None:
@@ -148,15 +139,17 @@ def test_a_step_reads_nothing_from_the_device_before_the_log_is_due(said: dict[s
     assert quiet == [0] * 5 and logged > 0
 
 
-def test_several_processes_are_refused(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cfg = toy()
-    path = Path(cfg.output).with_suffix(".yaml")
-    path.write_text(settings.dump(cfg))
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    assert cli.main(["train", "--config", str(path), "--backend", "xla"]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+def test_several_processes_are_refused(said: dict[str, Any]) -> None:
+    assert said["two processes"]["code"] == 2 and not said["two processes"]["left"]
+    line = said["two processes"]["line"]
     assert line.startswith("esm-neuron: error: ") and "2 processes" in line
-    assert not Path(cfg.output).exists()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_and_scores_as_on_the_cpu(
+    said: dict[str, Any], task: str, same_metrics: Callable[..., None]
+) -> None:
+    cpu, xla = said["tasks"][task]
+    assert len(cpu["losses"]) == 6
+    assert xla["losses"] == pytest.approx(cpu["losses"], rel=1e-4)
+    same_metrics(xla["test"], cpu["test"], abs=1e-3)

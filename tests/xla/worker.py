@@ -1,20 +1,21 @@
 """Runs on XLA:CPU in a process of its own, beside the same runs on the plain CPU; prints what happened as JSON.
 
-python worker.py CONFIG.yaml FOLDER
+python worker.py CONFIG.yaml FOLDER TASK.yaml...
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["PJRT_DEVICE"] = "CPU"
 os.environ["USE_TORCH_XLA"] = "0"
@@ -26,7 +27,10 @@ import torch_xla.debug.metrics as met
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers.packs import LAYOUTS, build, difference, gradients, predictions, proteins
+from helpers.signals import stopping_after
+from helpers.xla_tasks import on_both
 
+from esm_neuron import cli
 from esm_neuron.backends.xla import XlaBackend
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.loader import TrainLoader
@@ -177,21 +181,6 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     return metrics(cfg)
 
 
-class Stop:
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_log(self, step: int, total: int, record: Any) -> None:
-        if step == self.at:
-            signal.raise_signal(signal.SIGTERM)
-
-    def on_eval(self, step: int, record: Any) -> None:
-        """Nothing."""
-
-    def on_end(self, result: Any) -> None:
-        """Nothing."""
-
-
 def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
     """`cfg` stopped by SIGTERM after step `at` and resumed: how it ended, steps and programs of the second, and all."""
     trained = []
@@ -203,10 +192,8 @@ def stop_and_go_on(cfg: TrainConfig, at: int) -> dict[str, Any]:
 
         return wrapped
 
-    make = run._callbacks
-    run._callbacks = lambda *of: [*make(*of), Stop(at)]
-    stopped_by = run.train(cfg, str).stopped_by
-    run._callbacks = make
+    with stopping_after(at):
+        stopped_by = run.train(cfg, str).stopped_by
     with patched(Trainer, "train_step", train_step):
         counts = count_graphs(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")))
     return {"stopped_by": stopped_by, "trained": trained, "counts": counts, **metrics(cfg)}
@@ -291,16 +278,26 @@ def packs() -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def main(config: Path, folder: Path) -> None:
+def in_two_processes(config: Path) -> dict[str, Any]:
+    """How the command ends where torchrun has started two of them."""
+    world = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    with mock.patch.dict(os.environ, world), redirect_stderr(io.StringIO()) as log:
+        code = cli.main(["train", "--config", str(config), "--backend", "xla"])
+    left = Path(settings.read_config(config).output).exists()
+    return {"code": code, "line": log.getvalue().splitlines()[-1], "left": left}
+
+
+def main(config: Path, folder: Path, tasks: list[Path]) -> None:
     base = settings.read_config(config)
 
     def make(name: str, backend: str = "xla", **sections: dict[str, Any]) -> TrainConfig:
         changed = {section: replace(getattr(base, section), **values) for section, values in sections.items()}
         return replace(base, output=str(folder / name), backend=backend, **changed)
 
+    said: dict[str, Any] = {"two processes": in_two_processes(config)}
     torch_xla.device()  # before the first backward pass, even one on the CPU: autograd counts devices then
     accumulate, drop = {"packs_per_device": 2}, {"dropout": 0.1}
-    said: dict[str, Any] = {"packs": packs()}
+    said["packs"] = packs()
     said["cpu"] = train(make("cpu", "cpu"))
     said["counts"] = {"lora": count_graphs(make("xla"))}
     said["xla"] = metrics(make("xla"))
@@ -332,8 +329,9 @@ def main(config: Path, folder: Path) -> None:
     said["again"] = metrics(make("again"))
     quiet = replace(make("quiet", loop={"max_steps": 6, "eval_every": 6}), log=replace(base.log, every=6))
     said["reads"] = count_reads(replace(quiet, checkpoint=replace(quiet.checkpoint, every=6)))
+    said["tasks"] = on_both(tasks)
     print(json.dumps(said))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [Path(name) for name in sys.argv[3:]])
