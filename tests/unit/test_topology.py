@@ -91,11 +91,30 @@ def test_legal_tp_of_the_published_models() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
-@pytest.mark.parametrize(
-    "cores,local,world,tp", [(2, 1, 1, 1), (2, 2, 2, 2), (32, 32, 32, 4), (32, 32, 64, 8), (32, 8, 8, 8), (32, 2, 2, 1)]
-)
-def test_places_that_neuron_supports(cores: int, local: int, world: int, tp: int) -> None:
-    Topology(0, 0, world, tp).validate_neuron(cores, local)
+SUPPORTED = {
+    (2, 1): [1],
+    (2, 2): [1, 2],
+    (32, 1): [1],
+    (32, 2): [1, 2],
+    (32, 8): [1, 2, 4, 8],
+    (32, 32): [1, 2, 4, 8, 32],
+}
+"""(NeuronCores, processes on a node) -> degrees of tensor parallelism; no other place is supported."""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_places_that_neuron_supports(nodes: int) -> None:
+    def fits(cores: int, local: int, tp: int) -> bool:
+        try:
+            Topology(0, 0, nodes * local, tp).validate_neuron(cores, local)
+        except ConfigError:
+            return False
+        return True
+
+    found = {(cores, local): [tp for tp in range(1, 65) if fits(cores, local, tp)]
+             for cores in (1, 2, 16, 32, 64) for local in range(1, 65)}  # fmt: skip
+    expected = SUPPORTED if nodes == 1 else {(32, 32): SUPPORTED[32, 32]}
+    assert {place: degrees for place, degrees in found.items() if degrees} == expected
 
 
 @pytest.mark.parametrize(
