@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.processes import TORCHRUN, output_of, saved_config
+from helpers.runs import losses as logged_losses
+from helpers.runs import step_lines
 from torch import nn
 
-from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config import TrainConfig
 from esm_neuron.files import sha256
 from esm_neuron.training import run
 
@@ -23,14 +22,9 @@ Toy = Callable[..., TrainConfig]
 pytestmark = pytest.mark.gpu
 
 
-def lines(cfg: TrainConfig) -> list[dict[str, Any]]:
-    text = (Path(cfg.output) / "metrics.jsonl").read_text()
-    return [line for line in map(json.loads, text.splitlines()) if "split" not in line]
-
-
 def losses(cfg: TrainConfig) -> list[float]:
     run.train(cfg, str)
-    return [line["loss"] for line in lines(cfg)]
+    return logged_losses(cfg)
 
 
 @pytest.mark.parametrize("kind", ["none", "lora", "qlora"])
@@ -38,7 +32,7 @@ def test_losses_are_those_of_the_cpu(toy: Toy, kind: str) -> None:
     cpu = toy("cpu", adapter={"kind": kind})
     cuda = replace(toy("cuda", adapter={"kind": kind}), backend="cuda")
     assert losses(cuda) == pytest.approx(losses(cpu), rel=1e-2 if kind == "qlora" else 1e-4)
-    assert all(line["peak_memory_gb"] > 0 for line in lines(cuda))
+    assert all(line["peak_memory_gb"] > 0 for line in step_lines(cuda))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -93,11 +87,8 @@ def test_two_gpus_train_as_one_does(toy: Toy, kind: str, fsdp: bool, precision: 
     loop = {"packs_per_device": 2, "precision": precision}
     one, two = (replace(toy(name, adapter={"kind": kind}, loop=loop), backend="cuda") for name in ("one", "two"))
     two = replace(two, parallel=replace(two.parallel, fsdp=fsdp))
-    path = Path(f"{two.output}.yaml")
-    path.write_text(settings.dump(two))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*words, "-m", "esm_neuron.cli", "train", "--config", str(path)], check=True)
-    both = [line["loss"] for line in lines(two)]
+    output_of([*TORCHRUN, "-m", "esm_neuron.cli", "train", "--config", saved_config(two)])
+    both = logged_losses(two)
     assert both == pytest.approx(losses(one), rel=2e-2 if precision == "bf16" else 1e-4)
 
 

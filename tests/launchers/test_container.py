@@ -271,7 +271,7 @@ def test_compiling_ahead_runs_the_same_entry_point(long: TrainConfig, job: Job, 
 def test_without_a_network_code_data_and_weights_come_by_channels(toy: Toy, job: Job, tmp_path: Path) -> None:
     """Network isolation with a baked image, whose package is this environment's: no pip, no hub."""
     if shutil.which("unshare") is None or subprocess.run([*NO_NETWORK, "true"], check=False).returncode:
-        pytest.skip("this machine gives no network of its own to a process (unshare --net --map-root-user)")
+        pytest.skip("unshare --net --map-root-user is not allowed on this machine; where it is: make test-launchers")
     weights_of, hub_id = tmp_path / "weights", "facebook/esm2_t6_8M_UR50D"
     torch.manual_seed(5)
     EsmForMaskedLM(esm_config(SHAPES["tiny"])).save_pretrained(weights_of)

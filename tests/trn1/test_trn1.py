@@ -98,7 +98,9 @@ def test_short_training_of_the_650m(
 ) -> None:
     """In bf16 without ZeRO-1 the weights have no float32 masters, and the backend turns stochastic rounding on."""
     if neuron_cores() < processes:
-        pytest.skip(f"{processes} cores asked for, this instance has {neuron_cores()}; use a trn1.32xlarge")
+        pytest.skip(
+            f"{processes} cores asked for, this instance has {neuron_cores()}; make test-trn1 on a trn1.32xlarge"
+        )
     monkeypatch.chdir(ROOT)  # the demo's configuration names its data from there
     demo = settings.read_config(Path("configs/demo.yaml"))
     cfg = replace(

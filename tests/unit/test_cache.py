@@ -172,7 +172,7 @@ def write_fasta(path: Path, count: int) -> Path:
     return path
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to measure memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure memory in; on Linux: make test")
 def test_processes_share_one_entry_and_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     small, large = write_fasta(tmp_path / "s.fasta", 30_000), write_fasta(tmp_path / "l.fasta", 150_000)
     cache = tmp_path / "large"

@@ -327,7 +327,7 @@ def test_answers_need_not_be_kept() -> None:
     assert LogConfig().predictions and not replace(LogConfig(), predictions=False).predictions
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine; apt-get install chromium, then make test")
 def test_a_browser_fetches_nothing_complains_of_nothing_and_never_scrolls_sideways(
     runs: dict[str, Path], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
