@@ -16,10 +16,15 @@ def raise_on_any_rank(backend: Backend, act: Callable[[], T]) -> T:
 
     This holds for an EsmNeuronError and an OSError; any other is a bug and goes up on its own rank.
     """
-    value, failure = _attempt(act)
-    for rank, error in enumerate(backend.gather_host(failure)):
-        if error is not None:
-            raise failure or type(error)(f"rank {rank}: {error}")
+    value: T | None = None
+    failure: EsmNeuronError | OSError | None = None
+    try:
+        value = act()
+    except (EsmNeuronError, OSError) as error:
+        failure = error
+    for rank, found in enumerate(backend.gather_host(failure)):
+        if found is not None:
+            raise failure or type(found)(f"rank {rank}: {found}")
     return cast(T, value)  # nothing failed, so `act` has given it
 
 
@@ -31,13 +36,6 @@ def main_rank_only(backend: Backend, act: Callable[[], T]) -> T | None:
 def from_main_rank(backend: Backend, act: Callable[[], T]) -> T:
     """Do `act` on the main rank alone and return its value on all: for files that other nodes may not see."""
     return backend.broadcast_host(cast(T, main_rank_only(backend, act)))  # the other ranks' None is not used
-
-
-def _attempt(act: Callable[[], T]) -> tuple[T | None, EsmNeuronError | OSError | None]:
-    try:
-        return act(), None
-    except (EsmNeuronError, OSError) as error:
-        return None, error
 
 
 def log_nothing(line: str) -> None:

@@ -10,11 +10,11 @@ import json
 import logging
 import math
 import sys
-import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from types import NoneType
 from typing import Any, TextIO
 
@@ -50,14 +50,11 @@ class ProgressConsole(Callback):
     `eval step=120 split=valid accuracy=0.7100 mcc=0.3500`.
     """
 
-    def __init__(
-        self, start: int = 0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Report on a run that begins after step `start`, on `stream` (stderr); `clock` gives seconds."""
+    def __init__(self, start: int = 0, stream: TextIO | None = None) -> None:
+        """Report on a run that begins after step `start`, on `stream` (stderr)."""
         self.stream = stream if stream is not None else sys.stderr
-        self.clock = clock
         self.start = start
-        self.origin = (start, clock())
+        self.origin = (start, monotonic())
         self.bar: tqdm[Any] | None = None
 
     def on_log(self, step: int, total: int, record: MetricsLine) -> None:
@@ -86,7 +83,7 @@ class ProgressConsole(Callback):
 
     def _eta(self, step: int, total: int) -> float:
         """Return the seconds left. The first interval includes compilation, so later estimates leave it out."""
-        now = self.clock()
+        now = monotonic()
         first_step, first_time = self.origin
         rate = (now - first_time) / max(step - first_step, 1)
         if first_step == self.start:
@@ -105,16 +102,12 @@ class JsonlLogger(Callback):
         self.append({"step": step, **record})
 
     def on_eval(self, step: int, record: MetricsLine) -> None:
-        """Append a line; the record's `split` tells it from a training line."""
-        self.append({"step": step, **record})
+        self.append({"step": step, **record})  # its `split` tells it from a training line
 
     def truncate_after(self, step: int, pending: Container[int] = ()) -> None:
         """Drop the lines of steps above `step` and of `pending` steps, which the resumed run writes again.
 
-        A last line that a kill cut short is dropped too.
-
-        Raises:
-            CheckpointError: another line is not JSON with a step.
+        A last line that a kill cut short is dropped too; raise CheckpointError where another is not JSON with a step.
         """
         if not self.path.exists():
             return
@@ -132,7 +125,6 @@ class JsonlLogger(Callback):
             ) from None
 
     def append(self, record: MetricsLine) -> None:
-        """Append a line."""
         line = json.dumps(finite(record), allow_nan=False) + "\n"
         # Buffered: an unbuffered write to a full disk may write half a line and report no error.
         with _naming(self.path), open(self.path, "ab") as file:
@@ -189,28 +181,23 @@ class EarlyStopping:
     greater_is_better: bool
     """True for a metric that should rise (MCC), False for one that should fall (loss)."""
     best: float | None = None
-    """Best value so far."""
     best_step: int | None = None
-    """Step of the best value."""
     bad: int = 0
-    """Validations since then."""
+    """Validations since the best one."""
 
     def update(self, value: float | None, step: int) -> bool:
         """Take in a validation; return whether it is the best so far. An undefined value (None, NaN) never is."""
-        if value is not None and not math.isnan(value) and self._better(value):
-            self.best, self.best_step, self.bad = value, step, 0
-            return True
-        self.bad += 1
-        return False
+        if value is None or math.isnan(value) or not self._better(value):
+            self.bad += 1
+            return False
+        self.best, self.best_step, self.bad = value, step, 0
+        return True
 
     def _better(self, value: float) -> bool:
-        if self.best is None:
-            return True
-        return value > self.best if self.greater_is_better else value < self.best
+        return self.best is None or (value > self.best if self.greater_is_better else value < self.best)
 
     @property
     def stop(self) -> bool:
-        """Whether patience has run out."""
         return 0 < self.patience <= self.bad
 
     def forget_best(self) -> None:
@@ -219,7 +206,7 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, valid JSON."""
-        return {name: value for name, value in asdict(self).items() if name in ("best", "best_step", "bad")}
+        return {"best": self.best, "best_step": self.best_step, "bad": self.bad}
 
     def load_state_dict(self, state: MetricsLine) -> None:
         """Go on from `state`; patience and direction stay those of the present config."""
@@ -236,13 +223,9 @@ FORMATS = {"lr": ".1e", "grad_norm": ".2f", "residues_per_second": ".0f"}
 
 def format_record(record: MetricsLine) -> str:
     """Return `name=value` of every number and string; undefined values and intervals are left to metrics.jsonl."""
-    parts = []
-    for name, value in record.items():
-        if isinstance(value, float):
-            parts.append(f"{name}={value:{FORMATS.get(name, '.4f')}}")
-        elif isinstance(value, (int, str)):
-            parts.append(f"{name}={value}")
-    return " ".join(parts)
+    shown = {name: value for name, value in record.items() if isinstance(value, (float, int, str))}
+    formats = {name: FORMATS.get(name, ".4f") if isinstance(value, float) else "" for name, value in shown.items()}
+    return " ".join(f"{name}={value:{formats[name]}}" for name, value in shown.items())
 
 
 def format_seconds(seconds: float) -> str:

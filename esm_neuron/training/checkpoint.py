@@ -51,7 +51,7 @@ class TrainState:
     seconds: float = 0.0
     """Time spent in training steps, without evaluation and saving."""
     stopper: dict[str, Any] = field(default_factory=dict)
-    """State of early stopping: the best value, its step, validations since."""
+    """State of `callbacks.EarlyStopping`."""
     run: dict[str, Any] = field(default_factory=dict)
     """What a continued run must share with this one (configuration and data), see `run.identity`."""
     watch: dict[str, Any] = field(default_factory=dict)
@@ -86,9 +86,8 @@ class CheckpointManager:
     def restore(self, identity: Mapping[str, Any]) -> TrainState | None:
         """Load weights and optimizer state of the newest whole checkpoint; return its counters, None without one.
 
-        Raises:
-            CheckpointError: the checkpoints belong to a run with another `identity`, none of them is whole, or the
-                ranks see different ones.
+        Raise CheckpointError where the checkpoints belong to another run, none is whole, or the ranks see different
+        ones.
         """
         snapshot = raise_on_any_rank(self._backend, lambda: self._newest(identity))
         found = self._backend.gather_host(None if snapshot is None else snapshot.state.step)
@@ -110,18 +109,9 @@ class CheckpointManager:
     def set_aside_unusable(self, step: int, best: int | None, over: bool) -> bool:
         """Rename what a run resumed after `step` cannot use: checkpoints of later steps, and a damaged best one.
 
-        The best one is checked here, before training and not after it: at the end it could no longer be replaced.
-
-        Args:
-            step: the step of the restored checkpoint.
-            best: the best step so far, None without a validation.
-            over: whether no steps are left to train.
-
-        Returns:
-            Whether the checkpoint of the best step was damaged, so that the best of the steps to come takes its place.
-
-        Raises:
-            CheckpointError: it was, and there are no steps to come.
+        Return whether the one of step `best` was damaged, so that the best of the steps to come takes its place; raise
+        CheckpointError if training is `over` and there are none. It is checked here, before training and not after it:
+        at the end it could no longer be replaced.
         """
         # The restored run writes later steps anew. Pruning goes by step, and would keep the damaged ones instead.
         main_rank_only(self._backend, lambda: set_aside_after(self.folder, step))
@@ -143,8 +133,7 @@ class CheckpointManager:
     def save(self, state: TrainState, best: int | None) -> None:
         """Write a checkpoint of the model, the optimizer and `state`, and prune the older ones; `best` stays.
 
-        Raises:
-            CheckpointError: it cannot be written, or the one before could not (`checkpoint.asynchronous`).
+        Raise CheckpointError where it cannot be written, or the one before could not (`checkpoint.asynchronous`).
         """
         if self._pool is not None:
             self.wait()  # before the next snapshot is gathered: the host holds one at most
@@ -164,11 +153,7 @@ class CheckpointManager:
         prune(self.folder, self._keep, best)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk.
-
-        Raises:
-            CheckpointError: it could not be written; raised on every rank, once.
-        """
+        """Wait until the last checkpoint is on the disk; if it could not be written, every rank raises, once."""
         main_rank_only(self._backend, self._settle)
 
     def _settle(self) -> None:
@@ -186,12 +171,8 @@ class CheckpointManager:
     def load_best(self, best: int | None, last: int) -> tuple[int, dict[str, Tensor]]:
         """Put the weights of the best validated step back; without one, those of the last step stay.
 
-        Returns:
-            The step of the weights, and the trained ones, whole (on the main rank). Do not gather them again: under
-            ZeRO-1 `Backend.gather_state` reads the optimizer's master copies, which are still those of the last step.
-
-        Raises:
-            CheckpointError: the main rank has no whole checkpoint of the best step.
+        Return the step of the weights, and the trained ones, whole (on the main rank). Do not gather them again: under
+        ZeRO-1 `Backend.gather_state` reads the optimizer's master copies, which are still those of the last step.
         """
         if best is None or best == last:
             return last, self._backend.gather_state(self._model, self._optimizer)[0]
@@ -238,11 +219,7 @@ def steps(root: Path) -> list[int]:
 
 
 def save(root: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint aside, flush it, then rename it: a crash leaves the old ones whole and no half of this one.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
-    """
+    """Write a checkpoint aside, flush it, then rename it: a crash leaves the old ones whole and no half of this one."""
     folder = step_folder(root, snapshot.state.step)
     try:
         with new_folder(folder) as aside:
@@ -260,11 +237,7 @@ def save(root: Path, snapshot: Snapshot) -> Path:
 
 
 def load(folder: Path) -> Snapshot:
-    """Read a checkpoint back after checking every file against the manifest.
-
-    Raises:
-        CheckpointError: something is missing, changed, or of another version; names the file.
-    """
+    """Read a checkpoint back after checking every file against the manifest."""
     verify(folder)
     try:
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
@@ -273,12 +246,7 @@ def load(folder: Path) -> Snapshot:
         wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
         if wrong or step_folder(folder.parent, state.step) != folder:
             raise ValueError(f"state.json: no valid {wrong[0] if wrong else 'step'}")
-    except (
-        OSError,
-        SafetensorError,
-        ValueError,
-        TypeError,
-    ) as error:  # whole by its manifest, yet not ours
+    except (OSError, SafetensorError, ValueError, TypeError) as error:  # whole by its manifest, yet not ours
         raise CheckpointError(f"{folder}: cannot be read ({error}); delete the folder") from error
     return Snapshot(state=state, **tensors)
 
@@ -326,11 +294,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest(root: Path) -> Snapshot | None:
-    """Read the newest whole checkpoint under `root`, None when there is none; those passed over are logged.
-
-    Raises:
-        CheckpointError: there are checkpoints and not one is whole.
-    """
+    """Read the newest whole checkpoint under `root`, None when there is none; those passed over are logged."""
     found = steps(root)
     for step in reversed(found):
         try:
@@ -366,10 +330,7 @@ def set_aside(folder: Path) -> None:
 
 def prune(root: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the `keep` newest and the one of step `best`, and what killed processes left."""
-    for step in steps(root)[:-keep]:
-        folder = step_folder(root, step)
-        if step == best:
-            continue
+    for folder in (step_folder(root, step) for step in steps(root)[:-keep] if step != best):
         if folder.is_symlink():
             folder.unlink()  # whoever made the link keeps what it leads to
         else:

@@ -16,7 +16,7 @@ from esm_neuron.metrics import Value
 from esm_neuron.tasks.base import Task
 
 AHEAD = 2
-"""Batches made before the device asks for them."""
+"""Batches, or training steps with theirs, made before the device asks for them."""
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
@@ -72,16 +72,9 @@ def collect(
 ) -> list[np.ndarray]:
     """Return `task.predictions` for a loader's whole table, in the table's order.
 
-    Args:
-        alone: False: every rank evaluates its share, and gets the predictions of all. True: this rank's loader holds
-            the whole table, and no other rank is asked.
-        advance: told how many tokens each batch had.
-
-    Returns:
-        float32 [examples, ...] each, or [tokens, ...] where `task.predictions_per_token`.
-
-    Raises:
-        TrainingError: a prediction is NaN or infinite.
+    Each is float32 [examples, ...], or [tokens, ...] where `task.predictions_per_token`. Every rank evaluates its share
+    and gets the predictions of all; with `alone` this rank's loader holds the whole table, and no other rank is asked.
+    `advance` is told how many tokens each batch had. Raise TrainingError where a prediction is NaN or infinite.
     """
     table, topology = loader.table, backend.topology
     parts: list[tuple[np.ndarray, ...]] = []
@@ -113,11 +106,8 @@ def placed(
 ) -> tuple[np.ndarray, ...]:
     """Return one batch's predictions without padding, after the index of the example or token that each is for.
 
-    Args:
-        table: what is evaluated.
-        members: int64 [R, S], which example each segment is, -1 for none.
-        predictions: [R, S, ...] each, or with `per_token` [R, L, ...], the tokens of a pack's segments end to end.
-        per_token: whether predictions are for tokens or for examples.
+    `members` is int64 [R, S], which example each segment is, -1 for none; `predictions` are [R, S, ...] each, or with
+    `per_token` [R, L, ...], the tokens of a pack's segments end to end.
     """
     used = members >= 0
     example = members[used]
@@ -134,11 +124,7 @@ def placed(
 
 
 def in_table_order(parts: Sequence[tuple[np.ndarray, ...]], size: int) -> list[np.ndarray]:
-    """Join what `placed` gave for the batches of all ranks: [size, ...] each, in the order of the table.
-
-    Raises:
-        ValueError: one of the `size` examples or tokens was predicted twice, or not at all.
-    """
+    """Join what `placed` gave for the batches of all ranks: [size, ...] each, in the order of the table."""
     index, *predictions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     times = np.bincount(index, minlength=size)
     if (times != 1).any():

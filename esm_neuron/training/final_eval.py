@@ -52,10 +52,7 @@ class Leaks:
 
 
 def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -> Leaks:
-    """Look for homologs of the held-out proteins as `data.homologs` says, and log how many have one.
-
-    `tables` are by split, `train` among them.
-    """
+    """Look for homologs of the held-out proteins as `data.homologs` says, and log how many have one."""
     method, proteins = cfg.data.homologs, sum(len(table.ids) for table in tables.values())
     held_out = {split: table for split, table in tables.items() if split != "train"}
     if method == "off" or not held_out:
@@ -64,9 +61,8 @@ def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -
         log(f"homologs are not looked for: {proteins} proteins are more than {MOST}; whether data leaks is not known")
         return Leaks(method)
     found = homolog_rows(tables["train"], held_out, method)
-    for split, has_homolog in found.items():
-        count = f"{has_homolog.sum()} of {len(has_homolog)} proteins"
-        log(f"{split} split: {count} have a homolog in training (by {method})")
+    for split, has in found.items():
+        log(f"{split} split: {has.sum()} of {len(has)} proteins have a homolog in training (by {method})")
     return Leaks(method, found)
 
 
@@ -75,11 +71,8 @@ def score_splits(
 ) -> dict[str, Any]:
     """Return the metrics of a trained model with intervals, on every rank; its predictions are kept in the output.
 
-    Returns:
-        valid, test: metrics of all proteins, None for a split without any.
-        clean: split -> metrics of its clean proteins, where they are some of it.
-        leaks: `Leaks.counts`.
-        baselines, clean_baselines: split -> baseline -> metrics on the same proteins.
+    These are `valid` and `test` (None for a split without proteins), `clean` by split where its clean proteins are some
+    of it, `leaks`, and `baselines` and `clean_baselines` on the same proteins, by split and by baseline.
     """
     cfg, task, backend = trainer.cfg, trainer.task, trainer.backend
     metrics: dict[str, Metrics | None] = {"valid": None, "test": None}

@@ -65,11 +65,7 @@ class Monitors:
 
     @contextmanager
     def step(self, data: StepData) -> Iterator[None]:
-        """Watch a training step; the first ones may compile, which takes long.
-
-        Raises:
-            ConfigError: it compiled a graph that was not planned, and `loop.on_recompile` is "error".
-        """
+        """Watch a training step; the first ones may compile, which takes long."""
         if self._compiles and self.recompiles.warms_up(data.batches):
             self.watchdog.expect(f"step {data.step + 1}", slow=True)
         self.recompiles.begin()
@@ -117,10 +113,7 @@ class Monitors:
 
     def metrics(self, residues: int) -> dict[str, float | int]:
         """Return the rest of a line of the log, after `residues` in all; the clock must be stopped."""
-        found: dict[str, float | int] = {
-            "residues_per_second": self.clock.rate(residues),
-            "graphs": self.backend.graphs(),
-        }
+        found = {"residues_per_second": self.clock.rate(residues), "graphs": self.backend.graphs()}
         if self.losses.spikes:
             found["loss_spikes"], self.losses.spikes = self.losses.spikes, 0
         peak = self.backend.peak_memory()
@@ -132,13 +125,11 @@ class Monitors:
         """Write down the records of steps that were not finite, then stop or go on, as `loop.on_nonfinite` says.
 
         Their updates were left out on the device already, so going on is safe.
-
-        Raises:
-            TrainingError: the setting says stop, or there are too many such steps in a row.
         """
-        found, loop = self.losses.take_nonfinite(), self.cfg.loop
+        found, loop = self.losses.nonfinite, self.cfg.loop
         if not found:
             return
+        self.losses.nonfinite = []
         path, first, in_a_row = Path(self.cfg.output) / NONFINITE, found[0], self.losses.in_a_row
         stops = loop.on_nonfinite == "stop" or in_a_row >= GIVE_UP
         main_rank_only(self.backend, lambda: self._name_records(path, found, "stop" if stops else "skip"))
@@ -167,11 +158,9 @@ class Clock:
         self._began = 0.0
 
     def start(self) -> None:
-        """Count from now on."""
         self._began = time.perf_counter()
 
     def stop(self) -> None:
-        """Count until now."""
         self.seconds += time.perf_counter() - self._began
 
     def rate(self, residues: int) -> float:
@@ -220,13 +209,7 @@ class LossWatch:
             )  # fmt: skip
         self.recent = [*self.recent, loss][-WINDOW:]
 
-    def take_nonfinite(self) -> list[dict[str, Any]]:
-        """Return the steps that were not finite, and forget them."""
-        found, self.nonfinite = self.nonfinite, []
-        return found
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, valid JSON."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,14 +250,10 @@ WARM_UP = 2
 """First steps of a run, and first validations, that may compile. On XLA:CPU only the first does; a device may lay out
 what it computed otherwise than what it was given, and then the second step reads other inputs than the first."""
 
-Signature = tuple[tuple[str, str], ...]
-"""What a compiled graph depends on: (field, shape and type, or value) of a batch, by field."""
 
-
-def signature(batch: Batch) -> Signature:
-    """Return shapes and types of the tensors of a batch, and the values that become part of the graph."""
-    held = [(f.name, getattr(batch, f.name)) for f in fields(batch) if f.name != "members"]
-    return tuple((name, _describe(value)) for name, value in held)
+def signature(batch: Batch) -> dict[str, str]:
+    """Return by field what a compiled graph depends on: shape and type of a tensor, or a value."""
+    return {f.name: _describe(getattr(batch, f.name)) for f in fields(batch) if f.name != "members"}
 
 
 def _describe(value: object) -> str:
@@ -286,17 +265,14 @@ def _describe(value: object) -> str:
 class RecompileGuard:
     """Finds graphs that a step or a validation compiles and should not, and names what changed.
 
-    Args:
-        on_recompile: what to do about an unplanned graph.
-        graphs: graphs compiled so far (`Backend.graphs`).
-        pack_tokens: the planned length of a pack.
+    `graphs` returns how many were compiled so far (`Backend.graphs`); `pack_tokens` is the planned length of a pack.
     """
 
     def __init__(self, on_recompile: OnRecompile, graphs: Callable[[], int], pack_tokens: int) -> None:
         self._action, self._graphs, self._planned = on_recompile, graphs, pack_tokens
         self._before = 0
         self._steps: Counter[int] = Counter()  # length of the packs -> steps with such packs
-        self._first: Signature | None = None  # of the first step with packs of the planned length
+        self._first: dict[str, str] = {}  # signature of the first step with packs of the planned length
         self._validations = 0
 
     def warms_up(self, batches: Sequence[Batch]) -> bool:
@@ -308,20 +284,15 @@ class RecompileGuard:
         self._before = self._graphs()
 
     def end(self, step: int, batches: Sequence[Batch]) -> None:
-        """Check what step `step` on `batches` compiled.
-
-        Raises:
-            ConfigError: with `on_recompile` "error", it compiled a graph that was not planned.
-        """
+        """Report an unplanned graph that step `step` compiled on `batches`; with "error", raise ConfigError."""
         compiled = self._graphs() - self._before
         for batch in batches:
-            found, length = signature(batch), batch.input_ids.shape[1]
-            if compiled and (reason := self._reason(found, length, len(batches))):
+            if compiled and (reason := self._reason(batch, len(batches))):
                 self._report(f"step {step} compiled {compiled} unplanned graph{'s' * (compiled > 1)}: {reason}")
                 return
         length = batches[0].input_ids.shape[1]
         self._steps[length] += 1
-        if self._first is None and length == self._planned:
+        if not self._first and length == self._planned:
             self._first = signature(batches[0])
 
     def end_validation(self, step: int) -> None:
@@ -334,14 +305,15 @@ class RecompileGuard:
                 f"packs have {self._planned} tokens, as before, so another shape or a Python value in the pass changed"
             )
 
-    def _reason(self, found: Signature, length: int, passes: int) -> str | None:
+    def _reason(self, batch: Batch, passes: int) -> str | None:
         """Return why the graph is unplanned, None where it was to be expected."""
+        found, length = signature(batch), batch.input_ids.shape[1]
         if length != self._planned:
             return f"its packs have {length} tokens, planned are {self._planned}"
         first = self._first or found
-        changed = [(name, new, old) for (name, new), (_, old) in zip(found, first, strict=True) if new != old]
+        changed = [f"{name} is {new}, was {first[name]}" for name, new in found.items() if new != first[name]]
         if changed:
-            return ", ".join(f"{name} is {new}, was {old}" for name, new, old in changed) + " in the first step"
+            return ", ".join(changed) + " in the first step"
         if self._steps[length] < WARM_UP:
             return None
         return (

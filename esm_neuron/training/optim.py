@@ -41,7 +41,6 @@ def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "constant":
         return cfg.lr
-    progress = (step - cfg.warmup_steps) / max(1, total_steps - 1 - cfg.warmup_steps)
-    progress = min(1.0, progress)
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - 1 - cfg.warmup_steps))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
     return max(LEAST_RATE, cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,8 @@ def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
     config = model_config(cfg, task, pretrained)
     with torch.device("meta"):
         model = task.build(config)
-    load_into(
-        model,
-        source,
-        Draw(cfg.seed, config.initializer_range),
-        lambda name: name.startswith(tuple(f"{part}." for part in task.head(config))),
-    )
+    head = tuple(f"{part}." for part in task.head(config))
+    load_into(model, source, Draw(cfg.seed, config.initializer_range), lambda name: name.startswith(head))
     return model, config
 
 
@@ -47,13 +43,8 @@ def write_model(model: nn.Module, config: EsmConfig, folder: Path, card: str = "
     Plain transformers loads it for `cls` pooling, residue classification and masked LM. Other poolings and regression
     have a model type of their own, known after `import esm_neuron.models.esm2`.
     """
-
-    def state() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in model.state_dict().items():
-            yield name, tensor.float()
-
     with new_folder(folder) as aside:
-        write_shards(state(), aside)
+        write_shards(((name, tensor.float()) for name, tensor in model.state_dict().items()), aside)
         _write_config(model, config, aside)
         hf_tokenizer().save_pretrained(str(aside))
         if card:
@@ -71,42 +62,24 @@ def _write_config(model: nn.Module, config: EsmConfig, folder: Path) -> None:
 def write_results(
     cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor], result: Mapping[str, Any]
 ) -> Path:
-    """Write OUT/adapter (and OUT/base where the base has no other home), or OUT/model, with a model card.
+    """Write OUT/adapter (and OUT/base where the base has no other home), or OUT/model, with a card; return the folder.
 
-    Args:
-        trained: whole trained parameters by name, as `Backend.gather_state` gives them.
-        result: what result.json will hold.
-
-    Returns:
-        The folder to load.
+    `trained` holds whole parameters by name, as `Backend.gather_state` gives them; `result` what result.json will hold.
     """
-    out = Path(cfg.output)
-    if isinstance(built.model, PeftModel):
-        return _write_adapter(cfg, task, built, built.model, trained, result)
-    model, config = plain_model(cfg, task)
-    with torch.no_grad():
-        for name, value in trained.items():
-            model.get_parameter(name).copy_(value)
-    write_model(model, config, out / MODEL, model_card(cfg, result, built.source.reference, "model"))
-    return out / MODEL
-
-
-def _write_adapter(
-    cfg: TrainConfig,
-    task: Task,
-    built: Built,
-    adapted: PeftModel,
-    trained: Mapping[str, Tensor],
-    result: Mapping[str, Any],
-) -> Path:
-    out = Path(cfg.output)
-    reference = built.source.reference
+    out, reference = Path(cfg.output), built.source.reference
+    if not isinstance(built.model, PeftModel):
+        model, config = plain_model(cfg, task)
+        with torch.no_grad():
+            for name, value in trained.items():
+                model.get_parameter(name).copy_(value)
+        write_model(model, config, out / MODEL, model_card(cfg, result, reference, "model"))
+        return out / MODEL
     if is_carried(cfg.model):
         model, config = plain_model(cfg, task)
         write_model(model, config, out / BASE)
         base = replace(cfg.model, name=str((out / BASE).resolve()), init="pretrained", revision=None, sha256=None)
         reference = open_weights(base, cfg.seed)[1].reference
-    lora = adapted.peft_config["default"]
+    lora = built.model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
     if built.config.model_type == PooledEsmConfig.model_type and not is_carried(cfg.model):
         # If the adapter named the pretrained repository as its base, plain transformers would load it, PEFT would pass

@@ -62,8 +62,7 @@ class Outcome:
 def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome:
     """Fine-tune as `cfg` says and write everything under `cfg.output`.
 
-    Raises:
-        EsmNeuronError: settings, data or checkpoints that cannot be used; nothing half-written is left.
+    Raise EsmNeuronError where settings, data or checkpoints cannot be used; nothing half-written is left.
     """
     validate(cfg)
     check_task(cfg.task)
@@ -79,13 +78,8 @@ def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome
 def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> int:
     """Compile the graphs of the training run of `cfg` ahead of it, and write nothing to `cfg.output`.
 
-    On Trainium it runs under `neuron_parallel_compile`, which collects the graphs and compiles them side by side.
-
-    Returns:
-        The number of graphs that this process asked for.
-
-    Raises:
-        EsmNeuronError: settings, data or weights that cannot be used; a backend that compiles nothing.
+    Return the number of graphs that this process asked for. On Trainium it runs under `neuron_parallel_compile`, which
+    collects the graphs and compiles them side by side.
     """
     validate(cfg)
     check_task(cfg.task)
@@ -145,8 +139,8 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
         trainer.callbacks = main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or []
     result: dict[str, Any] = {}
     try:
-        fit = trainer.fit()
-        if fit.stopped_by is None:
+        stopped_by = trainer.fit()
+        if stopped_by is None:
             with watchdog:
                 passes = sum(map(len, job.loaders.held_out.values()))
                 watchdog.expect("the end of the run (last evaluation, baselines, export)", passes + 1, slow=True)
@@ -154,14 +148,14 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
     finally:
         for callback in trainer.callbacks:
             callback.on_end(result)
-    return Outcome(result, fit.stopped_by)
+    return Outcome(result, stopped_by)
 
 
 def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate the best weights, write them and the result."""
     trainer, loaders = job.trainer, job.loaders
     cfg, backend, state = trainer.cfg, trainer.backend, trainer.state
-    chosen, weights = trainer.load_best()
+    chosen, weights = trainer.checkpoints.load_best(trainer.early_stopping.best_step, state.step)
     scores = score_splits(trainer, loaders.train.table, loaders.held_out, leaks, log)
     trainable, total = parameter_count(job.built.model)
     result = finite({
@@ -173,7 +167,10 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
         "adapter": cfg.adapter.kind,
         "parameters": {"trainable": trainable, "total": total},
         "chosen_step": chosen,
-        "data": {split: _size(table) for split, table in loaders.tables().items()},
+        "data": {
+            split: {"records": len(table.ids), "residues": int(table.whole_residues().sum(dtype=np.int64))}
+            for split, table in loaders.tables().items()
+        },
         "train": {
             "steps": state.step,
             "residues": state.residues,
@@ -189,11 +186,6 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     main_rank_only(backend, lambda: write_json(out / RESULT, result))
     log(f"weights of step {chosen} in {written}, result in {out / RESULT}, checkpoints in {trainer.checkpoints.folder}")
     return dict(result)
-
-
-def _size(table: ExampleTable) -> dict[str, int]:
-    """Return the records of a split, and the residues in them before they were cut."""
-    return {"records": len(table.ids), "residues": int(table.whole_residues().sum(dtype=np.int64))}
 
 
 def _notes(trainer: Trainer) -> Iterator[str]:
@@ -219,7 +211,6 @@ class Loaders:
 
     @classmethod
     def of(cls, cfg: TrainConfig, splits: Splits, task: Task, backend: Backend) -> Loaders:
-        """Make the loaders of this rank."""
         share: dict[str, Any] = {
             "dp": backend.topology.dp,
             "dp_rank": backend.topology.dp_rank,
@@ -227,32 +218,28 @@ class Loaders:
             "static_shapes": backend.static_shapes,
         }
         tables = {"valid": splits.valid, "test": splits.test}
-        held_out = {
-            split: EvalLoader(table, task, cfg, **share) for split, table in tables.items() if table is not None
-        }
+        held_out = {name: EvalLoader(table, task, cfg, **share) for name, table in tables.items() if table is not None}
         return cls(TrainLoader(splits.train, task, cfg, **share), held_out)
 
     def tables(self) -> dict[str, ExampleTable]:
-        """Return what each split holds, by name, `train` first."""
         return {"train": self.train.table, **{split: loader.table for split, loader in self.held_out.items()}}
 
 
 @contextmanager
 def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
     """Lock the output folder for this run; every rank raises when it cannot be had."""
-    with ExitStack() as held:
-        main_rank_only(backend, lambda: _claim(cfg, held))
-        yield
-
-
-def _claim(cfg: TrainConfig, held: ExitStack) -> None:
     out = Path(cfg.output)
-    held.enter_context(claimed(out))
-    used = checkpoint.steps(out / "checkpoints") or (out / RESULT).exists()
-    if used and cfg.checkpoint.resume == "no":
-        raise ConfigError(
-            f"output={out} already holds a run; go on with --checkpoint.resume auto, or choose another --output"
-        )
+    with ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(claimed(out))
+            used = checkpoint.steps(out / "checkpoints") or (out / RESULT).exists()
+            if used and cfg.checkpoint.resume == "no":
+                cure = "go on with --checkpoint.resume auto, or choose another --output"
+                raise ConfigError(f"output={out} already holds a run; {cure}")
+
+        main_rank_only(backend, claim)
+        yield
 
 
 def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
@@ -273,9 +260,8 @@ def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
 def describe(cfg: TrainConfig, built: Built) -> str:
     """Say in a line or two what is trained."""
     trainable, total = parameter_count(built.model)
-    lines = [
-        f"{cfg.model.name} on {cfg.backend}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
-    ]
+    trained = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
+    lines = [f"{cfg.model.name} on {cfg.backend}: {trained}"]
     if cfg.model.init == "random":
         lines.append(
             "NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect a small network's metrics"
@@ -302,11 +288,8 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
     save_rejected(out / REJECTED, splits.rejected)
 
 
-def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int] = ()) -> list[Callback]:
-    """Return the callbacks of a run from step `begin` on, with its logs cut there.
-
-    `pending`: earlier steps that were not finite and are not in nonfinite.jsonl yet.
-    """
+def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int]) -> list[Callback]:
+    """Return the callbacks of a run after step `begin`; its logs are cut there, and `pending` non-finite steps too."""
     out = Path(cfg.output)
     jsonl = JsonlLogger(out / METRICS)
     jsonl.truncate_after(begin)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,21 +18,9 @@ from esm_neuron.metrics import Value
 from esm_neuron.tasks.base import Task
 from esm_neuron.training.callbacks import Callback, EarlyStopping
 from esm_neuron.training.checkpoint import CheckpointManager, TrainState
-from esm_neuron.training.evaluation import evaluate, forward, on_device, run_passes
+from esm_neuron.training.evaluation import AHEAD, evaluate, forward, on_device, run_passes
 from esm_neuron.training.monitors import WARM_UP, Monitors, mean_loss
 from esm_neuron.training.optim import learning_rate, parameter_groups
-
-AHEAD = 2
-"""Steps whose batches are made before the device asks for them."""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How training ended."""
-
-    state: TrainState
-    stopped_by: str | None
-    """Name of the signal that asked it to end, also in its last step; None without one."""
 
 
 class Trainer:
@@ -66,8 +53,11 @@ class Trainer:
         self.checkpoints = CheckpointManager(cfg, backend, model, self.optimizer)
         self.monitors = Monitors(cfg, backend, train)
 
-    def fit(self) -> FitResult:
-        """Train from the current step to the last one, validating and saving on the way."""
+    def fit(self) -> str | None:
+        """Train from the current step to the last one, validating and saving on the way.
+
+        Return the name of the signal that asked it to end, also in its last step; None without one.
+        """
         self.model.train()
         with self.monitors.watching(), closing(self.checkpoints), closing(self.prefetched_steps()) as steps:
             for data in steps:
@@ -85,12 +75,11 @@ class Trainer:
                 if done:
                     break
             self.checkpoints.wait()  # every rank raises if the last write failed
-            return FitResult(self.state, self.stop_requested())
+            return self.stop_requested()
 
     def train_step(self, data: StepData) -> None:
         """Do one optimizer step: a pass per batch, then the update. Nothing here waits for a value of the device."""
-        step = data.step
-        lr = learning_rate(step, self.total_steps, self.cfg.optim)
+        step, lr = data.step, learning_rate(data.step, self.total_steps, self.cfg.optim)
         self.backend.set_lr(self.optimizer, lr)
         for number, batch in enumerate(on_device(data.batches, self.backend)):
             self.backend.seed(self.cfg.seed, step, number)
@@ -129,8 +118,7 @@ class Trainer:
     def stop_requested(self) -> str | None:
         """Return the name of the signal that any rank has received so far, None without one.
 
-        Raises:
-            OSError: a callback of the main rank could not write; raised on every rank.
+        Raise on every rank the OSError of a callback of the main rank that could not write.
         """
         # One exchange over the host per step: all ranks must leave the loop after the same step.
         signal = self.monitors.signal
@@ -154,7 +142,6 @@ class Trainer:
             self._tell(lambda callback: callback.on_eval(step, {"split": "valid", **metrics}))
 
     def evaluate(self, loader: EvalLoader) -> dict[str, Value]:
-        """Return the metrics of a loader's table over all ranks."""
         return evaluate(self.model, self.task, self.backend, loader)
 
     def save_checkpoint(self) -> None:
@@ -167,12 +154,7 @@ class Trainer:
             self.checkpoints.save(self.state, self.early_stopping.best_step)
 
     def restore(self) -> int:
-        """Go on from the newest whole checkpoint of the run's folder, if there is one; return its step.
-
-        Raises:
-            CheckpointError: the checkpoints belong to another run, none of them is whole, the ranks see different
-                ones, or the best one cannot be read and no step is left to train.
-        """
+        """Go on from the newest whole checkpoint of the run's folder, if there is one; return its step."""
         state = self.checkpoints.restore(self.state.run)
         if state is None:
             return 0
@@ -183,10 +165,6 @@ class Trainer:
         if self.checkpoints.set_aside_unusable(state.step, self.early_stopping.best_step, over):
             self.early_stopping.forget_best()
         return state.step
-
-    def load_best(self) -> tuple[int, dict[str, Tensor]]:
-        """Put the weights of the best validated step back; see `CheckpointManager.load_best`."""
-        return self.checkpoints.load_best(self.early_stopping.best_step, self.state.step)
 
     def compile(self, held_out: Sequence[EvalLoader]) -> None:
         """Run every graph of a run: its first training step twice, and one pass of each evaluation.

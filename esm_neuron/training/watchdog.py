@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 from esm_neuron.config import TrainConfig
 
@@ -25,10 +24,8 @@ PATIENCE = 3.0
 class Watchdog:
     """Within the block, work that takes longer than `expect` allows ends the process.
 
-    Args:
-        seconds: that one unit of work may take; 0: no limit, and nothing is started.
-        file: where the stacks of all threads are written, besides stderr.
-        slow: seconds besides, for work that may compile or is known to be long.
+    One unit of work may take `seconds` (0: no limit, and nothing is started), and `slow` more where it may compile or
+    is known to be long. The stacks of all threads go to `file`, and to stderr.
     """
 
     def __init__(self, seconds: float, file: Path, slow: float = 0.0) -> None:
@@ -47,9 +44,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         self._deadline = float("inf")
         if self._seconds:

@@ -35,9 +35,10 @@ class Stream(io.StringIO):
         return super().write(text)
 
 
-def test_plain_lines_are_one_write_each_and_match_metric_regexes() -> None:
+def test_plain_lines_are_one_write_each_and_match_metric_regexes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esm_neuron.training.callbacks.monotonic", iter([0.0, 60.0]).__next__)
     stream = Stream(tty=False)
-    console = ProgressConsole(stream=stream, clock=iter([0.0, 60.0]).__next__)
+    console = ProgressConsole(stream=stream)
     console.on_log(120, 500, RECORD)
     console.on_eval(120, {"split": "valid", "n": 300, "accuracy": 0.71, "accuracy_ci": [0.6, 0.8], "auroc": None})
     console.on_end({})
@@ -48,9 +49,10 @@ def test_plain_lines_are_one_write_each_and_match_metric_regexes() -> None:
     assert re.search(r"lr=([0-9.e+-]+)", stream.writes[0]).group(1) == "3.0e-04"  # type: ignore[union-attr]
 
 
-def test_the_time_left_leaves_compilation_out_once_it_can() -> None:
+def test_the_time_left_leaves_compilation_out_once_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("esm_neuron.training.callbacks.monotonic", iter([0.0, 100.0, 110.0, 130.0]).__next__)
     stream = Stream(tty=False)
-    console = ProgressConsole(start=100, stream=stream, clock=iter([0.0, 100.0, 110.0, 130.0]).__next__)
+    console = ProgressConsole(start=100, stream=stream)
     for step in (110, 120, 140):  # the first ten steps take 100 s, every later one 1 s
         console.on_log(step, 200, {})
     assert [line.rsplit("eta=")[1].strip() for line in stream.writes] == ["00:15:00", "00:01:20", "00:01:00"]
