@@ -20,29 +20,21 @@ if TYPE_CHECKING:
     from esm_neuron.data.dataset import ExampleTable
     from esm_neuron.tasks.base import Column, Predictions, Task
 
-CONFIG = "config.yaml"
-"""Every setting, resolved."""
-RESULT = "result.json"
-"""Metrics of the finished run; there is no such file before it has finished."""
-METRICS = "metrics.jsonl"
-"""One line per logged step and per evaluation."""
-NONFINITE = "nonfinite.jsonl"
-"""One line per step whose loss or gradient was not finite, with the ids of its records; only if there was one."""
-REJECTED = "rejected.tsv"
-"""Rows left out or changed for their characters."""
-ADAPTER, MODEL, BASE = "adapter", "model", "base"
-"""A PEFT adapter, or a whole Hugging Face model; and an adapter's base if it is kept nowhere else."""
+CONFIG = "config.yaml"  # every setting, resolved
+RESULT = "result.json"  # metrics of the finished run; there is no such file before it has finished
+METRICS = "metrics.jsonl"  # one line per logged step and per evaluation
+NONFINITE = "nonfinite.jsonl"  # one line per step whose loss or gradient was not finite, with the ids of its records
+REJECTED = "rejected.tsv"  # rows left out or changed for their characters
+ADAPTER, MODEL = "adapter", "model"  # a PEFT adapter, or a whole Hugging Face model
+BASE = "base"  # an adapter's base if it is kept nowhere else
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-REFERENCE = "base_reference.json"
-"""Beside an adapter: the weights it was trained on."""
-REPORT = "report"
-"""The page of `esm-neuron report` and its charts."""
-CARD = "README.md"
-"""Model card, in the folder of an adapter or a model."""
-PASSED_OVER = "passed-over-"
-"""Prefix of a checkpoint that a resumed run could not read."""
+REFERENCE = "base_reference.json"  # beside an adapter: the weights it was trained on
+REPORT = "report"  # the page of `esm-neuron report` and its charts
+CARD = "README.md"  # model card, in the folder of an adapter or a model
+PASSED_OVER = "passed-over-"  # prefix of a checkpoint that a resumed run could not read
+
+# what every result.json has
 _KEYS = ("task", "metric", "model", "init", "backend", "adapter", "parameters", "chosen_step", "data", "train")
-"""What every result.json has."""
 
 
 def predictions_name(split: str) -> str:
@@ -57,19 +49,14 @@ class Finished:
     folder: Path
     cfg: TrainConfig
     result: dict[str, Any]
-    """result.json."""
-    log: list[dict[str, Any]]
-    """metrics.jsonl: lines of training steps, and lines of evaluations, which have a `split`."""
-    predictions: dict[str, pa.Table]
-    """Split -> its predictions, see `save_predictions`; a split that was not kept is missing."""
+    log: list[dict[str, Any]]  # lines of training steps, and lines of evaluations, which have a `split`
+    predictions: dict[str, pa.Table]  # by split, see `save_predictions`; one that was not kept is missing
 
 
 def read_finished(run: Path) -> Finished:
     """Read everything in a run's folder that is no weights.
 
-    Raises:
-        ConfigError: it is no run, or one that has not finished.
-        CheckpointError: one of its files is damaged, or of an older version of this package.
+    Raise ConfigError where it is no finished run, CheckpointError where a file is damaged or of an older version.
     """
     require((run / CONFIG).is_file(), f"{run}: no {CONFIG} there; name the output folder of a training run")
     cfg, result = read_config(run / CONFIG), read_result(run)
@@ -81,10 +68,8 @@ def read_finished(run: Path) -> Finished:
 def read_result(run: Path) -> dict[str, Any]:
     """Read a run's result.json; raises as `read_finished` does."""
     path = run / RESULT
-    require(
-        path.is_file(),
-        f"{run}: no {RESULT} there, its training has not finished; go on with --checkpoint.resume auto",
-    )
+    cure = "its training has not finished; go on with --checkpoint.resume auto"
+    require(path.is_file(), f"{run}: no {RESULT} there, {cure}")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in _KEYS if key not in result]
@@ -116,9 +101,8 @@ def save_predictions(
     path: Path, task: Task, table: ExampleTable, predictions: Predictions, has_homolog: np.ndarray | None = None
 ) -> None:
     """Write `as_table` of the same arguments as a Parquet file."""
-    found = as_table(task, table, predictions, has_homolog)
     with new_file(path) as aside:
-        pq.write_table(found, aside, compression="zstd")
+        pq.write_table(as_table(task, table, predictions, has_homolog), aside, compression="zstd")
 
 
 def as_table(
@@ -126,31 +110,21 @@ def as_table(
 ) -> pa.Table:
     """Return what `evaluation.collect` gave for a table with labels: one row per record, in the table's order.
 
-    Args:
-        task: makes columns of the predictions.
-        table: with labels.
-        predictions: what `collect` gave.
-        has_homolog: bool [records]: which records have a homolog among the training rows; None: not known.
+    `has_homolog`, bool [records], says which of them have a homolog among the training rows; None: not known.
     """
     _, bounds = table.residue_slots()
-    targets = task.targets(table)
+    targets, outputs = task.targets(table), task.outputs(table, predictions)
     columns = {
         "id": pa.array(list(table.ids), pa.string()),
         "residues": pa.array(np.diff(bounds), pa.int32()),
         **({} if has_homolog is None else {"has_homolog": pa.array(has_homolog, pa.bool_())}),
         **({} if targets is None else {"target": _array(targets)}),
     }
-    outputs = task.outputs(table, predictions)
-    arrays = [*columns.values(), *map(_array, outputs.values())]
-    return pa.table(arrays, names=[*columns, *outputs])
+    return pa.table([*columns.values(), *map(_array, outputs.values())], names=[*columns, *outputs])
 
 
 def load_predictions(path: Path) -> pa.Table | None:
-    """Read what `save_predictions` wrote; None if there is none (`log.predictions` false, or no rows held out).
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Read what `save_predictions` wrote; None if there is none (`log.predictions` false, or no rows held out)."""
     try:
         return pq.read_table(path) if path.is_file() else None
     except (OSError, pa.ArrowException) as error:

@@ -24,45 +24,28 @@ from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, to_number
 from esm_neuron.data.validation import Problems, is_missing, quote
 from esm_neuron.errors import ConfigError, DataError
 
-UNKNOWN = -1
-"""Class index of a residue without a known label: weight 0."""
-MOST_CLASSES = np.iinfo(np.int16).max
-"""Codes and class indices are int16."""
-LONGEST_NAME = 1000
-"""Characters of a class name; a longer one is another column's content."""
-BINS = 10
-"""Quantiles of a regression's values that a sample of rows is spread over."""
+UNKNOWN = -1  # class index of a residue without a known label: weight 0
+MOST_CLASSES = np.iinfo(np.int16).max  # codes and class indices are int16
+LONGEST_NAME = 1000  # characters of a class name; a longer one is another column's content
+BINS = 10  # quantiles of a regression's values that a sample of rows is spread over
 
 
 class Labels:
-    """One class per protein; subclasses read other labels.
+    """One class per protein; subclasses read other labels."""
 
-    Args:
-        task: with its class names where they are known: those of the configuration, or of a finished run.
-        column: the label column's name in the file, for messages.
-    """
-
-    joiner: ClassVar[str] = LIST_JOINER
-    """What stands between the entries of a label that is a list."""
-    entry: ClassVar[pa.DataType] = pa.int16()
-    """Type of one entry of an encoded label: a code, or a value."""
-    per_residue: ClassVar[bool] = False
-    """Whether a label has one entry per residue."""
-    numeric: ClassVar[bool] = False
-    """Whether labels are values instead of classes."""
+    joiner: ClassVar[str] = LIST_JOINER  # what stands between the entries of a label that is a list
+    entry: ClassVar[pa.DataType] = pa.int16()  # type of one entry of an encoded label: a code, or a value
+    per_residue: ClassVar[bool] = False  # whether a label has one entry per residue
+    numeric: ClassVar[bool] = False  # whether labels are values instead of classes
 
     def __init__(self, task: TaskConfig, column: str) -> None:
-        self.task = task
-        self.column = column
-        self.codes: dict[str, int] = {name: code for code, name in enumerate(dict.fromkeys(task.labels or ()))}
-        """Name -> code, in order of appearance."""
+        self.task = task  # with its class names where they are known: configured, or those of a finished run
+        self.column = column  # the label column's name in the file, for messages
+        self.codes = {name: code for code, name in enumerate(dict.fromkeys(task.labels or ()))}  # as they appear
+        self.ignored = set(task.ignore) if self.per_residue else set()  # names that stand for an unknown label
 
     def split(self, text: str, length: int) -> list[str]:
-        """Return the class names in a label of a protein of `length` residues.
-
-        Raises:
-            ValueError: the label cannot be read; says why.
-        """
+        """Return the class names in a label of a protein of `length` residues; a ValueError says what is wrong."""
         return [text]
 
     def encode(self, rows: pa.Table, problems: Problems) -> pa.Table:
@@ -70,9 +53,6 @@ class Labels:
 
         A label that is missing becomes null (`Checker` has noted it), and so does one that cannot be read, which is
         noted in `problems`.
-
-        Raises:
-            DataError: more than `MOST_CLASSES` names.
         """
         found: list[list[Any] | None] = []
         lengths = pc.utf8_length(rows["sequence"]).to_pylist()
@@ -120,15 +100,10 @@ class Labels:
         return _numbered(flatten(rows)[0])
 
     def learn_classes(self, train: Iterable[pa.Table], source: str) -> None:
-        """Name the classes in `self.task`: the configured ones, or the sorted ones of the training rows.
-
-        Raises:
-            DataError: fewer than two classes.
-            ConfigError: a name twice.
-        """
+        """Name the classes in `self.task`: the configured ones, or the sorted ones of the training rows."""
         present = np.unique(np.concatenate([np.unique(flatten(rows)[0]) for rows in train]))
         names = list(self.codes)
-        found = sorted({names[code] for code in present} - self._ignored())
+        found = sorted({names[code] for code in present} - self.ignored)
         labels = self.task.labels if self.task.labels is not None else tuple(found)
         require(len(set(labels)) == len(labels), f"task.labels={labels} has a name twice; name each class once")
         if len(found) < 2:
@@ -138,10 +113,6 @@ class Labels:
                 "data.label_column and data.keep"
             )
         self.task = replace(self.task, labels=labels)
-
-    def _ignored(self) -> set[str]:
-        """Names that stand for an unknown label."""
-        return set()
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
         """Return what encoded labels say once the classes are known, here int64 [rows] class indices.
@@ -153,33 +124,26 @@ class Labels:
 
     def _classes(self, rows: pa.Table, flat: np.ndarray, counts: np.ndarray, problems: Problems) -> np.ndarray:
         """int16 [entries]: the class index of each code."""
-        index = {name: i for i, name in enumerate(self.task.labels or ())} | dict.fromkeys(self._ignored(), UNKNOWN)
+        labels = self.task.labels or ()
+        index = {name: i for i, name in enumerate(labels)} | dict.fromkeys(self.ignored, UNKNOWN)
         none = UNKNOWN - 1
         classes = np.array([index.get(name, none) for name in self.codes], dtype=np.int16)[flat]
         strange = np.flatnonzero(classes == none)
         first = np.cumsum(counts) - counts
         row_of = np.searchsorted(first, strange, side="right") - 1
-        names = list(self.codes)
+        names, known = list(self.codes), ", ".join(map(quote, labels[:20])) + (", ..." if len(labels) > 20 else "")
         for row, at in zip(*np.unique(row_of, return_index=True), strict=True):
             place = f" of residue {strange[at] - first[row] + 1}" if self.per_residue else ""
-            what = f"label {quote(names[flat[strange[at]]])}{place} is not one of the classes {self._known()}"
+            what = f"label {quote(names[flat[strange[at]]])}{place} is not one of the classes {known}"
             cure = "correct it, add training rows of it, or filter it with data.keep"
             self._add(problems, rows, int(row), f"{what}; {cure}")
         return np.maximum(classes, UNKNOWN)
 
-    def _known(self) -> str:
-        labels = self.task.labels or ()
-        return ", ".join(map(quote, labels[:20])) + (", ..." if len(labels) > 20 else "")
-
     def resolve(self, train: np.ndarray) -> TaskConfig:
         """Return the task with what the training rows decide, here balanced class weights.
 
-        Args:
-            train: `ExampleTable.labels` of the training rows.
-
-        Raises:
-            DataError: the values of a regression are all equal.
-            ConfigError: class weights that do not fit the classes, or a class without training rows to balance.
+        `train` is their `ExampleTable.labels`. Raise ConfigError where class weights do not fit the classes, or a class
+        has no training rows to balance; DataError where the values of a regression are all equal.
         """
         task, labels = self.task, self.task.labels or ()
         if task.class_weights == "balanced":
@@ -211,12 +175,10 @@ class LabelSets(Labels):
     """Any number of classes per protein, joined by `;`."""
 
     def split(self, text: str, length: int) -> list[str]:
-        """Return the parts of the text, without spaces around them."""
         names = [name.strip() for name in text.split(LIST_JOINER)]
         if "" in names:
-            raise ValueError(
-                f"label {quote(text)} has an empty part; write its labels with one {LIST_JOINER!r} between"
-            )
+            cure = f"write its labels with one {LIST_JOINER!r} between"
+            raise ValueError(f"label {quote(text)} has an empty part; {cure}")
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise ValueError(f"label {quote(text)} has {quote(twice[0])} twice; keep one")
@@ -256,7 +218,6 @@ class ResidueLabels(Labels):
     per_residue = True
 
     def split(self, text: str, length: int) -> list[str]:
-        """Return the name of each residue's class."""
         names = [name.strip() for name in text.split(RESIDUE_JOINER)] if RESIDUE_JOINER in text else list(text)
         names = [text] if length == 1 else names
         if len(names) != length:
@@ -270,11 +231,7 @@ class ResidueLabels(Labels):
         return names
 
     def strata(self, rows: pa.Table) -> np.ndarray:
-        """int64 [rows]: one group."""
         return np.zeros(len(rows), dtype=np.int64)
-
-    def _ignored(self) -> set[str]:
-        return set(self.task.ignore)
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
         """int16 [residues of all rows]: class indices, `UNKNOWN` for a label in `task.ignore`."""
@@ -294,11 +251,10 @@ class Numbers(Labels):
         return [value]
 
     def count(self, rows: pa.Table) -> Counter[str]:
-        """Return nothing: values have no classes."""
-        return Counter()
+        return Counter()  # values have no classes
 
     def strata(self, rows: pa.Table) -> np.ndarray:
-        """int64 [rows]: the quantile that each value is in."""
+        # the quantile that each value is in
         values = flatten(rows)[0]
         return np.searchsorted(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]), values)
 
@@ -306,7 +262,6 @@ class Numbers(Labels):
         """Do nothing: values have no classes."""
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
-        """float64 [rows]: the values."""
         return flatten(rows)[0]
 
     def resolve(self, train: np.ndarray) -> TaskConfig:

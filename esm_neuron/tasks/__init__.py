@@ -26,11 +26,7 @@ TASKS: dict[str, str] = {
 
 
 def task_class(name: str) -> type[Task]:
-    """Return the class of a task.
-
-    Raises:
-        ConfigError: no task has this name.
-    """
+    """Return the class of a task; raise ConfigError where none has this name."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         cure = f"did you mean {near[0]}?" if near else f"use one of {', '.join(TASKS)}"
@@ -41,11 +37,7 @@ def task_class(name: str) -> type[Task]:
 
 
 def check_task(cfg: TaskConfig) -> None:
-    """Check that the task exists and uses every setting that was changed.
-
-    Raises:
-        ConfigError: it does not; the message names the tasks that do.
-    """
+    """Raise ConfigError where there is no such task, or it does not use a setting that was changed."""
     used, default = task_class(cfg.name).settings, TaskConfig()
     for setting, value in vars(cfg).items():
         if setting != "name" and setting not in used and value != getattr(default, setting):
@@ -56,10 +48,5 @@ def check_task(cfg: TaskConfig) -> None:
 
 
 def create_task(cfg: TaskConfig, labels: Sequence[str]) -> Task:
-    """Return the task that `cfg.name` names.
-
-    Args:
-        cfg: with what the training rows decide, see `data.labels.Labels.resolve`.
-        labels: class names; empty where the task has none.
-    """
+    """Return the task that `cfg.name` names; `cfg` has what the training rows decide, see `Labels.resolve`."""
     return task_class(cfg.name)(cfg, labels)

@@ -30,7 +30,6 @@ Predictions = Sequence[np.ndarray]
 Column = np.ndarray | list[str] | list[np.ndarray]
 """One value per record: numbers [records], texts, or an array for each record."""
 CLASS_SETTINGS = ("labels", "class_weights", "label_smoothing", "focal_gamma")
-"""Settings of tasks with classes."""
 
 
 class Task(ABC):
@@ -38,10 +37,6 @@ class Task(ABC):
 
     The defaults are those of a task without labels that predicts one thing per protein. A task that only predicts,
     such as embedding, needs no `loss`, `metrics` and `outputs`.
-
-    Args:
-        cfg: with what the training rows decide, see `data.labels.Labels.resolve`.
-        labels: class names; empty where the task has none.
     """
 
     summary: ClassVar[str] = "a task of its own"
@@ -69,8 +64,10 @@ class Task(ABC):
     """The class of transformers that loads its model."""
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str] = ()) -> None:
-        self.cfg = cfg
-        self.labels = tuple(labels)
+        self.cfg = cfg  # with what the training rows decide, see `data.labels.Labels.resolve`
+        self.labels = tuple(labels)  # class names; empty where the task has none
+        weights = cfg.class_weights if isinstance(cfg.class_weights, dict) else dict.fromkeys(labels, 1.0)
+        self.class_weights = np.array([weights[label] for label in labels], np.float32)
 
     # The model
 
@@ -151,13 +148,6 @@ def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
     return mean
 
 
-def class_weights(cfg: TaskConfig, labels: Sequence[str]) -> np.ndarray:
-    """float32 [classes]: the class weights of a resolved task, 1 where it has none."""
-    if isinstance(cfg.class_weights, dict):
-        return np.array([cfg.class_weights[label] for label in labels], np.float32)
-    return np.ones(len(labels), np.float32)
-
-
 def by_class(labels: Sequence[str], columns: Iterable[Column]) -> dict[str, Column]:
     """Return one column `p_<class>` per class."""
     return {f"p_{name}": column for name, column in zip(labels, columns, strict=True)}
@@ -189,20 +179,16 @@ class PooledTask(Task):
 
     @classmethod
     def in_transformers(cls, model: ModelConfig) -> bool:
-        """Return whether transformers has the pooling: only that of <cls>."""
         return model.pooling == "cls"
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """Return transformers' classifier, or ours where the pooling is another."""
         kind = PackedForPooledClassification if isinstance(config, PooledEsmConfig) else PackedForSequenceClassification
         return kind(config)
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """Return the dense layer, the outputs and, with attention pooling, its weights."""
         return head_names(config)
 
     @classmethod
     def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
-        """Return the sizes of the modules in `head`."""
         pooling = [hidden] if model.pooling == "attention" else []
         return [hidden**2, hidden, outputs * hidden, outputs, *pooling]

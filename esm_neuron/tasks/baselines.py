@@ -35,20 +35,17 @@ CHUNK = 1 << 18
 LEAST = np.exp(-50.0)
 """Least probability that a logarithm is taken of, so that a cross entropy stays finite."""
 
-Predict = Callable[["ExampleTable"], list[np.ndarray]]
-"""From a table to predictions of the form of `Task.predictions`, for the whole table in its order."""
-
 
 @dataclass(frozen=True)
 class Baseline:
     """A simple fitted model."""
 
     name: str
-    predict: Predict
+    predict: Callable[[ExampleTable], list[np.ndarray]]
+    """From a table to predictions of the form of `Task.predictions`, for the whole table in its order."""
     fitted_on: int
-    """Training rows, or residues where those are classified, that it has seen."""
+    """Training rows, or residues where those are classified, that it has seen, of `training`."""
     training: int
-    """How many there are."""
 
     def metrics(self, task: Task, table: ExampleTable) -> dict[str, Value]:
         """Return the task's metrics with intervals on a table with labels, and on how many rows it was fitted."""
@@ -61,11 +58,8 @@ def class_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
     counts, rows = _draw(train.labels, classes, MOST_ROWS)
     shares = counts / counts.sum()
     classify = _classifier(_logistic(), composition_features(train, rows), train.labels[rows], shares)
-
-    def composition(table: ExampleTable) -> list[np.ndarray]:
-        return [_log(classify(composition_features(table)))[table.record]]
-
-    return [_constant("majority", _log(shares), train), Baseline("composition", composition, len(rows), len(train.ids))]
+    composition = _composition(lambda features: _log(classify(features)), rows, train)
+    return [_constant("majority", _log(shares), train), composition]
 
 
 def label_set_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
@@ -78,28 +72,17 @@ def label_set_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
         for c in range(classes)
     ]
 
-    def composition(table: ExampleTable) -> list[np.ndarray]:
-        seen = composition_features(table)
-        return [_logit(np.stack([classify(seen)[:, 1] for classify in having], axis=1))[table.record]]
+    def predict(features: np.ndarray) -> np.ndarray:
+        return _logit(np.stack([classify(features)[:, 1] for classify in having], axis=1))
 
-    return [
-        _constant("majority", _logit(shares), train),
-        Baseline("composition", composition, len(rows), len(train.ids)),
-    ]
+    return [_constant("majority", _logit(shares), train), _composition(predict, rows, train)]
 
 
 def value_baselines(train: ExampleTable) -> list[Baseline]:
     """Fit the mean, and a ridge regression on the amino-acid composition."""
     rows = _sample(len(train.ids), MOST_ROWS)
     model = make_pipeline(StandardScaler(), Ridge()).fit(composition_features(train, rows), train.labels[rows])
-
-    def composition(table: ExampleTable) -> list[np.ndarray]:
-        return [model.predict(composition_features(table))[table.record]]
-
-    return [
-        _constant("mean", train.labels.mean(), train),
-        Baseline("composition", composition, len(rows), len(train.ids)),
-    ]
+    return [_constant("mean", train.labels.mean(), train), _composition(model.predict, rows, train)]
 
 
 def residue_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
@@ -108,13 +91,11 @@ def residue_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
     known, shares = int(counts.sum()), counts / counts.sum()
     classify = _classifier(LogisticRegression(max_iter=1000), window_features(train, rows), train.labels[rows], shares)
 
-    def majority(table: ExampleTable) -> list[np.ndarray]:
-        return [np.tile(_log(shares), (len(table.tokens), 1))]
-
     def window(table: ExampleTable) -> list[np.ndarray]:
         return [_log(np.concatenate([classify(window_features(table, part)) for part in _chunks(len(table.tokens))]))]
 
-    return [Baseline("majority", majority, known, known), Baseline("window", window, len(rows), known)]
+    majority = Baseline("majority", lambda table: [np.tile(_log(shares), (len(table.tokens), 1))], known, known)
+    return [majority, Baseline("window", window, len(rows), known)]
 
 
 def unigram_baseline(train: ExampleTable) -> Baseline:
@@ -147,6 +128,13 @@ def _constant(name: str, prediction: np.ndarray, train: ExampleTable) -> Baselin
     return Baseline(name, predict, len(train.ids), len(train.ids))
 
 
+def _composition(predict: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, train: ExampleTable) -> Baseline:
+    """A model of `composition_features`, fitted on `rows`; each window gets the prediction for its whole protein."""
+    return Baseline(
+        "composition", lambda table: [predict(composition_features(table))[table.record]], len(rows), len(train.ids)
+    )
+
+
 def composition_features(table: ExampleTable, records: np.ndarray | None = None) -> np.ndarray:
     """float64 [records, 61]: amino-acid frequencies of the protein, of its first and its last 50 residues, and the log
     length; for all records of the table, or for those given."""
@@ -158,8 +146,11 @@ def composition_features(table: ExampleTable, records: np.ndarray | None = None)
     for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         tokens = np.concatenate([table.sequence(example) for example in order[start:stop]])
         residues = tokens[tokens > UNK]  # the specials come first in the alphabet
-        parts = (residues, residues[:END], residues[-END:])
-        features[row] = np.concatenate([*(_frequencies(part) for part in parts), [np.log(max(len(residues), 1))]])
+        shares = [
+            np.bincount(part, minlength=len(VOCABULARY))[AMINO_ACIDS] / max(len(part), 1)
+            for part in (residues, residues[:END], residues[-END:])
+        ]
+        features[row] = np.concatenate([*shares, [np.log(max(len(residues), 1))]])
     return features
 
 
@@ -173,11 +164,6 @@ def window_features(table: ExampleTable, rows: np.ndarray) -> sparse.csr_matrix:
     bounds = np.arange(len(rows) + 1) * tokens.shape[1]
     shape = (len(rows), tokens.shape[1] * len(VOCABULARY))
     return sparse.csr_matrix((np.ones(tokens.size), columns.ravel(), bounds), shape=shape)
-
-
-def _frequencies(tokens: np.ndarray) -> np.ndarray:
-    """float64 [20]: share of each standard amino acid among `tokens`."""
-    return np.bincount(tokens, minlength=len(VOCABULARY))[AMINO_ACIDS] / max(len(tokens), 1)
 
 
 def _logistic() -> Any:
@@ -210,16 +196,9 @@ def _chunks(n: int) -> Iterator[np.ndarray]:
 
 
 def _draw(labels: np.ndarray, classes: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw rows to fit a classifier on.
+    """Return how many rows each class has, int64 [classes], and the rows to fit a classifier on, rising.
 
-    Args:
-        labels: int [n]: class indices, -1 where it is unknown.
-        classes: how many there are.
-        most: rows to draw by a fixed seed where more are known.
-
-    Returns:
-        int64 [classes]: how many rows each class has. int64: the rows drawn, rising, and of each class that has none
-        among them its first.
+    Rows whose label, int [n], is -1 are not drawn. Of each class that has none among the `most` drawn, its first is.
     """
     known = np.flatnonzero(labels >= 0)
     found, first = np.unique(labels[known], return_index=True)

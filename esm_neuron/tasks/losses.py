@@ -13,14 +13,9 @@ LEAST = 1e-6
 def softmax_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:
     """Return float32 [...]: - sum over classes c of q_c (1 - p_c)^gamma log p_c, in nats.
 
-    q is 1 at the label, mixed with the even distribution by `smoothing`. gamma 0 is cross entropy; hard labels with
-    gamma > 0 are the focal loss of Lin et al. 2017 (arXiv:1708.02002, eq. 4).
-
-    Args:
-        logits: [..., C], p is their softmax.
-        labels: int64 [...].
-        smoothing: share of q spread evenly.
-        gamma: how much less a class counts, the surer its prediction is.
+    p is the softmax of `logits` [..., C]; q is 1 at the label, int64 [...], mixed with the even distribution by
+    `smoothing`. gamma 0 is cross entropy; hard labels with gamma > 0 are the focal loss of Lin et al. 2017
+    (arXiv:1708.02002, eq. 4).
     """
     classes = logits.shape[-1]
     flat = logits.float().reshape(-1, classes)

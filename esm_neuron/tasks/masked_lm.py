@@ -36,7 +36,6 @@ class MaskedLM(Task):
     auto_class = "AutoModelForMaskedLM"
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """Return the pretrained model, with its own LM head."""
         return PackedForMaskedLM(config)
 
     @classmethod
@@ -72,7 +71,6 @@ class MaskedLM(Task):
         return tuple((member @ values.unsqueeze(-1)).squeeze(-1) for values in per_token)
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """Return `masked_lm_metrics`."""
         return masked_lm_metrics(self._sums(table, predictions), intervals)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
@@ -83,7 +81,6 @@ class MaskedLM(Task):
         return {"hidden": hidden.astype(np.int64), "loss": mean, "perplexity": np.exp(mean)}
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        """Return the residues' frequencies."""
         return [unigram_baseline(train)]
 
     def view(self, table: pa.Table) -> View:

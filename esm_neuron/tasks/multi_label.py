@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from esm_neuron.config import TaskConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import LabelSets
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Value, multi_label_metrics
 from esm_neuron.metrics.multi_label import THRESHOLD
-from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, by_class, class_weights, record_mean
+from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, by_class, record_mean
 from esm_neuron.tasks.baselines import Baseline, label_set_baselines
 from esm_neuron.tasks.losses import sigmoid_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_probabilities, lengths, worst
@@ -31,10 +29,6 @@ class MultiLabel(PooledTask):
     compared = ("subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
     hub_task = "text-classification"
 
-    def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
-        super().__init__(cfg, labels)
-        self._weights = class_weights(cfg, labels)
-
     def _output_config(self) -> dict[str, Any]:
         return super()._output_config() | {"problem_type": "multi_label_classification"}
 
@@ -42,7 +36,7 @@ class MultiLabel(PooledTask):
         """Return float32 [classes]: for a label that the protein has its class weight (above 0), else 0."""
         if not len(table.labels):
             return Target(table.sequence(example), np.zeros(len(self.labels), np.float32), np.asarray(0, np.float32))
-        label = table.labels[table.record[example]] * self._weights
+        label = table.labels[table.record[example]] * self.class_weights
         return Target(table.sequence(example), label, table.weight[example])
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -68,7 +62,6 @@ class MultiLabel(PooledTask):
         return {"label": self._joined(probabilities >= THRESHOLD), **by_class(self.labels, probabilities.T)}
 
     def targets(self, table: ExampleTable) -> Column:
-        """Return each protein's labels, joined by `;`; may be empty."""
         return self._joined(table.labels)
 
     def _joined(self, chosen: np.ndarray, joiner: str = LIST_JOINER) -> list[str]:
@@ -76,7 +69,6 @@ class MultiLabel(PooledTask):
         return [joiner.join(label for label, is_in in zip(self.labels, row, strict=True) if is_in) for row in chosen]
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        """Return the label frequencies and the amino-acid composition."""
         return label_set_baselines(len(self.labels), train)
 
     def view(self, table: pa.Table) -> View:
@@ -87,6 +79,7 @@ class MultiLabel(PooledTask):
         predicted = probabilities >= THRESHOLD
         wrong = (target != predicted).sum(1)
         score = np.where(wrong > 0, np.abs(probabilities - target).sum(1), 0.0)
+        protein = np.repeat(np.arange(len(target)), len(labels))
 
         def describe(i: int) -> tuple[str, str, str]:
             own, found = (text or "none" for text in self._joined(np.stack([target[i], predicted[i]]), ", "))
@@ -99,9 +92,7 @@ class MultiLabel(PooledTask):
             error_name="share of wrong labels",
             worst=worst(table, score, describe),
             confusion=Confusion(target.T.astype(float) @ predicted, target.sum(0).astype(float)),
-            confidence=Confidence(
-                probabilities.ravel(), target.ravel(), np.repeat(np.arange(len(target)), len(labels))
-            ),
+            confidence=Confidence(probabilities.ravel(), target.ravel(), protein),
             several=True,
         )
 

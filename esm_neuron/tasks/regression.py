@@ -40,8 +40,7 @@ class Regression(PooledTask):
 
     @classmethod
     def in_transformers(cls, model: ModelConfig) -> bool:
-        """Return False: transformers does not scale values."""
-        return False
+        return False  # transformers does not scale values
 
     def _output_config(self) -> dict[str, Any]:
         scale = {"target_mean": self._mean, "target_sd": self._sd}
@@ -60,7 +59,6 @@ class Regression(PooledTask):
         return weighted(errors.square(), batch)
 
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Return values [R, S]."""
         return (logits.float().squeeze(-1),)
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
@@ -68,28 +66,27 @@ class Regression(PooledTask):
         return regression_metrics(record_mean(table, predictions[0]), table.labels, self._sd, intervals)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
-        """Return `value`, the mean over windows."""
         return {"value": record_mean(table, predictions[0])}
 
     def targets(self, table: ExampleTable) -> Column:
-        """Return each protein's value."""
         return table.labels
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        """Return the mean and the amino-acid composition."""
         return value_baselines(train)
 
     def view(self, table: pa.Table) -> View:
         """Return errors of the values, the largest first."""
         target, predicted = (table[name].to_numpy().astype(np.float64) for name in ("target", "value"))
         error = predicted - target
+
+        def describe(i: int) -> tuple[str, str, str]:
+            return f"{target[i]:.4g}", f"{predicted[i]:.4g}", f"{error[i]:+.4g}"
+
         return View(
             residues=lengths(table),
             error=np.abs(error),
             weight=np.ones(len(error)),
             error_name="mean absolute error",
-            worst=worst(
-                table, np.abs(error), lambda i: (f"{target[i]:.4g}", f"{predicted[i]:.4g}", f"{error[i]:+.4g}")
-            ),
+            worst=worst(table, np.abs(error), describe),
             values=(target, predicted),
         )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 from scipy.special import log_softmax
 from torch import Tensor
 from transformers import EsmConfig, PreTrainedModel
 
-from esm_neuron.config import ModelConfig, TaskConfig
+from esm_neuron.config import ModelConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import ResidueLabels
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.metrics import Value, classification_metrics
 from esm_neuron.models.esm2 import PackedForTokenClassification
-from esm_neuron.tasks.base import CLASS_SETTINGS, Column, Predictions, Task, by_class, class_weights, weighted
+from esm_neuron.tasks.base import CLASS_SETTINGS, Column, Predictions, Task, by_class, weighted
 from esm_neuron.tasks.baselines import Baseline, residue_baselines
 from esm_neuron.tasks.losses import softmax_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, lengths, worst
@@ -44,11 +42,6 @@ class ResidueClassification(Task):
     hub_task = "token-classification"
     auto_class = "AutoModelForTokenClassification"
 
-    def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
-        super().__init__(cfg, labels)
-        # one more, for UNKNOWN: index -1 is the last
-        self._weights = np.append(class_weights(cfg, labels), np.float32(0))
-
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
         """Add the classes; the model is transformers' own EsmForTokenClassification."""
         names = {"id2label": dict(enumerate(self.labels)), "label2id": {n: i for i, n in enumerate(self.labels)}}
@@ -56,16 +49,13 @@ class ResidueClassification(Task):
         return configured
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """Return transformers' token classifier."""
         return PackedForTokenClassification(config)
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        """Return the output layer."""
         return ("classifier",)
 
     @classmethod
     def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
-        """Return the sizes of the output layer's weight and bias."""
         return [outputs * hidden, outputs]
 
     @classmethod
@@ -79,7 +69,7 @@ class ResidueClassification(Task):
         if not len(table.labels):
             return Target(tokens, np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.float32))
         labels = table.labels[table.offsets[example] : table.offsets[example + 1]].astype(np.int64)
-        return Target(tokens, np.maximum(labels, 0), self._weights[labels])
+        return Target(tokens, np.maximum(labels, 0), self.class_weights[labels] * (labels >= 0))
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sums over residues of w_y x loss and of w_y, with class weights w."""
@@ -115,7 +105,6 @@ class ResidueClassification(Task):
         return np.split(names[residue_labels(table, slot, bounds)], bounds[1:-1])
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        """Return the class frequencies and a window of neighbours."""
         return residue_baselines(len(self.labels), train)
 
     def view(self, table: pa.Table) -> View:
@@ -132,14 +121,16 @@ class ResidueClassification(Task):
         wrong = np.bincount(protein, predicted != target, len(residues))
         labelled = np.bincount(protein, minlength=len(residues)).astype(float)
         share = wrong / np.maximum(labelled, 1)
+
+        def describe(i: int) -> tuple[str, str, str]:
+            return f"{labelled[i]:.0f} residues", f"{wrong[i]:.0f} wrong", f"{share[i]:.1%}"
+
         return View(
             residues=residues,
             error=wrong,
             weight=labelled,
             error_name="share of wrong residues",
-            worst=worst(
-                table, share, lambda i: (f"{labelled[i]:.0f} residues", f"{wrong[i]:.0f} wrong", f"{share[i]:.1%}")
-            ),
+            worst=worst(table, share, describe),
             confusion=Confusion.of(target, predicted, len(self.labels)),
             confidence=Confidence(probabilities.max(1), predicted == target, protein),
         )

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 from scipy.special import log_softmax
 from torch import Tensor
 
-from esm_neuron.config import TaskConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.metrics import Value, classification_metrics
-from esm_neuron.tasks.base import (
-    CLASS_SETTINGS,
-    Column,
-    PooledTask,
-    Predictions,
-    by_class,
-    class_weights,
-    record_mean,
-    weighted,
-)
+from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, by_class, record_mean, weighted
 from esm_neuron.tasks.baselines import Baseline, class_baselines
 from esm_neuron.tasks.losses import softmax_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, class_probabilities, lengths, worst
@@ -36,27 +24,19 @@ class SequenceClassification(PooledTask):
     compared = ("accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
     hub_task = "text-classification"
 
-    def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
-        super().__init__(cfg, labels)
-        self._weights = class_weights(cfg, labels)
-
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """Return the protein's class index, int64, weighted by its class; weight 0 without labels (prediction)."""
         if not len(table.labels):
             return super().example_target(table, example, rng)
         label = np.asarray(table.labels[table.record[example]], np.int64)
-        return Target(table.sequence(example), label, self._weights[label] * table.weight[example])
+        return Target(table.sequence(example), label, self.class_weights[label] * table.weight[example])
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sums of w_y x loss and of w_y, with class weights w."""
         return weighted(softmax_losses(logits, batch.labels, self.cfg.label_smoothing, self.cfg.focal_gamma), batch)
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """Return `classification_metrics`.
-
-        A record's loss is the mean over its windows of the cross entropy, without class weights, smoothing and focal
-        factor.
-        """
+        """Return `classification_metrics`; a record's loss is the mean over its windows of the plain cross entropy."""
         log_probabilities = log_softmax(predictions[0].astype(np.float64), axis=1)
         loss = -log_probabilities[np.arange(len(table)), table.labels[table.record]]
         probabilities = record_mean(table, np.exp(log_probabilities))
@@ -69,11 +49,9 @@ class SequenceClassification(PooledTask):
         return {"label": predicted, **by_class(self.labels, probabilities.T)}
 
     def targets(self, table: ExampleTable) -> Column:
-        """Return the name of each protein's class."""
         return [self.labels[label] for label in table.labels]
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        """Return the class frequencies and the amino-acid composition."""
         return class_baselines(len(self.labels), train)
 
     def view(self, table: pa.Table) -> View:
@@ -81,16 +59,16 @@ class SequenceClassification(PooledTask):
         labels, probabilities = self.labels, class_probabilities(table, self.labels)
         target, predicted = class_indices(labels, table["target"]), probabilities.argmax(1)
         confidence, wrong = probabilities.max(1), predicted != target
+
+        def describe(i: int) -> tuple[str, str, str]:
+            return labels[target[i]], labels[predicted[i]], f"probability {confidence[i]:.3f}"
+
         return View(
             residues=lengths(table),
             error=wrong.astype(float),
             weight=np.ones(len(wrong)),
             error_name="share of wrong classes",
-            worst=worst(
-                table,
-                np.where(wrong, confidence, 0.0),
-                lambda i: (labels[target[i]], labels[predicted[i]], f"probability {confidence[i]:.3f}"),
-            ),
+            worst=worst(table, np.where(wrong, confidence, 0.0), describe),
             confusion=Confusion.of(target, predicted, len(labels)),
             confidence=Confidence(confidence, ~wrong, np.arange(len(wrong))),
         )

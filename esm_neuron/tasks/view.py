@@ -9,17 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 WORST = 10
-"""Records listed as the worst."""
 
 
 @dataclass(frozen=True)
 class Confusion:
     """Which class was predicted for which target."""
 
-    counts: np.ndarray
-    """float64 [C, C]: rows are targets, columns predictions."""
-    totals: np.ndarray
-    """float64 [C]: what the cells of a row are shares of."""
+    counts: np.ndarray  # float64 [C, C]: rows are targets, columns predictions
+    totals: np.ndarray  # float64 [C]: what the cells of a row are shares of
 
     @classmethod
     def of(cls, target: np.ndarray, predicted: np.ndarray, classes: int) -> Confusion:
@@ -32,12 +29,9 @@ class Confusion:
 class Confidence:
     """Probabilities and whether what they stand for is true: n rows of some proteins."""
 
-    probability: np.ndarray
-    """float64 [n]."""
-    right: np.ndarray
-    """bool [n]."""
-    protein: np.ndarray
-    """int64 [n]."""
+    probability: np.ndarray  # float64 [n]
+    right: np.ndarray  # bool [n]
+    protein: np.ndarray  # int64 [n]
 
 
 @dataclass(frozen=True)
@@ -55,23 +49,16 @@ class Record:
 class View:
     """The predictions for one split; None where a chart does not fit the task."""
 
-    residues: np.ndarray
-    """int64 [records]."""
-    error: np.ndarray
-    """float64 [records]: how wrong each is, a sum over `weight` parts."""
-    weight: np.ndarray
-    """float64 [records]."""
+    residues: np.ndarray  # int64 [records]
+    error: np.ndarray  # float64 [records]: how wrong each is, a sum over `weight` parts
+    weight: np.ndarray  # float64 [records]
     error_name: str
-    worst: list[Record]
-    """The WORST worst records, the worst first."""
+    worst: list[Record]  # the worst first, see `worst` below
     confusion: Confusion | None = None
     confidence: Confidence | None = None
-    several: bool = False
-    """Whether a protein can have several of the classes."""
-    values: tuple[np.ndarray, np.ndarray] | None = None
-    """Of numbers, targets and predictions, float64 [records] each."""
-    spread: np.ndarray | None = None
-    """Perplexity of each record with hidden residues, float64."""
+    several: bool = False  # whether a protein can have several of the classes
+    values: tuple[np.ndarray, np.ndarray] | None = None  # of numbers, targets and predictions, float64 [records] each
+    spread: np.ndarray | None = None  # perplexity of each record with hidden residues, float64
 
 
 def lengths(table: pa.Table) -> np.ndarray:
@@ -93,10 +80,7 @@ def class_indices(labels: Sequence[str], names: pa.ChunkedArray | pa.Array) -> n
 def worst(table: pa.Table, score: np.ndarray, describe: Callable[[int], tuple[str, str, str]]) -> list[Record]:
     """Return the records with the WORST largest scores above 0, the largest first; of equal ones the first.
 
-    Args:
-        table: the predictions.
-        score: float64 [records].
-        describe: a record's number -> its target, prediction and error.
+    `score` is float64 [records]; `describe` takes a record's number and returns its target, prediction and error.
     """
     rows = [int(i) for i in np.argsort(-score, kind="stable")[:WORST] if score[i] > 0]
     return [Record(table["id"][i].as_py(), table["residues"][i].as_py(), *describe(i)) for i in rows]
