@@ -7,7 +7,7 @@ tests hold both equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,9 @@ Value = float | int | list[float] | None | dict[str, Any]
 """A metric, a count, an interval [low, high], None where it is undefined, or metrics by class name."""
 
 RESAMPLES = 1000
-"""Bootstrap resamples of an interval."""
-LEVEL = 95.0
-"""Percent of the resamples within an interval."""
-CELLS = 4_000_000
-"""Multiplicities held at once while resampling: bounds memory on large splits (32 MB of float64)."""
-SEED = 0
-"""Seed of the resamples: two evaluations of the same predictions give the same interval."""
+LEVEL = 95.0  # percent of the resamples within an interval
+CELLS = 4_000_000  # multiplicities held at once: bounds memory on large splits (32 MB of float64)
+SEED = 0  # two evaluations of the same predictions give the same interval
 
 
 def resamples(n: int, seed: int = SEED, width: int = 0) -> Iterator[np.ndarray]:
@@ -46,10 +42,8 @@ def bootstrap(
 ) -> dict[str, np.ndarray]:
     """Return the metrics of every resample of `n` proteins: name -> [RESAMPLES], empty for n = 0.
 
-    Args:
-        n: proteins to draw from.
-        metrics: multiplicities float64 [k, n] -> name -> [k], NaN where undefined.
-        width: numbers that `metrics` holds for a draw, where more than n.
+    `metrics` takes multiplicities float64 [k, n] and returns name -> [k], NaN where undefined; for each draw it holds
+    `width` numbers, where those are more than n.
     """
     chunks = [metrics(counts) for counts in resamples(n, width=width)]
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in (chunks[0] if chunks else ())}
@@ -67,6 +61,14 @@ def with_intervals(values: Mapping[str, Value], drawn: Mapping[str, np.ndarray])
             known = name in drawn and value is not None
             result[f"{name}_ci"] = interval(drawn[name]) if known else None
     return result
+
+
+def class_intervals(
+    names: Sequence[str], per_class: Sequence[Mapping[str, Value]], drawn: Mapping[str, np.ndarray]
+) -> dict[str, Value]:
+    """Return `with_intervals` of each class by its name; its resampled metrics are `<metric>/<class index>`."""
+    own = [{kind: drawn[f"{kind}/{c}"] for kind in ("f1", "auroc", "auprc") if drawn} for c in range(len(names))]
+    return {name: with_intervals(per_class[c], own[c]) for c, name in enumerate(names)}
 
 
 def interval(drawn: np.ndarray) -> list[float] | None:
@@ -90,10 +92,8 @@ class Curve:
     Rows are sorted once; a resample only changes how often each of them counts.
     """
 
-    positive: sparse.csr_matrix
-    """float64 [proteins, thresholds]: rows of the class."""
-    negative: sparse.csr_matrix
-    """float64 [proteins, thresholds]: rows of other classes."""
+    positive: sparse.csr_matrix  # float64 [proteins, thresholds]: rows of the class
+    negative: sparse.csr_matrix  # float64 [proteins, thresholds]: rows of other classes
 
     @classmethod
     def of(cls, score: np.ndarray, target: np.ndarray, unit: np.ndarray, units: int) -> Curve:
@@ -110,7 +110,6 @@ class Curve:
 
     @property
     def thresholds(self) -> int:
-        """How many scores are kept apart."""
         return int(self.positive.shape[1])
 
     def areas(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,7 @@ import numpy as np
 
 from esm_neuron.metrics.bootstrap import bootstrap, interval
 
-BINS = 10
-"""Bins of a reliability diagram, of equal width from 0 to 1."""
+BINS = 10  # of a reliability diagram, of equal width from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -18,24 +17,16 @@ class Group:
 
     rows: int
     mean: float
-    interval: list[float] | None
-    """95 %, over proteins; None where fewer than half of the resamples have rows of the group."""
+    interval: list[float] | None  # 95 %, over proteins; None where fewer than half of the resamples have such rows
 
 
 def group_means(
     value: np.ndarray, weight: np.ndarray, group: np.ndarray, groups: int, protein: np.ndarray
 ) -> list[Group | None]:
-    """Return the mean of `value` by group, with proteins resampled.
+    """Return the mean of each group with an interval over proteins, None for a group without weight.
 
-    Args:
-        value: float64 [n], a sum over the parts of each row.
-        weight: float64 [n], how many parts; a mean is the sum of values over the sum of weights.
-        group: int64 [n], 0 to `groups` - 1.
-        groups: how many there are.
-        protein: int64 [n], whose row it is.
-
-    Returns:
-        One per group, None for a group without weight.
+    Each of n rows belongs to a `group` (int64 [n], 0 to `groups` - 1) and to a `protein` (int64 [n]). A mean is the sum
+    of `value` (float64 [n], itself a sum over a row's parts) over the sum of `weight` (float64 [n], how many parts).
     """
     found, unit = np.unique(protein, return_inverse=True)
     cell, cells = unit * groups + group, len(found) * groups
@@ -59,24 +50,16 @@ def group_means(
 class Reliability:
     """How often predictions of some confidence are right."""
 
-    confidence: list[float]
-    """Mean confidence of each bin that has rows."""
-    right: list[Group]
-    """The share of right predictions in each."""
-    ece: float
-    """Expected calibration error: the mean of |share right - confidence| over bins, weighted by their rows."""
+    confidence: list[float]  # mean confidence of each bin that has rows
+    right: list[Group]  # the share of right predictions in each
+    ece: float  # expected calibration error: mean of |share right - confidence| over bins, weighted by their rows
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, protein: np.ndarray) -> Reliability | None:
     """Return the reliability diagram and the expected calibration error of Guo et al. 2017 (arXiv:1706.04599).
 
-    Args:
-        confidence: float64 [n], 0 to 1: the probability of what was predicted.
-        right: bool [n].
-        protein: int64 [n], whose row it is.
-
-    Returns:
-        None where there are no rows.
+    Of each of n rows (None where there are none) `confidence`, float64 [n], is the probability of what was predicted,
+    `right`, bool [n], whether that is true, and `protein`, int64 [n], whose row it is.
     """
     if not len(confidence):
         return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn import metrics as sk
 
-from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, with_intervals
+from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, class_intervals, with_intervals
 
 NAMES = ("loss", "accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
 
@@ -20,23 +20,15 @@ def classification_metrics(
     intervals: bool = False,
     protein: np.ndarray | None = None,
 ) -> dict[str, Value]:
-    """Return metrics over proteins, or over residues whose proteins are resampled.
+    """Return n (rows), n_records (proteins, where rows are residues) and NAMES.
+
+    A row is a protein, or a residue of `protein` (int64 [n]). `probabilities` are float64 [n, C], `labels` int64 [n]
+    class indices, `loss` float64 [n] in nats. With `intervals` also `<name>_ci`, over proteins, and `per_class`: n, F1,
+    AUROC and AUPRC of each class.
 
     Of two classes, AUROC and AUPRC are those of class 1; of more, the mean over classes of one against the rest,
     undefined when a class is absent. Balanced accuracy averages over the classes present, macro-F1 over those present
     or predicted.
-
-    Args:
-        probabilities: float64 [n, C].
-        labels: int64 [n], class indices.
-        loss: float64 [n], nats.
-        names: C class names.
-        intervals: also `<name>_ci`, the percentile interval over the resamples in which the value is defined (None
-            where those are fewer than half), and `per_class`: n, F1, AUROC and AUPRC of each class.
-        protein: int64 [n], whose residue a row is; None: each row is a protein.
-
-    Returns:
-        n (rows), n_records (proteins, where rows are residues) and NAMES.
     """
     predicted = probabilities.argmax(1) if len(labels) else labels
     values: dict[str, Value] = {"n": len(labels)}
@@ -64,11 +56,8 @@ def classification_metrics(
         return drawn
 
     drawn = bootstrap(len(found), metrics, max((curve.thresholds for curve in curves), default=0))
-    per_class = {}
-    for c, name in enumerate(names):
-        own = {kind: drawn[f"{kind}/{c}"] for kind in ("f1", "auroc", "auprc")} if drawn else {}
-        per_class[name] = with_intervals(binary_scores(probabilities[:, c], labels == c, predicted == c), own)
-    return {**with_intervals(values, drawn), "per_class": per_class}
+    per_class = [binary_scores(probabilities[:, c], labels == c, predicted == c) for c in range(classes)]
+    return {**with_intervals(values, drawn), "per_class": class_intervals(names, per_class, drawn)}
 
 
 def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray) -> dict[str, Value]:
@@ -76,8 +65,7 @@ def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: n
     values: dict[str, Value] = dict.fromkeys(NAMES)
     if not len(labels):
         return values
-    predicted = probabilities.argmax(1)
-    present = np.unique(labels)
+    predicted, present = probabilities.argmax(1), np.unique(labels)
     values["loss"] = float(loss.mean())
     values["accuracy"] = float(sk.accuracy_score(labels, predicted))
     # Not balanced_accuracy_score: the same value, but it warns of every class that is predicted and not present.
@@ -97,9 +85,7 @@ def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: n
 def binary_scores(score: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> dict[str, Value]:
     """Return n (rows of the class), f1, auroc, auprc of one class against the rest, None where undefined.
 
-    Args:
-        score: float64 [n], probability of the class.
-        target, predicted: bool [n], rows that are of the class, and that were predicted so.
+    `score`, float64 [n], is its probability; `target` and `predicted`, bool [n], which rows are of it and predicted so.
     """
     positives = int(target.sum())
     both = 0 < positives < len(target)

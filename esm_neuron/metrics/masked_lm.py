@@ -8,21 +8,17 @@ from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
 
 
 def masked_lm_metrics(sums: np.ndarray, intervals: bool = False) -> dict[str, Value]:
-    """Return metrics over the residues that were hidden.
+    """Return n (residues hidden, each counted in every window that hides it), n_records (proteins with such residues),
+    loss (nats per residue), perplexity = exp(loss), accuracy; None where nothing was hidden.
 
-    Args:
-        sums: float64 [proteins, 3]: summed cross entropy (nats), hidden residues, and right predictions.
-        intervals: also `<name>_ci`, drawn over proteins.
-
-    Returns:
-        n (residues hidden, each counted in every window that hides it), n_records (proteins with such residues), loss
-        (nats per residue), perplexity = exp(loss), accuracy; None where nothing was hidden.
+    `sums`, float64 [proteins, 3], are summed cross entropy (nats), hidden residues, and right predictions; with
+    `intervals` also `<name>_ci`, drawn over proteins.
     """
     sums = sums[sums[:, 1] > 0]
     values: dict[str, Value] = {"n": round(float(sums[:, 1].sum())), "n_records": len(sums)}
-    names = ("loss", "perplexity", "accuracy")
-    values.update({name: float(value[0]) for name, value in _metrics(sums.sum(0, keepdims=True)).items()}
-                  if len(sums) else dict.fromkeys(names))  # fmt: skip
+    values.update(dict.fromkeys(("loss", "perplexity", "accuracy")))
+    if len(sums):
+        values.update({name: float(value[0]) for name, value in _metrics(sums.sum(0, keepdims=True)).items()})
     return with_intervals(values, bootstrap(len(sums), lambda counts: _metrics(counts @ sums))) if intervals else values
 
 

@@ -7,31 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn import metrics as sk
 
-from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, with_intervals
+from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, class_intervals, with_intervals
 from esm_neuron.metrics.classification import binary_scores
 
-THRESHOLD = 0.5
-"""Probability from which a label is predicted."""
+THRESHOLD = 0.5  # probability from which a label is predicted
 NAMES = ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
 
 
 def multi_label_metrics(
     probabilities: np.ndarray, target: np.ndarray, loss: np.ndarray, names: Sequence[str], intervals: bool = False
 ) -> dict[str, Value]:
-    """Return metrics over proteins.
+    """Return n (proteins) and NAMES; subset_accuracy is the share of proteins with exactly the right labels.
+
+    `probabilities` are float64 [n, C], `target` bool [n, C], `loss` float64 [n] (nats, the mean over classes). With
+    `intervals` also `<name>_ci`, and `per_class`: n (proteins with the label), F1, AUROC and AUPRC of each class.
 
     F1 of a class that is neither present nor predicted is 0 in the macro average, as in scikit-learn; AUROC and AUPRC
     are means over classes, undefined when a class has rows of one kind only.
-
-    Args:
-        probabilities: float64 [n, C].
-        target: bool [n, C].
-        loss: float64 [n], nats, the mean over classes.
-        names: C class names.
-        intervals: also `<name>_ci`, and `per_class`: n (proteins with the label), F1, AUROC and AUPRC of each class.
-
-    Returns:
-        n and NAMES; subset_accuracy is the share of proteins with exactly the right labels.
     """
     predicted = probabilities >= THRESHOLD
     per_class = [binary_scores(probabilities[:, c], target[:, c], predicted[:, c]) for c in range(len(names))]
@@ -65,6 +57,4 @@ def multi_label_metrics(
         return drawn
 
     drawn = bootstrap(n, metrics, max((curve.thresholds for curve in curves), default=0))
-    own = [{kind: drawn[f"{kind}/{c}"] for kind in ("f1", "auroc", "auprc") if drawn} for c in range(len(names))]
-    shown = {name: with_intervals(per_class[c], own[c]) for c, name in enumerate(names)}
-    return {**with_intervals(values, drawn), "per_class": shown}
+    return {**with_intervals(values, drawn), "per_class": class_intervals(names, per_class, drawn)}

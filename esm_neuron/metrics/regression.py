@@ -13,17 +13,10 @@ NAMES = ("loss", "spearman", "pearson", "rmse", "mae", "r2")
 def regression_metrics(
     predicted: np.ndarray, target: np.ndarray, scale: float = 1.0, intervals: bool = False
 ) -> dict[str, Value]:
-    """Return metrics over proteins.
+    """Return n, loss (mean squared error over scale^2), spearman, pearson (both undefined where the targets or the
+    predictions, float64 [n], are all equal), rmse, mae (in the values' unit) and r2 = 1 - MSE / variance.
 
-    Args:
-        predicted: float64 [n].
-        target: float64 [n], in the same unit.
-        scale: unit of the loss, in the values' own.
-        intervals: also `<name>_ci`.
-
-    Returns:
-        n, loss (mean squared error over scale^2), spearman, pearson (both undefined where the targets or the
-        predictions are all equal), rmse, mae (in the values' unit) and r2 = 1 - MSE / variance.
+    With `intervals` also `<name>_ci`, over proteins.
     """
     n = len(target)
     values: dict[str, Value] = {"n": n, **dict.fromkeys(NAMES)}
@@ -82,8 +75,7 @@ def ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> dict[str, Value]:
     """Return `n`, `spearman` (by scipy; ties share their mean rank) and `spearman_ci`, 95 % over resampled rows.
 
-    Args:
-        one, other: float64 [n]. The metric is None below two different values of either.
+    It is None below two different values of `one` or `other`, float64 [n] each.
     """
     n = len(one)
     defined = n > 1 and np.ptp(one) > 0 and np.ptp(other) > 0

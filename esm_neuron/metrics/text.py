@@ -30,7 +30,6 @@ class Shown:
 
     @property
     def name(self) -> str:
-        """Its name for people."""
         return name_of(self.key)
 
     @property
@@ -48,12 +47,10 @@ def number(value: float) -> str:
 
 def shown(metrics: Mapping[str, Any]) -> list[Shown]:
     """Return the metrics of an evaluation that have an interval, in their order: no counts, no metrics by class."""
-    names = [name for name in metrics if f"{name}_ci" in metrics]
-    return [show(metrics, name) for name in names]
+    return [show(metrics, name) for name in metrics if f"{name}_ci" in metrics]
 
 
 def show(metrics: Mapping[str, Any], name: str) -> Shown:
-    """Return one metric of an evaluation."""
     bounds = metrics.get(f"{name}_ci")
     return Shown(name, metrics.get(name), None if bounds is None else (bounds[0], bounds[1]))
 
@@ -62,9 +59,7 @@ def counted(metrics: Mapping[str, Any], unit: str) -> str:
     """Return what an evaluation has scored: `862 proteins`, or of another unit `9,120 residues of 40 proteins`."""
     proteins = metrics.get("n_records", metrics["n"])
     of_proteins = f"{proteins:,} protein{'' if proteins == 1 else 's'}"
-    if "n_records" not in metrics:
-        return of_proteins
-    return f"{metrics['n']:,} {unit} of {of_proteins}"
+    return f"{metrics['n']:,} {unit} of {of_proteins}" if "n_records" in metrics else of_proteins
 
 
 def clean_of(result: Mapping[str, Any], split: str) -> str:
