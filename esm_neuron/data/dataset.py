@@ -1,10 +1,13 @@
-"""The shape of a batch: rows of fixed length that hold several sequences, and the examples they are made of."""
+"""Examples and batches: a split's proteins as one flat table of tokens, and the tensors that packs of them become."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -16,9 +19,13 @@ from esm_neuron.data.labels import UNKNOWN, Labels
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import encode_residues
 from esm_neuron.data.validation import Problems, Report, quote
+from esm_neuron.files import write_json
 
 PAD_SEGMENT = -1
 """`segment_ids` of padding: belongs to no sequence."""
+CUTS = ("cropped", "cropped_residues", "windowed", "windows", "unlabelled_residues")
+"""Counts of a `Report` that are made with a table."""
+_IDS = pa.schema([("id", pa.large_string())])
 
 
 @dataclass(frozen=True)
@@ -33,20 +40,20 @@ class ExampleTable:
     offsets: np.ndarray
     """int64 [examples + 1]: example i is `tokens[offsets[i]:offsets[i + 1]]`."""
     record: np.ndarray
-    """int64 [examples]: the row of the source (index into `ids`) that an example comes from."""
+    """int64 [examples]: the protein that an example comes from, as an index into `ids`."""
     weight: np.ndarray
     """float32 [examples]: 1, or 1 / windows of its protein, so that each protein counts once."""
     labels: np.ndarray
-    """What is to be answered, as the task has it; empty where it needs nothing or nothing is known. [records]: int64
-    class index, or float64 value; [records, classes] uint8: 1 for each label a row has; of the shape of `tokens`,
-    int16: class index of each residue, -1 where it is not known and at specials."""
+    """Targets as the task has them; empty where there are none. [records]: int64 class index, or float64 value;
+    [records, classes] uint8: 1 for each label of a protein; of the shape of `tokens`, int16: class index of each
+    residue, -1 where it is not known and at specials."""
     ids: Sequence[str]
-    """[records] names of the source rows."""
+    """[records]: names of the proteins."""
     starts: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
-    """int32 [examples, 2]: where in its record's sequence, from 0, the first ceil(n / 2) of an example's n residues
-    begin, and where the others do. Empty: each example is its whole record."""
+    """int32 [examples, 2]: where in its protein, from 0, the first ceil(n / 2) of an example's n residues begin, and
+    where the others do. Empty: each example is its whole protein."""
     residues: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    """int32 [records]: residues of the record's sequence before it was cut. Empty: as `starts`."""
+    """int32 [records]: residues of a protein before it was cut. Empty: as `starts`."""
 
     @classmethod
     def of(cls, tokens: np.ndarray, offsets: np.ndarray, ids: Sequence[str] | None = None) -> ExampleTable:
@@ -61,30 +68,30 @@ class ExampleTable:
         return np.diff(self.offsets)
 
     def tokens_of(self, examples: np.ndarray) -> np.ndarray:
-        """int64, shaped as `examples`: tokens of some examples, at the cost of these alone."""
+        """Return the tokens of some examples, int64 in the shape of `examples`, without counting all of them."""
         return self.offsets[examples + 1] - self.offsets[examples]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def sequence(self, example: int) -> np.ndarray:
-        """uint8 [n]: the tokens of one example."""
+        """Return the tokens of one example, uint8 [n]."""
         return self.tokens[self.offsets[example] : self.offsets[example + 1]]
 
     def whole_residues(self) -> np.ndarray:
-        """int [records]: residues of each record's sequence before it was cut."""
+        """Return the residues of each protein before it was cut, int [records]."""
         return self.residues if len(self.residues) else self.lengths[np.argsort(self.record)] - 2
 
     def content(self, example: int) -> int:
-        """A hash of an example's tokens, 0 to 2^64 - 1: a name that does not depend on the rest of the table."""
+        """Return a hash of an example's tokens, 0 to 2^64 - 1: a name that does not depend on the rest of the table."""
         return int.from_bytes(hashlib.blake2b(self.sequence(example).tobytes(), digest_size=8).digest(), "little")
 
     def residue_slots(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each token belongs among the residues of all records, laid end to end.
+        """Return where each token belongs among the residues of all proteins, laid end to end.
 
         Returns:
-            int64 [tokens]: its place, -1 for specials. int64 [records + 1]: record i has the places from the i-th to
-            the next of these; those of residues that were cut off are nobody's.
+            int64 [tokens]: its slot, -1 for specials.
+            int64 [records + 1]: protein i has the slots from the i-th to the next of these, cut residues included.
         """
         inner = self.lengths - 2
         starts = self.starts if len(self.starts) else np.stack([np.zeros_like(inner), inner - inner // 2], axis=1)
@@ -97,30 +104,102 @@ class ExampleTable:
         return np.where(real, bounds[self.record[example]] + within, -1), bounds
 
 
-def shifted(table: ExampleTable, tokens: int, records: int) -> ExampleTable:
-    """The table behind another one of so many tokens and records: its offsets and records count on."""
-    return replace(table, offsets=table.offsets + tokens, record=table.record + records)
+_ARRAYS = tuple(array.name for array in fields(ExampleTable) if array.name != "ids")
 
 
-def join_tables(tables: Sequence[ExampleTable]) -> ExampleTable:
-    """The examples of one or more tables in one, in their order."""
-    tokens = np.cumsum([0, *(len(table.tokens) for table in tables)])
-    records = np.cumsum([0, *(len(table.ids) for table in tables)])
-    moved = [shifted(*where) for where in zip(tables, tokens, records, strict=False)]
-    arrays = {
-        array.name: np.concatenate([getattr(table, array.name) for table in moved])
-        for array in fields(ExampleTable)
-        if array.name not in ("offsets", "ids")
-    }
-    offsets = np.concatenate([*(table.offsets[:-1] for table in moved), tokens[-1:]])
-    return ExampleTable(**arrays, offsets=offsets, ids=[name for table in tables for name in table.ids])
+class TableWriter:
+    """Join tables of one kind as they come, in memory or in files that begin with `stem`, such as `folder/train`."""
+
+    def __init__(self, stem: Path | None = None) -> None:
+        self._stem = stem
+        # Both kinds of file grow in place: the tokens of a corpus are never held twice.
+        self._files: dict[str, Any] = {
+            name: io.BytesIO() if stem is None else _file(stem, name).open("wb") for name in _ARRAYS
+        }
+        self._types: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._ids: list[str] = []
+        self._id_file = None if stem is None else pa.ipc.new_file(_file(stem, "ids"), _IDS)
+        self._tokens = self._records = 0
+
+    def add(self, table: ExampleTable) -> None:
+        """Put the examples of a table behind those that are there."""
+        moved = replace(table, offsets=table.offsets + self._tokens, record=table.record + self._records)
+        arrays = {name: np.ascontiguousarray(getattr(moved, name)) for name in _ARRAYS}
+        types = {name: (array.dtype.str, array.shape[1:]) for name, array in arrays.items()}
+        if self._types:
+            arrays["offsets"] = arrays["offsets"][1:]
+            if types != self._types:
+                raise ValueError(f"tables of two kinds cannot be joined: {self._types} and {types}")
+        self._types = types
+        for name, array in arrays.items():
+            self._files[name].write(array.data)
+        if self._id_file is None:
+            self._ids += table.ids
+        else:
+            self._id_file.write_table(pa.table({"id": list(table.ids)}, schema=_IDS))
+        self._tokens += len(table.tokens)
+        self._records += len(table.ids)
+
+    def table(self) -> ExampleTable:
+        """Return all examples, mapped where they are in files; nothing can be added after."""
+        if self._stem is None:
+            arrays = {
+                name: np.frombuffer(self._files[name].getbuffer(), kind).reshape(-1, *shape)
+                for name, (kind, shape) in self._types.items()
+            }
+            return ExampleTable(**arrays, ids=self._ids)
+        for file in (self._id_file, *self._files.values()):
+            file.close()
+        write_json(_file(self._stem, "types"), self._types)
+        return open_table(self._stem)
+
+
+class MappedNames(Sequence[str]):
+    """Ids in a file that is mapped, read one at a time or in order."""
+
+    def __init__(self, path: Path) -> None:
+        self._column = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["id"]
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        found = self._column[index]
+        return found.to_pylist() if isinstance(index, slice) else found.as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for chunk in self._column.chunks for name in chunk.to_pylist())
+
+
+def open_table(stem: Path) -> ExampleTable:
+    """Return the table that a `TableWriter` has put in files, mapped."""
+    types = json.loads(_file(stem, "types").read_text(encoding="utf-8"))
+    arrays = {name: _mapped(_file(stem, name), np.dtype(kind), tuple(shape)) for name, (kind, shape) in types.items()}
+    return ExampleTable(**arrays, ids=MappedNames(_file(stem, "ids")))
+
+
+def _file(stem: Path, name: str) -> Path:
+    return stem.with_name(f"{stem.name}.{name}")
+
+
+def _mapped(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    if not path.stat().st_size:  # an empty file cannot be mapped
+        return np.empty((0, *shape), dtype=kind)
+    return np.memmap(path, dtype=kind, mode="r").reshape(-1, *shape)
+
+
+def join_tables(tables: Iterable[ExampleTable]) -> ExampleTable:
+    """Return the examples of one or more tables in one, in their order."""
+    writer = TableWriter()
+    for table in tables:
+        writer.add(table)
+    return writer.table()
 
 
 def select_records(table: ExampleTable, keep: np.ndarray) -> tuple[ExampleTable, np.ndarray, np.ndarray]:
-    """The records of a table where `keep`, bool [records], holds, in their order.
+    """Return the proteins of a table where `keep`, bool [records], holds, in their order.
 
-    Returns:
-        The table; bool [examples] and bool [tokens]: which of the whole table's are in it.
+    With it come bool [examples] and bool [tokens]: which of the whole table's are in it.
     """
     examples = keep[table.record]
     tokens = np.repeat(examples, table.lengths)
@@ -140,84 +219,22 @@ def select_records(table: ExampleTable, keep: np.ndarray) -> tuple[ExampleTable,
     return kept, examples, tokens
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a task makes of one example: what the model sees, and what it should answer."""
-
-    tokens: np.ndarray
-    """uint8 [n]: the model's input, e.g. with masked residues."""
-    label: np.ndarray
-    """int64 or float32: one answer a sequence ([], or [classes]), or one a token [n]."""
-    weight: np.ndarray
-    """float32, a scalar or [n]: 0 where nothing is to be answered; 1 / windows for what a protein is asked once."""
-
-
-class TargetMaker(Protocol):
-    """The part of `tasks.Task` that the loader calls."""
-
-    per_token: ClassVar[bool]
-
-    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Return input, label and weight of one example."""
-        ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """R rows of L tokens with at most S segments each. All tensors but `members` travel to the device.
-
-    Filler rows (in a short last batch) and empty segments carry weight 0, so shapes never change and sums stay exact.
-    """
-
-    input_ids: torch.Tensor
-    """int64 [R, L]."""
-    segment_ids: torch.Tensor
-    """int64 [R, L]: 0..S-1 in order, PAD_SEGMENT for padding."""
-    positions: torch.Tensor
-    """int64 [R, L]: position within the segment, from 0."""
-    labels: torch.Tensor
-    """[R, S, ...], or [R, L, ...] for a task that answers per token; int64 or float32."""
-    weights: torch.Tensor
-    """float32 [R, S] or [R, L]."""
-    members: np.ndarray
-    """int64 [R, S]: which example fills a segment, -1 for none. Host only."""
-    max_segments: int
-    """S."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch with every tensor on `device`."""
-        moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
-        return replace(self, **moved)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What travels to the device, by field; every tensor's dimension 0 is R."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-
-
-CUTS = ("cropped", "cropped_residues", "windowed", "windows", "unlabelled_residues")
-"""Counts of a `Report` that are made with a table."""
-
-
 def chunk_table(
     rows: pa.Table, source: str, cfg: DataConfig, labels: Labels | None, problems: Problems
 ) -> tuple[ExampleTable, Report]:
-    """Rows that are held at once, tokenized, long sequences cut; and how many were.
+    """Return the rows tokenized, long sequences cut, with targets of their encoded labels; and how many were cut.
 
-    Args:
-        rows: see `sources.read_chunks`.
-        source: the file they are from.
-        cfg: how long sequences are cut.
-        labels: makes targets of the rows' encoded labels; None: the table gets none.
-        problems: where faults of the rows go; with any, the table is of no use.
+    Faults of the rows of `source` go to `problems`; with any, the table is of no use.
     """
     ids = rows["id"].to_pylist()
     text, bounds = sequence_bytes(rows)
-    lengths = np.diff(bounds)
-    long = np.flatnonzero(lengths > cfg.max_residues)
+    lengths, limit = np.diff(bounds), cfg.max_residues
+    long = np.flatnonzero(lengths > limit)
     if cfg.long_sequences == "refuse":
         for i in long.tolist():
-            problems.add(rows["line"][i].as_py(), _too_long(ids[i], int(lengths[i]), cfg.max_residues))
+            what = f"the sequence of {quote(ids[i])} has {lengths[i]} residues, more than data.max_residues={limit}"
+            cure = "raise data.max_residues, or choose data.long_sequences=crop, crop_ends or window"
+            problems.add(rows["line"][i].as_py(), f"{what}; {cure}")
         long = long[:0]
     cuts = {i: cut_starts(int(lengths[i]), cfg) for i in long.tolist()}
     counts = np.ones(len(ids), dtype=np.int64)
@@ -229,12 +246,14 @@ def chunk_table(
     pieces: list[memoryview] = []
     done = 0
     for i, of_record in cuts.items():
-        begin = int(bounds[i])
-        pieces += [text[done:begin], *_cut(text[begin : bounds[i + 1]], of_record)]
+        own = text[bounds[i] : bounds[i + 1]]
+        pieces.append(text[done : bounds[i]])
+        for first, second, n in of_record:
+            pieces += [own[first : first + n - n // 2], own[second : second + n // 2]]
         done = int(bounds[i + 1])
         examples = slice(*np.searchsorted(record, [i, i + 1]))
         starts[examples] = [cut[:2] for cut in of_record]
-        sizes[examples] = cfg.max_residues
+        sizes[examples] = limit
     tokens, offsets = encode_residues(b"".join([*pieces, text[done:]]), sizes)
     table = ExampleTable(
         tokens=tokens,
@@ -250,7 +269,7 @@ def chunk_table(
     if cfg.long_sequences == "window":
         report = replace(report, windowed=len(long), windows=int(counts[long].sum()))
     else:
-        cropped = int((lengths - cfg.max_residues)[long].sum())
+        cropped = int((lengths - limit)[long].sum())
         report = replace(report, cropped=len(long), cropped_residues=cropped)
     if labels is None:
         return table, report
@@ -262,18 +281,13 @@ def chunk_table(
     return replace(table, labels=np.where(places >= 0, targets[places], np.int16(UNKNOWN))), report
 
 
-def _too_long(name: str, length: int, limit: int) -> str:
-    cure = "raise data.max_residues, or choose data.long_sequences=crop, crop_ends or window"
-    return f"the sequence of {quote(name)} has {length} residues, more than data.max_residues={limit}; {cure}"
-
-
 def cut_starts(length: int, cfg: DataConfig) -> list[tuple[int, int, int]]:
-    """The examples that a sequence becomes, each as (first, second, n): of its n residues ceil(n / 2) begin at `first`,
-    the others at `second`.
+    """Return the examples that a sequence becomes, each as (first, second, n): ceil(n / 2) of its residues begin at
+    `first`, the others at `second`.
 
-    The sequence itself, or where it is longer than `cfg.max_residues` n what `cfg.long_sequences` makes of it: its
-    first n residues; its first ceil(n / 2) and last floor(n / 2); or windows of n that share `cfg.window_overlap`
-    residues, the last one moved back to end with the sequence.
+    Where it is longer than n = `cfg.max_residues`, `cfg.long_sequences` decides: its first n residues; its first
+    ceil(n / 2) and last floor(n / 2); or windows of n that share `cfg.window_overlap` residues, the last one moved back
+    to end with the sequence.
     """
     n = cfg.max_residues
     if length <= n or cfg.long_sequences == "refuse":
@@ -287,8 +301,56 @@ def cut_starts(length: int, cfg: DataConfig) -> list[tuple[int, int, int]]:
     return [(start, start + half, n) for start in starts]
 
 
-def _cut(text: memoryview, cuts: Iterable[tuple[int, int, int]]) -> Iterator[memoryview]:
-    """Give the residues of each of `cut_starts`, in two pieces."""
-    for first, second, n in cuts:
-        yield text[first : first + n - n // 2]
-        yield text[second : second + n // 2]
+@dataclass(frozen=True)
+class Target:
+    """What a task makes of one example: what the model sees, and what it should predict."""
+
+    tokens: np.ndarray
+    """uint8 [n]: the model's input, e.g. with masked residues."""
+    label: np.ndarray
+    """int64 or float32: one target per sequence ([], or [classes]), or one per token [n]."""
+    weight: np.ndarray
+    """float32, a scalar or [n]: 0 where there is no target; 1 / windows for a target per protein."""
+
+
+class TargetMaker(Protocol):
+    """The part of `tasks.Task` that the loader calls."""
+
+    per_token: ClassVar[bool]
+
+    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+        """Return input, label and weight of one example."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R packs of L tokens with at most S segments each. All tensors but `members` travel to the device.
+
+    Filler packs (in a short last batch) and empty segments carry weight 0, so shapes never change and sums stay exact.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [R, L]."""
+    segment_ids: torch.Tensor
+    """int64 [R, L]: 0..S-1 in order, PAD_SEGMENT for padding."""
+    positions: torch.Tensor
+    """int64 [R, L]: position within the segment, from 0."""
+    labels: torch.Tensor
+    """[R, S, ...], or [R, L, ...] for a task with a target per token; int64 or float32."""
+    weights: torch.Tensor
+    """float32 [R, S] or [R, L]."""
+    members: np.ndarray
+    """int64 [R, S]: which example fills a segment, -1 for none. Host only."""
+    max_segments: int
+    """S."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with every tensor on `device`."""
+        moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what travels to the device, by field; every tensor's dimension 0 is R."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}

@@ -1,11 +1,14 @@
-"""From files to the three splits: rows are divided, classes named, long sequences cut, tokenized, counted; cached."""
+"""From files to the three splits: read, filter and check rows, sample splits, name classes, tokenize; cache the result.
+
+`InputChunks` reads one file for prediction or evaluation.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
-from esm_neuron.data.cache import TableWriter, cached, content_hash, content_key, open_table
-from esm_neuron.data.dataset import CUTS, ExampleTable, chunk_table
+from esm_neuron.data.cache import cached, content_hash, content_key
+from esm_neuron.data.dataset import CUTS, ExampleTable, TableWriter, chunk_table, join_tables, open_table
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import LIST_JOINER, row_unit
 from esm_neuron.data.sampling import families, sample_clusters, sample_rows
-from esm_neuron.data.sources import CHUNK_ROWS, filter_column, make_rows, read_chunks
+from esm_neuron.data.sources import CHUNK_ROWS, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
 from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
 from esm_neuron.errors import DataError
@@ -28,7 +31,7 @@ SPLITS = ("train", "valid", "test")
 _SHOWN = 10
 """Values of a column that an error shows."""
 _CACHE_VERSION = 5
-"""Of what `_save` writes: another number makes every cached folder anew."""
+"""Version of what `_save` writes: another number makes every cached folder anew."""
 _UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", *SPLITS}
 _UNCACHED_TASK = {
     "class_weights", "label_smoothing", "focal_gamma", "mask_probability", "target_mean", "target_sd",
@@ -47,18 +50,18 @@ class Splits:
     labels: tuple[str, ...]
     """Class names; class i is `labels[i]`. Empty for a task without classes."""
     reports: tuple[Report, ...]
-    """One a file, then one a split."""
+    """One per file, then one per split."""
     fingerprint: str
     """sha256 (hex) of tokens, weights, labels, ids and class names: equal for equal data. A resumed run compares it."""
     sampled: Mapping[str, tuple[str, ...]]
-    """Split -> ids of its rows where they were sampled from the training rows, to be written with the run."""
+    """Split -> ids of its proteins where they were sampled from the training rows, to be written with the run."""
     rejected: tuple[Rejected, ...]
     """The rows left out or changed for their characters (`data.on_bad_residue`), to be written with the run."""
     task: TaskConfig
     """The task with what the training rows decide, see `labels.resolve`."""
 
     def summary(self) -> str:
-        """What was read, left out, changed and shared between splits: a line a file and a line a split."""
+        """Return what was read, left out, changed and shared between splits: a line per file and per split."""
         return "\n".join(report.summary() for report in self.reports)
 
 
@@ -73,9 +76,8 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
     are files mapped into memory; the result is the same with and without.
 
     Raises:
-        DataError: a file or a row cannot be used, see `sources`, `validate`; a label that training does not know; fewer
-            than two classes; a split without rows.
-        ConfigError: settings that contradict each other; a cache folder that cannot be written.
+        DataError: a file or a row cannot be used, training does not know a label, or a split has no rows.
+        ConfigError: settings contradict each other, or the cache folder cannot be written.
     """
     require(cfg.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
     require(
@@ -94,7 +96,7 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
 
 
 def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> Splits:
-    """The splits from the files, tables in memory or under `folder`."""
+    """Return the splits of the files, with tables in memory or under `folder`."""
     labels = None if kind is None else kind(cfg.task, cfg.data.label_column)
     parts, reports, rejected = read_parts(cfg.data, labels, folder)
     if labels is not None:
@@ -136,7 +138,7 @@ class Part:
         return int(self.mask.sum())
 
     def chunks(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The part's rows, in order, those of CHUNK_ROWS rows of the file at a time; all columns or those named."""
+        """Give the part's rows in order, from CHUNK_ROWS rows of the file at a time; all columns or those named."""
         rows = self.rows if columns is None else self.rows.select(list(columns))
         for start in range(0, len(rows), CHUNK_ROWS):
             mask = self.mask[start : start + CHUNK_ROWS]
@@ -144,74 +146,53 @@ class Part:
                 yield rows.slice(start, CHUNK_ROWS).filter(pa.array(mask))
 
     def column(self, name: str) -> list[str]:
-        """The values of one column."""
+        """Return the values of one column."""
         return [value for chunk in self.chunks([name]) for value in chunk[name].to_pylist()]
 
     def take(self, chosen: np.ndarray) -> Part:
-        """The rows of the part where `chosen`, bool [rows of the part], holds."""
+        """Return the rows of the part where `chosen`, bool [rows of the part], holds."""
         mask = self.mask.copy()
         mask[mask] = chosen
         return replace(self, mask=mask)
 
 
-class Spool:
-    """Where rows are put as they come: memory, or a file that is mapped when it is read.
-
-    Args:
-        path: the file to write; None: memory.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._tables: list[pa.Table] = []
-        self._writer: pa.RecordBatchFileWriter | None = None
-
-    def add(self, rows: pa.Table) -> None:
-        """Put rows behind those that are there; all have the same columns."""
-        if self._path is None:
-            self._tables.append(rows)
-            return
-        if self._writer is None:
-            self._writer = pa.ipc.new_file(self._path, rows.schema)
-        self._writer.write_table(rows)
-
-    def table(self) -> pa.Table:
-        """All rows; nothing can be added after."""
-        if self._writer is not None:
-            self._writer.close()
-            return pa.ipc.open_file(pa.memory_map(str(self._path))).read_all()
-        return pa.concat_tables(self._tables) if self._tables else make_rows({"id": [], "sequence": [], "line": []})
-
-
-@dataclass
 class _File:
-    """One file while it is read: its kept rows and all that its errors and its report tell."""
+    """Read one file: keep its usable rows, and note what its errors and its report need."""
 
-    split: str
-    source: str
-    cfg: DataConfig
-    """With the split column and the held-out filter only where they are this file's."""
-    spool: Spool
-    checker: Checker
-    labels: Labels | None
-    """Reads the labels; None: rows have none."""
-    rows: int = 0
-    filtered: int = 0
-    filtered_heldout: int = 0
-    named: set[str] = field(default_factory=set)
-    """Splits of the rows that pass `keep`."""
-    usable: set[str] = field(default_factory=set)
-    """Splits of the rows that pass `keep_heldout` as well."""
-    unknown: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Value of the split column that no split has -> how many rows, the first of them."""
-    values: dict[str, set[str]] = field(default_factory=dict)
-    """Filtered column -> its values."""
+    def __init__(self, cfg: DataConfig, split: str, source: str, labels: Labels | None) -> None:
+        self.split, self.source, self._labels = split, source, labels
+        # Only the training file has a split column, or rows that are sampled for validation and test.
+        own = cfg if split == "train" else replace(cfg, split_column=None)
+        sampled = (not cfg.valid and cfg.valid_fraction > 0) or cfg.test_fraction > 0
+        if split == "train" and cfg.split_column is None and not sampled:
+            own = replace(own, keep_heldout={})
+        self.cfg = own
+        self.checker = Checker(own, source)
+        self.values: dict[str, set[str]] = {}  # filtered column -> its values
+        self._rows = self._filtered = self._filtered_heldout = 0
+        self._named: set[str] = set()  # splits of the rows that pass `keep`
+        self._usable: set[str] = set()  # splits of the rows that pass `keep_heldout` as well
+        self._unknown: dict[str, tuple[int, int]] = {}  # value that names no split -> how many rows, the first of them
+        self._kept = pa.table({})
 
-    def read(self) -> None:
-        """Read, filter and check all rows; what is wrong with them is told by `finish`."""
-        joiner = LIST_JOINER if self.labels is None else self.labels.joiner
-        for rows in read_chunks(self.source, self.cfg, self.labels is not None, joiner):
-            self.rows += len(rows)
+    def read(self, path: Path | None) -> None:
+        """Read, filter and check all rows; keep them in memory, or in a file `path` that is mapped."""
+        if path is None:
+            chunks = list(self._chunks())
+            self._kept = pa.concat_tables(chunks) if chunks else self._kept
+            return
+        writer = None
+        for rows in self._chunks():
+            writer = writer or pa.ipc.new_file(path, rows.schema)
+            writer.write_table(rows)
+        if writer is not None:
+            writer.close()
+            self._kept = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+    def _chunks(self) -> Iterator[pa.Table]:
+        joiner = LIST_JOINER if self._labels is None else self._labels.joiner
+        for rows in read_chunks(self.source, self.cfg, self._labels is not None, joiner):
+            self._rows += len(rows)
             for source in {**self.cfg.keep, **self.cfg.keep_heldout}:
                 self.values.setdefault(source, set()).update(rows[filter_column(source)].unique().to_pylist())
             kept = self._number_splits(rows.filter(pa.array(passes(rows, self.cfg.keep))))
@@ -219,13 +200,13 @@ class _File:
             usable = split == 0
             if not usable.all():
                 usable |= (split > 0) & passes(kept, self.cfg.keep_heldout)
-            self.named |= _names(split)
-            self.usable |= _names(split[usable])
-            self.filtered += len(rows) - len(kept)
-            self.filtered_heldout += int((~usable).sum())
+            self._named |= _names(split)
+            self._usable |= _names(split[usable])
+            self._filtered += len(rows) - len(kept)
+            self._filtered_heldout += int((~usable).sum())
             clean = self.checker(kept.filter(pa.array(usable)))
             if len(clean):
-                self.spool.add(clean if self.labels is None else self.labels.encode(clean, self.checker.problems))
+                yield clean if self._labels is None else self._labels.encode(clean, self.checker.problems)
 
     def _number_splits(self, rows: pa.Table) -> pa.Table:
         """Return the rows with a column `split`, int8: the place in SPLITS of each row's split, -1 for none."""
@@ -235,59 +216,47 @@ class _File:
         split = pc.fill_null(pc.index_in(rows["split"], value_set=names), -1).cast(pa.int8())
         strange = rows.filter(pc.equal(split, -1))
         for value, line in zip(strange["split"].to_pylist(), strange["line"].to_pylist(), strict=True):
-            count, first = self.unknown.get(value, (0, line))
-            self.unknown[value] = (count + 1, first)
+            count, first = self._unknown.get(value, (0, line))
+            self._unknown[value] = (count + 1, first)
         return rows.set_column(rows.column_names.index("split"), "split", split)
 
     def finish(self) -> tuple[dict[str, Part], Report]:
-        """The part of each split that has rows.
-
-        Raises:
-            DataError: a filter leaves nothing, a split is unknown, or rows cannot be used.
-        """
-        if self.filtered == self.rows:
+        """Return the part of each split that has rows; raise DataError for all that is wrong with the file."""
+        if self._filtered == self._rows:
             raise DataError(f"{self.source}: data.keep leaves no rows; allow more values")
-        if self.unknown:
-            self._refuse_unknown()
-        _check_members(self.source, self.named, self.usable, "data.keep_heldout leaves", "allow more values")
+        if self._unknown:
+            unit = row_unit(self.source)
+            shown = ", ".join(
+                f"{quote(value)} ({count} rows, first in {unit} {first})"
+                for value, (count, first) in list(self._unknown.items())[:5]
+            )
+            raise DataError(
+                f"{self.source}: column {self.cfg.split_column!r} has {len(self._unknown)} values that are not in "
+                f"data.split_names={self.cfg.split_names}: {shown}; name the splits there, or filter the rows with "
+                "data.keep"
+            )
+        for name in sorted(self._named - self._usable):
+            raise DataError(f"{self.source}: data.keep_heldout leaves no {name} rows; allow more values")
         report = self.checker.finish()
-        table = self.spool.table()
-        split = table["split"].to_numpy()
+        split = self._kept["split"].to_numpy()
         left = _names(split)
-        _check_members(self.source, self.named, left, "data.on_bad_residue=skip leaves", "correct their sequences")
-        parts = {name: Part(table, self.source, split == SPLITS.index(name)) for name in sorted(left)}
-        return parts, replace(report, rows=self.rows, filtered=self.filtered, filtered_heldout=self.filtered_heldout)
-
-    def _refuse_unknown(self) -> None:
-        unit = row_unit(self.source)
-        shown = ", ".join(
-            f"{quote(value)} ({count} rows, first in {unit} {first})"
-            for value, (count, first) in list(self.unknown.items())[:5]
-        )
-        raise DataError(
-            f"{self.source}: column {self.cfg.split_column!r} has {len(self.unknown)} values that are not in "
-            f"data.split_names={self.cfg.split_names}: {shown}; name the splits there, or filter the rows with "
-            "data.keep"
-        )
+        for name in sorted(self._usable - left):
+            raise DataError(f"{self.source}: data.on_bad_residue=skip leaves no {name} rows; correct their sequences")
+        parts = {name: Part(self._kept, self.source, split == SPLITS.index(name)) for name in sorted(left)}
+        heldout = self._filtered_heldout
+        return parts, replace(report, rows=self._rows, filtered=self._filtered, filtered_heldout=heldout)
 
 
 def read_parts(
     cfg: DataConfig, labels: Labels | None, folder: Path | None
 ) -> tuple[dict[str, Part], list[Report], list[Rejected]]:
-    """The checked rows of each split that has any, a report a file, and the rows that were left out or changed.
+    """Return the checked rows of each split that has any, a report per file, and the rows left out or changed.
 
-    Args:
-        cfg: files, columns and filters.
-        labels: replaces the text of each label by its codes; None: rows have no labels.
-        folder: where kept rows are put as files; None: they are kept in memory.
-
-    Raises:
-        DataError: a file or a row cannot be used; a filter value that no row has; a split without rows.
-        ConfigError: a split has two origins.
+    The text of each label is replaced by its codes. Rows are kept as files in `folder`, or in memory where it is None.
     """
-    files = [_open(cfg, split, path, labels, folder) for split, path in data_files(cfg).items()]
+    files = [_File(cfg, split, path, labels) for split, path in data_files(cfg).items()]
     for file in files:
-        file.read()
+        file.read(folder and folder / f"{file.split}.arrow")
     _check_filters(cfg, files)
     parts: dict[str, Part] = {}
     reports = []
@@ -295,7 +264,11 @@ def read_parts(
         own, report = file.finish()
         reports.append(report)
         for name, part in own.items():
-            require(name == file.split or name not in data_files(cfg), _twice(cfg, name))
+            require(
+                name == file.split or name not in data_files(cfg),
+                f"{name} rows come both from data.{name} and from data.split_column={cfg.split_column!r}; "
+                f"leave out data.{name}, or filter those rows with data.keep",
+            )
             parts[name] = part
     if "train" not in parts:
         raise DataError(
@@ -306,12 +279,12 @@ def read_parts(
 
 
 def data_files(cfg: DataConfig) -> dict[str, str]:
-    """Split -> the file that the configuration names for it, where it names one."""
+    """Return split -> the file that the configuration names for it, where it names one."""
     return {split: path for split, path in zip(SPLITS, (cfg.train, cfg.valid, cfg.test), strict=True) if path}
 
 
 def passes(rows: pa.Table, filters: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """bool [rows]: which rows have an allowed value in every column of the filter."""
+    """Return which rows have an allowed value in every column of the filter, bool [rows]."""
     mask = np.ones(len(rows), dtype=bool)
     for source, allowed in filters.items():
         keys = {_filter_key(value) for value in allowed}
@@ -321,28 +294,18 @@ def passes(rows: pa.Table, filters: Mapping[str, Sequence[str]]) -> np.ndarray:
     return mask
 
 
-def _open(data: DataConfig, split: str, path: str, labels: Labels | None, folder: Path | None) -> _File:
-    """A file to read; only the training file has a split column."""
-    own = data if split == "train" else replace(data, split_column=None)
-    sampled = (not data.valid and data.valid_fraction > 0) or data.test_fraction > 0
-    if split == "train" and data.split_column is None and not sampled:
-        own = replace(own, keep_heldout={})
-    spool = Spool(None if folder is None else folder / f"{split}.arrow")
-    return _File(split, path, own, spool, Checker(own, path), labels)
-
-
 def _names(split: np.ndarray) -> set[str]:
-    """Return the splits that some row is of."""
+    """Return the splits that have a row."""
     return {SPLITS[number] for number in np.unique(split) if number >= 0}
 
 
 def _filter_key(value: str) -> str:
-    """Values are compared as strings, but True, TRUE and true are one."""
+    """Return what a value is compared by: itself, but True, TRUE and true are one."""
     return value.lower() if value.lower() in ("true", "false") else value
 
 
 def _check_filters(cfg: DataConfig, files: Sequence[_File]) -> None:
-    """Refuse a filter value that no row of any file has: it is a slip of the pen."""
+    """Refuse a filter value that no row of any file has: it is a typing error."""
     for setting, filters in (("keep", cfg.keep), ("keep_heldout", cfg.keep_heldout)):
         for source, allowed in filters.items():
             having = [file for file in files if source in getattr(file.cfg, setting)]
@@ -359,23 +322,9 @@ def _check_filters(cfg: DataConfig, files: Sequence[_File]) -> None:
                 )
 
 
-def _check_members(source: str, before: set[str], after: set[str], reason: str, cure: str) -> None:
-    """Refuse that a split which had rows has none now."""
-    for name in sorted(before - after):
-        raise DataError(f"{source}: {reason} no {name} rows; {cure}")
-
-
-def _twice(cfg: DataConfig, split: str) -> str:
-    return (
-        f"{split} rows come both from data.{split} and from data.split_column={cfg.split_column!r}; "
-        f"leave out data.{split}, or filter those rows with data.keep"
-    )
-
-
 def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
-    """All that the tables follow from: the files' kind and content, settings that matter, the alphabet, the version."""
-    by_clusters = {"homologs"} if cfg.data.sample == "clusters" else set()
-    unused = _UNCACHED_DATA - by_clusters
+    """Return all that decides the tables: content and kind of the files, settings that matter, alphabet, version."""
+    unused = _UNCACHED_DATA - ({"homologs"} if cfg.data.sample == "clusters" else set())
     data = {name: value for name, value in asdict(cfg.data).items() if name not in unused}
     task = {name: value for name, value in asdict(cfg.task).items() if name not in _UNCACHED_TASK}
     files = data_files(cfg.data)
@@ -401,7 +350,7 @@ def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:
 
 
 def _load(folder: Path, cfg: TrainConfig) -> Splits:
-    """The splits kept in `folder`; what was said of a file is said of the one that has its place and content now."""
+    """Return the splits kept in `folder`; what was said of a file is said of the one with its content now."""
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     now = dict(zip(meta["files"], data_files(cfg.data).values(), strict=True))
     tables = {name: open_table(folder / name) for name in meta["splits"]}
@@ -418,67 +367,8 @@ def _load(folder: Path, cfg: TrainConfig) -> Splits:
     )
 
 
-class InputChunks:
-    """One whole file in its order, a chunk at a time: without labels for prediction, or with them for evaluation.
-
-    Can be iterated any number of times; a bad row anywhere is an error after the last chunk, so what was made of the
-    chunks before must not be final until then (or iterate once in advance: it costs little).
-
-    The split column and the row filters of `cfg` are for training and are not applied.
-
-    Args:
-        path: the file, see `sources.read_chunks`.
-        cfg: columns, treatment of bad residues and of long sequences.
-        labels: of a finished run, with its class names; None: no labels are read.
-        rows: most rows in a chunk.
-    """
-
-    def __init__(self, path: str | Path, cfg: DataConfig, labels: Labels | None = None, rows: int = CHUNK_ROWS) -> None:
-        self._path, self._rows = str(path), rows
-        self._labels = labels
-        self._cfg = replace(cfg, split_column=None, keep={}, keep_heldout={})
-        self.report = Report(name=self._path)
-        """What the last iteration has read and done so far."""
-        self.rejected: list[Rejected] = []
-        """The rows that the last iteration has left out or changed so far."""
-
-    def __iter__(self) -> Iterator[ExampleTable]:
-        """Tables of one chunk each; `record` counts from 0 in each of them.
-
-        Raises:
-            DataError: the file or a row cannot be used; a label that training did not know.
-        """
-        checker = Checker(self._cfg, self._path)
-        self.rejected = checker.rejected
-        cuts = Report(name=self._path)
-        labels = self._labels
-        for usable in checker.chunks(self._chunks()):
-            rows = usable if labels is None else labels.encode(usable, checker.problems)
-            table, more = chunk_table(rows, self._path, self._cfg, labels, checker.problems)
-            cuts = cuts.plus(more, CUTS)
-            self.report = checker.report().plus(cuts, CUTS)
-            if not checker.problems.total:
-                yield table
-        self.report = checker.report().plus(cuts, CUTS)
-
-    def _chunks(self) -> Iterator[pa.Table]:
-        joiner = LIST_JOINER if self._labels is None else self._labels.joiner
-        return read_chunks(self._path, self._cfg, self._labels is not None, joiner, self._rows)
-
-    def read(self) -> ExampleTable:
-        """The whole file as one table in memory.
-
-        Raises:
-            DataError: as when it is iterated.
-        """
-        writer = TableWriter(None)
-        for table in self:
-            writer.add(table)
-        return writer.table()
-
-
 def _sample(parts: dict[str, Part], labels: Labels | None, cfg: TrainConfig) -> dict[str, tuple[str, ...]]:
-    """Take validation and test rows from the training rows where no file has any; return split -> ids of its rows."""
+    """Move rows from training to validation and test where no file has any; return split -> ids of its rows."""
     fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
     wanted = {name: fraction for name, fraction in fractions.items() if name not in parts and fraction > 0}
     by_cluster = cfg.data.sample == "clusters"
@@ -502,7 +392,7 @@ def _sample(parts: dict[str, Part], labels: Labels | None, cfg: TrainConfig) -> 
 
 
 def _table(part: Part, cfg: DataConfig, labels: Labels | None, stem: Path | None) -> tuple[ExampleTable, Report]:
-    """Tokenized rows, long sequences cut, and how many were: in memory, or in files that begin with `stem`."""
+    """Return the rows tokenized and cut, in memory or in files that begin with `stem`; and how many were cut."""
     writer, report, problems = TableWriter(stem), Report(name=part.source), Problems(part.source)
     for rows in part.chunks():
         table, more = chunk_table(rows, part.source, cfg, labels, problems)
@@ -513,12 +403,8 @@ def _table(part: Part, cfg: DataConfig, labels: Labels | None, stem: Path | None
 
 
 def _shared(parts: Mapping[str, Part], labels: Labels | None) -> dict[str, dict[str, int]]:
-    """Split -> exact repeats of whole sequences: within it, with training, those whose labels disagree, and ids that
-    name another sequence in training. Compared by 64-bit hashes, so that no sequence is held."""
-    hashes = {
-        name: {column: _hashes(part, column) for column in ("id", "sequence")} | {"label": _label_hashes(part, labels)}
-        for name, part in parts.items()
-    }
+    """Return split -> how often it repeats whole sequences or shares them and ids with training, see `Report`."""
+    hashes = {name: _hashes(part, labels) for name, part in parts.items()}
     train = hashes["train"]
     counts = {}
     for name, own in hashes.items():
@@ -527,27 +413,20 @@ def _shared(parts: Mapping[str, Part], labels: Labels | None) -> dict[str, dict[
         found = {"repeated": len(own["sequence"]) - len(np.unique(own["sequence"]))}
         if name != "train":
             found["in_train"] = int(np.isin(own["sequence"], train["sequence"]).sum())
-            found["renamed"] = _renamed(own, train)
+            _, here, there = np.intersect1d(own["id"], train["id"], return_indices=True)
+            found["renamed"] = int((own["sequence"][here] != train["sequence"][there]).sum())
         counts[name] = found | {"conflicting": conflicting(own["sequence"], texts, says) if len(says) else 0}
     return counts
 
 
-def _hashes(part: Part, column: str) -> np.ndarray:
-    """uint64 [rows]: a hash of every value of a column."""
-    return np.concatenate([text_hashes(chunk[column].to_pylist()) for chunk in part.chunks([column])])
-
-
-def _label_hashes(part: Part, labels: Labels | None) -> np.ndarray:
-    """uint64 [rows]: a hash of what every label says; empty where there are none."""
-    if labels is None:
-        return np.empty(0, dtype=np.uint64)
-    return np.concatenate([labels.hashes(rows) for rows in part.chunks(["label"])])
-
-
-def _renamed(own: Mapping[str, np.ndarray], train: Mapping[str, np.ndarray]) -> int:
-    """How many ids of `own` name another sequence in `train`."""
-    _, here, there = np.intersect1d(own["id"], train["id"], return_indices=True)
-    return int((own["sequence"][here] != train["sequence"][there]).sum())
+def _hashes(part: Part, labels: Labels | None) -> dict[str, np.ndarray]:
+    """Return uint64 [rows] hashes of ids, sequences and labels, so that no text is held; [0] where labels are none."""
+    hashes = {
+        column: np.concatenate([text_hashes(rows[column].to_pylist()) for rows in part.chunks([column])])
+        for column in ("id", "sequence")
+    }
+    says = [] if labels is None else [labels.hashes(rows) for rows in part.chunks(["label"])]
+    return hashes | {"label": np.concatenate([np.empty(0, np.uint64), *says])}
 
 
 def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> str:
@@ -558,3 +437,49 @@ def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> s
             digest.update(np.ascontiguousarray(array).data)
         digest.update("".join(f"{len(record)} {record}" for record in table.ids).encode())
     return digest.hexdigest()
+
+
+class InputChunks:
+    """Give the tables of a file chunk by chunk: without labels for prediction, or with them for evaluation.
+
+    Can be iterated any number of times. A bad row anywhere raises DataError after the last chunk: what was made of the
+    chunks before must not be final until then (or iterate once in advance, which costs little).
+
+    The split column and the row filters of `cfg` are for training and are not applied.
+
+    Args:
+        path: the file, see `sources.read_chunks`.
+        cfg: columns, treatment of bad residues and of long sequences.
+        labels: of a finished run, with its class names; None: no labels are read.
+        rows: most rows in a chunk.
+    """
+
+    def __init__(self, path: str | Path, cfg: DataConfig, labels: Labels | None = None, rows: int = CHUNK_ROWS) -> None:
+        self._path, self._rows, self._labels = str(path), rows, labels
+        self._cfg = replace(cfg, split_column=None, keep={}, keep_heldout={})
+        self.report = Report(name=self._path)
+        """What the last iteration has read and done so far."""
+        self.rejected: list[Rejected] = []
+        """The rows that the last iteration has left out or changed so far."""
+
+    def __iter__(self) -> Iterator[ExampleTable]:
+        """Give a table per chunk; `record` counts from 0 in each of them."""
+        checker, cuts, labels = Checker(self._cfg, self._path), Report(name=self._path), self._labels
+        self.rejected = checker.rejected
+        for rows in map(checker, self._chunks()):
+            if len(rows):
+                rows = rows if labels is None else labels.encode(rows, checker.problems)
+                table, more = chunk_table(rows, self._path, self._cfg, labels, checker.problems)
+                cuts = cuts.plus(more, CUTS)
+            self.report = checker.report().plus(cuts, CUTS)
+            if len(rows) and not checker.problems.total:
+                yield table
+        checker.finish()
+
+    def _chunks(self) -> Iterator[pa.Table]:
+        joiner = LIST_JOINER if self._labels is None else self._labels.joiner
+        return read_chunks(self._path, self._cfg, self._labels is not None, joiner, self._rows)
+
+    def read(self) -> ExampleTable:
+        """Return the whole file as one table in memory."""
+        return join_tables(self)
