@@ -1,4 +1,4 @@
-"""Related proteins without an alignment, or by MMseqs2: which held-out rows have a homolog in training, and clusters.
+"""Find homologs by shared k-mers or by MMseqs2: which held-out proteins have one in training, and clusters of them.
 
 The k-mer measure: proteins are written in 13 groups of residues that often replace each other (those of MMseqs2's
 linclust, Steinegger & Soding 2018, Nat Commun 9:2542) and described by the set of their 6-mers, each weighted by
@@ -37,7 +37,7 @@ COVERAGE = 0.8
 IDENTITY = 0.3
 """Least identity of homologs found by MMseqs2."""
 MOST = 100_000
-"""Rows of a run, held out and training, up to which homologs are looked for."""
+"""Most proteins of a run, held out and training, among which homologs are looked for."""
 BLOCK = 256
 """Proteins compared at once with all others."""
 
@@ -47,10 +47,9 @@ _SPECIALS = 2
 
 
 def find_homologs(held_out: ExampleTable, train: ExampleTable, method: Method) -> np.ndarray:
-    """bool [records of `held_out`]: which have a homolog among the records of `train`.
+    """Return which proteins of `held_out` have a homolog in `train`, bool [records].
 
-    Raises:
-        DataError: `mmseqs` is not installed or fails.
+    Raise DataError where `mmseqs` is not installed or fails.
     """
     has_homolog = np.zeros(len(held_out.ids), dtype=bool)
     if method == "mmseqs":
@@ -65,7 +64,7 @@ def find_homologs(held_out: ExampleTable, train: ExampleTable, method: Method) -
 
 
 def homolog_rows(train: ExampleTable, held_out: Mapping[str, ExampleTable], method: Method) -> dict[str, np.ndarray]:
-    """Split -> bool [records]: which of its records have a homolog in training; looked for in all splits at once."""
+    """Return split -> which of its proteins have a homolog in training, bool [records]; all splits at once."""
     if not held_out:
         return {}
     found = find_homologs(join_tables(list(held_out.values())), train, method)
@@ -73,12 +72,8 @@ def homolog_rows(train: ExampleTable, held_out: Mapping[str, ExampleTable], meth
     return dict(zip(held_out, np.split(found, ends[:-1]), strict=True))
 
 
-def clusters(table: ExampleTable, method: Method) -> np.ndarray:
-    """int64 [records]: the cluster of each record, from 0: homologs, and homologs of homologs, are in one.
-
-    Raises:
-        DataError: `mmseqs` is not installed or fails.
-    """
+def find_clusters(table: ExampleTable, method: Method) -> np.ndarray:
+    """Return the cluster of each protein from 0, int64 [records]: homologs, and homologs of homologs, are in one."""
     n = len(table.ids)
     labels = np.arange(n)
     if method == "mmseqs":
@@ -91,7 +86,7 @@ def clusters(table: ExampleTable, method: Method) -> np.ndarray:
 
 
 def _linked(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cluster of each record when, besides those of equal `labels`, the pairs (one, other) are in one cluster."""
+    """Return the cluster of each protein when, besides those of equal `labels`, the pairs (one, other) share one."""
     n = len(labels)
     rows, columns = np.concatenate([np.arange(n), one]), np.concatenate([labels + n, other])
     graph = sparse.coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(2 * n, 2 * n))
@@ -100,14 +95,16 @@ def _linked(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarra
 
 
 def _residues(table: ExampleTable) -> np.ndarray:
-    """int64 [records]: residues of a record that are in the table, those that two windows share counted once."""
+    """Return the residues of each protein that are in the table, those that two windows share counted once."""
     found = np.bincount(table.record, table.lengths - _SPECIALS, len(table.ids)).astype(np.int64)
     return np.asarray(np.minimum(found, table.residues)) if len(table.residues) else found
 
 
 def _profiles(table: ExampleTable) -> sparse.csr_matrix:
-    """float32 [records, k-mers]: the weighted set of 6-mers of each record, of length 1; k-mers of one record alone
-    count in its length and have no column, since they match nothing."""
+    """Return the weighted set of 6-mers of each protein as a row of norm 1, float32 [records, k-mers].
+
+    A k-mer of one protein alone counts in its norm and has no column, since it matches nothing.
+    """
     groups = _GROUP[table.tokens]
     ends = max(0, len(groups) - K + 1)
     codes, inside = np.zeros(ends, dtype=np.int64), np.ones(ends, dtype=bool)
@@ -132,7 +129,7 @@ def _profiles(table: ExampleTable) -> sparse.csr_matrix:
 def _kmer_pairs(
     queries: sparse.csr_matrix, targets: sparse.csr_matrix, query_lengths: np.ndarray, target_lengths: np.ndarray
 ) -> Iterator[tuple[int, sparse.coo_matrix]]:
-    """For each BLOCK of queries its first index, and the pairs of homologs in it (row within the block, column)."""
+    """Give the first index of each BLOCK of queries and its pairs of homologs (row within the block, column)."""
     if not targets.shape[1]:
         return
     across = targets.T.tocsr()
@@ -144,14 +141,16 @@ def _kmer_pairs(
 
 
 def _mmseqs_pairs(queries: ExampleTable, targets: ExampleTable) -> Iterator[tuple[int, int]]:
-    """Records (of `queries`, of `targets`) that MMseqs2 finds related: IDENTITY over COVERAGE of both."""
+    """Give the homologs that MMseqs2 finds (of `queries`, of `targets`): IDENTITY over COVERAGE of both."""
     program = shutil.which("mmseqs")
     if program is None:
         raise DataError("data.homologs=mmseqs: there is no program mmseqs on PATH; install MMseqs2, or use kmer")
     with tempfile.TemporaryDirectory(prefix="esm-neuron-") as name:
         folder = Path(name)
         for part, table in (("queries", queries), ("targets", targets)):
-            _write_fasta(folder / f"{part}.fasta", table)
+            with (folder / f"{part}.fasta").open("w", encoding="ascii") as file:
+                for example, record in enumerate(table.record.tolist()):
+                    file.write(f">{record}\n{decode(table.sequence(example)[1:-1])}\n")
         words = [program, "easy-search", "queries.fasta", "targets.fasta", "found.tsv", "scratch"]
         words += ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE), "--cov-mode", "0", "-s", "7.5"]
         words += ["--max-seqs", "1000", "--format-output", "query,target", "-v", "1"]
@@ -164,9 +163,3 @@ def _mmseqs_pairs(queries: ExampleTable, targets: ExampleTable) -> Iterator[tupl
             for line in found:
                 query, target = line.split()
                 yield int(query), int(target)
-
-
-def _write_fasta(path: Path, table: ExampleTable) -> None:
-    with path.open("w", encoding="ascii") as file:
-        for example, record in enumerate(table.record.tolist()):
-            file.write(f">{record}\n{decode(table.sequence(example)[1:-1])}\n")

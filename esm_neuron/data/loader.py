@@ -24,7 +24,6 @@ from esm_neuron.errors import ConfigError
 
 SPECIALS = 2
 """Tokens of an example that are no residues: <cls> and <eos>."""
-
 _EVALUATION = -1
 """Stands for the epoch in the seeds of evaluation."""
 
@@ -44,31 +43,15 @@ class StepData:
 
 
 def training_plan(cfg: TrainConfig, lengths: np.ndarray, epoch: int = 0) -> EpochPlan:
-    """Plan the optimizer steps of an epoch over all devices, from the configuration and the lengths alone.
-
-    Args:
-        cfg: the run's configuration.
-        lengths: integers [examples]: tokens of each example, specials included.
-        epoch: counted from 0.
-
-    Raises:
-        DataError: there is no example, or one does not fit a pack.
-    """
+    """Plan the optimizer steps of an epoch over all devices from `lengths` alone: int [examples], specials included."""
     return _plan(cfg, lengths, cfg.loop.packs_per_step, epoch)
 
 
-def evaluation_plan(cfg: TrainConfig, lengths: np.ndarray, devices: int = 1) -> EpochPlan:
-    """Plan the passes of an evaluation over `devices` data-parallel devices; otherwise as `training_plan`."""
-    return _plan(cfg, lengths, cfg.loop.eval_packs_per_device * devices, _EVALUATION)
-
-
-class TrainLoader:
-    """The training batches of one data-parallel rank, by optimizer step.
-
-    The last step of an epoch is filled up with packs of weight 0.
+class _Loader:
+    """Lay the examples of packs out in batches, one data-parallel rank's share of each step.
 
     Args:
-        table: the training examples.
+        table: the examples.
         task: makes inputs and targets.
         cfg: the run's configuration.
         dp: data-parallel degree.
@@ -94,118 +77,34 @@ class TrainLoader:
         static_shapes: bool = True,
     ) -> None:
         self.table = table
-        """The training examples."""
-        self.passes = accumulated_passes(cfg, dp * local_dp)
-        """Forward passes of this rank in one optimizer step."""
-        self._cfg, self._dp, self._dp_rank = cfg, dp, dp_rank
-        self._lengths = table.lengths.astype(np.int32)
-        self._collator = _Collator(table, task, cfg, static_shapes)
-        self._planned = (0, training_plan(cfg, self._lengths))
-        self.steps_per_epoch: int = len(self._planned[1])
-        """Optimizer steps in one pass over the examples, the same in every epoch."""
-        batches = None if static_shapes else self.passes * dp
-        self.padding_efficiency: float = self._planned[1].efficiency(self._lengths, batches)
-        """Share of the slots computed in an epoch that hold tokens."""
-
-    def total_steps(self, epochs: float, max_steps: int | None) -> int:
-        """Optimizer steps of a run: `max_steps`, or else those of `epochs` passes, at least 1."""
-        return total_steps(self.steps_per_epoch, epochs, max_steps)
-
-    def batches(self, step: int) -> list[Batch]:
-        """The accumulated passes of this rank in optimizer step `step`, counted from 0 over all epochs."""
-        return self.load(step).batches
-
-    def load(self, step: int) -> StepData:
-        """Return the batches of a step with what they hold: `prefetch(map(loader.load, range(first, last)), 2)`."""
-        epoch, local = divmod(step, self.steps_per_epoch)
-        packs = self.plan(epoch).step(local)
-        count = len(packs) // self.passes
-        # Pass by pass, then rank by rank: two passes of one rank hold what one pass of each of two ranks holds.
-        share = [_share(packs[n * count : (n + 1) * count], self._dp, self._dp_rank) for n in range(self.passes)]
-        return StepData(step, [self._collator(part, epoch) for part in share], self._residues(packs))
-
-    def record_ids(self, step: int) -> list[str]:
-        """Names of the records, over all ranks, that optimizer step `step` learns from."""
-        epoch, local = divmod(step, self.steps_per_epoch)
-        records = self.table.record[np.concatenate(self.plan(epoch).step(local))]
-        return [self.table.ids[record] for record in dict.fromkeys(records.tolist())]
-
-    def plan(self, epoch: int) -> EpochPlan:
-        """The plan of `epoch`, made from (seed, epoch) alone; the last one asked for is kept."""
-        known, plan = self._planned
-        if known != epoch:
-            plan = training_plan(self._cfg, self._lengths, epoch)
-            self._planned = (epoch, plan)
-        return plan
-
-    def _residues(self, packs: Sequence[np.ndarray]) -> int:
-        members = np.concatenate(packs)
-        return int(self._lengths[members].sum()) - SPECIALS * len(members)
-
-
-class EvalLoader:
-    """One rank's batches that together, over all ranks, hold every example exactly once.
-
-    Every rank gives the same number of batches, filled up with packs of weight 0. The plan depends on the seed and the
-    table alone, an example's randomness on the seed and its tokens. Can be iterated any number of times.
-
-    Args:
-        table, task, cfg, dp, dp_rank, local_dp, static_shapes: as for `TrainLoader`.
-
-    Raises:
-        DataError: there is no example, or one does not fit a pack.
-    """
-
-    def __init__(
-        self,
-        table: ExampleTable,
-        task: TargetMaker,
-        cfg: TrainConfig,
-        dp: int = 1,
-        dp_rank: int = 0,
-        *,
-        local_dp: int = 1,
-        static_shapes: bool = True,
-    ) -> None:
-        self.table = table
         """The examples that are given."""
-        self._dp, self._dp_rank = dp, dp_rank
-        self._collator = _Collator(table, task, cfg, static_shapes)
-        self._plan = evaluation_plan(cfg, table.lengths.astype(np.int32), dp * local_dp)
-
-    def __len__(self) -> int:
-        """Batches of this rank, the same on every rank."""
-        return len(self._plan)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """This rank's batches in order."""
-        for step in range(len(self)):
-            yield self._collator(_share(self._plan.step(step), self._dp, self._dp_rank), _EVALUATION)
-
-
-class _Collator:
-    """Lays the examples of some packs into tensors."""
-
-    def __init__(self, table: ExampleTable, task: TargetMaker, cfg: TrainConfig, static_shapes: bool) -> None:
-        self._table, self._task, self._static_shapes = table, task, static_shapes
-        self._seed, self._segments, self._pack_tokens = cfg.seed, _segments(cfg), cfg.data.pack_tokens
+        self._task, self._cfg, self._static_shapes = task, cfg, static_shapes
+        self._dp, self._dp_rank, self._devices = dp, dp_rank, dp * local_dp
+        self._lengths = table.lengths.astype(np.int32)
         # A batch of filler packs alone must have the labels' type and shape of all others: learnt from an example.
         label = np.asarray(task.example_target(table, 0, _rng(cfg.seed, _EVALUATION, 0)).label)
         self._label_type, self._label_shape = label.dtype, label.shape[1:] if task.per_token else label.shape
+        self._prepare()
 
-    def __call__(self, packs: Sequence[np.ndarray], epoch: int) -> Batch:
-        """Return packs of examples, filler packs last, as a batch; `epoch` seeds the examples' randomness."""
+    def _prepare(self) -> None:
+        """Plan the packs."""
+        raise NotImplementedError
+
+    def _batch(self, packs: Sequence[np.ndarray], epoch: int) -> Batch:
+        """Return this rank's share of some packs of examples as a batch; `epoch` seeds the examples' randomness."""
+        count, segments, pack_tokens = len(packs) // self._dp, _segments(self._cfg), self._cfg.data.pack_tokens
+        packs = packs[self._dp_rank * count : (self._dp_rank + 1) * count]
         if not self._static_shapes:
             packs = [pack for pack in packs if len(pack)] or packs[:1]
-        size = (len(packs), self._pack_tokens)
-        predictions = size if self._task.per_token else (len(packs), self._segments)
+        size = (len(packs), pack_tokens)
+        predictions = size if self._task.per_token else (len(packs), segments)
         input_ids = np.full(size, PAD, np.int64)
         segment_ids = np.full(size, PAD_SEGMENT, np.int64)
         positions = np.zeros(size, np.int64)
         labels = np.zeros((*predictions, *self._label_shape), self._label_type)
         weights = np.zeros(predictions, np.float32)
-        members = np.full((len(packs), self._segments), -1, np.int64)
-        count = np.arange(self._pack_tokens)
+        members = np.full((len(packs), segments), -1, np.int64)
+        position = np.arange(pack_tokens)
         longest = 1
         for p, pack in enumerate(packs):
             members[p, : len(pack)] = pack
@@ -213,18 +112,18 @@ class _Collator:
             for s, example in enumerate(pack.tolist()):
                 # A protein is evaluated alike whatever shares its file, shard or request, so that its randomness is
                 # seeded by what it is and not by where it stands.
-                name = self._table.content(example) if epoch == _EVALUATION else example
-                target = self._task.example_target(self._table, example, _rng(self._seed, epoch, name))
+                name = self.table.content(example) if epoch == _EVALUATION else example
+                target = self._task.example_target(self.table, example, _rng(self._cfg.seed, epoch, name))
                 start, end = end, end + len(target.tokens)
                 input_ids[p, start:end] = target.tokens
                 segment_ids[p, start:end] = s
-                positions[p, start:end] = count[: end - start]
+                positions[p, start:end] = position[: end - start]
                 answer = slice(start, end) if self._task.per_token else s
                 labels[p, answer] = target.label
                 weights[p, answer] = target.weight
             longest = max(longest, end)
-        width = self._pack_tokens if self._static_shapes else longest
-        answered = width if self._task.per_token else self._segments
+        width = pack_tokens if self._static_shapes else longest
+        answered = width if self._task.per_token else segments
         return Batch(
             input_ids=_tensor(input_ids, width),
             segment_ids=_tensor(segment_ids, width),
@@ -232,20 +131,72 @@ class _Collator:
             labels=_tensor(labels, answered),
             weights=_tensor(weights, answered),
             members=members,
-            max_segments=self._segments,
+            max_segments=segments,
         )
 
 
+class TrainLoader(_Loader):
+    """Give the training batches of one data-parallel rank, by optimizer step.
+
+    The last step of an epoch is filled up with packs of weight 0.
+    """
+
+    def _prepare(self) -> None:
+        self.passes = accumulated_passes(self._cfg, self._devices)
+        """Forward passes of this rank in one optimizer step."""
+        self._planned = (0, training_plan(self._cfg, self._lengths))
+        self.steps_per_epoch: int = len(self._planned[1])
+        """Optimizer steps in one pass over the examples, the same in every epoch."""
+        batches = None if self._static_shapes else self.passes * self._dp
+        self.padding_efficiency: float = self._planned[1].efficiency(self._lengths, batches)
+        """Share of the slots computed in an epoch that hold tokens."""
+
+    def load(self, step: int) -> StepData:
+        """Return the batches of a step with what they hold: `prefetch(map(loader.load, range(first, last)), 2)`."""
+        epoch, local = divmod(step, self.steps_per_epoch)
+        packs = self.plan(epoch).step(local)
+        count, members = len(packs) // self.passes, np.concatenate(packs)
+        residues = int(self._lengths[members].sum()) - SPECIALS * len(members)
+        # Pass by pass, then rank by rank: two passes of one rank hold what one pass of each of two ranks holds.
+        batches = [self._batch(packs[n * count : (n + 1) * count], epoch) for n in range(self.passes)]
+        return StepData(step, batches, residues)
+
+    def record_ids(self, step: int) -> list[str]:
+        """Return the names of the proteins, over all ranks, that optimizer step `step` learns from."""
+        epoch, local = divmod(step, self.steps_per_epoch)
+        records = self.table.record[np.concatenate(self.plan(epoch).step(local))]
+        return [self.table.ids[record] for record in dict.fromkeys(records.tolist())]
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Return the plan of `epoch`, made from (seed, epoch) alone; the last one asked for is kept."""
+        if self._planned[0] != epoch:
+            self._planned = (epoch, training_plan(self._cfg, self._lengths, epoch))
+        return self._planned[1]
+
+
+class EvalLoader(_Loader):
+    """Give one rank's batches that together, over all ranks, hold every example exactly once.
+
+    Every rank gives the same number of batches, filled up with packs of weight 0. The plan depends on the seed and the
+    table alone, an example's randomness on the seed and its tokens. Can be iterated any number of times.
+    """
+
+    def _prepare(self) -> None:
+        packs = self._cfg.loop.eval_packs_per_device * self._devices
+        self._plan = _plan(self._cfg, self._lengths, packs, _EVALUATION)
+
+    def __len__(self) -> int:
+        """Return the batches of this rank, the same on every rank."""
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self._batch(self._plan.step(step), _EVALUATION) for step in range(len(self)))
+
+
 def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The items of `iterable`, made ahead by a thread: the same items in the same order.
+    """Give the items of `iterable` in order, made ahead by a thread: at most `depth` are made and not yet taken.
 
-    Args:
-        iterable: consumed in the thread from the first item asked for.
-        depth: most items made and not yet taken, at least 1.
-
-    Raises:
-        ValueError: `depth` is below 1.
-        Exception: whatever `iterable` raises, at the place of the item that it failed to give.
+    What `iterable` raises is raised at the place of the item that it failed to give.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} is below 1: nothing could ever be made; use 2")
@@ -279,15 +230,14 @@ def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
 
 
 def total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of a run, see `TrainLoader.total_steps`."""
+    """Return the optimizer steps of a run: `max_steps`, or else those of `epochs` passes, at least 1."""
     return max_steps if max_steps is not None else max(1, math.ceil(epochs * steps_per_epoch))
 
 
 def accumulated_passes(cfg: TrainConfig, dp: int) -> int:
-    """Forward passes in an optimizer step of each of `dp` data-parallel devices.
+    """Return the forward passes in an optimizer step of each of `dp` data-parallel devices.
 
-    Raises:
-        ConfigError: `loop.packs_per_step` does not give each of them the same number.
+    Raise ConfigError where `loop.packs_per_step` does not give each of them the same number.
     """
     packs, per_device = cfg.loop.packs_per_step, cfg.loop.packs_per_device
     unit = per_device * dp
@@ -309,14 +259,8 @@ def _plan(cfg: TrainConfig, lengths: np.ndarray, packs_per_step: int, epoch: int
     return plan_epoch(lengths, cfg.data.pack_tokens, _segments(cfg), packs_per_step, _rng(cfg.seed, epoch))
 
 
-def _share(packs: Sequence[np.ndarray], dp: int, dp_rank: int) -> Sequence[np.ndarray]:
-    """The packs of one rank: equal runs in rank order."""
-    count = len(packs) // dp
-    return packs[dp_rank * count : (dp_rank + 1) * count]
-
-
 def _rng(seed: int, epoch: int, *example: int) -> np.random.Generator:
-    """The generator of a plan (no example) or of one example; evaluation counts as epoch -1."""
+    """Return the generator of a plan (no example) or of one example; evaluation counts as epoch -1."""
     # numpy seeds [a, b] and [a, b, 0] alike, so examples count from 1 here.
     return np.random.default_rng([seed % 2**64, epoch + 1, *(number + 1 for number in example)])
 

@@ -1,4 +1,4 @@
-"""Which sequence lies in which pack: packs of one length, planned from the length histogram.
+"""Plan which sequence lies in which pack, all packs of one length, from the length histogram.
 
 Planning cost depends on the number of distinct lengths, not of sequences (histogram packing, best fit, longest first:
 Krell et al. 2021, "Efficient sequence packing without cross-contamination", arXiv:2107.02027). The plan is a function
@@ -20,7 +20,7 @@ _NO_EXAMPLES = np.empty(0, np.int32)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Packs of one make-up: each holds the same number of sequences of each length."""
+    """Packs that each hold the same number of sequences of each length."""
 
     parts: tuple[tuple[int, int], ...]
     """(length in tokens, how many) of the sequences in each pack, longest first."""
@@ -31,7 +31,6 @@ class Recipe:
 
     @property
     def segments(self) -> int:
-        """Sequences in a pack."""
         return sum(count for _, count in self.parts)
 
 
@@ -50,32 +49,27 @@ class EpochPlan:
 
     @property
     def packs(self) -> int:
-        """Number of packs that hold examples."""
+        """Packs that hold examples."""
         return len(self.offsets) - 1
 
     def __len__(self) -> int:
         return -(-self.packs // self.packs_per_step)
 
     def pack(self, index: int) -> np.ndarray:
-        """[segments]: the examples of one pack, in their order."""
+        """Return the examples of one pack in their order, [segments]."""
         return self.members[self.offsets[index] : self.offsets[index + 1]]
 
     def step(self, index: int) -> list[np.ndarray]:
-        """Return the examples of each pack of step `index`, 0 <= index < len(self).
-
-        The last step is filled up with packs that hold none.
-        """
+        """Return the examples of each pack of a step; the last step is filled up with packs that hold none."""
         first = index * self.packs_per_step
         held = [self.pack(p) for p in range(first, min(first + self.packs_per_step, self.packs))]
         return held + [_NO_EXAMPLES] * (self.packs_per_step - len(held))
 
     def efficiency(self, lengths: np.ndarray, batches: int | None = None) -> float:
-        """Share of the slots that are computed which hold tokens, residues and specials.
+        """Return the share of the computed slots that hold tokens; `lengths` [examples] includes specials.
 
-        Args:
-            lengths: [examples] tokens of every example, specials included.
-            batches: batches that a step is laid out in, over all passes and ranks, where each leaves out its filler
-                packs and the columns that are padding in all its packs; None: every slot of every pack is computed.
+        A step is laid out in `batches`, over all passes and ranks, where each leaves out its filler packs and the
+        columns that are padding in all its packs; None: every slot of every pack is computed.
         """
         held = lengths[self.members].astype(np.int64)
         if batches is None:
@@ -89,18 +83,10 @@ class EpochPlan:
 def plan_epoch(
     lengths: np.ndarray, pack_tokens: int, max_segments: int, packs_per_step: int, rng: np.random.Generator
 ) -> EpochPlan:
-    """Plan packs that together hold every example once, in random company and order.
+    """Plan packs that together hold every example once; `lengths`, int [examples], counts tokens with specials.
 
-    Args:
-        lengths: integers [examples]: tokens of each example, specials included.
-        pack_tokens: slots of a pack.
-        max_segments: most sequences in a pack; 1 gives one sequence per pack.
-        packs_per_step: packs of a step over all devices.
-        rng: decides which examples of a length take which place, and the order within a pack and of the packs. The
-            number of packs depends on the length histogram alone.
-
-    Raises:
-        DataError: there is no example, or one is empty or longer than a pack.
+    `rng` decides which examples of a length take which place, and the order within a pack and of the packs. The number
+    of packs depends on the length histogram alone. Raise DataError where an example fits no pack, or there is none.
     """
     _check_lengths(lengths, pack_tokens)
     counts = np.bincount(lengths)
@@ -117,17 +103,9 @@ def plan_epoch(
 
 
 def pack_histogram(counts: np.ndarray, pack_tokens: int, max_segments: int) -> list[Recipe]:
-    """Pack a length histogram by best fit, longest sequences first.
+    """Return recipes that use every sequence once; `counts` [longest + 1] says how many there are of each length.
 
-    A sequence goes into the open pack with the least room that holds it; where there is none it opens a pack.
-
-    Args:
-        counts: [longest + 1] number of sequences of each length in tokens; the longest fits a pack.
-        pack_tokens: slots of a pack.
-        max_segments: most sequences in a pack.
-
-    Returns:
-        Recipes that together use every sequence once.
+    Best fit, longest first: a sequence goes into the open pack with the least room that holds it, or opens a pack.
     """
     # Open recipes by their free slots, and these numbers in order: the tightest fit is found by bisection.
     shelf: dict[int, list[Recipe]] = {}
@@ -194,11 +172,7 @@ def _shuffled_by_length(lengths: np.ndarray, counts: np.ndarray, rng: np.random.
 def _fill(
     recipes: Sequence[Recipe], draw: Callable[[int, int], np.ndarray], rng: np.random.Generator, index: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Give each place of each recipe an example, shuffle within packs, and put the packs in random order.
-
-    Returns:
-        Offsets and members, as `EpochPlan` has them.
-    """
+    """Draw an example for each place of each recipe, shuffle within packs, and put the packs in random order."""
     total = sum(recipe.packs for recipe in recipes)
     place = rng.permutation(np.arange(total, dtype=index))
     offsets = np.zeros(total + 1, np.int64)

@@ -1,4 +1,4 @@
-"""Which training rows become validation or test rows, where neither a file nor a column says so."""
+"""Sample validation and test rows from the training rows, where neither a file nor a column names them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from esm_neuron.config import DataConfig, require
 from esm_neuron.data.dataset import ExampleTable
-from esm_neuron.data.homology import MOST, clusters
+from esm_neuron.data.homology import MOST, find_clusters
 from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.errors import ConfigError, DataError
 
@@ -17,7 +17,7 @@ _ROWS = {"valid": "validation", "test": "test"}
 
 
 def families(sequences: list[str], cfg: DataConfig) -> np.ndarray:
-    """int64 [rows]: the cluster of homologs that each row is in, by whole sequences; see `homology.clusters`."""
+    """Return the cluster of homologs that each row is in, int64 [rows], by whole sequences."""
     if cfg.homologs == "off":
         raise ConfigError(
             "data.sample=clusters with data.homologs=off: clusters are of homologs; use data.homologs=kmer or mmseqs"
@@ -27,22 +27,19 @@ def families(sequences: list[str], cfg: DataConfig) -> np.ndarray:
         f"data.sample=clusters: {len(sequences)} rows are more than {MOST}; cluster them beforehand and name the split "
         "of each row in a column (data.split_column)",
     )
-    return clusters(ExampleTable.of(*encode_many(sequences)), cfg.homologs)
+    return find_clusters(ExampleTable.of(*encode_many(sequences)), cfg.homologs)
 
 
 def sample_rows(
     groups: np.ndarray, allowed: np.ndarray, fraction: float, *, seed: int, split: str, source: str
 ) -> np.ndarray:
-    """Draw rows for a split, each group with its share; every group keeps a row to train on.
+    """Draw a `fraction` of the rows for a split, each group with its share; every group keeps a row to train on.
 
     Systematic sampling: rows in random order, sorted by group, one taken at every 1 / fraction.
 
     Args:
         groups: int64 [rows]: the group of each row's label.
         allowed: bool [rows]: which rows may be held out.
-        fraction: of the rows.
-        seed: of the run.
-        split: `valid` or `test`.
         source: the training file, for messages.
 
     Returns:
@@ -67,46 +64,31 @@ def sample_rows(
 
 
 def sample_clusters(
-    families: np.ndarray,
-    groups: np.ndarray,
-    allowed: np.ndarray,
-    fraction: float,
-    *,
-    seed: int,
-    split: str,
-    source: str,
+    cluster: np.ndarray, groups: np.ndarray, allowed: np.ndarray, fraction: float, *, seed: int, split: str, source: str
 ) -> np.ndarray:
-    """Draw whole clusters of homologs for a split; every group keeps a row to train on.
+    """Draw whole clusters of homologs for a split, as `sample_rows` draws rows; `cluster` is int64 [rows].
 
     Clusters come in random order; one is passed over where it would make more than the wanted rows, has a row that may
     not be held out, or has the last rows of a group.
-
-    Args:
-        families: int64 [rows]: see `families`.
-        groups, allowed, fraction, seed, split, source: as for `sample_rows`.
-
-    Returns:
-        bool [rows].
     """
     rng, rows = _generator(seed, split), len(groups)
-    members = np.split(np.argsort(families, kind="stable"), np.cumsum(np.bincount(families))[:-1])
+    members = np.split(np.argsort(cluster, kind="stable"), np.cumsum(np.bincount(cluster))[:-1])
     left = np.bincount(groups)
     chosen, wanted = np.zeros(rows, dtype=bool), max(1, round(fraction * rows))
-    for family in rng.permutation(np.unique(families)):
-        own = members[family]
+    for number in rng.permutation(np.unique(cluster)):
+        own = members[number]
         after = left - np.bincount(groups[own], minlength=len(left))
         if len(own) <= wanted and allowed[own].all() and (after[groups[own]] > 0).all():
             chosen[own], left, wanted = True, after, wanted - len(own)
     if not chosen.any():
-        largest = int(np.bincount(families).max())
+        largest = int(np.bincount(cluster).max())
         raise DataError(
             f"{source}: no cluster of homologs can be held out for {_ROWS[split]} ({rows} training rows, "
-            f"{len(np.unique(families))} clusters, the largest of {largest} rows); use data.sample=rows, or give "
+            f"{len(np.unique(cluster))} clusters, the largest of {largest} rows); use data.sample=rows, or give "
             f"data.{split}"
         )
     return chosen
 
 
 def _generator(seed: int, split: str) -> np.random.Generator:
-    """The random numbers that sample a split."""
     return np.random.default_rng([seed, _SAMPLING + ("valid", "test").index(split)])

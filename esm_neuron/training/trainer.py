@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
-from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch
+from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch, total_steps
 from esm_neuron.metrics import Value
 from esm_neuron.tasks.base import Task
 from esm_neuron.training.callbacks import Callback, EarlyStopping
@@ -45,7 +45,7 @@ class Trainer:
         # from the host, they would look unlike all later ones, and the first pass would be a graph of its own.
         self._totals = torch.zeros(2, device=backend.device)
         self.optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
-        self.total_steps = train.total_steps(cfg.loop.epochs, cfg.loop.max_steps)
+        self.total_steps = total_steps(train.steps_per_epoch, cfg.loop.epochs, cfg.loop.max_steps)
         self.eval_every = cfg.loop.eval_every or train.steps_per_epoch
         self.save_every = cfg.checkpoint.every or self.eval_every
         self.state = TrainState(run=dict(identity))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from esm_neuron.data.dataset import ExampleTable
-from esm_neuron.data.homology import clusters, find_homologs
+from esm_neuron.data.homology import find_clusters, find_homologs
 from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.errors import DataError
 
@@ -75,7 +75,7 @@ def test_variants_of_one_protein_are_relatives_though_every_kmer_is_common() -> 
     wild = protein(rng, 42)
     variants = [wild[:i] + "A" + wild[i + 1 :] for i in range(42)]
     assert find_homologs(table(variants[:10]), table(variants[10:]), "kmer").all()
-    assert set(clusters(table(variants), "kmer").tolist()) == {0}
+    assert set(find_clusters(table(variants), "kmer").tolist()) == {0}
 
 
 def test_clusters_are_families_linked_through_relatives() -> None:
@@ -83,7 +83,7 @@ def test_clusters_are_families_linked_through_relatives() -> None:
     founders = [protein(rng) for _ in range(30)]
     children = [mutated(sequence, rng, 0.8) for sequence in founders[:10]]
     grandchildren = [mutated(sequence, rng, 0.8) for sequence in children]
-    found = clusters(table(founders + children + grandchildren), "kmer")
+    found = find_clusters(table(founders + children + grandchildren), "kmer")
     family = np.r_[np.arange(30), np.arange(10), np.arange(10)]
     assert len(set(found.tolist())) == 30
     assert len({(a, b) for a, b in zip(found.tolist(), family.tolist(), strict=True)}) == 30
@@ -104,7 +104,7 @@ def test_mmseqs_is_asked_and_its_answer_read(tmp_path: Path, monkeypatch: pytest
     words = (tmp_path / "words").read_text()
     assert words.startswith("easy-search queries.fasta targets.fasta found.tsv scratch --min-seq-id 0.3 -c 0.8 --cov")
     assert (tmp_path / "q").read_text() == ">0\nMKV\n>1\nAAA\n>2\nCCC\n"
-    assert clusters(three, "mmseqs").tolist() == [0, 0, 0]
+    assert find_clusters(three, "mmseqs").tolist() == [0, 0, 0]
 
 
 def test_mmseqs_that_fails_or_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

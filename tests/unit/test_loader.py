@@ -12,7 +12,7 @@ import torch
 
 from esm_neuron.config import DataConfig, LoopConfig, TrainConfig
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, Target
-from esm_neuron.data.loader import EvalLoader, TrainLoader, prefetch
+from esm_neuron.data.loader import EvalLoader, TrainLoader, prefetch, total_steps
 from esm_neuron.data.tokenizer import CLS, EOS, MASK, PAD
 from esm_neuron.errors import ConfigError, DataError
 
@@ -93,7 +93,7 @@ def by_example(batches: list[Batch]) -> dict[int, tuple[list[int], list[int], li
 def test_layout_of_a_batch(task: Label | Hide) -> None:
     table = make_table()
     loader = TrainLoader(table, task, make_config())
-    for batch in loader.batches(0):
+    for batch in loader.load(0).batches:
         assert batch.input_ids.shape == (2, PACK)
         assert batch.labels.shape == batch.weights.shape == ((2, PACK) if task.per_token else (2, 6))
         assert {t.dtype for t in (batch.input_ids, batch.segment_ids, batch.positions, batch.labels)} == {torch.int64}
@@ -122,7 +122,7 @@ def test_an_epoch_holds_every_example_once() -> None:
     loader = TrainLoader(table, Label(), make_config())
     for epoch in (0, 1):
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
-        batches = [batch for step in steps for batch in loader.batches(step)]
+        batches = [batch for step in steps for batch in loader.load(step).batches]
         assert examples_of(batches) == list(range(len(table)))
         assert {batch.input_ids.shape[1] for batch in batches} == {PACK}
         total = sum(float(batch.weights.sum()) for batch in batches)
@@ -131,18 +131,18 @@ def test_an_epoch_holds_every_example_once() -> None:
 
 def test_epochs_differ() -> None:
     loader = TrainLoader(make_table(), Label(), make_config())
-    assert examples_of(loader.batches(0)) != examples_of(loader.batches(loader.steps_per_epoch))
+    assert examples_of(loader.load(0).batches) != examples_of(loader.load(loader.steps_per_epoch).batches)
 
 
 def test_any_step_can_be_asked_for_first() -> None:
     table, cfg = make_table(), make_config()
     walked = TrainLoader(table, Hide(), cfg)
     steps = 2 * walked.steps_per_epoch + 1
-    in_order = [walked.batches(step) for step in range(steps)]
+    in_order = [walked.load(step).batches for step in range(steps)]
     for step in (steps - 1, 1, walked.steps_per_epoch):
-        for expected, found in zip(in_order[step], TrainLoader(table, Hide(), cfg).batches(step), strict=True):
+        for expected, found in zip(in_order[step], TrainLoader(table, Hide(), cfg).load(step).batches, strict=True):
             assert_equal(expected, found)
-    for expected, found in zip(in_order[0], walked.batches(0), strict=True):
+    for expected, found in zip(in_order[0], walked.load(0).batches, strict=True):
         assert_equal(expected, found)
 
 
@@ -157,9 +157,9 @@ def test_a_step_holds_the_same_packs_on_any_number_of_ranks_and_passes(
     assert {rank.passes for rank in ranks} == {8 // dp // packs_per_device}
     assert {rank.steps_per_epoch for rank in ranks} == {alone.steps_per_epoch}
     for step in range(alone.steps_per_epoch + 1):
-        shares = [rank.batches(step) for rank in ranks]
+        shares = [rank.load(step).batches for rank in ranks]
         in_order = [share[n] for n in range(ranks[0].passes) for share in shares]
-        expected = alone.batches(step)
+        expected = alone.load(step).batches
         for name in ("input_ids", "segment_ids", "positions", "labels", "weights"):
             one, other = (torch.cat([getattr(b, name) for b in batches]) for batches in (expected, in_order))
             assert torch.equal(one, other), name
@@ -171,20 +171,23 @@ def test_randomness_of_an_example_does_not_depend_on_its_neighbours() -> None:
     packed = TrainLoader(table, Hide(), make_config())
     unpacked = TrainLoader(table, Hide(), make_config(packing=False))
     epochs = [
-        by_example([b for s in range(loader.steps_per_epoch) for b in loader.batches(s)])
+        by_example([b for s in range(loader.steps_per_epoch) for b in loader.load(s).batches])
         for loader in (packed, unpacked)
     ]
     assert epochs[0] == epochs[1]
-    later = by_example([b for s in range(packed.steps_per_epoch) for b in packed.batches(s + packed.steps_per_epoch)])
+    later = by_example(
+        [b for s in range(packed.steps_per_epoch) for b in packed.load(s + packed.steps_per_epoch).batches]
+    )
     assert epochs[0] != later, "another epoch hides other residues"
 
 
 def test_seed_changes_order_and_masks() -> None:
     table = make_table()
     one, other = (TrainLoader(table, Hide(), replace(make_config(), seed=seed)) for seed in (1, 2))
-    assert examples_of(one.batches(0)) != examples_of(other.batches(0))
+    assert examples_of(one.load(0).batches) != examples_of(other.load(0).batches)
     hidden = [
-        by_example([b for s in range(loader.steps_per_epoch) for b in loader.batches(s)]) for loader in (one, other)
+        by_example([b for s in range(loader.steps_per_epoch) for b in loader.load(s).batches])
+        for loader in (one, other)
     ]
     assert hidden[0] != hidden[1]
 
@@ -192,7 +195,7 @@ def test_seed_changes_order_and_masks() -> None:
 def test_last_step_is_filled_with_packs_of_no_weight() -> None:
     table = make_table(5)
     loader = TrainLoader(table, Label(), make_config(packs_per_step=16, packs_per_device=16, packing=False))
-    (batch,) = loader.batches(0)
+    (batch,) = loader.load(0).batches
     assert batch.input_ids.shape == (16, PACK)
     filler = batch.members[:, 0] < 0
     assert filler.sum() == 11
@@ -208,7 +211,7 @@ def test_last_step_is_filled_with_packs_of_no_weight() -> None:
 def test_efficiency_is_of_what_is_computed_where_shapes_are_free(dp: int, packing: bool) -> None:
     table, cfg = make_table(), make_config(packs_per_step=8, packs_per_device=2, packing=packing)
     ranks = [TrainLoader(table, Label(), cfg, dp, rank, static_shapes=False) for rank in range(dp)]
-    made = [batch for rank in ranks for step in range(rank.steps_per_epoch) for batch in rank.batches(step)]
+    made = [batch for rank in ranks for step in range(rank.steps_per_epoch) for batch in rank.load(step).batches]
     held = [batch for batch in made if (batch.segment_ids != PAD_SEGMENT).any()]  # an empty one has a slot, for a shape
     slots = sum(batch.input_ids.numel() for batch in held)
     assert ranks[0].padding_efficiency == pytest.approx(table.lengths.sum() / slots)
@@ -218,7 +221,7 @@ def test_efficiency_is_of_what_is_computed_where_shapes_are_free(dp: int, packin
 @pytest.mark.parametrize("task", [Label(), Hide()])
 def test_batch_of_filler_packs_alone_looks_like_any_other(task: Label | Hide) -> None:
     loader = TrainLoader(make_table(2), task, make_config(packing=False))
-    full, filler = loader.batches(0)[0], loader.batches(0)[-1]
+    full, filler = loader.load(0).batches[0], loader.load(0).batches[-1]
     assert (filler.members == -1).all()
     assert float(filler.weights.sum()) == 0
     for name in ("input_ids", "segment_ids", "positions", "labels", "weights"):
@@ -231,7 +234,9 @@ def test_residues_are_counted_without_specials() -> None:
     loader = TrainLoader(table, Label(), make_config())
     residues = int(table.lengths.sum()) - 2 * len(table)
     assert sum(loader.load(step).residues for step in range(loader.steps_per_epoch)) == residues
-    slots = sum(batch.input_ids.numel() for step in range(loader.steps_per_epoch) for batch in loader.batches(step))
+    slots = sum(
+        batch.input_ids.numel() for step in range(loader.steps_per_epoch) for batch in loader.load(step).batches
+    )
     assert loader.padding_efficiency == pytest.approx((residues + 2 * len(table)) / slots)
 
 
@@ -239,10 +244,10 @@ def test_total_steps() -> None:
     loader = TrainLoader(make_table(), Label(), make_config(packs_per_step=2))
     n = loader.steps_per_epoch
     assert n > 3
-    assert loader.total_steps(2, None) == 2 * n
-    assert loader.total_steps(1 + 0.5 / n, None) == n + 1
-    assert loader.total_steps(2, 7) == 7
-    assert loader.total_steps(1e-9, None) == 1
+    assert total_steps(n, 2, None) == 2 * n
+    assert total_steps(n, 1 + 0.5 / n, None) == n + 1
+    assert total_steps(n, 2, 7) == 7
+    assert total_steps(n, 1e-9, None) == 1
 
 
 @pytest.mark.parametrize(("packs", "cure"), [(10, "8 or 16"), (3, "8, or fewer packs per device")])
@@ -300,7 +305,7 @@ def test_prefetch_gives_the_same_batches() -> None:
     ahead = list(prefetch(map(TrainLoader(table, Hide(), cfg).load, range(steps)), 3))
     assert [data.step for data in ahead] == list(range(steps))
     for data in ahead:
-        for one, other in zip(data.batches, loader.batches(data.step), strict=True):
+        for one, other in zip(data.batches, loader.load(data.step).batches, strict=True):
             assert_equal(one, other)
 
 

@@ -11,7 +11,7 @@ import pytest
 from esm_neuron import cli
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.loader import EvalLoader, TrainLoader
+from esm_neuron.data.loader import EvalLoader, TrainLoader, total_steps
 from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import SHAPES, EsmShape, known_shape
@@ -40,7 +40,7 @@ def test_the_plan_is_what_the_loader_does(lengthy: TrainConfig) -> None:
     loader = train_loader(lengthy, splits)
     assert plan.epoch.steps == loader.steps_per_epoch
     assert plan.epoch.efficiency == pytest.approx(loader.padding_efficiency)
-    assert plan.steps == loader.total_steps(lengthy.loop.epochs, None)
+    assert plan.steps == total_steps(loader.steps_per_epoch, lengthy.loop.epochs, None)
     assert plan.epoch.passes == loader.passes == 2
     made = [loader.load(step) for step in range(loader.steps_per_epoch)]
     batches = [batch for data in made for batch in data.batches]
@@ -55,7 +55,7 @@ def test_graphs_are_counted_by_the_shapes_that_come(lengthy: TrainConfig) -> Non
     splits = load_splits(lengthy, Labels)
     plan, task = make_plan(lengthy, splits), create_task(lengthy.task, splits.labels)
     loader = train_loader(lengthy, splits)
-    trained = {b.input_ids.shape for step in range(plan.steps) for b in loader.batches(step)}
+    trained = {b.input_ids.shape for step in range(plan.steps) for b in loader.load(step).batches}
     assert plan.graphs_by_phase["training pass"] == len(trained)
     held_out = [table for table in (splits.valid, splits.test) if table is not None]
     assert len(held_out) == 2

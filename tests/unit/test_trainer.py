@@ -147,8 +147,10 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_proteins(toy: Toy, monkeypatc
     splits = load_splits(cfg, Labels)
     task = create_task(cfg.task, splits.labels)
     loader = run.Loaders.of(cfg, splits, task, CpuBackend(cfg)).train
-    counts = [sum(float(b.weights.sum()) for b in loader.batches(n)) for n in range(loader.steps_per_epoch)]
-    rows = [sum(int((b.members[:, 0] >= 0).sum()) for b in loader.batches(n)) for n in range(loader.steps_per_epoch)]
+    counts = [sum(float(b.weights.sum()) for b in loader.load(n).batches) for n in range(loader.steps_per_epoch)]
+    rows = [
+        sum(int((b.members[:, 0] >= 0).sum()) for b in loader.load(n).batches) for n in range(loader.steps_per_epoch)
+    ]
     assert sum(counts) == 60 and rows[-1] < 4, "the last step has filler rows"
     mean = sum(n * loss for n, loss in zip(counts, losses(cfg), strict=True)) / 60
     (whole,) = [line["loss"] for line in metrics(cfg) if "split" in line]
