@@ -1,4 +1,4 @@
-"""What a file of proteins holds, before anything is trained on it: lengths, alphabet, repeats, labels, leaks."""
+"""Check a file of proteins before anything is trained on it: lengths, alphabet, repeats, labels, leaks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.dataset import ExampleTable, select_records
+from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
 from esm_neuron.data.homology import MOST, Method, find_homologs
 from esm_neuron.data.labels import Labels, flatten
 from esm_neuron.data.records import LIST_JOINER
@@ -23,18 +23,18 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Leak:
-    """Rows of one value of the split column against those of the training rows."""
+    """What the rows of one value of the split column share with the training rows."""
 
     rows: int
     in_train: int
-    """With a sequence that is a training row's too."""
+    """Rows with a sequence that a training row has too."""
     homologs: int | None
-    """With a homolog among the training rows; None: not looked for (by choice, or over `homologs.MOST` rows)."""
+    """Rows with a homolog in training; None: not looked for (by choice, or in more than `homology.MOST` rows)."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was found in a file."""
+    """What was found in a file. Counts by name have the most frequent first."""
 
     file: str
     rows: int
@@ -42,25 +42,25 @@ class Check:
     lengths: Mapping[str, int]
     """min, q1, median, q3, max, in residues."""
     alphabet: Mapping[str, int]
-    """Letter -> how often, the most frequent first; those outside the ESM alphabet count as X."""
+    """Letter -> how often; letters outside the ESM alphabet count as X."""
     repeated: int
     """Rows with a sequence that an earlier row has."""
     conflicting: int
     """Rows with a sequence that has another label elsewhere in the file."""
     labels: Mapping[str, int] | None
-    """Label -> rows, or residues where each has one, the most frequent first; None: not looked at, or numbers."""
+    """Label -> rows, or residues where each has one; None: not looked at, or numbers."""
     values: Mapping[str, float] | None
-    """Of labels that are numbers min, q1, median, q3, max; None: there are none."""
+    """min, q1, median, q3, max of labels that are numbers."""
     splits: Mapping[str, int] | None
     """Value of the split column -> rows; None: not looked at."""
     leaks: Mapping[str, Leak]
-    """Of each value of the split column but the training rows'."""
+    """For each value of the split column but that of training."""
     faults: int
     """Faults of rows that training would refuse."""
     first_faults: Sequence[str]
 
     def render(self) -> str:
-        """Lines for a person."""
+        """Return the lines that a person reads."""
         spread = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
         letters = ", ".join(f"{letter} {count / self.residues:.2%}" for letter, count in self.alphabet.items())
         lines = [
@@ -89,20 +89,18 @@ class Check:
 
 
 def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method | None) -> Check:
-    """Read a whole file and say what it holds; bad rows are told, not raised.
+    """Read a whole file and return what it holds; bad rows are counted, not raised.
 
     Args:
         path: see `sources.read_chunks`.
-        cfg: columns; with a split column, the first of `split_names` is the training rows.
+        cfg: columns; with a split column, the first of `split_names` names the training rows.
         labels: reads the label column; None: there are no labels to look at.
-        method: how homologs are found; None: they are not looked for, as in files of more than `homologs.MOST` rows.
+        method: how homologs are found; None: they are not looked for.
 
     Raises:
         DataError: the file cannot be read, is malformed or empty, or lacks a column.
     """
-    checker = Checker(cfg, path)
-    tokens: list[np.ndarray] = []
-    lengths: list[np.ndarray] = []
+    checker, writer = Checker(cfg, path), TableWriter()
     splits: list[str] = []
     hashes: list[np.ndarray] = []
     label_hashes: list[np.ndarray] = []
@@ -120,11 +118,8 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
                 values.append(flatten(encoded)[0])
         splits += columns.get("split", [])
         hashes.append(text_hashes(columns["sequence"]))
-        flat, offsets = encode_many(columns["sequence"])
-        tokens.append(flat)
-        lengths.append(np.diff(offsets))
-    bounds = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    table = ExampleTable.of(np.concatenate(tokens), bounds)
+        writer.add(ExampleTable.of(*encode_many(columns["sequence"])))
+    table = writer.table()
     sequences, residues = np.concatenate(hashes), table.lengths - 2
     letters = np.bincount(table.tokens, minlength=len(VOCABULARY))[4:]
     order = [i for i in np.argsort(-letters, kind="stable") if letters[i]]
@@ -158,9 +153,8 @@ def _leaks(
         return {}
     has_homolog = np.zeros(len(splits), dtype=bool)
     if method is not None:
-        has_homolog[~learnt] = find_homologs(
-            select_records(table, ~learnt)[0], select_records(table, learnt)[0], method
-        )
+        held_out, train_table = select_records(table, ~learnt)[0], select_records(table, learnt)[0]
+        has_homolog[~learnt] = find_homologs(held_out, train_table, method)
     found = {}
     for name in dict.fromkeys(splits[~learnt].tolist()):
         own = splits == name

@@ -1,4 +1,4 @@
-"""Parquet files and datasets of the `datasets` package, saved in a folder or on the hub; records counted from 1."""
+"""Read Parquet files and datasets of the `datasets` package, saved in a folder or on the hub; records count from 1."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
-    """Records of a Parquet file."""
+    """Give the records of a Parquet file."""
     check_regular(path)
     try:
         with pq.ParquetFile(path) as file:
@@ -61,17 +61,13 @@ def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
 
 
 def _texts(file: pq.ParquetFile, names: Sequence[str]) -> list[str]:
-    """Those of the columns that hold text and no lists of it, which pyarrow cannot read as dictionaries."""
+    """Return the columns that hold text; pyarrow cannot read lists of it as dictionaries."""
     leaves = (file.schema.column(i) for i in range(len(file.schema)))
     return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path in names]
 
 
 def _rows_at_once(path: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
-    """Records to decode together: fewer where lists might repeat one long text, which is stored once.
-
-    Raises:
-        DataError: a row group is said to swell as no proteins do, see `text_files.read_blocks`.
-    """
+    """Return how many records to decode at once: fewer where lists might repeat one long text, which is stored once."""
     # No look at single columns: where their entries are damaged, pyarrow ends the process instead of raising.
     sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
     packed, size = Path(path).stat().st_size, max(sizes, default=0)
@@ -85,7 +81,7 @@ def _rows_at_once(path: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
 
 
 def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iterator[list[list[Any]]]:
-    """The values of each column, of as many records at once as hold LINE_LIMIT characters, or of one."""
+    """Give the values of each column, of as many records at once as hold LINE_LIMIT characters, or of one."""
     done = 0
     for batch in batches:
         batch.validate(full=True)  # a damaged file's values can lie outside of the dictionary that has been read
@@ -93,10 +89,8 @@ def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -
         starts, held = [0], 0
         for row, size in enumerate(sizes.tolist()):
             if size > LINE_LIMIT:
-                raise DataError(
-                    f"{place(path, done + row + 1)}: holds {size} characters, more than {LINE_LIMIT}; is this the "
-                    "right file?"
-                )
+                where = place(path, done + row + 1)
+                raise DataError(f"{where}: holds {size} characters, more than {LINE_LIMIT}; is this the right file?")
             held += size
             if held > LINE_LIMIT:
                 starts.append(row)
@@ -109,7 +103,7 @@ def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -
 
 
 def _characters(column: pa.Array) -> np.ndarray:
-    """int64 [rows]: bytes of text in each value, its lists' entries included."""
+    """Return the bytes of text in each value, int64 [rows], its lists' entries included."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         inner, rows = _characters(column.flatten()), pc.list_parent_indices(column).to_numpy()
@@ -117,8 +111,7 @@ def _characters(column: pa.Array) -> np.ndarray:
     if pa.types.is_dictionary(kind):
         own = np.append(_characters(column.dictionary), 0)  # index -1, for nothing, finds the 0
         return np.asarray(own[pc.fill_null(column.indices, -1).to_numpy(zero_copy_only=False)])
-    sized = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)
-    if not sized:
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
         return np.zeros(len(column), dtype=np.int64)
     return np.asarray(pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False), dtype=np.int64)
 
@@ -128,7 +121,7 @@ def _said(error: Exception) -> str:
 
 
 def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
-    """Records of a folder that `Dataset.save_to_disk` wrote; class labels by their names."""
+    """Give the records of a folder that `Dataset.save_to_disk` wrote; class labels by their names."""
     from datasets import load_from_disk
 
     path = Path(folder)
@@ -144,9 +137,8 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
         raise DataError(f"{folder}: no sound saved dataset ({_said(error)}); save it anew, or copy it again") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise DataError(
-                f"{path / 'state.json'}: names {file!r}; its data are files beside it, copy the folder again"
-            )
+            state_file = path / "state.json"
+            raise DataError(f"{state_file}: names {file!r}; its data are files beside it, copy the folder again")
     try:
         yield from _dataset_records(folder, load_from_disk(folder), columns)
     except EsmNeuronError:
@@ -156,13 +148,10 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
 
 
 def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
-    """Records of a hub dataset `hf://owner/name@revision/split` or `hf://owner/name@revision/config/split`.
+    """Give the records of a hub dataset `hf://owner/name@revision/split` or `hf://owner/name@revision/config/split`.
 
-    The revision is asked for, so that a table made today can be made again. It comes from the hub: the package would
-    rather read a folder ./owner/name, and without a network what it has stored last, whatever revision that is.
-
-    Raises:
-        DataError: no such name, or the hub does not give this revision.
+    The revision must be named, so that a table made today can be made again, and must come from the hub: `datasets`
+    would rather read a folder ./owner/name, and without a network what it stored last, whatever revision that is.
     """
     found = _HUB.fullmatch(source)
     if found is None:
@@ -175,9 +164,8 @@ def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
 
     revision = found["revision"]
     try:
-        builder = load_dataset_builder(
-            f"hf://datasets/{found['name']}", found["config"], revision=revision, token=False
-        )
+        name = f"hf://datasets/{found['name']}"
+        builder = load_dataset_builder(name, found["config"], revision=revision, token=False)
         if isinstance(builder, Cache):
             there = f"revision {builder.hash}, configuration {builder.config.name}"
             raise LookupError(f"the hub did not give it, and what the cache holds ({there}) may be another")
@@ -195,16 +183,13 @@ def _dataset_records(source: str, dataset: Dataset, columns: Sequence[Column]) -
     picks = pick_columns(source, dataset.column_names, columns)
     names = [dataset.column_names[pick] for pick in picks]
     batches = dataset.select_columns(list(dict.fromkeys(names))).with_format(None).iter(BATCH)
-    decoders = [_class_names(dataset.features[name]) for name in names]
-    values = (
-        [[decode(value) for value in batch[name]] for name, decode in zip(names, decoders, strict=True)]
-        for batch in batches
-    )
+    decoders = [(name, _class_names(dataset.features[name])) for name in names]
+    values = ([[decode(value) for value in batch[name]] for name, decode in decoders] for batch in batches)
     yield from _records(source, columns, values)
 
 
 def _class_names(feature: Any) -> Any:
-    """What turns a value of a feature into what a person calls it: a class label (or a list of them) into its name."""
+    """Return the function that turns a value of a feature into text: a class label, or a list of them, into names."""
     from datasets import ClassLabel
 
     inner = getattr(feature, "feature", None)

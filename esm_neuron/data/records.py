@@ -1,4 +1,4 @@
-"""What every format speaks: the columns that rows need, and records as text."""
+"""Shared by all readers of files: the columns that rows need, and the values of records as text."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from typing import NoReturn
 from esm_neuron.errors import DataError
 
 LIST_JOINER = ";"
-"""Between the entries of a list of labels, where it is one label out of several."""
+"""Between the labels of a protein that has several."""
 RESIDUE_JOINER = ","
-"""Between the entries of a list that has one label a residue."""
+"""Between the labels of a protein that has one per residue."""
 LINE_LIMIT = 1 << 24
 """Longest line in bytes, with its newline, and longest record in characters. No known protein has a hundredth of it."""
 EXPANSION_LIMIT = 500
-"""How many times larger than its .gz a file may be once `EXPANSION_FROM` bytes are read: proteins shrink to a half,
-copies of one protein to a hundredth, and what is made to fill a memory or a day to the thousandth that gzip can do."""
+"""How many times larger than its .gz a file may be: proteins shrink to a half, copies of one protein to a hundredth,
+and a file that is made to fill memory or disk to a thousandth."""
 EXPANSION_FROM = 1 << 26
-"""Bytes below which nothing is said of it."""
+"""Bytes from which `EXPANSION_LIMIT` holds."""
 TABLES = (".parquet", ".pq")
 """Suffixes of files whose rows are records, not lines."""
+_COMPARED = 1000
+"""Most columns, and longest name, that are compared with a name that is not there."""
 
 
 @dataclass(frozen=True)
@@ -33,39 +35,34 @@ class Column:
     """A column that rows need."""
 
     name: str
-    """Its name in the rows: id, sequence, label, split or `filter.<source>`."""
+    """In the rows: id, sequence, label, split or `filter.<source>`."""
     source: str
-    """Its name in the file."""
+    """In the file."""
     setting: str
-    """The field of the configuration that asks for it."""
+    """The setting that asks for it."""
     joiner: str | None = None
-    """What is written between the entries of a list; None: a list is refused."""
+    """Written between the entries of a list; None: a list is refused."""
 
-
-_COMPARED = 1000
-"""Columns, and characters of a name, that are compared with a name that is not there."""
 
 Record = tuple[int, list[str]]
-"""The line or the number of a record, from 1, and its values in the order of the columns asked for."""
+"""The line or the number of a record, from 1, and its values in the order of the columns."""
 Reader = Callable[[str, Sequence[Column]], Iterator[Record]]
-"""Gives the records of a source in its order, holding no more than a few of them.
-
-Raises DataError: it cannot be read, is malformed or empty, or lacks a column."""
+"""Gives the records of a source in its order, holding no more than a few of them; raises DataError where it cannot."""
 
 
 def is_hub(source: str) -> bool:
-    """Whether a source is a dataset of the Hugging Face hub (pathlib makes `hf:/` of `hf://`)."""
+    """Return whether a source is a dataset of the Hugging Face hub (pathlib makes `hf:/` of `hf://`)."""
     return source.startswith("hf:/")
 
 
 def row_unit(source: str) -> str:
-    """What the number of a row counts: `line` in text, `record` in Parquet files and datasets."""
+    """Return what the number of a row counts: `line` in text, `record` in Parquet files and datasets."""
     table = is_hub(source) or Path(source).suffix.lower() in TABLES or os.path.isdir(source)
     return "record" if table else "line"
 
 
 def place(source: str, number: int) -> str:
-    """Where a row is, as errors begin: `x.csv:3`, or `x.parquet: record 2`."""
+    """Return where a row is, as errors begin: `x.csv:3`, or `x.parquet: record 2`."""
     return f"{source}:{number}" if row_unit(source) == "line" else f"{source}: record {number}"
 
 
@@ -84,9 +81,9 @@ def check_regular(path: str) -> None:
 
 
 def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
-    """Raise the error of a column that is asked for and not there, with the nearest name that is."""
+    """Raise DataError for a column that is not there, with the nearest name that is."""
     shown = ", ".join(repr(name[:60]) for name in there[:20]) + (", ..." if len(there) > 20 else "")
-    # names longer or later than these are no slip of the pen, and comparing a million of them takes minutes
+    # longer or later names are no typing errors, and comparing a million of them takes minutes
     by_lower = {name.lower(): name for name in there[:_COMPARED] if len(name) <= _COMPARED}
     near = difflib.get_close_matches(column.source.lower(), by_lower, n=1)
     cure = f"did you mean {by_lower[near[0]]!r}?" if near else "name one of these or add it"
@@ -94,7 +91,7 @@ def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
 
 
 class Seen:
-    """The keys of records that each have their own, such as JSON objects: whether every wanted one was ever there."""
+    """Note the keys of records that each have their own, such as JSON objects, to tell a column that is never there."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.names: dict[str, None] = {}
@@ -102,7 +99,6 @@ class Seen:
         self._missing = {column.source: column for column in columns}
 
     def add(self, keys: Iterable[str]) -> None:
-        """Note the keys of a record."""
         for key in keys:
             self._missing.pop(key, None)
             if len(self.names) < _COMPARED:
@@ -115,11 +111,7 @@ class Seen:
 
 
 def pick_columns(source: str, header: Sequence[str], columns: Sequence[Column]) -> list[int]:
-    """The place in `header` of each column.
-
-    Raises:
-        DataError: a column is not there, or twice.
-    """
+    """Return the place in `header` of each column; raise DataError for one that is not there, or twice."""
     for column in columns:
         if column.source not in header:
             no_column(source, column, header)
@@ -129,19 +121,16 @@ def pick_columns(source: str, header: Sequence[str], columns: Sequence[Column]) 
 
 
 def text(value: object, source: str, number: int, column: Column) -> str:
-    """A value of a format that knows types, as text: nothing and NaN as '', `true` and `false`, numbers as Python
-    writes them, lists joined by `column.joiner`.
+    """Return a value of a format that knows types as text, or raise DataError.
 
-    Raises:
-        DataError: the value is something else, or an entry of a list cannot be told from two.
+    None and NaN become '', booleans `true` or `false`, numbers what Python writes; `column.joiner` joins lists.
     """
     if isinstance(value, str):
-        if "\0" in value:
-            where = f"{place(source, number)}: column {column.source!r}"
-            raise DataError(f"{where} holds a zero byte, which is no text; remove it")
+        what = "a zero byte, which is no text; remove it" if "\0" in value else ""
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            where = f"{place(source, number)}: column {column.source!r}"
-            raise DataError(f"{where} holds half a surrogate pair, which is no character; save the file as UTF-8")
+            what = what or "half a surrogate pair, which is no character; save the file as UTF-8"
+        if what:
+            raise DataError(f"{place(source, number)}: column {column.source!r} holds {what}")
         return value
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -159,7 +148,7 @@ def text(value: object, source: str, number: int, column: Column) -> str:
 
 
 def to_number(text: str) -> float:
-    """The number that a text is, NaN where it is none. Digits are 0 to 9, without the `_` that Python allows."""
+    """Return the number that a text is, NaN where it is none. Digits are 0 to 9, without the `_` that Python allows."""
     try:
         return float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
@@ -172,7 +161,6 @@ def _joined(values: Sequence[object], source: str, number: int, column: Column) 
     for entry in entries:
         if not entry or joiner in entry:
             what = f"holds {joiner!r}, which joins the entries of a list" if entry else "is empty"
-            raise DataError(
-                f"{place(source, number)}: column {column.source!r}: entry {entry[:60]!r} {what}; rename it"
-            )
+            where = f"{place(source, number)}: column {column.source!r}"
+            raise DataError(f"{where}: entry {entry[:60]!r} {what}; rename it")
     return joiner.join(entries)

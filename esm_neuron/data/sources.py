@@ -1,4 +1,4 @@
-"""Rows from files: CSV, TSV, FASTA, JSONL (plain or .gz), Parquet, saved and hub datasets, each row with its number.
+"""Read rows of CSV, TSV, FASTA, JSONL (plain or .gz), Parquet, saved and hub datasets, each row with its number.
 
 Every value is text, taken as it stands but for surrounding blanks; nothing is guessed to be a number or missing. A
 new format is a function with the signature of `records.Reader` and a row in `FORMATS`.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +21,13 @@ from esm_neuron.data.text_files import read_delimited, read_fasta, read_jsonl
 from esm_neuron.errors import DataError
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 16_384, 1 << 24
-"""A chunk of rows ends with whichever is reached first: so many rows, so many characters."""
+"""Most rows, and about the most characters, of a chunk."""
 
 
 def read_chunks(
     path: str | Path, cfg: DataConfig, need_label: bool, joiner: str = LIST_JOINER, rows: int = CHUNK_ROWS
 ) -> Iterator[pa.Table]:
-    """The rows of one file in its order, a chunk at a time; no more than one chunk is held.
+    """Give the rows of one file in its order, a chunk at a time; no more than one chunk is held.
 
     Columns, all text but `line`: `id`, `sequence`, `line` (int64, from 1: the line a row starts in, in FASTA the
     header's, in Parquet files and datasets the number of the record), `label` where `need_label`, `split` where
@@ -44,19 +43,13 @@ def read_chunks(
         rows: most rows in a chunk.
 
     Raises:
-        DataError: the file cannot be read, is malformed or empty, or lacks a column. Chunks before the fault may have
-            been given by then.
+        DataError: the file cannot be read, is malformed or empty, or lacks a column; after the chunks before the fault.
     """
-    source = str(path)
-    columns = _columns(cfg, need_label, joiner)
+    source, columns = str(path), _columns(cfg, need_label, joiner)
+    names = ["line", *(column.name for column in columns)]
     lines: list[int] = []
     values: list[list[str]] = [[] for _ in columns]
-    characters = 0
-
-    def chunk() -> pa.Table:
-        return make_rows({"line": lines} | {column.name: data for column, data in zip(columns, values, strict=True)})
-
-    empty = True
+    characters, empty = 0, True
     for line, record in _reader(source)(source, columns):
         empty = False
         lines.append(line)
@@ -64,21 +57,21 @@ def read_chunks(
             column.append(value.strip())
             characters += len(value)
         if len(lines) >= rows or characters >= CHUNK_CHARACTERS:
-            yield chunk()
+            yield make_rows(dict(zip(names, [lines, *values], strict=True)))
             lines, values, characters = [], [[] for _ in columns], 0
     if empty:
         raise DataError(f"{source}: the file has no rows; check that it was written to its end")
     if lines:
-        yield chunk()
+        yield make_rows(dict(zip(names, [lines, *values], strict=True)))
 
 
 def read_records(source: str | Path, columns: Sequence[Column]) -> Iterator[Record]:
-    """The records of a file in any format, with the columns asked for; see `records.Reader`."""
+    """Give the records of a file in any format, with the columns asked for; see `records.Reader`."""
     return _reader(str(source))(str(source), columns)
 
 
 def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:
-    """A table in memory: `line` as int64, all else as text (64-bit offsets: a corpus can pass 2 GiB)."""
+    """Return a table in memory: `line` as int64, all else as text (64-bit offsets: a corpus can pass 2 GiB)."""
     schema = pa.schema([(name, pa.int64() if name == "line" else pa.large_string()) for name in columns])
     return pa.table(dict(columns), schema=schema)
 
@@ -94,21 +87,23 @@ def sequence_bytes(rows: pa.Table) -> tuple[memoryview, np.ndarray]:
 
 
 def filter_column(source: str) -> str:
-    """The name, in the rows, of a column that a row filter looks at (it may be the label's as well)."""
+    """Return the name, in the rows, of a column that a row filter looks at (it may be the label's as well)."""
     return f"filter.{source}"
 
 
 def _columns(cfg: DataConfig, need_label: bool, joiner: str) -> list[Column]:
-    columns = [Column("id", cfg.id_column, "data.id_column")]
-    columns.append(Column("sequence", cfg.sequence_column, "data.sequence_column"))
+    columns = [
+        Column("id", cfg.id_column, "data.id_column"),
+        Column("sequence", cfg.sequence_column, "data.sequence_column"),
+    ]
     if need_label:
         columns.append(Column("label", cfg.label_column, "data.label_column", joiner))
     if cfg.split_column is not None:
         columns.append(Column("split", cfg.split_column, "data.split_column"))
     filters = dict.fromkeys(cfg.keep_heldout, "data.keep_heldout") | dict.fromkeys(cfg.keep, "data.keep")
-    filtered = [Column(filter_column(source), source, setting) for source, setting in filters.items()]
     return columns + [
-        replace(column, joiner=joiner) if column.source == cfg.label_column else column for column in filtered
+        Column(filter_column(source), source, setting, joiner if source == cfg.label_column else None)
+        for source, setting in filters.items()
     ]
 
 
@@ -120,11 +115,8 @@ def _reader(source: str) -> Reader:
     path = Path(source)
     if os.path.isdir(path):
         return read_dataset
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    zipped = suffixes[-1:] == [".gz"]
-    if zipped:
-        suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
+    zipped = path.suffix.lower() == ".gz"
+    suffix = (path.with_suffix("") if zipped else path).suffix.lower()
     if zipped and suffix in TABLES:
         raise DataError(f"{source}: Parquet files are compressed within; unpack it, or name it {suffix} if it is plain")
     if suffix not in FORMATS:
@@ -134,18 +126,11 @@ def _reader(source: str) -> Reader:
     return FORMATS[suffix]
 
 
-_TSV: Reader = partial(read_delimited, delimiter="\t")
 FORMATS: dict[str, Reader] = {
     ".csv": partial(read_delimited, delimiter=","),
-    ".tsv": _TSV,
-    ".tab": _TSV,
-    ".txt": _TSV,
-    ".fasta": read_fasta,
-    ".fa": read_fasta,
-    ".faa": read_fasta,
-    ".fas": read_fasta,
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
+    **dict.fromkeys((".tsv", ".tab", ".txt"), partial(read_delimited, delimiter="\t")),
+    **dict.fromkeys((".fasta", ".fa", ".faa", ".fas"), read_fasta),
+    **dict.fromkeys((".jsonl", ".ndjson"), read_jsonl),
     **dict.fromkeys(TABLES, read_parquet),
 }
 """Suffix (before .gz) -> reader."""

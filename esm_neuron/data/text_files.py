@@ -1,4 +1,4 @@
-"""CSV, TSV, FASTA and JSONL, plain or .gz: records as they stand in the file, each with the line it starts in."""
+"""Read CSV, TSV, FASTA and JSONL, plain or .gz: each record with the line it starts in."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HEADER_FIELD = re.compile(r'(?:^|\s)([^\s="]+)=(?:"([^"]*)"|(\S*))')
 
 
 def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> Iterator[Record]:
-    """Records of a CSV or TSV file with a header line; a quoted value may hold delimiters and newlines."""
+    """Give the records of a CSV or TSV file with a header line; a quoted value may hold delimiters and newlines."""
     start = held = 0
 
     def lines() -> Iterator[str]:
@@ -56,9 +56,8 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
         try:
             record = next(records, None)
         except csv.Error as error:
-            raise DataError(
-                f"{path}:{start}: {error}; close the quotes of the value that starts in this line"
-            ) from None
+            cure = "close the quotes of the value that starts in this line"
+            raise DataError(f"{path}:{start}: {error}; {cure}") from None
         if record is None:
             break
         if not record:  # a blank line
@@ -68,10 +67,8 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
             picks = pick_columns(path, header, columns)
         elif len(record) != len(header):
             cure = f"quote values that hold {delimiter!r}" if len(record) > len(header) else "fill the row up"
-            row = _row_name(record, columns, picks)
-            raise DataError(
-                f"{path}:{start}: {len(record)} values in {row}, {len(header)} columns in the header; {cure}"
-            )
+            what = f"{len(record)} values in {_row_name(record, columns, picks)}, {len(header)} columns in the header"
+            raise DataError(f"{path}:{start}: {what}; {cure}")
         else:
             yield start, [record[pick] for pick in picks]
     if not header:
@@ -79,14 +76,14 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
 
 
 def _row_name(record: Sequence[str], columns: Sequence[Column], picks: Sequence[int]) -> str:
-    """A row of the wrong width, by its id where that can be told."""
+    """Return what to call a row of the wrong width: its id where that can be told."""
     places = (pick for column, pick in zip(columns, picks, strict=True) if column.name == "id" and pick < len(record))
     name = next((record[pick].strip() for pick in places), "")
     return f"the row of {name[:60]!r}" if name else "a row"
 
 
 def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
-    """Read a FASTA file: the id and the sequence, and header fields for all other columns ('' where absent)."""
+    """Give the records of a FASTA file; columns but id and sequence are header fields ('' where absent)."""
     wanted = [column for column in columns if column.name not in ("id", "sequence")]
     keys = {column.source for column in wanted}
     seen = Seen(wanted)
@@ -107,9 +104,8 @@ def _fasta_records(path: str) -> Iterator[tuple[int, str, str]]:
             body += rest
         elif text := rest.lstrip():
             at = number + rest.removesuffix(text).count("\n") - 1
-            raise DataError(
-                f"{path}:{at}: text before the first '>'; is this FASTA? If it is a table, name it .csv or .tsv"
-            )
+            cure = "is this FASTA? If it is a table, name it .csv or .tsv"
+            raise DataError(f"{path}:{at}: text before the first '>'; {cure}")
         _check_record(path, start, body)
         number += rest.count("\n")
         for record in records:
@@ -133,7 +129,7 @@ def _check_record(path: str, start: int, body: str) -> None:
 
 
 def _header_fields(path: str, line: int, header: str, wanted: Container[str]) -> dict[str, str]:
-    """All fields; those that nobody wants are a description, which may be written in any way."""
+    """Return the header's fields; those that nobody wants are a description, which may be written in any way."""
     fields: dict[str, str] = {}
     for key, quoted, bare in _HEADER_FIELD.findall(header):
         if key in wanted and bare.startswith('"'):
@@ -145,7 +141,7 @@ def _header_fields(path: str, line: int, header: str, wanted: Container[str]) ->
 
 
 def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Record]:
-    """Records of a file with a JSON object a line; a key that an object lacks is ''."""
+    """Give the records of a file with a JSON object per line; a key that an object lacks is ''."""
     seen = Seen(columns)
     for number, line in zip(count(1), read_lines(path)):
         if not line.strip():
@@ -178,13 +174,13 @@ def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
 
 
 def read_lines(path: str) -> Iterator[str]:
-    """Read the lines of a text file as `read_blocks` has them, each ending in one newline."""
+    """Give the lines of a text file, each ending in one newline."""
     # No str.splitlines: it ends lines at other characters too.
     return chain.from_iterable(io.StringIO(block, newline="\n") for _, block in read_blocks(path))
 
 
 def read_blocks(path: str) -> Iterator[tuple[int, str]]:
-    """Read a UTF-8 text file, plain or .gz: whole lines of about `BLOCK` bytes, and the number of the first of them.
+    """Give whole lines of a UTF-8 text file, plain or .gz, about `BLOCK` bytes at once, after the first one's number.
 
     Every line ends in one newline; a byte-order mark and carriage returns at ends of lines are dropped.
     """

@@ -39,39 +39,23 @@ for _id, _letter in enumerate(RESIDUES, start=4):
 
 
 def encode(sequence: str) -> np.ndarray:
-    """Tokens of one protein: <cls>, its residues, <eos>.
-
-    Returns:
-        uint8 [residues + 2].
-
-    Raises:
-        DataError: a character is no residue.
-    """
+    """Return the tokens of one protein, uint8 [residues + 2]: <cls>, its residues, <eos>."""
     return encode_many([sequence])[0]
 
 
 def encode_many(sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens of many proteins end to end, see `encode_residues`.
-
-    Raises:
-        DataError: a character is no residue (rows that went through a `Checker` have none).
-    """
+    """Return the tokens of many proteins, see `encode_residues`; raise DataError for a character that is no residue."""
     # "replace" writes one "?" for one character outside ASCII, so positions hold.
     residues = "".join(sequences).encode("ascii", "replace")
     if len(not_residues(residues)):
         bad = next(filter(None, map(bad_residues, sequences)))
-        raise DataError(
-            f"{bad.character!r} at residue {bad.position} is not one of the residues {RESIDUES}; correct it"
-        )
+        what = f"{bad.character!r} at residue {bad.position}"
+        raise DataError(f"{what} is not one of the residues {RESIDUES}; correct it")
     return encode_residues(residues, np.array([len(sequence) for sequence in sequences], dtype=np.int64))
 
 
 def encode_residues(residues: bytes, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens of many proteins end to end.
-
-    Args:
-        residues: the letters of all proteins end to end, nothing else among them.
-        lengths: int64 [proteins]: residues of each.
+    """Return the tokens of many proteins, whose letters lie end to end; int64 [proteins] `lengths` counts residues.
 
     Returns:
         tokens: uint8 [total], <cls>, residues and <eos> of each protein.
@@ -97,17 +81,17 @@ def not_residues(text: bytes) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BadResidues:
-    """What in a sequence is no residue. Gaps (. -) and stop codons (*) are among it."""
+    """The characters of a sequence that are no residue, gaps (. -) and stop codons (*) among them."""
 
     position: int
-    """Of the first such character, from 1."""
+    """Residue number of the first of them, from 1."""
     character: str
     """The first of them."""
     count: int
 
 
 def bad_residues(sequence: str) -> BadResidues | None:
-    """The characters of a sequence that are no residue, None where all are; holds no more than the first of them."""
+    """Return what in a sequence is no residue, None where all are; holds no more than the first of them."""
     first = _BAD.search(sequence)
     if first is None:
         return None
@@ -115,17 +99,17 @@ def bad_residues(sequence: str) -> BadResidues | None:
 
 
 def replace_bad_residues(sequence: str) -> str:
-    """The sequence with X for every character that is no residue."""
+    """Return the sequence with X for every character that is no residue."""
     return _BAD.sub("X", sequence)
 
 
 def decode(tokens: np.ndarray) -> str:
-    """The text of token ids, such as `<cls>MKV<eos>`."""
+    """Return the text of token ids, such as `<cls>MKV<eos>`."""
     return "".join(VOCABULARY[token] for token in tokens)
 
 
 def hf_tokenizer() -> EsmTokenizer:
-    """The same alphabet as a transformers tokenizer, to be saved beside an exported model."""
+    """Return the same alphabet as a transformers tokenizer, to be saved beside an exported model."""
     from transformers import EsmTokenizer
 
     with tempfile.TemporaryDirectory() as folder:

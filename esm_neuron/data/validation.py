@@ -1,10 +1,10 @@
-"""Rows that can be used: ids are unique, sequences are residues, labels are there; all else is named or counted."""
+"""Check rows: ids are unique, sequences are residues, labels are there. What cannot be used is named or counted."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,47 +28,38 @@ _SPECIAL = {"*": " (a stop codon)", "-": " (a gap)", ".": " (a gap)", "J": " (le
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was done to the rows of a file or of a split. Counts are rows where nothing else is said."""
+    """What was done to the rows of a file or of a split: counts of rows where nothing else is said, see `summary`."""
 
     name: str
     """The file or the split."""
     rows: int = 0
     """Rows read (file) or used (split)."""
     filtered: int = 0
-    """Left out by `data.keep`."""
     filtered_heldout: int = 0
-    """Validation and test rows left out by `data.keep_heldout`."""
     skipped: int = 0
-    """Left out for a character that is no residue."""
     replaced: int = 0
-    """With characters replaced by X."""
     replaced_residues: int = 0
     """Characters replaced by X."""
     cropped: int = 0
-    """Longer than `data.max_residues` and cut to it."""
     cropped_residues: int = 0
     """Residues cut off."""
     windowed: int = 0
-    """Longer than `data.max_residues` and cut into windows."""
     windows: int = 0
-    """Windows made of them."""
+    """Windows made of the `windowed` rows."""
     unlabelled_residues: int = 0
-    """Residues whose label is one of `task.ignore`."""
     repeated: int = 0
     """With a sequence that an earlier row of the same split has."""
     in_train: int = 0
-    """Validation or test rows with a sequence that a training row has too."""
     renamed: int = 0
-    """Validation or test rows with an id that names another sequence in the training rows."""
     conflicting: int = 0
     """With a sequence that has another label elsewhere: in training, or in the same split."""
 
     def plus(self, other: Report, names: Sequence[str]) -> Report:
-        """This report with some counts of another one added."""
+        """Return this report with some counts of another one added."""
         return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def summary(self) -> str:
-        """One line: the rows and every count that is not 0."""
+        """Return one line: the rows and every count that is not 0."""
         texts = {
             "filtered": "left out by data.keep",
             "filtered_heldout": "left out by data.keep_heldout",
@@ -91,7 +82,6 @@ class Problems:
     """Collects what is wrong with a file, so that one error tells it all."""
 
     source: str
-    """The file."""
     first: list[str] = field(default_factory=list)
     """The first MOST_LISTED problems, a line each."""
     total: int = 0
@@ -103,11 +93,7 @@ class Problems:
             self.first.append(f"{place(self.source, line)}: {message}")
 
     def raise_any(self) -> None:
-        """Raise what was noted: one line for one problem; else a line with the count, then the first of them.
-
-        Raises:
-            DataError: there was a problem.
-        """
+        """Raise what was noted as DataError: one line for one problem; else their count, then the first of them."""
         if self.total == 1:
             raise DataError(self.first[0])
         if self.total:
@@ -129,7 +115,7 @@ class Rejected:
 
 
 def rejected_table(rows: Sequence[Rejected]) -> str:
-    """Tab-separated text with a header and a line a row; quotes where a value holds tabs or newlines."""
+    """Return tab-separated text with a header and a line per row; quotes where a value holds tabs or newlines."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow([field.name for field in fields(Rejected)])
@@ -146,14 +132,10 @@ def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:
 
 
 class Checker:
-    """Takes the rows of one file, in as many chunks as they come, and gives those that can be used.
+    """Take the rows of one file, in as many chunks as they come, and return those that can be used.
 
     Characters that are no residue are treated by `cfg.on_bad_residue`; every other fault is an error whatever that
     says. All ids are kept, about 200 bytes each.
-
-    Args:
-        cfg: how bad residues are treated; names in messages.
-        source: the file's name in messages.
     """
 
     def __init__(self, cfg: DataConfig, source: str) -> None:
@@ -190,7 +172,7 @@ class Checker:
         return rows if kept.all() else rows.filter(pa.array(kept))
 
     def _suspects(self, rows: pa.Table) -> np.ndarray:
-        """bool [rows]: which rows may have a fault; the ids of all are then known."""
+        """Return which rows may have a fault, bool [rows]; the ids of all are then known."""
         lines = rows["line"].to_pylist()
         first = list(map(self._first_line.setdefault, rows["id"].to_pylist(), lines))
         residues, bounds = sequence_bytes(rows)
@@ -229,25 +211,8 @@ class Checker:
         self._replaced_residues += bad.count
         return replace_bad_residues(sequence)
 
-    def chunks(self, chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """What is left of each chunk that is not left out whole; once `problems` has one, only good to find more.
-
-        Raises:
-            DataError: as `finish`, after the last chunk.
-        """
-        for rows in chunks:
-            usable = self(rows)
-            if len(usable):
-                yield usable
-        self.finish()
-
     def finish(self) -> Report:
-        """What was done, after the last chunk.
-
-        Raises:
-            DataError: empty id, sequence or label, id used twice, a character outside the alphabet (strict); no row
-                left.
-        """
+        """Return what was done, after the last chunk; raise DataError where a row cannot be used, or none is left."""
         self.problems.raise_any()
         if not self._kept:
             raise DataError(
@@ -256,7 +221,7 @@ class Checker:
         return self.report()
 
     def report(self) -> Report:
-        """What was done so far."""
+        """Return what was done so far."""
         return Report(
             name=self._source,
             rows=self._rows,
@@ -272,17 +237,17 @@ def is_missing(value: str) -> bool:
 
 
 def missing(values: pa.ChunkedArray) -> np.ndarray:
-    """bool [values]: `is_missing` of each."""
+    """Return `is_missing` of each value, bool [values]."""
     return np.asarray(pc.or_(pc.equal(values, ""), pc.equal(pc.utf8_lower(values), "nan")).to_numpy())
 
 
 def quote(value: str) -> str:
-    """A value as an error shows it: on one line, shortened to 60 characters."""
+    """Return a value as an error shows it: on one line, shortened to 60 characters."""
     return repr(value if len(value) <= 60 else value[:57] + "...")
 
 
 def text_hashes(texts: Sequence[str]) -> np.ndarray:
-    """uint64 [n]: a hash of each text (SipHash with a fixed key), equal in every process."""
+    """Return a hash of each text, uint64 [n] (SipHash with a fixed key), equal in every process."""
     return np.asarray(pd.util.hash_array(np.array(texts, dtype=object), categorize=False))
 
 

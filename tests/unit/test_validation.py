@@ -98,8 +98,10 @@ def test_chunks_are_checked_as_a_whole_file_is(size: int) -> None:
     ids = [f"P{i % 97}" if i >= 97 and i % 50 == 0 else f"P{i}" for i in range(1000)]
     whole = make_rows({"line": list(range(1, 1001)), "id": ids, "sequence": ["MKV"] * 1000})
     chunks = [whole.slice(i, size) for i in range(0, 1000, size)]
+    checker = Checker(DataConfig(), "x.csv")
+    assert sum(len(checker(chunk)) for chunk in chunks) == 1000
     with pytest.raises(DataError) as caught:
-        list(Checker(DataConfig(), "x.csv").chunks(chunks))
+        checker.finish()
     with pytest.raises(DataError) as expected:
         check_rows(whole, DataConfig(), "x.csv")
     assert str(caught.value) == str(expected.value)
@@ -110,12 +112,12 @@ def test_chunks_are_checked_as_a_whole_file_is(size: int) -> None:
 def test_chunks_are_given_and_problems_raised_after_the_last() -> None:
     rows = make_rows({"line": [1, 2, 3, 4], "id": list("abcd"), "sequence": ["MKV", "M*", "MK-V", "MKV"]})
     checker = Checker(DataConfig(on_bad_residue="skip"), "x.parquet")
-    given = list(checker.chunks([rows.slice(i, 1) for i in range(4)]))
-    assert [chunk["id"].to_pylist() for chunk in given] == [["a"], ["d"]]
+    given = [checker(rows.slice(i, 1)) for i in range(4)]
+    assert [chunk["id"].to_pylist() for chunk in given] == [["a"], [], [], ["d"]]
     assert checker.report() == Report(name="x.parquet", rows=4, skipped=2)
     reason = "the sequence has '-' (a gap) at residue 3, outside the ESM alphabet"
     assert checker.rejected[1] == Rejected("x.parquet", 3, "c", reason, "left out")
-    strict = Checker(DataConfig(), "x.parquet").chunks([rows.slice(0, 1), rows.slice(1, 1), rows.slice(3, 1)])
-    assert [next(strict)["id"].to_pylist() for _ in range(3)] == [["a"], ["b"], ["d"]]
+    strict = Checker(DataConfig(), "x.parquet")
+    assert [strict(rows.slice(i, 1))["id"].to_pylist() for i in (0, 1, 3)] == [["a"], ["b"], ["d"]]
     with pytest.raises(DataError, match="^x.parquet: record 2: the sequence of 'b' has"):
-        next(strict)
+        strict.finish()
