@@ -200,10 +200,6 @@ class EarlyStopping:
     def stop(self) -> bool:
         return 0 < self.patience <= self.bad
 
-    def forget_best(self) -> None:
-        """Look for the best step anew: its checkpoint is damaged."""
-        self.best, self.best_step = None, None
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, valid JSON."""
         return {"best": self.best, "best_step": self.best_step, "bad": self.bad}

@@ -7,7 +7,6 @@ predicts for the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,27 +27,8 @@ from esm_neuron.training.trainer import Trainer
 
 Log = Callable[[str], None]
 Metrics = dict[str, Value]
-
-
-@dataclass(frozen=True)
-class Leaks:
-    """Which held-out proteins have a homolog in training."""
-
-    method: str
-    has_homolog: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Split -> bool [records]; empty where no homologs were looked for."""
-
-    def counts(self) -> dict[str, dict[str, Any]]:
-        """Return by split: the method, the proteins, and how many of them have a homolog."""
-        return {
-            split: {"method": self.method, "rows": len(has_homolog), "homologs": int(has_homolog.sum())}
-            for split, has_homolog in self.has_homolog.items()
-        }
-
-    def clean(self, split: str) -> np.ndarray | None:
-        """Return bool [records], True for a split's clean proteins; None unless they are some of it and not all."""
-        has_homolog = self.has_homolog.get(split)
-        return None if has_homolog is None or not has_homolog.any() or has_homolog.all() else ~has_homolog
+Leaks = dict[str, np.ndarray]
+"""Split -> bool [records], which held-out proteins have a homolog in training; empty where none was looked for."""
 
 
 def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -> Leaks:
@@ -56,14 +36,14 @@ def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -
     method, proteins = cfg.data.homologs, sum(len(table.ids) for table in tables.values())
     held_out = {split: table for split, table in tables.items() if split != "train"}
     if method == "off" or not held_out:
-        return Leaks(method)
+        return {}
     if proteins > MOST:
         log(f"homologs are not looked for: {proteins} proteins are more than {MOST}; whether data leaks is not known")
-        return Leaks(method)
+        return {}
     found = homolog_rows(tables["train"], held_out, method)
     for split, has in found.items():
         log(f"{split} split: {has.sum()} of {len(has)} proteins have a homolog in training (by {method})")
-    return Leaks(method, found)
+    return found
 
 
 def score_splits(
@@ -81,18 +61,19 @@ def score_splits(
     for split, loader in held_out.items():
         path = Path(cfg.output) / predictions_name(split)
         table, predictions = loader.table, collect(trainer.model, task, backend, loader)
+        has_homolog = leaks.get(split)
         if cfg.log.predictions:
-            has_homolog = leaks.has_homolog.get(split)
             main_rank_only(backend, partial(save_predictions, path, task, table, predictions, has_homolog))
         metrics[split] = task.metrics(table, predictions, intervals=True)
-        chosen = leaks.clean(split)
-        if chosen is not None:
-            clean_tables[split], examples, tokens = select_records(table, chosen)
+        if has_homolog is not None and has_homolog.any() and not has_homolog.all():
+            clean_tables[split], examples, tokens = select_records(table, ~has_homolog)
             index = tokens if task.predictions_per_token else examples
             clean[split] = task.metrics(clean_tables[split], [values[index] for values in predictions], intervals=True)
     tables = {split: loader.table for split, loader in held_out.items()}
     whole, pure = from_main_rank(backend, lambda: _baselines(trainer, train, (tables, clean_tables), log))
-    return {**metrics, "clean": clean, "leaks": leaks.counts(), "baselines": whole, "clean_baselines": pure}
+    method = cfg.data.homologs
+    counts = {s: {"method": method, "rows": len(has), "homologs": int(has.sum())} for s, has in leaks.items()}
+    return {**metrics, "clean": clean, "leaks": counts, "baselines": whole, "clean_baselines": pure}
 
 
 def _baselines(

@@ -115,10 +115,8 @@ class _Job:
         built = raise_on_any_rank(backend, lambda: build_model(cfg, task, backend))
         log(describe(cfg, built))
         loaders = Loaders.of(cfg, splits, task, backend)
-        base = from_main_rank(backend, lambda: built.source.reference.sha256)
-        same = identity(cfg, splits.fingerprint, base)
-        valid = loaders.held_out.get("valid")
-        trainer = Trainer(cfg, built.model, task, backend, loaders.train, valid, [], same)
+        same = identity(cfg, splits.fingerprint, from_main_rank(backend, lambda: built.source.reference.sha256))
+        trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out.get("valid"), [], same)
         for note in _notes(trainer):
             log(note)
         return cls(splits, built, loaders, trainer)
@@ -193,11 +191,9 @@ def _notes(trainer: Trainer) -> Iterator[str]:
     cfg = trainer.cfg
     if cfg.loop.patience and trainer.valid_loader is None:
         yield f"NOTE: loop.patience={cfg.loop.patience} never ends training: there are no validation rows to watch"
-    if cfg.optim.warmup_steps >= trainer.total_steps:
-        yield (
-            f"NOTE: optim.warmup_steps={cfg.optim.warmup_steps} of {trainer.total_steps} steps: the learning rate "
-            "never reaches optim.lr"
-        )
+    warmup, steps = cfg.optim.warmup_steps, trainer.total_steps
+    if warmup >= steps:
+        yield f"NOTE: optim.warmup_steps={warmup} of {steps} steps: the learning rate never reaches optim.lr"
     yield from trainer.backend.notes()
 
 

@@ -163,7 +163,7 @@ class Trainer:
         self.monitors.resume(state)
         over = self.early_stopping.stop or state.step == self.total_steps
         if self.checkpoints.set_aside_unusable(state.step, self.early_stopping.best_step, over):
-            self.early_stopping.forget_best()
+            self.early_stopping.best = self.early_stopping.best_step = None
         return state.step
 
     def compile(self, held_out: Sequence[EvalLoader]) -> None:
@@ -181,8 +181,8 @@ class Trainer:
 
     def _log(self, step: int, lr: float, totals: Tensor, norm: Tensor) -> None:
         self.monitors.clock.stop()
-        record = {"loss": mean_loss(totals), "lr": lr, "grad_norm": float(norm)}
-        record.update(self.monitors.metrics(self.state.residues))
+        more = self.monitors.metrics(self.state.residues)
+        record = {"loss": mean_loss(totals), "lr": lr, "grad_norm": float(norm), **more}
         self._tell(lambda callback: callback.on_log(step, self.total_steps, record))
         self.monitors.clock.start()
 
