@@ -31,9 +31,7 @@ RunFolder = Annotated[Path, "output folder of a training run"]
 AnyModel = Annotated[str, "output folder of a training run, Hugging Face folder of ESM-2, or hub id"]
 Records = Annotated[Path, "FASTA, CSV, TSV, JSONL or Parquet"]
 Table = Annotated[Path, "file to write: CSV, TSV, JSONL or Parquet, by its suffix"]
-Backend = Annotated[
-    BackendName | None, f"where to run ({', '.join(BACKENDS)}); default: where it was trained, else cpu"
-]
+Backend = Annotated[BackendName | None, f"where to run: {', '.join(BACKENDS)}; default: where it was trained, else cpu"]
 Resume = Annotated[bool, "go on with the shards that a killed command left"]
 AsJson = Annotated[bool, "print JSON instead of text"]
 
@@ -65,7 +63,8 @@ def evaluate(
     """Print the metrics of a finished run on a labelled file, as JSON. Also --data.* as for train."""
     from esm_neuron.inference.evaluate import evaluate as run_evaluation
 
-    _print_on_main(run_evaluation(model, input, output, backend, log, overrides))
+    found = run_evaluation(model, input, output, backend, log, overrides)
+    _on_main(print, json.dumps(found, indent=2))
     return 0
 
 
@@ -81,7 +80,7 @@ def predict(
     from esm_neuron.inference.predict import predict as run_prediction
 
     written = run_prediction(model, input, output, backend=backend, settings=overrides, resume=resume, log=log)
-    _log_on_main(f"{written} predictions written to {output}")
+    _on_main(log, f"{written} predictions written to {output}")
     return 0
 
 
@@ -101,7 +100,7 @@ def embed(
     from esm_neuron.inference.embed import embed as run_embedding
 
     written = run_embedding(model, input, output, pooling, backend=backend, settings=overrides, resume=resume, log=log)
-    _log_on_main(f"{written} embeddings written to {output}")
+    _on_main(log, f"{written} embeddings written to {output}")
     return 0
 
 
@@ -139,9 +138,9 @@ def score(
         resume=resume,
         log=log,
     )
-    _log_on_main(f"{found['rows']} scores written to {output}")
+    _on_main(log, f"{found['rows']} scores written to {output}")
     if score_column:
-        _print_on_main(found)
+        _on_main(print, json.dumps(found, indent=2))
     return 0
 
 
@@ -177,9 +176,7 @@ def convert(
 def plan(
     *settings: str,
     devices: Annotated[int, "data-parallel devices of the run"] = 1,
-    instance: Annotated[
-        str | None, "add time and dollars: ml.trn1.32xlarge (SageMaker), trn1.32xlarge (EC2), ..."
-    ] = None,
+    instance: Annotated[str | None, "add time and cost: ml.trn1.32xlarge (SageMaker), trn1.32xlarge (EC2), ..."] = None,
     nodes: Annotated[int, "instances of the job"] = 1,
     prices: Annotated[Path | None, "price list; default: the one of this package, which is dated"] = None,
     json_: AsJson = False,
@@ -216,7 +213,7 @@ def plan(
     return 0
 
 
-def compile_ahead(*settings: str) -> int:
+def compile_(*settings: str) -> int:
     """Compile the graphs of a run ahead of it, on xla or neuron: --config FILE and flags as for train.
 
     On Trainium: neuron_parallel_compile torchrun --nproc_per_node N -m esm_neuron.cli compile --config FILE, with the
@@ -233,7 +230,7 @@ def compile_ahead(*settings: str) -> int:
 
 def doctor(
     *,
-    backend: Annotated[BackendName | None, "exit with 1 if this one cannot run here"] = None,
+    backend: Annotated[BackendName | None, f"exit with 1 if it cannot run here: {', '.join(BACKENDS)}"] = None,
     config: Annotated[Path | None, "YAML of a run, which decides the variables that are set"] = None,
     json_: AsJson = False,
 ) -> int:
@@ -285,18 +282,8 @@ def data_check(
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "embed": embed,
-    "score": score,
-    "report": report,
-    "export": export,
-    "convert": convert,
-    "plan": plan,
-    "compile": compile_ahead,
-    "doctor": doctor,
-    "data check": data_check,
+    command.__name__.rstrip("_").replace("_", " "): command
+    for command in (train, evaluate, predict, embed, score, report, export, convert, plan, compile_, doctor, data_check)
 }
 """Command -> function that returns the exit code. Keyword-only parameters are flags; `*settings` takes any setting of a
 run, `*overrides` those that may change for a trained model."""
@@ -306,7 +293,6 @@ class CommandParser(ArgumentParser):
     """A parser that raises what argparse would print and exit with."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError with what is wrong with the words."""
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
@@ -362,19 +348,10 @@ def log(line: str) -> None:
     sys.stderr.flush()
 
 
-def _on_main() -> bool:
-    """Return whether this is the only process, or torchrun's first one, which prints for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _log_on_main(line: str) -> None:
-    if _on_main():
-        log(line)
-
-
-def _print_on_main(found: Any) -> None:
-    if _on_main():
-        print(json.dumps(found, indent=2))
+def _on_main(write: Callable[[str], None], text: str) -> None:
+    """Write a text in the only process, or in torchrun's first one, which writes for all."""
+    if os.environ.get("RANK", "0") == "0":
+        write(text)
 
 
 def _usage() -> str:
@@ -415,12 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one command as `main` does, for callers that report errors themselves.
-
-    Raises:
-        EsmNeuronError: as the command does.
-        OSError: of the file system.
-    """
+    """Run one command as `main` does, for callers that report an EsmNeuronError or OSError themselves."""
     words = list(sys.argv[1:] if argv is None else argv)
     length = 2 if words[:1] == ["data"] else 1
     name, rest = " ".join(words[:length]), words[length:]

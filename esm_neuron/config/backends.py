@@ -10,7 +10,7 @@ from esm_neuron.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class BackendSpec:
-    """One backend: where its code is, and which settings it can follow."""
+    """One backend: where its code is, and which settings it can follow, such as parallel.fsdp."""
 
     make: str
     """`module:name` of the `Backend` subclass, or of a function that chooses one by a `TrainConfig`."""
@@ -21,15 +21,11 @@ class BackendSpec:
     quantizes: bool = False
     """adapter.kind=qlora, with whole linears."""
     fsdp: bool = False
-    """parallel.fsdp."""
     adamw8bit: bool = False
-    """optim.kind=adamw8bit."""
     tf32: bool = False
-    """loop.tf32."""
     torch_compile: bool = False
-    """loop.torch_compile."""
     zero1: bool = False
-    """parallel.zero1; the others pass it over."""
+    """The others pass parallel.zero1 over."""
     bf16_weights: bool = False
     """Under loop.precision=bf16 it stores what is trained of ESM-2 in bfloat16, and has no autocast."""
     emulates_bf16: bool = False
@@ -54,9 +50,7 @@ BACKENDS: dict[str, BackendSpec] = {
         torch_compile=True,
     ),
     "xla": BackendSpec(
-        make="esm_neuron.backends.spmd:create",
-        survey="esm_neuron.backends.survey:XlaSurvey",
-        compiles=True,
+        make="esm_neuron.backends.spmd:create", survey="esm_neuron.backends.survey:XlaSurvey", compiles=True
     ),
     "neuron": BackendSpec(
         make="esm_neuron.backends.neuron:NeuronBackend",
@@ -70,7 +64,7 @@ BACKENDS: dict[str, BackendSpec] = {
 
 
 def spec_of(name: str) -> BackendSpec:
-    """Return the row of a backend. Raises ConfigError where there is none."""
+    """Return the row of a backend. Raise ConfigError where there is none."""
     if name not in BACKENDS:
         raise ConfigError(f"backend={name} is unknown; use one of {', '.join(BACKENDS)}")
     return BACKENDS[name]

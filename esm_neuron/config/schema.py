@@ -287,12 +287,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        """Refuse a backend that is not in the table.
-
-        Raises:
-            ConfigError: there is no such backend.
-        """
-        spec_of(self.backend)
+        spec_of(self.backend)  # refuses one that is not in the table
 
     @property
     def can_quantize(self) -> bool:

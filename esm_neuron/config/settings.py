@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_loader, set_parsing_settings
@@ -22,9 +22,6 @@ from esm_neuron.config import TrainConfig, require
 from esm_neuron.config.rules import check_values
 from esm_neuron.errors import ConfigError
 from esm_neuron.redact import redact
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -117,15 +114,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_deny
 
 
 def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
-    """Return the mapping in a YAML file.
+    """Return the mapping in a YAML file of at most `SIZE_LIMIT` bytes.
 
-    Args:
-        path: the file, at most `SIZE_LIMIT` bytes.
-        option: the flag that named it, for errors.
-        cure: where to see what it should hold, for the error that it holds no mapping.
-
-    Raises:
-        ConfigError: it cannot be read, is not YAML, is not a mapping, or has what `_StrictLoader` refuses.
+    Errors are ConfigErrors: they name the `option` that named the file, and `cure`, where to see what it should hold.
     """
     named = f"{option} {path if str(path).isprintable() else ascii(str(path))}"
     try:
@@ -161,20 +152,15 @@ class _ConfigFile(ActionConfigFile):
 @cache
 def make_parser(command: str = "train") -> ArgumentParser:
     """Return the parser of `--config FILE` and of a `--section.field VALUE` flag for every field of `TrainConfig`."""
-    parser = ArgumentParser(
-        prog=f"esm-neuron {command}", exit_on_error=False, allow_abbrev=False, parser_mode="strict_yaml"
-    )
+    name = f"esm-neuron {command}"
+    parser = ArgumentParser(prog=name, exit_on_error=False, allow_abbrev=False, parser_mode="strict_yaml")
     parser.add_argument("--config", action=_ConfigFile, help="YAML file; flags after it overrule it.")
     parser.add_class_arguments(TrainConfig)
     return parser
 
 
 def typed(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Return `cls(**values)` with the types of the fields checked and numbers converted.
-
-    Raises:
-        ConfigError: a field is unknown, missing, or of the wrong type.
-    """
+    """Return `cls(**values)` with types checked and numbers converted. Raise ConfigError where a field is wrong."""
     parser = ArgumentParser(exit_on_error=False, parser_mode="strict_yaml")
     parser.add_class_arguments(cls)
     try:
@@ -186,23 +172,18 @@ def typed(cls: type[T], values: Mapping[str, Any]) -> T:
 def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
     """Return the configuration that `argv` describes; `--resume` is short for `--checkpoint.resume`.
 
-    Raises:
-        ConfigError: an unknown or repeated key, a value of the wrong type, an unreadable file.
+    Raise ConfigError where a key is unknown or repeated, a value has the wrong type, or a file cannot be read.
     """
     return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
 
 
 def read_config(path: Path) -> TrainConfig:
-    """Return the configuration saved in a YAML file. Raises ConfigError as `parse` does."""
+    """Return the configuration saved in a YAML file. Raise ConfigError as `parse` does."""
     return parse(["--config", str(path)])
 
 
 def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], command: str) -> TrainConfig:
-    """Return `cfg` with the settings of `argv`, which must begin with a word of `allowed`.
-
-    Raises:
-        ConfigError: a setting is unknown, of the wrong type, out of range, or not to be changed here.
-    """
+    """Return `cfg` with the settings of `argv`, which must begin with a word of `allowed`; else raise ConfigError."""
     for word in argv:
         name = word[2:].partition("=")[0]
         if word.startswith("--") and name in set(known_keys()) and not name.startswith(tuple(allowed)):
@@ -321,13 +302,10 @@ def dump(cfg: TrainConfig) -> str:
     return yaml.dump(plain(cfg), Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True)
 
 
-def plain(section: DataclassInstance) -> dict[str, Any]:
-    """Return a configuration, or a section of one, in the types of YAML and JSON."""
-    values: dict[str, Any] = _plain(asdict(section))
-    return values
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a configuration, a section or a value of one in the types of YAML and JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -17,7 +17,7 @@ from esm_neuron.config import BackendName, TaskConfig
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import DataError
 from esm_neuron.inference.load import find_model
-from esm_neuron.inference.predict import BATCHES, PredictionJob, predict_file
+from esm_neuron.inference.predict import BATCHES, predict_file
 from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
 from esm_neuron.models.attention import mean_over
 from esm_neuron.models.esm2 import PackedEncoder, encoder_of
@@ -26,8 +26,7 @@ from esm_neuron.tasks.residues import residue_mean
 
 Pooling = Literal["mean", "cls", "residue"]
 SUFFIXES = (".parquet", SAFETENSORS)
-RESERVED = "__metadata__"
-"""An id that the safetensors format reserves."""
+RESERVED = "__metadata__"  # by the safetensors format
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,6 @@ class Embedding(Task):
         self.predictions_per_token = pooling == "residue"
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        """Return the encoder."""
         return PackedEncoder(config)
 
 
@@ -103,21 +101,13 @@ def embed(
     resume: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> int:
-    """Write the embedding of every record of `source`, in its order.
+    """Write the embedding of every record of `source`, in its order; return their number. Otherwise as `predict`.
 
     Args:
         model: output folder of a training run, a Hugging Face folder of ESM-2, or a hub id.
-        source: as for `predict`.
         target: Parquet (columns `id`, `embedding`) or safetensors (id -> array).
         pooling: the mean over residues, the state of <cls>, or one vector per residue, in the protein's own
             numbering (NaN for residues that were cut off). Windows are averaged.
-        backend, settings, resume, log: as for `predict`.
-
-    Returns:
-        Records written.
-
-    Raises:
-        EsmNeuronError: the model or a record cannot be used; `target` is then unchanged.
     """
     check_target(target, SUFFIXES)
     spec = find_model(model, backend, settings, "embed")
@@ -127,12 +117,15 @@ def embed(
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
         return shape(table.ids, per_record(table, predictions, task.predictions_per_token))
 
-    job = PredictionJob(
-        command="embed",
-        options={"pooling": pooling, "format": target.suffix.lower()},
-        task=task,
-        model=lambda built: Embedder(built.model, pooling),
-        write=write,
+    return predict_file(
+        spec,
+        task,
+        source,
+        target,
+        write,
+        resume,
+        log,
+        network=lambda built: Embedder(built.model, pooling),
         batches=8 if pooling == "residue" else BATCHES,
+        options={"command": "embed", "pooling": pooling, "format": target.suffix.lower()},
     )
-    return predict_file(spec, job, source, target, resume, log)

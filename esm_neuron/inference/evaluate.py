@@ -34,12 +34,8 @@ def evaluate(
         run: output folder of a training run.
         source: file with labels; the row filters and the split column of training are not applied.
         target: JSON file to write as well, with TARGET.rejected.tsv if records were left out or changed.
-        backend_name: where to run; None: where it was trained.
-        log: called with lines about what was read, left out or cut.
+        backend_name, log: as for `predict`.
         overrides: words that overrule the run's settings, such as `--data.label_column class`, see `MAY_CHANGE`.
-
-    Raises:
-        EsmNeuronError: the run, its weights or a record cannot be used.
     """
     cfg, task = read_run(run, backend_name)
     cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")

@@ -30,14 +30,11 @@ def merged(built: Built) -> nn.Module:
 def export(run: Path, target: Path) -> None:
     """Merge the adapter of a finished run, on the CPU, and write a plain Hugging Face folder with a model card.
 
-    Raises:
-        ConfigError: `target` exists, or `run` is not a finished run.
-        CheckpointError: the run's weights or its result.json are damaged.
+    Raise ConfigError where `target` exists or `run` is not finished, CheckpointError where its files are damaged.
     """
     require(not target.exists(), f"--output {target}: exists already; name a new folder")
     cfg, task = read_run(run, "cpu")
     cfg = replace(cfg, loop=replace(cfg.loop, precision="fp32"), parallel=ParallelConfig())
-    backend = create_backend(cfg)
-    built = build_trained(cfg, task, backend)
+    built = build_trained(cfg, task, create_backend(cfg))
     card = model_card(read_config(run / CONFIG), read_result(run), built.source.reference, "model")
     write_model(merged(built), built.config, target, card)

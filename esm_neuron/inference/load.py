@@ -47,11 +47,7 @@ class ModelSpec:
     """The task of a training run; None for a plain ESM-2."""
 
     def load(self, plain: Task, backend: Backend) -> Built:
-        """Return the model with its weights on the backend's device: the run's own, or what `plain` makes of an ESM-2.
-
-        Raises:
-            ConfigError, CheckpointError: the weights cannot be found or used.
-        """
+        """Return the model on the backend's device: the run's own, or what the task `plain` makes of an ESM-2."""
         if self.task is not None:
             return build_trained(self.cfg, self.task, backend)
         return build_model(self.cfg, plain, backend)
@@ -75,16 +71,10 @@ class ModelSpec:
 
 
 def find_model(name: str, backend: BackendName | None, words: Sequence[str], command: str) -> ModelSpec:
-    """Find what `--model` names.
+    """Find what `--model` names: the output folder of a training run, a Hugging Face folder, or a hub id.
 
-    Args:
-        name: output folder of a training run, a Hugging Face folder, or a hub id.
-        backend: where to run; None: where a run was trained, `cpu` for a plain model.
-        words: settings that overrule the run's, such as `--data.id_column name`, see `MAY_CHANGE`.
-        command: for messages.
-
-    Raises:
-        ConfigError: a setting is unknown or not to be changed; the run is not finished.
+    Without a `backend` it is to run where it was trained, a plain ESM-2 on `cpu`. `words` are settings that overrule
+    those of the run, see `MAY_CHANGE`; `command` is for messages.
     """
     folder = Path(name)
     if (folder / CONFIG).is_file():
@@ -95,25 +85,19 @@ def find_model(name: str, backend: BackendName | None, words: Sequence[str], com
 
 
 def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:
-    """Return configuration and task of a finished run, ready for `build_trained`.
-
-    Raises:
-        ConfigError: `folder` is not a finished run.
-    """
+    """Return configuration and task of a finished run, ready for `build_trained`. Raise ConfigError for any other."""
     path = folder / CONFIG
     require(path.is_file(), f"--model {folder}: no {CONFIG} there; name the output folder of a training run")
     cfg = settings.read_config(path)
     found = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
-    require(
-        bool(found),
-        f"--model {folder}: no adapter and no model there; let its training finish (--checkpoint.resume auto)",
-    )
+    cure = "let its training finish (--checkpoint.resume auto)"
+    require(bool(found), f"--model {folder}: no adapter and no model there; {cure}")
     # the folder's own weights, where it has the whole model or carries the base of its adapter
     own = MODEL if found == [MODEL] else BASE if is_carried(cfg.model) else None
-    model = cfg.model
+    cfg = replace(cfg, output=str(folder))
     if own is not None:
-        model = replace(model, name=str(folder / own), init="pretrained", revision=None, sha256=None)
-    cfg = replace(cfg, output=str(folder), model=model)
+        model = replace(cfg.model, name=str(folder / own), init="pretrained", revision=None, sha256=None)
+        cfg = replace(cfg, model=model)
     if backend is not None and backend != cfg.backend:
         cfg = move_to(backend, cfg)
     if not cfg.can_quantize and cfg.adapter.kind == "qlora":
@@ -125,10 +109,8 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
 
 
 def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:
-    """Return a run's configuration for another backend, without what only its own has: number of cores and formats.
-
-    The CPU gets float32: those without bf16 units emulate it, at a fraction of the speed.
-    """
+    """Return a run's configuration for another backend, without what only its own has: number of cores and formats."""
+    # CPUs without bf16 units emulate it, at a fraction of the speed of float32
     precision = "fp32" if spec_of(backend).emulates_bf16 else cfg.loop.precision
     return replace(
         cfg,
@@ -142,8 +124,7 @@ def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:
 def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     """Build the model of a finished run with its trained weights, on the backend's device.
 
-    Raises:
-        CheckpointError: the adapter is damaged, or the base weights are not those it was trained on.
+    Raise CheckpointError where the adapter is damaged, or the base weights are not those it was trained on.
     """
     built = build_model(cfg, task, backend)
     if cfg.adapter.kind not in ("lora", "qlora"):
@@ -165,7 +146,7 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a PEFT adapter. Raises CheckpointError where the file is missing or damaged."""
+    """Read the tensors of a PEFT adapter."""
     path = folder / ADAPTER_WEIGHTS
     try:
         return load_file(path)
@@ -174,7 +155,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def read_reference(folder: Path) -> BaseReference:
-    """Read which base weights an adapter belongs to. Raises CheckpointError as `read_adapter` does."""
+    """Read which base weights an adapter belongs to."""
     path = folder / REFERENCE
     try:
         return BaseReference(**json.loads(path.read_text(encoding="utf-8")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from esm_neuron.training.evaluation import collect
 
 logger = logging.getLogger(__name__)
 
-
 BATCHES = 32
 """About how many batches a piece fills; its last one is half empty on average, which costs 1/64 of the work."""
 
@@ -45,7 +43,10 @@ def predict(
     resume: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> int:
-    """Write the predictions of a finished run for every record of `source`; windows of a long sequence are averaged.
+    """Write the predictions of a finished run for every record of `source`, in its order; return their number.
+
+    Windows of a long sequence are averaged. Raise EsmNeuronError where the run, its weights or a record cannot be used;
+    `target` is then unchanged.
 
     Args:
         model: output folder of a training run.
@@ -55,12 +56,6 @@ def predict(
         settings: words that overrule the run's, such as `--data.sequence_column seq`.
         resume: use the shards that a killed command left beside `target`.
         log: called with lines about what was read, left out or cut.
-
-    Returns:
-        Records written.
-
-    Raises:
-        EsmNeuronError: the run, the weights or a record cannot be used; `target` is then unchanged.
     """
     check_target(target, JOIN)
     spec = find_model(model, backend, settings, "predict")
@@ -73,35 +68,35 @@ def predict(
         made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
         return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
 
-    job = PredictionJob(command="predict", options={}, task=task, model=lambda built: built.model, write=write)
-    return predict_file(spec, job, source, target, resume, log)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictionJob:
-    """What a command does with the records of a file."""
-
-    command: str
-    options: Mapping[str, Any]
-    """What decides its predictions besides model and settings, in JSON's types."""
-    task: Task
-    model: Callable[[Built], nn.Module]
-    """Returns the network to run, given the one that was built."""
-    write: Callable[[ExampleTable, Sequence[np.ndarray]], Predictions]
-    """(records, what `collect` has found for them) -> their rows."""
-    batches: int = BATCHES
-    """About how many a piece fills."""
+    return predict_file(spec, task, source, target, write, resume, log, options={"command": "predict"})
 
 
 def predict_file(
-    spec: ModelSpec, job: PredictionJob, source: Path, target: Path, resume: bool, log: Callable[[str], None]
+    spec: ModelSpec,
+    task: Task,
+    source: Path,
+    target: Path,
+    write: Callable[[ExampleTable, Sequence[np.ndarray]], Predictions],
+    resume: bool,
+    log: Callable[[str], None],
+    *,
+    options: Mapping[str, Any],
+    network: Callable[[Built], nn.Module] = lambda built: built.model,
+    batches: int = BATCHES,
 ) -> int:
-    """Write `target` with the predictions for every record of `source`; return the number of records."""
+    """Write `target` with the predictions for every record of `source`; return the number of records.
+
+    Args:
+        write: makes rows of records and what `collect` has found for them.
+        options: what decides the predictions besides model and settings, in JSON's types.
+        network: returns the network to run, given what was built.
+        batches: about how many a piece fills.
+    """
     cfg = spec.cfg
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
         inputs = InputChunks(source, cfg.data)
-        tokens = piece_tokens(cfg, backend, job.batches)
+        tokens = piece_tokens(cfg, backend, batches)
 
         def pieces() -> Iterator[Piece[ExampleTable]]:
             return table_pieces(inputs, tokens)
@@ -109,13 +104,13 @@ def predict_file(
         scanned = scan(backend, pieces)
         rejected = tuple(inputs.rejected)
         log(inputs.report.summary())
-        built = raise_on_any_rank(backend, lambda: spec.load(job.task, backend))
-        model = job.model(built)
+        built = raise_on_any_rank(backend, lambda: spec.load(task, backend))
+        model = network(built)
 
         def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
-            return job.write(table, predict_table(model, job.task, backend, cfg, table, advance))
+            return write(table, predict_table(model, task, backend, cfg, table, advance))
 
-        identity = spec.identity(built, command=job.command, piece_tokens=tokens, **job.options)
+        identity = spec.identity(built, piece_tokens=tokens, **options)
         written = stream(backend, target, scanned, identity, pieces, predict_piece, resume, log)
         write_rejected(backend, target, rejected, log)
         return written
@@ -130,12 +125,16 @@ def write_rejected(backend: Backend, target: Path, rows: Sequence[Rejected], log
 
 
 def piece_tokens(cfg: TrainConfig, backend: Backend, batches: int = BATCHES) -> int:
-    """Return the most tokens that a piece of `batches` batches holds."""
     return batches * cfg.loop.eval_packs_per_device * backend.local_dp * cfg.data.pack_tokens
 
 
 def predict_table(
-    model: nn.Module, task: Task, backend: Backend, cfg: TrainConfig, table: ExampleTable, advance: Advance
+    model: nn.Module,
+    task: Task,
+    backend: Backend,
+    cfg: TrainConfig,
+    table: ExampleTable,
+    advance: Advance = lambda tokens: None,
 ) -> list[np.ndarray]:
     """Return the task's predictions for a table, made by this rank alone, see `evaluation.collect`."""
     loader = EvalLoader(table, task, cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)

@@ -81,15 +81,8 @@ def masked(tokens: np.ndarray, sites: Sequence[int]) -> Query:
 def query_table(queries: Sequence[Query]) -> ExampleTable:
     """Return the queries as examples, one per record."""
     offsets = np.cumsum([0, *(len(query.tokens) for query in queries)])
-    count = len(queries)
-    return ExampleTable(
-        tokens=np.concatenate([query.tokens for query in queries]),
-        offsets=offsets,
-        record=np.arange(count),
-        weight=np.ones(count, np.float32),
-        labels=np.empty(0, np.int64),
-        ids=[f"query {number}" for number in range(count)],
-    )
+    ids = [f"query {number}" for number in range(len(queries))]
+    return ExampleTable.of(np.concatenate([query.tokens for query in queries]), offsets, ids)
 
 
 def marginal(variant: Variant, log_p: np.ndarray) -> float:
@@ -106,7 +99,7 @@ class Scorer:
 
     def __init__(self, method: Method, wild_type: str | None) -> None:
         self.method = method
-        self._wild = None if wild_type is None else encode_many([wild_type])[0]
+        self._wild = encode_many([wild_type or ""])[0]
         self._known: np.ndarray | None = None
 
     def __call__(self, rows: Sequence[Row], run_model: RunModel) -> list[float]:
@@ -120,12 +113,12 @@ class Scorer:
 
     def _given_wild_type(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
         if self._known is None:
-            (self._known,) = run_model([Query(self._tokens(), np.arange(len(self._tokens()) - 2))])
+            (self._known,) = run_model([Query(self._wild, np.arange(len(self._wild) - 2))])
         return {sites: self._known[list(sites)] for sites in map(sites_of, variants)}
 
     def _given_the_rest(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
         wanted = [sites for sites in dict.fromkeys(map(sites_of, variants)) if sites]
-        predictions = run_model([masked(self._tokens(), sites) for sites in wanted]) if wanted else []
+        predictions = run_model([masked(self._wild, sites) for sites in wanted]) if wanted else []
         return dict(zip(wanted, predictions, strict=True))
 
     def _perplexities(self, sequences: Sequence[str], run_model: RunModel) -> list[float]:
@@ -137,28 +130,18 @@ class Scorer:
             found.append(float(np.exp(-np.mean(log_p))))
         return found
 
-    def _tokens(self) -> np.ndarray:
-        if self._wild is None:
-            raise ConfigError(f"--method {self.method} compares with a wild type; give --wild-type FILE")
-        return self._wild
+    def cost(self, row: Row, seen: set[tuple[int, ...]]) -> int:
+        """Return how many tokens the model gets for a row, given the sites of earlier rows of its piece."""
+        length = len(row.sequence)
+        if self.method == "pseudo-perplexity":
+            return length * (length + 2)
+        known = self.method == "wild-type-marginal" or not row.variant or sites_of(row.variant) in seen
+        return 0 if known else length + 2
 
 
 def sites_of(variant: Variant) -> tuple[int, ...]:
     """Return the substituted residues, counted from 0."""
     return tuple(each.index for each in variant)
-
-
-def tokens_of(method: Method) -> Callable[[Row, set[tuple[int, ...]]], int]:
-    """Return a function of a row and the sites of earlier rows of its piece: how many tokens the model gets for it."""
-
-    def cost(row: Row, seen: set[tuple[int, ...]]) -> int:
-        length = len(row.sequence)
-        if method == "pseudo-perplexity":
-            return length * (length + 2)
-        known = method == "wild-type-marginal" or not row.variant or sites_of(row.variant) in seen
-        return 0 if known else length + 2
-
-    return cost
 
 
 def score(
@@ -175,7 +158,7 @@ def score(
     resume: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
-    """Score every variant of a table, in its order, with the language-model head.
+    """Score every variant of a table, in its order, with the language-model head. Otherwise as `predict`.
 
     Args:
         model: output folder of a masked_lm run, a Hugging Face folder of ESM-2 with its LM head, or a hub id.
@@ -185,14 +168,10 @@ def score(
         wild_type: file with the one protein that variants are named after.
         columns: which columns are read.
         first_residue: number that the table gives to its first residue.
-        backend, settings, resume, log: as for `predict`.
 
     Returns:
         `method`, `rows`, and where a score column is named `n` (rows with a value), `spearman` and `spearman_ci`
         between it and the method's value, the pseudo-perplexity negated.
-
-    Raises:
-        EsmNeuronError: the model, the wild type or a row cannot be used; `target` is then unchanged.
     """
     check_target(target, JOIN)
     spec, columns = find_model(model, backend, settings, "score"), columns or VariantColumns()
@@ -213,12 +192,13 @@ def score(
         tokens = piece_tokens(cfg, backend_)
         if protein is not None and method == "masked-marginal":
             tokens = max(tokens, len(protein) * (len(protein) + 2))  # all single substitutions need no site twice
-        table = VariantTable(source, columns, cfg.data, protein, first_residue, compare, tokens, tokens_of(method))
+        scorer = Scorer(method, protein)
+        table = VariantTable(source, columns, cfg.data, protein, first_residue, compare, tokens, scorer.cost)
         scanned = scan(backend_, table)
         log = log if main else log_nothing
         log(table.summary())
         rejected = tuple(table.rejected)
-        task, scorer = Likelihood(TaskConfig(name="masked_lm"), ()), Scorer(method, protein)
+        task = Likelihood(TaskConfig(name="masked_lm"))
         built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
 
         def score_piece(rows: list[Row], advance: Advance) -> Predictions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ from torch import nn
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import BackendName, DataConfig, TrainConfig
-from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.sources import make_rows
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.errors import DataError
+from esm_neuron.files import finite
 from esm_neuron.inference.load import build_trained, read_run
+from esm_neuron.inference.predict import predict_table
 from esm_neuron.tasks.base import Task
-from esm_neuron.training.evaluation import collect
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,12 @@ class Predictor:
     def predict(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """Return the columns of `esm-neuron predict` for each (id, sequence), in order, with None for NaN.
 
-        Bad residues and long sequences are treated as the run's data section says.
-
-        Raises:
-            DataError: a sequence cannot be used.
+        Bad residues and long sequences are treated as the run's data section says. Raise DataError where a sequence
+        cannot be used.
         """
         table = _Request(records, self.cfg.data).read()
-        backend = self.backend
-        loader = EvalLoader(table, self.task, self.cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-        columns = self.task.outputs(table, collect(self.model, self.task, backend, loader))
+        predictions = predict_table(self.model, self.task, self.backend, self.cfg, table)
+        columns = self.task.outputs(table, predictions)
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
         return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
 
@@ -64,14 +60,9 @@ class _Request(InputChunks):
 
 
 def load(run: Path, backend: BackendName | None = None) -> Predictor:
-    """Load a finished run.
+    """Load a finished run from its output folder, to run on `backend`, by default where it was trained.
 
-    Args:
-        run: output folder of a training run.
-        backend: where to run; None: where it was trained.
-
-    Raises:
-        EsmNeuronError: the run or its weights cannot be used.
+    Raise EsmNeuronError where the run or its weights cannot be used.
     """
     cfg, task = read_run(run, backend)
     created = create_backend(cfg)
@@ -80,10 +71,4 @@ def load(run: Path, backend: BackendName | None = None) -> Predictor:
 
 def _plain(column: Sequence[Any] | np.ndarray) -> list[Any]:
     """Return a column as Python's own numbers, lists and strings, with None for what is not finite: JSON has no NaN."""
-    return [_finite(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value) for value in column]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [finite(value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value) for value in column]

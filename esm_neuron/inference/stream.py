@@ -36,7 +36,7 @@ from esm_neuron.files import claimed, new_file, write_json
 
 T = TypeVar("T")
 
-Advance = Callable[[int], None]
+Advance = Callable[[int], Any]
 """Called with the number of tokens that have just been predicted."""
 Predictions: TypeAlias = "pa.Table | dict[str, np.ndarray]"
 """Rows of a shard; or, for safetensors, record id -> its array."""
@@ -62,7 +62,7 @@ class InputScan:
     """What the first reading of the input has found."""
 
     tokens: tuple[int, ...]
-    """Tokens of each piece."""
+    """Of each piece."""
     digest: str
     """Hash of the whole input, in hexadecimal."""
 
@@ -70,8 +70,7 @@ class InputScan:
 def scan(backend: Backend, pieces: Pieces[T]) -> InputScan:
     """Read the input to its end before anything is predicted, so that a fault in its last record is found first.
 
-    Raises:
-        DataError: a record cannot be used, or the ranks read different ones.
+    Raise DataError where a record cannot be used, or the ranks read different ones.
     """
 
     def read() -> InputScan:
@@ -97,7 +96,7 @@ def stream(
     resume: bool,
     log: Callable[[str], None],
 ) -> int:
-    """Predict every piece and write `target`.
+    """Predict every piece and write `target`; return the number of rows, on every rank. A failure leaves it unchanged.
 
     Args:
         target: the output; its suffix is a key of `JOIN` or `.safetensors`.
@@ -105,13 +104,6 @@ def stream(
         identity: model and settings that decide the predictions; a resumed command must have the same.
         predict: returns the rows of a piece, in its order; called on all ranks of a tensor-parallel group.
         resume: use the shards that a killed command left.
-        log: called with a line about what is resumed.
-
-    Returns:
-        Rows written, on every rank.
-
-    Raises:
-        EsmNeuronError: a piece cannot be predicted, or there are shards of another command. `target` is unchanged.
     """
     shards, topology, count = Shards(target), backend.topology, len(scanned.tokens)
     with ExitStack() as held:
@@ -131,12 +123,9 @@ def stream(
             disable=not (topology.is_main and sys.stderr.isatty()),
         )
 
-        def advance(tokens: int) -> None:
-            bar.update(tokens)
-
         def work() -> None:
             for number, piece in _chosen(pieces(), mine, scanned.digest):
-                predictions = predict(piece.content, advance)
+                predictions = predict(piece.content, bar.update)
                 if topology.tp_rank == 0:
                     shards.write(number, predictions)
 
@@ -169,11 +158,7 @@ HEADER_LIMIT = 100_000_000
 
 
 class Shards:
-    """The shards of one output.
-
-    Args:
-        target: the output; its suffix is its format.
-    """
+    """The shards of one output, `target`, whose suffix is its format."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -184,12 +169,7 @@ class Shards:
     def begin(self, identity: Mapping[str, Any], resume: bool) -> list[int]:
         """Make the folder, or enter the one that a killed command left; return the numbers of the shards in it.
 
-        Args:
-            identity: what the predictions are made from, in JSON's types.
-            resume: whether shards may be there.
-
-        Raises:
-            ConfigError: there are shards and `resume` is False, or they were made from something else.
+        Raise ConfigError where there are shards and `resume` is False, or they were made with another `identity`.
         """
         done = sorted(int(path.stem) for path in self.folder.glob(f"[0-9]*{self._suffix}"))
         require(
@@ -211,10 +191,9 @@ class Shards:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         try:
-            known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); remove that folder to start again") from error
-        return known
 
     def check_shared(self) -> None:
         """Raise ConfigError where this rank does not see the folder that the main rank has made."""
@@ -224,7 +203,6 @@ class Shards:
         )
 
     def path(self, number: int) -> Path:
-        """Return where shard `number`, from 0, is or will be."""
         return self.folder / f"{number:08d}{self._suffix}"
 
     def write(self, number: int, predictions: Predictions) -> None:
@@ -236,11 +214,7 @@ class Shards:
                 save_file(predictions, aside)
 
     def join(self, count: int) -> int:
-        """Write the output from shards 0 to `count` - 1, remove them, and return its number of rows or arrays.
-
-        Raises:
-            DataError: a shard is missing.
-        """
+        """Write the output from shards 0 to `count` - 1, remove them, and return its number of rows or arrays."""
         paths = [self.path(number) for number in range(count)]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:

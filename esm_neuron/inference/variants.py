@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from esm_neuron.config import DataConfig, require
@@ -41,15 +41,10 @@ Variant = tuple[Substitution, ...]
 
 
 def parse_variant(text: str, wild_type: str, first: int = 1) -> Variant:
-    """Return the substitutions that a variant's name stands for.
+    """Return the substitutions that a name such as `A42G:L50P` or `WT` stands for.
 
-    Args:
-        text: such as `A42G:L50P`, or `WT`.
-        wild_type: the sequence, in upper case.
-        first: number of its first residue.
-
-    Raises:
-        ValueError: the name is wrong; the message says how and what to do, in one line.
+    `wild_type` is the sequence in upper case, `first` the number of its first residue. Raise ValueError where the name
+    is wrong; the message says how and what to do, in one line.
     """
     if text.strip().upper() == WILD_TYPE:
         return ()
@@ -89,11 +84,7 @@ def _substitution(text: str, wild_type: str, first: int) -> Substitution:
 
 
 def difference(sequence: str, wild_type: str) -> Variant:
-    """Return the substitutions that turn `wild_type` into `sequence`, both in upper case.
-
-    Raises:
-        ValueError: lengths differ, or a residue is not one of the 20 amino acids.
-    """
+    """Return the substitutions that turn `wild_type` into `sequence`, both in upper case; else raise ValueError."""
     if len(sequence) != len(wild_type):
         raise ValueError(
             f"the sequence has {len(sequence)} residues, the wild type {len(wild_type)}; marginals are for "
@@ -121,16 +112,16 @@ def mutated(wild_type: str, variant: Variant) -> str:
 class VariantColumns:
     """Which columns of a table are read."""
 
-    variant: str | None = "variant"
-    """Substitutions such as `A42G:L50P`; None where `sequence` is read instead."""
+    variant: str = "variant"
+    """Substitutions such as `A42G:L50P`."""
     sequence: str | None = None
-    """Whole sequences."""
+    """Whole sequences, which are read instead."""
     score: str | None = None
     """Measured values."""
 
     @property
     def what(self) -> str:
-        """The column that names a row: `variant` or `sequence`."""
+        """Return which column names a row: `variant` or `sequence`."""
         return "variant" if self.sequence is None else "sequence"
 
 
@@ -147,40 +138,34 @@ class Row:
     """NaN where the table has nothing."""
 
 
+@dataclass
 class VariantTable:
-    """The rows of a table in its order, cut into pieces; can be read any number of times.
+    """The rows of a table in its order, cut into pieces; can be read any number of times."""
 
-    Args:
-        path: CSV, TSV, JSONL or Parquet.
-        columns: which columns are read.
-        cfg: `max_residues`, and what is done with a row that cannot be scored: `on_bad_residue` strict or skip.
-        wild_type: the protein, in upper case; None where sequences need none.
-        first: number of its first residue.
-        compare: whether sequences are turned into variants, by comparing them with the wild type.
-        tokens: most tokens in a piece of several rows, as `cost` counts them.
-        cost: returns the tokens that the model gets for a row, given the sites of earlier rows of its piece.
-    """
+    path: Path
+    columns: VariantColumns
+    cfg: DataConfig
+    """For `max_residues`, and what is done with a row that cannot be scored: `on_bad_residue` strict or skip."""
+    wild_type: str | None
+    """In upper case; None where sequences need none."""
+    first: int
+    """Number of the wild type's first residue."""
+    compare: bool
+    """Whether sequences are turned into variants, by comparing them with the wild type."""
+    tokens: int
+    """Most tokens in a piece of several rows, as `cost` counts them."""
+    cost: Callable[[Row, set[tuple[int, ...]]], int]
+    """Returns the tokens that the model gets for a row, given the sites of earlier rows of its piece."""
+    rows: int = 0
+    unmeasured: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+    """The rows that the last reading left out."""
 
-    def __init__(
-        self,
-        path: Path,
-        columns: VariantColumns,
-        cfg: DataConfig,
-        wild_type: str | None,
-        first: int,
-        compare: bool,
-        tokens: int,
-        cost: Callable[[Row, set[tuple[int, ...]]], int],
-    ) -> None:
+    def __post_init__(self) -> None:
         require(
-            cfg.on_bad_residue != "replace",
+            self.cfg.on_bad_residue != "replace",
             "data.on_bad_residue=replace: a variant cannot be replaced; use strict, or skip to leave such rows out",
         )
-        self._path, self._columns, self._cfg, self._tokens, self._cost = path, columns, cfg, tokens, cost
-        self._wild_type, self._first, self._compare = wild_type, first, compare
-        self.rows = self.unmeasured = 0
-        self.rejected: list[Rejected] = []
-        """The rows that the last reading left out."""
 
     def summary(self) -> str:
         """Return one line about what the last reading found."""
@@ -189,38 +174,34 @@ class VariantTable:
             parts.append(f"{len(self.rejected)} skipped because they cannot be scored")
         if self.unmeasured:
             parts.append(f"{self.unmeasured} without a measured value")
-        return f"{self._path}: " + "; ".join(parts)
+        return f"{self.path}: " + "; ".join(parts)
 
     def __call__(self) -> Iterator[Piece[list[Row]]]:
-        """Yield the pieces.
-
-        Raises:
-            DataError: the table or a row cannot be used; raised after the last piece.
-        """
+        """Yield the pieces. Raise DataError, after the last of them, where the table or a row cannot be used."""
         rows, seen, tokens = list[Row](), set[tuple[int, ...]](), 0
         for row in self._usable():
-            cost = self._cost(row, seen)
-            if rows and (tokens + cost > self._tokens or len(rows) == CHUNK_ROWS):
+            cost = self.cost(row, seen)
+            if rows and (tokens + cost > self.tokens or len(rows) == CHUNK_ROWS):
                 yield _piece(rows, tokens)
                 rows, seen, tokens = [], set(), 0
-                cost = self._cost(row, seen)
+                cost = self.cost(row, seen)
             rows.append(row)
             seen.add(tuple(each.index for each in row.variant))
             tokens += cost
         yield _piece(rows, tokens)
 
     def _usable(self) -> Iterator[Row]:
-        problems = Problems(str(self._path))
+        problems = Problems(str(self.path))
         self.rows, self.unmeasured, self.rejected = 0, 0, []
-        for line, values in read_records(self._path, self._wanted()):
+        for line, values in read_records(self.path, self._wanted()):
             self.rows += 1
-            measured = values[1].strip() if self._columns.score else ""
+            measured = values[1].strip() if self.columns.score else ""
             try:
                 row = self._row(values[0].strip(), self._number(measured))
             except ValueError as error:
-                if self._cfg.on_bad_residue == "skip":
+                if self.cfg.on_bad_residue == "skip":
                     text = values[0].strip()
-                    self.rejected.append(Rejected(str(self._path), line, text, str(error), "left out"))
+                    self.rejected.append(Rejected(str(self.path), line, text, str(error), "left out"))
                 else:
                     problems.add(line, f"{error}, or leave such rows out with --data.on_bad_residue skip")
                 continue
@@ -230,36 +211,37 @@ class VariantTable:
         problems.raise_any()
         if self.rows == len(self.rejected):
             raise DataError(
-                f"{self._path}: none of its {self.rows} rows can be scored; check --wild-type and the columns"
+                f"{self.path}: none of its {self.rows} rows can be scored; check --wild-type and the columns"
             )
 
     def _wanted(self) -> list[Column]:
-        source = self._columns.variant if self._columns.sequence is None else self._columns.sequence
-        wanted = [Column(self._columns.what, str(source), f"--{self._columns.what}-column")]
-        return wanted + ([Column("score", self._columns.score, "--score-column")] if self._columns.score else [])
+        columns = self.columns
+        source = columns.variant if columns.sequence is None else columns.sequence
+        wanted = [Column(columns.what, source, f"--{columns.what}-column")]
+        return wanted + ([Column("score", columns.score, "--score-column")] if columns.score else [])
 
     def _row(self, text: str, measured: float) -> Row:
         if not text:
-            raise ValueError(f"the {self._columns.what} is empty; fill it in")
-        if self._columns.what == "variant":
-            wild_type = self._wild_type or ""
-            variant = parse_variant(text, wild_type, self._first)
+            raise ValueError(f"the {self.columns.what} is empty; fill it in")
+        if self.columns.what == "variant":
+            wild_type = self.wild_type or ""
+            variant = parse_variant(text, wild_type, self.first)
             return Row(text, variant, mutated(wild_type, variant), measured)
         sequence = text.upper()
         bad = bad_residues(sequence)
         if bad is not None:
             where = f"{bad.character!r} at residue {bad.position}"
             raise ValueError(f"the sequence has {where}, outside the ESM alphabet; correct it")
-        if len(sequence) > self._cfg.max_residues:
+        if len(sequence) > self.cfg.max_residues:
             raise ValueError(f"the sequence has {len(sequence)} residues, more than data.max_residues; raise it")
-        return Row(text, difference(sequence, self._wild_type or "") if self._compare else (), sequence, measured)
+        return Row(text, difference(sequence, self.wild_type or "") if self.compare else (), sequence, measured)
 
     def _number(self, text: str) -> float:
         if text == "" or text.lower() in ("nan", "na"):
             return math.nan
         value = to_number(text)
         if not math.isfinite(value):
-            raise ValueError(f"column {self._columns.score!r} has {quote(text)}, which is not a number; correct it")
+            raise ValueError(f"column {self.columns.score!r} has {quote(text)}, which is not a number; correct it")
         return value
 
 

@@ -7,7 +7,6 @@ and saving are left out. Prices and data of devices come from instances.yaml, or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,6 @@ from esm_neuron.planning.plan import RunPlan
 
 GIB = 2**30
 EXAMPLE = "esm_neuron/planning/instances.yaml"
-"""What a price list looks like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,6 @@ class Instance:
 
     kind: Literal["neuron", "gpu"]
     device: str
-    """Name of its accelerator."""
     devices: int
     """Accelerators (NeuronCores, GPUs) per machine."""
     gib: float
@@ -51,22 +48,14 @@ class Instance:
     prices: dict[str, float | None]
     """Market (`ec2`, `sagemaker`) -> dollars per hour on demand; None: not known."""
 
-    @property
-    def several(self) -> bool:
-        """Return whether several of them can train one model."""
-        return self.network is not None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """Assumptions behind an estimate."""
+    """Assumptions behind an estimate; instances.yaml says what they mean."""
 
     utilisation: float
-    """Share of `Instance.peak` that is reached, 0 to 1."""
     spot_share: float
-    """Spot price as a share of the price on demand, 0 to 1."""
     compile_minutes: float
-    """Minutes of neuronx-cc per graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +63,6 @@ class PriceList:
     """The content of a price list."""
 
     date: str
-    """When they were read."""
     region: str
     assumptions: Assumptions
     instances: dict[str, Instance]
@@ -109,11 +97,7 @@ class Estimate:
 
 @lru_cache
 def read_prices(path: Path | None = None) -> PriceList:
-    """Read a price list; None: the one of this package.
-
-    Raises:
-        ConfigError: the file cannot be read, or is not a price list.
-    """
+    """Read a price list, by default the one of this package. Raise ConfigError where it cannot be used."""
     values = read_yaml(Path(__file__).with_name("instances.yaml") if path is None else path, "--prices", EXAMPLE)
     try:
         return PriceList(
@@ -129,24 +113,14 @@ def read_prices(path: Path | None = None) -> PriceList:
 def estimates(
     cfg: TrainConfig, plan: RunPlan, shape: EsmShape, prices: PriceList, nodes: int = 1, market: str = "ec2"
 ) -> list[Estimate]:
-    """Estimate every legal tensor-parallel degree on every instance; refused ones have a reason.
-
-    Args:
-        cfg: the run.
-        plan: its plan, from `make_plan`.
-        shape: the model's.
-        prices: devices and prices.
-        nodes: instances of the job; if several, instances without a network are left out.
-        market: `ec2` or `sagemaker`.
-    """
+    """Estimate every legal tensor-parallel degree on `nodes` of every instance; refused ones have a reason."""
     made = []
     for name, instance in prices.instances.items():
-        if nodes > 1 and not instance.several:
+        if nodes > 1 and instance.network is None:
             continue
         legal = legal_tp(shape.heads, shape.intermediate, cfg.parallel.pad_heads)
         of_kind = NEURON_TP[instance.devices] if instance.kind == "neuron" else (1,)
-        for tp in (tp for tp in of_kind if tp in legal):
-            made.append(_estimate(cfg, plan, shape, prices, name, nodes, tp, market))
+        made += [_estimate(cfg, plan, shape, prices, name, nodes, tp, market) for tp in of_kind if tp in legal]
     return made
 
 
@@ -155,9 +129,8 @@ def _estimate(
 ) -> Estimate:
     instance, assumed = prices.instances[name], prices.assumptions
     dp = instance.devices * nodes // tp
-    there = replace(
-        cfg, backend="neuron" if instance.kind == "neuron" else "cuda", parallel=replace(cfg.parallel, tp=tp)
-    )
+    backend = "neuron" if instance.kind == "neuron" else "cuda"
+    there = replace(cfg, backend=backend, parallel=replace(cfg.parallel, tp=tp))
     memory = predict_memory(there, shape, dp)
     held, peak = memory.state / GIB, memory.total / GIB
     place = Estimate(instance=name, nodes=nodes, tp=tp, dp=dp, state_gib=held, peak_gib=peak)
@@ -198,26 +171,12 @@ def trained_parameters(cfg: TrainConfig, shape: EsmShape) -> int:
 
 
 def step_seconds(
-    cfg: TrainConfig,
-    shape: EsmShape,
-    instance: Instance,
-    nodes: int,
-    tp: int,
-    slots: float,
-    passes: int,
-    utilisation: float,
+    cfg: TrainConfig, shape: EsmShape, instance: Instance, nodes: int, tp: int, slots: float, passes: int, share: float
 ) -> float:
-    """Return the seconds of an optimizer step, by the roofline of this module.
+    """Return the seconds of an optimizer step by the roofline of this module.
 
-    Args:
-        cfg: the run.
-        shape: the model's.
-        instance: the machine.
-        nodes: how many of it.
-        tp: tensor-parallel degree.
-        slots: tokens of a step over all devices, padding included.
-        passes: forward passes of a step on a device.
-        utilisation: share of the peak that is reached.
+    The step has `slots` tokens over all devices, padding included, in `passes` forward passes per device, and reaches
+    a `share` of the peak.
     """
     bf16 = cfg.loop.precision == "bf16"
     dp = instance.devices * nodes // tp
@@ -226,7 +185,7 @@ def step_seconds(
     # forward, gradients of the inputs, and forward again
     runs = 1 if cfg.adapter.kind == "head" else 2 + cfg.model.gradient_checkpointing
     flops = runs * forward + (2 * linear if cfg.adapter.kind == "none" else 0)
-    rate = instance.peak["bf16" if bf16 else "fp32"] * 1e12 * utilisation
+    rate = instance.peak["bf16" if bf16 else "fp32"] * 1e12 * share
     products = flops * slots / (dp * tp) / rate
     reading = passes * runs * linear * (2 if bf16 else 4) / tp / (instance.memory * 1e9)
     # ring all-reduce: 2 (n - 1) / n of the bytes cross each link; two all-reduces per block and direction
@@ -275,13 +234,7 @@ def _money(dollars: float | None) -> str:
 
 
 def price_of(name: str, prices: PriceList) -> tuple[str, str]:
-    """Return (instance, market) of a name as a user writes it: with `ml.` it is SageMaker's.
-
-    Raises:
-        ConfigError: the price list does not have the instance.
-    """
-    plain = name.removeprefix("ml.")
-    if plain not in prices.instances:
-        known: Mapping[str, Instance] = prices.instances
-        raise ConfigError(f"--instance {name}: not in the price list; use {', '.join(known)}, or give --prices FILE")
+    """Return (instance, market) of a name as a user writes it: with `ml.` it is SageMaker's."""
+    plain, known = name.removeprefix("ml."), ", ".join(prices.instances)
+    require(plain in prices.instances, f"--instance {name}: not in the price list; use {known}, or give --prices FILE")
     return plain, "sagemaker" if name.startswith("ml.") else "ec2"

@@ -11,20 +11,12 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 
 from esm_neuron.backends import import_object
-from esm_neuron.backends.neuron_env import (
-    CURE,
-    PACKAGES,
-    PLACEHOLDERS,
-    SETTINGS,
-    apply_settings,
-    installed_version,
-)
+from esm_neuron.backends.neuron_env import CURE, PACKAGES, PLACEHOLDERS, SETTINGS, apply_settings, installed_version
 from esm_neuron.backends.survey import Lack, Survey
 from esm_neuron.config import TrainConfig
 from esm_neuron.config.backends import BACKENDS
 
 SHOWN = ("esm-neuron", "torch", "torch_xla", "transformers", "peft", "bitsandbytes", "optimum-neuron", *PACKAGES)
-"""Packages whose versions are printed."""
 
 
 @dataclass(frozen=True)
@@ -52,44 +44,36 @@ class Diagnosis:
     """Backend -> what it lacks; empty where it can run."""
 
 
-def examine(cfg: TrainConfig, env: Mapping[str, str] | None = None) -> Diagnosis:
-    """Look at this machine; starts the runtime of torch_xla where there is one and no Neuron device it would claim.
+def examine(cfg: TrainConfig) -> Diagnosis:
+    """Look at this machine; `cfg` decides which variables apply.
 
-    Args:
-        cfg: decides which variables apply.
-        env: the environment; None: this process's.
+    Starts the runtime of torch_xla where there is one and no Neuron device that it would claim.
     """
     versions = {"python": platform.python_version(), **{name: installed_version(name) for name in SHOWN}}
     return Diagnosis(
         versions=versions,
         devices={name: survey_of(name).devices() for name in BACKENDS},
-        environment=environment(cfg, dict(os.environ if env is None else env)),
-        lacks={name: tuple(lacks(name, env)) for name in BACKENDS},
+        environment=environment(cfg, dict(os.environ)),
+        lacks={name: tuple(lacks(name)) for name in BACKENDS},
     )
 
 
 def survey_of(backend: str) -> Survey:
-    """Return the backend's own look at this machine."""
     survey: Survey = import_object(BACKENDS[backend].survey)()
     return survey
 
 
-def lacks(backend: str, env: Mapping[str, str] | None = None) -> list[Lack]:
-    """Return what `backend` needs and does not find; `env`: the environment, None: this process's."""
+def lacks(backend: str) -> list[Lack]:
+    """Return what `backend` needs and does not find, with the cures."""
     survey = survey_of(backend)
     found = missing_packages("", Survey.install)
     if survey.extra:
         found += missing_packages(survey.extra, survey.install)
-    return found + survey.lacks(os.environ if env is None else env)
+    return found + survey.lacks(os.environ)
 
 
 def missing_packages(extra: str, install: str) -> list[Lack]:
-    """Return the requirements of esm-neuron, or of its `extra`, that are missing or of another version.
-
-    Args:
-        extra: "" for what is always required.
-        install: the command that installs them.
-    """
+    """Return the requirements of esm-neuron ("") or of one of its extras that are missing or of another version."""
     try:
         texts = importlib.metadata.requires("esm-neuron") or []
     except importlib.metadata.PackageNotFoundError:
@@ -105,25 +89,25 @@ def missing_packages(extra: str, install: str) -> list[Lack]:
         elif requirement.name in PACKAGES and version in PLACEHOLDERS:
             found.append(Lack(f"{requirement.name} {version} is an empty placeholder of the general index", CURE))
         elif not requirement.specifier.contains(version, prereleases=True):
-            what = f"{requirement.name} {version} is not {requirement.specifier}"
-            found.append(Lack(what, install))
+            found.append(Lack(f"{requirement.name} {version} is not {requirement.specifier}", install))
     return found
 
 
 def environment(cfg: TrainConfig, env: dict[str, str]) -> tuple[Variable, ...]:
-    """The variables of the neuron backend as a process of it would see them, several nodes not assumed."""
+    """Return the variables of the neuron backend as a process of it would see them, on one node."""
     after = dict(env)
     written = apply_settings(cfg, nodes=False, env=after)
-    rows = []
-    for setting in SETTINGS:
-        ours, theirs = setting.name in written, setting.name in env
-        who = {(True, True): "both", (True, False): "esm-neuron", (False, True): "user", (False, False): "nobody"}
-        rows.append(Variable(setting.name, after.get(setting.name), who[ours, theirs], setting.meaning))
-    return tuple(rows)
+    # (written by us, set by the user) -> who it is said to be set by
+    who = {(True, True): "both", (True, False): "esm-neuron", (False, True): "user", (False, False): "nobody"}
+    return tuple(
+        Variable(
+            setting.name, after.get(setting.name), who[setting.name in written, setting.name in env], setting.meaning
+        )
+        for setting in SETTINGS
+    )
 
 
 def render(diagnosis: Diagnosis) -> str:
-    """The diagnosis for a person."""
     lines = ["versions"]
     for name, version in diagnosis.versions.items():
         empty = name in PACKAGES and version in PLACEHOLDERS

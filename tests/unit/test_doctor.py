@@ -95,6 +95,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "/dev/neuron" in text and "constraints/neuron.txt" in text
     assert "cpu                  can run here" in text
+    assert cli.main(["doctor", "--backend", "wrong"]) == 2
+    assert "backend=wrong is unknown; use one of cpu, cuda, xla, neuron" in capsys.readouterr().err
 
 
 def test_the_report_marks_placeholders() -> None:
