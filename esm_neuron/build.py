@@ -26,19 +26,12 @@ class Built:
     """On its device; `PeftModel` where adapters were added."""
     config: EsmConfig
     source: WeightSource
-    """Its base weights, still readable."""
     report: LoadReport
     quantized: bool = False
-    """Whether linears of the blocks are kept in few bits."""
 
 
 def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
-    """Build on meta, shard, load slices (and quantize each as it comes), adapt, prepare.
-
-    Raises:
-        ConfigError: the model cannot be found, or does not fit the adapter or the parallel plan.
-        CheckpointError: its weights are damaged, or do not match the architecture.
-    """
+    """Build on meta, shard, load slices (and quantize each as it comes), adapt, prepare."""
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = model_config(cfg, task, pretrained)
     with torch.device("meta"):

@@ -25,11 +25,7 @@ def import_object(name: str) -> Any:
 
 
 def create_backend(cfg: TrainConfig) -> Backend:
-    """Return the backend that `cfg.backend` names; its vendor packages are imported only now.
-
-    Raises:
-        ConfigError: a package or device it needs is missing, or the world or the settings do not fit it.
-    """
+    """Return the backend that `cfg.backend` names, importing its vendor packages; raise ConfigError where one lacks."""
     check_backend(cfg)
     backend: Backend = import_object(BACKENDS[cfg.backend].make)(cfg)
     return backend
@@ -37,12 +33,7 @@ def create_backend(cfg: TrainConfig) -> Backend:
 
 @contextmanager
 def opened_backend(cfg: TrainConfig) -> Iterator[Backend]:
-    """Create the backend and close it at the end; after an error without waiting for peers, which may be gone.
-
-    Raises:
-        ConfigError: as `create_backend`.
-        TrainingError: a collective within the block failed because a peer is gone or does not answer.
-    """
+    """Create the backend and close it at the end; after an error without waiting for peers, which may be gone."""
     from esm_neuron.backends.base import from_peers
 
     backend = create_backend(cfg)

@@ -41,7 +41,6 @@ class Trained:
 
     name: str
     parameter: nn.Parameter
-    """This process's part, in the model."""
     master: Tensor
     """What the optimizer updates: the parameter itself, or a copy of some of its rows (ZeRO-1)."""
     state: dict[str, Any]
@@ -129,14 +128,9 @@ class Backend:
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
         """Sum gradients over data-parallel ranks, divide by the global weight, clip, update, zero the gradients.
 
-        Where the loss or the norm is not finite, weights, moments and their count of steps stay as they are.
-
-        Args:
-            totals: [2] on the device: this rank's loss sum and weight since the last step; becomes all ranks' sums.
-            max_norm: clip to this norm of the normalized gradient; 0 for no clipping.
-
-        Returns:
-            The norm before clipping, a scalar on the device, the same on every rank; not finite where nothing moved.
+        `totals`, [2] on the device, is this rank's loss sum and weight since the last step; it becomes all ranks' sums.
+        A `max_norm` of 0 is no clipping. Return the norm before clipping, a scalar on the device, the same on every
+        rank; where it or the loss is not finite, weights, moments and their count of steps stay as they are.
         """
         totals = self.all_reduce(totals)
         return normalise_clip_update(trainable(model), optimizer, totals, max_norm, lazy=self.static_shapes)
@@ -186,10 +180,7 @@ class Backend:
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return whole tensors on the host: trained parameters, and optimizer state (`name/exp_avg`...).
-
-        Called by all ranks; only rank 0 gets them.
-        """
+        """Return whole parameters and optimizer state (`name/exp_avg`...) on rank 0's host; called by all ranks."""
         weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         for item in trained(model, optimizer):
@@ -207,11 +198,7 @@ class Backend:
         weights: Mapping[str, Tensor],
         moments: Mapping[str, Tensor],
     ) -> None:
-        """Put back what `gather_state` returned, at any world size, without making new tensors.
-
-        Raises:
-            CheckpointError: names or shapes differ from the model's.
-        """
+        """Put back what `gather_state` returned, at any world size, without making new tensors."""
         self._load_weights(model, weights)
         for item in trained(model, optimizer):
             if item.master is not item.parameter:
@@ -287,7 +274,6 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Trai
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained, in the model's order."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -309,7 +295,6 @@ def startable(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def make_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Make AdamW's state before its first step."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {
@@ -360,17 +345,9 @@ def normalise_clip_update(
 ) -> Tensor:
     """Turn summed gradients into the mean's, clip them, update, and zero the buffers in place.
 
-    A loss or a norm that is not finite updates nothing: weights, moments and their count of steps stay as they are.
-
-    Args:
-        parameters: whose `grad` holds the gradient of the loss summed over the whole step.
-        totals: [2], the step's loss sum and its weight over all ranks; a weight of 0 leaves zero gradients.
-        max_norm: as in `Backend.step`.
-        total_norm: the norm over all ranks of this rank's gradients.
-        lazy: True where reading a value would break a compiled graph: the update is made, and undone on the device.
-
-    Returns:
-        The norm of the mean's gradient before clipping, a scalar; not finite where nothing was updated.
+    `totals`, [2], is the step's loss sum and weight over all ranks; a weight of 0 leaves zero gradients. `total_norm`
+    takes the norm over all ranks. With `lazy`, where reading a value would break a compiled graph, an update by a norm
+    that is not finite is made and undone on the device. Otherwise as `Backend.step`.
     """
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     scale = mean_scale(totals)
@@ -436,11 +413,7 @@ def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
 
 @contextmanager
 def from_peers(topology: Topology) -> Iterator[None]:
-    """Turn a lost peer's failure within the block into one line of this rank; any other error goes up as it is.
-
-    Raises:
-        TrainingError: a peer has ended, or has not answered within the process group's time.
-    """
+    """Turn a lost peer's failure within the block into a TrainingError of one line; any other goes up as it is."""
     try:
         yield
     except RuntimeError as error:
@@ -461,7 +434,6 @@ def mix_seed(*numbers: int) -> int:
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the host."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

@@ -60,11 +60,6 @@ class CudaBackend(EagerBackend):
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """Return the GPU of a process of this node.
-
-    Raises:
-        ConfigError: torch finds no GPU, or fewer than there are processes.
-    """
     built = torch.version.cuda is not None
     why = "it finds no GPU" if built else f"torch {torch.__version__} is built without CUDA"
     require(
@@ -82,11 +77,7 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 def paged_adamw8bit(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """Return the optimizer with its state made; parameters of fewer than 4,096 numbers keep float32 moments.
-
-    Raises:
-        ConfigError: bitsandbytes is missing.
-    """
+    """Return the optimizer with its state made; parameters of fewer than 4,096 numbers keep float32 moments."""
     optim = bitsandbytes("bitsandbytes.optim.adamw", "optim.kind=adamw8bit", "optim.kind=adamw")
     optimizer: Any = optim.PagedAdamW8bit(startable(groups), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
     for number, group in enumerate(optimizer.param_groups):

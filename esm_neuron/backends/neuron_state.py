@@ -19,8 +19,6 @@ Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]
 
 @dataclass(frozen=True)
 class ShardedState:
-    """The way between the shards of all processes and whole tensors."""
-
     topology: Topology
     heads: int
     """Attention heads of the model, without padding."""
@@ -28,11 +26,7 @@ class ShardedState:
     """Host process groups of this rank: tensor-parallel, data-parallel."""
 
     def whole(self, name: str, value: Tensor, rows: int | None) -> Tensor:
-        """Join `value`, this rank's shard of the parameter `name` or of its moments; all ranks take part.
-
-        Args:
-            rows: rows of the tensor-parallel part, where `value` holds only some of them (ZeRO-1); None: all.
-        """
+        """Join all ranks' shards of a parameter or a moment; `rows`: of a rank's part, which ZeRO-1 cuts; None: all."""
         if value.ndim == 0:
             return value.clone()
         tp, dp = self.groups

@@ -23,11 +23,7 @@ from esm_neuron.models.tensor_parallel import cut_of
 
 
 def create(cfg: TrainConfig) -> XlaBackend:
-    """Return the `xla` backend: SPMD over all devices of this process where it has several, else its only device.
-
-    Raises:
-        ConfigError: torch_xla is missing, or processes, devices and `parallel` do not fit.
-    """
+    """Return the `xla` backend: SPMD over all devices of this process where it has several, else its only device."""
     import_torch_xla()
     from torch_xla import runtime
 

@@ -26,11 +26,8 @@ class Topology:
     """
 
     rank: int = 0
-    """Index among all processes."""
     local_rank: int = 0
-    """Index among the processes of this node."""
     world: int = 1
-    """Number of processes."""
     tp: int = 1
     """Processes that share one copy of the model."""
     stride: int = 1
@@ -83,16 +80,7 @@ class Topology:
 
     @classmethod
     def from_env(cls, tp: int = 1, *, neuron: bool = False, env: Mapping[str, str] | None = None) -> Topology:
-        """The place that torchrun (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE) gave this process, or alone.
-
-        Args:
-            tp: the value of `parallel.tp`.
-            neuron: lay out the tensor-parallel groups as NxD does on trn1.
-            env: the environment; None is this process's.
-
-        Raises:
-            ConfigError: tp does not divide the world, or a variable is no number.
-        """
+        """The place that torchrun's variables give this process, or alone; with `neuron` in groups as NxD's on trn1."""
         env = os.environ if env is None else env
         world = _integer(env, "WORLD_SIZE", 1)
         local_world = _integer(env, "LOCAL_WORLD_SIZE", world)
@@ -107,19 +95,7 @@ class Topology:
     def validate(
         self, heads: int, hidden: int, intermediate: int, model: str, pad_heads: bool = False, can_pad: bool = True
     ) -> None:
-        """Check that `tp` cuts the model's linears evenly.
-
-        Args:
-            heads: attention heads. With `pad_heads`, zero heads are added until tp divides them.
-            hidden: hidden size, not cut itself unless it is heads times their width.
-            intermediate: width of the feed-forward layer.
-            model: its name, for the message.
-            pad_heads: the value of `parallel.pad_heads`.
-            can_pad: whether the backend could pad, for the message.
-
-        Raises:
-            ConfigError: with the degrees that fit.
-        """
+        """Raise ConfigError unless `tp` cuts the linears of `model` evenly; `can_pad`: padding may be the cure."""
         if hidden % heads:
             raise ConfigError(f"hidden size {hidden} of {model} is not a multiple of its {heads} attention heads")
         legal = legal_tp(heads, intermediate, pad_heads)
@@ -132,15 +108,7 @@ class Topology:
         raise ConfigError(f"tp={self.tp} does not divide {heads} attention heads of {model}; {cure}")
 
     def validate_neuron(self, cores: int, local_world: int) -> None:
-        """Check what the Neuron runtime can form groups of.
-
-        Args:
-            cores: NeuronCores of this node, 2 (trn1.2xlarge) or 32 (trn1.32xlarge).
-            local_world: processes on this node.
-
-        Raises:
-            ConfigError: with the numbers that work.
-        """
+        """Raise ConfigError unless the Neuron runtime can form groups of these processes on a node of `cores` cores."""
         name = next((name for name, have in NEURON_CORES.items() if have == cores), None)
         if name is None:
             have = ", ".join(f"{name} ({n})" for name, n in NEURON_CORES.items())
@@ -167,7 +135,6 @@ def neuron_stride(tp: int, local_world: int) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """Return all divisors of a positive number, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 

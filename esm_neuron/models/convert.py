@@ -6,7 +6,6 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,30 +28,13 @@ COMPANIONS = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "
 """What a tokenizer needs; copied where it is there."""
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What `convert` wrote."""
-
-    tensors: int
-    bytes: int
-    """Of the weight files."""
-    shards: int
-
-
-def convert(source: Path, target: Path, max_shard_bytes: int = SHARD_BYTES) -> Converted:
+def convert(source: Path, target: Path, max_shard_bytes: int = SHARD_BYTES) -> None:
     """Write the weights of the Hugging Face folder `source` to a new folder `target` as safetensors.
 
     Every key stays, in its dtype; a tied tensor is written under each of its names. At most one shard is held in memory
-    (the source is mapped), and `target` appears complete or not at all.
-
-    Args:
-        source: holds config.json and pytorch_model.bin, or its shards and index.
-        target: must not exist.
-        max_shard_bytes: largest shard written; a larger tensor gets a shard of its own.
-
-    Raises:
-        ConfigError: `source` has no pickle weights or is no ESM-2, or `target` exists.
-        CheckpointError: a shard is missing, damaged, disagrees with the index, or holds anything but tensors.
+    (the source is mapped), and `target` appears complete or not at all. A tensor larger than `max_shard_bytes` gets a
+    shard of its own. Raise ConfigError where `source` is no ESM-2 in pickles or `target` exists, CheckpointError where
+    a shard is missing, damaged, disagrees with the index, or holds anything but tensors.
     """
     if not source.is_dir():
         raise ConfigError(f"{source} is no folder; give the Hugging Face folder with {PICKLE} or {PICKLE_INDEX}")
@@ -62,11 +44,9 @@ def convert(source: Path, target: Path, max_shard_bytes: int = SHARD_BYTES) -> C
         write_shards(_tensors(source, files), aside, max_shard_bytes)
         for name in ("config.json", *(n for n in COMPANIONS if (source / n).is_file())):
             shutil.copyfile(source / name, aside / name)
-        written = SafetensorsFolder(aside)
         listed = {key for keys in files.values() if keys is not None for key in keys}
         if listed:
-            check_keys(source / PICKLE_INDEX, set(written.keys()), listed)
-        return Converted(len(written.keys()), written.nbytes, written.shards)
+            check_keys(source / PICKLE_INDEX, set(SafetensorsFolder(aside).keys()), listed)
 
 
 def _pickles(source: Path) -> dict[str, set[str] | None]:
@@ -93,11 +73,7 @@ def _tensors(source: Path, files: dict[str, set[str] | None]) -> Iterator[tuple[
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a torch file, mapped where its format allows. Code in the file is refused, never run.
-
-    Raises:
-        CheckpointError: the file is damaged, or holds anything but a flat mapping of names to tensors.
-    """
+    """Read the tensors of a torch file, mapped where its format allows. Code in the file is refused, never run."""
     mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

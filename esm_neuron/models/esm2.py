@@ -95,31 +95,19 @@ class PackedEsmModel(EsmModel):
         max_segments: int = 1,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Pack]:
-        """Encode packs.
+        """Return hidden states [R, L, H] and the pack they were computed with.
 
-        Args:
-            input_ids: int64 [R, L].
-            segment_ids: int64 [R, L]; None for one sequence per pack, as a tokenizer pads them.
-            positions: int64 [R, L], from 0 within each segment.
-            max_segments: S, the most segments in a pack.
-            attention_mask: [R, L], 1 for tokens and 0 for padding; read only where `segment_ids` is None.
-
-        Returns:
-            Hidden states [R, L, H] and the pack they were computed with.
+        Ids and positions (from 0 within each segment) are int64 [R, L]; `max_segments` is S. Without `segment_ids`
+        there is one sequence per pack, and `attention_mask` [R, L] is 1 for tokens and 0 for padding.
         """
         if segment_ids is None or positions is None:
-            segment_ids, positions = one_segment(input_ids, attention_mask)
+            used = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+            places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            segment_ids, positions = used - 1, places * used
         pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, self.attention)
         embedded = self.embeddings(input_ids=input_ids, pack=pack)
         hidden: Tensor = self.encoder(embedded, pack=pack).last_hidden_state
         return hidden, pack
-
-
-def one_segment(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return `segment_ids` and `positions`, int64 [R, L], of packs with a single sequence each."""
-    used = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return used - 1, positions * used
 
 
 _PACKED: dict[type[nn.Module], type[nn.Module]] = {

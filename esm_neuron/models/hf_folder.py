@@ -41,17 +41,7 @@ class SafetensorsFolder:
     """The weights of a Hugging Face folder, mapped and not loaded: a slice costs only its own bytes."""
 
     def __init__(self, path: Path, name: str | None = None, revision: str | None = None) -> None:
-        """Open the headers of `model.safetensors`, or of the shards in its index.
-
-        Args:
-            path: the folder.
-            name: what an adapter calls these weights; None for the folder itself.
-            revision: hub commit.
-
-        Raises:
-            ConfigError: no safetensors in the folder, or pickle files only.
-            CheckpointError: a shard is missing or damaged, or does not hold what the index says.
-        """
+        """Open the headers of the weight files; an adapter will call these weights `name` (None: the folder's)."""
         self.path, self.name, self.revision = path, name or str(path), revision
         index = path / INDEX
         if not (path / WEIGHTS).is_file() and index.is_file():
@@ -66,11 +56,9 @@ class SafetensorsFolder:
         self._file_of = {key: file for file, opened in self._files.items() for key in list(opened.keys())}
 
     def keys(self) -> frozenset[str]:
-        """Names of all tensors."""
         return frozenset(self._file_of)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
         return tuple(self._files[self._file_of[key]].get_slice(key).get_shape())
 
     def read(self, key: str, index: Index | None = None) -> torch.Tensor:
@@ -81,16 +69,6 @@ class SafetensorsFolder:
         tensor: torch.Tensor = piece.clone(memory_format=torch.contiguous_format)
         return tensor
 
-    @property
-    def shards(self) -> int:
-        """Number of weight files."""
-        return len(self._files)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the weight files, headers included."""
-        return sum((self.path / file).stat().st_size for file in self._files)
-
     @cached_property
     def _sums(self) -> list[str]:
         """SHA-256 of each weight file, sorted; reads every byte once, the first time it is asked."""
@@ -98,18 +76,13 @@ class SafetensorsFolder:
 
     @property
     def reference(self) -> BaseReference:
-        """Name and content sum."""
         sums = "\n".join(self._sums)
         return BaseReference(self.name, self.revision, hashlib.sha256(sums.encode()).hexdigest())
 
     def check_sum(self, wanted: str) -> None:
-        """Compare the weights with the SHA-256 of `model.sha256`.
-
-        Raises:
-            CheckpointError: they are others; names both sums.
-        """
+        """Raise CheckpointError unless the weights have the SHA-256 `wanted`, which is `model.sha256`."""
         lines = "".join(f"{each}\n" for each in self._sums)
-        found = self._sums[0] if self.shards == 1 else hashlib.sha256(lines.encode()).hexdigest()
+        found = self._sums[0] if len(self._sums) == 1 else hashlib.sha256(lines.encode()).hexdigest()
         if found != wanted.lower():
             raise CheckpointError(
                 f"{self.path}: its weights have SHA-256 {found}, model.sha256 is {wanted}; these are not the weights "
@@ -139,12 +112,7 @@ def open_safetensors(path: Path) -> Any:
 
 
 def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
-    """Read a Hugging Face index: file -> keys that it should hold.
-
-    Raises:
-        CheckpointError: not such an index, or a file name that is not a plain name ending in `suffix`: an index from
-            elsewhere must not make us read outside its folder.
-    """
+    """Read a Hugging Face index: file -> keys that it should hold."""
     try:
         weight_map = read_json(path)["weight_map"]
         pairs = list(weight_map.items())
@@ -153,7 +121,7 @@ def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
             f"{path} is no index of shards ({one_line(error)}); fetch the checkpoint again"
         ) from error
     files: dict[str, set[str]] = {}
-    for key, file in pairs:
+    for key, file in pairs:  # an index from elsewhere must not make us read outside its folder
         if not isinstance(file, str) or not file.endswith(suffix) or Path(file).name != file or "\\" in file:
             raise CheckpointError(f"{path}: {key} is said to be in {file!r}; a shard is a file beside it, *{suffix}")
         files.setdefault(file, set()).add(key)
@@ -173,12 +141,7 @@ def check_keys(path: Path, found: set[str], listed: set[str]) -> None:
 
 @contextmanager
 def fresh_folder(target: Path) -> Iterator[Path]:
-    """Make a folder aside to write to; on leaving it becomes `target`, its files safely on disk, or it is removed.
-
-    Raises:
-        ConfigError: `target` exists and is not an empty folder.
-        CheckpointError: the file system refuses, a full disk for one.
-    """
+    """Make a folder aside to write to; on leaving it becomes `target`, its files safely on disk, or it is removed."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target} exists; name a folder that does not")
     try:
@@ -189,11 +152,7 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 
 
 def write_shards(state: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors to `folder`: one file where they fit `max_shard_bytes`, else shards and an index.
-
-    Raises:
-        CheckpointError: two tensors of one name, or none at all.
-    """
+    """Write tensors to `folder`: one file where they fit `max_shard_bytes`, else shards and an index."""
     shards: list[list[str]] = []
     seen: set[str] = set()
     pending: dict[str, torch.Tensor] = {}

@@ -37,18 +37,9 @@ NEVER_TRAINED = re.compile(r"(?:.*\.)?(contact_head|pooler)\..*")
 def adapt(
     model: PreTrainedModel, cfg: AdapterConfig, head: Collection[str], lora_modules: Mapping[type, type]
 ) -> nn.Module:
-    """Freeze what is not trained and add adapters.
+    """Freeze what is not trained and add adapters; return the model itself, or a `PeftModel` around it.
 
-    Args:
-        model: with its real weights.
-        head: names of the modules that belong to the task and not to ESM-2; always trained.
-        lora_modules: linear class -> LoRA layer class, for devices whose linears PEFT does not know.
-
-    Returns:
-        The model itself, or a `PeftModel` around it.
-
-    Raises:
-        ConfigError: a target names no linear layer of the model, or nothing is left to train.
+    The modules named in `head` belong to the task and are always trained; `lora_modules` as in `Backend`.
     """
     for name, parameter in model.named_parameters():
         in_head = any(name == part or name.startswith(f"{part}.") for part in head)
@@ -113,13 +104,7 @@ def draw_lora(
 
     PEFT draws them one after the other from the global generator, which would tie them to the order of layers and,
     under tensor parallelism, to the sharding. The distribution is PEFT's kaiming_uniform: uniform within
-    1 / sqrt(inputs).
-
-    Args:
-        model: with adapters.
-        seed: of the run.
-        whole: (parameter, shape here) -> its shape without tensor parallelism.
-        part: (parameter, whole shape) -> what this rank holds of it, None for all: `Backend.part`.
+    1 / sqrt(inputs). `whole` gives the shape without tensor parallelism, `part` is `Backend.part`.
     """
     for name, parameter in model.named_parameters():
         if ".lora_A." not in name:

@@ -45,9 +45,7 @@ def bitsandbytes(module: str, needed_by: str, instead: str) -> Any:
 
     At its first import on a CPU with AVX512-BF16, bitsandbytes downloads and runs code from the Hugging Face hub if the
     package `kernels` is installed, and warns on stderr if it is not. Neither is wanted: the kernel is never used here.
-
-    Raises:
-        ConfigError: it is not installed; `needed_by` and `instead` are settings for the message.
+    `needed_by` and `instead` are settings for the message where it is not installed.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     modules: dict[str, Any] = sys.modules
@@ -75,11 +73,7 @@ class QuantizedLinear(nn.Linear):
         self.compute, self.place, self.trusted = compute, device, True
 
     def receive(self, weight: Tensor) -> None:
-        """Keep `weight`, float [outputs, inputs], quantized; its float form is not held.
-
-        Raises:
-            ConfigError: bitsandbytes quantizes weights of this shape wrongly on this device.
-        """
+        """Keep `weight`, float [outputs, inputs], quantized; its float form is not held."""
         weight = weight.to(self.place)
         self.weight = nn.Parameter(self.quantized(weight), requires_grad=False)
         self._check_quantized(weight)
@@ -121,7 +115,6 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight_shape(self) -> tuple[int, int]:
-        """(outputs, inputs) of the weight that is kept."""
         return self.out_features, self.in_features
 
     @abstractmethod
@@ -176,10 +169,7 @@ class Nf4Linear(QuantizedLinear):
     _state: Any = None
 
     def quantized(self, weight: Tensor) -> Tensor:
-        _load()
-        import bitsandbytes.functional as bnb
-
-        packed, self._state = bnb.quantize_4bit(_blocks(weight), compress_statistics=True, quant_type="nf4")
+        packed, self._state = _functional().quantize_4bit(_blocks(weight), compress_statistics=True, quant_type="nf4")
         return packed
 
     def restored(self, dtype: torch.dtype) -> Tensor:
@@ -216,10 +206,7 @@ class Int8Linear(QuantizedLinear):
     _scale: Any = None
 
     def quantized(self, weight: Tensor) -> Tensor:
-        _load()
-        import bitsandbytes.functional as bnb
-
-        integers, self._scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        integers, self._scale, _ = _functional().int8_vectorwise_quant(weight.to(torch.float16))
         return integers
 
     def restored(self, dtype: torch.dtype) -> Tensor:
@@ -241,8 +228,8 @@ class Int8Linear(QuantizedLinear):
             self._scale = self._scale.to(device)
 
 
-def _load() -> None:
-    bitsandbytes("bitsandbytes.functional", "adapter.kind=qlora", "adapter.kind=lora with loop.precision=bf16")
+def _functional() -> Any:
+    return bitsandbytes("bitsandbytes.functional", "adapter.kind=qlora", "adapter.kind=lora with loop.precision=bf16")
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -258,13 +245,9 @@ KINDS: dict[Quantization, type[QuantizedLinear]] = {"nf4": Nf4Linear, "int8": In
 
 
 def quantize_linears(model: nn.Module, kind: Quantization, compute: torch.dtype, device: torch.device) -> None:
-    """Swap the linears of the blocks for quantized ones that wait for their weights; the task's head is none of them.
+    """Swap the blocks' linears of a `model` on meta for quantized ones, which wait for their weights.
 
-    Args:
-        model: on meta, so that the float weights are never there together.
-        kind: how weights are kept.
-        compute: type of products.
-        device: where weights are quantized and stay.
+    So the float weights are never there together. Products are in `compute`; quantized weights stay on `device`.
     """
     for name, module in list(model.named_modules()):
         if in_block(name) in PLAN and isinstance(module, nn.Linear):

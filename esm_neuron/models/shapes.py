@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esm_neuron.config import require
-from esm_neuron.errors import ConfigError
-from esm_neuron.files import read_json
-
 if TYPE_CHECKING:
     from transformers import EsmConfig
 
@@ -27,13 +23,9 @@ class EsmShape:
     """What decides the parameters of an ESM-2."""
 
     layers: int
-    """Transformer blocks."""
     hidden: int
-    """Width of a token's vector."""
     heads: int
-    """Attention heads of a block."""
     intermediate: int
-    """Width of a block's feed-forward layer."""
     hub_id: str | None = None
     """Repository of the pretrained weights; None where there are none."""
 
@@ -98,25 +90,13 @@ SHAPES: dict[str, EsmShape] = {
 
 
 def known_shape(model: str) -> EsmShape | None:
-    """Return the shape of a model: a name here, the hub id of a released ESM-2 or a local folder; None for any other.
-
-    Raises:
-        ConfigError: the folder's config.json cannot be read.
-    """
+    """Return the shape of a model: a name here, the hub id of a released ESM-2 or a local folder; None for another."""
     by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
     if model in by_name or not Path(model).is_dir():
         return by_name.get(model)
-    path = Path(model) / "config.json"
-    fields = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
-    fields["intermediate"] = "intermediate_size"
-    try:
-        values = read_json(path)
-        sizes = {name: values[key] for name, key in fields.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: no shape of an ESM-2 in it ({error!r}); name a Hugging Face folder") from error
-    whole = all(isinstance(size, int) and size > 0 for size in sizes.values())
-    require(whole, f"{path}: {', '.join(f'{fields[name]}={size}' for name, size in sizes.items())} must be numbers")
-    return EsmShape(**sizes)
+    from esm_neuron.models.weights import read_config  # imports torch, which the names do without
+
+    return EsmShape.of(read_config(Path(model)))
 
 
 def esm_config(shape: EsmShape) -> EsmConfig:

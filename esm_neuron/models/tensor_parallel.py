@@ -88,20 +88,11 @@ class Shard:
 
 
 def cut_of(parameter: str, shape: Sequence[int], heads: int, tp: int) -> Cut:
-    """Return how `parameter` is cut.
+    """Return how the parameter of this full name, with or without PEFT's wrapping, is cut.
 
-    Args:
-        parameter: its full name, with or without PEFT's wrapping: `...layer.0.attention.self.query.weight`,
-            `...query.base_layer.bias`, `...query.lora_A.default.weight`, `...query.lora_B.weight`.
-        shape: of the whole parameter, without zero heads.
-        heads: attention heads of the model, without padding.
-        tp: tensor-parallel degree.
-
-    Raises:
-        ConfigError: tp does not divide the dimension, and it is not one of heads.
+    `shape` is the whole parameter's, and `heads` the model's; both without zero heads.
     """
-    linear, style, leaf = _parse(parameter)
-    dim = None if style is None else _DIM[style].get(leaf)
+    linear, dim = _parse(parameter)
     if dim is None:
         return Cut(None, 0)
     length = shape[dim]
@@ -125,8 +116,7 @@ def shard_of(parameter: str, shape: Sequence[int], heads: int, tp: int, tp_rank:
 
 def whole_shape(parameter: str, local: Sequence[int], heads: int, tp: int) -> tuple[int, ...]:
     """Return the shape of the whole parameter, without zero heads, from that of one rank's part."""
-    linear, style, leaf = _parse(parameter)
-    dim = None if style is None else _DIM[style].get(leaf)
+    linear, dim = _parse(parameter)
     shape = list(local)
     if dim is not None:
         shape[dim] *= tp
@@ -145,11 +135,11 @@ def join(parameter: str, parts: Sequence[torch.Tensor], heads: int) -> torch.Ten
     return parts[0] if dim is None else torch.cat(list(parts), dim).narrow(dim, 0, shape[dim])
 
 
-def _parse(parameter: str) -> tuple[str, Style | None, str]:
-    """Split a name: `...layer.0.output.dense.lora_A.default.weight` -> ("output.dense", "row", "lora_A")."""
+def _parse(parameter: str) -> tuple[str, int | None]:
+    """Return linear and cut dimension: `...layer.0.output.dense.lora_A.default.weight` -> ("output.dense", 1)."""
     name = in_block(parameter) or ""
     for linear, style in PLAN.items():
         if name.startswith(linear + "."):
             leaf = name[len(linear) + 1 :].removeprefix("base_layer.").removeprefix("linear.")
-            return linear, style, leaf.split(".")[0]
-    return name, None, ""
+            return linear, _DIM[style].get(leaf.split(".")[0])
+    return name, None

@@ -36,20 +36,16 @@ class WeightSource(Protocol):
 
     def keys(self) -> frozenset[str]:
         """Names of all tensors."""
-        ...
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of the whole tensor."""
-        ...
 
     def read(self, key: str, index: Index | None = None) -> Tensor:
         """The tensor, or its part `index` (one slice a dimension), in memory of its own."""
-        ...
 
     @property
     def reference(self) -> BaseReference:
         """Which weights these are."""
-        ...
 
 
 _BARE = re.compile(r"(embeddings|encoder|pooler|contact_head)\.")
@@ -101,11 +97,9 @@ class RandomWeights:
         self.name = f"random weights of seed {seed}"
 
     def keys(self) -> frozenset[str]:
-        """Names of all tensors."""
         return frozenset(self.shapes)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
         return self.shapes[key]
 
     def read(self, key: str, index: Index | None = None) -> Tensor:
@@ -132,15 +126,10 @@ def is_carried(cfg: ModelConfig) -> bool:
 
 
 def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
-    """Find what `model.name` means; weights are opened, not read.
+    """Find what `model.name` means, opening its weights without reading them; `seed` is that of random weights.
 
-    Args:
-        cfg: `name`, `revision`, `sha256` and `init` are used.
-        seed: of random weights.
-
-    Raises:
-        ConfigError: no such shape, folder or hub repository, one that is no ESM-2, or one without safetensors.
-        CheckpointError: the weight files are damaged, incomplete or not those of `sha256`.
+    Raise ConfigError where no ESM-2 with safetensors has the name, CheckpointError where its files are damaged,
+    incomplete or not those of `sha256`.
     """
     shape, random = SHAPES.get(cfg.name), cfg.init == "random"
     require(
@@ -148,14 +137,12 @@ def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
     )
     if shape is not None:
         require(cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the shape {cfg.name}")
-        config, shipped = esm_config(shape), SHIPPED / cfg.name
-        if not random and shipped.is_dir():
-            return config, _checked(SafetensorsFolder(shipped, cfg.name, None), cfg.sha256)
+        config, folder, commit = esm_config(shape), SHIPPED / cfg.name, None
         cure = f"model.name={shape.hub_id} or model.init=random" if shape.hub_id else "model.init=random"
-        require(random, f"model.name={cfg.name} is a bare shape, without weights; use {cure}")
-        return config, RandomWeights(config, seed)
-    folder, commit = _find_folder(cfg)
-    config = read_config(folder)
+        require(random or folder.is_dir(), f"model.name={cfg.name} is a bare shape, without weights; use {cure}")
+    else:
+        folder, commit = _find_folder(cfg)
+        config = read_config(folder)
     if random:
         return config, RandomWeights(config, seed)
     if commit is not None and not any(folder.glob("*.safetensors*")):
@@ -164,13 +151,10 @@ def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
             f"cached); run: hf download {cfg.name} --local-dir PICKLES; esm-neuron convert PICKLES NEW_FOLDER; then "
             "model.name=NEW_FOLDER"
         )
-    return config, _checked(SafetensorsFolder(folder, cfg.name, commit), cfg.sha256)
-
-
-def _checked(opened: SafetensorsFolder, wanted: str | None) -> SafetensorsFolder:
-    if wanted is not None:
-        opened.check_sum(wanted)
-    return opened
+    opened = SafetensorsFolder(folder, cfg.name, commit)
+    if cfg.sha256 is not None:
+        opened.check_sum(cfg.sha256)
+    return config, opened
 
 
 def _find_folder(cfg: ModelConfig) -> tuple[Path, str | None]:
@@ -212,10 +196,9 @@ def _download(cfg: ModelConfig) -> tuple[Path, str]:
 
 
 def read_config(folder: Path) -> EsmConfig:
-    """Read the ESM-2 configuration of a Hugging Face folder; no code that it may point to is run.
+    """Read the ESM-2 configuration of a Hugging Face folder, running no code that it may point to.
 
-    Raises:
-        ConfigError: config.json is missing or unreadable, or describes something else than an ESM-2.
+    Raise ConfigError where config.json is missing or unreadable, or describes something else than an ESM-2.
     """
     path = folder / "config.json"
     try:
@@ -264,11 +247,9 @@ class LoadReport:
     """What `load_into` did with each name."""
 
     loaded: tuple[str, ...]
-    """Parameters of the model filled from the source."""
     drawn: tuple[str, ...]
     """Parameters of the model that the source lacks, drawn anew."""
     ignored: tuple[str, ...]
-    """Keys of the source that the model has no use for."""
 
 
 @runtime_checkable
@@ -277,7 +258,6 @@ class Receiver(Protocol):
 
     def receive(self, weight: Tensor) -> None:
         """Take the float weight, of the shape that the meta parameter `weight` had."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -323,15 +303,9 @@ def load_into(
 ) -> LoadReport:
     """Fill every parameter and persistent buffer of `model`; nothing is read before all names and shapes agree.
 
-    Args:
-        model: a transformers ESM-2 on meta or on a device; what is on meta becomes real on the CPU, in its dtype.
-        source: whole tensors, keys with or without `esm.`.
-        draw: gives values to parameters that the source lacks; those are replicated, so their shape is the whole one.
-        new_ok: whether the source may lack the parameter of this name: the head of a task.
-        shard: (name, whole shape) -> this rank's part, or None for the whole.
-
-    Raises:
-        CheckpointError: a key is missing, unexpected or twice there, or a shape or a tied pair does not agree.
+    What is on meta becomes real on the CPU, in its dtype. Where `new_ok` allows the source to lack a parameter (the
+    head of a task), `draw` gives its values; those are replicated, so their shape is the whole one. `shard` gives this
+    rank's part of (name, whole shape), or None for all. Raise CheckpointError where names, shapes or ties differ.
     """
     # Names: the source's keys and the model's in one spelling. A key that is left over is a sign of another model.
     keys: dict[str, str] = {}

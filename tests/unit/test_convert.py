@@ -43,13 +43,12 @@ def write_pickles(folder: Path, shards: int, legacy: bool = False) -> dict[str, 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_every_tensor_comes_out_equal(tmp_path: Path, shards: int, legacy: bool) -> None:
     state = write_pickles(tmp_path / "old", shards, legacy)
-    done = convert(tmp_path / "old", tmp_path / "new", max_shard_bytes=30_000)
+    convert(tmp_path / "old", tmp_path / "new", max_shard_bytes=30_000)
     source = SafetensorsFolder(tmp_path / "new")
     assert source.keys() == set(state)
     assert all(torch.equal(source.read(key), tensor) for key, tensor in state.items())
     files = list((tmp_path / "new").glob("*.safetensors"))
-    assert (done.tensors, done.shards) == (len(state), len(files)) and done.shards > 1
-    assert done.bytes == sum(file.stat().st_size for file in files)
+    assert len(files) > 1
     assert (tmp_path / "new" / "vocab.txt").read_text() == "<cls>\n"
     assert not list((tmp_path / "new").glob("*.bin*"))
     loaded = EsmForMaskedLM.from_pretrained(tmp_path / "new").state_dict()

@@ -14,7 +14,7 @@ from esm_neuron.data.labels import Labels
 from esm_neuron.data.loader import EvalLoader, TrainLoader, total_steps
 from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.errors import ConfigError
-from esm_neuron.models.shapes import SHAPES, EsmShape, known_shape
+from esm_neuron.models.shapes import SHAPES, EsmShape, esm_config, known_shape
 from esm_neuron.planning.plan import SET_UP, make_plan, render, tensor_parallel
 from esm_neuron.tasks import create_task
 
@@ -87,14 +87,15 @@ def test_tensor_parallel_degrees_of_the_released_models() -> None:
 def test_the_shape_of_a_model_by_name_hub_id_and_folder(tmp_path: Path) -> None:
     assert known_shape("facebook/esm2_t33_650M_UR50D") == known_shape("esm2_t33_650M") == SHAPES["esm2_t33_650M"]
     assert known_shape("someone/else") is None
-    sizes = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 6, "intermediate_size": 96}
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
-    assert known_shape(str(tmp_path)) == EsmShape(layers=3, hidden=24, heads=6, intermediate=96)
-    (tmp_path / "config.json").write_text(json.dumps({**sizes, "hidden_size": "wide"}))
-    with pytest.raises(ConfigError, match="hidden_size=wide.* must be numbers"):
+    shape = EsmShape(layers=3, hidden=24, heads=6, intermediate=96)
+    raw = esm_config(shape).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert known_shape(str(tmp_path)) == shape
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "hidden_size": "wide"}))
+    with pytest.raises(ConfigError, match=r"config\.json: hidden_size is 'wide', must be a whole number"):
         known_shape(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"config\.json: no shape"):
+    with pytest.raises(ConfigError, match=r"config\.json is not of an ESM-2: model_type is None"):
         known_shape(str(tmp_path))
 
 
