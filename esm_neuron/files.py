@@ -39,7 +39,6 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of `path` by `text` in one move."""
     write_bytes(path, text.encode())
 
 
@@ -87,12 +86,7 @@ JSON_LIMIT = 1 << 26
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a regular file, too large, or not JSON.
-    """
+    """Return the value in a JSON file. Raise OSError or ValueError where it is not readable, too large or not JSON."""
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")
     with path.open("rb") as file:
@@ -115,12 +109,7 @@ def sha256(path: Path) -> str:
 
 
 def flock(lock: IO[str], operation: int, what: str) -> None:
-    """Call `fcntl.flock`; `what` names the setting and its folder in errors.
-
-    Raises:
-        BlockingIOError: another process holds the lock, and `operation` does not wait.
-        ConfigError: the file system has no locks.
-    """
+    """Call `fcntl.flock`; raise ConfigError, which names the setting `what`, where the file system has no locks."""
     try:
         fcntl.flock(lock, operation)
     except BlockingIOError:
@@ -134,11 +123,7 @@ def flock(lock: IO[str], operation: int, what: str) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Lock `folder` for this process until the block ends or the process dies.
-
-    Raises:
-        ConfigError: another process uses it, or it cannot be written or locked.
-    """
+    """Lock `folder` until the block ends or the process dies; raise ConfigError where another process uses it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")

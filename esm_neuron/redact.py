@@ -42,7 +42,6 @@ class RedactedRecord(logging.LogRecord):
     """A log record without secrets, whichever logger makes it and whichever handler writes it."""
 
     def getMessage(self) -> str:  # noqa: N802 - logging's name
-        """Return the text without secrets."""
         return redact(super().getMessage())
 
 
@@ -50,5 +49,4 @@ class RedactingFormatter(logging.Formatter):
     """Format log lines without secrets, their tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line without secrets."""
         return redact(super().format(record))

@@ -1,4 +1,4 @@
-"""docs/settings.md: every setting and its meaning, read from the fields of `esm_neuron/config/schema.py`."""
+"""docs/settings.md: every setting and its meaning, read from the fields of `esm_neuron/config/__init__.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SCHEMA = Path(__file__).resolve().parents[1] / "esm_neuron" / "config" / "schema.py"
+SCHEMA = Path(__file__).resolve().parents[1] / "esm_neuron" / "config" / "__init__.py"
 HEAD = """# Settings
-Made from `esm_neuron/config/schema.py` by `make pages`. Each setting is a key of the YAML file and a flag:
+Made from `esm_neuron/config/__init__.py` by `make pages`. Each setting is a key of the YAML file and a flag:
 `--optim.lr 3e-4`. `esm-neuron train --print_config` prints them all with their values.
 """
 

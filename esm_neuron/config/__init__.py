@@ -1,37 +1,301 @@
-"""Settings: their schema, the rules between them, and YAML and flags to settings and back. Imports no torch."""
+"""The configuration tree: one frozen dataclass per section, each field with its meaning and unit.
 
-from esm_neuron.config.schema import (
-    AdapterConfig,
-    BackendName,
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    LoopConfig,
-    ModelConfig,
-    OnNonfinite,
-    OnRecompile,
-    OptimConfig,
-    ParallelConfig,
-    Quantization,
-    TaskConfig,
-    TrainConfig,
-    require,
-)
+This module imports no torch, so that `esm-neuron --help` and a launcher on a login node answer at once. `settings`
+reads files and flags; `rules` checks ranges and what a single field cannot know.
+"""
 
-__all__ = [
-    "AdapterConfig",
-    "BackendName",
-    "CheckpointConfig",
-    "DataConfig",
-    "LogConfig",
-    "LoopConfig",
-    "ModelConfig",
-    "OnNonfinite",
-    "OnRecompile",
-    "OptimConfig",
-    "ParallelConfig",
-    "Quantization",
-    "TaskConfig",
-    "TrainConfig",
-    "require",
-]
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from esm_neuron.config.backends import spec_of
+from esm_neuron.errors import ConfigError
+
+BackendName = str
+"""A name of the table in `config/backends.py`."""
+Quantization = Literal["nf4", "int8"]
+OnRecompile = Literal["error", "warn", "ignore"]
+OnNonfinite = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The ESM-2 to start from."""
+
+    name: str = "esm2_t6_8M"
+    """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `small`, `mini`,
+    `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs `init:
+    random`; only `mini` has weights in the package, which this project trained."""
+    revision: str | None = None
+    """Hub revision: a branch, a tag or, best, a commit hash. None is the hub's main branch."""
+    sha256: str | None = None
+    """SHA-256 that the weights must have, in hexadecimal: that of model.safetensors, as the hub and sha256sum show it;
+    of shards, that of their sorted sums, one per line. None: any."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`pretrained` loads weights; `random` keeps only the shape of `name` and initializes newly from `seed`."""
+    pooling: Literal["mean", "cls", "attention"] = "mean"
+    """How the residues of a protein become one vector: their mean (specials left out), the <cls> position, or a mean
+    with learned weights. `cls` is what transformers' EsmForSequenceClassification does."""
+    dropout: float = 0.0
+    """Dropout probability of hidden states, attention and classification head (ESM-2 was trained with 0)."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block and recompute the rest in the backward pass: less memory, a third slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is learned."""
+
+    name: str = "sequence_classification"
+    """What is learned: `sequence_classification`, one class per protein; `multi_label`, any number of labels per
+    protein; `regression`, a number per protein; `residue_classification`, one class per residue; or `masked_lm`, the
+    residues hidden from the model."""
+    labels: tuple[str, ...] | None = None
+    """Class names in the order of the outputs. None takes the sorted labels of the training rows."""
+    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    """How much an error counts by its true class: alike; `balanced` by the training rows, n / (classes x n_c); or a
+    weight for every class. multi_label: how much a missed label counts, `balanced` negatives / positives."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread evenly over the classes, 0 to 1."""
+    focal_gamma: float = 0.0
+    """Focal loss (arXiv:1708.02002): a class's loss is multiplied by (1 - its probability)^gamma; 0: cross entropy."""
+    ignore: tuple[str, ...] = ("-", "?", ".")
+    """residue_classification: labels of residues about which nothing is known; they are counted, and neither learned
+    nor scored."""
+    target_mean: float | None = None
+    """regression: what is subtracted from values before training; None: the mean of the training rows. Predictions and
+    metrics are in the values' own unit."""
+    target_sd: float | None = None
+    """regression: what values are divided by; None: the standard deviation of the training rows."""
+    mask_probability: float = 0.15
+    """masked_lm: share of residues chosen as targets; 80 % become <mask>, 10 % a random residue, 10 % stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Files, columns, splits, filters, and how sequences are packed."""
+
+    train: str | None = None
+    """Training file: CSV, TSV, FASTA or JSONL, plain or .gz; Parquet; a folder that `Dataset.save_to_disk` wrote; or
+    `hf://owner/name@revision/split` on the hub. With `split_column`, the one file that holds all splits."""
+    valid: str | None = None
+    """Validation file. None: taken from `split_column`, or sampled from `train` by `valid_fraction`."""
+    test: str | None = None
+    """Test file. None: taken from `split_column` where there is one, else there is no test."""
+    id_column: str = "id"
+    """Column with the record's name. In FASTA the name is the header's first word and this is ignored."""
+    sequence_column: str = "sequence"
+    """Column with the amino-acid sequence. Ignored in FASTA."""
+    label_column: str = "label"
+    """Column with the label. In FASTA the key of a `key=value` header field."""
+    split_column: str | None = None
+    """Column (or FASTA header key) that says which split a row belongs to. None: splits are files or sampled."""
+    split_names: tuple[str, str, str] = ("train", "valid", "test")
+    """The values of `split_column` for training, validation and test rows."""
+    valid_fraction: float = 0.1
+    """Share of training rows sampled for validation, by `seed`, if neither file nor column gives any, 0 to 1."""
+    test_fraction: float = 0.0
+    """Share of training rows sampled for the test, after the validation rows, 0 to 1."""
+    sample: Literal["rows", "clusters"] = "rows"
+    """What `valid_fraction` and `test_fraction` sample: rows, each class in proportion; or whole clusters of homologs
+    (found as `homologs` says), so that no sampled row has a homolog in training."""
+    keep: dict[str, list[str]] = field(default_factory=dict)
+    """Row filter for every split: column -> values to keep; other rows are counted and left out."""
+    keep_heldout: dict[str, list[str]] = field(default_factory=dict)
+    """Row filter for validation and test rows only, such as `{leaky: ["false"]}` for the clean rows."""
+    homologs: Literal["kmer", "mmseqs", "off"] = "kmer"
+    """How validation and test rows with a homolog in training are found: by k-mers, by MMseqs2 if it is installed, or
+    not at all. They are counted, and metrics are also given without them."""
+    on_bad_residue: Literal["strict", "skip", "replace"] = "strict"
+    """What to do with a character outside the ESM alphabet: stop, leave the row out, or write X. The latter two are
+    counted."""
+    cache: str | None = None
+    """Folder that keeps tokenized data by content, as files mapped into memory: made once, shared by runs and
+    processes; needed for files larger than memory. None: every process tokenizes and holds the data in memory."""
+    max_residues: int = 1022
+    """Longest sequence given to the model, in residues; <cls> and <eos> come on top."""
+    long_sequences: Literal["refuse", "crop", "crop_ends", "window"] = "crop"
+    """What to do with a longer sequence: stop, keep its first residues, keep its two ends (sorting signals sit at the
+    termini), or average over overlapping windows. Counted and printed in every case."""
+    window_overlap: int = 128
+    """Residues that neighbouring windows share."""
+    packing: bool = True
+    """Put several sequences end to end into a pack (almost no padding). False: one sequence per pack."""
+    pack_tokens: int = 1024
+    """Length of a pack in tokens, special tokens included. At least `max_residues` + 2."""
+    max_segments: int = 32
+    """Most sequences in one pack; a fixed number, so that pooling has one shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which parameters are trained."""
+
+    kind: Literal["none", "head", "lora", "qlora"] = "lora"
+    """What is trained: everything, the head alone, or low-rank adapters and the head; `qlora` keeps the frozen linears
+    of the blocks quantized, on cpu and cuda."""
+    quantization: Quantization = "nf4"
+    """qlora: how frozen linears are kept: in 4 bits (NormalFloat with double quantization) or 8."""
+    r: int = 8
+    """LoRA rank."""
+    alpha: int = 16
+    """LoRA scale: the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout probability on a LoRA layer's input."""
+    targets: tuple[str, ...] = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+    """Linear layers of a block that get an adapter: names within the block. The default is all six."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over devices."""
+
+    tp: int = 1
+    """Tensor-parallel degree: how many devices share one copy of the model. The rest of the world is data-parallel."""
+    pad_heads: bool = False
+    """Add zero heads until `tp` divides their number (20 -> 24 at tp 8): the same outputs with some wasted work."""
+    zero1: bool = True
+    """neuron: each data-parallel rank keeps only its share of the optimizer state (ZeRO stage 1)."""
+    fsdp: bool = False
+    """cuda, cpu: each rank keeps its share of weights, gradients and optimizer state; a block is gathered while it
+    computes (FSDP2). For models that do not fit on one device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its learning rate and its schedule."""
+
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit`, on cuda: moments in 8 bits, in memory that moves to the host when the GPU's is short."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """AdamW weight decay; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's denominator term."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises linearly from 0."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of the schedule, as a share of `lr`."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Steps, batches, precision, validation."""
+
+    epochs: float = 1.0
+    """Passes over the training rows, if `max_steps` is not given."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides `epochs`."""
+    packs_per_step: int = 8
+    """Packs in one optimizer step over all devices: the same on any number of devices."""
+    packs_per_device: int = 8
+    """Packs in one forward pass of one device. `packs_per_step` must be a multiple of this times the data-parallel
+    degree; the factor is the number of accumulated passes."""
+    eval_packs_per_device: int = 8
+    """Packs in one forward pass of one device during evaluation and prediction."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: matrix products in bfloat16 by autocast and frozen linears stored so; trained weights stay float32."""
+    tf32: bool = False
+    """cuda: float32 matrix products in TensorFloat-32: faster, 10 bits of mantissa."""
+    torch_compile: bool = False
+    """cuda: compile each block with torch.compile, except its attention: minutes at the start."""
+    eval_every: int = 0
+    """Optimizer steps between validations; 0: once per epoch."""
+    patience: int = 0
+    """Validations without improvement after which training stops; 0: never."""
+    on_recompile: OnRecompile = "error"
+    """What to do when a training step or a validation after the first two compiles a graph, where shapes are static
+    (xla, neuron): stop and name what changed, warn and go on, or nothing."""
+    on_nonfinite: OnNonfinite = "stop"
+    """What to do after a step whose loss or gradient is not finite: stop, or skip it and go on. Such a step never
+    changes the weights, and its records are named in `output`/nonfinite.jsonl. Noticed at the next log line, evaluation
+    or checkpoint."""
+    watchdog: int = 0
+    """Seconds that a step, a batch of an evaluation or a checkpoint may take before the process writes the stacks of
+    its threads to stderr and `output`/hung-rank<N>.txt, and ends; 0: no limit."""
+    watchdog_slow: int = 10_800
+    """More seconds that the watchdog allows for what may compile (xla, neuron, torch_compile): the first two steps, the
+    first evaluation and the first checkpoint; and, on every backend, for the start of a run (its data, weights and
+    checkpoint) and for its end (the last evaluation, the baselines and the export)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is saved and which saves are kept."""
+
+    every: int = 0
+    """Optimizer steps between checkpoints; 0: at each validation."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one is kept too."""
+    resume: Literal["no", "auto"] = "no"
+    """`auto` continues from the newest complete checkpoint in `output`, or starts anew if there is none."""
+    asynchronous: bool = False
+    """Write a checkpoint while training goes on. The next checkpoint, and the end of training, wait for it and raise
+    its error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+    baselines: bool = True
+    """Also score baselines that need no network (frequencies, composition) on the same rows at the end."""
+    predictions: bool = True
+    """Keep the predictions for validation and test records in `output`/predictions-valid.parquet and
+    predictions-test.parquet, which `esm-neuron report` draws. Classes of residues take 4 bytes per residue and
+    class."""
+    tensorboard: bool = True
+    """Write TensorBoard event files under `output`/tensorboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A fine-tuning run of ESM-2."""
+
+    output: str = "out"
+    """Folder for everything the run writes."""
+    backend: str = "cpu"
+    """Where to run: `cpu`, `cuda` (NVIDIA GPUs), `xla` (any torch_xla device: XLA:CPU, TPU) or `neuron` (Trainium).
+    Never chosen silently."""
+    seed: int = 42
+    """Seed of weights, splits, order, masks and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        spec_of(self.backend)  # refuses one that is not in the table
+
+    @property
+    def can_quantize(self) -> bool:
+        """Whether the backend can keep frozen linears quantized."""
+        return spec_of(self.backend).quantizes and self.parallel.tp == 1
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)

@@ -1,6 +1,6 @@
 """Read settings from YAML files and flags into a `TrainConfig`, and write them back as YAML.
 
-jsonargparse makes the parser from the classes of `schema` and checks the types. Files and the values of flags are
+jsonargparse makes the parser from the classes of the package and checks the types. Files and the values of flags are
 decoded by one strict YAML loader; an unknown setting gets the nearest known one suggested.
 """
 

@@ -62,14 +62,9 @@ class Memory:
 def predict_memory(
     cfg: TrainConfig, shape: EsmShape, dp: int = 1, outputs: int = 2, checkpointing: bool | None = None
 ) -> Memory:
-    """Predict the memory of a training run.
+    """Predict the memory of a training run on one of `dp` data-parallel devices.
 
-    Args:
-        cfg: the run; `parallel.tp` cuts the linears of the blocks.
-        shape: the model's.
-        dp: data-parallel devices, over which zero1 spreads the optimizer's state, and fsdp the whole state.
-        outputs: outputs of the task's head, such as classes; unused for masked LM.
-        checkpointing: instead of `model.gradient_checkpointing`.
+    `outputs` are those of the task's head, such as classes; `checkpointing` replaces `model.gradient_checkpointing`.
     """
     again = cfg.model.gradient_checkpointing if checkpointing is None else checkpointing
     head = task_class(cfg.task.name).head_sizes(cfg.model, shape.hidden, outputs)
@@ -80,10 +75,8 @@ def predict_memory(
     tokens = cfg.loop.packs_per_device * cfg.data.pack_tokens
     flows = cfg.adapter.kind != "head"
     block = _block(cfg, shape) * tokens if flows else 0
-    inputs = FLOAT32 * shape.hidden * tokens
-    kept = shape.layers * (inputs if again else block) if flows else 0
-    moment, copies = _moment(cfg, shape) * tokens, _copies(cfg, shape)
-    moment += _restored(cfg, shape)
+    kept = shape.layers * (FLOAT32 * shape.hidden * tokens if again else block) if flows else 0
+    moment, copies = _moment(cfg, shape) * tokens + _restored(cfg, shape), _copies(cfg, shape)
     if again:
         moment, copies = moment + block + copies // shape.layers, 0
     ranks = dp if cfg.parallel.fsdp else 1
@@ -119,9 +112,8 @@ def _weights(cfg: TrainConfig, shape: EsmShape, head: int) -> tuple[dict[str, in
 
 def _parameters(cfg: TrainConfig, shape: EsmShape) -> dict[str, Shape]:
     """Return the parameters of the task's model that a pretrained ESM-2 has."""
-    every = shape.parameters()
     keeps = task_class(cfg.task.name).keeps_lm_head
-    return every if keeps else {n: s for n, s in every.items() if not n.startswith("lm_head.")}
+    return {n: s for n, s in shape.parameters().items() if keeps or not n.startswith("lm_head.")}
 
 
 def _storage(cfg: TrainConfig, name: str, learns: bool) -> str:
@@ -167,8 +159,7 @@ def _lora(cfg: TrainConfig, shape: EsmShape) -> list[int]:
     return sizes * shape.layers
 
 
-def _sides(shape: EsmShape, target: str) -> tuple[int, int]:
-    """Return (inputs, outputs) of a linear of a block."""
+def _sides(shape: EsmShape, target: str) -> tuple[int, int]:  # inputs and outputs of a linear of a block
     inputs = shape.intermediate if target == "output.dense" else shape.hidden
     return inputs, shape.intermediate if target == "intermediate.dense" else shape.hidden
 
@@ -183,8 +174,7 @@ def _optimizer(cfg: TrainConfig, trained: int, added: int, dp: int) -> int:
     return (MOMENTS // 2 if _trunk_in_bfloat16(cfg) else MOMENTS) * trained + MOMENTS * added
 
 
-def _number(cfg: TrainConfig) -> int:
-    """Return the bytes of a number in matrix products."""
+def _number(cfg: TrainConfig) -> int:  # bytes of one in matrix products
     return BFLOAT16 if cfg.loop.precision == "bf16" else FLOAT32
 
 

@@ -13,12 +13,7 @@ import numpy as np
 
 from esm_neuron.backends.topology import NEURON_CORES, NEURON_TP, legal_tp
 from esm_neuron.config import TrainConfig
-from esm_neuron.data.loader import (
-    SPECIALS,
-    accumulated_passes,
-    total_steps,
-    training_plan,
-)
+from esm_neuron.data.loader import SPECIALS, accumulated_passes, total_steps, training_plan
 from esm_neuron.data.splits import Splits
 from esm_neuron.models.shapes import EsmShape, known_shape
 from esm_neuron.planning.memory import Memory, predict_memory
@@ -35,19 +30,17 @@ class Epoch:
     pack_tokens: int
     """Slots of a pack."""
     packs: int
-    """Packs that hold sequences."""
     sequences: int
     residues: int
-    """Residues, without special tokens."""
+    """Without special tokens."""
     efficiency: float
     """Share of the slots, filler packs included, that hold tokens. Static shapes compute all of them; where shapes are
     free (cpu, cuda) less is computed, and result.json's `padding_efficiency` is higher."""
     unpacked_efficiency: float
     """`efficiency` with one sequence per pack."""
     steps: int
-    """Optimizer steps."""
     packs_per_step: int
-    """Packs of a step over all devices."""
+    """Over all devices."""
     passes: int
     """Forward passes of a step on each device."""
 
@@ -71,7 +64,7 @@ class RunPlan:
 
     epoch: Epoch
     steps: int
-    """Optimizer steps of the run."""
+    """Of the whole run."""
     graphs_by_phase: Mapping[str, int]
     """Phase of the run -> graphs that a static-shape backend compiles for it."""
     tensor_parallel: TensorParallel | None
@@ -83,16 +76,13 @@ class RunPlan:
 
     @property
     def graphs(self) -> int:
-        """Return the number of graphs of the run."""
         return sum(self.graphs_by_phase.values())
 
 
 def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
     """Return the plan of a run on `devices` data-parallel devices.
 
-    Raises:
-        ConfigError: `loop.packs_per_step` is not a multiple of `loop.packs_per_device` times `devices`.
-        DataError: a sequence does not fit a pack.
+    Raise ConfigError where they cannot share `loop.packs_per_step`, DataError where a sequence does not fit a pack.
     """
     epoch = _epoch(cfg, splits.train.lengths.astype(np.int32), devices)
     shape = known_shape(cfg.model.name)
@@ -117,7 +107,6 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
 
 
 def tensor_parallel(shape: EsmShape) -> TensorParallel:
-    """Return the degrees that a shape allows."""
     padded = tuple(legal_tp(shape.heads, shape.intermediate, pad_heads=True))
     return TensorParallel(
         heads=shape.heads,
@@ -129,11 +118,11 @@ def tensor_parallel(shape: EsmShape) -> TensorParallel:
 
 def metrics(plan: RunPlan) -> dict[str, Any]:
     """Return the plan for JSON, sums included."""
-    said: dict[str, Any] = {**asdict(plan), "graphs": plan.graphs}
+    found: dict[str, Any] = {**asdict(plan), "graphs": plan.graphs}
     for name, memory in (("memory", plan.memory), ("memory_turned", plan.memory_turned)):
         if memory is not None:
-            said[name] |= {"state": memory.state, "total": memory.total}
-    return said
+            found[name] |= {"state": memory.state, "total": memory.total}
+    return found
 
 
 def render(plan: RunPlan) -> str:

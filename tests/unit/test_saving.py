@@ -23,8 +23,7 @@ from helpers.snapshots import FORK, same, snapshot
 from torch import nn
 
 from esm_neuron.backends.cpu import CpuBackend
-from esm_neuron.config import TrainConfig
-from esm_neuron.config.schema import CheckpointConfig
+from esm_neuron.config import CheckpointConfig, TrainConfig
 from esm_neuron.errors import CheckpointError
 from esm_neuron.training import checkpoint, run
 from esm_neuron.training.checkpoint import CheckpointManager, Snapshot
