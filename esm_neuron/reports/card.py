@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from esm_neuron import __version__
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.records import is_hub
-from esm_neuron.metrics.text import clean_of, counted, leak_text, shown, verdict
+from esm_neuron.metrics.text import clean_of, counted, leak_text, show, shown, verdict
 from esm_neuron.models.hf_folder import BaseReference
 from esm_neuron.reports.html import environment, trained_text
 from esm_neuron.tasks import task_class
@@ -24,20 +24,15 @@ HUB_METRICS = {"mcc": "matthews_correlation", "macro_f1": "f1", "auroc": "roc_au
                "pearson": "pearsonr", "r2": "r_squared"}  # fmt: skip
 """Metric -> the hub's name for it, where that is another."""
 
-_TAGS = {"lora": ("lora",), "qlora": ("lora", "qlora")}
-"""Kind of adapter -> what the hub calls it."""
+_TAGS = {"lora": ("lora",), "qlora": ("lora", "qlora")}  # kind of adapter -> what the hub calls it
 
 
 def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference, kind: Kind) -> str:
-    """Return a card filled from a finished run.
+    """Return a card filled from a finished run, of LoRA matrices for PEFT or of whole weights for transformers.
 
-    Args:
-        cfg: as the run saved it.
-        result: what its result.json holds.
-        base: the weights it started from.
-        kind: `adapter`: LoRA matrices for PEFT; `model`: whole weights for transformers.
+    `cfg` and `result` are what its config.yaml and result.json hold, `base` the weights it started from.
     """
-    name = f"{_short(cfg.model.name)}-{cfg.task.name}" + ("-lora" if kind == "adapter" else "")
+    name = f"{Path(cfg.model.name).name}-{cfg.task.name}" + ("-lora" if kind == "adapter" else "")
     task = task_class(cfg.task.name)
     split = "test" if result.get("test") else "valid"
     baselines = (result.get("baselines") or {}).get(split, {})
@@ -56,7 +51,7 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
         classes=len(cfg.task.labels or ()) or 1,
         files={name: _file(getattr(cfg.data, name)) for name in ("train", "valid", "test")},
         splits=[(name, counted(result[name], task.unit)) for name in ("test", "valid") if result.get(name)],
-        columns=_columns(metrics, baselines),
+        columns=["", "this model", *baselines] if metrics else [],
         rows=_rows(metrics, baselines),
         clean=_rows(clean, (result.get("clean_baselines") or {}).get(split, {})),
         clean_counted=counted(clean, task.unit) if clean else "",
@@ -71,24 +66,14 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
     return f"---\n{_metadata(cfg, result, name, task.hub_task, kind)}\n---\n{text}"
 
 
-def _columns(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[str]:
-    return ["", "this model", *baselines] if metrics else []
-
-
 def _rows(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[list[str]]:
     """One row per metric: its name, its value, the baselines'."""
-    return [
-        [figure.name, figure.text, *(_text(values, figure.key) for values in baselines.values())]
-        for figure in shown(metrics)
-    ]
-
-
-def _text(metrics: Mapping[str, Any], key: str) -> str:
-    return next((figure.text for figure in shown(metrics) if figure.key == key), "–")
+    everyone = [metrics, *baselines.values()]
+    return [[metric.name, *(show(each, metric.key).text for each in everyone)] for metric in shown(metrics)]
 
 
 def _metadata(cfg: TrainConfig, result: Mapping[str, Any], name: str, pipeline: str | None, kind: Kind) -> str:
-    """Return the YAML in front, by the hub's own library, which also checks it."""
+    """The YAML in front, by the hub's own library, which also checks it."""
     dataset = _file(cfg.data.train) or "unknown"
     results = [
         EvalResult(
@@ -96,13 +81,13 @@ def _metadata(cfg: TrainConfig, result: Mapping[str, Any], name: str, pipeline: 
             dataset_type=re.sub(r"[^\w.-]+", "-", dataset),
             dataset_name=dataset,
             dataset_split=split,
-            metric_type=HUB_METRICS.get(figure.key, figure.key),
-            metric_name=figure.name,
-            metric_value=round(figure.value, 4),
+            metric_type=HUB_METRICS.get(metric.key, metric.key),
+            metric_name=metric.name,
+            metric_value=round(metric.value, 4),
         )
         for split in ("valid", "test")
-        for figure in shown(result.get(split) or {})
-        if figure.value is not None
+        for metric in shown(result.get(split) or {})
+        if metric.value is not None
     ]
     base = cfg.model.name if _is_hub_id(cfg) else None
     data = ModelCardData(
@@ -128,12 +113,8 @@ def _licence(cfg: TrainConfig) -> str:
     return "mit" if _is_hub_id(cfg) and cfg.model.name.startswith("facebook/esm2_") else "other"
 
 
-def _short(name: str) -> str:
-    return Path(name).name
-
-
 def _base_name(cfg: TrainConfig) -> str:
-    name = cfg.model.name if _is_hub_id(cfg) else _short(cfg.model.name)
+    name = cfg.model.name if _is_hub_id(cfg) else Path(cfg.model.name).name
     return f"{name}, newly initialized from seed {cfg.seed}" if cfg.model.init == "random" else name
 
 

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -22,14 +21,10 @@ from esm_neuron.metrics.calibration import Group, group_means, reliability
 from esm_neuron.metrics.text import Shown, name_of, show
 from esm_neuron.tasks.view import Confidence, Confusion, View
 
-SIZE = (4.7, 3.0)
-"""Of a plain chart in inches."""
-MOST_CLASSES, MOST_CELLS = 30, 14
-"""Most classes that bars are drawn for; most that a confusion matrix has numbers for in its cells."""
-MOST_POINTS = 5_000
-"""Points of a scatter: more of them would make a page of many megabytes."""
-LENGTH_BINS, LEAST_RECORDS = 8, 10
-"""Most bins of length, and about how many records each has at least."""
+SIZE = (4.7, 3.0)  # of a plain chart in inches
+MOST_CLASSES, MOST_CELLS = 30, 14  # that bars are drawn for; that a confusion matrix has numbers for in its cells
+MOST_POINTS = 5_000  # of a scatter: more of them would make a page of many megabytes
+LENGTH_BINS, LEAST_RECORDS = 8, 10  # most bins of length, and about how many records each has at least
 
 
 def loss_curve(log: Sequence[Mapping[str, Any]], chosen: int) -> Chart | None:
@@ -112,14 +107,13 @@ def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) 
         for spine in axes.spines.values():
             spine.set_visible(True)
 
+    title = "Predictions by label" if several else "Confusion matrix"
+    caption = f"{unit.capitalize()} of each class (row) by the predicted class (column). Shade: share of the row."
     if several:
-        title, caption = "Predictions by label", (
+        caption = (
             "Of the proteins that have a label (row), how many were predicted to have each label (column). A protein "
             "with several labels counts in several rows and columns, so only the diagonal is right for certain."
-        )  # fmt: skip
-    else:
-        title = "Confusion matrix"
-        caption = f"{unit.capitalize()} of each class (row) by the predicted class (column). Shade: share of the row."
+        )
     return draw("confusion", title, caption, (side + 1.2, side), paint)
 
 
@@ -131,9 +125,8 @@ def class_bars(per_class: Mapping[str, Mapping[str, Any]], unit: str) -> Chart:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         bars = [(place, score) for place, score in enumerate(scores) if score.value is not None]
-        axes.barh(
-            [place for place, _ in bars], [score.value or 0.0 for _, score in bars], 0.62, color=ACCENT, alpha=0.45
-        )
+        places, values = [place for place, _ in bars], [score.value or 0.0 for _, score in bars]
+        axes.barh(places, values, 0.62, color=ACCENT, alpha=0.45)
         _dots(axes, bars, INK, None)
         axes.set_yticks(range(len(order)), [f"{_short(name)}  n = {per_class[name]['n']:,}" for name in order])
         axes.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6), xlabel="F1")
@@ -302,15 +295,10 @@ _DPI = 180
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart."""
-
-    name: str
-    """Of the file, without .png, and of the place in the page."""
+    name: str  # of the file, without .png, and of the place in the page
     title: str
-    caption: str
-    """What is shown and how to read it, also for screen readers."""
-    svg: str
-    """An `<svg>` element whose colours are the page's variables; safe to embed."""
+    caption: str  # what is shown and how to read it, also for screen readers
+    svg: str  # an `<svg>` element whose colours are the page's variables; safe to embed
     png: bytes
 
 
@@ -341,8 +329,3 @@ def _inline(svg: str, name: str, caption: str) -> str:
         svg = svg.replace(colour, f"var(--{variable})")
     label = html.escape(caption, quote=True)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-
-
-def save_png(chart: Chart, folder: Path) -> None:
-    """Write the chart as `name`.png."""
-    (folder / f"{chart.name}.png").write_bytes(chart.png)

@@ -16,15 +16,14 @@ from esm_neuron.config import AdapterConfig, settings
 from esm_neuron.files import new_folder
 from esm_neuron.metrics.text import Shown, clean_of, counted, leak_text, show, shown, verdict
 from esm_neuron.reports import charts
-from esm_neuron.reports.charts import COLOURS, Chart, save_png
+from esm_neuron.reports.charts import COLOURS, Chart
 from esm_neuron.run_dir import REJECTED, REPORT, Finished, read_finished
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
 from esm_neuron.tasks.view import View
 
 PAGE = "index.html"
-SPLITS = {"test": "test", "valid": "validation"}
-"""Split -> its name for people; the first that a run has is the one that charts are of."""
+SPLITS = {"test": "test", "valid": "validation"}  # split -> its name; charts are of the first that a run has
 
 
 @dataclass(frozen=True)
@@ -34,22 +33,13 @@ class Table:
     title: str
     note: str
     columns: list[str]
-    rows: list[tuple[str, list[Shown]]]
-    """Name of a metric, and one cell per column."""
+    rows: list[tuple[str, list[Shown]]]  # name of a metric, and one cell per column
 
 
 def write_report(run: Path) -> Path:
-    """Write OUT/report/index.html, which loads nothing from elsewhere, and one PNG per chart beside it.
+    """Write report/index.html, which loads nothing from elsewhere, and one PNG per chart beside it; return the page.
 
-    Args:
-        run: output folder of a finished run.
-
-    Returns:
-        The page. An older report is replaced whole.
-
-    Raises:
-        ConfigError: `run` is no run, or has not finished.
-        CheckpointError: one of its files is damaged.
+    `run` is the output folder of a finished run. An older report is replaced whole. Raises as `read_finished` does.
     """
     finished = read_finished(run)
     split = next((split for split in SPLITS if finished.result.get(split)), None)
@@ -60,20 +50,18 @@ def write_report(run: Path) -> Path:
     with new_folder(run / REPORT) as aside:
         (aside / PAGE).write_text(text, encoding="utf-8")
         for chart in drawn:
-            save_png(chart, aside)
+            (aside / f"{chart.name}.png").write_bytes(chart.png)
     return run / REPORT / PAGE
 
 
 def _charts(finished: Finished, task: Task, split: str | None, found: View | None) -> Iterator[Chart]:
     """Yield every chart that the run has data for, in the page's order."""
-    result, log = finished.result, finished.log
-    chosen = result["chosen_step"]
+    result, log, chosen = finished.result, finished.log, finished.result["chosen_step"]
     curves = [charts.loss_curve(log, chosen), charts.metric_curve(log, chosen, result["metric"])]
     yield from (chart for chart in curves if chart is not None)
     if split is None:
         return
-    metrics = result[split]
-    baselines = _baselines(finished, split)
+    metrics, baselines = result[split], _baselines(finished, split)
     compared = [name for name in _order(metrics, result["metric"]) if name in task.compared]
     if baselines and compared:
         yield charts.comparison(metrics, baselines, compared)
@@ -94,7 +82,7 @@ def _charts(finished: Finished, task: Task, split: str | None, found: View | Non
 
 def _order(metrics: dict[str, Any], metric: str) -> list[str]:
     """Return the metrics that are defined, the one that chose the weights first and any other's loss last."""
-    names = [figure.key for figure in shown(metrics) if figure.value is not None]
+    names = [one.key for one in shown(metrics) if one.value is not None]
     return sorted(names, key=lambda name: (name != metric, name == "loss"))
 
 
@@ -106,27 +94,33 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
     cfg, result, metric = finished.cfg, finished.result, finished.result["metric"]
     metrics = result[split] if split else {}
     rejected = finished.folder / REJECTED
-    template = environment().get_template("report.html.jinja")
-    return template.render(
-        title=f"{cfg.task.name.replace('_', ' ')} · {Path(cfg.model.name).name}",
-        folder=finished.folder.resolve().name,
-        cfg=cfg,
-        result=result,
-        trained=trained_text(cfg.adapter),
-        split=split and SPLITS[split],
-        scored=counted(metrics, task.unit) if split else "",
-        tiles=[show(metrics, name) for name in _order(metrics, metric)[:4]],
-        verdict=verdict(metrics, _baselines(finished, split), metric, task.greater_is_better) if split else "",
-        leaks=leak_text(result, split) if split else "",
-        kept=split in finished.predictions,
-        charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
-        tables=list(_tables(finished, task)),
-        per_class=_per_class(metrics),
-        worst=found.worst if found is not None else [],
-        settings=settings.dump(cfg),
-        rejected=len(rejected.read_text(encoding="utf-8").splitlines()) - 1 if rejected.is_file() else 0,
-        colours=COLOURS,
-        version=__version__,
+    return (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            title=f"{cfg.task.name.replace('_', ' ')} · {Path(cfg.model.name).name}",
+            folder=finished.folder.resolve().name,
+            cfg=cfg,
+            result=result,
+            trained=trained_text(cfg.adapter),
+            split=split and SPLITS[split],
+            scored=counted(metrics, task.unit) if split else "",
+            tiles=[show(metrics, name) for name in _order(metrics, metric)[:4]],
+            verdict=verdict(metrics, _baselines(finished, split), metric, task.greater_is_better) if split else "",
+            leaks=leak_text(result, split) if split else "",
+            kept=split in finished.predictions,
+            charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
+            tables=list(_tables(finished, task)),
+            per_class=[
+                (name, values["n"], [show(values, metric) for metric in ("f1", "auroc", "auprc")])
+                for name, values in (metrics.get("per_class") or {}).items()
+            ],
+            worst=found.worst if found is not None else [],
+            settings=settings.dump(cfg),
+            rejected=len(rejected.read_text(encoding="utf-8").splitlines()) - 1 if rejected.is_file() else 0,
+            colours=COLOURS,
+            version=__version__,
+        )
     )
 
 
@@ -147,17 +141,7 @@ def _table(task: Task, title: str, metrics: dict[str, Any], baselines: dict[str,
     sampled = [f"{name} on {values['fitted_on']:,} of {values['training']:,}" for name, values in baselines.items()
                if values.get("fitted_on", 0) < values.get("training", 0)]  # fmt: skip
     note = f"Baselines fitted on a sample of the training set: {', '.join(sampled)}." if sampled else ""
-    scored = f"{title}: {counted(metrics, task.unit)}"
-    return Table(scored, note, ["this model", *baselines], rows)
-
-
-def _per_class(metrics: dict[str, Any]) -> list[tuple[str, int, list[Shown]]]:
-    """Return each class, how often it is there, and its F1, AUROC and AUPRC."""
-    names = ("f1", "auroc", "auprc")
-    return [
-        (name, values["n"], [show(values, figure) for figure in names])
-        for name, values in (metrics.get("per_class") or {}).items()
-    ]
+    return Table(f"{title}: {counted(metrics, task.unit)}", note, ["this model", *baselines], rows)
 
 
 def trained_text(adapter: AdapterConfig) -> str:
