@@ -94,33 +94,30 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
     cfg, result, metric = finished.cfg, finished.result, finished.result["metric"]
     metrics = result[split] if split else {}
     rejected = finished.folder / REJECTED
-    return (
-        environment()
-        .get_template("report.html.jinja")
-        .render(
-            title=f"{cfg.task.name.replace('_', ' ')} · {Path(cfg.model.name).name}",
-            folder=finished.folder.resolve().name,
-            cfg=cfg,
-            result=result,
-            trained=trained_text(cfg.adapter),
-            split=split and SPLITS[split],
-            scored=counted(metrics, task.unit) if split else "",
-            tiles=[show(metrics, name) for name in _order(metrics, metric)[:4]],
-            verdict=verdict(metrics, _baselines(finished, split), metric, task.greater_is_better) if split else "",
-            leaks=leak_text(result, split) if split else "",
-            kept=split in finished.predictions,
-            charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
-            tables=list(_tables(finished, task)),
-            per_class=[
-                (name, values["n"], [show(values, metric) for metric in ("f1", "auroc", "auprc")])
-                for name, values in (metrics.get("per_class") or {}).items()
-            ],
-            worst=found.worst if found is not None else [],
-            settings=settings.dump(cfg),
-            rejected=len(rejected.read_text(encoding="utf-8").splitlines()) - 1 if rejected.is_file() else 0,
-            colours=COLOURS,
-            version=__version__,
-        )
+    template = environment().get_template("report.html.jinja")
+    return template.render(
+        title=f"{cfg.task.name.replace('_', ' ')} · {Path(cfg.model.name).name}",
+        folder=finished.folder.resolve().name,
+        cfg=cfg,
+        result=result,
+        trained=trained_text(cfg.adapter),
+        split=split and SPLITS[split],
+        scored=counted(metrics, task.unit) if split else "",
+        tiles=[show(metrics, name) for name in _order(metrics, metric)[:4]],
+        verdict=verdict(metrics, _baselines(finished, split), metric, task.greater_is_better) if split else "",
+        leaks=leak_text(result, split) if split else "",
+        kept=split in finished.predictions,
+        charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
+        tables=list(_tables(finished, task)),
+        per_class=[
+            (name, values["n"], [show(values, kind) for kind in ("f1", "auroc", "auprc")])
+            for name, values in (metrics.get("per_class") or {}).items()
+        ],
+        worst=found.worst if found is not None else [],
+        settings=settings.dump(cfg),
+        rejected=len(rejected.read_text(encoding="utf-8").splitlines()) - 1 if rejected.is_file() else 0,
+        colours=COLOURS,
+        version=__version__,
     )
 
 

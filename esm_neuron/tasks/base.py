@@ -39,29 +39,18 @@ class Task(ABC):
     such as embedding, needs no `loss`, `metrics` and `outputs`.
     """
 
-    summary: ClassVar[str] = "a task of its own"
-    """What it predicts, for the model card: `one class per protein`."""
-    unit: ClassVar[str] = "proteins"
-    """What the metrics count, for the report."""
-    settings: ClassVar[tuple[str, ...]] = ()
-    """Fields of `TaskConfig` that it uses; the others must keep their defaults."""
-    label_kind: ClassVar[type[Labels] | None] = None
-    """Reads the label column; None: the task needs no labels."""
-    metric: ClassVar[str] = "loss"
-    """The one of `metrics` that chooses the best checkpoint."""
+    summary: ClassVar[str] = "a task of its own"  # what it predicts, for the model card: `one class per protein`
+    unit: ClassVar[str] = "proteins"  # what the metrics count, for the report
+    settings: ClassVar[tuple[str, ...]] = ()  # fields of `TaskConfig` that it uses; the others must keep their defaults
+    label_kind: ClassVar[type[Labels] | None] = None  # reads the label column; None: the task needs no labels
+    metric: ClassVar[str] = "loss"  # the one of `metrics` that chooses the best checkpoint
     greater_is_better: ClassVar[bool] = False
-    compared: ClassVar[tuple[str, ...]] = ()
-    """Metrics of one scale that the report draws beside those of the baselines, on one axis."""
-    per_token: ClassVar[bool] = False
-    """Whether there is one target per token or one per sequence."""
-    predictions_per_token: bool = False
-    """Whether `predictions` are one per token [R, L, ...] or one per segment [R, S, ...]."""
-    keeps_lm_head: ClassVar[bool] = False
-    """Whether its head is the language model's, which a pretrained ESM-2 has."""
-    hub_task: ClassVar[str | None] = None
-    """The hub's name for it (`pipeline_tag`); None: the hub has none."""
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    """The class of transformers that loads its model."""
+    compared: ClassVar[tuple[str, ...]] = ()  # metrics of one scale, which the report draws beside the baselines'
+    per_token: ClassVar[bool] = False  # whether there is one target per token or one per sequence
+    predictions_per_token: bool = False  # whether `predictions` are one per token [R, L, ...] or segment [R, S, ...]
+    keeps_lm_head: ClassVar[bool] = False  # whether its head is the language model's, which a pretrained ESM-2 has
+    hub_task: ClassVar[str | None] = None  # the hub's name for it (`pipeline_tag`); None: the hub has none
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"  # the class of transformers that loads its model
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str] = ()) -> None:
         self.cfg = cfg  # with what the training rows decide, see `data.labels.Labels.resolve`

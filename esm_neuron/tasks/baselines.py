@@ -23,17 +23,13 @@ if TYPE_CHECKING:
     from esm_neuron.data.dataset import ExampleTable
     from esm_neuron.tasks.base import Task
 
-END = 50
-"""Residues at each terminus that get a composition of their own: sorting signals sit there."""
-REACH = 7
-"""Neighbors on each side that the baseline of residue classes sees."""
+END = 50  # residues at each terminus that get a composition of their own: sorting signals sit there
+REACH = 7  # neighbors on each side that the baseline of residue classes sees
 MOST_ROWS, MOST_RESIDUES = 20_000, 50_000
 """Most training rows, or residues, that a baseline is fitted on: a sample where there are more, and one row for each
 class that is not in the sample."""
-CHUNK = 1 << 18
-"""Tokens looked at together: tables may be files larger than the memory."""
-LEAST = np.exp(-50.0)
-"""Least probability that a logarithm is taken of, so that a cross entropy stays finite."""
+CHUNK = 1 << 18  # tokens looked at together: tables may be files larger than the memory
+LEAST = np.exp(-50.0)  # least probability that a logarithm is taken of, so that a cross entropy stays finite
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEAST = 1e-6
-"""Least probability of being wrong in a focal factor: a power below 1 has no gradient at 0."""
+LEAST = 1e-6  # least probability of being wrong in a focal factor: a power below 1 has no gradient at 0
 
 
 def softmax_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:

@@ -19,8 +19,7 @@ from esm_neuron.tasks.baselines import Baseline, residue_baselines
 from esm_neuron.tasks.losses import softmax_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, lengths, worst
 
-NO_PREDICTION = "-"
-"""Stands for a residue that was cut off and so never shown to the model."""
+NO_PREDICTION = "-"  # stands for a residue that was cut off and so never shown to the model
 
 
 class ResidueClassification(Task):
