@@ -114,10 +114,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_deny
 
 
 def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
-    """Return the mapping in a YAML file of at most `SIZE_LIMIT` bytes.
-
-    Errors are ConfigErrors: they name the `option` that named the file, and `cure`, where to see what it should hold.
-    """
+    """Return the mapping in a YAML file, or raise ConfigError: it names the flag `option` and where to look, `cure`."""
     named = f"{option} {path if str(path).isprintable() else ascii(str(path))}"
     try:
         require(not path.exists() or path.is_file(), f"{named}: not a regular file; check the path")
@@ -170,10 +167,7 @@ def typed(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
-    """Return the configuration that `argv` describes; `--resume` is short for `--checkpoint.resume`.
-
-    Raise ConfigError where a key is unknown or repeated, a value has the wrong type, or a file cannot be read.
-    """
+    """Return the configuration that `argv` describes, or raise ConfigError; `--resume` means `--checkpoint.resume`."""
     return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
 
 

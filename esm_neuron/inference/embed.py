@@ -13,6 +13,7 @@ import pyarrow as pa
 from torch import nn
 from transformers import EsmConfig, PreTrainedModel
 
+from esm_neuron.build import Built
 from esm_neuron.config import BackendName, TaskConfig
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import DataError
@@ -117,15 +118,9 @@ def embed(
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
         return shape(table.ids, per_record(table, predictions, task.predictions_per_token))
 
-    return predict_file(
-        spec,
-        task,
-        source,
-        target,
-        write,
-        resume,
-        log,
-        network=lambda built: Embedder(built.model, pooling),
-        batches=8 if pooling == "residue" else BATCHES,
-        options={"command": "embed", "pooling": pooling, "format": target.suffix.lower()},
-    )
+    def network(built: Built) -> Embedder:
+        return Embedder(built.model, pooling)
+
+    options = {"command": "embed", "pooling": pooling, "format": target.suffix.lower()}
+    batches = 8 if pooling == "residue" else BATCHES
+    return predict_file(spec, task, source, target, write, resume, log, options, network, batches)

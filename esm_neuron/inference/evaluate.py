@@ -31,7 +31,6 @@ def evaluate(
     """Return the metrics of a finished run on a labelled file, with 95 % bootstrap intervals.
 
     Args:
-        run: output folder of a training run.
         source: file with labels; the row filters and the split column of training are not applied.
         target: JSON file to write as well, with TARGET.rejected.tsv if records were left out or changed.
         backend_name, log: as for `predict`.

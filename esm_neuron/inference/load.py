@@ -146,7 +146,6 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a PEFT adapter."""
     path = folder / ADAPTER_WEIGHTS
     try:
         return load_file(path)
@@ -155,7 +154,6 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def read_reference(folder: Path) -> BaseReference:
-    """Read which base weights an adapter belongs to."""
     path = folder / REFERENCE
     try:
         return BaseReference(**json.loads(path.read_text(encoding="utf-8")))

@@ -68,7 +68,7 @@ def predict(
         made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
         return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
 
-    return predict_file(spec, task, source, target, write, resume, log, options={"command": "predict"})
+    return predict_file(spec, task, source, target, write, resume, log, {"command": "predict"})
 
 
 def predict_file(
@@ -79,18 +79,14 @@ def predict_file(
     write: Callable[[ExampleTable, Sequence[np.ndarray]], Predictions],
     resume: bool,
     log: Callable[[str], None],
-    *,
     options: Mapping[str, Any],
     network: Callable[[Built], nn.Module] = lambda built: built.model,
     batches: int = BATCHES,
 ) -> int:
     """Write `target` with the predictions for every record of `source`; return the number of records.
 
-    Args:
-        write: makes rows of records and what `collect` has found for them.
-        options: what decides the predictions besides model and settings, in JSON's types.
-        network: returns the network to run, given what was built.
-        batches: about how many a piece fills.
+    `write` makes rows of records and what `collect` has found for them; `options`, in JSON's types, decide the
+    predictions besides model and settings; a piece fills about `batches` batches.
     """
     cfg = spec.cfg
     with opened_backend(cfg) as backend:
@@ -129,12 +125,7 @@ def piece_tokens(cfg: TrainConfig, backend: Backend, batches: int = BATCHES) -> 
 
 
 def predict_table(
-    model: nn.Module,
-    task: Task,
-    backend: Backend,
-    cfg: TrainConfig,
-    table: ExampleTable,
-    advance: Advance = lambda tokens: None,
+    model: nn.Module, task: Task, backend: Backend, cfg: TrainConfig, table: ExampleTable, advance: Advance
 ) -> list[np.ndarray]:
     """Return the task's predictions for a table, made by this rank alone, see `evaluation.collect`."""
     loader = EvalLoader(table, task, cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)

@@ -162,11 +162,9 @@ def score(
 
     Args:
         model: output folder of a masked_lm run, a Hugging Face folder of ESM-2 with its LM head, or a hub id.
-        source: CSV, TSV, JSONL or Parquet with one variant per row.
         target: CSV, TSV, JSONL or Parquet: `variant` or `sequence`, `measured` where a score column is named, and the
             method's value under its name with `_` for `-`.
         wild_type: file with the one protein that variants are named after.
-        columns: which columns are read.
         first_residue: number that the table gives to its first residue.
 
     Returns:

@@ -35,11 +35,10 @@ class Predictor:
     def predict(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """Return the columns of `esm-neuron predict` for each (id, sequence), in order, with None for NaN.
 
-        Bad residues and long sequences are treated as the run's data section says. Raise DataError where a sequence
-        cannot be used.
+        Bad residues and long sequences are treated as the run's data section says; it may refuse them with DataError.
         """
         table = _Request(records, self.cfg.data).read()
-        predictions = predict_table(self.model, self.task, self.backend, self.cfg, table)
+        predictions = predict_table(self.model, self.task, self.backend, self.cfg, table, lambda tokens: None)
         columns = self.task.outputs(table, predictions)
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
         return [dict(zip(("id", *columns), row, strict=True)) for row in rows]

@@ -103,7 +103,6 @@ def stream(
         scanned: what `scan` has found for the same pieces.
         identity: model and settings that decide the predictions; a resumed command must have the same.
         predict: returns the rows of a piece, in its order; called on all ranks of a tensor-parallel group.
-        resume: use the shards that a killed command left.
     """
     shards, topology, count = Shards(target), backend.topology, len(scanned.tokens)
     with ExitStack() as held:
@@ -115,13 +114,8 @@ def stream(
             log(f"resumed: {len(done)} of {count} shards are already there")
         todo = [number for number in range(count) if number not in done]
         mine = set(todo[topology.dp_rank :: topology.dp])
-        bar = tqdm(
-            total=sum(scanned.tokens[number] for number in mine),
-            unit="token",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not (topology.is_main and sys.stderr.isatty()),
-        )
+        total, hidden = sum(scanned.tokens[number] for number in mine), not (topology.is_main and sys.stderr.isatty())
+        bar = tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True, disable=hidden)
 
         def work() -> None:
             for number, piece in _chosen(pieces(), mine, scanned.digest):

@@ -87,7 +87,6 @@ class Estimate:
     """Over all devices, padding included."""
     residues_per_second: float = 0.0
     hours: float = 0.0
-    """Training."""
     compile_hours: float = 0.0
     """Compilation before training, one graph after the other."""
     dollars: float | None = None

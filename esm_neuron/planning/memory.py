@@ -44,7 +44,7 @@ class Memory:
     activations: int
     """What autograd keeps of a forward pass, bfloat16 copies of trained weights included."""
     logits: int
-    """The activations of the task's head or the LM head, its outputs and the loss."""
+    """Activations and outputs of the task's head or the LM head, and the loss."""
     working: int
     """What lives only while a block computes: gradients of activations, and what is recomputed."""
 
