@@ -27,7 +27,7 @@ from scipy import stats
 
 from esm_neuron.backends import create_backend
 from esm_neuron.config import TrainConfig, require, settings
-from esm_neuron.data.tokenizer import encode
+from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.metrics.bootstrap import bootstrap
 from esm_neuron.metrics.text import NAMES
@@ -135,7 +135,7 @@ def logits(cfg: TrainConfig, task: Task, sequences: Iterable[str]) -> torch.Tens
     backend = create_backend(cfg)
     model = build_trained(cfg, task, backend).model.eval()
     with torch.no_grad(), backend.autocast():
-        given = [torch.from_numpy(encode(sequence).astype("int64"))[None] for sequence in sequences]
+        given = [torch.from_numpy(encode_many([sequence])[0].astype("int64"))[None] for sequence in sequences]
         return torch.cat([model(input_ids=ids).logits.float() for ids in given])
 
 

@@ -12,7 +12,6 @@ from esm_neuron.config import DataConfig
 from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
 from esm_neuron.data.homology import MOST, Method, find_homologs
 from esm_neuron.data.labels import Labels, flatten
-from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY, encode_many
 from esm_neuron.data.validation import Checker, conflicting, text_hashes
@@ -91,14 +90,8 @@ class Check:
 def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method | None) -> Check:
     """Read a whole file and return what it holds; bad rows are counted, not raised.
 
-    Args:
-        path: see `sources.read_chunks`.
-        cfg: columns; with a split column, the first of `split_names` names the training rows.
-        labels: reads the label column; None: there are no labels to look at.
-        method: how homologs are found; None: they are not looked for.
-
-    Raises:
-        DataError: the file cannot be read, is malformed or empty, or lacks a column.
+    With a split column, the first of `cfg.split_names` names the training rows. `labels` reads the label column, and
+    `method` finds homologs; None: they are not looked at. Raise DataError where the file itself cannot be read.
     """
     checker, writer = Checker(cfg, path), TableWriter()
     splits: list[str] = []
@@ -106,8 +99,7 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
     label_hashes: list[np.ndarray] = []
     names: Counter[str] = Counter()
     values: list[np.ndarray] = []
-    joiner = LIST_JOINER if labels is None else labels.joiner
-    for rows in read_chunks(path, cfg, labels is not None, joiner):
+    for rows in read_chunks(path, cfg, None if labels is None else labels.joiner):
         clean = checker(rows)
         columns = clean.to_pydict()
         if labels is not None:

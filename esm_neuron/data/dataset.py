@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,13 +19,11 @@ from esm_neuron.config import DataConfig
 from esm_neuron.data.labels import UNKNOWN, Labels
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import encode_residues
-from esm_neuron.data.validation import Problems, Report, quote
+from esm_neuron.data.validation import Problems, quote
 from esm_neuron.files import write_json
 
 PAD_SEGMENT = -1
 """`segment_ids` of padding: belongs to no sequence."""
-CUTS = ("cropped", "cropped_residues", "windowed", "windows", "unlabelled_residues")
-"""Counts of a `Report` that are made with a table."""
 _IDS = pa.schema([("id", pa.large_string())])
 
 
@@ -173,19 +172,16 @@ class MappedNames(Sequence[str]):
 
 def open_table(stem: Path) -> ExampleTable:
     """Return the table that a `TableWriter` has put in files, mapped."""
-    types = json.loads(_file(stem, "types").read_text(encoding="utf-8"))
-    arrays = {name: _mapped(_file(stem, name), np.dtype(kind), tuple(shape)) for name, (kind, shape) in types.items()}
+    arrays = {}
+    for name, (kind, shape) in json.loads(_file(stem, "types").read_text(encoding="utf-8")).items():
+        path = _file(stem, name)
+        flat = np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)  # an empty file is not mapped
+        arrays[name] = flat.reshape(-1, *shape)
     return ExampleTable(**arrays, ids=MappedNames(_file(stem, "ids")))
 
 
 def _file(stem: Path, name: str) -> Path:
     return stem.with_name(f"{stem.name}.{name}")
-
-
-def _mapped(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    if not path.stat().st_size:  # an empty file cannot be mapped
-        return np.empty((0, *shape), dtype=kind)
-    return np.memmap(path, dtype=kind, mode="r").reshape(-1, *shape)
 
 
 def join_tables(tables: Iterable[ExampleTable]) -> ExampleTable:
@@ -220,11 +216,11 @@ def select_records(table: ExampleTable, keep: np.ndarray) -> tuple[ExampleTable,
 
 
 def chunk_table(
-    rows: pa.Table, source: str, cfg: DataConfig, labels: Labels | None, problems: Problems
-) -> tuple[ExampleTable, Report]:
-    """Return the rows tokenized, long sequences cut, with targets of their encoded labels; and how many were cut.
+    rows: pa.Table, cfg: DataConfig, labels: Labels | None, problems: Problems
+) -> tuple[ExampleTable, Counter[str]]:
+    """Return the rows tokenized, long sequences cut, with targets of their encoded labels; and counts of a `Report`.
 
-    Faults of the rows of `source` go to `problems`; with any, the table is of no use.
+    Faults of the rows go to `problems`; with any, the table is of no use.
     """
     ids = rows["id"].to_pylist()
     text, bounds = sequence_bytes(rows)
@@ -265,18 +261,17 @@ def chunk_table(
         starts=starts,
         residues=lengths.astype(np.int32),
     )
-    report = Report(name=source, rows=len(ids))
+    report = Counter(rows=len(ids))
     if cfg.long_sequences == "window":
-        report = replace(report, windowed=len(long), windows=int(counts[long].sum()))
+        report.update(windowed=len(long), windows=int(counts[long].sum()))
     else:
-        cropped = int((lengths - limit)[long].sum())
-        report = replace(report, cropped=len(long), cropped_residues=cropped)
+        report.update(cropped=len(long), cropped_residues=int((lengths - limit)[long].sum()))
     if labels is None:
         return table, report
     targets = labels.targets(rows, problems)
     if problems.total or not labels.per_residue:
         return replace(table, labels=targets), report
-    report = replace(report, unlabelled_residues=int((targets == UNKNOWN).sum()))
+    report.update(unlabelled_residues=int((targets == UNKNOWN).sum()))
     places, _ = table.residue_slots()  # the labels of residues are cut as their sequence is
     return replace(table, labels=np.where(places >= 0, targets[places], np.int16(UNKNOWN))), report
 

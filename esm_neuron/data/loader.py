@@ -42,9 +42,9 @@ class StepData:
     """Residues in the batches of all ranks, specials left out."""
 
 
-def training_plan(cfg: TrainConfig, lengths: np.ndarray, epoch: int = 0) -> EpochPlan:
-    """Plan the optimizer steps of an epoch over all devices from `lengths` alone: int [examples], specials included."""
-    return _plan(cfg, lengths, cfg.loop.packs_per_step, epoch)
+def plan_packs(cfg: TrainConfig, lengths: np.ndarray, packs_per_step: int, epoch: int = 0) -> EpochPlan:
+    """Plan the packs of an epoch over all devices from `lengths` alone: int [examples], specials included."""
+    return plan_epoch(lengths, cfg.data.pack_tokens, _segments(cfg), packs_per_step, _rng(cfg.seed, epoch))
 
 
 class _Loader:
@@ -59,10 +59,6 @@ class _Loader:
         local_dp: devices over which this process spreads the packs of a batch (`Backend.local_dp`).
         static_shapes: True: every batch has one shape. False: filler packs and the columns that are padding in every
             pack are left out of a batch, which is less work where a new shape costs nothing.
-
-    Raises:
-        ConfigError: `loop.packs_per_step` is not a multiple of `loop.packs_per_device` times `dp` times `local_dp`.
-        DataError: there is no example, or one does not fit a pack.
     """
 
     def __init__(
@@ -144,7 +140,7 @@ class TrainLoader(_Loader):
     def _prepare(self) -> None:
         self.passes = accumulated_passes(self._cfg, self._devices)
         """Forward passes of this rank in one optimizer step."""
-        self._planned = (0, training_plan(self._cfg, self._lengths))
+        self._planned = (0, plan_packs(self._cfg, self._lengths, self._cfg.loop.packs_per_step))
         self.steps_per_epoch: int = len(self._planned[1])
         """Optimizer steps in one pass over the examples, the same in every epoch."""
         batches = None if self._static_shapes else self.passes * self._dp
@@ -170,7 +166,7 @@ class TrainLoader(_Loader):
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of `epoch`, made from (seed, epoch) alone; the last one asked for is kept."""
         if self._planned[0] != epoch:
-            self._planned = (epoch, training_plan(self._cfg, self._lengths, epoch))
+            self._planned = (epoch, plan_packs(self._cfg, self._lengths, self._cfg.loop.packs_per_step, epoch))
         return self._planned[1]
 
 
@@ -183,7 +179,7 @@ class EvalLoader(_Loader):
 
     def _prepare(self) -> None:
         packs = self._cfg.loop.eval_packs_per_device * self._devices
-        self._plan = _plan(self._cfg, self._lengths, packs, _EVALUATION)
+        self._plan = plan_packs(self._cfg, self._lengths, packs, _EVALUATION)
 
     def __len__(self) -> int:
         """Return the batches of this rank, the same on every rank."""
@@ -253,10 +249,6 @@ def accumulated_passes(cfg: TrainConfig, dp: int) -> int:
 
 def _segments(cfg: TrainConfig) -> int:
     return cfg.data.max_segments if cfg.data.packing else 1
-
-
-def _plan(cfg: TrainConfig, lengths: np.ndarray, packs_per_step: int, epoch: int) -> EpochPlan:
-    return plan_epoch(lengths, cfg.data.pack_tokens, _segments(cfg), packs_per_step, _rng(cfg.seed, epoch))
 
 
 def _rng(seed: int, epoch: int, *example: int) -> np.random.Generator:

@@ -13,17 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from esm_neuron.data.records import (
-    EXPANSION_FROM,
-    EXPANSION_LIMIT,
-    LINE_LIMIT,
-    Column,
-    Record,
-    check_regular,
-    pick_columns,
-    place,
-    text,
-)
+from esm_neuron.data.records import LINE_LIMIT, Column, Record, check_expansion, check_regular, pick_columns, text
 from esm_neuron.errors import DataError, EsmNeuronError
 from esm_neuron.files import read_json
 
@@ -70,12 +60,8 @@ def _rows_at_once(path: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
     """Return how many records to decode at once: fewer where lists might repeat one long text, which is stored once."""
     # No look at single columns: where their entries are damaged, pyarrow ends the process instead of raising.
     sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-    packed, size = Path(path).stat().st_size, max(sizes, default=0)
-    if size > max(EXPANSION_FROM, packed * EXPANSION_LIMIT):
-        raise DataError(
-            f"{path}: {size} bytes of a row group are packed into {packed}, more than {EXPANSION_LIMIT} for one; no "
-            "proteins are so much alike, check the file"
-        )
+    size = max(sizes, default=0)
+    check_expansion(path, path, size, "of a row group are packed into")
     lists = any(file.schema.column(i).path.startswith(tuple(f"{n}." for n in names)) for i in range(len(file.schema)))
     return min(BATCH, max(1, NESTED_LIMIT // max(size, 1))) if lists else BATCH
 
@@ -89,7 +75,7 @@ def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -
         starts, held = [0], 0
         for row, size in enumerate(sizes.tolist()):
             if size > LINE_LIMIT:
-                where = place(path, done + row + 1)
+                where = f"{path}: record {done + row + 1}"
                 raise DataError(f"{where}: holds {size} characters, more than {LINE_LIMIT}; is this the right file?")
             held += size
             if held > LINE_LIMIT:

@@ -39,7 +39,6 @@ class Column:
     source: str
     """In the file."""
     setting: str
-    """The setting that asks for it."""
     joiner: str | None = None
     """Written between the entries of a list; None: a list is refused."""
 
@@ -80,6 +79,16 @@ def check_regular(path: str) -> None:
         raise DataError(f"{path}: this is a pipe or a device; write it to a file and name that")
 
 
+def check_expansion(path: str, where: str, size: int, what: str) -> None:
+    """Raise DataError where a file holds more bytes than proteins do that are packed into its size."""
+    packed = os.stat(path).st_size
+    if size > max(EXPANSION_FROM, packed * EXPANSION_LIMIT):
+        raise DataError(
+            f"{where}: {size} bytes {what} {packed}, more than {EXPANSION_LIMIT} for one; no proteins are so much "
+            "alike, check the file"
+        )
+
+
 def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
     """Raise DataError for a column that is not there, with the nearest name that is."""
     shown = ", ".join(repr(name[:60]) for name in there[:20]) + (", ..." if len(there) > 20 else "")
@@ -94,8 +103,7 @@ class Seen:
     """Note the keys of records that each have their own, such as JSON objects, to tell a column that is never there."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
-        self.names: dict[str, None] = {}
-        """The first keys, in order, for messages."""
+        self.names: dict[str, None] = {}  # the first keys, in order, for messages
         self._missing = {column.source: column for column in columns}
 
     def add(self, keys: Iterable[str]) -> None:

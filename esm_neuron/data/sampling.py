@@ -19,9 +19,8 @@ _ROWS = {"valid": "validation", "test": "test"}
 def families(sequences: list[str], cfg: DataConfig) -> np.ndarray:
     """Return the cluster of homologs that each row is in, int64 [rows], by whole sequences."""
     if cfg.homologs == "off":
-        raise ConfigError(
-            "data.sample=clusters with data.homologs=off: clusters are of homologs; use data.homologs=kmer or mmseqs"
-        )
+        cure = "clusters are of homologs; use data.homologs=kmer or mmseqs"
+        raise ConfigError(f"data.sample=clusters with data.homologs=off: {cure}")
     require(
         len(sequences) <= MOST,
         f"data.sample=clusters: {len(sequences)} rows are more than {MOST}; cluster them beforehand and name the split "
@@ -35,15 +34,9 @@ def sample_rows(
 ) -> np.ndarray:
     """Draw a `fraction` of the rows for a split, each group with its share; every group keeps a row to train on.
 
-    Systematic sampling: rows in random order, sorted by group, one taken at every 1 / fraction.
-
-    Args:
-        groups: int64 [rows]: the group of each row's label.
-        allowed: bool [rows]: which rows may be held out.
-        source: the training file, for messages.
-
-    Returns:
-        bool [rows].
+    `groups`, int64 [rows], numbers the group of each row's label; `allowed`, bool [rows], says which may be held out;
+    the result, bool [rows], which are. Systematic sampling: rows in random order, sorted by group, one taken at every
+    1 / fraction.
     """
     rng, rows = _generator(seed, split), len(groups)
     order = rng.permutation(rows)

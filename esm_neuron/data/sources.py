@@ -24,13 +24,11 @@ CHUNK_ROWS, CHUNK_CHARACTERS = 16_384, 1 << 24
 """Most rows, and about the most characters, of a chunk."""
 
 
-def read_chunks(
-    path: str | Path, cfg: DataConfig, need_label: bool, joiner: str = LIST_JOINER, rows: int = CHUNK_ROWS
-) -> Iterator[pa.Table]:
+def read_chunks(path: str | Path, cfg: DataConfig, joiner: str | None = None) -> Iterator[pa.Table]:
     """Give the rows of one file in its order, a chunk at a time; no more than one chunk is held.
 
     Columns, all text but `line`: `id`, `sequence`, `line` (int64, from 1: the line a row starts in, in FASTA the
-    header's, in Parquet files and datasets the number of the record), `label` where `need_label`, `split` where
+    header's, in Parquet files and datasets the number of the record), `label` where `joiner` is given, `split` where
     `cfg.split_column` is set, and `filter.<column>` for each column of `cfg.keep` and `cfg.keep_heldout`.
 
     FASTA headers read `>id key=value key2="two words"`: the first word is the id, whole (`sp|P12345|NAME`).
@@ -38,14 +36,11 @@ def read_chunks(
     Args:
         path: a file, a folder that `Dataset.save_to_disk` wrote, or `hf://owner/name@revision/split`.
         cfg: columns and filters.
-        need_label: whether the column of labels must be there.
-        joiner: written between the entries where a label is a list.
-        rows: most rows in a chunk.
+        joiner: written between the entries where a label is a list; None: labels are not read.
 
-    Raises:
-        DataError: the file cannot be read, is malformed or empty, or lacks a column; after the chunks before the fault.
+    Raise DataError, after the chunks before the fault, where the file is malformed or empty, or lacks a column.
     """
-    source, columns = str(path), _columns(cfg, need_label, joiner)
+    source, columns = str(path), _columns(cfg, joiner)
     names = ["line", *(column.name for column in columns)]
     lines: list[int] = []
     values: list[list[str]] = [[] for _ in columns]
@@ -56,7 +51,7 @@ def read_chunks(
         for value, column in zip(record, values, strict=True):
             column.append(value.strip())
             characters += len(value)
-        if len(lines) >= rows or characters >= CHUNK_CHARACTERS:
+        if len(lines) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
             yield make_rows(dict(zip(names, [lines, *values], strict=True)))
             lines, values, characters = [], [[] for _ in columns], 0
     if empty:
@@ -91,18 +86,18 @@ def filter_column(source: str) -> str:
     return f"filter.{source}"
 
 
-def _columns(cfg: DataConfig, need_label: bool, joiner: str) -> list[Column]:
+def _columns(cfg: DataConfig, joiner: str | None) -> list[Column]:
     columns = [
         Column("id", cfg.id_column, "data.id_column"),
         Column("sequence", cfg.sequence_column, "data.sequence_column"),
     ]
-    if need_label:
+    if joiner is not None:
         columns.append(Column("label", cfg.label_column, "data.label_column", joiner))
     if cfg.split_column is not None:
         columns.append(Column("split", cfg.split_column, "data.split_column"))
     filters = dict.fromkeys(cfg.keep_heldout, "data.keep_heldout") | dict.fromkeys(cfg.keep, "data.keep")
     return columns + [
-        Column(filter_column(source), source, setting, joiner if source == cfg.label_column else None)
+        Column(filter_column(source), source, setting, (joiner or LIST_JOINER) if source == cfg.label_column else None)
         for source, setting in filters.items()
     ]
 
@@ -120,9 +115,8 @@ def _reader(source: str) -> Reader:
     if zipped and suffix in TABLES:
         raise DataError(f"{source}: Parquet files are compressed within; unpack it, or name it {suffix} if it is plain")
     if suffix not in FORMATS:
-        raise DataError(
-            f"{source}: unknown format {suffix!r}; name the file with one of {' '.join(FORMATS)}, text plain or .gz"
-        )
+        cure = f"name the file with one of {' '.join(FORMATS)}, text plain or .gz"
+        raise DataError(f"{source}: unknown format {suffix!r}; {cure}")
     return FORMATS[suffix]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,9 +19,9 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.data.cache import cached, content_hash, content_key
-from esm_neuron.data.dataset import CUTS, ExampleTable, TableWriter, chunk_table, join_tables, open_table
+from esm_neuron.data.dataset import ExampleTable, TableWriter, chunk_table, join_tables, open_table
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.records import LIST_JOINER, row_unit
+from esm_neuron.data.records import row_unit
 from esm_neuron.data.sampling import families, sample_clusters, sample_rows
 from esm_neuron.data.sources import CHUNK_ROWS, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
@@ -105,8 +106,8 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
     tables: dict[str, ExampleTable] = {}
     shared = _shared(parts, labels)
     for name in (split for split in SPLITS if split in parts):
-        tables[name], report = _table(parts[name], cfg.data, labels, None if folder is None else folder / name)
-        reports.append(replace(report, name=f"{name} split", **shared[name]))
+        tables[name], counts = _table(parts[name], cfg.data, labels, folder and folder / name)
+        reports.append(Report(name=f"{name} split", **counts, **shared[name]))
     if folder is not None:
         for spool in folder.glob("*.arrow"):
             spool.unlink()
@@ -169,7 +170,7 @@ class _File:
         self.cfg = own
         self.checker = Checker(own, source)
         self.values: dict[str, set[str]] = {}  # filtered column -> its values
-        self._rows = self._filtered = self._filtered_heldout = 0
+        self._counts: Counter[str] = Counter()
         self._named: set[str] = set()  # splits of the rows that pass `keep`
         self._usable: set[str] = set()  # splits of the rows that pass `keep_heldout` as well
         self._unknown: dict[str, tuple[int, int]] = {}  # value that names no split -> how many rows, the first of them
@@ -190,9 +191,8 @@ class _File:
             self._kept = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
     def _chunks(self) -> Iterator[pa.Table]:
-        joiner = LIST_JOINER if self._labels is None else self._labels.joiner
-        for rows in read_chunks(self.source, self.cfg, self._labels is not None, joiner):
-            self._rows += len(rows)
+        labels = self._labels
+        for rows in read_chunks(self.source, self.cfg, None if labels is None else labels.joiner):
             for source in {**self.cfg.keep, **self.cfg.keep_heldout}:
                 self.values.setdefault(source, set()).update(rows[filter_column(source)].unique().to_pylist())
             kept = self._number_splits(rows.filter(pa.array(passes(rows, self.cfg.keep))))
@@ -202,11 +202,11 @@ class _File:
                 usable |= (split > 0) & passes(kept, self.cfg.keep_heldout)
             self._named |= _names(split)
             self._usable |= _names(split[usable])
-            self._filtered += len(rows) - len(kept)
-            self._filtered_heldout += int((~usable).sum())
+            filtered = {"filtered": len(rows) - len(kept), "filtered_heldout": int((~usable).sum())}
+            self._counts.update(rows=len(rows), **filtered)
             clean = self.checker(kept.filter(pa.array(usable)))
             if len(clean):
-                yield clean if self._labels is None else self._labels.encode(clean, self.checker.problems)
+                yield clean if labels is None else labels.encode(clean, self.checker.problems)
 
     def _number_splits(self, rows: pa.Table) -> pa.Table:
         """Return the rows with a column `split`, int8: the place in SPLITS of each row's split, -1 for none."""
@@ -222,7 +222,7 @@ class _File:
 
     def finish(self) -> tuple[dict[str, Part], Report]:
         """Return the part of each split that has rows; raise DataError for all that is wrong with the file."""
-        if self._filtered == self._rows:
+        if self._counts["filtered"] == self._counts["rows"]:
             raise DataError(f"{self.source}: data.keep leaves no rows; allow more values")
         if self._unknown:
             unit = row_unit(self.source)
@@ -237,14 +237,13 @@ class _File:
             )
         for name in sorted(self._named - self._usable):
             raise DataError(f"{self.source}: data.keep_heldout leaves no {name} rows; allow more values")
-        report = self.checker.finish()
+        self.checker.finish()
         split = self._kept["split"].to_numpy()
         left = _names(split)
         for name in sorted(self._usable - left):
             raise DataError(f"{self.source}: data.on_bad_residue=skip leaves no {name} rows; correct their sequences")
         parts = {name: Part(self._kept, self.source, split == SPLITS.index(name)) for name in sorted(left)}
-        heldout = self._filtered_heldout
-        return parts, replace(report, rows=self._rows, filtered=self._filtered, filtered_heldout=heldout)
+        return parts, Report(name=self.source, **{**self.checker.counts, **self._counts})
 
 
 def read_parts(
@@ -391,15 +390,15 @@ def _sample(parts: dict[str, Part], labels: Labels | None, cfg: TrainConfig) -> 
     return sampled
 
 
-def _table(part: Part, cfg: DataConfig, labels: Labels | None, stem: Path | None) -> tuple[ExampleTable, Report]:
-    """Return the rows tokenized and cut, in memory or in files that begin with `stem`; and how many were cut."""
-    writer, report, problems = TableWriter(stem), Report(name=part.source), Problems(part.source)
+def _table(part: Part, cfg: DataConfig, labels: Labels | None, stem: Path | None) -> tuple[ExampleTable, Counter[str]]:
+    """Return the rows tokenized and cut, in memory or in files that begin with `stem`; and their counts."""
+    writer, counts, problems = TableWriter(stem), Counter[str](), Problems(part.source)
     for rows in part.chunks():
-        table, more = chunk_table(rows, part.source, cfg, labels, problems)
-        report = report.plus(more, ("rows", *CUTS))
+        table, more = chunk_table(rows, cfg, labels, problems)
+        counts.update(more)
         writer.add(table)
     problems.raise_any()
-    return writer.table(), report
+    return writer.table(), counts
 
 
 def _shared(parts: Mapping[str, Part], labels: Labels | None) -> dict[str, dict[str, int]]:
@@ -445,17 +444,12 @@ class InputChunks:
     Can be iterated any number of times. A bad row anywhere raises DataError after the last chunk: what was made of the
     chunks before must not be final until then (or iterate once in advance, which costs little).
 
-    The split column and the row filters of `cfg` are for training and are not applied.
-
-    Args:
-        path: the file, see `sources.read_chunks`.
-        cfg: columns, treatment of bad residues and of long sequences.
-        labels: of a finished run, with its class names; None: no labels are read.
-        rows: most rows in a chunk.
+    Columns, bad residues and long sequences are treated as `cfg` says; its split column and row filters are not
+    applied. `labels` are those of a finished run, with its class names.
     """
 
-    def __init__(self, path: str | Path, cfg: DataConfig, labels: Labels | None = None, rows: int = CHUNK_ROWS) -> None:
-        self._path, self._rows, self._labels = str(path), rows, labels
+    def __init__(self, path: str | Path, cfg: DataConfig, labels: Labels | None = None) -> None:
+        self._path, self._labels = str(path), labels
         self._cfg = replace(cfg, split_column=None, keep={}, keep_heldout={})
         self.report = Report(name=self._path)
         """What the last iteration has read and done so far."""
@@ -464,21 +458,20 @@ class InputChunks:
 
     def __iter__(self) -> Iterator[ExampleTable]:
         """Give a table per chunk; `record` counts from 0 in each of them."""
-        checker, cuts, labels = Checker(self._cfg, self._path), Report(name=self._path), self._labels
+        checker, cuts, labels = Checker(self._cfg, self._path), Counter[str](), self._labels
         self.rejected = checker.rejected
         for rows in map(checker, self._chunks()):
             if len(rows):
                 rows = rows if labels is None else labels.encode(rows, checker.problems)
-                table, more = chunk_table(rows, self._path, self._cfg, labels, checker.problems)
-                cuts = cuts.plus(more, CUTS)
-            self.report = checker.report().plus(cuts, CUTS)
+                table, more = chunk_table(rows, self._cfg, labels, checker.problems)
+                cuts.update(more)
+            self.report = Report(name=self._path, **{**cuts, **checker.counts})
             if len(rows) and not checker.problems.total:
                 yield table
         checker.finish()
 
     def _chunks(self) -> Iterator[pa.Table]:
-        joiner = LIST_JOINER if self._labels is None else self._labels.joiner
-        return read_chunks(self._path, self._cfg, self._labels is not None, joiner, self._rows)
+        return read_chunks(self._path, self._cfg, None if self._labels is None else self._labels.joiner)
 
     def read(self) -> ExampleTable:
         """Return the whole file as one table in memory."""

@@ -13,17 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from esm_neuron.data.records import (
-    EXPANSION_FROM,
-    EXPANSION_LIMIT,
-    LINE_LIMIT,
-    Column,
-    Record,
-    Seen,
-    check_regular,
-    pick_columns,
-    text,
-)
+from esm_neuron.data.records import LINE_LIMIT, Column, Record, Seen, check_expansion, check_regular, pick_columns, text
 from esm_neuron.errors import DataError
 
 BLOCK = 1 << 20
@@ -41,9 +31,8 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
         for line in read_lines(path):
             held += len(line)
             if held > LINE_LIMIT:
-                raise DataError(
-                    f"{path}:{start}: a record of more than {LINE_LIMIT} characters starts here; close its quotes"
-                )
+                what = f"a record of more than {LINE_LIMIT} characters starts here"
+                raise DataError(f"{path}:{start}: {what}; close its quotes")
             yield line
 
     # The csv module, not pandas: it alone tells the line of a record, also after quoted newlines and blank lines.
@@ -184,14 +173,12 @@ def read_blocks(path: str) -> Iterator[tuple[int, str]]:
 
     Every line ends in one newline; a byte-order mark and carriage returns at ends of lines are dropped.
     """
-    number, size, limit = 1, 0, EXPANSION_FROM
+    number, size = 1, 0
     begun: list[bytes] = []  # the pieces of a line whose end has not been read
     with _open(path) as file:
         while piece := _read(path, number, file):
             size += len(piece)
-            if size >= limit:
-                limit += EXPANSION_FROM
-                _check_expansion(path, number, size)
+            check_expansion(path, f"{path}:{number}", size, "came out of")
             end = piece.rfind(b"\n") + 1
             if end:
                 block = b"".join([*begun, piece[:end]])
@@ -212,15 +199,6 @@ def _open(name: str) -> io.BufferedReader | gzip.GzipFile:
         return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be opened: {error.strerror}; check the file and its permissions") from None
-
-
-def _check_expansion(path: str, number: int, size: int) -> None:
-    packed = Path(path).stat().st_size
-    if packed * EXPANSION_LIMIT < size:
-        raise DataError(
-            f"{path}:{number}: {size} bytes came out of {packed}, more than {EXPANSION_LIMIT} for one; no proteins are "
-            "so much alike, check the file"
-        )
 
 
 def _read(path: str, number: int, file: io.BufferedReader | gzip.GzipFile) -> bytes:

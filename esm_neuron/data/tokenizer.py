@@ -38,11 +38,6 @@ for _id, _letter in enumerate(RESIDUES, start=4):
     _TOKENS[ord(_letter)] = _TOKENS[ord(_letter.lower())] = _id
 
 
-def encode(sequence: str) -> np.ndarray:
-    """Return the tokens of one protein, uint8 [residues + 2]: <cls>, its residues, <eos>."""
-    return encode_many([sequence])[0]
-
-
 def encode_many(sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of many proteins, see `encode_residues`; raise DataError for a character that is no residue."""
     # "replace" writes one "?" for one character outside ASCII, so positions hold.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,6 @@ class Report:
     renamed: int = 0
     conflicting: int = 0
     """With a sequence that has another label elsewhere: in training, or in the same split."""
-
-    def plus(self, other: Report, names: Sequence[str]) -> Report:
-        """Return this report with some counts of another one added."""
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def summary(self) -> str:
         """Return one line: the rows and every count that is not 0."""
@@ -114,19 +111,13 @@ class Rejected:
     """`left out` or `replaced by X`."""
 
 
-def rejected_table(rows: Sequence[Rejected]) -> str:
-    """Return tab-separated text with a header and a line per row; quotes where a value holds tabs or newlines."""
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow([field.name for field in fields(Rejected)])
-    writer.writerows(astuple(row) for row in rows)
-    return text.getvalue()
-
-
 def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:
-    """Write the rows that were left out or changed; where there are none, remove what an earlier run has written."""
+    """Write a tab-separated file of rows left out or changed; where there are none, remove that of an earlier run."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")  # quotes values that hold tabs or newlines
+    writer.writerows([[field.name for field in fields(Rejected)], *map(astuple, rows)])
     if rows:
-        write_text(path, rejected_table(rows))
+        write_text(path, text.getvalue())
     else:
         path.unlink(missing_ok=True)
 
@@ -143,7 +134,8 @@ class Checker:
         self.problems = Problems(source)
         """What is wrong with the rows so far, in the order of the file."""
         self._first_line: dict[str, int] = {}  # id -> where it was first used
-        self._rows = self._kept = self._replaced = self._replaced_residues = 0
+        self.counts: Counter[str] = Counter(rows=0, skipped=0)
+        """Counts of the rows so far, by their names in a `Report`."""
         self.rejected: list[Rejected] = []
         """The rows left out or changed so far, in the order of the file."""
 
@@ -152,7 +144,6 @@ class Checker:
 
         Labels are checked where `rows` has the column `label`.
         """
-        self._rows += len(rows)
         kept = np.ones(len(rows), dtype=bool)
         changed: dict[int, str] = {}
         columns = [name for name in ("line", "id", "sequence", "label") if name in rows.column_names]
@@ -163,7 +154,7 @@ class Checker:
                 kept[row] = False
             elif sequence != rows["sequence"][row].as_py():
                 changed[row] = sequence
-        self._kept += int(kept.sum())
+        self.counts.update(rows=len(rows), skipped=int((~kept).sum()))
         sequences = rows["sequence"]
         if changed:
             texts = sequences.to_pylist()
@@ -178,7 +169,8 @@ class Checker:
         residues, bounds = sequence_bytes(rows)
         found = (np.array(first) != lines) | (np.diff(bounds) == 0) | (pc.equal(rows["id"], "").to_numpy())
         if "label" in rows.column_names:
-            found |= missing(rows["label"])
+            empty = pc.or_(pc.equal(rows["label"], ""), pc.equal(pc.utf8_lower(rows["label"]), "nan"))  # `is_missing`
+            found |= empty.to_numpy()
         found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
         return np.asarray(found)
 
@@ -207,38 +199,20 @@ class Checker:
             self.rejected.append(Rejected(self._source, line, name, f"the sequence {_bad_message(bad)}", action))
         if choice == "skip":
             return None
-        self._replaced += 1
-        self._replaced_residues += bad.count
+        self.counts.update(replaced=1, replaced_residues=bad.count)
         return replace_bad_residues(sequence)
 
-    def finish(self) -> Report:
-        """Return what was done, after the last chunk; raise DataError where a row cannot be used, or none is left."""
+    def finish(self) -> None:
+        """Raise DataError, after the last chunk, where a row cannot be used or none is left."""
         self.problems.raise_any()
-        if not self._kept:
-            raise DataError(
-                f"{self._source}: all {self._rows} rows have characters that are no residues; is it protein?"
-            )
-        return self.report()
-
-    def report(self) -> Report:
-        """Return what was done so far."""
-        return Report(
-            name=self._source,
-            rows=self._rows,
-            skipped=self._rows - self._kept,
-            replaced=self._replaced,
-            replaced_residues=self._replaced_residues,
-        )
+        rows = self.counts["rows"]
+        if self.counts["skipped"] == rows:
+            raise DataError(f"{self._source}: all {rows} rows have characters that are no residues; is it protein?")
 
 
 def is_missing(value: str) -> bool:
     """Return whether a value stands for nothing: '' or NaN. NA and None can be labels."""
     return value == "" or value.lower() == "nan"
-
-
-def missing(values: pa.ChunkedArray) -> np.ndarray:
-    """Return `is_missing` of each value, bool [values]."""
-    return np.asarray(pc.or_(pc.equal(values, ""), pc.equal(pc.utf8_lower(values), "nan")).to_numpy())
 
 
 def quote(value: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from esm_neuron.backends.topology import NEURON_CORES, NEURON_TP, legal_tp
 from esm_neuron.config import TrainConfig
-from esm_neuron.data.loader import SPECIALS, accumulated_passes, total_steps, training_plan
+from esm_neuron.data.loader import SPECIALS, accumulated_passes, plan_packs, total_steps
 from esm_neuron.data.splits import Splits
 from esm_neuron.models.shapes import EsmShape, known_shape
 from esm_neuron.planning.memory import Memory, predict_memory
@@ -146,7 +146,7 @@ def render(plan: RunPlan) -> str:
 
 
 def _epoch(cfg: TrainConfig, lengths: np.ndarray, devices: int) -> Epoch:
-    plan = training_plan(cfg, lengths)
+    plan = plan_packs(cfg, lengths, cfg.loop.packs_per_step)
     tokens = int(lengths.sum(dtype=np.int64))
     unpacked = -(-len(lengths) // plan.packs_per_step) * plan.packs_per_step
     return Epoch(

@@ -73,7 +73,7 @@ def fill(folder: Path) -> None:
 
 def rows_of(path: Path) -> int:
     """Rows of the first chunks of a file."""
-    return sum(len(chunk) for chunk in islice(read_chunks(path, DataConfig(), need_label=False), 20))
+    return sum(len(chunk) for chunk in islice(read_chunks(path, DataConfig()), 20))
 
 
 def many_classes(names: Iterator[str], kind: type[Labels]) -> None:

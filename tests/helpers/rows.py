@@ -16,17 +16,19 @@ from esm_neuron.data.validation import Checker, Problems, Report
 
 def read_rows(path: str | Path, cfg: DataConfig, need_label: bool, joiner: str = LIST_JOINER) -> pa.Table:
     """Return the rows of one file in its order."""
-    return pa.concat_tables(read_chunks(path, cfg, need_label, joiner))
+    return pa.concat_tables(read_chunks(path, cfg, joiner if need_label else None))
 
 
 def check_rows(rows: pa.Table, cfg: DataConfig, source: str) -> tuple[pa.Table, Report]:
     """Return the rows that can be used, and what was done to the others."""
     checker = Checker(cfg, source)
-    return checker(rows), checker.finish()
+    checked = checker(rows)
+    checker.finish()
+    return checked, Report(name=source, **checker.counts)
 
 
 def cut_sequence(sequence: str, cfg: DataConfig) -> list[str]:
     """Return the residues of each example that a sequence becomes."""
     rows = make_rows({"line": [2], "id": ["a"], "sequence": [sequence]})
-    table, _ = chunk_table(rows, "x.csv", cfg, None, Problems("x.csv"))
+    table, _ = chunk_table(rows, cfg, None, Problems("x.csv"))
     return [decode(table.sequence(example)[1:-1]) for example in range(len(table))]

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, EsmForMaskedLM
 
 from esm_neuron.config import ModelConfig
-from esm_neuron.data.tokenizer import encode
+from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.models.esm2 import PackedForMaskedLM
 from esm_neuron.models.weights import Draw, load_into, open_weights
 
@@ -22,7 +22,7 @@ def test_the_released_8m_answers_as_in_transformers() -> None:
         ours = PackedForMaskedLM(config)
     report = load_into(ours, source, Draw(0, 0.02), lambda name: False)
     assert not [name for name in report.drawn if "contact_head" not in name]
-    ids = torch.from_numpy(encode(UBIQUITIN)).long().unsqueeze(0)
+    ids = torch.from_numpy(encode_many([UBIQUITIN])[0]).long().unsqueeze(0)
     assert ids[0].tolist() == AutoTokenizer.from_pretrained(NAME)(UBIQUITIN)["input_ids"]
     with torch.no_grad():
         theirs = EsmForMaskedLM.from_pretrained(NAME).eval()(ids).logits

@@ -138,7 +138,9 @@ def test_every_row_is_used_rejected_or_refused(folder: Path, name: str, rows: li
     bad = [number for number, sequence in enumerate(sequences) if bad_residues(sequence)]
 
     def check() -> list[str]:
-        return [text for part in checker.chunks(read_chunks(path, cfg, False)) for text in part["sequence"].to_pylist()]
+        kept = [text for part in map(checker, read_chunks(path, cfg)) for text in part["sequence"].to_pylist()]
+        checker.finish()
+        return kept
 
     found = refused(check)
     if isinstance(found, Refusal):

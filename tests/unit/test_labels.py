@@ -118,14 +118,15 @@ def test_a_label_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, fault:
 
 
 def test_faults_of_all_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esm_neuron.data.splits.CHUNK_ROWS", 2)
+    for module in ("sources", "splits"):
+        monkeypatch.setattr(f"esm_neuron.data.{module}.CHUNK_ROWS", 2)
     rows = [("MK", text) for text in ("1", "high", "2", "low", "3", "none")]
     with pytest.raises(DataError, match=r"3 problems \(all listed\):\n.*'high'.*\n.*'low'.*\n.*column 'label' of 'p5'"):
         load(tmp_path, "regression", rows)
     path = tmp_path / "y.csv"
     path.write_text("id,sequence,label\na,MK,1\nb,MK,high\nc,MK,\nd,M*,2\ne,MK,low\nf,MK,3\n")
     with pytest.raises(DataError, match=r"4 problems \(all listed\):(\n.*){4}$") as caught:
-        InputChunks(path, DataConfig(), Numbers(TaskConfig(), "label"), rows=2).read()
+        InputChunks(path, DataConfig(), Numbers(TaskConfig(), "label")).read()
     assert [line.split(": ")[0].rsplit(":")[-1] for line in str(caught.value).splitlines()[1:]] == ["3", "4", "5", "6"]
 
 

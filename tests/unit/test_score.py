@@ -16,7 +16,7 @@ from transformers import EsmForMaskedLM, PreTrainedModel
 
 from esm_neuron import cli
 from esm_neuron.config import TrainConfig
-from esm_neuron.data.tokenizer import MASK, VOCABULARY, encode
+from esm_neuron.data.tokenizer import MASK, VOCABULARY, encode_many
 from esm_neuron.errors import ConfigError, DataError, EsmNeuronError
 from esm_neuron.inference.export import export
 from esm_neuron.inference.score import Method, score
@@ -73,7 +73,7 @@ class Reference:
 
     def log_p(self, sequence: str, masks: list[int]) -> np.ndarray:
         """[residues, 33]."""
-        tokens = torch.from_numpy(encode(sequence).astype(np.int64))
+        tokens = torch.from_numpy(encode_many([sequence])[0].astype(np.int64))
         tokens[torch.tensor(masks, dtype=torch.long) + 1] = MASK
         with torch.no_grad():
             return self.model(tokens[None]).logits[0, 1:-1].double().log_softmax(-1).numpy()

@@ -246,7 +246,9 @@ def test_a_parquet_value_outside_of_its_dictionary_is_refused(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("name", ["a.fasta", "a.csv", "a.parquet"])
-def test_chunks_hold_all_rows_in_order_whatever_their_size(tmp_path: Path, name: str) -> None:
+def test_chunks_hold_all_rows_in_order_whatever_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     ids = [f"P{i}" for i in range(2500)]  # more than the readers' own batches
     if name == "a.parquet":
         path = write_table(tmp_path / name, {"id": ids, "sequence": ["MKV"] * 2500})
@@ -256,7 +258,8 @@ def test_chunks_hold_all_rows_in_order_whatever_their_size(tmp_path: Path, name:
     whole = read_rows(path, DataConfig(), need_label=False)
     assert whole["id"].to_pylist() == ids
     assert sorted(set(whole["line"].to_pylist())) == whole["line"].to_pylist()
-    chunks = list(read_chunks(path, DataConfig(), need_label=False, rows=999))
+    monkeypatch.setattr("esm_neuron.data.sources.CHUNK_ROWS", 999)
+    chunks = list(read_chunks(path, DataConfig()))
     assert [len(chunk) for chunk in chunks] == [999, 999, 502]
     assert pa.concat_tables(chunks) == whole
 
@@ -264,7 +267,7 @@ def test_chunks_hold_all_rows_in_order_whatever_their_size(tmp_path: Path, name:
 def test_a_chunk_ends_early_where_sequences_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("esm_neuron.data.sources.CHUNK_CHARACTERS", 100)
     path = write(tmp_path / "a.fa", "".join(f">P{i}\n{'A' * 60}\n" for i in range(5)))
-    assert [len(chunk) for chunk in read_chunks(path, DataConfig(), need_label=False)] == [2, 2, 1]
+    assert [len(chunk) for chunk in read_chunks(path, DataConfig())] == [2, 2, 1]
 
 
 HEAD = "id,sequence,label\n"

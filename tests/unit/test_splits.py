@@ -314,12 +314,13 @@ def test_inputs_keep_their_order_and_need_no_labels(tmp_path: Path) -> None:
     assert (report.skipped, report.windowed, report.windows) == (1, 1, 2)
 
 
-def test_inputs_in_chunks_are_the_inputs(tmp_path: Path) -> None:
+def test_inputs_in_chunks_are_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*ROWS, ("w", SEQUENCE, "in", "train", "x"), ("x", "M-V", "in", "train", "x")]
     path = write(tmp_path, rows)
     cfg = DataConfig(on_bad_residue="skip", long_sequences="window", window_overlap=2, max_residues=8)
     whole, report = load_inputs(path, cfg, Labels(TaskConfig(labels=("in", "out")), "label"))
-    chunks = InputChunks(path, cfg, Labels(TaskConfig(labels=("in", "out")), "label"), rows=2)
+    monkeypatch.setattr("esm_neuron.data.sources.CHUNK_ROWS", 2)
+    chunks = InputChunks(path, cfg, Labels(TaskConfig(labels=("in", "out")), "label"))
     for _ in range(2):
         tables = list(chunks)
         assert [table.ids for table in tables] == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "w"]]

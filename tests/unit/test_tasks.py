@@ -18,7 +18,7 @@ from esm_neuron.build import build_model
 from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, X, encode, encode_many
+from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, X, encode_many
 from esm_neuron.errors import ConfigError
 from esm_neuron.metrics import Value
 from esm_neuron.tasks import TASKS, create_task
@@ -31,7 +31,7 @@ LABELS = ("A", "B", "C")
 
 
 def one_protein(sequence: str) -> ExampleTable:
-    tokens = encode(sequence)
+    tokens = encode_many([sequence])[0]
     return ExampleTable(tokens, np.array([0, len(tokens)]), np.array([0]), np.ones(1, np.float32), np.array([2]), ["p"])
 
 
@@ -178,7 +178,8 @@ def test_classification_loss_counts_windows_by_their_weight() -> None:
 def test_a_class_target_is_the_records_label_and_none_without_labels() -> None:
     task, table = SequenceClassification(TaskConfig(), LABELS), one_protein("MKV")
     target = task.example_target(table, 0, np.random.default_rng(0))
-    assert (target.tokens.tolist(), int(target.label), float(target.weight)) == (encode("MKV").tolist(), 2, 1.0)
+    assert target.tokens.tolist() == encode_many(["MKV"])[0].tolist()
+    assert (int(target.label), float(target.weight)) == (2, 1.0)
     unlabelled = task.example_target(replace(table, labels=np.empty(0, np.int64)), 0, np.random.default_rng(0))
     assert (int(unlabelled.label), float(unlabelled.weight)) == (0, 0.0)
 

@@ -18,7 +18,7 @@ def test_ids_equal_those_of_transformers() -> None:
     theirs = t.hf_tokenizer()
     assert len(t.VOCABULARY) == len(theirs) == 33
     for sequence in random_sequences(50):
-        assert t.encode(sequence).tolist() == theirs(sequence)["input_ids"]
+        assert t.encode_many([sequence])[0].tolist() == theirs(sequence)["input_ids"]
     assert (theirs.cls_token_id, theirs.pad_token_id, theirs.eos_token_id) == (t.CLS, t.PAD, t.EOS)
     assert (theirs.unk_token_id, theirs.mask_token_id) == (t.UNK, t.MASK)
 
@@ -27,7 +27,7 @@ def test_saved_transformers_tokenizer_reads_back(tmp_path) -> None:
     from transformers import EsmTokenizer
 
     t.hf_tokenizer().save_pretrained(tmp_path)
-    assert EsmTokenizer.from_pretrained(tmp_path)("MKVX")["input_ids"] == t.encode("MKVX").tolist()
+    assert EsmTokenizer.from_pretrained(tmp_path)("MKVX")["input_ids"] == t.encode_many(["MKVX"])[0].tolist()
 
 
 def test_ids_equal_those_of_fair_esm() -> None:
@@ -38,7 +38,7 @@ def test_ids_equal_those_of_fair_esm() -> None:
     batch = [(str(i), sequence) for i, sequence in enumerate(random_sequences(8, seed=1))]
     tokens = alphabet.get_batch_converter()(batch)[2].numpy()
     for row, (_, sequence) in zip(tokens, batch, strict=True):
-        assert row[: len(sequence) + 2].tolist() == t.encode(sequence).tolist()
+        assert row[: len(sequence) + 2].tolist() == t.encode_many([sequence])[0].tolist()
 
 
 def test_many_at_once_equal_one_by_one() -> None:
@@ -47,13 +47,13 @@ def test_many_at_once_equal_one_by_one() -> None:
     assert tokens.dtype == np.uint8
     for i, sequence in enumerate(sequences):
         one = tokens[offsets[i] : offsets[i + 1]]
-        assert one.tolist() == t.encode(sequence).tolist()
+        assert one.tolist() == t.encode_many([sequence])[0].tolist()
         assert t.decode(one) == f"<cls>{sequence}<eos>"
     assert t.encode_many([])[1].tolist() == [0]
 
 
 def test_lower_case_counts_as_upper_case() -> None:
-    assert t.encode("mkvLx").tolist() == t.encode("MKVLX").tolist()
+    assert t.encode_many(["mkvLx"])[0].tolist() == t.encode_many(["MKVLX"])[0].tolist()
     assert t.bad_residues("acdefghiklmnpqrstvwyxbuzo") is None
 
 

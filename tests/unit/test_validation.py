@@ -114,7 +114,7 @@ def test_chunks_are_given_and_problems_raised_after_the_last() -> None:
     checker = Checker(DataConfig(on_bad_residue="skip"), "x.parquet")
     given = [checker(rows.slice(i, 1)) for i in range(4)]
     assert [chunk["id"].to_pylist() for chunk in given] == [["a"], [], [], ["d"]]
-    assert checker.report() == Report(name="x.parquet", rows=4, skipped=2)
+    assert Report(name="x.parquet", **checker.counts) == Report(name="x.parquet", rows=4, skipped=2)
     reason = "the sequence has '-' (a gap) at residue 3, outside the ESM alphabet"
     assert checker.rejected[1] == Rejected("x.parquet", 3, "c", reason, "left out")
     strict = Checker(DataConfig(), "x.parquet")
