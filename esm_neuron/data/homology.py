@@ -47,10 +47,7 @@ _SPECIALS = 2
 
 
 def find_homologs(held_out: ExampleTable, train: ExampleTable, method: Method) -> np.ndarray:
-    """Return which proteins of `held_out` have a homolog in `train`, bool [records].
-
-    Raise DataError where `mmseqs` is not installed or fails.
-    """
+    """Return which proteins of `held_out` have a homolog in `train`, bool [records]; DataError if mmseqs fails."""
     has_homolog = np.zeros(len(held_out.ids), dtype=bool)
     if method == "mmseqs":
         has_homolog[np.unique([query for query, _ in _mmseqs_pairs(held_out, train)]).astype(np.int64)] = True

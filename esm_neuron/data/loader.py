@@ -231,10 +231,7 @@ def total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> i
 
 
 def accumulated_passes(cfg: TrainConfig, dp: int) -> int:
-    """Return the forward passes in an optimizer step of each of `dp` data-parallel devices.
-
-    Raise ConfigError where `loop.packs_per_step` does not give each of them the same number.
-    """
+    """Return the forward passes in an optimizer step of each of `dp` devices; raise ConfigError where they differ."""
     packs, per_device = cfg.loop.packs_per_step, cfg.loop.packs_per_device
     unit = per_device * dp
     if packs % unit:

@@ -140,10 +140,7 @@ class Checker:
         """The rows left out or changed so far, in the order of the file."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return the rows of a chunk that can be used, sequences in upper case; note problems for `finish`.
-
-        Labels are checked where `rows` has the column `label`.
-        """
+        """Return the rows of a chunk that can be used, sequences in upper case; note problems, also of `label`."""
         kept = np.ones(len(rows), dtype=bool)
         changed: dict[int, str] = {}
         columns = [name for name in ("line", "id", "sequence", "label") if name in rows.column_names]
