@@ -330,13 +330,12 @@ def set_aside(folder: Path) -> None:
 
 def prune(root: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the `keep` newest and the one of step `best`, and what killed processes left."""
-    for folder in (step_folder(root, step) for step in steps(root)[:-keep] if step != best):
+    old = (step_folder(root, step) for step in steps(root)[:-keep] if step != best)
+    for folder in [*old, *root.glob(".step-*.tmp")]:
         if folder.is_symlink():
             folder.unlink()  # whoever made the link keeps what it leads to
         else:
             shutil.rmtree(folder)
-    for aside in root.glob(".step-*.tmp"):
-        shutil.rmtree(aside)
 
 
 def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:

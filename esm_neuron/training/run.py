@@ -229,6 +229,8 @@ def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
 
         def claim() -> None:
             held.enter_context(claimed(out))
+            if (out / "checkpoints").is_symlink():  # two runs with one folder of checkpoints would prune each other's
+                held.enter_context(claimed((out / "checkpoints").resolve()))
             used = checkpoint.steps(out / "checkpoints") or (out / RESULT).exists()
             if used and cfg.checkpoint.resume == "no":
                 cure = "go on with --checkpoint.resume auto, or choose another --output"

@@ -226,7 +226,11 @@ def test_a_checkpoint_behind_a_link_is_read_and_what_it_leads_to_is_not_deleted(
     elsewhere.parent.mkdir()
     checkpoint.step_folder(root, 1).rename(elsewhere)
     checkpoint.step_folder(root, 1).symlink_to(elsewhere)
+    file = elsewhere / "state.json"
+    file.rename(tmp_path / "state.json")
+    file.symlink_to(tmp_path / "state.json")
+    (root / ".step-00000002-1.tmp").symlink_to(tmp_path / "scratch")
     assert same(checkpoint.load(checkpoint.step_folder(root, 1)), snapshot(1))
     checkpoint.prune(root, 1, None)
-    assert checkpoint.steps(root) == [12]
+    assert checkpoint.steps(root) == [12] and not list(root.glob(".step-*"))
     assert same(checkpoint.load(elsewhere), snapshot(1))

@@ -59,7 +59,7 @@ def resumed(cfg: TrainConfig) -> TrainConfig:
 
 
 def checkpoints(cfg: TrainConfig) -> list[str]:
-    return sorted(folder.name for folder in (Path(cfg.output) / "checkpoints").iterdir())
+    return sorted(f.name for f in (Path(cfg.output) / "checkpoints").iterdir() if f.name != ".lock")
 
 
 def assert_same_end(one: TrainConfig, other: TrainConfig) -> None:
@@ -338,7 +338,7 @@ def test_checkpoints_on_another_disk_behind_a_link_are_saved_pruned_and_taken_up
     watched_by()
     train(resumed(linked))
     assert_same_end(linked, whole)
-    assert sorted(folder.name for folder in (tmp_path / "scratch").iterdir()) == checkpoints(whole)
+    assert {".lock", *checkpoints(whole)} == {folder.name for folder in (tmp_path / "scratch").iterdir()}
     assert (Path(linked.output) / "checkpoints").is_symlink()
 
 
@@ -390,6 +390,17 @@ def test_a_folder_has_one_run_at_a_time(toy: Toy, tmp_path: Path, capsys: pytest
     assert "already holds a run; go on with --checkpoint.resume auto" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="cannot be written"):
         run.train(replace(cfg, output=str(tmp_path / "toy.yaml" / "below")), quiet)
+
+
+def test_two_runs_at_a_time_cannot_share_a_folder_of_checkpoints(toy: Toy, tmp_path: Path) -> None:
+    """They would prune each other's."""
+    cfg, scratch = toy(), tmp_path / "scratch"
+    Path(cfg.output).mkdir()
+    scratch.mkdir()
+    (Path(cfg.output) / "checkpoints").symlink_to(scratch)
+    with claimed(scratch), pytest.raises(ConfigError, match="scratch is in use by a running process"):
+        run.train(cfg, quiet)
+    assert list(scratch.glob("step-*")) == []
 
 
 def test_resuming_a_finished_run_leaves_it_as_it_is(toy: Toy) -> None:
