@@ -15,26 +15,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import BackendName, TaskConfig, TrainConfig, require
+from esm_neuron.backends.base import Backend
+from esm_neuron.config import BackendName, TaskConfig, TrainConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.tokenizer import MASK, decode, encode_many
 from esm_neuron.distributed import log_nothing, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.inference.load import find_model
+from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.predict import piece_tokens, predict_table, write_rejected
 from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, scan, stream
 from esm_neuron.inference.variants import Row, Variant, VariantColumns, VariantTable
 from esm_neuron.metrics.regression import rank_correlation
+from esm_neuron.tasks.base import Task
 from esm_neuron.tasks.masked_lm import MaskedLM
 
 Method = Literal["wild-type-marginal", "masked-marginal", "pseudo-perplexity"]
@@ -172,20 +175,12 @@ def score(
         between it and the method's value, the pseudo-perplexity negated.
     """
     check_target(target, JOIN)
-    spec, columns = find_model(model, backend, settings, "score"), columns or VariantColumns()
-    if spec.task is not None and not spec.task.keeps_lm_head:
-        raise ConfigError(
-            f"--model {model}: was trained for {spec.cfg.task.name} and has no language-model head; "
-            "name a masked_lm run, or the pretrained ESM-2"
-        )
+    spec, columns = _language_model(model, backend, settings), columns or VariantColumns()
     compare = method != "pseudo-perplexity"
-    needs = compare or columns.sequence is None
-    require(
-        not needs or wild_type is not None, f"--method {method} of variants needs the wild type; give --wild-type FILE"
-    )
+    if wild_type is None and (compare or columns.sequence is None):
+        raise ConfigError(f"--method {method} of variants needs the wild type; give --wild-type FILE")
     cfg = spec.cfg
     with opened_backend(cfg) as backend_:
-        main = backend_.topology.is_main
         protein = raise_on_any_rank(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None
         tokens = piece_tokens(cfg, backend_)
         if protein is not None and method == "masked-marginal":
@@ -193,28 +188,43 @@ def score(
         scorer = Scorer(method, protein)
         table = VariantTable(source, columns, cfg.data, protein, first_residue, compare, tokens, scorer.cost)
         scanned = scan(backend_, table)
-        log = log if main else log_nothing
+        log = log if backend_.topology.is_main else log_nothing
         log(table.summary())
         rejected = tuple(table.rejected)
         task = Likelihood(TaskConfig(name="masked_lm"))
         built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
 
         def score_piece(rows: list[Row], advance: Advance) -> Predictions:
-            def run_model(queries: Sequence[Query]) -> list[np.ndarray]:
-                asked = query_table(queries)
-                (log_p,) = predict_table(built.model, task, backend_, cfg, asked, advance)
-                starts = asked.offsets[:-1] + 1
-                return [log_p[start + query.sites] for start, query in zip(starts, queries, strict=True)]
+            ask = partial(_log_probabilities, built.model, task, backend_, cfg, advance=advance)
+            return _rows(columns, method, rows, scorer(rows, ask))
 
-            return _rows(columns, method, rows, scorer(rows, run_model))
-
-        identity = spec.identity(
-            built, command="score", method=method, wild_type=protein, first_residue=first_residue, piece_tokens=tokens
-        )
+        settings_ = {"method": method, "wild_type": protein, "first_residue": first_residue, "piece_tokens": tokens}
+        identity = spec.identity(built, command="score", **settings_)
         rows = stream(backend_, target, scanned, identity, table, score_piece, resume, log)
         write_rejected(backend_, target, rejected, log)
-    found: dict[str, Any] = {"method": method, "rows": rows}
-    return {**found, **_correlation(target, method)} if columns.score and main else found
+    compared = _correlation(target, method) if columns.score and backend_.topology.is_main else {}
+    return {"method": method, "rows": rows, **compared}
+
+
+def _language_model(model: str, backend: BackendName | None, settings: Sequence[str]) -> ModelSpec:
+    """Find the model; raise ConfigError where it has lost its language-model head."""
+    spec = find_model(model, backend, settings, "score")
+    if spec.task is not None and not spec.task.keeps_lm_head:
+        raise ConfigError(
+            f"--model {model}: was trained for {spec.cfg.task.name} and has no language-model head; "
+            "name a masked_lm run, or the pretrained ESM-2"
+        )
+    return spec
+
+
+def _log_probabilities(
+    model: nn.Module, task: Task, backend: Backend, cfg: TrainConfig, queries: Sequence[Query], *, advance: Advance
+) -> list[np.ndarray]:
+    """Return [sites, 33] per query: the log probability of each token at the sites that it asks about."""
+    table = query_table(queries)
+    (log_p,) = predict_table(model, task, backend, cfg, table, advance)
+    starts = table.offsets[:-1] + 1  # after <cls>
+    return [log_p[start + query.sites] for start, query in zip(starts, queries, strict=True)]
 
 
 def _protein(path: Path, cfg: TrainConfig) -> str:
