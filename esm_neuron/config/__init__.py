@@ -52,9 +52,9 @@ class TaskConfig:
     protein; `regression`, a number per protein; `residue_classification`, one class per residue; or `masked_lm`, the
     residues hidden from the model."""
     labels: tuple[str, ...] | None = None
-    """Class names in the order of the outputs. None takes the sorted labels of the training rows."""
+    """Class names in the order of the outputs. None takes the sorted labels of the training proteins."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    """How much an error counts by its true class: alike; `balanced` by the training rows, n / (classes x n_c); or a
+    """How much an error counts by its true class: alike; `balanced` by the training proteins, n / (classes x n_c); or a
     weight for every class. multi_label: how much a missed label counts, `balanced` negatives / positives."""
     label_smoothing: float = 0.0
     """Share of the target probability spread evenly over the classes, 0 to 1."""
@@ -64,10 +64,10 @@ class TaskConfig:
     """residue_classification: labels of residues about which nothing is known; they are counted, and neither learned
     nor scored."""
     target_mean: float | None = None
-    """regression: what is subtracted from values before training; None: the mean of the training rows. Predictions and
-    metrics are in the values' own unit."""
+    """regression: what is subtracted from values before training; None: the mean of the training proteins. Predictions
+    and metrics are in the values' own unit."""
     target_sd: float | None = None
-    """regression: what values are divided by; None: the standard deviation of the training rows."""
+    """regression: what values are divided by; None: the standard deviation of the training proteins."""
     mask_probability: float = 0.15
     """masked_lm: share of residues chosen as targets; 80 % become <mask>, 10 % a random residue, 10 % stay."""
 
@@ -90,25 +90,25 @@ class DataConfig:
     label_column: str = "label"
     """Column with the label. In FASTA the key of a `key=value` header field."""
     split_column: str | None = None
-    """Column (or FASTA header key) that says which split a row belongs to. None: splits are files or sampled."""
+    """Column (or FASTA header key) that says which split a protein belongs to. None: splits are files or sampled."""
     split_names: tuple[str, str, str] = ("train", "valid", "test")
-    """The values of `split_column` for training, validation and test rows."""
+    """The values of `split_column` for training, validation and test proteins."""
     valid_fraction: float = 0.1
-    """Share of training rows sampled for validation, by `seed`, if neither file nor column gives any, 0 to 1."""
+    """Share of training proteins sampled for validation, by `seed`, if neither file nor column gives any, 0 to 1."""
     test_fraction: float = 0.0
-    """Share of training rows sampled for the test, after the validation rows, 0 to 1."""
-    sample: Literal["rows", "clusters"] = "rows"
-    """What `valid_fraction` and `test_fraction` sample: rows, each class in proportion; or whole clusters of homologs
-    (found as `homologs` says), so that no sampled row has a homolog in training."""
+    """Share of training proteins sampled for the test, after the validation proteins, 0 to 1."""
+    sample: Literal["proteins", "clusters"] = "proteins"
+    """What `valid_fraction` and `test_fraction` sample: proteins, each class in proportion; or whole clusters of
+    homologs (found as `homologs` says), so that no sampled protein has a homolog in training."""
     keep: dict[str, list[str]] = field(default_factory=dict)
-    """Row filter for every split: column -> values to keep; other rows are counted and left out."""
+    """Filter for every split: column -> values to keep; others are counted and left out."""
     keep_heldout: dict[str, list[str]] = field(default_factory=dict)
-    """Row filter for validation and test rows only, such as `{leaky: ["false"]}` for the clean rows."""
+    """Filter for validation and test proteins only, such as `{leaky: ["false"]}` for the clean ones."""
     homologs: Literal["kmer", "mmseqs", "off"] = "kmer"
-    """How validation and test rows with a homolog in training are found: by k-mers, by MMseqs2 if it is installed, or
-    not at all. They are counted, and metrics are also given without them."""
+    """How validation and test proteins with a homolog in training are found: by k-mers, by MMseqs2 if it is installed,
+    or not at all. They are counted, and metrics are also given without them."""
     on_bad_residue: Literal["strict", "skip", "replace"] = "strict"
-    """What to do with a character outside the ESM alphabet: stop, leave the row out, or write X. The latter two are
+    """What to do with a character outside the ESM alphabet: stop, leave the protein out, or write X. The latter two are
     counted."""
     cache: str | None = None
     """Folder that keeps tokenized data by content, as files mapped into memory: made once, shared by runs and
@@ -198,7 +198,7 @@ class LoopConfig:
     """Steps, batches, precision, validation."""
 
     epochs: float = 1.0
-    """Passes over the training rows, if `max_steps` is not given."""
+    """Passes over the training proteins, if `max_steps` is not given."""
     max_steps: int | None = None
     """Optimizer steps; overrides `epochs`."""
     packs_per_step: int = 8
@@ -256,7 +256,7 @@ class LogConfig:
     every: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
     baselines: bool = True
-    """Also score baselines that need no network (frequencies, composition) on the same rows at the end."""
+    """Also score baselines that need no network (frequencies, composition) on the same proteins at the end."""
     predictions: bool = True
     """Keep the predictions for validation and test records in `output`/predictions-valid.parquet and
     predictions-test.parquet, which `esm-neuron report` draws. Classes of residues take 4 bytes per residue and

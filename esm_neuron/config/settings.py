@@ -40,7 +40,8 @@ RENAMED = {
 }
 """Earlier name of a setting -> its name today."""
 REMOVED = {
-    "data.max_buckets": "leave it out: every pack has data.pack_tokens tokens",
+    "data.max_buckets": "leave it out, since every pack has data.pack_tokens tokens",
+    "data.sample=rows": "use data.sample=proteins",
     "loop.on_nonfinite=rollback": "use loop.on_nonfinite=skip",
 }
 """Setting, or value of one, that is gone -> what to do instead."""
@@ -258,7 +259,7 @@ def _explain(message: str) -> str:
 def _suggest(unknown: str) -> str:
     """Return what to write instead of a setting that is not known."""
     if unknown in REMOVED:
-        return f"it is gone: {REMOVED[unknown]}"
+        return f"it is gone; {REMOVED[unknown]}"
     if unknown in RENAMED:
         return f"its name is {RENAMED[unknown]} now"
     last, keys = unknown.rpartition(".")[2], list(known_keys())

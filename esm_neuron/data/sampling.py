@@ -77,7 +77,7 @@ def sample_clusters(
         largest = int(np.bincount(cluster).max())
         raise DataError(
             f"{source}: no cluster of homologs can be held out for {_ROWS[split]} ({rows} training rows, "
-            f"{len(np.unique(cluster))} clusters, the largest of {largest} rows); use data.sample=rows, or give "
+            f"{len(np.unique(cluster))} clusters, the largest of {largest} rows); use data.sample=proteins, or give "
             f"data.{split}"
         )
     return chosen

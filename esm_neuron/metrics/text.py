@@ -72,7 +72,7 @@ def leak_text(result: Mapping[str, Any], split: str) -> str:
     leak = (result.get("leaks") or {}).get(split)
     if leak is None:
         return f"Homologs of {split} proteins in training were not looked for."
-    has_homolog = f"{leak['homologs']:,} of {leak['rows']:,} {split} proteins"
+    has_homolog = f"{leak['homologs']:,} of {leak['proteins']:,} {split} proteins"
     return f"{has_homolog} have a homolog in training (by {leak['method']})."
 
 

@@ -72,7 +72,7 @@ def score_splits(
     tables = {split: loader.table for split, loader in held_out.items()}
     whole, pure = from_main_rank(backend, lambda: _baselines(trainer, train, (tables, clean_tables), log))
     method = cfg.data.homologs
-    counts = {s: {"method": method, "rows": len(has), "homologs": int(has.sum())} for s, has in leaks.items()}
+    counts = {s: {"method": method, "proteins": len(has), "homologs": int(has.sum())} for s, has in leaks.items()}
     return {**metrics, "clean": clean, "leaks": counts, "baselines": whole, "clean_baselines": pure}
 
 

@@ -82,7 +82,7 @@ def test_names_cannot_become_markup() -> None:
 def test_clean_rows_have_figures_of_their_own() -> None:
     found = {
         **RESULT,
-        "leaks": {"test": {"method": "kmer", "rows": 862, "homologs": 62}},
+        "leaks": {"test": {"method": "kmer", "proteins": 862, "homologs": 62}},
         "clean": {"test": {"n": 800, "mcc": 0.2, "mcc_ci": [0.1, 0.3]}},
         "clean_baselines": {"test": {"majority": {"n": 800, "mcc": 0.0, "mcc_ci": None}}},
     }

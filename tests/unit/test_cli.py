@@ -157,7 +157,7 @@ def test_residues_outside_the_alphabet_are_counted(toy: Toy, call: Callable[...,
     assert "train.csv: 60 rows; 1 with 2 characters replaced by X" in replaced.err
     assert "valid split: 0 of 20 proteins have a homolog in training (by kmer)" in replaced.err
     leaks = json.loads((Path(cfg.output + "2") / "result.json").read_text())["leaks"]
-    assert leaks["test"] == {"method": "kmer", "rows": 20, "homologs": 0}
+    assert leaks["test"] == {"method": "kmer", "proteins": 20, "homologs": 0}
     name, reason = lines[1].split(",")[0], "the sequence has '*' (a stop codon) at residue 4 and 1 more"
     for number, action in ((1, "left out"), (2, "replaced by X")):
         rejected = (Path(f"{cfg.output}{number}") / "rejected.tsv").read_text()

@@ -82,7 +82,7 @@ def test_clean_rows_have_figures_of_their_own(
     splits = load_splits(cfg, task_class(task).label_kind)
     has_homolog = homolog_rows(splits.train, {"valid": splits.valid, "test": splits.test}, "kmer")["test"]
     assert has_homolog.any() and not has_homolog.all()
-    assert result["leaks"]["test"] == {"method": "kmer", "rows": 21, "homologs": int(has_homolog.sum())}
+    assert result["leaks"]["test"] == {"method": "kmer", "proteins": 21, "homologs": int(has_homolog.sum())}
     found, clean = result["clean"]["test"], (~has_homolog).sum()
     assert found.get("n_records", found["n"]) == clean
     for metrics in result["clean_baselines"]["test"].values():

@@ -97,7 +97,7 @@ def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), 
             noise = [answer[::-1] if name == "masked_lm" else np.zeros_like(answer) for answer in predictions]
             worse = {**task.metrics(table, noise, intervals=True), "fitted_on": 40, "training": 50}
             result["baselines"][split] = {"majority": worse}
-            result["leaks"][split] = {"method": "kmer", "rows": records, "homologs": 0}
+            result["leaks"][split] = {"method": "kmer", "proteins": records, "homologs": 0}
             result["data"][split] = {"records": records, "residues": 99}
             if split == "valid":
                 lines += [{"step": step, "split": "valid", **task.metrics(table, predictions)} for step in (4, 8)]
