@@ -227,10 +227,7 @@ def chunk_table(
     lengths, limit = np.diff(bounds), cfg.max_residues
     long = np.flatnonzero(lengths > limit)
     if cfg.long_sequences == "refuse":
-        for i in long.tolist():
-            what = f"the sequence of {quote(ids[i])} has {lengths[i]} residues, more than data.max_residues={limit}"
-            cure = "raise data.max_residues, or choose data.long_sequences=crop, crop_ends or window"
-            problems.add(rows["line"][i].as_py(), f"{what}; {cure}")
+        _refuse(long, lengths, rows, limit, problems)
         long = long[:0]
     cuts = {i: cut_starts(int(lengths[i]), cfg) for i in long.tolist()}
     counts = np.ones(len(ids), dtype=np.int64)
@@ -266,14 +263,25 @@ def chunk_table(
         report.update(windowed=len(long), windows=int(counts[long].sum()))
     else:
         report.update(cropped=len(long), cropped_residues=int((lengths - limit)[long].sum()))
-    if labels is None:
-        return table, report
+    return (table if labels is None else _labelled(table, labels, rows, problems, report)), report
+
+
+def _refuse(long: np.ndarray, lengths: np.ndarray, rows: pa.Table, limit: int, problems: Problems) -> None:
+    for i in long.tolist():
+        what = f"the sequence of {quote(rows['id'][i].as_py())} has {lengths[i]} residues, more than data.max_residues"
+        cure = "raise data.max_residues, or choose data.long_sequences=crop, crop_ends or window"
+        problems.add(rows["line"][i].as_py(), f"{what}={limit}; {cure}")
+
+
+def _labelled(
+    table: ExampleTable, labels: Labels, rows: pa.Table, problems: Problems, report: Counter[str]
+) -> ExampleTable:
     targets = labels.targets(rows, problems)
     if problems.total or not labels.per_residue:
-        return replace(table, labels=targets), report
+        return replace(table, labels=targets)
     report.update(unlabelled_residues=int((targets == UNKNOWN).sum()))
     places, _ = table.residue_slots()  # the labels of residues are cut as their sequence is
-    return replace(table, labels=np.where(places >= 0, targets[places], np.int16(UNKNOWN))), report
+    return replace(table, labels=np.where(places >= 0, targets[places], np.int16(UNKNOWN)))
 
 
 def cut_starts(length: int, cfg: DataConfig) -> list[tuple[int, int, int]]:
