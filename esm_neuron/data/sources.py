@@ -52,9 +52,8 @@ def read_chunks(path: str | Path, cfg: DataConfig, joiner: str | None = None) ->
             column.append(value.strip())
             characters += len(value)
         if len(lines) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-            chunk = make_rows(dict(zip(names, [lines, *values], strict=True)))
-            lines, values, characters = [], [[] for _ in columns], 0  # free before the chunk is worked on
-            yield chunk
+            yield make_rows(dict(zip(names, [lines, *values], strict=True)))
+            lines, values, characters = [], [[] for _ in columns], 0
     if empty:
         raise DataError(f"{source}: the file has no rows; check that it was written to its end")
     if lines:
@@ -70,11 +69,6 @@ def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:
     """Return a table in memory: `line` as int64, all else as text (64-bit offsets: a corpus can pass 2 GiB)."""
     schema = pa.schema([(name, pa.int64() if name == "line" else pa.large_string()) for name in columns])
     return pa.table(dict(columns), schema=schema)
-
-
-def keep_rows(rows: pa.Table, mask: np.ndarray) -> pa.Table:
-    """Return the rows where `mask`, bool [rows], holds; not copied where it holds for all."""
-    return rows if mask.all() else rows.filter(pa.array(mask))
 
 
 def sequence_bytes(rows: pa.Table) -> tuple[memoryview, np.ndarray]:

@@ -23,7 +23,7 @@ from esm_neuron.data.dataset import ExampleTable, TableWriter, chunk_table, join
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import row_unit
 from esm_neuron.data.sampling import families, sample_clusters, sample_rows
-from esm_neuron.data.sources import CHUNK_ROWS, filter_column, keep_rows, read_chunks
+from esm_neuron.data.sources import CHUNK_ROWS, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
 from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
 from esm_neuron.errors import DataError
@@ -144,7 +144,7 @@ class Part:
         for start in range(0, len(rows), CHUNK_ROWS):
             mask = self.mask[start : start + CHUNK_ROWS]
             if mask.any():
-                yield keep_rows(rows.slice(start, CHUNK_ROWS), mask)
+                yield rows.slice(start, CHUNK_ROWS).filter(pa.array(mask))
 
     def column(self, name: str) -> list[str]:
         """Return the values of one column."""
@@ -195,7 +195,7 @@ class _File:
         for rows in read_chunks(self.source, self.cfg, None if labels is None else labels.joiner):
             for source in {**self.cfg.keep, **self.cfg.keep_heldout}:
                 self.values.setdefault(source, set()).update(rows[filter_column(source)].unique().to_pylist())
-            kept = self._number_splits(keep_rows(rows, passes(rows, self.cfg.keep)))
+            kept = self._number_splits(rows.filter(pa.array(passes(rows, self.cfg.keep))))
             split = kept["split"].to_numpy()
             usable = split == 0
             if not usable.all():
@@ -204,7 +204,7 @@ class _File:
             self._usable |= _names(split[usable])
             filtered = {"filtered": len(rows) - len(kept), "filtered_heldout": int((~usable).sum())}
             self._counts.update(rows=len(rows), **filtered)
-            clean = self.checker(keep_rows(kept, usable))
+            clean = self.checker(kept.filter(pa.array(usable)))
             if len(clean):
                 yield clean if labels is None else labels.encode(clean, self.checker.problems)
 

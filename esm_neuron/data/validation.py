@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.records import place, row_unit
-from esm_neuron.data.sources import keep_rows, sequence_bytes
+from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
 from esm_neuron.errors import DataError
 from esm_neuron.files import write_text
@@ -157,7 +157,7 @@ class Checker:
             texts = sequences.to_pylist()
             sequences = pa.array([changed.get(row, text) for row, text in enumerate(texts)], pa.large_string())
         rows = rows.set_column(rows.column_names.index("sequence"), "sequence", pc.ascii_upper(sequences))
-        return keep_rows(rows, kept)
+        return rows if kept.all() else rows.filter(pa.array(kept))
 
     def _suspects(self, rows: pa.Table) -> np.ndarray:
         """Return which rows may have a fault, bool [rows]; the ids of all are then known."""
