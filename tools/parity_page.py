@@ -35,8 +35,8 @@ ENGINE = (
 """What decides the numbers of a parallel run, below `esm_neuron`."""
 NOT_ENGINE = ("backends/cuda.py", "backends/survey.py", "models/convert.py")
 """No parity run takes these."""
-PROOF = ("parity.py", "*cases.py", "worker.py", "standins/*.py")
-"""What runs it, below `tests/nxd`."""
+PROOF = ("nxd/parity.py", "nxd/*cases.py", "nxd/worker.py", "nxd/standins/*.py", "helpers/device_run.py")
+"""What runs it, below `tests`."""
 WHERE: dict[int | str, str] = {
     1: "CPU",
     "xla": "XLA:CPU",
@@ -56,7 +56,7 @@ TASKS = {
 def sources() -> list[Path]:
     """Return the files that decide what the pages say. Raises FileNotFoundError where a pattern matches none."""
     found: list[Path] = []
-    for folder, patterns in ((ROOT / "esm_neuron", ENGINE), (ROOT / "tests" / "nxd", PROOF)):
+    for folder, patterns in ((ROOT / "esm_neuron", ENGINE), (ROOT / "tests", PROOF)):
         for pattern in patterns:
             files = sorted(folder.glob(pattern))
             if not files:

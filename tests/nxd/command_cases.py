@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from cases import LABELS, configuration
+from helpers.device_run import LABELS, configuration
 from parity import COMMANDS
 
 from esm_neuron.config import BackendName

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import LABELS, RESULTS, configuration
+from cases import RESULTS
+from helpers.device_run import LABELS, configuration
 from safetensors.torch import save_file
 
 from esm_neuron.backends.neuron import NeuronBackend

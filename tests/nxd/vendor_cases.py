@@ -13,7 +13,7 @@ from typing import Any
 import neuronx_distributed._version
 import torch.distributed as dist
 import vendor_calls
-from cases import Run, configuration
+from helpers.device_run import Run, configuration
 from standins import collectives, vendor
 
 from esm_neuron.backends.neuron_env import check_packages

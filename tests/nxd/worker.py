@@ -24,7 +24,7 @@ PEER_TIMEOUT = timedelta(seconds=60)
 def main(cases_file: str) -> None:
     """Run the cases in order; each leaves its results in the folder that it names."""
     warnings.filterwarnings("ignore")
-    sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
     from standins import vendor
 
     vendor.install()

@@ -54,22 +54,24 @@ def test_peft_still_has_the_private_door_that_neuron_lora_enters_by() -> None:
     assert config._custom_modules == {int: str}
 
 
-def test_a_page_whose_engine_has_changed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [f"esm_neuron/{parity_page.ENGINE[-1]}", "tests/helpers/device_run.py"])
+def test_a_page_whose_sources_have_changed_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(parity_page.ROOT / "esm_neuron", tmp_path / "esm_neuron")
-    shutil.copytree(parity.HERE, tmp_path / "tests" / "nxd")
+    for folder in ("nxd", "helpers"):
+        shutil.copytree(parity.HERE.parent / folder, tmp_path / "tests" / folder)
     (tmp_path / "docs" / "dev").mkdir(parents=True)
     monkeypatch.setattr(parity_page, "ROOT", tmp_path)
-    lines = [f"{name} is missing; run make parity NXD_SRC=<folder of {version}> PAGE={name}"
-             for name, version in parity_page.PAGES.items()]  # fmt: skip
+    lines = [f"{file} is missing; run make parity NXD_SRC=<folder of {version}> PAGE={file}"
+             for file, version in parity_page.PAGES.items()]  # fmt: skip
     assert parity_page.stale() == lines
-    for name in parity_page.PAGES:
+    for file in parity_page.PAGES:
         page = parity_page.page("0.15", {("xla", "cls"): dict.fromkeys(parity.KINDS, 0.0)}, ["- a fact"])
-        (tmp_path / name).write_text(page)
+        (tmp_path / file).write_text(page)
     assert parity_page.stale() == []
-    with (tmp_path / "esm_neuron" / parity_page.ENGINE[-1]).open("a") as source:
+    with (tmp_path / name).open("a") as source:
         source.write('\n# a remark\n"""And another."""\n')
     assert parity_page.stale() == []
-    with (tmp_path / "esm_neuron" / parity_page.ENGINE[-1]).open("a") as source:
+    with (tmp_path / name).open("a") as source:
         source.write("AHEAD = 3\n")
     changed = [line.replace("is missing", "was made from other sources than these") for line in lines]
     assert parity_page.stale() == changed

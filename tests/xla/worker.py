@@ -9,9 +9,7 @@ import io
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,12 @@ import torch_xla
 import torch_xla.debug.metrics as met
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.device_run import GraphCount, patched
 from helpers.packs import LAYOUTS, build, difference, gradients, predictions, proteins
 from helpers.signals import stopping_after
 from helpers.xla_tasks import on_both
 
 from esm_neuron import cli
-from esm_neuron.backends.xla import XlaBackend
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.loader import TrainLoader
 from esm_neuron.files import sha256
@@ -41,20 +39,6 @@ from esm_neuron.inference.predict import predict
 from esm_neuron.inference.score import score
 from esm_neuron.training import run
 from esm_neuron.training.trainer import Trainer
-
-
-class Graphs:
-    """Counts what is compiled by the part of the loop that asked for it."""
-
-    def __init__(self) -> None:
-        self.found: Counter[str] = Counter()
-        self.seen = compiled()
-
-    def note(self, part: str) -> None:
-        """Everything compiled since the last note was compiled for `part`."""
-        now = compiled()
-        self.found[part] += now - self.seen
-        self.seen = now
 
 
 def compiled() -> int:
@@ -67,81 +51,11 @@ def moved_to_host() -> int:
     return int(data[0]) if data else 0
 
 
-@contextmanager
-def patched(owner: type, name: str, make: Callable[[Any], Any]) -> Any:
-    before = getattr(owner, name)
-    setattr(owner, name, make(before))
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def count_graphs(cfg: TrainConfig) -> dict[str, int]:
-    """Train; part of the loop -> programs compiled there that no earlier run of this process has compiled."""
-    graphs = Graphs()
-    place = {"part": "", "pass": 0, "passes": 0}
-
-    def train_step(original: Any) -> Any:
-        def wrapped(self: Trainer, data: Any) -> None:
-            first = data.step == self.begin
-            graphs.note("set-up" if first else "between steps")
-            place.update({"part": "first" if first else "later", "pass": 0, "passes": len(data.batches)})
-            original(self, data)
-            graphs.note("after the update")
-            place["part"] = ""
-
-        return wrapped
-
-    def sync(original: Any) -> Any:
-        def wrapped(self: XlaBackend) -> None:
-            if place["part"]:
-                graphs.note("building a graph")
-            original(self)
-            if place["part"]:
-                last = place["pass"] == place["passes"]
-                graphs.note(f"{place['part']} {'update' if last else 'pass'}")
-                place["pass"] += 1
-
-        return wrapped
-
-    def fit(original: Any) -> Any:
-        def wrapped(self: Trainer) -> Any:
-            self.begin = self.state.step
-            return original(self)
-
-        return wrapped
-
-    evaluations = Counter[str]()
-
-    def evaluate(original: Any) -> Any:
-        def wrapped(self: Trainer, loader: Any) -> Any:
-            graphs.note("between steps")
-            values = original(self, loader)
-            evaluations["done"] += 1
-            graphs.note("first evaluation" if evaluations["done"] == 1 else "later evaluation")
-            return values
-
-        return wrapped
-
-    def save(original: Any) -> Any:
-        def wrapped(self: Trainer) -> None:
-            graphs.note("between steps")
-            original(self)
-            graphs.note("save")
-
-        return wrapped
-
-    with (
-        patched(Trainer, "train_step", train_step),
-        patched(XlaBackend, "sync", sync),
-        patched(Trainer, "fit", fit),
-        patched(Trainer, "evaluate", evaluate),
-        patched(Trainer, "save_checkpoint", save),
-    ):
+    """Train; part of the loop -> graphs compiled there that no earlier run of this process has compiled."""
+    with GraphCount(compiled) as graphs:
         run.train(cfg, str)
-        graphs.note("end")
-    return dict(graphs.found)
+    return graphs.totals()
 
 
 def count_reads(cfg: TrainConfig) -> list[int]:
