@@ -48,11 +48,11 @@ def leave(run: Run, results: dict[str, Tensor]) -> None:
 
 def metrics(run: Run) -> dict[str, Tensor]:
     """What an evaluation gives, as tensors."""
-    return {f"figure/{name}": torch.tensor(float(v)) for name, v in run.metrics().items() if v is not None}
+    return {f"metric/{name}": torch.tensor(float(v)) for name, v in run.metrics().items() if v is not None}
 
 
 def parity(output: str, **options: Any) -> None:
-    """Logits, loss and gradients of step 0, all losses and norms; after the last step weights, moments and figures."""
+    """Logits, loss and gradients of step 0, all losses and norms; after the last step weights, moments and metrics."""
     run = Run.start(configuration(output, **options))
     results = {"logits": run.logits(), **run.gradients(run.trainer.train_loader.load(0).batches)}
     results |= run.train()
@@ -123,7 +123,7 @@ def by_protein(output: str, **options: Any) -> None:
 def lazy(output: str, **options: Any) -> None:
     """Compile ahead, then train and evaluate on XLA:CPU in a world of one.
 
-    Losses, and the number of programs after compiling, before each update and after the evaluation.
+    Losses, and the number of graphs after compiling, before each update and after the evaluation.
     """
     neuron.neuron_cores = lambda: 2  # a trn1.2xlarge, as far as the backend can see
     cfg = configuration(output, **options)

@@ -48,7 +48,7 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 """Worlds in which one rank's loss is no number."""
 
 COMMANDS = {
-    "evaluate": ("cls", "labelled.csv", "figures.json"),
+    "evaluate": ("cls", "labelled.csv", "metrics.json"),
     "predict": ("cls", "labelled.csv", "answers.csv"),
     "embed": ("cls", "labelled.csv", "vectors.parquet"),
     "predict hidden": ("mlm", "labelled.csv", "answers.csv"),
@@ -179,7 +179,7 @@ GRADIENT_FLOOR = 1e-4
 """Gradients below this share of the largest gradient are compared with it: a key's bias has none but rounding."""
 KINDS = {
     "logits": STEP_1, "loss": STEP_1, "gradient": STEP_1,
-    "losses": STEP_20, "norms": STEP_20, "weight": STEP_20, "moment": STEP_20, "figure": STEP_20,
+    "losses": STEP_20, "norms": STEP_20, "weight": STEP_20, "moment": STEP_20, "metric": STEP_20,
 }  # fmt: skip
 """First part of a result's name -> the largest difference allowed."""
 

@@ -18,7 +18,7 @@ World = Callable[[dict[parity.World, list[Case]], parity.World], dict[str, Path]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 """Sums in another order, in a file's last digits."""
 OF_FIGURES = {"rtol": 1e-2, "atol": 1e-5}
-"""Two proteins that nearly tie may change places, which moves a figure of ranks by a step."""
+"""Two proteins that nearly tie may change places, which moves a metric of ranks by a step."""
 
 
 def columns(path: Path) -> dict[str, np.ndarray]:
@@ -32,7 +32,7 @@ def columns(path: Path) -> dict[str, np.ndarray]:
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Figures within figures by their whole names."""
+    """Metrics within metrics by their whole names."""
     found: dict[str, Any] = {}
     for name, value in metrics.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}

@@ -52,7 +52,7 @@ def packed_against_alone(
     return differences(tensors(folders["packed"]), tensors(folders["alone"]))
 
 
-def test_one_program_a_pass_and_one_an_update_on_xla(
+def test_xla_runs_one_graph_per_pass_and_one_per_update(
     torchrun: Callable[..., Any], world: World, tensors: Callable[[Path], dict[str, Tensor]], tmp_path: Path
 ) -> None:
     """NxD layers and ZeRO-1 traced lazily at tp 1: `compile` has made whatever a run and its evaluation need."""
@@ -60,7 +60,7 @@ def test_one_program_a_pass_and_one_an_update_on_xla(
     assert ended.code == 0, ended.output[-4000:]
     expected, got = tensors(world(WORLDS, 1)["cls"]), tensors(tmp_path)
     assert difference(got["losses"], expected["losses"]) <= STEP_20
-    assert all(difference(value, expected[key]) <= STEP_20 for key, value in got.items() if key.startswith("figure/"))
+    assert all(difference(value, expected[key]) <= STEP_20 for key, value in got.items() if key.startswith("metric/"))
     graphs = got["graphs"].tolist()
     assert len(graphs) == 22 and graphs[0] > 0
     assert set(graphs) == {graphs[0]}

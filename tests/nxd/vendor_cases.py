@@ -45,7 +45,7 @@ def describe_stand_ins(output: str) -> None:
         "- NxD, process group: gloo, made by the test before the backend would make one of torch_xla's kind.",
         *(f"- NxD, patch: {patch}." for patch in collectives.PATCHES),
         "- NxD runs with its own switch NXD_CPU_MODE=1: it proves arithmetic and sharding, not lazy tracing. "
-        "Tracing at tp1 on XLA:CPU is `test_one_program_a_pass_and_one_an_update_on_xla`, in the same run; "
+        "Tracing at tp1 on XLA:CPU is `test_xla_runs_one_graph_per_pass_and_one_per_update`, in the same run; "
         "there nothing of torch_xla is replaced, and `neuron_cores` answers 2 in place of counting /dev/neuron*.",
     ]
     Path(output, "message.txt").write_text("\n".join(lines), encoding="utf-8")
