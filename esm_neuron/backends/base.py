@@ -184,6 +184,7 @@ class Backend:
         weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         for item in trained(model, optimizer):
+            # Every rank calls `fetch`, which may gather over ranks; the results are kept on rank 0 alone.
             whole = self.fetch(item, item.master)
             state = {f"{item.name}/{kind}": self.fetch(item, torch.as_tensor(v)) for kind, v in item.state.items()}
             if self.topology.is_main:
@@ -201,6 +202,8 @@ class Backend:
         """Put back what `gather_state` returned, at any world size, without making new tensors."""
         self._load_weights(model, weights)
         for item in trained(model, optimizer):
+            # The optimizer updates its master copies: left as they were, they would undo the restored weights at the
+            # next step.
             if item.master is not item.parameter:
                 self._copy(item, weights[item.name], item.master)
             for kind, value in item.state.items():
@@ -349,6 +352,7 @@ def normalise_clip_update(
     takes the norm over all ranks. With `lazy`, where reading a value would break a compiled graph, an update by a norm
     that is not finite is made and undone on the device. Otherwise as `Backend.step`.
     """
+    # Mean and clipping are one factor, so that each gradient is scaled in one go.
     grads = [local(p.grad) for p in parameters if p.grad is not None]
     scale = mean_scale(totals)
     norm = total_norm(grads) * scale
@@ -363,6 +367,7 @@ def normalise_clip_update(
     elif is_number(norm):
         optimizer.step()
     for grad in grads:
+        # Zeroed and not dropped: the next step must find the same buffers (see `startable`).
         grad.zero_()
     return norm
 
@@ -394,6 +399,7 @@ def undoable(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
     shards too.
     """
     inner: torch.optim.Optimizer = getattr(optimizer, "base_optimizer", optimizer)
+    # By identity: without ZeRO-1 both optimizers are one, and each parameter would be there twice.
     held = {
         id(tensor): tensor
         for group in (*optimizer.param_groups, *inner.param_groups)

@@ -75,17 +75,20 @@ class EagerBackend(Backend):
             self.all_reduce(totals)
             return normalise_clip_update(parameters, optimizer, totals, max_norm, self._norm_over_ranks)
         if self.topology.world > 1:
+            # The loss sums travel with the gradients, which saves a collective.
             self._sum_over_ranks([*(p.grad for p in parameters if p.grad is not None), totals])
         return normalise_clip_update(parameters, optimizer, totals, max_norm)
 
     def _sum_over_ranks(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, several of them at a time."""
+        # One collective per bucket and not per tensor; the bucket's size bounds the flat copy.
         for bucket in buckets(tensors, BUCKET):
             flat = self.all_reduce(torch.cat([tensor.flatten() for tensor in bucket]))
             for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
     def _norm_over_ranks(self, shards: list[Tensor]) -> Tensor:
+        # Each rank holds other shards, so the squares of their norms add up.
         return self.all_reduce(torch.nn.utils.get_total_norm(shards) ** 2).sqrt()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

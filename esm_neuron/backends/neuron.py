@@ -92,6 +92,7 @@ class NeuronBackend(LazyBackend):
             dist.init_process_group("xla", timeout=self._patience)
         self._check_world()
         self._state.initialize_model_parallel(tensor_model_parallel_size=self.topology.tp)
+        # Checkpoints are cut and joined by our own topology, so NxD must place the ranks alike.
         theirs = self._state.get_data_parallel_rank(), self._state.get_tensor_model_parallel_rank()
         ours = self.topology.dp_rank, self.topology.tp_rank
         if theirs != ours:
@@ -117,6 +118,7 @@ class NeuronBackend(LazyBackend):
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, self._parallel_linear(module, name, style))
             elif isinstance(module, EsmSelfAttention):
+                # A rank computes its share of the heads, zero heads among them.
                 module.num_attention_heads = padded_heads(self._heads, tp) // tp
                 module.all_head_size = module.num_attention_heads * module.attention_head_size
 

@@ -30,6 +30,8 @@ class ShardedState:
         if value.ndim == 0:
             return value.clone()
         tp, dp = self.groups
+        # Two cuts are undone, the inner one first: rows over data-parallel ranks (padded), then over tensor-parallel
+        # ranks.
         if rows is not None:
             value = torch.cat(_all_gather(value, dp))[:rows]
         return join(name, _all_gather(value, tp), self.heads).clone(memory_format=torch.contiguous_format)
@@ -51,6 +53,7 @@ def host_groups(topology: Topology, patience: timedelta) -> Groups:
     mine: list[Any] = []
     for all_groups in (topology.tp_groups(), topology.dp_groups()):
         for ranks in all_groups:
+            # torch wants every process to make every group, in the same order, also those that it is not in.
             group = dist.new_group(ranks, backend="gloo", timeout=patience)
             if topology.rank in ranks:
                 mine.append(group)

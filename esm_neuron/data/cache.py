@@ -39,9 +39,11 @@ def cached(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
         raise ConfigError(f"{what} cannot be written ({error.strerror}); choose another folder") from None
     path = folder / key
     with lock:
+        # Readers share the lock and check sums side by side; whoever must make the folder waits for it alone.
         flock(lock, fcntl.LOCK_SH, what)
         if _damage(path) is None:
             return path
+        # A shared lock does not become an exclusive one in one step, so another process may come in between.
         flock(lock, fcntl.LOCK_UN, what)
         flock(lock, fcntl.LOCK_EX, what)
         damage = _damage(path)  # again: another process may have made it in between

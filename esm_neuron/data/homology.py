@@ -77,6 +77,7 @@ def find_clusters(table: ExampleTable, method: Method) -> np.ndarray:
         pairs = np.array(list(_mmseqs_pairs(table, table)), dtype=np.int64).reshape(-1, 2)
         return _linked(labels, pairs[:, 0], pairs[:, 1])
     profiles, lengths = _profiles(table), _residues(table)
+    # Clusters are merged block by block, so that the pairs of all proteins are never held together.
     for start, found in _kmer_pairs(profiles, profiles, lengths, lengths):
         labels = _linked(labels, start + found.row, found.col)
     return labels
@@ -85,6 +86,8 @@ def find_clusters(table: ExampleTable, method: Method) -> np.ndarray:
 def _linked(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return the cluster of each protein when, besides those of equal `labels`, the pairs (one, other) share one."""
     n = len(labels)
+    # A graph of n proteins and n nodes for the clusters so far. A protein hangs on its cluster's node and on its
+    # partner of each pair, so earlier pairs need not be kept.
     rows, columns = np.concatenate([np.arange(n), one]), np.concatenate([labels + n, other])
     graph = sparse.coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(2 * n, 2 * n))
     found = connected_components(graph, directed=False)[1][:n]
@@ -111,11 +114,13 @@ def _profiles(table: ExampleTable) -> sparse.csr_matrix:
         inside &= part != _NO_GROUP  # specials between proteins are in no group, so no k-mer spans two
     record = np.repeat(table.record, table.lengths)[:ends][inside]
     possible = len(GROUPS) ** K
+    # One number per protein and k-mer. Only distinct ones are kept: a k-mer counts once, however often it occurs.
     own = np.unique(record * possible + codes[inside])
     record, codes = own // possible, own % possible
     _, column, having = np.unique(codes, return_inverse=True, return_counts=True)
     n = len(table.ids)
     weight = np.log1p(n / having).astype(np.float32)[column]
+    # The norm is taken over all k-mers, before those that no other protein has lose their columns.
     length = np.sqrt(np.bincount(record, weight**2, n))
     shared = having[column] > 1
     values = (weight / length[record])[shared].astype(np.float32)
@@ -130,6 +135,7 @@ def _kmer_pairs(
     if not targets.shape[1]:
         return
     across = targets.T.tocsr()
+    # The product holds every pair that shares a k-mer; a block of queries at a time bounds its memory.
     for start in range(0, queries.shape[0], BLOCK):
         found = (queries[start : start + BLOCK] @ across).tocoo()
         a, b = query_lengths[start + found.row], target_lengths[found.col]

@@ -127,11 +127,13 @@ class Labels:
         labels = self.task.labels or ()
         index = {name: i for i, name in enumerate(labels)} | dict.fromkeys(self.ignored, UNKNOWN)
         none = UNKNOWN - 1
+        # Each name is looked up once, then all entries are mapped by their codes.
         classes = np.array([index.get(name, none) for name in self.codes], dtype=np.int16)[flat]
         strange = np.flatnonzero(classes == none)
         first = np.cumsum(counts) - counts
         row_of = np.searchsorted(first, strange, side="right") - 1
         names, known = list(self.codes), ", ".join(map(quote, labels[:20])) + (", ..." if len(labels) > 20 else "")
+        # One problem per row, its first unknown entry: a residue task could have thousands.
         for row, at in zip(*np.unique(row_of, return_index=True), strict=True):
             place = f" of residue {strange[at] - first[row] + 1}" if self.per_residue else ""
             what = f"label {quote(names[flat[strange[at]]])}{place} is not one of the classes {known}"
@@ -195,6 +197,7 @@ class LabelSets(Labels):
         by_name[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
         often = np.bincount(flat, minlength=len(names))
         order = np.argsort(np.lexsort((by_name, often)))  # code -> its place, the rarest first
+        # Grouped by its rarest label, so that rare labels are spread evenly over the splits; common ones need no help.
         return _numbered(np.minimum.reduceat(order[flat], np.cumsum(counts) - counts))
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:

@@ -91,9 +91,12 @@ class _Loader:
         count, segments, pack_tokens = len(packs) // self._dp, _segments(self._cfg), self._cfg.data.pack_tokens
         packs = packs[self._dp_rank * count : (self._dp_rank + 1) * count]
         if not self._static_shapes:
+            # Keep one pack even where all are empty: every rank runs every pass, since the ranks sum their gradients
+            # together.
             packs = [pack for pack in packs if len(pack)] or packs[:1]
         size = (len(packs), pack_tokens)
         predictions = size if self._task.per_token else (len(packs), segments)
+        # All slots begin as padding of weight 0, so what no example fills adds nothing to the loss.
         input_ids = np.full(size, PAD, np.int64)
         segment_ids = np.full(size, PAD_SEGMENT, np.int64)
         positions = np.zeros(size, np.int64)
@@ -118,6 +121,7 @@ class _Loader:
                 labels[p, answer] = target.label
                 weights[p, answer] = target.weight
             longest = max(longest, end)
+        # A compiled graph needs one width; elsewhere the columns that are padding in every pack are cut off.
         width = pack_tokens if self._static_shapes else longest
         answered = width if self._task.per_token else segments
         return Batch(
@@ -203,6 +207,7 @@ def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
     def work() -> None:
         try:
             source = iter(iterable)
+            # Room first, then the item: so never more than `depth` items wait.
             while room.acquire() and not stopped.is_set():
                 ready.put(([next(source)], None))
         except BaseException as error:  # the consumer raises it: StopIteration is the end, all else a failure
@@ -213,6 +218,7 @@ def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
     try:
         while True:
             made, error = ready.get()
+            # The end comes as a value: Python turns a StopIteration raised within a generator into a RuntimeError.
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -220,6 +226,7 @@ def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
             room.release()
             yield from made
     finally:
+        # The consumer may leave early. Wake the thread if it waits for room, and join it, so that nothing reads on.
         stopped.set()
         room.release()
         thread.join()
@@ -251,6 +258,7 @@ def _segments(cfg: TrainConfig) -> int:
 def _rng(seed: int, epoch: int, *example: int) -> np.random.Generator:
     """Return the generator of a plan (no example) or of one example; evaluation counts as epoch -1."""
     # numpy seeds [a, b] and [a, b, 0] alike, so examples count from 1 here.
+    # And numpy takes no negative numbers: hence the modulo, and the 1 added to evaluation's epoch, -1.
     return np.random.default_rng([seed % 2**64, epoch + 1, *(number + 1 for number in example)])
 
 

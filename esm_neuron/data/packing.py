@@ -74,6 +74,7 @@ class EpochPlan:
         held = lengths[self.members].astype(np.int64)
         if batches is None:
             return float(held.sum() / (len(self) * self.packs_per_step * self.pack_tokens))
+        # `reduceat` sums the tokens of each pack. A batch is as wide as its fullest pack and leaves out empty packs.
         size = self.packs_per_step // batches
         filled = np.add.reduceat(held, self.offsets[:-1])
         filled = np.pad(filled, (0, -self.packs % size)).reshape(-1, size)
@@ -92,6 +93,8 @@ def plan_epoch(
     counts = np.bincount(lengths)
     recipes = pack_histogram(counts, pack_tokens, max_segments)
     order = _shuffled_by_length(lengths, counts, rng)
+    # Examples of one length lie side by side in `order`. Each draw takes the next ones of that stretch, so that every
+    # example is used exactly once.
     next_of = np.cumsum(counts) - counts
 
     def draw(length: int, number: int) -> np.ndarray:
@@ -126,14 +129,17 @@ def pack_histogram(counts: np.ndarray, pack_tokens: int, max_segments: int) -> l
             return Recipe((), pack_tokens, needed)
         gap = gaps[tightest]
         recipe = shelf[gap].pop()
+        # An empty shelf must leave `gaps` too, or the next bisection would find it.
         if not shelf[gap]:
             del shelf[gap], gaps[tightest]
         return recipe
 
+    # Longest first: the short sequences then fill the room that the long ones leave.
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
         while left:
             recipe = take(length, left)
+            # As many per pack as fit. What `each` does not divide is left over and comes round again in the loop.
             each = min(recipe.free // length, max_segments - recipe.segments, left)
             packs = min(recipe.packs, left // each)
             # Of an open recipe, only as many packs as are needed get these sequences; the others stay open.
@@ -174,8 +180,10 @@ def _fill(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw an example for each place of each recipe, shuffle within packs, and put the packs in random order."""
     total = sum(recipe.packs for recipe in recipes)
+    # Recipes come longest first: in their own order, an epoch would begin with the long proteins.
     place = rng.permutation(np.arange(total, dtype=index))
     offsets = np.zeros(total + 1, np.int64)
+    # Write how many segments each pack holds to the pack's random place, then sum them up to offsets.
     offsets[1:][place] = np.repeat([r.segments for r in recipes], [r.packs for r in recipes])
     np.cumsum(offsets, out=offsets)
     members = np.empty(offsets[-1], index)

@@ -41,7 +41,9 @@ def sample_rows(
     rng, rows = _generator(seed, split), len(groups)
     order = rng.permutation(rows)
     shuffled = groups[order]
+    # A stable sort brings each group together and keeps the random order within it.
     order = order[np.argsort(shuffled, kind="stable")]
+    # Leave out the first row of each group: it stays in training.
     order = order[np.diff(np.sort(shuffled), prepend=-1) == 0]
     order = order[allowed[order]]
     number = min(len(order), max(1, round(fraction * rows)))
@@ -51,6 +53,7 @@ def sample_rows(
             f"give data.{split}, or data.{split}_fraction=0 for none"
         )
     chosen = np.zeros(rows, dtype=bool)
+    # One random start and even steps over the sorted groups: each gives its share, to within one row.
     every = (np.arange(number) + rng.random()) * len(order) / number
     chosen[order[every.astype(np.int64)]] = True
     return chosen
@@ -70,6 +73,7 @@ def sample_clusters(
     chosen, wanted = np.zeros(rows, dtype=bool), max(1, round(fraction * rows))
     for number in rng.permutation(np.unique(cluster)):
         own = members[number]
+        # What each group would have left to train on if this cluster were held out.
         after = left - np.bincount(groups[own], minlength=len(left))
         if len(own) <= wanted and allowed[own].all() and (after[groups[own]] > 0).all():
             chosen[own], left, wanted = True, after, wanted - len(own)

@@ -102,6 +102,7 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
     parts, reports, rejected = read_parts(cfg.data, labels, folder)
     if labels is not None:
         labels.learn_classes(parts["train"].chunks(["label"]), parts["train"].source)
+    # The classes are known by now, from all training rows; sampling then leaves each of them a row to train on.
     sampled = _sample(parts, labels, cfg)
     tables: dict[str, ExampleTable] = {}
     shared = _shared(parts, labels)
@@ -153,6 +154,7 @@ class Part:
     def take(self, chosen: np.ndarray) -> Part:
         """Return the rows of the part where `chosen`, bool [rows of the part], holds."""
         mask = self.mask.copy()
+        # `chosen` counts the part's own rows: write it to their places among all rows of the file.
         mask[mask] = chosen
         return replace(self, mask=mask)
 
@@ -197,6 +199,7 @@ class _File:
                 self.values.setdefault(source, set()).update(rows[filter_column(source)].unique().to_pylist())
             kept = self._number_splits(rows.filter(pa.array(passes(rows, self.cfg.keep))))
             split = kept["split"].to_numpy()
+            # Training rows are always usable: `keep_heldout` filters validation and test rows alone.
             usable = split == 0
             if not usable.all():
                 usable |= (split > 0) & passes(kept, self.cfg.keep_heldout)
@@ -288,6 +291,7 @@ def passes(rows: pa.Table, filters: Mapping[str, Sequence[str]]) -> np.ndarray:
     for source, allowed in filters.items():
         keys = {_filter_key(value) for value in allowed}
         column = rows[filter_column(source)]
+        # Compare the distinct values in Python and leave the rows to Arrow: a column has few values and many rows.
         wanted = [value for value in column.unique().to_pylist() if _filter_key(value) in keys]
         mask &= pc.is_in(column, value_set=pa.array(wanted, pa.large_string())).to_numpy()
     return mask
@@ -323,12 +327,14 @@ def _check_filters(cfg: DataConfig, files: Sequence[_File]) -> None:
 
 def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     """Return all that decides the tables: content and kind of the files, settings that matter, alphabet, version."""
+    # How homologs are found changes the tables only where whole clusters of them are sampled.
     unused = _UNCACHED_DATA - ({"homologs"} if cfg.data.sample == "clusters" else set())
     data = {name: value for name, value in asdict(cfg.data).items() if name not in unused}
     task = {name: value for name, value in asdict(cfg.task).items() if name not in _UNCACHED_TASK}
     files = data_files(cfg.data)
     fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
     may_sample = any(fraction > 0 and split not in files for split, fraction in fractions.items())
+    # The seed decides which rows are sampled and nothing else, so runs of all seeds share a cache where none are.
     seed = cfg.seed if may_sample else None
     contents = [(split, Path(path).suffixes[-2:], content_hash(path)) for split, path in files.items()]
     return [_CACHE_VERSION, VOCABULARY, needs_labels, seed, data, task, contents]
@@ -384,6 +390,7 @@ def _sample(parts: dict[str, Part], labels: Labels | None, cfg: TrainConfig) -> 
             chosen = sample_rows(groups, allowed, fraction, **how)
         else:
             chosen = sample_clusters(homologs, groups, allowed, fraction, **how)
+            # The next split is sampled from the rows that are left, so the clusters are cut to the same rows.
             homologs = homologs[~chosen]
         parts |= {"train": train.take(~chosen), name: train.take(chosen)}
         sampled[name] = tuple(parts[name].column("id"))
@@ -407,6 +414,7 @@ def _shared(parts: Mapping[str, Part], labels: Labels | None) -> dict[str, dict[
     train = hashes["train"]
     counts = {}
     for name, own in hashes.items():
+        # Labels may conflict within a split, and those of a held-out split with training as well.
         both = [own] if name == "train" else [own, train]
         texts, says = (np.concatenate([hashed[column] for hashed in both]) for column in ("sequence", "label"))
         found = {"repeated": len(own["sequence"]) - len(np.unique(own["sequence"]))}
@@ -434,6 +442,7 @@ def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> s
         digest.update(f"{name} {len(table)}".encode())
         for array in (table.tokens, table.offsets, table.record, table.weight, table.labels):
             digest.update(np.ascontiguousarray(array).data)
+        # Each name follows its length, so that ("ab", "c") and ("a", "bc") differ.
         digest.update("".join(f"{len(record)} {record}" for record in table.ids).encode())
     return digest.hexdigest()
 
@@ -466,6 +475,8 @@ class InputChunks:
                 table, more = chunk_table(rows, self._cfg, labels, checker.problems)
                 cuts.update(more)
             self.report = Report(name=self._path, **{**cuts, **checker.counts})
+            # After the first problem no table is given, but all rows are still read: the error then lists every
+            # problem.
             if len(rows) and not checker.problems.total:
                 yield table
         checker.finish()

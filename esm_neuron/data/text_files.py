@@ -88,6 +88,8 @@ def _fasta_records(path: str) -> Iterator[tuple[int, str, str]]:
     """Give the line, the header and the lines of residues of each record; a record may span blocks of the file."""
     start, header, body = 0, "", ""
     for number, block in read_blocks(path):
+        # Only a '>' at the start of a line begins a record; the newline in front gives the block's first line such a
+        # start. `rest` belongs to the record that the block before has begun.
         rest, *records = ("\n" + block).split("\n>")
         if start:
             body += rest
@@ -144,6 +146,7 @@ def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Record]:
 
 
 def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
+    # Python's json would keep the last of two equal keys without a word.
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
@@ -179,6 +182,7 @@ def read_blocks(path: str) -> Iterator[tuple[int, str]]:
         while piece := _read(path, number, file):
             size += len(piece)
             check_expansion(path, f"{path}:{number}", size, "came out of")
+            # Blocks are cut at newline bytes: UTF-8 has them in no other character, so none is torn apart.
             end = piece.rfind(b"\n") + 1
             if end:
                 block = b"".join([*begun, piece[:end]])
@@ -186,6 +190,8 @@ def read_blocks(path: str) -> Iterator[tuple[int, str]]:
                 yield from _decoded(path, number, block)
                 number += block.count(b"\n")
                 begun = []
+            # The pieces of a long line are joined once, at its end: joining at every piece would copy it again and
+            # again.
             begun.append(piece[end:])
             _check_line(path, number, sum(map(len, begun)))
     if last := b"".join(begun):

@@ -153,6 +153,7 @@ class Checker:
                 changed[row] = sequence
         self.counts.update(rows=len(rows), skipped=int((~kept).sum()))
         sequences = rows["sequence"]
+        # Only a chunk with a replaced sequence pays for Python strings.
         if changed:
             texts = sequences.to_pylist()
             sequences = pa.array([changed.get(row, text) for row, text in enumerate(texts)], pa.large_string())
@@ -162,12 +163,14 @@ class Checker:
     def _suspects(self, rows: pa.Table) -> np.ndarray:
         """Return which rows may have a fault, bool [rows]; the ids of all are then known."""
         lines = rows["line"].to_pylist()
+        # `setdefault` gives the line where an id was first used; where that is another line, the id is there twice.
         first = list(map(self._first_line.setdefault, rows["id"].to_pylist(), lines))
         residues, bounds = sequence_bytes(rows)
         found = (np.array(first) != lines) | (np.diff(bounds) == 0) | (pc.equal(rows["id"], "").to_numpy())
         if "label" in rows.column_names:
             empty = pc.or_(pc.equal(rows["label"], ""), pc.equal(pc.utf8_lower(rows["label"]), "nan"))  # `is_missing`
             found |= empty.to_numpy()
+        # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
         found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
         return np.asarray(found)
 
@@ -224,6 +227,7 @@ def text_hashes(texts: Sequence[str]) -> np.ndarray:
 
 def conflicting(own: np.ndarray, sequences: np.ndarray, labels: np.ndarray) -> int:
     """Count the rows of `own` whose sequence has more than one label among `sequences` and `labels`; all are hashes."""
+    # A sequence in more than one distinct pair has labels that conflict.
     pairs = np.unique(np.stack([sequences, labels], axis=1), axis=0)
     different, times = np.unique(pairs[:, 0], return_counts=True)
     return int(np.isin(own, different[times > 1]).sum())

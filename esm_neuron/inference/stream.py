@@ -106,6 +106,7 @@ def stream(
     """
     shards, topology, count = Shards(target), backend.topology, len(scanned.tokens)
     with ExitStack() as held:
+        # The main rank claims the folder until the output is written, so that no second command writes there too.
         main_rank_only(backend, lambda: held.enter_context(claimed(shards.folder)))
         begin = main_rank_only(backend, lambda: shards.begin({**identity, "input": scanned.digest}, resume))
         done = set(backend.gather_host(begin)[0] or [])
@@ -113,6 +114,7 @@ def stream(
         if done:
             log(f"resumed: {len(done)} of {count} shards are already there")
         todo = [number for number in range(count) if number not in done]
+        # What is left is dealt out anew: a resumed command may run on another number of ranks.
         mine = set(todo[topology.dp_rank :: topology.dp])
         total, hidden = sum(scanned.tokens[number] for number in mine), not (topology.is_main and sys.stderr.isatty())
         bar = tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True, disable=hidden)
@@ -134,6 +136,7 @@ def _chosen(pieces: Iterable[Piece[T]], numbers: set[int], expected: str) -> Ite
     digest = hashlib.sha256()
 
     def wanted() -> Iterator[tuple[int, Piece[T]]]:
+        # Every piece is read, also other ranks', since the digest is of the whole input.
         for number, piece in enumerate(pieces):
             digest.update(piece.digest)
             if number in numbers:
@@ -277,8 +280,10 @@ def _join_arrays(paths: Sequence[Path], target: Path) -> int:
         with _data(path) as (entries, _):
             for name, entry in entries.items():
                 header[name] = {**entry, "data_offsets": [end + offset for offset in entry["data_offsets"]]}
+            # Offsets count from the first byte of data, so a later shard's move by all the data before it.
             end += max(entry["data_offsets"][1] for entry in entries.values())
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces up to a multiple of 8, so that the data begin aligned.
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise ConfigError(

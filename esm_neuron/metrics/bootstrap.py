@@ -32,6 +32,7 @@ def resamples(n: int, seed: int = SEED, width: int = 0) -> Iterator[np.ndarray]:
     done = 0 if n else RESAMPLES
     while done < RESAMPLES:
         k = min(RESAMPLES - done, max(1, CELLS // max(n, width)))
+        # Draw i counts in cells i * n to i * n + n - 1, so that one bincount gives the multiplicities of all k draws.
         flat = rng.integers(0, n, (k, n)) + np.arange(k)[:, None] * n
         yield np.bincount(flat.ravel(), minlength=k * n).reshape(k, n).astype(np.float64)
         done += k
@@ -121,6 +122,7 @@ class Curve:
         above, false = np.cumsum(positive, axis=1), np.cumsum(negative, axis=1)
         p, n = above[:, -1], false[:, -1]
         with np.errstate(invalid="ignore", divide="ignore"):
+            # Each negative row loses to the positive ones above it, and half to those of its own score.
             auroc = (negative * (above - positive / 2)).sum(1) / (p * n)
             precision = np.nan_to_num(above / (above + false))  # 0 / 0 only before the first row drawn: recall 0
             auprc = (positive * precision).sum(1) / p

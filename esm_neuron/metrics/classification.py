@@ -39,6 +39,7 @@ def classification_metrics(
         return values
     classes = len(names)
     found, unit = np.unique(np.arange(len(labels)) if protein is None else protein, return_inverse=True)
+    # A confusion matrix per protein: that of a resample is their sum by multiplicity, one product for a whole chunk.
     cells = np.zeros((len(found), classes * classes))
     np.add.at(cells, (unit, labels * classes + predicted), 1.0)
     losses, sizes = np.bincount(unit, loss, len(found)), np.bincount(unit, minlength=len(found))

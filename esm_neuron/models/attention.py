@@ -45,6 +45,7 @@ class RotaryTable(nn.Module):
         self.register_buffer("table", torch.cat((angles.cos(), angles.sin()), dim=-1), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
+        # Follow a move to another device but no cast: `fn` is tried on one row, only to learn the device.
         self.table = self.table.to(fn(self.table[:1]).device)
         return self
 
@@ -55,6 +56,7 @@ class RotaryTable(nn.Module):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # The two halves turn like the parts of a complex number, in float32 whatever the type of `x`.
     left, right = x.float().chunk(2, dim=-1)
     turned = torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)
     return torch.cat(turned, dim=-1).to(x.dtype)
@@ -129,6 +131,7 @@ class Pack:
 
 def mean_over(membership: Tensor, hidden: Tensor) -> Tensor:
     """float32 [R, S, H]: mean of `hidden` [R, L, H] over the tokens of each segment; 0 for an empty one."""
+    # Autocast would round the sum over a segment to bfloat16.
     with torch.autocast(hidden.device.type, enabled=False):
         total = membership @ hidden.float()
         return total / membership.sum(-1, keepdim=True).clamp_min(1.0)
@@ -138,12 +141,14 @@ def masked_attention(segment_ids: Tensor) -> Attention:
     """Return one product per pack, with everything outside a token's own segment masked away; static shapes."""
     ids = segment_ids.int()
     same = ids.unsqueeze(1).unsqueeze(-1) == ids.unsqueeze(1).unsqueeze(-2)
+    # Padding has an id of its own and so sees itself: no softmax is taken over nothing.
     bias = torch.where(same, 0.0, APART)
     return partial(_attend_masked, bias)
 
 
 def _attend_masked(bias: Tensor, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    # The softmax is taken in float32, also where the products around it are bfloat16.
     scores = torch.matmul(query, key.transpose(2, 3)).float() + bias
     # torch.nn.functional's, which torch_neuronx replaces by one kernel
     weights = F.dropout(F.softmax(scores, dim=-1).to(value.dtype), p=dropout, training=dropout > 0)
@@ -160,6 +165,7 @@ def segment_attention(segment_ids: Tensor) -> Attention:
 def _runs(segment_ids: Tensor) -> tuple[list[int], list[bool]]:
     """Return the tokens of each run of equal ids, one pack after the other, and whether the run is a segment."""
     flat = segment_ids.cpu()
+    # A run begins where the id differs from the one to its left, and at the start of each pack: none crosses packs.
     starts = torch.ones_like(flat, dtype=torch.bool)
     starts[:, 1:] = flat[:, 1:] != flat[:, :-1]
     begin = starts.flatten().nonzero().flatten()
@@ -197,6 +203,7 @@ def varlen_attention(segment_ids: Tensor) -> Attention:
 def _attend_nested(
     offsets: Tensor, shortest: int, longest: int, query: Tensor, key: Tensor, value: Tensor, dropout: float
 ) -> Tensor:
+    # The lengths' bounds come from the host: torch would derive them from the offsets, waiting for the device.
     query_nested, key_nested, value_nested = (
         torch.nested.nested_tensor_from_jagged(
             x.flatten(0, 1), offsets, min_seqlen=shortest, max_seqlen=longest

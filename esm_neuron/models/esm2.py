@@ -103,6 +103,7 @@ class PackedEsmModel(EsmModel):
         if segment_ids is None or positions is None:
             used = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
             places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            # Tokens become segment 0, and padding -1, which is `PAD_SEGMENT`.
             segment_ids, positions = used - 1, places * used
         pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, self.attention)
         embedded = self.embeddings(input_ids=input_ids, pack=pack)
@@ -124,6 +125,7 @@ def pack_modules(model: EsmPreTrainedModel) -> None:
     for module in list(model.modules()):
         packed = _PACKED.get(type(module))
         if packed is not None:
+            # Only the class changes: parameters and their names stay, so transformers' checkpoints fit.
             module.__class__ = packed
         if isinstance(module, EsmSelfAttention):
             module.rotary_embeddings = None  # its inverse frequencies live in the one table
@@ -172,6 +174,7 @@ class AttentionPooling(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             scores = hidden.float() @ self.score.weight.float().view(-1)
             outside = torch.finfo(torch.float32).min
+            # An empty segment has an even softmax over `outside`; the factor makes that 0 and not NaN.
             weights = torch.where(residues > 0, scores.unsqueeze(1), outside).softmax(-1) * residues
             return weights @ hidden.float()
 
@@ -201,6 +204,7 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
         else:
             pooled = mean_over(pack.first if self.config.pooling == "cls" else pack.residues, hidden)
         head = getattr(self, head_name(self.config))
+        # transformers' head reads position 0 of a sequence, so each segment becomes a sequence of one position.
         logits = head(pooled.flatten(0, 1).unsqueeze(1))
         if self.config.problem_type == "regression":
             logits = logits.float() * self.config.target_sd + self.config.target_mean

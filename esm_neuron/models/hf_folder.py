@@ -160,6 +160,7 @@ def write_shards(state: Iterable[tuple[str, torch.Tensor]], folder: Path, max_sh
     for name, tensor in state:
         if name in seen:
             raise CheckpointError(f"two tensors are called {name}; nothing was written")
+        # Write before the next tensor would not fit: `state` may make tensors one by one, and only one shard is held.
         if pending and size + tensor.nbytes > max_shard_bytes:
             shards.append(_write_part(pending, folder, len(shards)))
             pending, size = {}, 0
@@ -189,6 +190,7 @@ def _name_parts(shards: list[list[str]], folder: Path, total: int) -> None:
     if len(shards) == 1:
         (folder / "part-0").rename(folder / WEIGHTS)
         return
+    # A shard's name says how many there are, which is known only now: until here they were numbered parts.
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"

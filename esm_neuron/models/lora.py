@@ -112,6 +112,7 @@ def draw_lora(
         shape = whole(name, tuple(parameter.shape))
         generator = seeded(seed, name)
         bound = shape[1] ** -0.5
+        # Every rank draws the whole matrix and keeps its part, so the values are those of a run without tp.
         drawn = torch.from_numpy(generator.uniform(-bound, bound, shape).astype(np.float32))
         mine = part(name, shape)
         with torch.no_grad():
@@ -135,6 +136,7 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        # Cast once here and keep the results for the backward pass; autocast would cast in each product.
         with torch.autocast(kind, enabled=False):
             rows, w, down, up = x.flatten(0, -2).to(dtype), weight.to(dtype), a.to(dtype), b.to(dtype)
             hidden = rows @ down.t()
@@ -188,5 +190,6 @@ class FusedLoraLinear(LoraLinear):
 def fuse_lora(model: nn.Module) -> None:
     """Give the LoRA layers of `model` around plain linears their fused class, in place; parameters stay as they are."""
     for module in model.modules():
+        # Exact types: a quantized linear is an nn.Linear too, but its weight is packed.
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = FusedLoraLinear

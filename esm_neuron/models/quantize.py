@@ -175,6 +175,8 @@ class Nf4Linear(QuantizedLinear):
     def restored(self, dtype: torch.dtype) -> Tensor:
         import bitsandbytes.functional as bnb
 
+        # On a copy, since the type is a field of the state: restoring in another one must leave the kept state as it
+        # is.
         state = copy.copy(self._state)
         state.dtype = dtype
         return self._unblocked(bnb.dequantize_4bit(self.weight, state))
@@ -182,6 +184,7 @@ class Nf4Linear(QuantizedLinear):
     def reference(self) -> Tensor:
         packed, state = self.weight.flatten(), self._state
         levels = torch.tensor(_LEVELS, device=packed.device)
+        # Two weights per byte, the first in the upper four bits.
         values = levels[torch.stack((packed >> 4, packed & 15), dim=-1).long()].view(-1, _BLOCK)
         again = state.state2  # how the scales themselves are kept: a level each, and a scale per 256 of them
         scales = again.code[state.absmax.long()] * again.absmax.repeat_interleave(again.blocksize)[: len(state.absmax)]

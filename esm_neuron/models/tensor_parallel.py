@@ -109,6 +109,7 @@ def shard_of(parameter: str, shape: Sequence[int], heads: int, tp: int, tp_rank:
     index, local = [slice(0, length) for length in shape], list(shape)
     if cut.dim is not None:
         step, most = cut.padded // tp, shape[cut.dim]
+        # Zero heads lie at the end and are in no checkpoint: slices stop at the real length, and the last may be empty.
         index[cut.dim] = slice(min(tp_rank * step, most), min((tp_rank + 1) * step, most))
         local[cut.dim] = step
     return Shard(tuple(index), tuple(local))
@@ -121,6 +122,7 @@ def whole_shape(parameter: str, local: Sequence[int], heads: int, tp: int) -> tu
     if dim is not None:
         shape[dim] *= tp
         if linear in HEADED:
+            # Divide first: the padded length is a whole number of heads.
             shape[dim] = shape[dim] // padded_heads(heads, tp) * heads
     return tuple(shape)
 

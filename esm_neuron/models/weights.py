@@ -187,6 +187,7 @@ def _download(cfg: ModelConfig) -> tuple[Path, str]:
             "model.name=FOLDER"
         ) from error
     commit = folder.name
+    # A pinned commit is compared with what came, so that a run never trains on other weights than it names.
     pinned = cfg.revision is not None and re.fullmatch(r"[0-9a-f]{40}", cfg.revision) is not None
     if pinned and commit != cfg.revision:
         raise ConfigError(
@@ -204,6 +205,7 @@ def read_config(folder: Path) -> EsmConfig:
     try:
         raw = read_json(path)
         model_type = raw.pop("model_type", None)  # a classifier of this package has its own; its encoder is equal
+        # It names Python code beside the weights, which is never run here.
         raw.pop("auto_map", None)
         config = EsmConfig.from_dict(raw)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -345,6 +347,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _slots(model: nn.Module) -> Iterator[_Slot]:
+    # Tensors are told apart by identity: a tied one has several names and must be filled once.
     places: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
     for prefix, module in model.named_modules():
         buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}

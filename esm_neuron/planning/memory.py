@@ -77,6 +77,8 @@ def predict_memory(
     block = _block(cfg, shape) * tokens if flows else 0
     kept = shape.layers * (FLOAT32 * shape.hidden * tokens if again else block) if flows else 0
     moment, copies = _moment(cfg, shape) * tokens + _restored(cfg, shape), _copies(cfg, shape)
+    # With checkpointing only each block's input is kept; one block at a time, with its copies, is there while it is
+    # computed again.
     if again:
         moment, copies = moment + block + copies // shape.layers, 0
     ranks = dp if cfg.parallel.fsdp else 1

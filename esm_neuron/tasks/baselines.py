@@ -103,6 +103,7 @@ def unigram_baseline(train: ExampleTable) -> Baseline:
     for part in _chunks(len(train.tokens)):
         counts += np.bincount(train.tokens[part], minlength=len(VOCABULARY))
     residues = int(counts[UNK + 1 :].sum())
+    # Tokens up to <unk> are no residues and get no share, whereas a residue never seen still has one.
     counts += 1
     counts[: UNK + 1] = 0
     loss, likeliest = -_log(counts / counts.sum()), int(counts.argmax())
@@ -180,6 +181,7 @@ def _classifier(
 
     def probabilities(seen: np.ndarray | sparse.csr_matrix) -> np.ndarray:
         found = np.zeros((seen.shape[0], len(shares)))
+        # scikit-learn has a column only for each class that it has seen.
         found[:, model.classes_] = model.predict_proba(seen)
         return found
 

@@ -22,6 +22,7 @@ def softmax_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, gamma
         losses = F.cross_entropy(flat, labels.flatten(), reduction="none", label_smoothing=smoothing)
         return losses.view(labels.shape)
     log_p = flat.log_softmax(-1)
+    # Below, 1 - p is computed as -expm1(log p), which keeps its digits where p is close to 1.
     hard = (labels.reshape(-1, 1) == torch.arange(classes, device=labels.device)).float()
     q = hard * (1 - smoothing) + smoothing / classes
     return -(q * (-torch.expm1(log_p)).clamp_min(LEAST) ** gamma * log_p).sum(-1).view(labels.shape)
@@ -33,6 +34,7 @@ def sigmoid_losses(logits: Tensor, target: Tensor, smoothing: float = 0.0, gamma
     q is `target` mixed with 1 / 2 by `smoothing`. gamma 0 is binary cross entropy; hard labels with gamma > 0 are
     torchvision's `sigmoid_focal_loss` without alpha.
     """
+    # 1 - p is the sigmoid of -x, so neither logarithm loses digits where p is close to 0 or 1.
     log_p, log_not = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
     q = target * (1 - smoothing) + smoothing / 2
     if gamma == 0:

@@ -226,6 +226,7 @@ def save(root: Path, snapshot: Snapshot) -> Path:
             for name in TENSORS:
                 save_file(getattr(snapshot, name), aside / f"{name}.safetensors")
             write_json(aside / "state.json", asdict(snapshot.state))
+            # The manifest comes last and lists all files before it: without it, a folder is no checkpoint.
             files = {f.name: {"sha256": sha256(f), "bytes": f.stat().st_size} for f in sorted(aside.iterdir())}
             write_json(aside / MANIFEST, {"version": VERSION, "step": snapshot.state.step, "files": files})
     except (OSError, SafetensorError) as error:
@@ -242,6 +243,7 @@ def load(folder: Path) -> Snapshot:
     try:
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
         state = TrainState(**read_json(folder / "state.json"))
+        # JSON carries no types of ours, and a wrong one would fail much later, in the middle of training.
         kinds = {f.name: type(getattr(TrainState(), f.name)) for f in fields(TrainState)}
         wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
         if wrong or step_folder(folder.parent, state.step) != folder:

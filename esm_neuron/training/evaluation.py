@@ -54,6 +54,7 @@ def run_passes(
                 logits = forward(model, batch)
             predictions = task.predictions(logits, batch)  # not under autocast, which would round sums to bfloat16
 
+            # `members` is bound now, as a default: a lazy device calls this once the loop has moved on.
             def deliver(*values: Tensor, members: np.ndarray = batch.members) -> None:
                 take(members, [v.numpy() for v in values])
 
@@ -126,6 +127,7 @@ def placed(
 def in_table_order(parts: Sequence[tuple[np.ndarray, ...]], size: int) -> list[np.ndarray]:
     """Join what `placed` gave for the batches of all ranks: [size, ...] each, in the order of the table."""
     index, *predictions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    # A loader or a rank that gives an example twice or never would spoil every metric without a sign.
     times = np.bincount(index, minlength=size)
     if (times != 1).any():
         wrong = int((times != 1).argmax())

@@ -132,6 +132,7 @@ class Monitors:
         self.losses.nonfinite = []
         path, first, in_a_row = Path(self.cfg.output) / NONFINITE, found[0], self.losses.in_a_row
         stops = loop.on_nonfinite == "stop" or in_a_row >= GIVE_UP
+        # The values are the same on every rank, so all ranks come to this collective together.
         main_rank_only(self.backend, lambda: self._name_records(path, found, "stop" if stops else "skip"))
         what = f"step {first['step']}: the loss is {first['loss']} and the gradient's norm {first['grad_norm']}"
         many = f" ({in_a_row} such steps in a row)" if in_a_row > 1 else ""
@@ -237,6 +238,7 @@ def spike_limit(recent: list[float]) -> float | None:
     if len(recent) < LEAST:
         return None
     middle = median(recent)
+    # Medians, because earlier spikes in the window would raise a mean and a standard deviation.
     deviation = 1.4826 * median(abs(loss - middle) for loss in recent)
     return middle + DEVIATIONS * max(deviation, FLOOR * abs(middle))
 

@@ -55,6 +55,7 @@ class Watchdog:
         if self._seconds:
             self._allowed = units * self._seconds + slow * self._slow
             self._what, self._deadline = what, time.monotonic() + self._allowed
+            # A second alarm, in C: it ends the process even where no Python thread gets to run any more.
             faulthandler.dump_traceback_later(self._allowed + GRACE, exit=True, file=2)
 
     def _watch(self) -> None:
