@@ -216,6 +216,7 @@ class NeuronBackend(LazyBackend):
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
         parameters = trainable(model)
+        # NxD and its ZeRO-1 divide the reduced gradients by dp; the factor dp makes sums of them again.
         scale = self.topology.dp * mean_scale(self.all_reduce(totals))
         for p in parameters:
             _gradient(p).mul_(scale)

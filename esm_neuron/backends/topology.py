@@ -51,13 +51,13 @@ class Topology:
 
     @property
     def dp_rank(self) -> int:
-        """Which copy of the model this process belongs to; it reads the packs of this index."""
+        """Return which copy of the model this process belongs to; it reads the packs of this index."""
         block, place = divmod(self.rank, self.tp * self.stride)
         return block * self.stride + place % self.stride
 
     @property
     def tp_rank(self) -> int:
-        """Which shard of the model this process holds."""
+        """Return which shard of the model this process holds."""
         return self.rank // self.stride % self.tp
 
     @property
@@ -66,7 +66,7 @@ class Topology:
         return self.rank == 0
 
     def rank_of(self, dp_rank: int, tp_rank: int) -> int:
-        """The process that holds shard `tp_rank` of copy `dp_rank`."""
+        """Return the process that holds shard `tp_rank` of copy `dp_rank`."""
         block, place = divmod(dp_rank, self.stride)
         return (block * self.tp + tp_rank) * self.stride + place
 
@@ -80,7 +80,7 @@ class Topology:
 
     @classmethod
     def from_env(cls, tp: int = 1, *, neuron: bool = False, env: Mapping[str, str] | None = None) -> Topology:
-        """The place that torchrun's variables give this process, or alone; with `neuron` in groups as NxD's on trn1."""
+        """Return this process's place by torchrun's variables, or alone; with `neuron`, in groups as NxD's on trn1."""
         env = os.environ if env is None else env
         world = _integer(env, "WORLD_SIZE", 1)
         local_world = _integer(env, "LOCAL_WORLD_SIZE", world)

@@ -291,7 +291,7 @@ class TrainConfig:
 
     @property
     def can_quantize(self) -> bool:
-        """Whether the backend can keep frozen linears quantized."""
+        """Return whether the backend can keep frozen linears quantized."""
         return spec_of(self.backend).quantizes and self.parallel.tp == 1
 
 

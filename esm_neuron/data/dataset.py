@@ -63,7 +63,7 @@ class ExampleTable:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [examples]: tokens of each example, specials included."""
+        """Return int64 [examples]: tokens of each example, specials included."""
         return np.diff(self.offsets)
 
     def tokens_of(self, examples: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ class Labels:
         problems.add(line, f"column {self.column!r} of {quote(name)}: {message}")
 
     def hashes(self, rows: pa.Table) -> np.ndarray:
-        """uint64 [rows]: equal for labels that say the same, such as `A;B` and `B;A`, or 1 and 1.0."""
+        """Return uint64 [rows]: equal for labels that say the same, such as `A;B` and `B;A`, or 1 and 1.0."""
         flat, counts = flatten(rows)
         ends = np.cumsum(counts)
         place = np.arange(len(flat)) - np.repeat(ends - counts, counts)
@@ -96,7 +96,7 @@ class Labels:
         return Counter({name: int(times[code]) for name, code in self.codes.items() if times[code]})
 
     def strata(self, rows: pa.Table) -> np.ndarray:
-        """int64 [rows]: groups of which a sample takes equal shares, here the classes."""
+        """Return int64 [rows]: groups of which a sample takes equal shares, here the classes."""
         return _numbered(flatten(rows)[0])
 
     def learn_classes(self, train: Iterable[pa.Table], source: str) -> None:
@@ -123,7 +123,7 @@ class Labels:
         return self._classes(rows, flat, counts, problems).astype(np.int64)
 
     def _classes(self, rows: pa.Table, flat: np.ndarray, counts: np.ndarray, problems: Problems) -> np.ndarray:
-        """int16 [entries]: the class index of each code."""
+        """Return int16 [entries]: the class index of each code."""
         labels = self.task.labels or ()
         index = {name: i for i, name in enumerate(labels)} | dict.fromkeys(self.ignored, UNKNOWN)
         none = UNKNOWN - 1
@@ -168,7 +168,7 @@ class Labels:
         return {label: round(float(weight), 6) for label, weight in zip(labels, weights, strict=True)}
 
     def _weigh(self, train: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-        """How many rows each class has, and its weight: n / (classes x n_c), as in scikit-learn."""
+        """Return how many rows each class has, and its weight: n / (classes x n_c), as in scikit-learn."""
         counts = np.bincount(train[train >= 0], minlength=classes)
         return counts, counts.sum() / (classes * np.maximum(counts, 1))
 
@@ -190,7 +190,7 @@ class LabelSets(Labels):
         return sorted(super()._entries(text, length))  # so that `A;B` and `B;A` are equal
 
     def strata(self, rows: pa.Table) -> np.ndarray:
-        """int64 [rows]: the rarest label of each row, of equally rare ones the first by name."""
+        """Return int64 [rows]: the rarest label of each row, of equally rare ones the first by name."""
         flat, counts = flatten(rows)
         names = list(self.codes)
         by_name = np.empty(len(names), dtype=np.int64)
@@ -201,7 +201,7 @@ class LabelSets(Labels):
         return _numbered(np.minimum.reduceat(order[flat], np.cumsum(counts) - counts))
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
-        """uint8 [rows, classes]: 1 for each label that a row has."""
+        """Return uint8 [rows, classes]: 1 for each label that a row has."""
         flat, counts = flatten(rows)
         classes = self._classes(rows, flat, counts, problems)
         found = np.zeros((len(counts), len(self.task.labels or ())), np.uint8)
@@ -209,13 +209,13 @@ class LabelSets(Labels):
         return found
 
     def _weigh(self, train: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-        """How many rows have each label, and its weight: negatives / positives."""
+        """Return how many rows have each label, and its weight: negatives / positives."""
         counts = train.sum(0, dtype=np.int64)
         return counts, (len(train) - counts) / np.maximum(counts, 1)
 
 
 class ResidueLabels(Labels):
-    """One class per residue: a character each, or names joined by `,`; those in `task.ignore` are unknown."""
+    """One class per residue: one character for each, or names joined by `,`; those in `task.ignore` are unknown."""
 
     joiner = RESIDUE_JOINER
     per_residue = True
@@ -237,7 +237,7 @@ class ResidueLabels(Labels):
         return np.zeros(len(rows), dtype=np.int64)
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
-        """int16 [residues of all rows]: class indices, `UNKNOWN` for a label in `task.ignore`."""
+        """Return int16 [residues of all rows]: class indices, `UNKNOWN` for a label in `task.ignore`."""
         return self._classes(rows, *flatten(rows), problems)
 
 
@@ -287,6 +287,6 @@ def flatten(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbered(groups: np.ndarray) -> np.ndarray:
-    """int64 [rows]: groups numbered in the order in which they first appear."""
+    """Return int64 [rows]: groups numbered in the order in which they first appear."""
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[group]

@@ -80,7 +80,7 @@ class Problems:
 
     source: str
     first: list[str] = field(default_factory=list)
-    """The first MOST_LISTED problems, a line each."""
+    """The first MOST_LISTED problems, one line per problem."""
     total: int = 0
 
     def add(self, line: int, message: str) -> None:

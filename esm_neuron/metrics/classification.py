@@ -119,7 +119,7 @@ def confusion_scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _f1(matrix: np.ndarray) -> np.ndarray:
-    """F1 of each class [k, C] of confusion matrices [k, C, C]; NaN for one neither present nor predicted."""
+    """Return F1 of each class [k, C] of confusion matrices [k, C, C]; NaN for one neither present nor predicted."""
     right, marked = np.einsum("kii->ki", matrix), matrix.sum(2) + matrix.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(marked > 0, 2 * right / marked, np.nan))

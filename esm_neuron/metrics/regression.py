@@ -63,7 +63,7 @@ def correlations(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 
 def ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """float64 [k, n]: each row's rank among the rows drawn in resamples [k, n]; ties share their mean rank."""
+    """Return float64 [k, n]: each row's rank among the rows drawn in resamples [k, n]; ties share their mean rank."""
     _, group = np.unique(values, return_inverse=True)
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))

@@ -34,7 +34,7 @@ class Shown:
 
     @property
     def text(self) -> str:
-        """The value with its 95 % interval; a dash where it is undefined."""
+        """Return the value with its 95 % interval; a dash where it is undefined."""
         if self.value is None:
             return "–"
         return number(self.value) + (f" [{', '.join(map(number, self.interval))}]" if self.interval else "")

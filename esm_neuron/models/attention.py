@@ -50,7 +50,7 @@ class RotaryTable(nn.Module):
         return self
 
     def forward(self, positions: Tensor) -> Angle:
-        """Cosines and sines, each float32 [R, L, 1, D / 2], of `positions` int64 [R, L]."""
+        """Return cosines and sines, each float32 [R, L, 1, D / 2], of `positions` int64 [R, L]."""
         cos, sin = F.embedding(positions, self.table).unsqueeze(-2).chunk(2, dim=-1)
         return cos, sin
 
@@ -130,7 +130,7 @@ class Pack:
 
 
 def mean_over(membership: Tensor, hidden: Tensor) -> Tensor:
-    """float32 [R, S, H]: mean of `hidden` [R, L, H] over the tokens of each segment; 0 for an empty one."""
+    """Return float32 [R, S, H]: mean of `hidden` [R, L, H] over the tokens of each segment; 0 for an empty one."""
     # Autocast would round the sum over a segment to bfloat16.
     with torch.autocast(hidden.device.type, enabled=False):
         total = membership @ hidden.float()

@@ -40,7 +40,7 @@ class PackedEmbeddings(EsmEmbeddings):
     """Word embeddings with ESM-2's token dropout, its ratio taken per segment."""
 
     def forward(self, input_ids: Tensor, pack: Pack) -> Tensor:  # type: ignore[override]
-        """[R, L, H] embeddings of `input_ids` int64 [R, L]; padding is 0."""
+        """Return embeddings [R, L, H] of `input_ids` int64 [R, L]; padding is 0."""
         x = self.word_embeddings(input_ids)
         scale = pack.membership.sum(1)
         if self.token_dropout:
@@ -170,7 +170,7 @@ class AttentionPooling(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden: Tensor, residues: Tensor) -> Tensor:
-        """float32 [R, S, H] of `hidden` [R, L, H] and `residues` [R, S, L] (see `Pack`); 0 for an empty segment."""
+        """Return float32 [R, S, H] of `hidden` [R, L, H] and `Pack.residues` [R, S, L]; 0 for an empty segment."""
         with torch.autocast(hidden.device.type, enabled=False):
             scores = hidden.float() @ self.score.weight.float().view(-1)
             outside = torch.finfo(torch.float32).min
@@ -197,7 +197,7 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
     def forward(
         self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any
     ) -> SequenceClassifierOutput:
-        """Logits [R, S, classes], or [R, classes] for rows without `segment_ids`; arguments as in `PackedEsmModel`."""
+        """Return logits [R, S, classes], or [R, classes] without `segment_ids`; arguments as in `PackedEsmModel`."""
         hidden, pack = self.esm(input_ids, segment_ids, **pack_args)
         if self.config.pooling == "attention":
             pooled = self.attention_pooling(hidden, pack.residues)
@@ -235,7 +235,7 @@ class PackedForMaskedLM(EsmForMaskedLM):
         pack_modules(self)
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> MaskedLMOutput:
-        """Logits [R, L, 33]; arguments as in `PackedEsmModel`."""
+        """Return logits [R, L, 33]; arguments as in `PackedEsmModel`."""
         hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
         return MaskedLMOutput(logits=self.lm_head(hidden))
 
@@ -248,7 +248,7 @@ class PackedForTokenClassification(EsmForTokenClassification):
         pack_modules(self)
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> TokenClassifierOutput:
-        """Logits [R, L, classes]; arguments as in `PackedEsmModel`."""
+        """Return logits [R, L, classes]; arguments as in `PackedEsmModel`."""
         hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
         return TokenClassifierOutput(logits=self.classifier(self.dropout(hidden)))
 

@@ -62,7 +62,7 @@ class SafetensorsFolder:
         return tuple(self._files[self._file_of[key]].get_slice(key).get_shape())
 
     def read(self, key: str, index: Index | None = None) -> torch.Tensor:
-        """The tensor, or its part `index`, in memory of its own and in the dtype of the file."""
+        """Return the tensor, or its part `index`, in memory of its own and in the dtype of the file."""
         opened = self._files[self._file_of[key]]
         # the piece is a view of the mapped file: without the copy it would keep the map, and change with the file
         piece = opened.get_tensor(key) if index is None else opened.get_slice(key)[index]

@@ -236,7 +236,7 @@ def _functional() -> Any:
 
 
 def _blocks(weight: Tensor) -> Tensor:
-    """[blocks, 64]: the weights one after another, zeros at the end of the last block.
+    """Return [blocks, 64]: the weights one after another, zeros at the end of the last block.
 
     A row per block: the same bytes as for the whole matrix, and the one width that every kernel restores rightly.
     """

@@ -31,7 +31,7 @@ class EsmShape:
 
     @classmethod
     def of(cls, config: EsmConfig) -> EsmShape:
-        """The shape that a transformers configuration describes."""
+        """Return the shape that a transformers configuration describes."""
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,

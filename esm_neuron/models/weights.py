@@ -41,11 +41,11 @@ class WeightSource(Protocol):
         """Shape of the whole tensor."""
 
     def read(self, key: str, index: Index | None = None) -> Tensor:
-        """The tensor, or its part `index` (one slice a dimension), in memory of its own."""
+        """Return the tensor, or its part `index` (one slice per dimension), in memory of its own."""
 
     @property
     def reference(self) -> BaseReference:
-        """Which weights these are."""
+        """Return which weights these are."""
 
 
 _BARE = re.compile(r"(embeddings|encoder|pooler|contact_head)\.")
@@ -75,7 +75,7 @@ class Draw:
     """Standard deviation of linear and embedding weights: `initializer_range` of the configuration."""
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """float32 [`shape`]: norms start as the identity, biases and the padding token's embedding as 0."""
+        """Return float32 [`shape`]: norms start as the identity, biases and the padding token's embedding as 0."""
         module, _, leaf = canonical(name).rpartition(".")
         if leaf == "bias":
             return torch.zeros(shape)
@@ -103,13 +103,13 @@ class RandomWeights:
         return self.shapes[key]
 
     def read(self, key: str, index: Index | None = None) -> Tensor:
-        """float32: the tensor, or the part `index` of the same draw."""
+        """Return float32: the tensor, or the part `index` of the same draw."""
         whole = self.draw(key, self.shapes[key])
         return whole if index is None else whole[index].clone()
 
     @property
     def reference(self) -> BaseReference:
-        """The sum is over the seed, the standard deviation, and all names and shapes."""
+        """Return a reference whose sum is over the seed, the standard deviation, and all names and shapes."""
         content = json.dumps([self.draw.seed, self.draw.std, sorted(self.shapes.items())])
         return BaseReference(
             f"random weights of seed {self.draw.seed}", None, hashlib.sha256(content.encode()).hexdigest()

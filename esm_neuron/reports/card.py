@@ -67,13 +67,13 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
 
 
 def _rows(metrics: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[list[str]]:
-    """One row per metric: its name, its value, the baselines'."""
+    """Return one row per metric: its name, its value, the baselines'."""
     everyone = [metrics, *baselines.values()]
     return [[metric.name, *(show(each, metric.key).text for each in everyone)] for metric in shown(metrics)]
 
 
 def _metadata(cfg: TrainConfig, result: Mapping[str, Any], name: str, pipeline: str | None, kind: Kind) -> str:
-    """The YAML in front, by the hub's own library, which also checks it."""
+    """Return the YAML in front, by the hub's own library, which also checks it."""
     dataset = _file(cfg.data.train) or "unknown"
     results = [
         EvalResult(
@@ -109,7 +109,7 @@ def _is_hub_id(cfg: TrainConfig) -> bool:
 
 
 def _licence(cfg: TrainConfig) -> str:
-    """The hub's name of the licence: ESM-2's for weights that come from it, else `other`, to be filled in."""
+    """Return the hub's name of the licence: ESM-2's for weights that come from it, else `other`, to be filled in."""
     return "mit" if _is_hub_id(cfg) and cfg.model.name.startswith("facebook/esm2_") else "other"
 
 
@@ -119,5 +119,5 @@ def _base_name(cfg: TrainConfig) -> str:
 
 
 def _file(source: str | None) -> str | None:
-    """The name of a data file without its folder, which is private; a hub dataset whole."""
+    """Return the name of a data file without its folder, which is private; a hub dataset whole."""
     return source if source is None or is_hub(source) else Path(source).name

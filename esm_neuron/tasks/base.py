@@ -128,7 +128,7 @@ class Task(ABC):
 
 
 def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
-    """float64 [records, ...]: the mean of `values` [examples, ...] over the windows of each record."""
+    """Return float64 [records, ...]: the mean of `values` [examples, ...] over the windows of each record."""
     # the window weights are float32 and sum to 1 only nearly
     total = np.bincount(table.record, table.weight.astype(np.float64), len(table.ids))
     share = table.weight / total[table.record]

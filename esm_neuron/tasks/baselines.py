@@ -117,7 +117,7 @@ def unigram_baseline(train: ExampleTable) -> Baseline:
 
 
 def _constant(name: str, prediction: np.ndarray, train: ExampleTable) -> Baseline:
-    """The same prediction for every example, learned from all training rows."""
+    """Predict the same for every example, learned from all training rows."""
 
     def predict(table: ExampleTable) -> list[np.ndarray]:
         return [np.broadcast_to(prediction, (len(table), *np.shape(prediction)))]
@@ -126,7 +126,7 @@ def _constant(name: str, prediction: np.ndarray, train: ExampleTable) -> Baselin
 
 
 def _composition(predict: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, train: ExampleTable) -> Baseline:
-    """A model of `composition_features`, fitted on `rows`; each window gets the prediction for its whole protein."""
+    """Predict from `composition_features`, fitted on `rows`; each window gets the prediction for its whole protein."""
     return Baseline(
         "composition", lambda table: [predict(composition_features(table))[table.record]], len(rows), len(train.ids)
     )
@@ -189,7 +189,7 @@ def _classifier(
 
 
 def _chunks(n: int) -> Iterator[np.ndarray]:
-    """The indices 0 to n - 1, CHUNK at a time: the features of all tokens, or tokens as int64, may fill the memory."""
+    """Yield the indices below n, CHUNK at a time: features of all tokens, or tokens as int64, may fill the memory."""
     return (np.arange(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
 
 
@@ -207,7 +207,7 @@ def _draw(labels: np.ndarray, classes: int, most: int) -> tuple[np.ndarray, np.n
 
 
 def _sample(n: int, most: int) -> np.ndarray:
-    """Row numbers, rising: all `n`, or `most` of them by a fixed seed."""
+    """Return row numbers, rising: all `n`, or `most` of them by a fixed seed."""
     return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 

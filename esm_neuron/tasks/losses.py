@@ -29,7 +29,7 @@ def softmax_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0, gamma
 
 
 def sigmoid_losses(logits: Tensor, target: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:
-    """float32, of the shape of `logits`: - q (1 - p)^gamma log p - (1 - q) p^gamma log (1 - p), in nats.
+    """Return float32, shaped as `logits`: - q (1 - p)^gamma log p - (1 - q) p^gamma log (1 - p), in nats.
 
     q is `target` mixed with 1 / 2 by `smoothing`. gamma 0 is binary cross entropy; hard labels with gamma > 0 are
     torchvision's `sigmoid_focal_loss` without alpha.

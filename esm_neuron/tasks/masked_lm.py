@@ -98,6 +98,6 @@ class MaskedLM(Task):
 
     @staticmethod
     def _sums(table: ExampleTable, predictions: Predictions) -> np.ndarray:
-        """float64 [records, 3]: loss, hidden residues, right predictions."""
+        """Return float64 [records, 3]: loss, hidden residues, right predictions."""
         columns = [np.bincount(table.record, values.astype(np.float64), len(table.ids)) for values in predictions]
         return np.stack(columns, axis=1)

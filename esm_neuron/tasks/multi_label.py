@@ -65,7 +65,7 @@ class MultiLabel(PooledTask):
         return self._joined(table.labels)
 
     def _joined(self, chosen: np.ndarray, joiner: str = LIST_JOINER) -> list[str]:
-        """The names of the classes that are not 0 in each row of [n, C]."""
+        """Return the names of the classes that are not 0 in each row of [n, C]."""
         return [joiner.join(label for label, is_in in zip(self.labels, row, strict=True) if is_in) for row in chosen]
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:

@@ -136,7 +136,7 @@ class ResidueClassification(Task):
 
 
 def residue_labels(table: ExampleTable, slot: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """int64 [residues of all records]: class index, -1 where it is unknown; `slot` and `bounds` as below."""
+    """Return int64 [residues of all records]: class index, -1 where unknown; `slot` and `bounds` as below."""
     shown = slot >= 0
     label = np.full(bounds[-1], -1)
     label[slot[shown]] = table.labels[shown]
@@ -144,7 +144,7 @@ def residue_labels(table: ExampleTable, slot: np.ndarray, bounds: np.ndarray) ->
 
 
 def residue_mean(slot: np.ndarray, bounds: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """float64 [residues of all records, C]: the mean of `values` [tokens, C] over the windows that show a residue.
+    """Return float64 [residues of all records, C]: the mean of `values` [tokens, C] over the windows with a residue.
 
     NaN where none does. `slot` and `bounds` are those of `ExampleTable.residue_slots`.
     """

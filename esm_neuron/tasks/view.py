@@ -62,17 +62,17 @@ class View:
 
 
 def lengths(table: pa.Table) -> np.ndarray:
-    """int64 [records]: residues of each."""
+    """Return int64 [records]: residues of each."""
     return np.asarray(table["residues"].to_numpy()).astype(np.int64)
 
 
 def class_probabilities(table: pa.Table, labels: Sequence[str]) -> np.ndarray:
-    """float64 [records, C]: the columns `p_<class>`."""
+    """Return float64 [records, C]: the columns `p_<class>`."""
     return np.stack([table[f"p_{label}"].to_numpy() for label in labels], axis=1)
 
 
 def class_indices(labels: Sequence[str], names: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """int64 [n]: the class of each name."""
+    """Return int64 [n]: the class of each name."""
     place = {label: i for i, label in enumerate(labels)}
     return np.array([place[name] for name in names.to_pylist()], dtype=np.int64)
 
