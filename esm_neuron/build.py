@@ -34,6 +34,7 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     """Build on meta, shard, load slices (and quantize each as it comes), adapt, prepare."""
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = model_config(cfg, task, pretrained)
+    # On meta a model takes no memory, so a rank only ever holds the parts that it reads.
     with torch.device("meta"):
         model = task.build(config)
     set_attention(encoder_of(model), cfg.data.max_residues + 2, backend.attention)

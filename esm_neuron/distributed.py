@@ -22,6 +22,7 @@ def raise_on_any_rank(backend: Backend, act: Callable[[], T]) -> T:
         value = act()
     except (EsmNeuronError, OSError) as error:
         failure = error
+    # Every rank comes here, failed or not, so that no rank goes on alone into a collective.
     for rank, found in enumerate(backend.gather_host(failure)):
         if found is not None:
             raise failure or type(found)(f"rank {rank}: {found}")

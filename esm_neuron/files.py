@@ -71,6 +71,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        # Contents first, then the folder, then the rename: after a crash the name leads to everything or to nothing
+        # new.
         for file in aside.iterdir():
             fsync(file)
         fsync(aside)

@@ -80,6 +80,7 @@ def paged_adamw8bit(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> to
     """Return the optimizer with its state made; parameters of fewer than 4,096 numbers keep float32 moments."""
     optim = bitsandbytes("bitsandbytes.optim.adamw", "optim.kind=adamw8bit", "optim.kind=adamw")
     optimizer: Any = optim.PagedAdamW8bit(startable(groups), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+    # bitsandbytes would make its state at the first step, but a checkpoint is copied into it before.
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, number, place)

@@ -46,12 +46,14 @@ class Topology:
 
     @property
     def dp(self) -> int:
-        """Copies of the model: the data-parallel degree."""
+        """Return the number of copies of the model: the data-parallel degree."""
         return self.world // self.tp
 
     @property
     def dp_rank(self) -> int:
         """Return which copy of the model this process belongs to; it reads the packs of this index."""
+        # A block of tp * stride ranks holds `stride` copies: neighbors belong to different copies, shards lie `stride`
+        # apart.
         block, place = divmod(self.rank, self.tp * self.stride)
         return block * self.stride + place % self.stride
 
@@ -62,7 +64,7 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """True for the one process that prints and writes."""
+        """Return whether this is the one process that prints and writes."""
         return self.rank == 0
 
     def rank_of(self, dp_rank: int, tp_rank: int) -> int:
@@ -71,11 +73,11 @@ class Topology:
         return (block * self.tp + tp_rank) * self.stride + place
 
     def tp_groups(self) -> list[list[int]]:
-        """Ranks of every tensor-parallel group, in order."""
+        """Return the ranks of every tensor-parallel group, in order."""
         return [[self.rank_of(copy, shard) for shard in range(self.tp)] for copy in range(self.dp)]
 
     def dp_groups(self) -> list[list[int]]:
-        """Ranks of every data-parallel group (equal shards of the model), in order."""
+        """Return the ranks of every data-parallel group (equal shards of the model), in order."""
         return [[self.rank_of(copy, shard) for copy in range(self.dp)] for shard in range(self.tp)]
 
     @classmethod

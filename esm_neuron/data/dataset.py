@@ -97,6 +97,8 @@ class ExampleTable:
         bounds = np.concatenate([[0], np.cumsum(self.whole_residues(), dtype=np.int64)])
         example = np.repeat(np.arange(len(self)), self.lengths)
         place = np.arange(len(self.tokens)) - self.offsets[example] - 1
+        # A cut example shows two stretches of its protein: its first half lies from starts[:, 0] on, the rest from
+        # starts[:, 1].
         first = (inner - inner // 2)[example]
         within = np.where(place < first, starts[example, 0] + place, starts[example, 1] + place - first)
         real = (place >= 0) & (place < inner[example])
@@ -126,6 +128,7 @@ class TableWriter:
         arrays = {name: np.ascontiguousarray(getattr(moved, name)) for name in _ARRAYS}
         types = {name: (array.dtype.str, array.shape[1:]) for name, array in arrays.items()}
         if self._types:
+            # The first offset of a later table is the last one of those before it.
             arrays["offsets"] = arrays["offsets"][1:]
             if types != self._types:
                 raise ValueError(f"tables of two kinds cannot be joined: {self._types} and {types}")

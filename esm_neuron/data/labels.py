@@ -86,6 +86,8 @@ class Labels:
         flat, counts = flatten(rows)
         ends = np.cumsum(counts)
         place = np.arange(len(flat)) - np.repeat(ends - counts, counts)
+        # An entry is hashed with its place, so the order within a label counts. A label's hash is the sum over its
+        # entries, taken from one running sum.
         entries = pd.util.hash_array(pd.util.hash_array(flat) + place.astype(np.uint64))
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(entries, dtype=np.uint64)])
         return np.asarray(sums[ends] - sums[ends - counts])  # modulo 2^64, as the sums are

@@ -49,7 +49,7 @@ class EpochPlan:
 
     @property
     def packs(self) -> int:
-        """Packs that hold examples."""
+        """Return the number of packs that hold examples."""
         return len(self.offsets) - 1
 
     def __len__(self) -> int:

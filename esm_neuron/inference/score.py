@@ -77,6 +77,7 @@ RunModel = Callable[[Sequence[Query]], list[np.ndarray]]
 def masked(tokens: np.ndarray, sites: Sequence[int]) -> Query:
     """Return a query for the residues `sites` of a protein, all masked together."""
     shown, places = tokens.copy(), np.asarray(sites, np.int64)
+    # Sites count residues; position 0 is <cls>.
     shown[places + 1] = MASK
     return Query(shown, places)
 

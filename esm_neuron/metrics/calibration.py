@@ -29,6 +29,7 @@ def group_means(
     of `value` (float64 [n], itself a sum over a row's parts) over the sum of `weight` (float64 [n], how many parts).
     """
     found, unit = np.unique(protein, return_inverse=True)
+    # Sums per protein and group: those of a resample are a product with how often each protein was drawn.
     cell, cells = unit * groups + group, len(found) * groups
     values = np.bincount(cell, value, cells).reshape(-1, groups)
     weights = np.bincount(cell, weight, cells).reshape(-1, groups)
@@ -63,6 +64,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray, protein: np.ndarray) 
     """
     if not len(confidence):
         return None
+    # A confidence of exactly 1 belongs to the last bin.
     group = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     found = group_means(right.astype(float), np.ones(len(right)), group, BINS, protein)
     shares = [(g, share) for g, share in enumerate(found) if share is not None]

@@ -23,6 +23,6 @@ def masked_lm_metrics(sums: np.ndarray, intervals: bool = False) -> dict[str, Va
 
 
 def _metrics(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Each [k], of sums [k, 3]."""
+    """Return metrics, each [k], of sums [k, 3]."""
     loss, weight, right = sums.T
     return {"loss": loss / weight, "perplexity": np.exp(loss / weight), "accuracy": right / weight}

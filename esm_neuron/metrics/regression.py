@@ -53,7 +53,7 @@ def regression_metrics(
 
 
 def correlations(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Pearson correlation [k] in resamples [k, n] of x and y, each [n] or [k, n]; NaN where one of them is constant."""
+    """Return Pearson correlations [k] in resamples [k, n] of x and y, each [n] or [k, n]; NaN where one is constant."""
     n = counts.sum(1, keepdims=True)
     x = x - (counts * x).sum(1, keepdims=True) / n
     y = y - (counts * y).sum(1, keepdims=True) / n
@@ -67,6 +67,7 @@ def ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
     _, group = np.unique(values, return_inverse=True)
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    # Equal values are one group, whose copies in a resample share the mean of the ranks that they take.
     drawn = np.add.reduceat(counts[:, order], starts, axis=1)
     last = np.cumsum(drawn, axis=1)
     return np.asarray((last - (drawn - 1) / 2)[:, group])

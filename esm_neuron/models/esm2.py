@@ -56,7 +56,7 @@ class PackedSelfAttention(EsmSelfAttention):
     """Self-attention whose positions and neighbours come from the pack."""
 
     def forward(self, hidden_states: Tensor, *, pack: Pack, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """[R, L, H] in, [R, L, H] out; the heads are counted from the data, so a shard of them works as well."""
+        """Attend, [R, L, H] in and out; the heads are counted from the data, so a shard of them works as well."""
         rows, length = hidden_states.shape[:-1]
         heads = (rows, length, -1, self.attention_head_size)
         query = rotate(self.query(hidden_states).view(heads), pack.query_angle)

@@ -71,7 +71,7 @@ class SafetensorsFolder:
 
     @cached_property
     def _sums(self) -> list[str]:
-        """SHA-256 of each weight file, sorted; reads every byte once, the first time it is asked."""
+        """Return the SHA-256 of each weight file, sorted; the first call reads every byte."""
         return sorted(sha256(self.path / file) for file in self._files)
 
     @property

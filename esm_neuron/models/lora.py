@@ -165,7 +165,7 @@ class FusedLoraLinear(LoraLinear):
     """PEFT's LoRA layer around a plain, frozen linear, computed by `_LowRank`; any other use of it goes PEFT's way."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., inputs] in, [..., outputs] out."""
+        """Compute [..., outputs] from [..., inputs]."""
         if args or kwargs or self.disable_adapters or self.merged or not self._is_plain():
             whole: Tensor = super().forward(x, *args, **kwargs)
             return whole

@@ -58,7 +58,7 @@ class EsmShape:
         return sizes | {f"{head}.bias": (VOCABULARY_SIZE,)}
 
     def parameter_count(self) -> int:
-        """Parameters of transformers' EsmForMaskedLM, the tied decoder counted once."""
+        """Return the parameters of transformers' EsmForMaskedLM, the tied decoder counted once."""
         return sum(math.prod(size) for size in self.parameters().values())
 
 

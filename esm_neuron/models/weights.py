@@ -35,10 +35,10 @@ class WeightSource(Protocol):
     """What a person calls these weights."""
 
     def keys(self) -> frozenset[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
+        """Return the shape of the whole tensor."""
 
     def read(self, key: str, index: Index | None = None) -> Tensor:
         """Return the tensor, or its part `index` (one slice per dimension), in memory of its own."""

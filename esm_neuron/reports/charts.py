@@ -247,7 +247,7 @@ def _steps(axes: Axes, chosen: int) -> None:
 
 
 def _dots(axes: Axes, points: Sequence[tuple[float, Shown]], colour: str, label: str | None) -> None:
-    """Points along x with their intervals, at places along y."""
+    """Draw points along x with their intervals, at places along y."""
     for place, point in points:
         if point.interval is not None:
             axes.plot(point.interval, [place, place], color=colour, lw=1.4, solid_capstyle="butt")
@@ -256,7 +256,7 @@ def _dots(axes: Axes, points: Sequence[tuple[float, Shown]], colour: str, label:
 
 
 def _bars_up(axes: Axes, places: Sequence[float], groups: Sequence[Group]) -> None:
-    """Points with intervals along y."""
+    """Draw points with intervals along y."""
     for place, group in zip(places, groups, strict=True):
         if group.interval is not None:
             axes.plot([place, place], group.interval, color=ACCENT, lw=1.2)

@@ -163,7 +163,7 @@ class PooledTask(Task):
         return configured
 
     def _output_config(self) -> dict[str, Any]:
-        """Entries of the model's configuration: `id2label`, `problem_type`."""
+        """Return entries of the model's configuration: `id2label`, `problem_type`."""
         return {"id2label": dict(enumerate(self.labels)), "problem_type": "single_label_classification"}
 
     @classmethod

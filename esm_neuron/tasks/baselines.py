@@ -133,8 +133,8 @@ def _composition(predict: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, 
 
 
 def composition_features(table: ExampleTable, records: np.ndarray | None = None) -> np.ndarray:
-    """float64 [records, 61]: amino-acid frequencies of the protein, of its first and its last 50 residues, and the log
-    length; for all records of the table, or for those given."""
+    """Return float64 [records, 61]: amino-acid frequencies of the protein, of its first and its last 50 residues, and
+    the log length; for all records of the table, or for those given."""
     records = np.arange(len(table.ids)) if records is None else records
     features = np.zeros((len(records), 3 * len(AMINO_ACIDS) + 1))
     order = np.argsort(table.record, kind="stable")
@@ -152,9 +152,10 @@ def composition_features(table: ExampleTable, records: np.ndarray | None = None)
 
 
 def window_features(table: ExampleTable, rows: np.ndarray) -> sparse.csr_matrix:
-    """float64 [rows, (2 REACH + 1) x 33]: which token is at each place around the tokens `rows`, in their example."""
+    """Return float64 [rows, (2 REACH + 1) x 33]: which token is at each place around the tokens `rows`."""
     example = np.searchsorted(table.offsets, rows, side="right") - 1
     around = rows[:, None] + np.arange(-REACH, REACH + 1)
+    # A window never reaches into a neighbor's sequence: places outside the example are padding.
     inside = (around >= table.offsets[example, None]) & (around < table.offsets[example + 1, None])
     tokens = np.where(inside, table.tokens[np.clip(around, 0, len(table.tokens) - 1)], PAD).astype(np.int64)
     columns = tokens + len(VOCABULARY) * np.arange(tokens.shape[1])

@@ -47,6 +47,7 @@ class MaskedLM(Task):
         """Return the original token ids, int64 [n], with weight 1 at the chosen residues."""
         original = table.sequence(example)
         chosen = (rng.random(len(original)) < self.cfg.mask_probability) & (original != CLS) & (original != EOS)
+        # As in BERT: of the chosen residues 80 % are masked, 10 % become a random amino acid and 10 % stay as they are.
         fate = rng.random(len(original))
         shown = np.where(chosen & (fate < 0.8), np.uint8(MASK), original)
         random = np.asarray(AMINO_ACIDS, np.uint8)[rng.integers(0, len(AMINO_ACIDS), len(original))]
@@ -66,6 +67,7 @@ class MaskedLM(Task):
         """Return per segment [R, S]: summed loss, number of targets, how many of these were predicted right."""
         right = logits.argmax(-1) == batch.labels
         slots = torch.arange(batch.max_segments, device=batch.segment_ids.device).view(1, -1, 1)
+        # A product with the membership sums over segments, in shapes that do not depend on the data.
         member = (batch.segment_ids.unsqueeze(1) == slots).float()
         per_token = (self._losses(logits, batch) * batch.weights, batch.weights, right * batch.weights)
         return tuple((member @ values.unsqueeze(-1)).squeeze(-1) for values in per_token)

@@ -81,6 +81,7 @@ class ResidueClassification(Task):
         label = residue_labels(table, slot, bounds)
         own = -np.take_along_axis(log_probabilities, np.maximum(table.labels, 0).astype(np.int64)[:, None], axis=1)
         known = label >= 0
+        # A residue counts once, however many windows show it: its probabilities and losses are averaged.
         probabilities = residue_mean(slot, bounds, np.exp(log_probabilities))[known]
         loss = residue_mean(slot, bounds, own)[known, 0]
         protein = np.repeat(np.arange(len(table.ids)), np.diff(bounds))[known]

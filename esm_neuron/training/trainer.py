@@ -147,6 +147,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write a checkpoint; every rank learns whether it worked, or whether the one before did."""
         with self.monitors.pause("checkpoint", self.state.step):
+            # Losses still on the device belong to the state: without them a resumed run would watch other losses.
             self.monitors.flush()
             self.state.seconds = self.monitors.clock.seconds
             self.state.stopper = self.early_stopping.state_dict()
