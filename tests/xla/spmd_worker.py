@@ -76,12 +76,12 @@ def start(*choices: Any, **loop: Any) -> Run:
     return Run.start(small(*choices, **loop), **TABLES)
 
 
-def go_on(run: Run, source: Path) -> list[float]:
-    """Losses of training on from the checkpoint at half of another run's steps."""
+def restored(run: Run, source: Path) -> Run:
+    """The run at the checkpoint that another run made after half of its steps."""
     folder = Path(run.cfg.output) / "checkpoints"
     shutil.copytree(source / "checkpoints" / f"step-{HALF:08d}", folder / f"step-{HALF:08d}")
     assert run.trainer.restore() == HALF
-    return run.train()["losses"].tolist()
+    return run
 
 
 def train(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -257,10 +257,10 @@ def on_mesh() -> dict[str, Any]:
     write_proteins()
     cls, mesh = parity("cls", "sequence_classification")
     mlm, _ = parity("mlm", "masked_lm")
-    resumed = start("cls mesh from cpu", "sequence_classification", "xla", tp=2)
+    resumed = restored(start("cls mesh from cpu", "sequence_classification", "xla", tp=2), FOLDER / "cls cpu")
     with GraphCount(resumed.backend.graphs) as graphs:
-        losses = go_on(resumed, FOLDER / "cls cpu")
-    plain = start("cls cpu from mesh", "sequence_classification", "cpu")
+        losses = resumed.train()["losses"].tolist()
+    plain = restored(start("cls cpu from mesh", "sequence_classification", "cpu"), FOLDER / "cls mesh")
     return {
         "cls": cls,
         "mlm": mlm,
@@ -268,7 +268,7 @@ def on_mesh() -> dict[str, Any]:
         "left_out": left_out(mesh),
         "packs": packs(mesh),
         "mesh_after_cpu": {"losses": losses, "graphs": graphs.found, "layout": layout(resumed)},
-        "cpu_after_mesh": {"losses": go_on(plain, FOLDER / "cls mesh")},
+        "cpu_after_mesh": {"losses": plain.train()["losses"].tolist()},
         "commands": commands(),
         "messages": messages(),
         "tasks": on_both([Path(name) for name in sys.argv[3:]], tp=2),
@@ -276,8 +276,8 @@ def on_mesh() -> dict[str, Any]:
 
 
 def on_one_device() -> dict[str, Any]:
-    single = start("cls xla from mesh", "sequence_classification", "xla")
-    losses = go_on(single, FOLDER / "cls mesh")
+    single = restored(start("cls xla from mesh", "sequence_classification", "xla"), FOLDER / "cls mesh")
+    losses = single.train()["losses"].tolist()
     message = refused(lambda: create_backend(small("-", "sequence_classification", "xla", tp=2)))
     return {"losses": losses, "message": message, "local_dp": single.backend.local_dp}
 
