@@ -209,7 +209,7 @@ class Job:
         check(role is not None, f"role={self.role} is no role ARN; it looks like arn:aws:iam::123456789012:role/NAME")
         check(self.instance_count >= 1, f"instance_count={self.instance_count} must be at least 1")
         alone = f"instance_count={self.instance_count}: {kind} has no network for it; use 1, or a larger instance"
-        check(self.instance_count == 1 or instance.several, alone)
+        check(self.instance_count == 1 or instance.network is not None, alone)
         check(1 <= self.max_run <= MOST_RUN, f"max_run={self.max_run} is outside 1 to {MOST_RUN} seconds (28 days)")
         check(self.spot or self.max_wait is None, f"max_wait={self.max_wait} is for spot jobs; add --spot true")
         short = f"max_wait={self.max_wait} is below max_run={self.max_run}; it holds waiting and running together"
