@@ -23,11 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig
 from esm_neuron.config.backends import BACKENDS
+from esm_neuron.data.dataset import Batch
 from esm_neuron.errors import CheckpointError, TrainingError
 from esm_neuron.models.lora import store_frozen_linears
 from esm_neuron.models.tensor_parallel import Shard
 
 T = TypeVar("T")
+Pass = Callable[..., tuple[Tensor, ...]]
+"""What runs as one graph: takes nothing or a batch, changes tensors in place, returns new ones."""
+Named = Iterable[tuple[str, Tensor]]
 
 LARGEST = 3e38
 """A loss or norm from here on is infinite: Neuron's compiler writes infinity as float32's largest number, 3.4e38."""
@@ -111,7 +115,8 @@ class Backend:
 
     def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
         """Return AdamW over `groups`, with its state and zeroed gradient buffers already made."""
-        return adamw(groups, cfg, self.device, fused=True)
+        rate = torch.tensor(cfg.lr, dtype=torch.float32, device=self.device)
+        return adamw(groups, cfg, rate, fused=True)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         """Set the learning rate of the next update."""
@@ -134,6 +139,19 @@ class Backend:
         """
         totals = self.all_reduce(totals)
         return normalise_clip_update(trainable(model), optimizer, totals, max_norm, lazy=self.static_shapes)
+
+    def graph(self, fn: Pass, named: Callable[[], Named]) -> Pass:
+        """Return `fn`, which takes nothing or a batch on the device, as a function that runs as one graph.
+
+        `named` yields every tensor, with its name, that `fn` may read or change beside the batch.
+        """
+
+        def run(*batch: Batch) -> tuple[Tensor, ...]:
+            results = fn(*batch)
+            self.sync()
+            return results
+
+        return run
 
     def sync(self) -> None:
         """End a graph: run what has been recorded (eager devices have already run it)."""
@@ -276,6 +294,23 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Trai
             yield Trained(name, parameter, master, inner.state[master])
 
 
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield by name every tensor that a pass or an update may read or change: weights, buffers, gradients, moments."""
+    yield from model.named_buffers()
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        if parameter.grad is not None:
+            yield f"{name}/grad", parameter.grad
+    if optimizer is None:
+        return
+    for item in trained(model, optimizer):
+        if item.master is not item.parameter:
+            yield f"{item.name}/master", item.master
+        yield from ((f"{item.name}/{kind}", value) for kind, value in item.state.items() if isinstance(value, Tensor))
+    if isinstance(rate := optimizer.param_groups[0]["lr"], Tensor):  # one tensor for all groups
+        yield "lr", rate
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -324,17 +359,14 @@ def move_keeping_ties(model: nn.Module, device: torch.device) -> None:
             setattr(owner, leaf, getattr(module, name))
 
 
-def adamw(
-    groups: Sequence[Mapping[str, Any]], cfg: OptimConfig, device: torch.device, **kind: bool
-) -> torch.optim.AdamW:
-    """Return AdamW that is ready to trace, its learning rate a tensor on the device."""
+def adamw(groups: Sequence[Mapping[str, Any]], cfg: OptimConfig, rate: Tensor, **kind: bool) -> torch.optim.AdamW:
+    """Return AdamW that is ready to trace; its groups share `rate`, the learning rate on the device."""
     # AdamW compares its rate with 0: given a tensor of a lazy device, it would read that device (and ahead-of-time
     # compilation answers every read with 0)
     optimizer = torch.optim.AdamW(startable(groups), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, **kind)
-    lr = torch.tensor(cfg.lr, dtype=torch.float32, device=device)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    make_state(optimizer, device)
+        group["lr"] = rate
+    make_state(optimizer, rate.device)
     return optimizer
 
 

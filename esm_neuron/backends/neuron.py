@@ -200,15 +200,11 @@ class NeuronBackend(LazyBackend):
         else:
             optimizer = torch.optim.AdamW(named, **options)
         make_state(getattr(optimizer, "base_optimizer", optimizer), self.device)
-        self.set_lr(optimizer, cfg.lr)
-        self.sync()
-        return optimizer
-
-    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        # of one dimension: torch_xla compiles a scalar 0 or 1 into the graph, which makes another one
-        rate = torch.full((1,), lr, dtype=torch.float32).to(self.device)
+        rate = self._rate(cfg.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        self.sync()
+        return optimizer
 
     def seed(self, *numbers: int) -> None:
         seed = mix_seed(*numbers, self.topology.dp_rank) >> 1

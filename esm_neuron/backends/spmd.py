@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.backends.base import Trained, copy_to_host, upload
+from esm_neuron.backends.base import Named, Pass, Trained, copy_to_host, upload
 from esm_neuron.backends.topology import Topology, any_of, divisors
 from esm_neuron.backends.xla import XlaBackend, import_torch_xla
 from esm_neuron.config import OptimConfig, TrainConfig, require
+from esm_neuron.data.dataset import Batch
 from esm_neuron.models.tensor_parallel import cut_of
 
 
@@ -102,25 +103,15 @@ class SpmdBackend(XlaBackend):
         for tensor in tensors:
             self._mark(tensor, 0, "dp")
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
-        return self._joined(super().step(model, optimizer, totals, max_norm))
+    def graph(self, fn: Pass, named: Callable[[], Named]) -> Pass:
+        def joined(*batch: Batch) -> tuple[Tensor, ...]:
+            results = fn(*batch)
+            for tensor in results:  # whole on every device: reading a cut one would compile another graph
+                self._mark(tensor, None)
+            return results
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self._joined(super().all_reduce(tensor))
-
-    def _joined(self, tensor: Tensor) -> Tensor:
-        """Mark a tensor as whole on every device, so that the graph joins it: reading a cut one compiles another graph.
-
-        Every step marks its sum and its norm, also where nobody reads them: a mark is part of the graph.
-        """
-        self._mark(tensor, None)
-        return tensor
-
-    def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
-        for tensor in tensors:
-            if not self._torch_xla._XLAC._get_xla_sharding_spec(tensor):
-                self._joined(tensor)
-        super().on_host(fn, *tensors)
+        joined.__name__ = fn.__name__
+        return super().graph(joined, named)
 
     def place(self, item: Trained, whole: Tensor, target: Tensor) -> Tensor:
         moved = upload(whole, self.device)

@@ -1,7 +1,8 @@
 """Any torch_xla device driven by one process: XLA:CPU (what CI runs), or a TPU.
 
 A run compiles these graphs: moving the model and making the optimizer state (set-up), one pass of training (forward and
-backward), one update, one pass of evaluation. Nothing in a step reads a value back to the host.
+backward), one update, one pass of evaluation. Each is traced once and then run by its hash (`graphs.py`). Nothing in a
+step reads a value back to the host.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.backends.base import Backend, Trained, adamw, mix_seed, move_keeping_ties, upload
+from esm_neuron.backends.base import Backend, Named, Pass, Trained, adamw, mix_seed, move_keeping_ties, upload
+from esm_neuron.backends.graphs import GraphRunner
+from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
 
@@ -39,10 +42,27 @@ class LazyBackend(Backend):
     _torch_xla: Any
     """The package, which a subclass imports."""
 
+    def __init__(self, cfg: TrainConfig, device: torch.device | None = None, topology: Topology | None = None) -> None:
+        super().__init__(cfg, device, topology)
+        self._tracing = cfg.loop.tracing
+
     def checkpoint_fn(self) -> Callable[..., Any]:
         # torch's own would be undone: XLA merges the second forward pass with the first unless a barrier is between
         function: Callable[..., Any] = self._torch_xla.utils.checkpoint.checkpoint
         return function
+
+    def graph(self, fn: Pass, named: Callable[[], Named]) -> Pass:
+        if self.device.type != "xla":  # NxD's own CPU mode runs everything at once
+            return super().graph(fn, named)
+        return GraphRunner(self._torch_xla, self.device, fn, named, self._tracing)
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        # in place: a graph that is not traced again knows this tensor
+        optimizer.param_groups[0]["lr"].data = self._rate(lr)
+
+    def _rate(self, lr: float) -> Tensor:
+        # of one dimension: torch_xla compiles a scalar 0 or 1 into the graph, which makes another one
+        return torch.full((1,), lr, dtype=torch.float32).to(self.device)
 
     def sync(self) -> None:
         self._torch_xla.sync()
@@ -97,13 +117,7 @@ class XlaBackend(LazyBackend):
         return optimizer
 
     def _adamw(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        return adamw(groups, cfg, self.device, capturable=True, foreach=False)
-
-    def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        # through a device buffer: a Python number would be compiled into the graph, a new one each step
-        value = torch.tensor(lr, dtype=torch.float32).to(self.device)
-        for group in optimizer.param_groups:
-            group["lr"] = value
+        return adamw(groups, cfg, self._rate(cfg.lr), capturable=True, foreach=False)
 
     def seed(self, *numbers: int) -> None:
         self._torch_xla.core.xla_model.set_rng_state(mix_seed(*numbers) >> 1, device=str(self.device))

@@ -17,6 +17,7 @@ BackendName = str
 Quantization = Literal["nf4", "int8"]
 OnRecompile = Literal["error", "warn", "ignore"]
 OnNonfinite = Literal["stop", "skip"]
+Tracing = Literal["once", "always", "compare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +219,10 @@ class LoopConfig:
     """Optimizer steps between validations; 0: once per epoch."""
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
+    tracing: Tracing = "once"
+    """How often the operations of a graph are recorded, where graphs are compiled (xla, neuron): once, and the graph is
+    run by its hash from then on; always, at each pass, which can take longer than the pass; or compare: the first three
+    runs both ways and to the bit, with a warning and `always` where they differ."""
     on_recompile: OnRecompile = "error"
     """What to do when a training step or a validation after the first two compiles a graph, where shapes are static
     (xla, neuron): stop and name what changed, warn and go on, or nothing."""

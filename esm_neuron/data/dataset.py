@@ -360,3 +360,13 @@ class Batch:
         """Return what travels to the device, by field; every tensor's dimension 0 is R."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def signature(self) -> dict[str, str]:
+        """Return by field what a compiled graph depends on: shape and type of a tensor, or a value."""
+        return {f.name: _describe(getattr(self, f.name)) for f in fields(self) if f.name != "members"}
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{' x '.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+    return str(value)

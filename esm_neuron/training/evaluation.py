@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.backends.base import Backend
+from esm_neuron.backends.base import Backend, state_of
 from esm_neuron.data.dataset import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, prefetch
 from esm_neuron.errors import TrainingError
@@ -46,19 +46,22 @@ def run_passes(
     take: Callable[[np.ndarray, list[np.ndarray]], None],
 ) -> None:
     """Hand `task.predictions` of every batch to `take(members, predictions)`, as numpy on the host and in order."""
+
+    def predict(batch: Batch) -> tuple[Tensor, ...]:
+        with backend.autocast():
+            logits = forward(model, batch)
+        return tuple(task.predictions(logits, batch))  # not under autocast, which would round sums to bfloat16
+
     was_training = model.training
     model.eval()
+    run = backend.graph(predict, lambda: state_of(model))
     with torch.no_grad():
         for batch in on_device(prefetch(batches, AHEAD), backend):
-            with backend.autocast():
-                logits = forward(model, batch)
-            predictions = task.predictions(logits, batch)  # not under autocast, which would round sums to bfloat16
-
             # `members` is bound now, as a default: a lazy device calls this once the loop has moved on.
             def deliver(*values: Tensor, members: np.ndarray = batch.members) -> None:
                 take(members, [v.numpy() for v in values])
 
-            backend.on_host(deliver, *predictions)
+            backend.on_host(deliver, *run(batch))
             backend.sync()
     model.train(was_training)
 

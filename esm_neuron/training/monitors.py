@@ -11,12 +11,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esm_neuron.backends.base import LARGEST, Backend
@@ -253,17 +252,6 @@ WARM_UP = 2
 what it computed otherwise than what it was given, and then the second step reads other inputs than the first."""
 
 
-def signature(batch: Batch) -> dict[str, str]:
-    """Return by field what a compiled graph depends on: shape and type of a tensor, or a value."""
-    return {f.name: _describe(getattr(batch, f.name)) for f in fields(batch) if f.name != "members"}
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{' x '.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
-    return str(value)
-
-
 class RecompileGuard:
     """Finds graphs that a step or a validation compiles and should not, and names what changed.
 
@@ -295,7 +283,7 @@ class RecompileGuard:
         length = batches[0].input_ids.shape[1]
         self._steps[length] += 1
         if not self._first and length == self._planned:
-            self._first = signature(batches[0])
+            self._first = batches[0].signature()
 
     def end_validation(self, step: int) -> None:
         """Check what the validation after step `step` compiled; as with steps, the first two may."""
@@ -309,7 +297,7 @@ class RecompileGuard:
 
     def _reason(self, batch: Batch, passes: int) -> str | None:
         """Return why the graph is unplanned, None where it was to be expected."""
-        found, length = signature(batch), batch.input_ids.shape[1]
+        found, length = batch.signature(), batch.input_ids.shape[1]
         if length != self._planned:
             return f"its packs have {length} tokens, planned are {self._planned}"
         first = self._first or found

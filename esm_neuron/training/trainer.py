@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.backends.base import Backend
+from esm_neuron.backends.base import Backend, Named, state_of
 from esm_neuron.config import TrainConfig
+from esm_neuron.data.dataset import Batch
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch, total_steps
 from esm_neuron.metrics import Value
 from esm_neuron.tasks.base import Task
@@ -45,6 +46,8 @@ class Trainer:
         # from the host, they would look unlike all later ones, and the first pass would be a graph of its own.
         self._totals = torch.zeros(2, device=backend.device)
         self.optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
+        self._run_pass = backend.graph(self._pass, self._state)
+        self._run_update = backend.graph(self._update, self._state)
         self.total_steps = total_steps(train.steps_per_epoch, cfg.loop.epochs, cfg.loop.max_steps)
         self.eval_every = cfg.loop.eval_every or train.steps_per_epoch
         self.save_every = cfg.checkpoint.every or self.eval_every
@@ -83,14 +86,8 @@ class Trainer:
         self.backend.set_lr(self.optimizer, lr)
         for number, batch in enumerate(on_device(data.batches, self.backend)):
             self.backend.seed(self.cfg.seed, step, number)
-            with self.backend.autocast():
-                loss, weight = self.task.loss(forward(self.model, batch), batch)
-            loss.backward()
-            self._totals += torch.stack((loss.detach(), weight))  # sums, so that passes and ranks add up exactly
-            self.backend.sync()
-        totals = self._totals.clone()  # summed over the ranks by the update, and logged after the buffer is zeroed
-        norm = self.backend.step(self.model, self.optimizer, totals, self.cfg.optim.max_grad_norm)
-        self._totals.zero_()
+            self._run_pass(batch)
+        totals, norm = self._run_update()
         self.state.residues += data.residues
         self.state.step = step + 1
         self.monitors.note(step + 1, totals, norm)
@@ -99,6 +96,25 @@ class Trainer:
         if (step + 1) % self.cfg.log.every == 0 or step + 1 == self.total_steps:
             self.backend.on_host(partial(self._log, step + 1, lr), totals, norm)
         self.backend.sync()
+
+    # The two graphs of a step. Their Python may run once only (`Backend.graph`): they compute, and do nothing else.
+
+    def _pass(self, batch: Batch) -> tuple[Tensor, ...]:
+        with self.backend.autocast():
+            loss, weight = self.task.loss(forward(self.model, batch), batch)
+        loss.backward()
+        self._totals += torch.stack((loss.detach(), weight))  # sums, so that passes and ranks add up exactly
+        return ()
+
+    def _update(self) -> tuple[Tensor, ...]:
+        totals = self._totals.clone()  # summed over the ranks by the update, and logged after the buffer is zeroed
+        norm = self.backend.step(self.model, self.optimizer, totals, self.cfg.optim.max_grad_norm)
+        self._totals.zero_()
+        return totals, norm
+
+    def _state(self) -> Named:
+        yield "totals", self._totals
+        yield from state_of(self.model, self.optimizer)
 
     def prefetched_steps(self) -> Generator[StepData, None, None]:
         """Yield the batches of the steps to come, made ahead in a thread; the watchdog times the wait for each."""

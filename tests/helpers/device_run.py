@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from esm_neuron.backends import create_backend
-from esm_neuron.backends.base import Backend, Trained
-from esm_neuron.backends.xla import LazyBackend
+from esm_neuron.backends.base import Backend, Trained, state_of
+from esm_neuron.backends.graphs import GraphRunner
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
@@ -138,11 +138,15 @@ class Run:
         found: list[Tensor] = []
         self.model.eval()
         with torch.no_grad():
+            run = self.backend.graph(self._logits, lambda: state_of(self.model))
             for batch in on_device(evaluation_batches(self.cfg, self.task, self.held_out.table), self.backend):
-                self.backend.on_host(found.append, forward(self.model, batch).float())
+                self.backend.on_host(found.append, *run(batch))
                 self.backend.sync()
         self.model.train()
         return torch.cat(found)
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, ...]:
+        return (forward(self.model, batch).float(),)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that training changes, by name."""
@@ -171,18 +175,18 @@ class Run:
     def train(self, before_update: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
         """Return loss and gradient norm of every step until the last; `before_update` is called in each of them."""
         log: list[tuple[float, float]] = []
-        update = self.backend.step
+        update = self.trainer._run_update
 
         def keep(step: int, rate: float, totals: Tensor, norm: Tensor) -> None:
             log.append((float(totals[0] / totals[1]), float(norm)))
 
-        def watched(*args: Any) -> Tensor:
+        def watched() -> tuple[Tensor, ...]:
             before_update()
-            return update(*args)
+            return update()
 
-        self.trainer._log, self.backend.step = keep, watched
+        self.trainer._log, self.trainer._run_update = keep, watched
         assert self.trainer.fit() is None
-        self.backend.step = update
+        self.trainer._run_update = update
         losses, norms = zip(*log, strict=True)
         return {"losses": torch.tensor(losses), "norms": torch.tensor(norms)}
 
@@ -229,7 +233,7 @@ class GraphCount:
 
     def __enter__(self) -> GraphCount:
         with ExitStack() as stack:
-            stack.enter_context(patched(LazyBackend, "sync", self._sync))
+            stack.enter_context(patched(GraphRunner, "__call__", self._graph))
             for name in ("fit", "train_step", "evaluate", "save_checkpoint"):
                 stack.enter_context(patched(Trainer, name, getattr(self, f"_{name}")))
             self._patches = stack.pop_all()
@@ -257,14 +261,15 @@ class GraphCount:
 
         return wrapped
 
-    def _sync(self, sync: Any) -> Any:
-        def wrapped(backend: LazyBackend) -> None:
+    def _graph(self, run: Any) -> Any:
+        def wrapped(runner: GraphRunner, *batch: Batch) -> Any:
             if self._step:
                 self.note("building a graph")
-            sync(backend)
+            results = run(runner, *batch)
             if self._step:
                 self.note(f"{self._step} {'pass' if self._done < self._passes else 'update'}")
                 self._done += 1
+            return results
 
         return wrapped
 

@@ -137,6 +137,19 @@ def lazy(output: str, **options: Any) -> None:
     leave(run, {**results, "graphs": torch.tensor([*graphs, run.backend.graphs()])})
 
 
+def hashed(output: str, **options: Any) -> None:
+    """Train on XLA:CPU in a world of one, tracing always, once and both ways: everything that each way gives."""
+    neuron.neuron_cores = lambda: 2
+    found, backend = {}, None
+    for tracing in ("always", "once", "compare"):
+        cfg = configuration(output, **{**options, "set": {**options.get("set", {}), "loop.tracing": tracing}})
+        backend = create_backend(cfg) if backend is None else backend
+        backend._tracing = tracing
+        run = Run.start(cfg, backend)
+        found |= {f"{tracing}/{name}": value for name, value in {**run.train(), **run.state()}.items()}
+    leave(run, found)
+
+
 def resume(output: str, source: str | None = None, **options: Any) -> None:
     """Losses and norms of the steps after the newest checkpoint of the run in `source`, or of all steps."""
     run = Run.start(configuration(output, **options))

@@ -66,6 +66,25 @@ def test_xla_runs_one_graph_per_pass_and_one_per_update(
     assert set(graphs) == {graphs[0]}
 
 
+@pytest.mark.parametrize("zero1", [True, False])
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_by_hash_gives_the_bits_of_tracing(
+    torchrun: Callable[..., Any], tensors: Callable[[Path], dict[str, Tensor]], tmp_path: Path, kind: str, zero1: bool
+) -> None:
+    """Graphs run by their hash, NxD's layers, ZeRO-1 and their collectives among them: losses, weights and moments."""
+    settings = {"adapter.kind": kind, "parallel.zero1": zero1, "loop.precision": "bf16", "model.dropout": 0.1}
+    ended = torchrun(
+        "xla", [{"run": "hashed", "with": {"output": str(tmp_path), "backend": "neuron", "set": settings}}]
+    )
+    assert ended.code == 0, ended.output[-4000:]
+    assert "gives other bits" not in ended.output
+    found = tensors(tmp_path)
+    always = {name.partition("/")[2] for name in found if name.startswith("always/")}
+    assert len(always) > 80
+    for way in ("once", "compare"):
+        assert [name for name in always if not torch.equal(found[f"always/{name}"], found[f"{way}/{name}"])] == []
+
+
 def test_recomputed_blocks_have_their_gradients_on_xla(
     torchrun: Callable[..., Any], world: World, tensors: Callable[[Path], dict[str, Tensor]], tmp_path: Path
 ) -> None:

@@ -88,13 +88,13 @@ def main(config: Path, folder: Path) -> None:
 
     said["length"] = refused(short("length"), TrainLoader, "load", planted(lambda b: cut(b, 4, 180)))
     said["packs"] = refused(short("packs"), TrainLoader, "load", planted(lambda b: cut(b, 3, 192)))
-    said["value"] = refused(short("value"), XlaBackend, "step", Forgetful().method())
+    said["value"] = refused(short("value", tracing="always"), XlaBackend, "step", Forgetful().method())
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("esm_neuron.training.monitors").addHandler(handler)
     # Another rank, so other programs: this process keeps those that the run before has compiled.
-    other = replace(short("warned", on_recompile="warn"), adapter=replace(cfg.adapter, r=2))
+    other = replace(short("warned", on_recompile="warn", tracing="always"), adapter=replace(cfg.adapter, r=2))
     XlaBackend.step = Forgetful().method()  # type: ignore[method-assign]
     warned = run.train(other, str).result
     said["warned"] = {"steps": warned["train"]["steps"], "lines": lines}

@@ -1,0 +1,66 @@
+"""Graphs that are traced once and run by their hash (`backends/graphs.py`): the same bits, and nothing stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.processes import json_of
+
+pytestmark = pytest.mark.xla
+
+WORKER = Path(__file__).with_name("graphs_worker.py")
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the worker saw on one device."""
+    return json_of([WORKER, tmp_path_factory.mktemp("one"), 1])
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What it saw over four, tp 2 x dp 2."""
+    return json_of([WORKER, tmp_path_factory.mktemp("four"), 4])
+
+
+@pytest.mark.parametrize("case", ["lora", "weights"])
+@pytest.mark.parametrize("devices", ["said", "mesh"])
+def test_by_hash_gives_the_bits_of_tracing(devices: str, case: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(devices)["ways"][case]
+    assert found["tensors"] > 80
+    assert found["once"] == found["compare"] == []
+
+
+@pytest.mark.parametrize("case", ["lora", "weights"])
+def test_one_graph_each_for_a_pass_an_update_and_an_evaluation(said: dict[str, Any], case: str) -> None:
+    assert said["ways"][case]["once: graphs"] == 3
+
+
+def test_the_python_of_a_graph_runs_once(said: dict[str, Any]) -> None:
+    assert said["traces"] == {"passes": 1, "updates": 1}
+
+
+def test_a_tensor_that_nobody_named_is_refused_before_the_first_step(said: dict[str, Any]) -> None:
+    assert "reads a tensor (torch.float32 [3])" in said["unnamed"]
+    assert "--loop.tracing always" in said["unnamed"] and "(after step 0)" in said["unnamed"]
+
+
+def test_a_graph_that_torch_xla_dropped_is_traced_again(said: dict[str, Any]) -> None:
+    assert said["dropped"] == []
+
+
+def test_other_bits_are_said_and_traced_from_then_on(said: dict[str, Any]) -> None:
+    found = said["unequal"]
+    assert found["different"] == []
+    assert len(found["lines"]) == 1 and "the graph of _update gives other bits" in found["lines"][0]
+    assert "loop.tracing=always" in found["lines"][0]
+
+
+def test_results_take_the_memory_of_what_they_replace(said: dict[str, Any]) -> None:
+    assert said["memory"]["aliased"] > said["memory"]["state"] / 3
+
+
+def test_a_resumed_run_goes_on_to_the_bit(said: dict[str, Any]) -> None:
+    assert said["resumed"] == []
