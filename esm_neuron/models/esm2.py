@@ -250,7 +250,8 @@ class PackedForTokenClassification(EsmForTokenClassification):
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any) -> TokenClassifierOutput:
         """Return logits [R, L, classes]; arguments as in `PackedEsmModel`."""
         hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
-        return TokenClassifierOutput(logits=self.classifier(self.dropout(hidden)))
+        # float32, as pooled states are: on `neuron` the encoder may be in bfloat16, and a head never is
+        return TokenClassifierOutput(logits=self.classifier(self.dropout(hidden.float())))
 
 
 AutoConfig.register(PooledEsmConfig.model_type, PooledEsmConfig)
