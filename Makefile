@@ -69,7 +69,7 @@ test-nxd: $(VENV)/.nxd-tests ## the real neuronx-distributed on gloo: NXD_SRC=<i
 test-gpu: $(VENV)/.installed ## on a CUDA GPU
 	$(PYTEST) -m gpu
 
-test-trn1: ## on a trn1 instance, in the active environment (constraints/neuron.txt)
+test-trn1: ## an hour on a trn1 instance (TRN1_MINUTES=...), in the active environment (constraints/neuron.txt): writes docs/dev/trn1-report.md
 	python -m pytest -m trn1 tests/trn1
 
 test-launchers: $(VENV)/.launchers-tests ## the launchers: nodes on this machine, SageMaker's containers, a stand-in for AWS
