@@ -50,6 +50,10 @@ TASKS = {
     "mlm": "masked LM, LoRA",
     "full": "sequence classification, all weights",
     "mlmfull": "masked LM, all weights",
+    "res": "residue classification, LoRA",
+    "resfull": "residue classification, all weights",
+    "dropcls": "sequence classification, LoRA, dropout",
+    "dropfull": "sequence classification, all weights, dropout",
 }
 
 

@@ -66,19 +66,23 @@ def configuration(output: str, **options: Any) -> TrainConfig:
     return TrainConfig(output=output, seed=7, **sections, **options)
 
 
-def examples(count: int = 24, seed: int = 0) -> ExampleTable:
-    """Return random proteins of 4 to 23 residues."""
+def examples(count: int = 24, seed: int = 0, by_residue: bool = False) -> ExampleTable:
+    """Return random proteins of 4 to 23 residues with a class each, or one per residue, a quarter of them unknown."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(6, 26, count)
     tokens = rng.choice(np.asarray(AMINO_ACIDS, np.uint8), lengths.sum())
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens[offsets[:-1]], tokens[offsets[1:] - 1] = CLS, EOS
+    labels = rng.integers(0, len(LABELS), count).astype(np.int64)
+    if by_residue:
+        labels = rng.integers(0, len(LABELS) + 1, tokens.size).astype(np.int16)
+        labels[(labels == len(LABELS)) | (tokens == CLS) | (tokens == EOS)] = -1
     return ExampleTable(
         tokens=tokens,
         offsets=offsets,
         record=np.arange(count, dtype=np.int64),
         weight=np.ones(count, np.float32),
-        labels=rng.integers(0, len(LABELS), count).astype(np.int64),
+        labels=labels,
         ids=[f"protein {i}" for i in range(count)],
     )
 
@@ -118,6 +122,7 @@ class Run:
 
         Proteins that are not given are `examples()`. Only with `valid` does training itself evaluate them.
         """
+        proteins = examples(by_residue=cfg.task.name == "residue_classification")
         task = create_task(cfg.task, cfg.task.labels or ())
         backend = backend or create_backend(cfg)
         built = build_model(cfg, task, backend)
@@ -128,8 +133,8 @@ class Run:
             backend.load_weights(model, {name: draw(name, shape) for name, shape in trained.items()})
         where = (backend.topology.dp, backend.topology.dp_rank)
         share = {"local_dp": backend.local_dp, "static_shapes": backend.static_shapes}
-        loader = TrainLoader(examples() if train is None else train, task, cfg, *where, **share)
-        held_out = EvalLoader(examples() if valid is None else valid, task, cfg, *where, **share)
+        loader = TrainLoader(proteins if train is None else train, task, cfg, *where, **share)
+        held_out = EvalLoader(proteins if valid is None else valid, task, cfg, *where, **share)
         trainer = Trainer(cfg, model, task, backend, loader, None if valid is None else held_out, [], {})
         return cls(cfg, backend, task, built, held_out, trainer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from optimum.neuron.peft.tuners.lora.layer import NeuronLoraLayer
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from esm_neuron.backends import create_backend, neuron, opened_backend
 from esm_neuron.backends.spmd import SpmdBackend
@@ -28,6 +31,7 @@ from esm_neuron.errors import TrainingError
 from esm_neuron.inference.load import read_adapter
 from esm_neuron.models.esm2 import encoder_of, set_attention
 from esm_neuron.models.lora import saved_key
+from esm_neuron.models.shapes import SHAPES
 from esm_neuron.models.tensor_parallel import cut_of, whole_shape
 from esm_neuron.tasks import create_task
 from esm_neuron.training.evaluation import forward, run_passes
@@ -57,6 +61,30 @@ def parity(output: str, **options: Any) -> None:
     results = {"logits": run.logits(), **run.gradients(run.trainer.train_loader.load(0).batches)}
     results |= run.train()
     leave(run, {**results, **run.state(), **metrics(run)})
+
+
+def same_masks(output: str, **options: Any) -> None:
+    """`parity` with dropout, each rank of a model taking its part of the masks that one process draws.
+
+    By themselves ranks drop alike, so that each part of the heads and features meets the same mask.
+    """
+    shape, tp = SHAPES["tiny"], options["set"]["parallel.tp"]
+    parts = {size // tp: size for size in (shape.heads, shape.intermediate, shape.hidden)}
+    draws = itertools.count()
+
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return x
+        dim = 1 if x.ndim == 4 else x.ndim - 1  # heads of attention, or features
+        rank_part = x.shape[dim] not in (shape.heads, shape.hidden, shape.intermediate)
+        whole = [*x.shape[:dim], parts[x.shape[dim]] if rank_part else x.shape[dim], *x.shape[dim + 1 :]]
+        kept = torch.rand(whole, generator=torch.Generator().manual_seed(next(draws))) >= p
+        mine = kept.chunk(tp, dim)[dist.get_rank() % tp] if rank_part else kept
+        return x * mine / (1 - p)
+
+    with mock.patch.object(functional, "dropout", dropout):
+        parity(output, **options)
+    assert next(draws) > 100
 
 
 def left_out(output: str, **options: Any) -> None:
@@ -104,7 +132,11 @@ def held_parts(run: Run) -> Iterator[tuple[str, int | None, str]]:
         parts = [parameter.cpu()] if shards is None else [shard.data.cpu() for shard in shards]
         for device, values in enumerate(parts):
             tp_rank = device % topology.tp if spmd else topology.tp_rank
-            yield name, tp_rank if cut else None, hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+            yield (
+                name,
+                tp_rank if cut else None,
+                hashlib.sha256(values.contiguous().view(torch.uint8).numpy()).hexdigest(),
+            )
 
 
 def by_protein(output: str, **options: Any) -> None:

@@ -24,6 +24,12 @@ def _parity(name: str, backend: str, tp: int = 1, **settings: Any) -> Case:
     return name, "parity", {"backend": backend, "set": {"parallel.tp": tp, **chosen}}
 
 
+def _dropped(name: str, tp: int = 1, **settings: Any) -> Case:
+    """A parity case with dropout, whose masks are those of one process."""
+    name, _, arguments = _parity(name, "neuron", tp, model__dropout=0.1, **settings)
+    return name, "same_masks", arguments
+
+
 def _by_protein(backend: str, tp: int = 1) -> list[Case]:
     """The same proteins end to end in rows, and each in a row of its own."""
     return [
@@ -34,10 +40,14 @@ def _by_protein(backend: str, tp: int = 1) -> list[Case]:
 
 MLM, FULL, PLAIN = {"task__name": "masked_lm"}, {"adapter__kind": "none"}, {"parallel__zero1": False}
 PADDED, BF16 = {"parallel__pad_heads": True}, {"loop__precision": "bf16"}
-LEARNT = {"cls": {}, "mlm": MLM, "full": FULL, "mlmfull": {**MLM, **FULL}}
+RES = {"task__name": "residue_classification"}
+LEARNT = {"cls": {}, "mlm": MLM, "res": RES, "full": FULL, "mlmfull": {**MLM, **FULL}, "resfull": {**RES, **FULL}}
 """First word of a case's name -> what is learnt."""
+DROPPED = {"dropcls": {"adapter__dropout": 0.2}, "dropfull": FULL}
+"""The same of the cases with dropout."""
 STEPS = {"optim.schedule": "constant", "optim.warmup_steps": 0}
 DROPOUT = {"adapter.dropout": 0.2}
+DROPOUT_FULL = {"adapter.kind": "none", "model.dropout": 0.1, "loop.precision": "bf16", "parallel.zero1": False}
 SECOND_HALF = {**STEPS, "parallel.tp": 1, "loop.max_steps": 10}
 
 LEFT_OUT: dict[str, dict[str, Any]] = {
@@ -73,8 +83,10 @@ WORLDS: dict[World, list[Case]] = {
         _parity("full", "cpu", **FULL),
         *_by_protein("cpu"),
         ("whole run", "resume", {"backend": "cpu", "set": {**STEPS, "loop.max_steps": 10}}),
-        _parity("mlmfull", "cpu", **MLM, **FULL),
+        *(_parity(name, "cpu", **LEARNT[name]) for name in ("res", "mlmfull", "resfull")),
         *(_parity(f"{name} bf16", "neuron", **kind, **PLAIN, **BF16) for name, kind in LEARNT.items()),
+        *(_dropped(name, **kind, **PLAIN) for name, kind in DROPPED.items()),
+        *(_dropped(f"{name} bf16", **kind, **PLAIN, **BF16) for name, kind in DROPPED.items()),
         ("runs", "make_runs", {}),
         *_answers("cpu"),
         ("plain", "load_plain", {"adapter": "{root}/2/adapter/adapter"}),
@@ -87,12 +99,14 @@ WORLDS: dict[World, list[Case]] = {
         _parity("cls", "xla"),
         _parity("mlm", "xla", **MLM),
         _parity("full", "xla", **FULL),
+        _parity("res", "xla", **RES),
         *_by_protein("xla"),
     ],
     "spmd": [
         _parity("cls tp2 dp2", "xla", 2),
         _parity("mlm tp2 dp2", "xla", 2, **MLM),
         _parity("full tp2 dp2", "xla", 2, **FULL),
+        _parity("res tp2 dp2", "xla", 2, **RES),
         _parity("cls tp2 dp2 recomputed", "xla", 2, model__gradient_checkpointing=True),
         _parity("cls tp2 dp2 bf16", "xla", 2, loop__precision="bf16"),
         ("dropout", "dropout", {"backend": "xla", "set": {"parallel.tp": 2, **DROPOUT}}),
@@ -104,13 +118,20 @@ WORLDS: dict[World, list[Case]] = {
         _parity("mlm tp2", "neuron", 2, **MLM, **PLAIN),
         _parity("mlm tp2 zero1", "neuron", 2, **MLM),
         _parity("full tp2", "neuron", 2, **FULL, **PLAIN),
+        _parity("full tp2 zero1", "neuron", 2, **FULL),
         _parity("mlmfull tp2", "neuron", 2, **MLM, **FULL, **PLAIN),
+        _parity("res tp2 zero1", "neuron", 2, **RES),
+        _parity("resfull tp2", "neuron", 2, **RES, **FULL, **PLAIN),
+        *(_dropped(f"{name} tp2", 2, **kind, **PLAIN) for name, kind in DROPPED.items()),
         _parity("cls tp1 dp2 zero1", "neuron", 1),
         _parity("cls tp2 recomputed", "neuron", 2, model__gradient_checkpointing=True),
         _parity("full tp2 bf16", "neuron", 2, **FULL, **BF16),
         _parity("cls tp2 bf16", "neuron", 2, **BF16),
         _parity("mlm tp2 bf16", "neuron", 2, **MLM, **PLAIN, **BF16),
         _parity("mlmfull tp2 bf16", "neuron", 2, **MLM, **FULL, **PLAIN, **BF16),
+        _parity("res tp2 bf16", "neuron", 2, **RES, **PLAIN, **BF16),
+        _parity("resfull tp2 bf16", "neuron", 2, **RES, **FULL, **BF16),
+        *(_dropped(f"{name} tp2 bf16", 2, **kind, **BF16) for name, kind in DROPPED.items()),
         ("first half", "resume", {"backend": "neuron", "set": {**STEPS, "parallel.tp": 2, "loop.max_steps": 6}}),
         ("second half", "resume", {"backend": "neuron", "set": SECOND_HALF, "source": "{root}/2/first half"}),
         ("adapter", "export", {"backend": "neuron", "set": {"parallel.tp": 2}}),
@@ -125,16 +146,24 @@ WORLDS: dict[World, list[Case]] = {
         _parity("mlm tp4", "neuron", 4, **MLM, **PLAIN),
         _parity("mlm tp4 zero1", "neuron", 4, **MLM),
         ("dropout", "dropout", {"backend": "neuron", "set": {"parallel.tp": 2, **DROPOUT}}),
+        ("dropout full bf16", "dropout", {"backend": "neuron", "set": {"parallel.tp": 2, **DROPOUT_FULL}}),
         _parity("cls tp2 dp2", "neuron", 2, **PLAIN),
         _parity("cls tp2 dp2 zero1", "neuron", 2),
         _parity("mlm tp2 dp2", "neuron", 2, **MLM, **PLAIN),
         _parity("mlm tp2 dp2 zero1", "neuron", 2, **MLM),
+        _parity("full tp2 dp2", "neuron", 2, **FULL, **PLAIN),
         _parity("full tp2 dp2 zero1", "neuron", 2, **FULL),
         _parity("mlmfull tp2 dp2 zero1", "neuron", 2, **MLM, **FULL),
+        _parity("res tp2 dp2", "neuron", 2, **RES, **PLAIN),
+        _parity("resfull tp2 dp2 zero1", "neuron", 2, **RES, **FULL),
         _parity("full tp2 dp2 bf16", "neuron", 2, **FULL, **PLAIN, **BF16),
         _parity("cls tp2 dp2 bf16", "neuron", 2, **BF16),
         _parity("cls tp4 bf16", "neuron", 4, **PLAIN, **BF16),
         _parity("full tp4 bf16", "neuron", 4, **FULL, **BF16),
+        _parity("mlm tp2 dp2 bf16", "neuron", 2, **MLM, **BF16),
+        _parity("mlmfull tp4 bf16", "neuron", 4, **MLM, **FULL, **PLAIN, **BF16),
+        _parity("res tp4 bf16", "neuron", 4, **RES, **BF16),
+        _parity("resfull tp2 dp2 bf16", "neuron", 2, **RES, **FULL, **PLAIN, **BF16),
         (
             "sharded",
             "load_sharded",
@@ -152,11 +181,13 @@ WORLDS: dict[World, list[Case]] = {
     ],
 }
 
+COMPARED = ("parity", "same_masks")
+"""Functions whose every tensor is compared with the same case of one process."""
 EXACT = [
     (world, name)
     for world, cases in WORLDS.items()
     for name, function, _ in cases
-    if world != 1 and function == "parity" and "bf16" not in name
+    if world != 1 and function in COMPARED and "bf16" not in name
 ]
 """(world, case) whose every tensor is compared with that of the case of the same first word in world 1."""
 
@@ -164,7 +195,7 @@ ROUNDED = [
     (world, name)
     for world, cases in WORLDS.items()
     for name, function, arguments in cases
-    if world != 1 and function == "parity" and name.endswith("bf16") and arguments["backend"] == "neuron"
+    if world != 1 and function in COMPARED and name.endswith("bf16") and arguments["backend"] == "neuron"
 ]
 """The same in bfloat16, whose gradients are compared with those of one process of the same backend."""
 BF16_GRADIENT = 0.05

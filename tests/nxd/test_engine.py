@@ -160,15 +160,17 @@ def test_spmd_in_bf16_goes_where_float32_goes(world: World, tensors: Callable[[P
     assert not torch.equal(got["logits"], expected["logits"])
 
 
-@pytest.mark.parametrize("kind", [4, "spmd"])
+@pytest.mark.parametrize(
+    ("kind", "name", "learnt"), [(4, "dropout", "cls"), ("spmd", "dropout", "cls"), (4, "dropout full bf16", "full")]
+)
 def test_dropout_is_one_within_a_model_and_another_in_its_copies(
-    kind: parity.World, world: World, tensors: Callable[[Path], dict[str, Tensor]]
+    kind: parity.World, name: str, learnt: str, world: World, tensors: Callable[[Path], dict[str, Tensor]]
 ) -> None:
     """At tp2 x dp2: a mask that differed between the shards of a model would drive their common weights apart.
 
     Under SPMD the masks are XLA's own business; the copies on the four devices are read one by one.
     """
-    without, got = tensors(world(WORLDS, 1)["cls"]), tensors(world(WORLDS, kind)["dropout"])
+    without, got = tensors(world(WORLDS, 1)[learnt]), tensors(world(WORLDS, kind)[name])
     assert difference(got["losses"], without["losses"]) > STEP_20
     assert got["losses"][-1] < got["losses"][0]
     assert (int(got["copies"]), int(got["differ"])) == (2, 0), "of a tensor-parallel part; whole weights have four"
@@ -285,7 +287,7 @@ def test_the_page(world: World, tensors: Callable[[Path], dict[str, Tensor]], be
         compared[kind, name] = {kind: value for kind, (value, _) in found.items()}
     packed = {kind: packed_against_alone(world(WORLDS, kind), tensors) for kind in (1, "xla", "spmd", 2)}
     whole, second = tensors(reference["whole run"]), tensors(world(WORLDS, 2)["second half"])
-    floors = sorted({name for case in ("cls", "mlm", "full", "mlmfull") for name in floored(tensors(reference[case]))})
+    floors = sorted({name for case in parity.LEARNT for name in floored(tensors(reference[case]))})
     trained = tensors(world(WORLDS, 2)["adapter"])["logits"]
     plain, sharded = (tensors(folder)["logits"] for folder in (reference["plain"], world(WORLDS, 4)["sharded"]))
     peak, held, layer = (1e-6 * tensors(world(WORLDS, 4)["memory"])["peak_held_layer"].max(0).values).tolist()
