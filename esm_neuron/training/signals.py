@@ -16,6 +16,10 @@ ECHO = 5.0
 """Seconds in which a second signal is the same request again: Slurm and a terminal signal every process, and torchrun
 then passes on the one it got itself."""
 
+ROUND = 2.0
+"""Seconds between two rounds in which the ranks ask each other for signals: less than `ECHO`, after which a second
+ctrl-C ends the process, and little beside the two minutes that a spot instance leaves."""
+
 
 class StopSignal:
     """Within the block, the first SIGTERM or SIGINT sets `received`; one that comes `ECHO` later ends the process.
@@ -30,6 +34,25 @@ class StopSignal:
         self.answered = False
         """Whether the run ends because of it; a signal that came too late for that is sent again after the block."""
         self._before: dict[int, Any] = {}
+        self._every, self._asked, self._at = (
+            1,
+            0,
+            time.monotonic(),
+        )  # steps between rounds; the last one's step and time
+
+    def round_due(self, step: int) -> bool:
+        """Return whether the ranks ask each other after `step`: each rank says the same."""
+        return step >= self._asked + self._every
+
+    def pace(self, step: int) -> float:
+        """Return this rank's seconds per step since the last round."""
+        return (time.monotonic() - self._at) / max(1, step - self._asked)
+
+    def plan_round(self, step: int, pace: float) -> None:
+        """Note a round after `step` and plan the next, about `ROUND` seconds later, by the slowest rank's `pace`."""
+        # At most twice as far ahead as before: the first steps may have been faster than those to come.
+        self._every = max(1, min(2 * self._every, int(ROUND / max(pace, 1e-6))))
+        self._asked, self._at = step, time.monotonic()
 
     def __enter__(self) -> StopSignal:
         self._heard, self._bell = os.pipe()

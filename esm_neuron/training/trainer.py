@@ -72,7 +72,9 @@ class Trainer:
                     self.monitors.handle_nonfinite_steps()
                 if step % self.eval_every == 0 or last:
                     self.validate()
-                done = self.stop_requested() is not None or last or self.early_stopping.stop
+                # Asking goes over the hosts' network, so not every step does.
+                asks = self.host_sync_due(step) or self.monitors.signal.round_due(step)
+                done = (asks and self.stop_requested() is not None) or last or self.early_stopping.stop
                 if step % self.save_every == 0 or self.early_stopping.best_step == step or done:
                     self.save_checkpoint()
                 if done:
@@ -136,13 +138,14 @@ class Trainer:
 
         Raise on every rank the OSError of a callback of the main rank that could not write.
         """
-        # One exchange over the host per step: all ranks must leave the loop after the same step.
-        signal = self.monitors.signal
-        heard = self.backend.gather_host((signal.received, self._callback_failure))
-        failure = next((error for _, error in heard if error is not None), None)
+        # All ranks must leave the loop after the same step, and so ask each other again after the same step.
+        signal, step = self.monitors.signal, self.state.step
+        heard = self.backend.gather_host((signal.received, self._callback_failure, signal.pace(step)))
+        signal.plan_round(step, max(pace for *_, pace in heard))
+        failure = next((error for _, error, _ in heard if error is not None), None)
         if failure is not None:
             raise failure
-        found = next((name for name, _ in heard if name is not None), None)
+        found = next((name for name, *_ in heard if name is not None), None)
         signal.answered = found is not None
         return found
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from esm_neuron.training import signals
 from esm_neuron.training.signals import StopSignal
 
 
@@ -52,3 +56,28 @@ def test_a_signal_that_nobody_has_answered_is_sent_again() -> None:
         assert got == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_ranks_ask_each_other_after_the_same_steps_seldom_and_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks whose clocks disagree; a first step that compiles, 499 quick ones, then steps eight times as long."""
+    clock, seconds, rounds = SimpleNamespace(now=0.0), 0.0, []
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    ranks = {speed: StopSignal() for speed in (1.0, 0.5)}
+
+    def each(ask: Callable[[StopSignal], Any]) -> list[Any]:
+        answers = []
+        for speed, rank in ranks.items():
+            clock.now = seconds * speed
+            answers.append(ask(rank))
+        return answers
+
+    for step in range(1, 1001):
+        seconds += 3600 if step == 1 else 0.125 if step <= 500 else 1
+        due = each(lambda rank, step=step: rank.round_due(step))
+        assert due[0] == due[1], "a rank that asked alone would wait for ever"
+        if due[0]:
+            slowest = max(each(lambda rank, step=step: rank.pace(step)))
+            each(lambda rank, step=step, slowest=slowest: rank.plan_round(step, slowest))
+            rounds.append(step)
+    assert rounds[:8] == [1, 2, 4, 8, 16, 32, 48, 64]
+    assert [step for step in rounds if step > 480][:5] == [496, 512, 514, 516, 518]

@@ -20,12 +20,13 @@ from esm_neuron.cli import main
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.config.backends import BACKENDS
 from esm_neuron.data.labels import Labels
+from esm_neuron.data.loader import StepData
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import claimed
 from esm_neuron.models.lora import saved_key
 from esm_neuron.tasks import create_task
-from esm_neuron.training import checkpoint, run
+from esm_neuron.training import checkpoint, run, signals
 from esm_neuron.training.callbacks import Callback
 from esm_neuron.training.trainer import Trainer
 
@@ -296,6 +297,31 @@ def test_a_signal_in_the_last_step_or_save_leaves_the_end_of_the_run_to_a_resume
     watched_by()
     train(resumed(stopped))
     assert_same_end(stopped, whole)
+
+
+@pytest.mark.parametrize(("sent", "stopped"), [(None, 64), (1, 1), (20, 31), (64, 64)])
+def test_ranks_are_not_asked_for_signals_in_every_step(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, sent: int | None, stopped: int
+) -> None:
+    """With all the time of the world only after steps 1, 3, 7 ..., where the host waits anyway, and at the end."""
+    monkeypatch.setattr(signals, "ROUND", 1e9)
+    loop, rounds, ask, step = {"max_steps": 64, "eval_every": 32}, [], Trainer.stop_requested, Trainer.train_step
+
+    def asked(of: Trainer) -> str | None:
+        rounds.append(of.state.step)
+        return ask(of)
+
+    def trained(of: Trainer, data: StepData) -> None:
+        step(of, data)
+        if of.state.step == sent:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "stop_requested", asked)
+    monkeypatch.setattr(Trainer, "train_step", trained)
+    outcome = run.train(toy(loop=loop, log={"every": 32}, checkpoint={"every": 32}), quiet)
+    assert outcome.stopped_by == (None if sent is None else "SIGTERM")
+    due = [1, 3, 7, 15, 31, 32, 64]
+    assert rounds == [*(s for s in due if s <= stopped), stopped]
 
 
 @pytest.mark.parametrize(
