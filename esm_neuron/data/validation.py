@@ -126,14 +126,14 @@ class Checker:
     """Take the rows of one file, in as many chunks as they come, and return those that can be used.
 
     Characters that are no residue are treated by `cfg.on_bad_residue`; every other fault is an error whatever that
-    says. All ids are kept, about 200 bytes each.
+    says.
     """
 
     def __init__(self, cfg: DataConfig, source: str) -> None:
         self._cfg, self._source = cfg, source
         self.problems = Problems(source)
         """What is wrong with the rows so far, in the order of the file."""
-        self._first_line: dict[str, int] = {}  # id -> where it was first used
+        self._ids = _Ids()
         self.counts: Counter[str] = Counter(rows=0, skipped=0)
         """Counts of the rows so far, by their names in a `Report`."""
         self.rejected: list[Rejected] = []
@@ -144,9 +144,10 @@ class Checker:
         kept = np.ones(len(rows), dtype=bool)
         changed: dict[int, str] = {}
         columns = [name for name in ("line", "id", "sequence", "label") if name in rows.column_names]
+        first = self._ids.first_lines(rows["id"].to_pylist(), rows["line"].to_numpy())
         # Whole columns tell which rows could be at fault; only these are looked at one by one.
-        for row in np.flatnonzero(self._suspects(rows)).tolist():
-            sequence = self._check(*(rows[name][row].as_py() for name in columns))
+        for row in np.flatnonzero(_suspects(rows, first)).tolist():
+            sequence = self._check(int(first[row]), *(rows[name][row].as_py() for name in columns))
             if sequence is None:
                 kept[row] = False
             elif sequence != rows["sequence"][row].as_py():
@@ -160,23 +161,8 @@ class Checker:
         rows = rows.set_column(rows.column_names.index("sequence"), "sequence", pc.ascii_upper(sequences))
         return rows if kept.all() else rows.filter(pa.array(kept))
 
-    def _suspects(self, rows: pa.Table) -> np.ndarray:
-        """Return which rows may have a fault, bool [rows]; the ids of all are then known."""
-        lines = rows["line"].to_pylist()
-        # `setdefault` gives the line where an id was first used; where that is another line, the id is there twice.
-        first = list(map(self._first_line.setdefault, rows["id"].to_pylist(), lines))
-        residues, bounds = sequence_bytes(rows)
-        found = (np.array(first) != lines) | (np.diff(bounds) == 0) | (pc.equal(rows["id"], "").to_numpy())
-        if "label" in rows.column_names:
-            empty = pc.or_(pc.equal(rows["label"], ""), pc.equal(pc.utf8_lower(rows["label"]), "nan"))  # `is_missing`
-            found |= empty.to_numpy()
-        # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
-        found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
-        return np.asarray(found)
-
-    def _check(self, line: int, name: str, sequence: str, label: str | None = None) -> str | None:
+    def _check(self, first: int, line: int, name: str, sequence: str, label: str | None = None) -> str | None:
         """Note what is wrong with a row. Return its sequence as it is used, None where the row is left out."""
-        first = self._first_line[name]
         if not name:
             self.problems.add(line, "the id is empty; give every row a name")
         elif first != line:
@@ -208,6 +194,41 @@ class Checker:
         rows = self.counts["rows"]
         if self.counts["skipped"] == rows:
             raise DataError(f"{self._source}: all {rows} rows have characters that are no residues; is it protein?")
+
+
+class _Ids:
+    """Remember where each id of a file was first used, in 16 bytes: its hash and its line."""
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # (hashes, lines), sorted by hash, ever shorter
+
+    def first_lines(self, ids: Sequence[str], lines: np.ndarray) -> np.ndarray:
+        """Return the line in which each id of the next chunk was first used, int64 [rows]: its own, if it is new."""
+        known, at, index = np.unique(text_hashes(ids), return_index=True, return_inverse=True)
+        first = lines[at]
+        for hashes, earlier in self._runs:
+            place = np.minimum(np.searchsorted(hashes, known), len(hashes) - 1)
+            first = np.where(hashes[place] == known, earlier[place], first)
+        if len(known):
+            self._runs.append((known, first))
+        # Merge a run with one that is not much longer: few runs are left, and each id is moved only a few times.
+        while len(self._runs) > 1 and len(self._runs[-2][0]) <= 2 * len(self._runs[-1][0]):
+            (older, newer), (older_lines, newer_lines) = zip(*self._runs[-2:], strict=True)
+            merged, at = np.unique(np.concatenate([older, newer]), return_index=True)
+            self._runs[-2:] = [(merged, np.concatenate([older_lines, newer_lines])[at])]
+        return np.asarray(first[index])
+
+
+def _suspects(rows: pa.Table, first: np.ndarray) -> np.ndarray:
+    """Return which rows may have a fault, bool [rows]; `first` is the line in which the id of each was first used."""
+    residues, bounds = sequence_bytes(rows)
+    found = (first != rows["line"].to_numpy()) | (np.diff(bounds) == 0) | (pc.equal(rows["id"], "").to_numpy())
+    if "label" in rows.column_names:
+        empty = pc.or_(pc.equal(rows["label"], ""), pc.equal(pc.utf8_lower(rows["label"]), "nan"))  # `is_missing`
+        found |= empty.to_numpy()
+    # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
+    found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
+    return np.asarray(found)
 
 
 def is_missing(value: str) -> bool:
