@@ -6,16 +6,18 @@ imported inside the functions, so that `--help` and a wrong flag are answered at
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType, UnionType
@@ -257,7 +259,7 @@ def data_check(
         str, "task that the labels are for: one per protein, several joined by `;`, a number, or one per residue"
     ] = TaskConfig.name,
     split_column: Annotated[str | None, "checked if it is given"] = None,
-    train: Annotated[str, "value of the split column for training rows"] = "train",
+    train: Annotated[str, "value of the split column for training records"] = "train",
     homologs: Annotated[Literal["kmer", "mmseqs", "off"], "how homologs in training are found"] = "kmer",
     json_: AsJson = False,
 ) -> int:
@@ -289,11 +291,25 @@ COMMANDS: dict[str, Callable[..., int]] = {
 run, `*overrides` those that may change for a trained model."""
 
 
+_RENAMED = {"data get": "python examples/datasets/get.py", "--relatives": "--homologs"}
+"""Earlier name of a command or of a flag -> its name today."""
+
+
+def _instead(unknown: str, known: Iterable[str]) -> str:
+    """Return what an error about an unknown word suggests: its new name, or the nearest known one."""
+    if unknown in _RENAMED:
+        return f"its name is {_RENAMED[unknown]} now; "
+    near = difflib.get_close_matches(unknown, known, n=1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 class CommandParser(ArgumentParser):
     """A parser that raises what argparse would print and exit with."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        hint = _instead(unknown[1], self._option_string_actions) if unknown else ""
+        raise ConfigError(f"{message}; {hint}see {self.prog} --help")
 
 
 def make_parser(name: str) -> CommandParser:
@@ -405,7 +421,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        log(f"esm-neuron: error: unknown command {name!r}; the commands are {', '.join(COMMANDS)}")
+        cure = f"{_instead(name, COMMANDS)}the commands are {', '.join(COMMANDS)}"
+        log(f"esm-neuron: error: unknown command {name!r}; {cure}")
         return 2
     logging.setLogRecordFactory(RedactedRecord)  # libraries have loggers and handlers of their own
     handler = logging.StreamHandler()

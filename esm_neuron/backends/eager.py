@@ -97,11 +97,9 @@ class EagerBackend(Backend):
         return tensor
 
     def fetch(self, item: Trained, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return copy_to_host(tensor)
-        # Every rank takes part, and rank 0 alone keeps the result: a host has a rank per GPU, and not the memory for
+        # Every rank takes part, and rank 0 alone copies the result: a host has a rank per GPU, and not the memory for
         # as many copies of a model and its moments.
-        whole = tensor.full_tensor()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return copy_to_host(whole if self.topology.is_main else whole.new_empty(0))
 
     def place(self, item: Trained, whole: Tensor, target: Tensor) -> Tensor:

@@ -63,10 +63,10 @@ class Check:
         spread = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
         letters = ", ".join(f"{letter} {count / self.residues:.2%}" for letter, count in self.alphabet.items())
         lines = [
-            f"{self.file}: {self.rows} rows, {self.residues} residues",
+            f"{self.file}: {self.rows} proteins, {self.residues} residues",
             f"lengths: {spread}",
             f"alphabet: {letters}",
-            f"repeats: {self.repeated} rows have a sequence that an earlier row has",
+            f"repeats: {self.repeated} proteins have a sequence that an earlier one has",
         ]
         if self.values is not None:
             lines.append("values: " + ", ".join(f"{name} {value:.6g}" for name, value in self.values.items()))
@@ -74,15 +74,15 @@ class Check:
             shown = ", ".join(f"{name} {count}" for name, count in list(self.labels.items())[:SHOWN])
             lines.append(f"labels: {len(self.labels)}: {shown}" + (", ..." if len(self.labels) > SHOWN else ""))
         if self.labels is not None or self.values is not None:
-            lines.append(f"conflicts: {self.conflicting} rows have a sequence with another label elsewhere")
+            lines.append(f"conflicts: {self.conflicting} proteins have a sequence with another label elsewhere")
         if self.splits is not None:
             lines.append("splits: " + ", ".join(f"{name} {count}" for name, count in self.splits.items()))
         for name, leak in self.leaks.items():
             has_homolog = f"{leak.homologs} with a homolog there"
             if leak.homologs is None:
-                many = f" ({self.rows} rows are more than {MOST})" if self.rows > MOST else ""
+                many = f" ({self.rows} proteins are more than {MOST})" if self.rows > MOST else ""
                 has_homolog = f"homologs not looked for{many}"
-            lines.append(f"leaks: {name}: of {leak.rows} rows {leak.in_train} are in the training rows, {has_homolog}")
+            lines.append(f"leaks: {name}: of {leak.rows} proteins {leak.in_train} are in training, {has_homolog}")
         lines.append(f"faults: {self.faults}" if self.faults else "faults: none")
         return "\n".join([*lines, *(f"  {fault}" for fault in self.first_faults)])
 

@@ -111,7 +111,7 @@ class Labels:
         if len(found) < 2:
             what = f"one class only, {quote(found[0])}," if found else "no class"
             raise DataError(
-                f"{source}: column {self.column!r} has {what} in the training rows; two are needed, check "
+                f"{source}: column {self.column!r} has {what} in the training proteins; two are needed, check "
                 "data.label_column and data.keep"
             )
         self.task = replace(self.task, labels=labels)
@@ -139,7 +139,7 @@ class Labels:
         for row, at in zip(*np.unique(row_of, return_index=True), strict=True):
             place = f" of residue {strange[at] - first[row] + 1}" if self.per_residue else ""
             what = f"label {quote(names[flat[strange[at]]])}{place} is not one of the classes {known}"
-            cure = "correct it, add training rows of it, or filter it with data.keep"
+            cure = "correct it, add training proteins of it, or filter it with data.keep"
             self._add(problems, rows, int(row), f"{what}; {cure}")
         return np.maximum(classes, UNKNOWN)
 
@@ -164,8 +164,8 @@ class Labels:
         for label, count, weight in zip(labels, counts, weights, strict=True):
             require(
                 count > 0 and weight > 0,
-                f"task.class_weights=balanced: {'no' if count == 0 else 'every'} training row is of class {label!r}; "
-                "weigh the classes by hand, or leave it out of task.labels",
+                f"task.class_weights=balanced: {'no' if count == 0 else 'every'} training protein is of class {label!r}"
+                "; weigh the classes by hand, or leave it out of task.labels",
             )
         return {label: round(float(weight), 6) for label, weight in zip(labels, weights, strict=True)}
 
@@ -252,7 +252,7 @@ class Numbers(Labels):
     def _entries(self, text: str, length: int) -> list[Any]:
         value = to_number(text)
         if not math.isfinite(value):
-            raise ValueError(f"{quote(text)} is no finite number; correct it or remove the row")
+            raise ValueError(f"{quote(text)} is no finite number; correct it or remove the record")
         return [value]
 
     def count(self, rows: pa.Table) -> Counter[str]:

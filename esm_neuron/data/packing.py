@@ -152,7 +152,7 @@ def pack_histogram(counts: np.ndarray, pack_tokens: int, max_segments: int) -> l
 
 def _check_lengths(lengths: np.ndarray, pack_tokens: int) -> None:
     if len(lengths) == 0:
-        raise DataError("there are 0 examples to pack, at least 1 is needed; check the split and the row filters")
+        raise DataError("there are 0 examples to pack, at least 1 is needed; check the split and data.keep")
     longest, shortest = int(lengths.argmax()), int(lengths.argmin())
     if lengths[longest] > pack_tokens:
         raise DataError(

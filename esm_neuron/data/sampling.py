@@ -23,8 +23,8 @@ def families(sequences: list[str], cfg: DataConfig) -> np.ndarray:
         raise ConfigError(f"data.sample=clusters with data.homologs=off: {cure}")
     require(
         len(sequences) <= MOST,
-        f"data.sample=clusters: {len(sequences)} rows are more than {MOST}; cluster them beforehand and name the split "
-        "of each row in a column (data.split_column)",
+        f"data.sample=clusters: {len(sequences)} proteins are more than {MOST}; cluster them beforehand and name the "
+        "split of each in a column (data.split_column)",
     )
     return find_clusters(ExampleTable.of(*encode_many(sequences)), cfg.homologs)
 
@@ -49,7 +49,7 @@ def sample_rows(
     number = min(len(order), max(1, round(fraction * rows)))
     if number == 0:
         raise DataError(
-            f"{source}: {rows} training rows are too few to sample {_ROWS[split]} rows from; "
+            f"{source}: {rows} training proteins are too few to sample {_ROWS[split]} proteins from; "
             f"give data.{split}, or data.{split}_fraction=0 for none"
         )
     chosen = np.zeros(rows, dtype=bool)
@@ -80,9 +80,9 @@ def sample_clusters(
     if not chosen.any():
         largest = int(np.bincount(cluster).max())
         raise DataError(
-            f"{source}: no cluster of homologs can be held out for {_ROWS[split]} ({rows} training rows, "
-            f"{len(np.unique(cluster))} clusters, the largest of {largest} rows); use data.sample=proteins, or give "
-            f"data.{split}"
+            f"{source}: no cluster of homologs can be held out for {_ROWS[split]} ({rows} training proteins, "
+            f"{len(np.unique(cluster))} clusters, the largest of {largest} proteins); use data.sample=proteins, or "
+            f"give data.{split}"
         )
     return chosen
 

@@ -55,7 +55,7 @@ def read_chunks(path: str | Path, cfg: DataConfig, joiner: str | None = None) ->
             yield make_rows(dict(zip(names, [lines, *values], strict=True)))
             lines, values, characters = [], [[] for _ in columns], 0
     if empty:
-        raise DataError(f"{source}: the file has no rows; check that it was written to its end")
+        raise DataError(f"{source}: the file has no records; check that it was written to its end")
     if lines:
         yield make_rows(dict(zip(names, [lines, *values], strict=True)))
 

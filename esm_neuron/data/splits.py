@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ class _File:
             own = replace(own, keep_heldout={})
         self.cfg = own
         self.checker = Checker(own, source)
-        self.values: dict[str, set[str]] = {}  # filtered column -> its values
+        self.values: dict[str, set[str]] = {}  # filtered column -> its values that are allowed, and its first _SHOWN
         self._counts: Counter[str] = Counter()
         self._named: set[str] = set()  # splits of the rows that pass `keep`
         self._usable: set[str] = set()  # splits of the rows that pass `keep_heldout` as well
@@ -196,7 +197,12 @@ class _File:
         labels = self._labels
         for rows in read_chunks(self.source, self.cfg, None if labels is None else labels.joiner):
             for source in {**self.cfg.keep, **self.cfg.keep_heldout}:
-                self.values.setdefault(source, set()).update(rows[filter_column(source)].unique().to_pylist())
+                there = self.values.get(source, set()).union(rows[filter_column(source)].unique().to_pylist())
+                # A column may have a value per record: only those that `_check_filters` looks at are kept.
+                wanted = {*self.cfg.keep.get(source, ()), *self.cfg.keep_heldout.get(source, ())}
+                allowed = set(map(_filter_key, wanted))
+                self.values[source] = {value for value in there if _filter_key(value) in allowed}
+                self.values[source].update(heapq.nsmallest(_SHOWN, there))
             kept = self._number_splits(rows.filter(pa.array(passes(rows, self.cfg.keep))))
             split = kept["split"].to_numpy()
             # Training rows are always usable: `keep_heldout` filters validation and test rows alone.
@@ -226,25 +232,27 @@ class _File:
     def finish(self) -> tuple[dict[str, Part], Report]:
         """Return the part of each split that has rows; raise DataError for all that is wrong with the file."""
         if self._counts["filtered"] == self._counts["rows"]:
-            raise DataError(f"{self.source}: data.keep leaves no rows; allow more values")
+            raise DataError(f"{self.source}: data.keep leaves no records; allow more values")
         if self._unknown:
             unit = row_unit(self.source)
             shown = ", ".join(
-                f"{quote(value)} ({count} rows, first in {unit} {first})"
+                f"{quote(value)} ({count} records, first in {unit} {first})"
                 for value, (count, first) in list(self._unknown.items())[:5]
             )
             raise DataError(
                 f"{self.source}: column {self.cfg.split_column!r} has {len(self._unknown)} values that are not in "
-                f"data.split_names={self.cfg.split_names}: {shown}; name the splits there, or filter the rows with "
-                "data.keep"
+                f"data.split_names={self.cfg.split_names}: {shown}; name the splits there, or filter the "
+                "records with data.keep"
             )
         for name in sorted(self._named - self._usable):
-            raise DataError(f"{self.source}: data.keep_heldout leaves no {name} rows; allow more values")
+            raise DataError(f"{self.source}: data.keep_heldout leaves no {name} proteins; allow more values")
         self.checker.finish()
         split = self._kept["split"].to_numpy()
         left = _names(split)
         for name in sorted(self._usable - left):
-            raise DataError(f"{self.source}: data.on_bad_residue=skip leaves no {name} rows; correct their sequences")
+            raise DataError(
+                f"{self.source}: data.on_bad_residue=skip leaves no {name} proteins; correct their sequences"
+            )
         parts = {name: Part(self._kept, self.source, split == SPLITS.index(name)) for name in sorted(left)}
         return parts, Report(name=self.source, **{**self.checker.counts, **self._counts})
 
@@ -268,13 +276,13 @@ def read_parts(
         for name, part in own.items():
             require(
                 name == file.split or name not in data_files(cfg),
-                f"{name} rows come both from data.{name} and from data.split_column={cfg.split_column!r}; "
-                f"leave out data.{name}, or filter those rows with data.keep",
+                f"{name} proteins come both from data.{name} and from data.split_column={cfg.split_column!r}; "
+                f"leave out data.{name}, or filter those records with data.keep",
             )
             parts[name] = part
     if "train" not in parts:
         raise DataError(
-            f"{cfg.train}: no row has {cfg.split_names[0]!r} in column {cfg.split_column!r} "
+            f"{cfg.train}: no record has {cfg.split_names[0]!r} in column {cfg.split_column!r} "
             "(data.split_column); set data.split_names to the values for training, validation and test"
         )
     return parts, reports, [row for file in files for row in file.checker.rejected]
@@ -318,7 +326,7 @@ def _check_filters(cfg: DataConfig, files: Sequence[_File]) -> None:
             found = set(map(_filter_key, there))
             missing = [value for value in allowed if _filter_key(value) not in found]
             if missing or not allowed:
-                what = f"value {quote(missing[0])} matches no row" if missing else "the list of values is empty"
+                what = f"value {quote(missing[0])} matches no record" if missing else "the list of values is empty"
                 shown, where = ", ".join(map(quote, sorted(there)[:_SHOWN])), ", ".join(file.source for file in having)
                 raise DataError(
                     f"{where}: data.{setting}, column {source!r}: {what}; use values that are there, such as {shown}"

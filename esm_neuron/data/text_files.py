@@ -61,7 +61,7 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
         else:
             yield start, [record[pick] for pick in picks]
     if not header:
-        raise DataError(f"{path}: the file is empty; give one with a header line and rows")
+        raise DataError(f"{path}: the file is empty; give one with a header line and records")
 
 
 def _row_name(record: Sequence[str], columns: Sequence[Column], picks: Sequence[int]) -> str:

@@ -66,12 +66,12 @@ class Report:
             "windowed": f"cut into {self.windows} windows",
             "unlabelled_residues": "residues without a label (task.ignore)",
             "repeated": "repeat a sequence of the same split",
-            "in_train": "have a sequence that is in the training rows too",
-            "renamed": "have an id that names another sequence in the training rows",
+            "in_train": "have a sequence that is in training too",
+            "renamed": "have an id that names another sequence in training",
             "conflicting": "have a sequence with conflicting labels",
         }
         parts = [f"{getattr(self, key)} {text}" for key, text in texts.items() if getattr(self, key)]
-        return f"{self.name}: " + "; ".join([f"{self.rows} rows", *parts])
+        return f"{self.name}: " + "; ".join([f"{self.rows} proteins", *parts])
 
 
 @dataclass
@@ -164,21 +164,21 @@ class Checker:
     def _check(self, first: int, line: int, name: str, sequence: str, label: str | None = None) -> str | None:
         """Note what is wrong with a row. Return its sequence as it is used, None where the row is left out."""
         if not name:
-            self.problems.add(line, "the id is empty; give every row a name")
+            self.problems.add(line, "the id is empty; give every record a name")
         elif first != line:
             where = f"{row_unit(self._source)} {first}"
             self.problems.add(line, f"id {quote(name)} was used in {where} already; make ids unique")
         if label is not None and is_missing(label):
             what = f"column {self._cfg.label_column!r} of {quote(name)} is empty"
-            self.problems.add(line, f"{what}; give a label or remove the row")
+            self.problems.add(line, f"{what}; give a label or remove the record")
         if not sequence:
-            self.problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the row")
+            self.problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the record")
         bad = bad_residues(sequence)
         if bad is None:
             return sequence
         choice = self._cfg.on_bad_residue
         if choice == "strict":
-            cure = "correct it, or use data.on_bad_residue=skip (leave the row out) or replace (write X)"
+            cure = "correct it, or use data.on_bad_residue=skip (leave the record out) or replace (write X)"
             self.problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {cure}")
         else:
             action = "left out" if choice == "skip" else "replaced by X"
@@ -193,7 +193,7 @@ class Checker:
         self.problems.raise_any()
         rows = self.counts["rows"]
         if self.counts["skipped"] == rows:
-            raise DataError(f"{self._source}: all {rows} rows have characters that are no residues; is it protein?")
+            raise DataError(f"{self._source}: all {rows} records have characters that are no residues; is it protein?")
 
 
 class _Ids:

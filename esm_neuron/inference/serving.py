@@ -14,6 +14,7 @@ from torch import nn
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import BackendName, DataConfig, TrainConfig
+from esm_neuron.data.records import Column, text
 from esm_neuron.data.sources import make_rows
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.errors import DataError
@@ -51,7 +52,12 @@ class _Request(InputChunks):
         super().__init__("request", cfg)
         if not records:
             raise DataError("request: no records; send at least one")
-        self._records = [(name.strip(), sequence.strip()) for name, sequence in records]
+        # JSON can hold what no file can: halves of surrogate pairs and zero bytes, which `text` refuses.
+        columns = [Column(name, name, "") for name in ("id", "sequence")]
+        self._records = [
+            [text(value, "request", number, column).strip() for value, column in zip(record, columns, strict=True)]
+            for number, record in enumerate(records, start=1)
+        ]
 
     def _chunks(self) -> Iterator[pa.Table]:
         ids, sequences = zip(*self._records, strict=True)

@@ -77,7 +77,7 @@ def _metadata(cfg: TrainConfig, result: Mapping[str, Any], name: str, pipeline: 
     dataset = _file(cfg.data.train) or "unknown"
     results = [
         EvalResult(
-            task_type=pipeline or "tabular-regression",
+            task_type=pipeline or "other",  # the hub has no name for it
             dataset_type=re.sub(r"[^\w.-]+", "-", dataset),
             dataset_name=dataset,
             dataset_split=split,

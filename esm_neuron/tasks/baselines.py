@@ -223,4 +223,4 @@ def _logit(probabilities: np.ndarray) -> np.ndarray:
 def capped(baselines: Sequence[Baseline]) -> str:
     """Return a line that says which baselines did not see all training rows; empty where all did."""
     some = [f"{b.name} on {b.fitted_on:,} of {b.training:,}" for b in baselines if b.fitted_on < b.training]
-    return f"baselines fitted on a sample of the training rows: {', '.join(some)}" if some else ""
+    return f"baselines fitted on a sample of the training proteins: {', '.join(some)}" if some else ""

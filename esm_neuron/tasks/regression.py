@@ -34,7 +34,7 @@ class Regression(PooledTask):
         super().__init__(cfg, labels)
         require(
             cfg.target_mean is not None and cfg.target_sd is not None,
-            "task.target_mean and task.target_sd are not known; they are taken from the training rows, or given",
+            "task.target_mean and task.target_sd are not known; they are taken from the training proteins, or given",
         )
         self._mean, self._sd = float(cfg.target_mean or 0.0), float(cfg.target_sd or 1.0)
 

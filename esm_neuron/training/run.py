@@ -108,7 +108,7 @@ class _Job:
         """Read the data, build the model, make the trainer."""
         splits = raise_on_any_rank(backend, lambda: load_splits(cfg, task_class(cfg.task.name).label_kind))
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
-            raise DataError(f"{cfg.data.train}: the ranks read different rows; give every node the same files")
+            raise DataError(f"{cfg.data.train}: the ranks read different records; give every node the same files")
         log(splits.summary())
         cfg = replace(cfg, task=splits.task)
         task = create_task(cfg.task, splits.labels)
@@ -190,7 +190,7 @@ def _notes(trainer: Trainer) -> Iterator[str]:
     """Yield a note about each setting that is allowed and rarely meant."""
     cfg = trainer.cfg
     if cfg.loop.patience and trainer.valid_loader is None:
-        yield f"NOTE: loop.patience={cfg.loop.patience} never ends training: there are no validation rows to watch"
+        yield f"NOTE: loop.patience={cfg.loop.patience} never ends training: there are no validation proteins to watch"
     warmup, steps = cfg.optim.warmup_steps, trainer.total_steps
     if warmup >= steps:
         yield f"NOTE: optim.warmup_steps={warmup} of {steps} steps: the learning rate never reaches optim.lr"

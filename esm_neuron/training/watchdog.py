@@ -73,18 +73,24 @@ class Watchdog:
             # be why it hangs, faulthandler's own does.
             with contextlib.suppress(RuntimeError):
                 threading.Timer(PATIENCE, os._exit, (EXIT_HUNG,)).start()
+            text = reason.encode() + _stacks()
             with contextlib.suppress(OSError):
                 blocking = os.get_blocking(2)
                 os.set_blocking(2, False)  # it may be a full pipe that nobody reads
-                _write(2, reason)
+                with contextlib.suppress(OSError):
+                    os.write(2, text)
                 os.set_blocking(2, blocking)  # other processes write there too
-            with contextlib.suppress(OSError), self._file.open("wb") as file:
-                _write(file.fileno(), reason)
+            with contextlib.suppress(OSError):
+                self._file.write_bytes(text)
         finally:
             os._exit(EXIT_HUNG)
 
 
-def _write(file: int, reason: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(file, reason.encode())
-    faulthandler.dump_traceback(file)
+def _stacks() -> bytes:
+    """Return the stacks of all threads."""
+    # faulthandler keeps the interpreter lock while it writes: in a file or a pipe that hangs it would keep the timer
+    # from running too, so it writes into memory.
+    with os.fdopen(os.memfd_create("stacks"), "w+b") as memory:
+        faulthandler.dump_traceback(memory)
+        memory.seek(0)
+        return memory.read()

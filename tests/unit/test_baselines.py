@@ -135,7 +135,7 @@ def test_unigram_perplexity_is_that_of_the_frequencies() -> None:
 def test_a_sample_is_fitted_on_and_said_where_there_are_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "MOST_ROWS", 50)
     fitted = fit_baselines(AB, signal(200, 0, 0.15))
-    assert capped(fitted) == "baselines fitted on a sample of the training rows: composition on 50 of 200"
+    assert capped(fitted) == "baselines fitted on a sample of the training proteins: composition on 50 of 200"
     assert fitted[1].metrics(create_task(AB, ("A", "B")), signal(100, 1, 0.15))["fitted_on"] == 50
     monkeypatch.setattr(baselines, "MOST_ROWS", 200)
     assert capped(fit_baselines(AB, signal(200, 0, 0.15))) == ""

@@ -83,7 +83,14 @@ def test_ctrl_c_is_one_line(call: Callable[..., Said], monkeypatch: pytest.Monke
 
 def test_settings_that_cannot_be_are_refused(toy: Toy, tmp_path: Path, refused: Callable[..., str]) -> None:
     words = words_of(toy())
-    assert "unknown command 'trian'; the commands are train, evaluate" in refused("trian")
+    assert (
+        "unrecognized arguments: --relatives off; its name is --homologs now; see esm-neuron data check --help"
+        in refused("data", "check", "x.csv", "--relatives", "off")
+    )
+    assert "unknown command 'data get'; its name is python examples/datasets/get.py now; the commands" in refused(
+        "data", "get", "scl2205"
+    )
+    assert "unknown command 'trian'; did you mean train? the commands are train, evaluate" in refused("trian")
     assert "unknown setting loop.max_step; did you mean loop.max_steps?" in refused(*words, "--loop.max_step=1")
     assert "optim.lr" in refused(*words, "--optim.lr=fast")
     assert "loop.packs_per_step=3 is not a multiple of 4" in refused(*words, "--loop.packs_per_step=3")
@@ -122,7 +129,7 @@ def test_data_that_cannot_be_used_is_refused(toy: Toy, proteins: Proteins, refus
     first, sequence = lines[1].split(",")[0], lines[1].split(",")[1]
     assert "bad.csv: no column 'colour' (data.label_column)" in refused_with(good, "--data.label_column=colour")
     assert "bad.csv: the file is empty" in refused_with("")
-    assert "bad.csv: the file has no rows" in refused_with(lines[0] + "\n")
+    assert "bad.csv: the file has no records" in refused_with(lines[0] + "\n")
     assert f"bad.csv:3: id '{first}' was used in line 2 already" in refused_with(
         "\n".join([lines[0], lines[1], lines[1], *lines[3:]]) + "\n"
     )
@@ -150,11 +157,11 @@ def test_residues_outside_the_alphabet_are_counted(toy: Toy, call: Callable[...,
     path.write_text("\n".join(lines) + "\n")
     skip = call(*words_of(replace(cfg, output=cfg.output + "1")), "--data.on_bad_residue=skip")
     assert skip.code == 0
-    assert "train.csv: 60 rows; 1 skipped for characters that are no residues" in skip.err
-    assert "train split: 59 rows" in skip.err
+    assert "train.csv: 60 proteins; 1 skipped for characters that are no residues" in skip.err
+    assert "train split: 59 proteins" in skip.err
     replaced = call(*words_of(replace(cfg, output=cfg.output + "2")), "--data.on_bad_residue=replace")
     assert replaced.code == 0
-    assert "train.csv: 60 rows; 1 with 2 characters replaced by X" in replaced.err
+    assert "train.csv: 60 proteins; 1 with 2 characters replaced by X" in replaced.err
     assert "valid split: 0 of 20 proteins have a homolog in training (by kmer)" in replaced.err
     leaks = json.loads((Path(cfg.output + "2") / "result.json").read_text())["leaks"]
     assert leaks["test"] == {"method": "kmer", "proteins": 20, "homologs": 0}

@@ -45,10 +45,10 @@ def test_check_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (found["faults"], found["first_faults"]) == (0, [])
     assert cli.main(words) == 0
     text = capsys.readouterr().out
-    assert "leaks: test: of 3 rows 1 are in the training rows, 2 with a homolog there" in text
-    assert "conflicts: 2 rows have a sequence with another label elsewhere\n" in text
+    assert "leaks: test: of 3 proteins 1 are in training, 2 with a homolog there" in text
+    assert "conflicts: 2 proteins have a sequence with another label elsewhere\n" in text
     assert cli.main([*words, "--homologs", "off"]) == 0
-    assert "1 are in the training rows, homologs not looked for" in capsys.readouterr().out
+    assert "1 are in training, homologs not looked for" in capsys.readouterr().out
 
 
 def test_check_looks_for_no_relatives_in_a_file_too_large(
@@ -56,7 +56,7 @@ def test_check_looks_for_no_relatives_in_a_file_too_large(
 ) -> None:
     monkeypatch.setattr("esm_neuron.data.check.MOST", 4)
     assert cli.main(["data", "check", str(write(tmp_path / "x.csv")), "--split_column", "split"]) == 0
-    said = "1 are in the training rows, homologs not looked for (5 rows are more than 4)\n"
+    said = "1 are in training, homologs not looked for (5 proteins are more than 4)\n"
     assert said in capsys.readouterr().out
 
 
@@ -109,7 +109,7 @@ def test_check_counts_labels_as_their_task_does(
     )  # fmt: skip
     assert found["faults"] == 1 and said in found["first_faults"][0]
     assert cli.main(words) == 1
-    assert "conflicts: 3 rows" in capsys.readouterr().out
+    assert "conflicts: 3 proteins" in capsys.readouterr().out
 
 
 def sdist(path: Path, members: dict[str, bytes]) -> Path:

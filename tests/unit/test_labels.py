@@ -162,8 +162,8 @@ def test_a_label_that_training_does_not_know_is_refused(tmp_path: Path, task: st
 @pytest.mark.parametrize(
     ("task", "rows", "settings", "message"),
     [
-        ("multi_label", [("MK", "A")], {}, "has one class only, 'A', in the training rows"),
-        ("residue_classification", [("MK", "--")], {}, "has no class in the training rows"),
+        ("multi_label", [("MK", "A")], {}, "has one class only, 'A', in the training proteins"),
+        ("residue_classification", [("MK", "--")], {}, "has no class in the training proteins"),
         ("regression", [("MK", "2"), ("MKV", "2")], {}, "every training value is 2: there is nothing to learn"),
         ("multi_label", [("MK", "A;B")], {"class_weights": {"A": 1.0}}, "task.class_weights: 'B' has no weight; weigh"),
         ("multi_label", [("MK", "A;B")], {"class_weights": {"A": 1, "B": 1, "C": 2}}, "'C' is no class; weigh each"),
@@ -171,13 +171,13 @@ def test_a_label_that_training_does_not_know_is_refused(tmp_path: Path, task: st
             "multi_label",
             [("MK", "A;B")],
             {"labels": ("A", "B", "C"), "class_weights": "balanced"},
-            "every training row is of class 'A'; weigh the classes by hand",
+            "every training protein is of class 'A'; weigh the classes by hand",
         ),
         (
             "residue_classification",
             [("MK", "AB")],
             {"labels": ("A", "B", "C"), "class_weights": "balanced"},
-            "no training row is of class 'C'",
+            "no training protein is of class 'C'",
         ),
     ],
 )

@@ -307,7 +307,7 @@ def test_two_processes_write_what_one_writes(trained: TrainConfig, proteins: Pro
         [*start, "-m", "esm_neuron.cli", *command], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("300 predictions written") == 1 and done.stderr.count("300 rows") == 1
+    assert done.stderr.count("300 predictions written") == 1 and done.stderr.count("300 proteins") == 1
     predict(trained.output, source, tmp_path / "one.csv", settings=SMALL)
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 

@@ -276,7 +276,7 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "\n\n", ": the file is empty; "),
     ("a.csv.gz", b"", ": the file is empty; "),
     ("a.fa", "\n", ": the file is empty; "),
-    ("a.csv", HEAD, ": the file has no rows; "),
+    ("a.csv", HEAD, ": the file has no records; "),
     (
         "a.csv",
         HEAD + "P1,MKV,in\nP2,MKV,in,4\n",
@@ -357,7 +357,7 @@ BROKEN_TABLES: list[tuple[str, str | bytes, str]] = [
     ("a.parquet", b"", r": no sound Parquet file \("),
     ("a.parquet", b"id,sequence\n", r": no sound Parquet file \("),
     ("a.parquet", parquet(PARQUET)[:-20], r": no sound Parquet file \("),
-    ("a.parquet", parquet(PARQUET.slice(0, 0)), ": the file has no rows; "),
+    ("a.parquet", parquet(PARQUET.slice(0, 0)), ": the file has no records; "),
     ("a.parquet", parquet(PARQUET.drop_columns("label")), r": no column 'label' \(data.label_column\); the file has"),
     (
         "a.parquet",

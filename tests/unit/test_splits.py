@@ -11,6 +11,7 @@ from helpers.inputs import load_inputs
 from helpers.rows import cut_sequence
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
+from esm_neuron.data import splits as splits_module
 from esm_neuron.data.dataset import ExampleTable, cut_starts, join_tables
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import InputChunks, Splits, load_splits
@@ -76,10 +77,10 @@ def test_split_names_are_chosen(tmp_path: Path) -> None:
     path = write(tmp_path, [(*row[:3], row[3].upper(), row[4]) for row in ROWS])
     assert len(load(path, split_column="split", split_names=("TRAIN", "VALID", "TEST")).train) == 3
     with pytest.raises(
-        DataError, match=r"x.csv: column 'split' has 3 values .*: 'TRAIN' \(3 rows, first in line 2\), "
+        DataError, match=r"x.csv: column 'split' has 3 values .*: 'TRAIN' \(3 records, first in line 2\), "
     ):
         load(path, split_column="split")
-    with pytest.raises(DataError, match="no row has 'x' in column 'split'"):
+    with pytest.raises(DataError, match="no record has 'x' in column 'split'"):
         load(path, split_column="split", split_names=("x", "VALID", "TEST"), keep={"split": ["VALID"]})
     with pytest.raises(ConfigError, match="three different names"):
         load(path, split_column="split", split_names=("x", "x", "y"))
@@ -98,7 +99,9 @@ def test_split_by_file_equals_split_by_column(tmp_path: Path) -> None:
 def test_a_split_with_two_origins_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, ROWS)
     other = write(tmp_path, [("z", "DDDD", "in", "", "")], "other.csv")
-    with pytest.raises(ConfigError, match="valid rows come both from data.valid and from data.split_column='split'"):
+    with pytest.raises(
+        ConfigError, match="valid proteins come both from data.valid and from data.split_column='split'"
+    ):
         load(path, split_column="split", valid=other)
     splits = load(path, split_column="split", valid=other, keep={"id": list("abcfgz")})
     assert splits.valid is not None
@@ -123,15 +126,26 @@ def test_row_filters(tmp_path: Path) -> None:
     ("filters", "message"),
     [
         ({"keep": {"leeky": ["False"]}}, r"no column 'leeky' \(data.keep\); .*; did you mean 'leaky'\?"),
-        ({"keep": {"label": ["in", "inn"]}}, "data.keep, column 'label': value 'inn' matches no row; .* 'in', 'out'"),
+        (
+            {"keep": {"label": ["in", "inn"]}},
+            "data.keep, column 'label': value 'inn' matches no record; .* 'in', 'out'",
+        ),
         ({"keep_heldout": {"leaky": []}}, "data.keep_heldout, column 'leaky': the list of values is empty"),
-        ({"keep": {"label": ["in"], "id": ["b"]}}, "data.keep leaves no rows"),
-        ({"keep_heldout": {"id": ["d", "a"]}}, "data.keep_heldout leaves no test rows"),
+        ({"keep": {"label": ["in"], "id": ["b"]}}, "data.keep leaves no records"),
+        ({"keep_heldout": {"id": ["d", "a"]}}, "data.keep_heldout leaves no test proteins"),
     ],
 )
 def test_filters_that_cannot_work(tmp_path: Path, filters: dict, message: str) -> None:
     with pytest.raises(DataError, match=f"x.csv: {message}"):
         load(write(tmp_path, ROWS), split_column="split", **filters)
+
+
+def test_of_a_filtered_column_only_what_messages_need_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("id,sequence\n" + "".join(f"p{number},MKV\n" for number in range(300)))
+    file = splits_module._File(DataConfig(keep={"id": ["p299", "q"]}), "train", str(path), None)
+    file.read(None)
+    assert file.values["id"] == {"p299", *sorted(f"p{number}" for number in range(300))[:10]}
 
 
 def test_a_training_file_alone_needs_no_column_of_the_heldout_filter(tmp_path: Path) -> None:
@@ -144,7 +158,7 @@ def test_a_training_file_alone_needs_no_column_of_the_heldout_filter(tmp_path: P
 
 def test_a_split_is_never_skipped_away(tmp_path: Path) -> None:
     rows = [(i, "*" if s == "test" else q, lab, s, k) for i, q, lab, s, k in ROWS]
-    with pytest.raises(DataError, match="data.on_bad_residue=skip leaves no test rows"):
+    with pytest.raises(DataError, match="data.on_bad_residue=skip leaves no test proteins"):
         load(write(tmp_path, rows), split_column="split", on_bad_residue="skip")
 
 
@@ -174,7 +188,9 @@ def test_sampling_leaves_every_class_in_training(tmp_path: Path) -> None:
         splits = load(path, valid_fraction=0.9, seed=seed)
         assert len(splits.sampled["valid"]) == 1
         assert splits.train.labels.tolist() == [0, 1] or splits.train.labels.tolist() == [1, 0]
-    with pytest.raises(DataError, match="2 training rows are too few to sample validation rows from; give data.valid"):
+    with pytest.raises(
+        DataError, match="2 training proteins are too few to sample validation proteins from; give data.valid"
+    ):
         load(write(tmp_path, ROWS[:2]))
 
 
@@ -198,7 +214,7 @@ def test_class_names(tmp_path: Path) -> None:
         DataError, match="x.csv:2: column 'label' of 'a': label 'in' is not one of the classes 'out', 'x'; "
     ):
         load(path, labels=("out", "x"), split_column="split", keep={"id": list("abcg")})
-    with pytest.raises(DataError, match="x.csv: column 'label' has one class only, 'in', in the training rows; "):
+    with pytest.raises(DataError, match="x.csv: column 'label' has one class only, 'in', in the training proteins; "):
         load(path, split_column="split", keep={"label": ["in"]})
 
 
@@ -257,13 +273,13 @@ def test_windows_in_the_table_share_one_weight(tmp_path: Path) -> None:
     np.testing.assert_allclose(table.weight, [1, 1, 1 / 3, 1 / 3, 1 / 3])
     assert len(table.labels) == len(table.ids) == 3
     assert table.lengths.tolist() == [5, 5, 10, 10, 10]
-    assert "train split: 3 rows; 1 cut into 3 windows" in splits.summary()
+    assert "train split: 3 proteins; 1 cut into 3 windows" in splits.summary()
 
 
 def test_cropping_is_counted_and_refusing_names_the_row(tmp_path: Path) -> None:
     path = write(tmp_path, [*ROWS, ("w", SEQUENCE, "in", "train", "x")])
     splits = load(path, split_column="split", max_residues=4)
-    assert "train split: 4 rows; 1 cropped, 16 residues cut off" in splits.summary()
+    assert "train split: 4 proteins; 1 cropped, 16 residues cut off" in splits.summary()
     with pytest.raises(
         DataError, match="x.csv:9: the sequence of 'w' has 20 residues, more than data.max_residues=19; "
     ):
@@ -307,7 +323,7 @@ def test_inputs_keep_their_order_and_need_no_labels(tmp_path: Path) -> None:
     assert table.ids == ["z", "b", "a"]
     assert texts(table) == ["MKX", SEQUENCE[:10], "MKV"]
     assert table.labels.size == 0
-    assert report.summary() == f"{path}: 3 rows; 1 with 1 characters replaced by X; 1 cropped, 10 residues cut off"
+    assert report.summary() == f"{path}: 3 proteins; 1 with 1 characters replaced by X; 1 cropped, 10 residues cut off"
     table, report = load_inputs(path, replace(cfg, on_bad_residue="skip", long_sequences="window", window_overlap=0))
     assert table.ids == ["b", "a"]
     assert table.record.tolist() == [0, 0, 1]
@@ -390,5 +406,5 @@ def test_clusters_that_cannot_be_sampled_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.sample=clusters with data.homologs=off"):
         load(path, sample="clusters", homologs="off")
     only = {"id": [f"f{n}-{m}" for n in range(20) for m in range(5)]}
-    with pytest.raises(DataError, match=r"no cluster .* for validation \(100 training rows, 20 clusters, the larg"):
+    with pytest.raises(DataError, match=r"no cluster .* for validation \(100 training proteins, 20 clusters, the larg"):
         load(path, sample="clusters", keep=only, valid_fraction=0.04)

@@ -26,7 +26,7 @@ def test_good_rows_pass_in_upper_case() -> None:
     assert rows["line"].to_pylist() == [2, 3, 4]
     assert rows["label"].to_pylist() == ["NA", "None", "0"]
     assert report == Report(name="x.csv", rows=3)
-    assert report.summary() == "x.csv: 3 rows"
+    assert report.summary() == "x.csv: 3 proteins"
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_skip_leaves_rows_out_and_counts_them() -> None:
     rows, report = check(["MK*", "MKV", "J"], labels=["a", "b", "c"], on_bad_residue="skip")
     assert rows.to_pydict() == {"line": [3], "id": ["P1"], "sequence": ["MKV"], "label": ["b"]}
     assert report == Report(name="x.csv", rows=3, skipped=2)
-    assert report.summary() == "x.csv: 3 rows; 2 skipped for characters that are no residues"
-    with pytest.raises(DataError, match="x.csv: all 1 rows have characters that are no residues; "):
+    assert report.summary() == "x.csv: 3 proteins; 2 skipped for characters that are no residues"
+    with pytest.raises(DataError, match="x.csv: all 1 records have characters that are no residues; "):
         check(["*"], on_bad_residue="skip")
 
 
@@ -60,7 +60,7 @@ def test_replace_writes_x_and_counts() -> None:
     rows, report = check(["m*K-", "MKV", "J"], on_bad_residue="replace")
     assert rows["sequence"].to_pylist() == ["MXKX", "MKV", "X"]
     assert report == Report(name="x.csv", rows=3, replaced=2, replaced_residues=3)
-    assert report.summary() == "x.csv: 3 rows; 2 with 3 characters replaced by X"
+    assert report.summary() == "x.csv: 3 proteins; 2 with 3 characters replaced by X"
 
 
 @pytest.mark.parametrize("mode", ["strict", "skip", "replace"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -122,6 +123,21 @@ def test_a_file_system_that_hangs_does_not_keep_it_alive(tmp_path: Path) -> None
     done, _ = hang("wait_for_a_peer", tmp_path / "file")
     assert done.returncode == EXIT_HUNG
     assert "step 7 has taken more than 1 s" in done.stderr and "in wait_for_a_peer" in done.stderr
+
+
+def test_a_file_system_that_hangs_amid_the_stacks_does_not_keep_it_alive(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")
+    reader = os.open(tmp_path / "file", os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(tmp_path / "file", os.O_WRONLY)
+    try:
+        room = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, bytes(room - 600))  # what is left takes the reason, but not the stacks
+        done, _ = hang("wait_for_a_peer", tmp_path / "file")
+    finally:
+        os.close(writer)
+        os.close(reader)
+    assert done.returncode == EXIT_HUNG
+    assert "in wait_for_a_peer" in done.stderr
 
 
 @pytest.mark.parametrize("seconds", [0, 0.2])
