@@ -29,7 +29,7 @@ BF16_TFLOPS = {
     "L4": 121,
 }  # fmt: skip
 """Part of a GPU's name -> its peak with float32 accumulation; the first match counts."""
-FIGURES_FILE, SETUP_FILE = "figures.json", "setup.json"
+MEASURED_FILE, SETUP_FILE = "measured.json", "setup.json"
 """What hf_trainer.py and timed_train.py measured."""
 NEVER = 1_000_000
 """More steps than a run has: for what should not happen."""
@@ -74,7 +74,7 @@ def command(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_s
     if who.name != OURS:
         options = {
             "data": folder / "train.tsv",
-            "metrics": folder / FIGURES_FILE,
+            "output": folder / MEASURED_FILE,
             "setting": who.name.removeprefix("HF "),
             "precision": who.precision,
             "backend": args.backend,
@@ -171,7 +171,7 @@ def run(who: Contestant, args: argparse.Namespace, folder: Path, packs_per_step:
             metrics = read_ours(own_folder / "out", args.warmup, setup)
             metrics |= planned(ours(who, args, own_folder, packs_per_step), args.backend)
         else:
-            metrics = json.loads((own_folder / FIGURES_FILE).read_text())
+            metrics = json.loads((own_folder / MEASURED_FILE).read_text())
     if metrics["steps"] <= 0:
         return {**before, "error": f"no step is left after a warm-up of {args.warmup}; use more --rows"}
     return {**before, **metrics, **speeds(who, args, folder, metrics), "peak_rss_mb": usage.ru_maxrss / 1024}
@@ -213,7 +213,7 @@ def keep(folder: Path, who: Contestant, run_folder: Path) -> None:
     number = len(list(folder.glob("*"))) if folder.exists() else 0
     kept = folder / f"{number:03d}-{who.label.replace(' ', '-')}"
     kept.mkdir(parents=True)
-    for file in (run_folder / "log", run_folder / FIGURES_FILE, *(run_folder / "out").glob("*.json*")):
+    for file in (run_folder / "log", run_folder / MEASURED_FILE, *(run_folder / "out").glob("*.json*")):
         if file.exists():
             shutil.copy(file, kept)
 
@@ -230,7 +230,7 @@ def planned(words: list[str], backend: str) -> dict[str, float]:
     cfg = settings.parse(words)
     plan = make_plan(cfg, load_splits(cfg, Labels))
     if backend == "xla":
-        return {"programs_planned": plan.graphs}
+        return {"graphs_planned": plan.graphs}
     return {"predicted_gpu_gb": plan.memory.total / 1e9} if plan.memory else {}
 
 

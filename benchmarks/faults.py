@@ -285,8 +285,8 @@ def run(cfg: Any, process: Callable[[], None] = nothing) -> tuple[int, list[str]
     child.start()
     child.join()
     text = Path(f"{cfg.output}.log").read_text(encoding="utf-8")
-    said = re.findall(r"^(?:WARNING: |esm-neuron: error: )?((?<=: ).*|stopped by .*)", text, re.MULTILINE)
-    return child.exitcode or 0, [line.replace(f"{Path(cfg.output).parent}/", "") for line in said]
+    logged = re.findall(r"^(?:WARNING: |esm-neuron: error: )?((?<=: ).*|stopped by .*)", text, re.MULTILINE)
+    return child.exitcode or 0, [line.replace(f"{Path(cfg.output).parent}/", "") for line in logged]
 
 
 def whole_steps(cfg: Any) -> list[int]:
@@ -308,9 +308,9 @@ def unbroken(folder: Path, backend: BackendName) -> dict[str, Any]:
     """Return what an unbroken run leaves; train it first if that has not been done."""
     cfg = tiny_run.configuration(folder, f"whole-{backend}", tiny_run.Mode(backend=backend), STEPS)
     if not Path(cfg.output).exists():
-        code, said = run(cfg)
+        code, logged = run(cfg)
         if code:
-            sys.exit(f"the unbroken run ended with {code}: {said}")
+            sys.exit(f"the unbroken run ended with {code}: {logged}")
     return tiny_run.left(Path(cfg.output))
 
 
@@ -340,11 +340,11 @@ def inject(fault: Fault, folder: Path, number: int) -> dict[str, Any]:
             shutil.copytree(folder / f"whole-{backend}", out)
             (out / "result.json").unlink()
             fault.files(out)
-        code, said = run(cfg, fault.process)
+        code, logged = run(cfg, fault.process)
         finished = (out / "result.json").exists()
         if finished and fault.resumed and not tiny_run.begun_after(cfg):
             sys.exit(f"{fault.name}: the run began anew, which ends with the same bytes")
-        found = {"fault": fault.name, "exit": code, "said": said, "finished": finished,
+        found = {"fault": fault.name, "exit": code, "logged": logged, "finished": finished,
                  "as_unbroken": tiny_run.left(out) == expected if finished else None,
                  "whole_checkpoints": whole_steps(cfg), "goes_on": None, "commit": commit()}  # fmt: skip
         if not (finished or fault.resumed):
@@ -359,7 +359,7 @@ def outcome(found: dict[str, Any]) -> str:
     end = {True: "finished, byte for byte as unbroken", False: "finished", None: f"ended with {found['exit']}"}
     kept = f"whole checkpoints: {', '.join(map(str, found['whole_checkpoints'])) or 'none'}"
     on = {True: "; gone on without it: byte for byte as unbroken", False: "; GONE ON, AND DIFFERS", None: ""}
-    return f"{end[found['as_unbroken']]}; {kept}{on[found.get('goes_on')]} | {' / '.join(found['said'])}"
+    return f"{end[found['as_unbroken']]}; {kept}{on[found.get('goes_on')]} | {' / '.join(found['logged'])}"
 
 
 def main() -> None:
@@ -384,7 +384,7 @@ def main() -> None:
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     found = [results[fault.name] for fault in FAULTS if fault.name in results]
-    print("| fault | outcome | said |\n|---|---|---|")
+    print("| fault | outcome | logged |\n|---|---|---|")
     for each in found:
         print(f"| {each['fault']} | {outcome(each)} |")
 

@@ -1,4 +1,4 @@
-"""Measure one setting of Hugging Face Trainer + PEFT in a process of its own, and write its `--figures` as JSON.
+"""Measure one setting of Hugging Face Trainer + PEFT in a process of its own, and write what was measured as JSON.
 
 This is what a careful user of Trainer would write: EsmForSequenceClassification, LoRA on all six linears of a block,
 AdamW, and batches padded to the cap, to their longest member, or grouped by length first. Counted are residues of
@@ -27,11 +27,11 @@ from typing import Any
 SETTINGS = ("padded", "dynamic", "group_by_length")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; throughput.py gives the same proteins and settings to every contestant."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="TSV with sequence and label; every row is trained on once")
-    parser.add_argument("--figures", required=True, type=Path, help="JSON file to write what was measured to")
+    parser.add_argument("--data", required=True, help="TSV with sequence and label; every protein is trained on once")
+    parser.add_argument("--output", required=True, type=Path, help="JSON file to write what was measured to")
     parser.add_argument("--setting", choices=SETTINGS, required=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument(
@@ -43,10 +43,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=2, help="optimizer steps that are not timed")
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after these optimizer steps; -1: all rows")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after these optimizer steps; -1: all proteins")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--adapter", choices=("none", "lora", "qlora"), default="lora", help="none: all is trained")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def main() -> None:
     os.environ["USE_TORCH_XLA"] = "1" if args.backend == "xla" else "0"
     if args.backend == "xla":
         os.environ["PJRT_DEVICE"] = "CPU"
-    args.metrics.write_text(json.dumps(measure(args)))
+    args.output.write_text(json.dumps(measure(args)))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ INITS = ("pretrained", "random")
 SHOWN = ("model", "chosen_step", "adapter", "parameters", "train")
 """What the page shows of a run."""
 
-Figure = Callable[[np.ndarray], np.ndarray]
+Metric = Callable[[np.ndarray], np.ndarray]
 """From multiplicities [k, proteins] to a metric per resample [k]."""
 
 
@@ -139,7 +139,7 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
         "runs": {init: {key: one.result[key] for key in SHOWN} for init, one in finished.items()},
         "metrics": metrics,
         "differences": differences,
-        "silent": [name for name, said in predictions.items() if "label" in said and (said["label"] == "").all()],
+        "silent": [name for name, made in predictions.items() if "label" in made and (made["label"] == "").all()],
     }  # fmt: skip
 
 
@@ -171,11 +171,11 @@ def scorer(
         ]
         return lambda counts: np.asarray(np.mean([curve.areas(counts)[0] for curve in curves], axis=0))
     if task == "multi_label":
-        truth, said = (
+        target, predicted = (
             np.stack([has_label(predictions[name], label) for label in labels], axis=1).astype(float)
             for name in ("target", "label")
         )
-        return lambda counts: macro_f1(counts @ (truth * said), counts @ (truth + said))
+        return lambda counts: macro_f1(counts @ (target * predicted), counts @ (target + predicted))
     if task == "regression":
         x, y = predictions["value"].to_numpy(float), predictions["target"].to_numpy(float)
         return lambda counts: correlations(counts, ranks(counts, x), ranks(counts, y))
@@ -193,10 +193,10 @@ def confusion_cells(labels: tuple[str, ...], predictions: pd.DataFrame, per_resi
     """Return how often each pair of target and prediction occurs in a protein, float64 [proteins, C * C]."""
     place = {label: i for i, label in enumerate(labels)}
     cells = np.zeros((len(predictions), len(labels) ** 2))
-    for row, (truth, said) in enumerate(
+    for row, (target, predicted) in enumerate(
         zip(predictions["target"], predictions["labels" if per_residue else "label"], strict=True)
     ):
-        for pair in zip(truth, said, strict=True) if per_residue else [(truth, said)]:
+        for pair in zip(target, predicted, strict=True) if per_residue else [(target, predicted)]:
             if pair[0] is not None:
                 cells[row, place[pair[0]] * len(labels) + place[pair[1]]] += 1
     return cells

@@ -31,9 +31,9 @@ from esm_neuron.backends.cpu import has_bf16_units
 from esm_neuron.data.cache import content_key
 
 SETTINGS = ("ours", "padded", "dynamic", "group_by_length")
-FIGURES = (
+MEASURES = (
     "residues_per_second", "tokens_per_second", "mfu", "padding_efficiency", "graphs", "graphs_in_all",
-    "programs_planned", "peak_gpu_gb", "predicted_gpu_gb", "peak_rss_mb",
+    "graphs_planned", "peak_gpu_gb", "predicted_gpu_gb", "peak_rss_mb",
 )  # fmt: skip
 TRIAL_RESIDUES = 254
 """Longest protein of the trial steps that show whether bf16 is worth the time."""
@@ -128,7 +128,7 @@ def summary(contestants: Iterable[Contestant], runs: dict[Contestant, list[dict[
         done = [r for r in runs[who] if "error" not in r]
         row: dict[str, Any] = {"setting": who.name, "label": who.label, "precision": who.precision}
         row |= {"adapter": who.adapter, "checkpointing": who.again, "runs": len(done)}
-        for name in FIGURES:
+        for name in MEASURES:
             values = [r[name] for r in done if name in r]
             row[name] = statistics.median(values) if values else float("nan")
         row["low"] = min((r["residues_per_second"] for r in done), default=float("nan"))

@@ -41,12 +41,12 @@ class Mode:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-ONE_ROW = {"loop": {"packs_per_device": 1}}
+ONE_PACK = {"loop": {"packs_per_device": 1}}
 DEVICES = {
-    "gloo": Mode(ONE_ROW, processes=2),
+    "gloo": Mode(ONE_PACK, processes=2),
     "xla": Mode(backend="xla"),
-    "spmd": Mode({"parallel": {"tp": 2}, **ONE_ROW}, "xla", environment={"CPU_NUM_DEVICES": "4"}),
-    "nxd": Mode(ONE_ROW, "neuron", processes=2, environment={"NXD_CPU_MODE": "1"}),
+    "spmd": Mode({"parallel": {"tp": 2}, **ONE_PACK}, "xla", environment={"CPU_NUM_DEVICES": "4"}),
+    "nxd": Mode(ONE_PACK, "neuron", processes=2, environment={"NXD_CPU_MODE": "1"}),
 }
 FULL = {"adapter": {"kind": "none", "dropout": 0.0}}
 MASKED = {"task": {"name": "masked_lm"}, **FULL}
@@ -55,7 +55,7 @@ MODES = {
     "full": Mode(FULL),
     "masked-lm": Mode(MASKED),
     "asynchronous": Mode({"checkpoint": {"asynchronous": True}}),
-    "gloo-asynchronous": Mode({**ONE_ROW, "checkpoint": {"asynchronous": True}}, processes=2),
+    "gloo-asynchronous": Mode({**ONE_PACK, "checkpoint": {"asynchronous": True}}, processes=2),
     **{
         f"{name}{trained}": replace(mode, settings={**mode.settings, **settings})
         for name, mode in DEVICES.items()
@@ -116,8 +116,8 @@ def left(output: Path) -> dict[str, Any]:
 
 def begun_after(cfg: TrainConfig) -> int:
     """Return the step that a run went on from by its log; 0 if it began anew, which can end with the same bytes."""
-    said = Path(f"{cfg.output}.log").read_text(encoding="utf-8")
-    found = re.search(r"^resumed after step (\d+)", said, re.MULTILINE)
+    lines = Path(f"{cfg.output}.log").read_text(encoding="utf-8")
+    found = re.search(r"^resumed after step (\d+)", lines, re.MULTILINE)
     return int(found[1]) if found else 0
 
 

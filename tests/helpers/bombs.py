@@ -10,7 +10,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import reduce
 from itertools import islice
 from pathlib import Path
@@ -24,8 +24,8 @@ from esm_neuron.config.settings import parse, read_config
 from esm_neuron.data.labels import Labels, LabelSets
 from esm_neuron.data.sources import make_rows, read_chunks
 from esm_neuron.data.validation import Problems
-from esm_neuron.errors import EsmNeuronError
 from esm_neuron.planning.cost import read_prices
+from helpers.refusals import outcome
 
 MORE = 600 << 20
 """Bytes of address space that reading may take beyond what the imports took."""
@@ -85,14 +85,6 @@ def many_classes(names: Iterator[str], kind: type[Labels]) -> None:
     problems.raise_any()
 
 
-def said(call: Callable[[], object]) -> object:
-    """What comes of a call: its value, or the text of a known error."""
-    try:
-        return call()
-    except EsmNeuronError as error:
-        return str(error)
-
-
 def main(folder: Path) -> None:
     """Print a JSON object: file -> rows or error, and the peak of the resident memory in MB."""
     fill(folder)
@@ -101,20 +93,20 @@ def main(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     found: dict[str, object] = {}
     for path in sorted(folder.iterdir()):
-        found[path.name] = said(lambda p=path: str(read_config(p)) if p.suffix == ".yaml" else rows_of(p))
+        found[path.name] = outcome(lambda p=path: str(read_config(p)) if p.suffix == ".yaml" else rows_of(p))
     aliases = "{a: &a [x], b: &b [*a, *a], c: [*b, *b]}"
-    found["aliases in a flag"] = said(lambda: parse([f"--data.keep={aliases}"]))
+    found["aliases in a flag"] = outcome(lambda: parse([f"--data.keep={aliases}"]))
     behind = "{q: '=', a: &a [x], b: &b [*a, *a], c: [*b, *b]}"
-    found["aliases behind a sign of equality"] = said(lambda: parse(["--data.keep", behind]))
-    found["dashes in a flag"] = said(lambda: parse(["--output", "- " * 100_000 + "x"]))
-    found["a deep flag"] = said(lambda: parse(["--data.keep=" + "[" * 100_000]))
-    found["prices"] = said(lambda: read_prices(folder / "aliases.yaml"))
-    found["deep prices"] = said(lambda: read_prices(folder / "deep.yaml"))
-    found["a class a row"] = said(lambda: many_classes((f"c{i}" for i in range(1_000_000)), Labels))
-    found["a million classes in a row"] = said(
+    found["aliases behind a sign of equality"] = outcome(lambda: parse(["--data.keep", behind]))
+    found["dashes in a flag"] = outcome(lambda: parse(["--output", "- " * 100_000 + "x"]))
+    found["a deep flag"] = outcome(lambda: parse(["--data.keep=" + "[" * 100_000]))
+    found["prices"] = outcome(lambda: read_prices(folder / "aliases.yaml"))
+    found["deep prices"] = outcome(lambda: read_prices(folder / "deep.yaml"))
+    found["a class a row"] = outcome(lambda: many_classes((f"c{i}" for i in range(1_000_000)), Labels))
+    found["a million classes in a row"] = outcome(
         lambda: many_classes(iter([";".join(map(str, range(1_000_000)))]), LabelSets)
     )
-    found["one class of a million letters"] = said(lambda: many_classes(iter(["a" * 1_000_000]), LabelSets))
+    found["one class of a million letters"] = outcome(lambda: many_classes(iter(["a" * 1_000_000]), LabelSets))
     print(json.dumps(found))
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from esm_neuron.data.tokenizer import RESIDUES
-from esm_neuron.errors import EsmNeuronError
+from helpers.refusals import Refusal, outcome
 
 QUICK = 40
 CASES = int(os.environ.get("FUZZ_CASES", QUICK))
@@ -73,18 +73,12 @@ def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def refused(call: Callable[[], Any]) -> Any:
     """What `call` returns, or the text of its refusal: one line, or the list of a file's first problems."""
-    try:
-        return call()
-    except EsmNeuronError as error:
-        text = str(error)
-    first, *rest = text.splitlines()
-    assert first and len(first) < 1000, first
-    assert not rest or (" problems (" in first and len(rest) <= 20), text
-    return Refusal(text)
-
-
-class Refusal(str):
-    """The text of a known error."""
+    found = outcome(call)
+    if isinstance(found, Refusal):
+        first, *rest = found.splitlines()
+        assert first and len(first) < 1000, first
+        assert not rest or (" problems (" in first and len(rest) <= 20), found
+    return found
 
 
 PRINTABLE = st.characters(codec="utf-8", exclude_categories=("C", "Z"))

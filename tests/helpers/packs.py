@@ -1,4 +1,4 @@
-"""Proteins laid into packs by hand, and what a tiny model of any task answers and learns from them."""
+"""Proteins laid into packs by hand, and what a tiny model of any task predicts and learns from them."""
 
 from __future__ import annotations
 
@@ -111,5 +111,5 @@ def difference(a: Tensor, b: Tensor) -> float:
 LAYOUTS: dict[str, tuple[list[Row], int]] = {
     "padded": ([[0], [1], [2], [3], [4]], 100),
     "packed": ([[4, 1], [2, 0, 3]], 104),
-    "packed otherwise, a filler row": ([[3, 1, 0], [], [2, 4]], 71),
+    "packed otherwise, a filler pack": ([[3, 1, 0], [], [2, 4]], 71),
 }

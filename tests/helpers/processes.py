@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ PATIENCE = 900
 """Seconds that a program may take on a busy machine."""
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Return when `condition` holds; it must, within so many seconds."""
+def wait_for(
+    condition: Callable[[], bool], seconds: float = 60, processes: Iterable[subprocess.Popen[str]] = ()
+) -> None:
+    """Return when `condition` holds; it must, within so many seconds and before one of the processes ends."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.001)
 
 

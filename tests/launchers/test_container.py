@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,8 @@ import psutil
 import pytest
 import stage
 import torch
+from helpers.processes import wait_for
+from helpers.runs import step_lines
 from job import metric_definitions
 from safetensors.torch import load_file
 from transformers import EsmForMaskedLM
@@ -104,9 +105,7 @@ class Container:
         return self.base / "output" / "failure"
 
     def steps(self) -> list[int]:
-        path = self.base / "checkpoints" / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line["step"] for line in lines if "split" not in line]
+        return [line["step"] for line in step_lines(TrainConfig(output=str(self.base / "checkpoints")))]
 
     def end(self) -> None:
         """Kill all that runs in it, as the end of an instance does; torchrun's workers have sessions of their own."""
@@ -168,10 +167,7 @@ def interrupted(containers: list[Container], cfg: TrainConfig, source: Path) -> 
     """The containers of a job that is in the middle of its training, the last of them killed."""
     for container in containers:
         container.start(FLAGS, source, {"train": Path(str(cfg.data.train))})
-    first, deadline = containers[0], time.monotonic() + PATIENCE
-    while len(first.steps()) < 20:
-        assert time.monotonic() < deadline and first.processes[0].poll() is None, first.log[-4000:]
-        time.sleep(0.02)
+    wait_for(lambda: len(containers[0].steps()) >= 20, PATIENCE, containers[0].processes)
     containers[-1].end()
     return containers
 

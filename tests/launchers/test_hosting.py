@@ -1,4 +1,4 @@
-"""A finished run behind an endpoint: the archive's handler answers as `esm-neuron predict` does."""
+"""A finished run behind an endpoint: the archive's handler predicts as `esm-neuron predict` does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.launchers
-def test_the_handler_answers_as_predict_does(toy: Toy, tmp_path: Path) -> None:
+def test_the_handler_predicts_as_the_command_does(toy: Toy, tmp_path: Path) -> None:
     cfg = toy()
     run.train(cfg, str)
     archive, served = tmp_path / "model.tar.gz", tmp_path / "served"
@@ -68,10 +68,10 @@ def test_the_handler_answers_as_predict_does(toy: Toy, tmp_path: Path) -> None:
         == 0
     )
     wanted = pd.read_csv(tmp_path / "a.csv")
-    assert [answer["id"] for answer in many] == list(wanted["id"]) and list(many[0]) == list(wanted.columns)
-    for answer, (_, row) in zip(many, wanted.iterrows(), strict=True):
+    assert [prediction["id"] for prediction in many] == list(wanted["id"]) and list(many[0]) == list(wanted.columns)
+    for prediction, (_, row) in zip(many, wanted.iterrows(), strict=True):
         for name, value in row.items():
-            assert answer[name] == (pytest.approx(value, abs=2e-5) if isinstance(value, float) else value)
+            assert prediction[name] == (pytest.approx(value, abs=2e-5) if isinstance(value, float) else value)
     assert single[0]["label"] == many[0]["label"]
 
     hosting.lay_out(Path(cfg.output), tmp_path / "gpu", "cuda")
@@ -101,7 +101,7 @@ def test_half_a_surrogate_pair_is_refused_as_in_a_file() -> None:
         inference.predict_fn(records, model)
 
 
-def test_an_answer_that_json_cannot_say_is_not_sent() -> None:
+def test_a_prediction_that_json_cannot_hold_is_not_sent() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         inference.output_fn([{"id": "a", "perplexity": float("nan")}], "application/json")
 

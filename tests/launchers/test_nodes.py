@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.processes import wait_for
+from helpers.runs import step_lines
 from safetensors.torch import load_file
 
 from esm_neuron.config import TrainConfig, settings
@@ -71,9 +72,15 @@ def last_state(out: Path) -> dict[str, Any]:
 
 
 def steps(out: Path) -> list[int]:
-    path = out / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line["step"] for line in lines if "split" not in line]
+    return [line["step"] for line in step_lines(TrainConfig(output=str(out)))]
+
+
+def stopped_after(out: Path, log: Path) -> int:
+    """The step after which a signal has stopped a run, with its state saved."""
+    said, step = log.read_text(), steps(out)[-1]
+    assert "stopped by SIGTERM; the state is saved" in said, said[-3000:]
+    assert 20 < step < STEPS and (out / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+    return step
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -82,13 +89,6 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert mine.keys() == theirs.keys()
         assert all((mine[name] == theirs[name]).all() for name in mine)
     assert steps(one) == steps(other) == list(range(1, STEPS + 1))
-
-
-def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes), "it ended before"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +126,12 @@ def test_slurm_signals_every_process_and_the_requeued_job_goes_on(
         "VENV": sys.prefix,
     }
     job = start(words, ROOT, log, **slurm)
-    wait_for(lambda: len(steps(out)) > 20, job)
+    wait_for(lambda: len(steps(out)) > 20, PATIENCE, [job])
     agents = [psutil.Process(int(group)) for group in groups.read_text().split()]
     for process in [*agents, *(worker for agent in agents for worker in agent.children(recursive=True))]:
         process.send_signal(signal.SIGTERM)  # as Slurm does: torchrun and workers alike; torchrun passes its own on
     assert job.wait(PATIENCE) != 0
-    said = log.read_text()
-    assert "stopped by SIGTERM; the state is saved" in said, said[-3000:]
-    stopped = steps(out)[-1]
-    assert 20 < stopped < STEPS
-    assert (out / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").exists()
+    stopped = stopped_after(out, log)
     assert start(words, ROOT, log, **slurm).wait(PATIENCE) == 0, log.read_text()[-3000:]
     assert f"resumed after step {stopped} of {STEPS}" in log.read_text()
     assert_same_end(out, whole)
@@ -148,14 +144,10 @@ def test_a_signal_to_torchrun_alone_saves_and_the_same_command_goes_on(
     out, log = tmp_path / "out", tmp_path / "node.log"
     cfg = replace(long, output=str(out))
     node = torchrun(cfg, config, log, NPROC_PER_NODE="2")
-    wait_for(lambda: len(steps(out)) > 20, node)
+    wait_for(lambda: len(steps(out)) > 20, PATIENCE, [node])
     node.send_signal(signal.SIGTERM)
     assert node.wait(PATIENCE) != 0
-    said = log.read_text()
-    assert "stopped by SIGTERM; the state is saved" in said, said[-3000:]
-    stopped = steps(out)[-1]
-    assert 20 < stopped < STEPS
-    assert (out / "checkpoints" / f"step-{stopped:08d}" / "manifest.json").exists()
+    stopped = stopped_after(out, log)
     assert torchrun(cfg, config, log, NPROC_PER_NODE="2").wait(PATIENCE) == 0, log.read_text()[-3000:]
     assert f"resumed after step {stopped} of {STEPS}" in log.read_text()
     assert_same_end(out, whole)
@@ -175,7 +167,7 @@ def test_mpi_a_killed_worker_is_restarted_and_nothing_is_lost(
     }
     logs = [tmp_path / f"node{n}.log" for n in range(2)]
     nodes = [torchrun(cfg, config, log, OMPI_COMM_WORLD_RANK=str(n), **mpi) for n, log in enumerate(logs)]
-    wait_for(lambda: len(steps(tmp_path / "out")) > 20, *nodes)
+    wait_for(lambda: len(steps(tmp_path / "out")) > 20, PATIENCE, nodes)
     worker = int(Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()[0])
     os.kill(worker, signal.SIGKILL)
     codes = [node.wait(PATIENCE) for node in nodes]

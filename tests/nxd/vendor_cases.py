@@ -14,10 +14,10 @@ import neuronx_distributed._version
 import torch.distributed as dist
 import vendor_calls
 from helpers.device_run import Run, configuration
+from helpers.refusals import outcome
 from standins import collectives, vendor
 
 from esm_neuron.backends.neuron_env import check_packages
-from esm_neuron.errors import ConfigError
 
 
 def find_placeholders(output: str) -> None:
@@ -58,11 +58,8 @@ def refuse(output: str, **options: Any) -> None:
 
 
 def refused(output: str, act: Callable[[], object]) -> None:
-    """Keep the message of the ConfigError that `act` raises."""
-    try:
-        act()
-    except ConfigError as error:
-        Path(output, "message.txt").write_text(str(error), encoding="utf-8")
+    """Keep the message of the error that `act` raises."""
+    Path(output, "message.txt").write_text(str(outcome(act)), encoding="utf-8")
     dist.destroy_process_group()
 
 

@@ -72,9 +72,9 @@ def test_a_better_kind_has_a_positive_difference_and_pairs_are_of_one_seed(adapt
     """Of 40 proteins in two classes LoRA errs in 4 + seed; the head in two more, all weights in two fewer."""
 
     def cells(errors: int) -> np.ndarray:
-        truth = np.arange(40) % 2
-        said = np.where(np.arange(40) < errors, 1 - truth, truth)
-        return np.eye(4)[truth * 2 + said]
+        targets = np.arange(40) % 2
+        said = np.where(np.arange(40) < errors, 1 - targets, targets)
+        return np.eye(4)[targets * 2 + said]
 
     more = {"lora": 0, "qlora": 0, "head": 2, "none": -2}
     found = adapters.compared(

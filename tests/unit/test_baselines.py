@@ -1,4 +1,4 @@
-"""Baselines: features counted by hand, windows joined, and figures that a composition signal must give."""
+"""Baselines: features counted by hand, windows joined, and metrics that a composition signal must give."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_class_without_training_rows_gets_probability_zero() -> None:
     assert np.isfinite(values["loss"])
 
 
-def test_majority_answers_the_training_frequencies() -> None:
+def test_majority_predicts_the_training_frequencies() -> None:
     train = table(["A", "L", "LL", "LLL"], [0, 1, 1, 1])
     values = metrics(AB, train, table(["A", "A", "A", "A", "A"], [1, 0, 0, 1, 1]))["majority"]
     assert (values["n"], values["accuracy"], values["mcc"], values["auroc"]) == (5, 0.6, 0.0, 0.5)

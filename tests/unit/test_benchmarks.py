@@ -64,9 +64,12 @@ def test_our_flags_are_settings_and_validation_rows_have_training_classes(
     cfg = settings.parse(contestants.ours(who, args, tmp_path, packs_per_step))
     validate(cfg)
     assert (cfg.loop.precision, cfg.model.gradient_checkpointing, cfg.loop.eval_packs_per_device) == ("bf16", True, 6)
+    rival = contestants.Contestant("HF padded", "bf16", "lora", True)
+    _, _, *words = contestants.command(rival, args, tmp_path, packs_per_step)
+    assert importlib.import_module("hf_trainer").arguments(words).setting == "padded"
     words = contestants.ours(who, args, tmp_path, packs_per_step)
     assert contestants.planned(words, "cpu") == {}
-    assert contestants.planned(words, "xla")["programs_planned"] >= 4
+    assert contestants.planned(words, "xla")["graphs_planned"] >= 4
     peak = contestants.planned(words, "cuda")["predicted_gpu_gb"]
     assert peak == pytest.approx(7.5e6 * 16 / 1e9, rel=0.5), "8M: weights, gradients and moments are most of it"
 

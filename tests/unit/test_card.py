@@ -45,7 +45,7 @@ def test_the_hub_reads_licence_base_task_and_metrics() -> None:
     assert (merged.library_name, merged.base_model_relation) == ("transformers", "finetune")
 
 
-def test_it_tells_data_figures_intervals_and_where_the_model_loses() -> None:
+def test_it_tells_data_metrics_intervals_and_where_the_model_loses() -> None:
     text = model_card(config(), RESULT, BASE, "model")
     assert "| MCC | 0.258 \\[0.189, 0.319\\] | 0.000 \\[0.000, 0.000\\] |" in text
     assert "| train | proteins.csv | 5,759 | 2,000,000 |" in text and "| test | others.csv | 862 |" in text
@@ -79,7 +79,7 @@ def test_names_cannot_become_markup() -> None:
     assert ModelCard(text).data.eval_results[0].dataset_name == "a: b\n---\n<b>.csv"
 
 
-def test_clean_rows_have_figures_of_their_own() -> None:
+def test_clean_proteins_have_metrics_of_their_own() -> None:
     found = {
         **RESULT,
         "leaks": {"test": {"method": "kmer", "proteins": 862, "homologs": 62}},

@@ -114,35 +114,15 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-def test_data_that_cannot_be_used_is_refused(toy: Toy, proteins: Proteins, refused: Callable[..., str]) -> None:
+def test_data_that_cannot_be_used_is_refused(toy: Toy, refused: Callable[..., str]) -> None:
+    """By the reader, by the checks and for its labels; the tests of these have the other messages."""
     cfg = toy()
-    words = words_of(cfg)
-    bad = proteins("bad.csv", 12)
-    given = [*words, "--data.train", bad]
-    good = bad.read_text()
-    lines = good.splitlines()
-
-    def refused_with(text: str, *more: object) -> str:
-        bad.write_text(text)
-        return refused(*given, *more)
-
-    first, sequence = lines[1].split(",")[0], lines[1].split(",")[1]
-    assert "bad.csv: no column 'colour' (data.label_column)" in refused_with(good, "--data.label_column=colour")
-    assert "bad.csv: the file is empty" in refused_with("")
-    assert "bad.csv: the file has no records" in refused_with(lines[0] + "\n")
-    assert f"bad.csv:3: id '{first}' was used in line 2 already" in refused_with(
-        "\n".join([lines[0], lines[1], lines[1], *lines[3:]]) + "\n"
-    )
-    for label in ("NaN", ""):
-        message = refused_with(good.replace("alpha", label, 1))
-        assert f"bad.csv:2: column 'label' of '{first}' is empty" in message
-    assert "has one class only, 'alpha'" in refused_with(good.replace("beta", "alpha"))
-    assert f"bad.csv:2: the sequence of '{first}' has '*' (a stop codon) at residue 3" in refused_with(
-        good.replace(sequence, sequence[:2] + "*" + sequence[3:])
-    )
-    assert "bad.csv:2: 2 values in the row of 'a', 3 columns in the header" in refused_with(f"{lines[0]}\na,b\n")
-    bad.unlink()
-    assert "bad.csv: no such file" in refused(*given)
+    words, good = words_of(cfg), Path(str(cfg.data.train)).read_text()
+    assert "train.csv: no column 'colour' (data.label_column)" in refused(*words, "--data.label_column=colour")
+    change(Path(str(cfg.data.train)), good, good + good.splitlines()[1] + "\n")
+    first = good.splitlines()[1].split(",")[0]
+    assert f"train.csv:62: id '{first}' was used in line 2 already" in refused(*words)
+    Path(str(cfg.data.train)).write_text(good)
     change(Path(str(cfg.data.test)), "alpha", "gamma")
     message = refused(*words)
     assert "test.csv:2" in message and "label 'gamma' is not one of the classes 'alpha', 'beta'" in message
@@ -202,14 +182,14 @@ def trained(toy: Toy) -> TrainConfig:
     return cfg
 
 
-def test_evaluate_gives_the_figures_of_the_run(
+def test_evaluate_gives_the_metrics_of_the_run(
     trained: TrainConfig, tmp_path: Path, call: Callable[..., Said], same_metrics: Callable[..., None]
 ) -> None:
     said = call(
-        "evaluate", "--model", trained.output, "--input", trained.data.test, "--output", tmp_path / "figures.json"
+        "evaluate", "--model", trained.output, "--input", trained.data.test, "--output", tmp_path / "metrics.json"
     )
     assert said.code == 0
-    metrics = json.loads((tmp_path / "figures.json").read_text())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert json.loads(said.out) == metrics
     expected = json.loads((Path(trained.output) / "result.json").read_text())["test"]
     same_metrics(metrics, expected, rel=1e-6)
@@ -238,7 +218,7 @@ def test_all_ranks_learn_that_one_cannot_read_what_is_evaluated(
     assert any("none.csv: no such file" in str(value) for value in told)
 
 
-def test_predict_answers_every_record_in_its_order(
+def test_predict_gives_every_record_in_its_order(
     trained: TrainConfig, tmp_path: Path, call: Callable[..., Said]
 ) -> None:
     rows = [line.split(",") for line in Path(str(trained.data.test)).read_text().splitlines()[1:]]
@@ -248,7 +228,7 @@ def test_predict_answers_every_record_in_its_order(
     rows.insert(7, ["long", window, ""])
     fasta = tmp_path / "new.fasta"
     fasta.write_text("".join(f">{name} a note\n{sequence}\n" for name, sequence, _ in rows))
-    target = tmp_path / "deep" / "answers.csv"
+    target = tmp_path / "deep" / "predictions.csv"
     said = call("predict", "--model", trained.output, "--input", fasta, "--output", target)
     assert said.code == 0 and "21 predictions written" in said.err
     assert "1 cut into 3 windows" in said.err
@@ -275,8 +255,8 @@ def test_predict_answers_every_record_in_its_order(
 def test_predict_writes_all_or_nothing(
     trained: TrainConfig, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "answers.csv"
-    target.write_text("earlier answers")
+    target = tmp_path / "predictions.csv"
+    target.write_text("earlier predictions")
     bad = tmp_path / "bad.fasta"
     bad.write_text(">a\nACDE\n>b\nAC!E\n")
     words = ["predict", "--model", trained.output, "--input", bad, "--output", target]
@@ -288,7 +268,7 @@ def test_predict_writes_all_or_nothing(
 
     monkeypatch.setattr(os, "fsync", full_disk)
     assert "No space left" in refused(*words)
-    assert target.read_text() == "earlier answers"
+    assert target.read_text() == "earlier predictions"
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -51,7 +51,7 @@ def test_check_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 are in training, homologs not looked for" in capsys.readouterr().out
 
 
-def test_check_looks_for_no_relatives_in_a_file_too_large(
+def test_check_looks_for_no_homologs_in_a_file_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("esm_neuron.data.check.MOST", 4)

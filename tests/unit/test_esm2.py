@@ -1,4 +1,4 @@
-"""The network: a protein's answer is its own, whatever lies beside it, and equals that of plain transformers."""
+"""The network: a protein's prediction is its own, whatever lies beside it, and equals that of plain transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from esm_neuron.training.results import write_model
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_padding_nor_neighbours_change_an_answer_or_a_gradient(kind: str, attention: str) -> None:
+def test_neither_padding_nor_neighbours_change_a_prediction_or_a_gradient(kind: str, attention: str) -> None:
     model, sequences = build(kind, attention), proteins(masked=True)
     expected = alone(model, sequences)
     expected_gradients = gradients(model, expected)
@@ -55,7 +55,7 @@ def test_neither_padding_nor_neighbours_change_an_answer_or_a_gradient(kind: str
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_other_neighbours_leave_an_answer_as_it_is(attention: str) -> None:
+def test_other_neighbours_leave_a_prediction_as_it_is(attention: str) -> None:
     model = build("masked_lm", attention)
     first, others = proteins(masked=True), proteins(masked=True, seed=9)
     before = predictions(model, first, [[4, 1]], 104)
@@ -139,7 +139,7 @@ def test_attention_pooling_weighs_the_residues_by_their_scores() -> None:
     assert difference(even, mean_over(pack.residues, hidden)) <= 1e-6
 
 
-def test_a_regression_answers_in_the_values_own_unit() -> None:
+def test_a_regression_predicts_in_the_values_own_unit() -> None:
     model, sequences = build("regression"), proteins(masked=False)
     with torch.no_grad():
         own = alone(model, sequences)
@@ -218,7 +218,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_a_folder_of_our_own_type_answers_rightly_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_of_our_own_type_predicts_rightly_or_not_at_all(tmp_path: Path) -> None:
     models = {kind: build(kind) for kind in OWN}
     for kind, model in models.items():
         write_model(model, model.config, tmp_path / kind)

@@ -1,4 +1,4 @@
-"""Answers gathered from batches and ranks: each to its own protein or residue, none twice, none missing."""
+"""Predictions gathered from batches and ranks: each to its own protein or residue, none twice, none missing."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def rows(members: np.ndarray, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("width", [12, 20])
-def test_a_tokens_answer_is_found_in_any_pack(width: int) -> None:
+def test_a_tokens_prediction_is_found_in_any_pack(width: int) -> None:
     members = np.array([[3, 0, -1], [-1, -1, -1], [2, 1, -1]])
     index, predictions = placed(TABLE, members, [rows(members, width)], per_token=True)
     assert sorted(index) == list(range(len(TOKENS)))
     assert (predictions[:, 0] == index).all()
 
 
-def test_a_segments_answer_is_its_examples() -> None:
+def test_a_segments_prediction_is_its_examples() -> None:
     members = np.array([[3, 0], [1, -1]])
     index, predictions = placed(TABLE, members, [members * 10], per_token=False)
     assert (index.tolist(), predictions.tolist()) == ([3, 0, 1], [30, 0, 10])
 
 
-def test_answers_come_back_in_the_tables_order_from_any_ranks() -> None:
+def test_predictions_come_back_in_the_tables_order_from_any_ranks() -> None:
     parts = [(np.array([2, 0]), np.array([[20.0], [0.0]])), (np.array([3, 1]), np.array([[30.0], [10.0]]))]
     assert in_table_order(parts, 4)[0].tolist() == [[0.0], [10.0], [20.0], [30.0]]
 

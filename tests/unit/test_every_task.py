@@ -1,4 +1,4 @@
-"""Every task from a file to figures and answers: trained, evaluated on one process and on two, predicted."""
+"""Every task from a file to metrics and predictions: trained, evaluated on one process and on two, predicted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def results(task_toys: dict[str, TrainConfig], printed: dict[str, list[str]]) ->
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_run_ends_with_figures_their_intervals_and_baselines_on_the_same_rows(
+def test_a_run_ends_with_metrics_their_intervals_and_baselines_on_the_same_proteins(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], printed: dict[str, list[str]]
 ) -> None:
     result = json.loads((Path(task_toys[task].output) / "result.json").read_text())
@@ -75,7 +75,7 @@ def test_a_run_ends_with_figures_their_intervals_and_baselines_on_the_same_rows(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_clean_rows_have_figures_of_their_own(
+def test_clean_proteins_have_metrics_of_their_own(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig]
 ) -> None:
     cfg, result = task_toys[task], results[task]
@@ -96,12 +96,12 @@ def test_clean_rows_have_figures_of_their_own(
     elif task == "regression":
         assert found["rmse"] == pytest.approx(np.sqrt(np.mean((predictions["value"] - predictions["target"]) ** 2)))
     elif task == "residue_classification":
-        truth, said = (np.array([c for row in predictions[name] for c in row]) for name in ("target", "labels"))
-        known = truth != None  # noqa: E711 - an array
-        assert found["accuracy"] == pytest.approx((truth == said)[known].mean())
+        targets, said = (np.array([c for row in predictions[name] for c in row]) for name in ("target", "labels"))
+        known = targets != None  # noqa: E711 - an array
+        assert found["accuracy"] == pytest.approx((targets == said)[known].mean())
     else:
-        figure = "accuracy" if task == "sequence_classification" else "subset_accuracy"
-        assert found[figure] == pytest.approx((predictions["target"] == predictions["label"]).mean())
+        metric = "accuracy" if task == "sequence_classification" else "subset_accuracy"
+        assert found[metric] == pytest.approx((predictions["target"] == predictions["label"]).mean())
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -128,7 +128,7 @@ def on_two(results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig]
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.usefixtures("on_two")
-def test_two_processes_give_the_figures_of_one_to_the_sixth_digit(
+def test_two_processes_give_the_metrics_of_one_to_the_sixth_digit(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_metrics: Callable[..., None]
 ) -> None:
     found = json.loads((Path(task_toys[task].output) / "two.json").read_text())
@@ -147,7 +147,7 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_neither_packing_nor_the_size_of_a_batch_changes_a_figure_before_the_sixth_digit(
+def test_neither_packing_nor_the_size_of_a_batch_changes_a_metric_before_the_sixth_digit(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], same_metrics: Callable[..., None]
 ) -> None:
     cfg = task_toys[task]
@@ -180,14 +180,14 @@ def test_outputs_have_a_row_for_every_protein(
 
     cfg = task_toys[task]
     rows = pd.read_csv(str(cfg.data.test))
-    assert predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "answers.csv", log=str) == len(rows)
-    frame = pd.read_csv(tmp_path / "answers.csv")
+    assert predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "predictions.csv", log=str) == len(rows)
+    frame = pd.read_csv(tmp_path / "predictions.csv")
     assert list(frame["id"]) == list(rows["id"])
     if task == "residue_classification":
         assert list(frame["labels"].str.len()) == list(rows["sequence"].str.len())
-        truth = np.array(list("".join(rows["residues"])))
+        targets = np.array(list("".join(rows["residues"])))
         said = np.array(list("".join(frame["labels"])))
-        accuracy = (said == truth)[truth != "?"].mean()
+        accuracy = (said == targets)[targets != "?"].mean()
         assert accuracy == pytest.approx(results[task]["test"]["accuracy"], abs=1e-12)
     elif task == "regression":
         rmse = float(np.sqrt(np.mean((frame["value"] - rows["value"]) ** 2)))
@@ -195,19 +195,19 @@ def test_outputs_have_a_row_for_every_protein(
     elif task == "masked_lm":
         assert frame["hidden"].sum() == results[task]["test"]["n"]
     else:
-        said, truth = frame["label"], rows[str(cfg.data.label_column)]
-        figure = "accuracy" if task == "sequence_classification" else "subset_accuracy"
-        assert (said == truth).mean() == pytest.approx(results[task]["test"][figure])
+        said, targets = frame["label"], rows[str(cfg.data.label_column)]
+        metric = "accuracy" if task == "sequence_classification" else "subset_accuracy"
+        assert (said == targets).mean() == pytest.approx(results[task]["test"][metric])
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_answers_that_a_run_keeps_are_those_of_predict_and_make_its_report(
+def test_the_predictions_that_a_run_keeps_are_those_of_predict_and_make_its_report(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
 ) -> None:
     from esm_neuron.inference.predict import predict
 
     cfg = task_toys[task]
-    predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "answers.parquet", log=str)
+    predict(cfg.output, Path(str(cfg.data.test)), tmp_path / "predictions.parquet", log=str)
     kept, said = (pd.read_parquet(folder) for folder in (Path(cfg.output) / "predictions-test.parquet", tmp_path))
     rows = pd.read_csv(str(cfg.data.test))
     assert list(kept["residues"]) == list(rows["sequence"].str.len())
@@ -219,14 +219,14 @@ def test_the_answers_that_a_run_keeps_are_those_of_predict_and_make_its_report(
             expected, found = (np.hstack(list(frame[name])).astype(float) for frame in (said, kept))
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     if task == "residue_classification":
-        assert ["".join(name or "?" for name in truth) for truth in kept["target"]] == list(rows["residues"])
+        assert ["".join(name or "?" for name in targets) for targets in kept["target"]] == list(rows["residues"])
     elif task != "masked_lm":
         assert list(kept["target"]) == list(rows[str(cfg.data.label_column)])
     assert len(list((write_report(Path(cfg.output))).parent.glob("*.png"))) >= 3
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_answer_depends_on_no_other_record_nor_on_its_place_among_them(
+def test_a_prediction_depends_on_no_other_record_nor_on_its_place_among_them(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -237,8 +237,8 @@ def test_an_answer_depends_on_no_other_record_nor_on_its_place_among_them(
     expected = pd.read_parquet(Path(cfg.output) / "predictions-test.parquet").set_index("id")
     pd.read_csv(str(cfg.data.test))[::-1].to_csv(tmp_path / "reversed.csv", index=False)
     monkeypatch.setattr(records, "piece_tokens", lambda *_: 200)
-    predict(cfg.output, tmp_path / "reversed.csv", tmp_path / "answers.parquet", log=str)
-    found = pd.read_parquet(tmp_path / "answers.parquet").set_index("id")
+    predict(cfg.output, tmp_path / "reversed.csv", tmp_path / "predictions.parquet", log=str)
+    found = pd.read_parquet(tmp_path / "predictions.parquet").set_index("id")
     assert list(found.index) == list(expected.index)[::-1]
     for name in found:
         both = [np.hstack(list(frame.loc[expected.index, name])) for frame in (found, expected)]
@@ -249,7 +249,7 @@ def test_an_answer_depends_on_no_other_record_nor_on_its_place_among_them(
 
 
 @pytest.mark.parametrize("task", ["residue_classification", "masked_lm"])
-def test_what_has_no_answer_is_null_in_json(
+def test_what_has_no_prediction_is_null_in_json(
     task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
 ) -> None:
     from esm_neuron.inference.predict import predict

@@ -147,7 +147,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_an_adapter_on_its_base_answers_in_plain_peft(run: Callable[..., Run], kind: str) -> None:
+def test_an_adapter_on_its_base_predicts_in_plain_peft(run: Callable[..., Run], kind: str) -> None:
     finished, (auto, cls) = run(kind), PLAIN[kind]
     base = auto.from_pretrained(finished.out / "base")
     assert type(base) is cls
@@ -156,7 +156,7 @@ def test_an_adapter_on_its_base_answers_in_plain_peft(run: Callable[..., Run], k
 
 
 @pytest.mark.parametrize(("kind", "adapter"), [*((kind, "lora") for kind in PLAIN), ("mean", "head")])
-def test_a_merged_export_answers_in_plain_transformers(
+def test_a_merged_export_predicts_in_plain_transformers(
     run: Callable[..., Run], tmp_path: Path, kind: str, adapter: str
 ) -> None:
     finished, (auto, cls) = run(kind, adapter), PLAIN[kind]

@@ -23,12 +23,12 @@ from helpers.fuzzing import (
     SEQUENCES,
     VALUES,
     WORDS,
-    Refusal,
     fuzz,
     mutate,
     refused,
     stored,
 )
+from helpers.refusals import Refusal
 from helpers.rows import read_rows
 from hypothesis import given
 from hypothesis import strategies as st

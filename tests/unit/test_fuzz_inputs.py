@@ -15,7 +15,8 @@ from random import Random
 import pytest
 import torch
 from helpers import fuzzing
-from helpers.fuzzing import SEEDS, Refusal, fuzz, mutate, refused, stored
+from helpers.fuzzing import SEEDS, fuzz, mutate, refused, stored
+from helpers.refusals import Refusal
 from helpers.weights import write_safetensors_folder
 from hypothesis import given
 from hypothesis import strategies as st

@@ -46,7 +46,7 @@ def test_homologues_are_found_and_random_proteins_are_not(pieces: int) -> None:
     assert not found[50:].any()
 
 
-def test_a_relative_has_about_the_same_length() -> None:
+def test_a_homolog_has_about_the_same_length() -> None:
     rng = np.random.default_rng(0)
     sequence = protein(rng)
     parts = table([sequence, sequence[:245], sequence[:230], sequence[:5]])
@@ -70,7 +70,7 @@ def test_residues_that_two_windows_share_count_once() -> None:
     assert find_homologs(windows(sequence[:300]), windows(sequence), "kmer").tolist() == [False]
 
 
-def test_variants_of_one_protein_are_relatives_though_every_kmer_is_common() -> None:
+def test_variants_of_one_protein_are_homologs_though_every_kmer_is_common() -> None:
     rng = np.random.default_rng(0)
     wild = protein(rng, 42)
     variants = [wild[:i] + "A" + wild[i + 1 :] for i in range(42)]
@@ -78,7 +78,7 @@ def test_variants_of_one_protein_are_relatives_though_every_kmer_is_common() -> 
     assert set(find_clusters(table(variants), "kmer").tolist()) == {0}
 
 
-def test_clusters_are_families_linked_through_relatives() -> None:
+def test_clusters_are_families_linked_through_homologs() -> None:
     rng = np.random.default_rng(1)
     founders = [protein(rng) for _ in range(30)]
     children = [mutated(sequence, rng, 0.8) for sequence in founders[:10]]
@@ -97,7 +97,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
-def test_mmseqs_is_asked_and_its_answer_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mmseqs_is_called_and_its_output_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, "printf '2\\t0\\n0\\t1\\n' > found.tsv")
     three, two = table(["MKV", "AAA", "CCC"]), table(["MKV", "DDD"])
     assert find_homologs(three, two, "mmseqs").tolist() == [True, False, True]

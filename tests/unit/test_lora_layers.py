@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import losses as losses_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -123,8 +122,7 @@ def test_runs_use_it_and_leave_plain_adapters(
 
 def _losses(cfg: TrainConfig) -> list[float]:
     run.train(cfg, str)
-    lines = map(json.loads, (Path(cfg.output) / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "split" not in line]
+    return losses_of(cfg)
 
 
 def test_quantized_linears_keep_their_class() -> None:

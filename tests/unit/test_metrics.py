@@ -97,7 +97,7 @@ def test_resamples_where_a_value_is_undefined_are_nan_and_do_not_move_the_interv
     assert values["auroc_ci"] == [1.0, 1.0]
 
 
-def test_a_proteins_figures_need_no_order_of_its_rows() -> None:
+def test_a_proteins_metrics_need_no_order_of_its_residues() -> None:
     logits, labels = example_rows(101, 3)
     order = np.random.default_rng(0).permutation(101)
     assert filled(logits[order], labels[order]) == pytest.approx(filled(logits, labels), rel=1e-12)
@@ -119,7 +119,7 @@ def test_residues_are_scored_one_by_one_and_their_proteins_resampled() -> None:
             assert copies[name] == pytest.approx(alone[name], rel=1e-9), name
 
 
-def test_every_class_has_figures_of_its_own_with_intervals() -> None:
+def test_every_class_has_metrics_of_its_own_with_intervals() -> None:
     logits, labels = example_rows(200, 3)
     per_class = filled(logits, labels, True)["per_class"]
     assert isinstance(per_class, dict) and list(per_class) == ["A", "B", "C"]
@@ -196,53 +196,53 @@ def test_chunks_of_resamples_bound_memory_and_keep_the_count(monkeypatch: pytest
 def labelled(n: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities with ties, labels [n, C] of different frequency, and a loss."""
     rng = np.random.default_rng(seed)
-    truth = rng.random((n, classes)) < np.linspace(0.2, 0.6, classes)
-    probabilities = np.round(20 * np.clip(rng.normal(0.4, 0.2, truth.shape) + 0.2 * truth, 0, 1)) / 20
-    return probabilities, truth, rng.random(n)
+    targets = rng.random((n, classes)) < np.linspace(0.2, 0.6, classes)
+    probabilities = np.round(20 * np.clip(rng.normal(0.4, 0.2, targets.shape) + 0.2 * targets, 0, 1)) / 20
+    return probabilities, targets, rng.random(n)
 
 
-def multi_label_by_scikit_learn(p: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def multi_label_by_scikit_learn(p: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     said = p >= 0.5
     return {
-        "subset_accuracy": sk.accuracy_score(truth, said),
-        "macro_f1": sk.f1_score(truth, said, average="macro"),
-        "micro_f1": sk.f1_score(truth, said, average="micro"),
-        "auroc": sk.roc_auc_score(truth, p, average="macro"),
-        "auprc": sk.average_precision_score(truth, p, average="macro"),
+        "subset_accuracy": sk.accuracy_score(targets, said),
+        "macro_f1": sk.f1_score(targets, said, average="macro"),
+        "micro_f1": sk.f1_score(targets, said, average="micro"),
+        "auroc": sk.roc_auc_score(targets, p, average="macro"),
+        "auprc": sk.average_precision_score(targets, p, average="macro"),
     }
 
 
-def test_multi_label_figures_are_scikit_learns_in_the_resamples_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, truth, loss = labelled(80, 3)
-    values = multi_label_metrics(p, truth, loss, "ABC")
-    assert values == pytest.approx({"n": 80, "loss": loss.mean(), **multi_label_by_scikit_learn(p, truth)})
+def test_multi_label_metrics_are_scikit_learns_in_the_resamples_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, targets, loss = labelled(80, 3)
+    values = multi_label_metrics(p, targets, loss, "ABC")
+    assert values == pytest.approx({"n": 80, "loss": loss.mean(), **multi_label_by_scikit_learn(p, targets)})
     counts = next(bootstrap.resamples(80))[:20]
     expected = []
     for multiplicity in counts.astype(int):
         rows = np.repeat(np.arange(80), multiplicity)
-        expected.append({**multi_label_by_scikit_learn(p[rows], truth[rows]), "loss": loss[rows].mean()})
+        expected.append({**multi_label_by_scikit_learn(p[rows], targets[rows]), "loss": loss[rows].mean()})
     monkeypatch.setattr(bootstrap, "RESAMPLES", 20)
-    with_ci = multi_label_metrics(p, truth, loss, "ABC", intervals=True)
+    with_ci = multi_label_metrics(p, targets, loss, "ABC", intervals=True)
     for name in expected[0]:
         assert with_ci[f"{name}_ci"] == pytest.approx(np.percentile([e[name] for e in expected], [2.5, 97.5])), name
     per_class = with_ci["per_class"]
     assert isinstance(per_class, dict)
     for c, own in enumerate(per_class.values()):
-        assert own["n"] == truth[:, c].sum()
-        assert own["f1"] == pytest.approx(sk.f1_score(truth[:, c], p[:, c] >= 0.5))
-        assert own["auroc"] == pytest.approx(sk.roc_auc_score(truth[:, c], p[:, c]))
+        assert own["n"] == targets[:, c].sum()
+        assert own["f1"] == pytest.approx(sk.f1_score(targets[:, c], p[:, c] >= 0.5))
+        assert own["auroc"] == pytest.approx(sk.roc_auc_score(targets[:, c], p[:, c]))
         assert own["auprc_ci"][0] < own["auprc"] < own["auprc_ci"][1]
 
 
-def test_multi_label_figures_of_a_class_that_nobody_has() -> None:
-    p, truth, loss = labelled(30, 3)
-    truth[:, 1] = False
-    values = multi_label_metrics(p, truth, loss, "ABC", intervals=True)
+def test_multi_label_metrics_of_a_class_that_nobody_has() -> None:
+    p, targets, loss = labelled(30, 3)
+    targets[:, 1] = False
+    values = multi_label_metrics(p, targets, loss, "ABC", intervals=True)
     assert values["auroc"] is None and values["auroc_ci"] is None
-    assert values["macro_f1"] == pytest.approx(sk.f1_score(truth, p >= 0.5, average="macro", zero_division=0))
+    assert values["macro_f1"] == pytest.approx(sk.f1_score(targets, p >= 0.5, average="macro", zero_division=0))
     assert values["per_class"]["B"]["auprc"] is None  # type: ignore[index]
     json.dumps(values, allow_nan=False)
-    json.dumps(multi_label_metrics(p[:0], truth[:0], loss[:0], "ABC", intervals=True), allow_nan=False)
+    json.dumps(multi_label_metrics(p[:0], targets[:0], loss[:0], "ABC", intervals=True), allow_nan=False)
 
 
 def regression_by_scipy(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
@@ -256,25 +256,25 @@ def regression_by_scipy(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     }
 
 
-def test_regression_figures_are_scipys_in_the_resamples_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regression_metrics_are_scipys_in_the_resamples_too(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    truth = np.round(rng.normal(1000, 3, 60))  # ties, and a mean that is large against the spread
-    predicted = truth + np.round(rng.normal(0, 4, 60))
-    assert regression_metrics(predicted, truth, 2.0) == pytest.approx(
-        {"n": 60, **regression_by_scipy(predicted, truth)}, rel=1e-9
+    targets = np.round(rng.normal(1000, 3, 60))  # ties, and a mean that is large against the spread
+    predicted = targets + np.round(rng.normal(0, 4, 60))
+    assert regression_metrics(predicted, targets, 2.0) == pytest.approx(
+        {"n": 60, **regression_by_scipy(predicted, targets)}, rel=1e-9
     )
     expected = []
     for multiplicity in next(bootstrap.resamples(60))[:20].astype(int):
         rows = np.repeat(np.arange(60), multiplicity)
-        expected.append(regression_by_scipy(predicted[rows], truth[rows]))
+        expected.append(regression_by_scipy(predicted[rows], targets[rows]))
     monkeypatch.setattr(bootstrap, "RESAMPLES", 20)
-    values = regression_metrics(predicted, truth, 2.0, intervals=True)
+    values = regression_metrics(predicted, targets, 2.0, intervals=True)
     for name in expected[0]:
         bounds = np.percentile([e[name] for e in expected], [2.5, 97.5])
         assert values[f"{name}_ci"] == pytest.approx(bounds, rel=1e-9), name
 
 
-def test_a_constant_answer_has_no_correlation() -> None:
+def test_a_constant_prediction_has_no_correlation() -> None:
     values = regression_metrics(np.ones(5), np.arange(5.0), intervals=True)
     assert values["spearman"] is None and values["pearson_ci"] is None
     assert values["rmse"] == pytest.approx((11 / 5 + 4 / 5) ** 0.5)
@@ -282,7 +282,7 @@ def test_a_constant_answer_has_no_correlation() -> None:
     json.dumps(regression_metrics(np.ones(0), np.ones(0), intervals=True), allow_nan=False)
 
 
-def test_masked_lm_figures_and_their_intervals() -> None:
+def test_masked_lm_metrics_and_their_intervals() -> None:
     rng = np.random.default_rng(0)
     sums = np.stack([rng.random(20) * 50, rng.integers(0, 12, 20), np.zeros(20)], axis=1)
     sums[:, 2] = np.floor(sums[:, 1] / 3)

@@ -232,7 +232,7 @@ def test_a_run_embeds_with_its_adapter(trained: TrainConfig, tmp_path: Path) -> 
     assert np.abs(run_ - base).max() > 1e-3
 
 
-def test_an_answering_model_has_no_gradient_buffers(toy: Toy) -> None:
+def test_a_predicting_model_has_no_gradient_buffers(toy: Toy) -> None:
     cfg = toy(adapter={"kind": "none"}, loop={"max_steps": 1})
     run.train(cfg, str)
     cfg, task = read_run(Path(cfg.output))
@@ -331,7 +331,7 @@ def test_bad_rows_are_counted_or_named(trained: TrainConfig, tmp_path: Path) -> 
     assert not (tmp_path / "out.csv.rejected.tsv").exists(), "it told of another file"
 
 
-def test_what_cannot_be_answered_is_one_line(trained: TrainConfig, plain: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_predicted_is_one_line(trained: TrainConfig, plain: Path, tmp_path: Path) -> None:
     source = Path(str(trained.data.test))
     cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: predict(trained.output, source, tmp_path / "x.xls"), ConfigError, "unknown format '.xls'; name the"),
@@ -359,7 +359,7 @@ def test_what_cannot_be_answered_is_one_line(trained: TrainConfig, plain: Path, 
     assert not list(tmp_path.glob("[xy].*[!s]"))
 
 
-def test_an_input_that_changes_while_it_is_answered_is_refused(
+def test_an_input_that_changes_while_it_is_read_is_refused(
     plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = proteins("p.csv", 5)

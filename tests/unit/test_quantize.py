@@ -257,7 +257,7 @@ def test_a_run_is_built_again_as_it_was(finished: tuple[TrainConfig, Tensor]) ->
     assert torch.equal(logits_of(build_trained(again, task, create_backend(again)).model), logits)
 
 
-def test_an_export_answers_as_the_trained_model(finished: tuple[TrainConfig, Tensor], tmp_path: Path) -> None:
+def test_an_export_predicts_as_the_trained_model(finished: tuple[TrainConfig, Tensor], tmp_path: Path) -> None:
     """Merged into the weights it was trained on, restored from their few bits, and not into the original ones."""
     cfg, logits = finished
     export(Path(cfg.output), tmp_path / "merged")

@@ -44,7 +44,7 @@ def test_a_backend_that_compiles_nothing_says_so(toy: Callable[..., TrainConfig]
 
 
 class Run:
-    """Steps that compile as many programs as the test says."""
+    """Steps that compile as many graphs as the test says."""
 
     def __init__(self, on_recompile: OnRecompile = "error") -> None:
         self.graphs, self.step = 3, 0
@@ -70,7 +70,7 @@ def test_the_first_two_validations_may_compile() -> None:
         steps.validate(1)
 
 
-def test_a_late_program_of_a_validation_stops_the_run_after_its_figures_are_written(
+def test_a_late_graph_of_a_validation_stops_the_run_after_its_metrics_are_written(
     toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = toy(loop={"max_steps": 8, "eval_every": 2})
@@ -110,7 +110,7 @@ def test_what_is_compiled_between_steps_does_not_count() -> None:
     steps(0)
 
 
-def test_a_third_program_is_an_error() -> None:
+def test_a_third_graph_is_an_error() -> None:
     steps = Run()
     steps(2), steps(1)
     with pytest.raises(ConfigError, match=r"^step 2 compiled 1 unplanned graph: .* a Python value in the step changed"):

@@ -67,8 +67,8 @@ def made_answers(task: str, table: ExampleTable, classes: int) -> list[np.ndarra
         return [hidden * rng.gamma(9, 0.3, len(table)), hidden, hidden // 2]
     if task == "regression":
         return [table.labels + rng.normal(0, 3, len(table))]
-    truth = table.labels if task == "multi_label" else np.eye(classes)[np.maximum(table.labels, 0)]
-    return [2 * truth + rng.normal(0, 1, truth.shape)]
+    targets = table.labels if task == "multi_label" else np.eye(classes)[np.maximum(table.labels, 0)]
+    return [2 * targets + rng.normal(0, 1, targets.shape)]
 
 
 def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), evil: bool = False) -> Path:
@@ -206,7 +206,7 @@ def test_markup_in_ids_labels_and_paths_stays_text(runs: dict[str, Path]) -> Non
     assert f"{EVIL}-" in page.text and "<b>evil" in page.text and "$x_1$ & \"q'" in page.text
 
 
-def test_confusion_and_errors_are_those_of_the_answers(runs: dict[str, Path]) -> None:
+def test_confusion_and_errors_are_those_of_the_predictions(runs: dict[str, Path]) -> None:
     table = load_predictions(runs["sequence_classification"] / "predictions-test.parquet")
     assert table is not None
     frame = table.to_pandas()
@@ -221,7 +221,7 @@ def test_confusion_and_errors_are_those_of_the_answers(runs: dict[str, Path]) ->
     )
 
 
-def test_views_agree_with_the_figures_of_every_other_task(runs: dict[str, Path]) -> None:
+def test_views_agree_with_the_metrics_of_every_other_task(runs: dict[str, Path]) -> None:
     def of(task: str) -> tuple[Any, dict[str, Any]]:
         table = load_predictions(runs[task] / "predictions-test.parquet")
         assert table is not None
@@ -287,7 +287,7 @@ def test_a_run_without_some_rows_gets_a_page_that_says_so(tmp_path: Path, splits
     assert ("metric" in page.ids) == ("valid" in splits)
 
 
-def test_a_run_that_kept_no_answers_and_logged_nothing_gets_a_page(spoilt: Path) -> None:
+def test_a_run_that_kept_no_predictions_and_logged_nothing_gets_a_page(spoilt: Path) -> None:
     (spoilt / "predictions-test.parquet").unlink()
     (spoilt / "metrics.jsonl").unlink()
     page = Page(write_report(spoilt).read_text())
@@ -323,7 +323,7 @@ def test_what_cannot_be_reported_is_one_line_and_leaves_the_old_report(
     assert len(lines) == 2 and all(line.startswith("esm-neuron: error: ") for line in lines)
 
 
-def test_answers_need_not_be_kept() -> None:
+def test_predictions_need_not_be_kept() -> None:
     assert LogConfig().predictions and not replace(LogConfig(), predictions=False).predictions
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/results.py: paired figures are those of the metrics, the page is that of the saved figures."""
+"""benchmarks/results.py: paired differences are those of the metrics, the page is that of the saved results."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ def results() -> ModuleType:
 
 
 def made(task: str, seed: int, n: int = 60) -> pd.DataFrame:
-    """Answers of a run, right more often than not; `truth` is the same for all seeds."""
-    truth, noise = np.random.default_rng(0), np.random.default_rng(seed)
+    """Predictions of a run, right more often than not; the targets are the same for all seeds."""
+    fixed, noise = np.random.default_rng(0), np.random.default_rng(seed)
     if task == "regression":
-        value = truth.normal(0, 1, n)
+        value = fixed.normal(0, 1, n)
         return pd.DataFrame({"target": value, "value": value + noise.normal(0, seed, n)})
     if task == "masked_lm":
-        hidden = truth.integers(0, 5, n)
+        hidden = fixed.integers(0, 5, n)
         return pd.DataFrame({"hidden": hidden, "loss": np.where(hidden > 0, noise.gamma(9, 0.3, n), np.nan)})
     if task == "residue_classification":
-        each = [truth.choice(["a", "b", None], size) for size in truth.integers(5, 30, n)]
+        each = [fixed.choice(["a", "b", None], size) for size in fixed.integers(5, 30, n)]
         said = [
             "".join(noise.choice(["a", "b"]) if noise.random() < 0.3 else name or "a" for name in row) for row in each
         ]
         return pd.DataFrame({"target": each, "labels": said})
     words = ["a", "b", "c"] if task == "sequence_classification" else ["a", "a;b", "b;c", "c"]
-    right = truth.choice(words, n)
+    right = fixed.choice(words, n)
     said = np.where(noise.random(n) < 0.2 * seed, noise.choice(words, n), right)
     p = {f"p_{c}": np.round([(c in text) + noise.normal(0, seed) for text in right], 1) for c in "abc"}
     return pd.DataFrame({"target": right, "label": said, **p})
 
 
 def expected(task: str, metric: str, predictions: pd.DataFrame) -> float:
-    """The same figure by scikit-learn and pandas."""
+    """The same metric by scikit-learn and pandas."""
     if metric == "auroc":
         return float(sk.roc_auc_score(predictions["target"].str.get_dummies(";"), predictions[["p_a", "p_b", "p_c"]]))
     if task == "regression":
@@ -60,8 +60,8 @@ def expected(task: str, metric: str, predictions: pd.DataFrame) -> float:
         asked = predictions[predictions["hidden"] > 0]
         return float(np.exp(np.average(asked["loss"], weights=asked["hidden"])))
     if task == "multi_label":
-        truth, said = (predictions[name].str.get_dummies(";") for name in ("target", "label"))
-        return float(sk.f1_score(truth, said, average="macro"))
+        targets, predicted = (predictions[name].str.get_dummies(";") for name in ("target", "label"))
+        return float(sk.f1_score(targets, predicted, average="macro"))
     if task == "residue_classification":
         pairs = [(t, s) for row in predictions.itertuples() for t, s in zip(row.target, row.labels, strict=True) if t]
         return float(sk.matthews_corrcoef(*zip(*pairs, strict=True)))
@@ -79,7 +79,7 @@ def expected(task: str, metric: str, predictions: pd.DataFrame) -> float:
         ("masked_lm", "perplexity"),
     ],
 )
-def test_a_difference_is_that_of_the_figures_and_drawn_in_pairs(results: ModuleType, task: str, metric: str) -> None:
+def test_a_difference_is_that_of_the_metrics_and_sampled_in_pairs(results: ModuleType, task: str, metric: str) -> None:
     one, other = made(task, 1), made(task, 2)
     labels = ("a", "b") if task == "residue_classification" else ("a", "b", "c")
     found = results.paired(task, metric, labels, one, other)

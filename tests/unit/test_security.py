@@ -149,7 +149,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
 
 def test_small_files_cannot_fill_a_memory(tmp_path: Path) -> None:
     """A gigabyte in a line, in a record, in blank lines; pages of Parquet, depths, aliases, a million classes."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, str(BOMBS), str(tmp_path)],
         capture_output=True,

@@ -270,6 +270,15 @@ def test_a_chunk_ends_early_where_sequences_are_long(tmp_path: Path, monkeypatch
     assert [len(chunk) for chunk in read_chunks(path, DataConfig())] == [2, 2, 1]
 
 
+PARQUET = pa.table(records(label=["in", "out"]))
+
+
+def parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return bytes(sink.getvalue())
+
+
 HEAD = "id,sequence,label\n"
 BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "", ": the file is empty; "),
@@ -311,37 +320,6 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.fa", ">P1 label=in\nMKV\n> \nMKV\n", ":3: the header is empty; write"),
     ("a.fa", '>P1 label="in\nMKV\n', ":1: the quote after label= is not closed; close"),
     ("a.fa", ">P1 label=in label=out\nMKV\n", ":1: the header has label= twice; keep one"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BROKEN)
-def test_a_broken_file_is_one_line_with_file_line_and_cure(tmp_path: Path, name: str, content, message: str) -> None:
-    path = write(tmp_path / name, content)
-    with pytest.raises(DataError, match=f"^{path}{message}") as caught:
-        read_rows(path, DataConfig(), need_label=True)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
-    assert caught.value.exit_code == 2
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="x.csv: no such file; check the path"):
-        read_rows(tmp_path / "x.csv", DataConfig(), need_label=True)
-    (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(DataError, match="this is a folder; name a file in it, or"):
-        read_rows(tmp_path / "folder.csv", DataConfig(), need_label=True)
-
-
-PARQUET = pa.table(records(label=["in", "out"]))
-
-
-def parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return bytes(sink.getvalue())
-
-
-BROKEN_TABLES: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", "", ": the file is empty; give one with a JSON object a line"),
     ("a.jsonl", "{}\n", ": the file is empty; "),
     ("a.jsonl", '{"id": "P1"\n', r":1: no sound JSON \(Expecting ',' delimiter at position 13\); write one object"),
@@ -373,9 +351,22 @@ BROKEN_TABLES: list[tuple[str, str | bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BROKEN_TABLES)
-def test_a_broken_typed_file_is_one_line_too(tmp_path: Path, name: str, content, message: str) -> None:
-    test_a_broken_file_is_one_line_with_file_line_and_cure(tmp_path, name, content, message)
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN)
+def test_a_broken_file_is_one_line_with_file_line_and_cure(tmp_path: Path, name: str, content, message: str) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=f"^{path}{message}") as caught:
+        read_rows(path, DataConfig(), need_label=True)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert caught.value.exit_code == 2
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="x.csv: no such file; check the path"):
+        read_rows(tmp_path / "x.csv", DataConfig(), need_label=True)
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match="this is a folder; name a file in it, or"):
+        read_rows(tmp_path / "folder.csv", DataConfig(), need_label=True)
 
 
 def test_a_damaged_saved_dataset(tmp_path: Path) -> None:

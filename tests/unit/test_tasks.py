@@ -1,4 +1,4 @@
-"""Tasks: what is asked of the model, what an answer costs, and figures that do not depend on batches."""
+"""Tasks: what is asked of the model, what a prediction costs, and metrics that do not depend on batches."""
 
 from __future__ import annotations
 
@@ -158,11 +158,11 @@ def test_residues_of_overlapping_windows_are_one_residue_with_the_mean_probabili
     assert out["labels"][1] == "".join("AB"[i] for i in second.argmax(1))
     assert out["labels"][2][2:] == "---" and np.isnan(out["p_B"][2][2:]).all() and len(out["p_A"][2]) == 5
     values = task.metrics(table, [logits])
-    truth = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 0])  # the sixth residue of b has no label
+    targets = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 0])  # the sixth residue of b has no label
     probabilities = np.concatenate([p[1:5], second[:5], p[19:21]])
     assert values["n"] == 11 and values["n_records"] == 3
-    assert values["accuracy"] == pytest.approx((probabilities.argmax(1) == truth).mean())
-    assert values["auroc"] == pytest.approx(roc_auc_score(truth, probabilities[:, 1]))
+    assert values["accuracy"] == pytest.approx((probabilities.argmax(1) == targets).mean())
+    assert values["auroc"] == pytest.approx(roc_auc_score(targets, probabilities[:, 1]))
 
 
 def test_classification_loss_counts_windows_by_their_weight() -> None:
@@ -224,7 +224,7 @@ def test_masks_depend_on_the_generator_alone() -> None:
     assert 0.2 < first.weight.mean() < 0.4
 
 
-def test_masked_lm_answers_are_sums_over_each_segment() -> None:
+def test_masked_lm_predictions_are_sums_over_each_segment() -> None:
     task = MaskedLM(TaskConfig(name="masked_lm"), ())
     segment_ids = torch.tensor([[0, 0, 0, 1, 1, PAD_SEGMENT]])
     labels = torch.tensor([[4, 5, 6, 7, 8, 0]])
@@ -268,7 +268,7 @@ def proteins(task: str) -> ExampleTable:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_figures_and_outputs_do_not_depend_on_how_examples_are_batched(name: str) -> None:
+def test_metrics_and_outputs_do_not_depend_on_how_examples_are_batched(name: str) -> None:
     cfg = TrainConfig(
         model=ModelConfig(name="tiny", init="random", pooling="attention"),
         task=TaskConfig(name=name, target_mean=50.0, target_sd=10.0),

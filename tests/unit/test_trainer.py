@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import losses
 from safetensors.torch import load_file
 
 from esm_neuron.backends.cpu import CpuBackend
@@ -49,10 +50,6 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 def metrics(cfg: TrainConfig) -> list[dict[str, Any]]:
     lines = (Path(cfg.output) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
-
-
-def losses(cfg: TrainConfig) -> list[float]:
-    return [line["loss"] for line in metrics(cfg) if "split" not in line]
 
 
 def resumed(cfg: TrainConfig) -> TrainConfig:
@@ -121,7 +118,7 @@ def test_masked_lm_loss_falls_below_that_of_guessing_evenly(toy: Toy) -> None:
 
 
 def test_passes_do_not_change_the_arithmetic(toy: Toy) -> None:
-    whole, split, single = (toy(f"rows{n}", loop={"packs_per_device": n, "max_steps": 7}) for n in (4, 2, 1))
+    whole, split, single = (toy(f"packs{n}", loop={"packs_per_device": n, "max_steps": 7}) for n in (4, 2, 1))
     expected = train(whole)
     for cfg in (split, single):
         result = train(cfg)
@@ -152,7 +149,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_proteins(toy: Toy, monkeypatc
     rows = [
         sum(int((b.members[:, 0] >= 0).sum()) for b in loader.load(n).batches) for n in range(loader.steps_per_epoch)
     ]
-    assert sum(counts) == 60 and rows[-1] < 4, "the last step has filler rows"
+    assert sum(counts) == 60 and rows[-1] < 4, "the last step has filler packs"
     mean = sum(n * loss for n, loss in zip(counts, losses(cfg), strict=True)) / 60
     (whole,) = [line["loss"] for line in metrics(cfg) if "split" in line]
     assert mean == pytest.approx(whole, rel=1e-6)

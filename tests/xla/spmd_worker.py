@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from helpers.device_run import LABELS, GraphCount, Run, configuration, examples
+from helpers.refusals import outcome
 from helpers.xla_tasks import on_both
 from parity import difference
 from torch import Tensor
@@ -28,7 +29,6 @@ from esm_neuron.config import (
     TrainConfig,
 )
 from esm_neuron.data.tokenizer import decode
-from esm_neuron.errors import ConfigError
 from esm_neuron.inference.predict import predict
 from esm_neuron.training import run
 from esm_neuron.training.evaluation import forward, on_device, run_passes
@@ -215,15 +215,6 @@ def blank(batch: Any) -> Any:
     return replace(batch, **emptied)
 
 
-def refused(act: Any) -> str:
-    """The message of the ConfigError that `act` raises, "" where it raises none."""
-    try:
-        act()
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
 def messages() -> dict[str, str]:
     cls = "sequence_classification"
     sizes = SimpleNamespace(num_attention_heads=2, hidden_size=32, intermediate_size=128)
@@ -232,11 +223,11 @@ def messages() -> dict[str, str]:
     sizes_3 = SimpleNamespace(num_attention_heads=4, hidden_size=32, intermediate_size=126)
     rows = small("-", cls, "xla", tp=2, packs_per_device=4)
     return {
-        "devices": refused(lambda: create_backend(small("-", cls, "xla", tp=3))),
-        "heads": refused(lambda: four.shard(SimpleNamespace(config=sizes))),
-        "intermediate": refused(lambda: four.shard(SimpleNamespace(config=sizes_3))),
-        "padding": refused(lambda: create_backend(padded)),
-        "rows": refused(lambda: Run.start(rows, **TABLES)),
+        "devices": outcome(lambda: create_backend(small("-", cls, "xla", tp=3))),
+        "heads": outcome(lambda: four.shard(SimpleNamespace(config=sizes))),
+        "intermediate": outcome(lambda: four.shard(SimpleNamespace(config=sizes_3))),
+        "padding": outcome(lambda: create_backend(padded)),
+        "rows": outcome(lambda: Run.start(rows, **TABLES)),
     }
 
 
@@ -278,7 +269,7 @@ def on_mesh() -> dict[str, Any]:
 def on_one_device() -> dict[str, Any]:
     single = restored(start("cls xla from mesh", "sequence_classification", "xla"), FOLDER / "cls mesh")
     losses = single.train()["losses"].tolist()
-    message = refused(lambda: create_backend(small("-", "sequence_classification", "xla", tp=2)))
+    message = outcome(lambda: create_backend(small("-", "sequence_classification", "xla", tp=2)))
     return {"losses": losses, "message": message, "local_dp": single.backend.local_dp}
 
 

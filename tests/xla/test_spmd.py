@@ -115,7 +115,7 @@ def test_the_rows_of_a_batch_are_shared_out(mesh: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("task", ["cls", "mlm"])
-def test_one_program_for_a_pass_an_update_and_an_evaluation(mesh: dict[str, Any], task: str) -> None:
+def test_one_graph_for_a_pass_an_update_and_an_evaluation(mesh: dict[str, Any], task: str) -> None:
     graphs = mesh[task]["graphs"]
     once = {"first pass": [1, 0], "first update": [1], "first evaluation": [1]}
     never = {"later pass": 19 * 2, "later update": 19, "later evaluation": 2, "save": 2}
@@ -124,7 +124,7 @@ def test_one_program_for_a_pass_an_update_and_an_evaluation(mesh: dict[str, Any]
     assert not any(sum(counts) for counts in graphs.values()), "elsewhere"
 
 
-def test_a_pack_answers_as_each_protein_alone(mesh: dict[str, Any]) -> None:
+def test_a_pack_predicts_as_each_protein_alone(mesh: dict[str, Any]) -> None:
     assert mesh["packs"]["most_in_a_row"] >= 3
     assert mesh["packs"]["difference"] <= STEP_1
 

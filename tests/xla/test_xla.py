@@ -43,7 +43,7 @@ def test_a_protein_in_a_pack_gets_what_it_gets_alone(said: dict[str, Any]) -> No
         assert all(each <= 1e-4 for each in found["gradients"]), kind
 
 
-def test_validation_and_test_figures_are_those_of_the_cpu(
+def test_validation_and_test_metrics_are_those_of_the_cpu(
     said: dict[str, Any], same_metrics: Callable[..., None]
 ) -> None:
     assert said["xla"]["steps"] == said["cpu"]["steps"]
@@ -53,7 +53,7 @@ def test_validation_and_test_figures_are_those_of_the_cpu(
     same_metrics(said["evaluated"]["xla"], said["evaluated"]["cpu"], abs=1e-5)
 
 
-def test_answers_are_those_of_the_cpu_by_one_program(said: dict[str, Any]) -> None:
+def test_predictions_are_those_of_the_cpu_by_one_graph(said: dict[str, Any]) -> None:
     cpu, xla = (said["answered"][name] for name in ("cpu", "xla"))
     assert len(cpu["ids"]) == 60 and xla["ids"] == cpu["ids"]
     assert xla["p"] == pytest.approx(cpu["p"], abs=1e-6)
@@ -61,7 +61,7 @@ def test_answers_are_those_of_the_cpu_by_one_program(said: dict[str, Any]) -> No
     assert xla["graphs"] == [1, 1], "a piece must not make a shape of its own"
 
 
-def test_variants_are_scored_as_on_the_cpu_by_one_program(said: dict[str, Any]) -> None:
+def test_variants_are_scored_as_on_the_cpu_by_one_graph(said: dict[str, Any]) -> None:
     scored = said["scored"]
     assert len(scored["cpu"]) == 10 and len(set(scored["cpu"])) == 10
     assert scored["xla"] == pytest.approx(scored["cpu"], abs=1e-5)
@@ -84,7 +84,7 @@ NEW = {
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_one_program_for_a_pass_one_for_the_update_one_for_evaluation(said: dict[str, Any], name: str) -> None:
+def test_one_graph_for_a_pass_one_for_the_update_one_for_evaluation(said: dict[str, Any], name: str) -> None:
     """None in later steps: not for another learning rate, nor another seed, nor at the schedule's last step."""
     counts = dict(said["counts"][name])
     assert counts.pop("set-up") <= SET_UP

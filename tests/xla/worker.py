@@ -24,6 +24,7 @@ import torch_xla
 import torch_xla.debug.metrics as met
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers import runs
 from helpers.device_run import GraphCount, patched
 from helpers.packs import LAYOUTS, build, difference, gradients, predictions, proteins
 from helpers.signals import stopping_after
@@ -77,15 +78,13 @@ def count_reads(cfg: TrainConfig) -> list[int]:
 
 def metrics(cfg: TrainConfig) -> dict[str, Any]:
     out = Path(cfg.output)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((out / "result.json").read_text())
     return {
-        "losses": [line["loss"] for line in lines if "split" not in line],
-        "norms": [line["grad_norm"] for line in lines if "split" not in line],
-        "rates": [line["lr"] for line in lines if "split" not in line],
-        "steps": [line["step"] for line in lines],
+        "losses": runs.losses(cfg),
+        "norms": [line["grad_norm"] for line in runs.step_lines(cfg)],
+        "rates": [line["lr"] for line in runs.step_lines(cfg)],
+        "steps": [line["step"] for line in runs.log_lines(cfg)],
         "weights": sha256(max((out / "checkpoints").iterdir()) / "model.safetensors"),
-        "result": result,
+        "result": runs.result(cfg),
     }
 
 
@@ -180,7 +179,7 @@ def packs() -> dict[str, dict[str, list[float]]]:
     for kind in ("mean", "masked_lm"):
         model, sequences = build(kind, "masked").to(torch_xla.device()), proteins(masked=True)
         made = []
-        for layout in ("padded", "packed otherwise, a filler row"):
+        for layout in ("padded", "packed otherwise, a filler pack"):
             answered = predictions(model, sequences, *LAYOUTS[layout])
             made.append((answered, gradients(model, answered)))
             torch_xla.sync()  # one program for all of them, not one for each that is read
