@@ -395,7 +395,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.excepthook, threading.excepthook = show_traceback, show_failure
         logging.captureWarnings(True)  # warnings become log lines, which are redacted
     try:
-        return run(argv)
+        code = run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout at its end, and would complain
+        return 128 + signal.SIGPIPE
     except EsmNeuronError as error:
         log(f"esm-neuron: error: {error}")
         return error.exit_code

@@ -129,10 +129,10 @@ def render(plan: RunPlan) -> str:
     """Return the plan as text."""
     epoch = plan.epoch
     lines = [
-        f"an epoch: {epoch.sequences:,} sequences of {epoch.residues:,} residues in {epoch.packs:,} packs of "
+        f"an epoch: {epoch.sequences:,} sequences with {epoch.residues:,} residues in all, in {epoch.packs:,} packs of "
         f"{epoch.pack_tokens} tokens, efficiency {epoch.efficiency:.3f} ({epoch.unpacked_efficiency:.3f} with one "
         "sequence per pack)",
-        f"{plan.steps:,} optimizer steps of {epoch.packs_per_step} packs in {epoch.passes} passes; an epoch has "
+        f"{plan.steps:,} optimizer steps of {epoch.packs_per_step} packs (passes: {epoch.passes}); an epoch has "
         f"{epoch.steps:,} steps",
         f"{plan.graphs} graphs on a static-shape backend: "
         + ", ".join(f"{number} {phase}" for phase, number in plan.graphs_by_phase.items()),

@@ -267,7 +267,7 @@ def describe(cfg: TrainConfig, built: Built) -> str:
     elif cfg.model.name in SHAPES:
         lines.append(
             f"NOTE: {cfg.model.name} is a small network that this project trained, not one of Meta's ESM-2; its model "
-            "card says on what"
+            "card says what it learned from"
         )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
     if drawn:
