@@ -13,7 +13,7 @@ from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
 from esm_neuron.data.homology import MOST, Method, find_homologs
 from esm_neuron.data.labels import Labels, flatten
 from esm_neuron.data.sources import read_chunks
-from esm_neuron.data.tokenizer import VOCABULARY, encode_many
+from esm_neuron.data.tokenizer import UNK, VOCABULARY, encode_many
 from esm_neuron.data.validation import Checker, conflicting, text_hashes
 
 SHOWN = 20
@@ -113,14 +113,14 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
         writer.add(ExampleTable.of(*encode_many(columns["sequence"])))
     table = writer.table()
     sequences, residues = np.concatenate(hashes), table.lengths - 2
-    letters = np.bincount(table.tokens, minlength=len(VOCABULARY))[4:]
+    letters = np.bincount(table.tokens, minlength=len(VOCABULARY))[UNK + 1 :]  # residues follow the specials
     order = [i for i in np.argsort(-letters, kind="stable") if letters[i]]
     return Check(
         file=path,
         rows=len(table),
         residues=int(residues.sum()),
         lengths={name: int(value) for name, value in _quartiles(residues).items()},
-        alphabet={VOCABULARY[4 + i]: int(letters[i]) for i in order},
+        alphabet={VOCABULARY[UNK + 1 + i]: int(letters[i]) for i in order},
         repeated=len(sequences) - len(np.unique(sequences)),
         conflicting=conflicting(sequences, sequences, np.concatenate(label_hashes)) if labels is not None else 0,
         labels=None if labels is None or labels.numeric else dict(names.most_common()),
@@ -140,16 +140,16 @@ def _quartiles(values: np.ndarray) -> dict[str, float]:
 def _leaks(
     table: ExampleTable, sequences: np.ndarray, splits: np.ndarray, train: str, method: Method | None
 ) -> dict[str, Leak]:
-    learnt = splits == train
-    if not learnt.any() or learnt.all():
+    training = splits == train
+    if not training.any() or training.all():
         return {}
     has_homolog = np.zeros(len(splits), dtype=bool)
     if method is not None:
-        held_out, train_table = select_records(table, ~learnt)[0], select_records(table, learnt)[0]
-        has_homolog[~learnt] = find_homologs(held_out, train_table, method)
+        held_out, train_table = select_records(table, ~training)[0], select_records(table, training)[0]
+        has_homolog[~training] = find_homologs(held_out, train_table, method)
     found = {}
-    for name in dict.fromkeys(splits[~learnt].tolist()):
+    for name in dict.fromkeys(splits[~training].tolist()):
         own = splits == name
-        copies = int(np.isin(sequences[own], sequences[learnt]).sum())
+        copies = int(np.isin(sequences[own], sequences[training]).sum())
         found[name] = Leak(int(own.sum()), copies, int(has_homolog[own].sum()) if method is not None else None)
     return found

@@ -160,8 +160,8 @@ def _mmseqs_pairs(queries: ExampleTable, targets: ExampleTable) -> Iterator[tupl
         # a fixed list of words, our own file names and no shell
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines()
-            raise DataError(f"mmseqs ended with {done.returncode}: {said[-1][:200] if said else 'no message'}")
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            raise DataError(f"mmseqs ended with {done.returncode}: {lines[-1][:200] if lines else 'no message'}")
         with (folder / "found.tsv").open(encoding="ascii") as found:
             for line in found:
                 query, target = line.split()

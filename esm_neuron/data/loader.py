@@ -95,13 +95,13 @@ class _Loader:
             # together.
             packs = [pack for pack in packs if len(pack)] or packs[:1]
         size = (len(packs), pack_tokens)
-        predictions = size if self._task.per_token else (len(packs), segments)
+        targets = size if self._task.per_token else (len(packs), segments)
         # All slots begin as padding of weight 0, so what no example fills adds nothing to the loss.
         input_ids = np.full(size, PAD, np.int64)
         segment_ids = np.full(size, PAD_SEGMENT, np.int64)
         positions = np.zeros(size, np.int64)
-        labels = np.zeros((*predictions, *self._label_shape), self._label_type)
-        weights = np.zeros(predictions, np.float32)
+        labels = np.zeros((*targets, *self._label_shape), self._label_type)
+        weights = np.zeros(targets, np.float32)
         members = np.full((len(packs), segments), -1, np.int64)
         position = np.arange(pack_tokens)
         longest = 1
@@ -117,19 +117,19 @@ class _Loader:
                 input_ids[p, start:end] = target.tokens
                 segment_ids[p, start:end] = s
                 positions[p, start:end] = position[: end - start]
-                answer = slice(start, end) if self._task.per_token else s
-                labels[p, answer] = target.label
-                weights[p, answer] = target.weight
+                place = slice(start, end) if self._task.per_token else s
+                labels[p, place] = target.label
+                weights[p, place] = target.weight
             longest = max(longest, end)
         # A compiled graph needs one width; elsewhere the columns that are padding in every pack are cut off.
         width = pack_tokens if self._static_shapes else longest
-        answered = width if self._task.per_token else segments
+        target_width = width if self._task.per_token else segments
         return Batch(
             input_ids=_tensor(input_ids, width),
             segment_ids=_tensor(segment_ids, width),
             positions=_tensor(positions, width),
-            labels=_tensor(labels, answered),
-            weights=_tensor(weights, answered),
+            labels=_tensor(labels, target_width),
+            weights=_tensor(weights, target_width),
             members=members,
             max_segments=segments,
         )

@@ -47,7 +47,7 @@ def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
             batches = file.iter_batches(rows, columns=list(dict.fromkeys(names)))
             yield from _records(path, columns, _lists(path, batches, names))
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
-        raise DataError(f"{path}: no sound Parquet file ({_said(error)}); write it anew, or copy it again") from None
+        raise DataError(f"{path}: no sound Parquet file ({_why(error)}); write it anew, or copy it again") from None
 
 
 def _texts(file: pq.ParquetFile, names: Sequence[str]) -> list[str]:
@@ -71,6 +71,7 @@ def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -
     done = 0
     for batch in batches:
         batch.validate(full=True)  # a damaged file's values can lie outside of the dictionary that has been read
+        # One record of lists can hold as much text as many others: a batch is cut where its text would fill the memory.
         sizes = np.sum([_characters(batch[name]) for name in dict.fromkeys(names)], axis=0)
         starts, held = [0], 0
         for row, size in enumerate(sizes.tolist()):
@@ -102,7 +103,7 @@ def _characters(column: pa.Array) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def _said(error: Exception) -> str:
+def _why(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
@@ -120,7 +121,7 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
         state = read_json(path / "state.json")
         files = [entry["filename"] for key in ("_data_files", "_indices_data_files") for entry in state.get(key) or ()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{folder}: no sound saved dataset ({_said(error)}); save it anew, or copy it again") from None
+        raise DataError(f"{folder}: no sound saved dataset ({_why(error)}); save it anew, or copy it again") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
             state_file = path / "state.json"
@@ -130,7 +131,7 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
     except EsmNeuronError:
         raise
     except Exception as error:  # the package's reader raises whatever its JSON and Arrow parsers raise
-        raise DataError(f"{folder}: no sound saved dataset ({_said(error)}); save it anew, or copy it again") from None
+        raise DataError(f"{folder}: no sound saved dataset ({_why(error)}); save it anew, or copy it again") from None
 
 
 def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
@@ -161,7 +162,7 @@ def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
         dataset = builder.as_dataset(split=found["split"])
     except Exception as error:  # connections, names, formats: the package has no common kind of error
         cure = "check owner, name, revision, split and network, or save it to a folder and name that"
-        raise DataError(f"{source}: cannot be read from the hub ({_said(error)}); {cure}") from None
+        raise DataError(f"{source}: cannot be read from the hub ({_why(error)}); {cure}") from None
     yield from _dataset_records(source, dataset, columns)
 
 

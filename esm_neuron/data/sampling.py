@@ -16,7 +16,7 @@ _ROWS = {"valid": "validation", "test": "test"}
 """Split -> what errors call its rows."""
 
 
-def families(sequences: list[str], cfg: DataConfig) -> np.ndarray:
+def homolog_clusters(sequences: list[str], cfg: DataConfig) -> np.ndarray:
     """Return the cluster of homologs that each row is in, int64 [rows], by whole sequences."""
     if cfg.homologs == "off":
         cure = "clusters are of homologs; use data.homologs=kmer or mmseqs"

@@ -23,7 +23,7 @@ from esm_neuron.data.cache import cached, content_hash, content_key
 from esm_neuron.data.dataset import ExampleTable, TableWriter, chunk_table, join_tables, open_table
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import row_unit
-from esm_neuron.data.sampling import families, sample_clusters, sample_rows
+from esm_neuron.data.sampling import homolog_clusters, sample_clusters, sample_rows
 from esm_neuron.data.sources import CHUNK_ROWS, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
 from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
@@ -363,8 +363,9 @@ def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:
 
 
 def _load(folder: Path, cfg: TrainConfig) -> Splits:
-    """Return the splits kept in `folder`; what was said of a file is said of the one with its content now."""
+    """Return the splits kept in `folder`."""
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    # The same content may have another path today: reports and rejected records name the files of this configuration.
     now = dict(zip(meta["files"], data_files(cfg.data).values(), strict=True))
     tables = {name: open_table(folder / name) for name in meta["splits"]}
     return Splits(
@@ -385,7 +386,7 @@ def _sample(parts: dict[str, Part], labels: Labels | None, cfg: TrainConfig) -> 
     fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
     wanted = {name: fraction for name, fraction in fractions.items() if name not in parts and fraction > 0}
     by_cluster = cfg.data.sample == "clusters"
-    homologs = families(parts["train"].column("sequence"), cfg.data) if wanted and by_cluster else None
+    homologs = homolog_clusters(parts["train"].column("sequence"), cfg.data) if wanted and by_cluster else None
     sampled: dict[str, tuple[str, ...]] = {}
     for name, fraction in wanted.items():
         train = parts["train"]
@@ -424,24 +425,27 @@ def _shared(parts: Mapping[str, Part], labels: Labels | None) -> dict[str, dict[
     for name, own in hashes.items():
         # Labels may conflict within a split, and those of a held-out split with training as well.
         both = [own] if name == "train" else [own, train]
-        texts, says = (np.concatenate([hashed[column] for hashed in both]) for column in ("sequence", "label"))
-        found = {"repeated": len(own["sequence"]) - len(np.unique(own["sequence"]))}
+        found = {"repeated": len(own["sequence"]) - len(np.unique(own["sequence"])), "conflicting": 0}
+        if labels is not None:
+            everyone = (np.concatenate([hashed[column] for hashed in both]) for column in ("sequence", "label"))
+            found["conflicting"] = conflicting(own["sequence"], *everyone)
         if name != "train":
             found["in_train"] = int(np.isin(own["sequence"], train["sequence"]).sum())
             _, here, there = np.intersect1d(own["id"], train["id"], return_indices=True)
             found["renamed"] = int((own["sequence"][here] != train["sequence"][there]).sum())
-        counts[name] = found | {"conflicting": conflicting(own["sequence"], texts, says) if len(says) else 0}
+        counts[name] = found
     return counts
 
 
 def _hashes(part: Part, labels: Labels | None) -> dict[str, np.ndarray]:
-    """Return uint64 [rows] hashes of ids, sequences and labels, so that no text is held; [0] where labels are none."""
+    """Return uint64 [rows] hashes of ids, sequences and, where they are read, labels, so that no text is held."""
     hashes = {
         column: np.concatenate([text_hashes(rows[column].to_pylist()) for rows in part.chunks([column])])
         for column in ("id", "sequence")
     }
-    says = [] if labels is None else [labels.hashes(rows) for rows in part.chunks(["label"])]
-    return hashes | {"label": np.concatenate([np.empty(0, np.uint64), *says])}
+    if labels is not None:
+        hashes["label"] = np.concatenate([labels.hashes(rows) for rows in part.chunks(["label"])])
+    return hashes
 
 
 def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> str:
@@ -458,8 +462,8 @@ def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> s
 class InputChunks:
     """Give the tables of a file chunk by chunk: without labels for prediction, or with them for evaluation.
 
-    Can be iterated any number of times. A bad row anywhere raises DataError after the last chunk: what was made of the
-    chunks before must not be final until then (or iterate once in advance, which costs little).
+    Can be iterated any number of times. A bad record raises DataError only after the last chunk, so iterate once before
+    anything is made of the tables (which costs little), or keep the results back until the end.
 
     Columns, bad residues and long sequences are treated as `cfg` says; its split column and row filters are not
     applied. `labels` are those of a finished run, with its class names.

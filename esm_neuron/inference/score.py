@@ -111,16 +111,16 @@ class Scorer:
         if self.method == "pseudo-perplexity":
             return self._perplexities([row.sequence for row in rows], run_model)
         variants = [row.variant for row in rows]
-        find = self._given_wild_type if self.method == "wild-type-marginal" else self._given_the_rest
+        find = self._by_wild_type if self.method == "wild-type-marginal" else self._by_masked
         log_p = find(variants, run_model)
         return [marginal(v, log_p[sites_of(v)]) if v else 0.0 for v in variants]
 
-    def _given_wild_type(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
+    def _by_wild_type(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
         if self._known is None:
             (self._known,) = run_model([Query(self._wild, np.arange(len(self._wild) - 2))])
         return {sites: self._known[list(sites)] for sites in map(sites_of, variants)}
 
-    def _given_the_rest(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
+    def _by_masked(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
         wanted = [sites for sites in dict.fromkeys(map(sites_of, variants)) if sites]
         predictions = run_model([masked(self._wild, sites) for sites in wanted]) if wanted else []
         return dict(zip(wanted, predictions, strict=True))
@@ -185,7 +185,8 @@ def score(
         protein = raise_on_any_rank(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None
         tokens = piece_tokens(cfg, backend_)
         if protein is not None and method == "masked-marginal":
-            tokens = max(tokens, len(protein) * (len(protein) + 2))  # all single substitutions need no site twice
+            # Room for every site of the protein once: all its single substitutions are then scored in one piece.
+            tokens = max(tokens, len(protein) * (len(protein) + 2))
         scorer = Scorer(method, protein)
         table = VariantTable(source, columns, cfg.data, protein, first_residue, compare, tokens, scorer.cost)
         scanned = scan(backend_, table)

@@ -206,6 +206,7 @@ class VariantTable:
                     problems.add(line, f"{error}, or leave such rows out with --data.on_bad_residue skip")
                 continue
             self.unmeasured += math.isnan(row.measured)
+            # After the first problem no row is given, but all are read: the error then lists every problem.
             if not problems.total:
                 yield row
         problems.raise_any()

@@ -22,8 +22,9 @@ from esm_neuron.metrics.text import Shown, name_of, show
 from esm_neuron.tasks.view import Confidence, Confusion, View
 
 SIZE = (4.7, 3.0)  # of a plain chart in inches
-MOST_CLASSES, MOST_CELLS = 30, 14  # that bars are drawn for; that a confusion matrix has numbers for in its cells
-MOST_POINTS = 5_000  # of a scatter: more of them would make a page of many megabytes
+MOST_CLASSES = 30  # with a bar each; of more, the most frequent
+MOST_CELLS = 14  # classes of a confusion matrix that has its numbers written in the cells
+MOST_POINTS = 5_000  # of a scatter plot: more would make a page of many megabytes
 LENGTH_BINS, LEAST_RECORDS = 8, 10  # most bins of length, and about how many records each has at least
 
 
@@ -166,14 +167,14 @@ def calibration(found: Confidence, several: bool) -> Chart | None:
 
 def length_chart(found: View) -> Chart | None:
     """Draw errors by sequence length; None where there are too few records, or lengths, for two bins."""
-    asked = found.weight > 0
-    lengths = found.residues[asked]
+    counted = found.weight > 0
+    lengths = found.residues[counted]
     bins = min(len(lengths) // LEAST_RECORDS, LENGTH_BINS)
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, bins + 1)))[1:-1] if bins > 1 else np.empty(0)
     if not len(edges):
         return None
     group = np.searchsorted(edges, lengths, side="right")
-    groups = group_means(found.error[asked], found.weight[asked], group, len(edges) + 1, np.arange(len(lengths)))
+    groups = group_means(found.error[counted], found.weight[counted], group, len(edges) + 1, np.arange(len(lengths)))
     shown = [(float(np.median(lengths[group == g])), made) for g, made in enumerate(groups) if made is not None]
 
     def paint(figure: Figure) -> None:
@@ -279,7 +280,7 @@ COLOURS = {
     "ink": "#1b2430", "muted": "#5b6573", "line": "#d9dee5", "accent": "#2460c4", "second": "#c2530a",
     "third": "#71808f",
 }  # fmt: skip
-"""Name of a variable of page.css -> its colour in the light theme, which PNGs have. Charts use no other colours."""
+"""Name of a variable of report.css -> its colour in the light theme, which PNGs have. Charts use no other colours."""
 INK, MUTED, LINE, ACCENT, SECOND, THIRD = COLOURS.values()
 
 _SETTINGS: Any = {

@@ -1,7 +1,7 @@
 """Simple models that a network has to beat: by the training labels' frequencies, and by counted amino acids.
 
-A baseline predicts in the form of the task's `predictions`, so `Task.metrics` scores both on the same rows, with the
-same intervals. It counts what the model is given: the cropped sequence, or a record's windows one after the other.
+A baseline predicts in the form of the task's `predictions`, so `Task.metrics` scores both on the same proteins, with
+the same intervals. It counts what the model is given: the cropped sequence, or a record's windows one after the other.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class MultiLabel(PooledTask):
         """Return `Task.loss`; a class weight multiplies the loss at the labels that a protein has."""
         has = batch.labels > 0
         losses = sigmoid_losses(logits, has.float(), self.cfg.label_smoothing, self.cfg.focal_gamma)
-        by_class = losses * (batch.labels + (~has).float())
-        return (by_class.mean(-1) * batch.weights).sum(), batch.weights.sum()
+        weighted = losses * (batch.labels + (~has).float())
+        return (weighted.mean(-1) * batch.weights).sum(), batch.weights.sum()
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """Return `multi_label_metrics`; a record's loss is the mean over windows and classes of the cross entropy."""

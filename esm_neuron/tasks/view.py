@@ -27,11 +27,11 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Confidence:
-    """Probabilities and whether what they stand for is true: n rows of some proteins."""
+    """Predicted probabilities, n in all, and whether what each predicts is true."""
 
     probability: np.ndarray  # float64 [n]
     right: np.ndarray  # bool [n]
-    protein: np.ndarray  # int64 [n]
+    protein: np.ndarray  # int64 [n]: whose it is
 
 
 @dataclass(frozen=True)
