@@ -12,8 +12,8 @@ in it. The values shown are those of the default seed on several nodes with `loo
 `parallel.zero1: false` and `adapter.kind: none`, where all of them apply. `esm-neuron doctor --config FILE` prints what
 a run would see, and who set each variable.
 
-| variable | value | meaning |
-|---|---|---|
+| variable | value | meaning | source |
+|---|---|---|---|
 """
 
 
@@ -23,5 +23,8 @@ def page() -> str:
         loop=LoopConfig(precision="bf16"), parallel=ParallelConfig(zero1=False), adapter=AdapterConfig(kind="none")
     )
     values = ((setting, setting.value(cfg, True)) for setting in SETTINGS)
-    rows = [f"| `{s.name}` | {'not set' if value is None else f'`{value}`'} | {s.meaning} |" for s, value in values]
+    rows = [
+        f"| `{s.name}` | {'not set' if value is None else f'`{value}`'} | {s.meaning} | {s.source} |"
+        for s, value in values
+    ]
     return HEAD + "\n".join(rows) + "\n"

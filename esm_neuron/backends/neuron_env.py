@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from esm_neuron.backends.neuron_sdk import PACKAGES, RUNTIME, has_async_requests, host_versions
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import ConfigError
 
-PACKAGES = ("torch-neuronx", "neuronx-cc", "libneuronxla", "neuronx-distributed")
-"""Packages of the Neuron SDK's own index."""
 PLACEHOLDERS = ("0.1", "1.0")
 """Versions under which the general package index holds empty packages of these names."""
 INSTALL = (
@@ -33,6 +32,8 @@ class Setting:
     value: Callable[[TrainConfig, bool], str | None]
     """(configuration, several nodes) -> value; None where it does not apply."""
     meaning: str
+    source: str
+    """Where the vendor, or torch_xla, says so."""
     flags: bool = False
     """The value is a list of compiler flags: those that the user has not given are added to the user's."""
 
@@ -44,14 +45,23 @@ def _stochastic(cfg: TrainConfig, value: str) -> str | None:
     return value if rounds else None
 
 
+def _compiler_flags(cfg: TrainConfig, nodes: bool) -> str:
+    cast = "--auto-cast=matmult --auto-cast-type=tf32" if cfg.loop.tf32 else "--auto-cast=none"
+    return f"--model-type=transformer {cast} --optlevel={cfg.loop.optlevel} --retry_failed_compilation"
+
+
+COMPILER = "Neuron Compiler CLI Reference Guide"
+TORCH = "PyTorch NeuronX Environment Variables"
+RUNTIME_GUIDE = "Neuron Runtime Configuration"
+EFA = "EFA on Trn1 for multi-node execution"
+TROUBLESHOOTING = "PyTorch NeuronX training troubleshooting"
 SETTINGS = (
     Setting(
         "NEURON_CC_FLAGS",
-        lambda cfg, nodes: (
-            "--model-type=transformer --auto-cast=none --enable-saturate-infinity --retry_failed_compilation"
-        ),
-        "Fuse for transformers; never change a precision silently; infinities saturate, as bf16 masks need; compile "
-        "again what failed before, since failures are cached.",
+        _compiler_flags,
+        "Fuse for transformers; never change a precision silently (`loop.tf32` asks for float32 products in tf32, "
+        "`loop.optlevel` for another `-O`); compile again what failed before, since failures are cached.",
+        f"{COMPILER}; Neuron Persistent Cache",
         flags=True,
     ),
     Setting(
@@ -59,38 +69,49 @@ SETTINGS = (
         lambda cfg, nodes: "100000",
         "A graph with more inputs gets them as a tuple, which Neuron refuses; torch_xla's 3,200 are fewer than the "
         "update of all weights has.",
+        "torch_xla 2.8, xla_graph_executor.cpp",
     ),
-    Setting("NEURON_FUSE_SOFTMAX", lambda cfg, nodes: "1", "One kernel for the softmax of attention."),
+    Setting("NEURON_FUSE_SOFTMAX", lambda cfg, nodes: "1", "One kernel for the softmax of attention.", TORCH),
     Setting(
         "DISABLE_NUMERIC_CC_TOKEN",
         lambda cfg, nodes: "1",
         "torch_xla orders collectives by a token without adding a number to each: 8 % fewer instructions per update.",
+        "torch_xla 2.8, cross_replica_reduces.cpp; the vendor's Llama 3.3 tutorial",
     ),
     Setting(
         "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS",
-        lambda cfg, nodes: "3",
-        "The host prepares the next graphs while one runs, about 12 % faster by the vendor's guide; SDK 2.31 and later "
-        "ignore it.",
+        lambda cfg, nodes: "3" if has_async_requests(host_versions()[RUNTIME]) else None,
+        "The host prepares the next graphs while one runs, about 12 % faster by the vendor's guide. Not set over "
+        "runtime 2.33 or later (SDK 2.31), which has no such mode and warns.",
+        f"{RUNTIME_GUIDE}; Neuron Runtime release notes (2.31)",
     ),
     Setting(
         "NEURON_RT_EXEC_TIMEOUT",
         lambda cfg, nodes: "600",
-        "Seconds that a graph may run: the runtime's 30 are too few while peers still compile.",
+        "Seconds that a graph may run: 30, as one page has it, are too few while peers still compile.",
+        f"{RUNTIME_GUIDE} (default 30); NRT Developer Guide (default on trn1: 600)",
     ),
     Setting(
         "NEURON_RT_STOCHASTIC_ROUNDING_EN",
         lambda cfg, nodes: _stochastic(cfg, "1"),
         "loop.precision bf16 and all weights trained without parallel.zero1: small updates survive on average.",
+        TORCH,
     ),
     Setting(
         "NEURON_RT_STOCHASTIC_ROUNDING_SEED",
         lambda cfg, nodes: _stochastic(cfg, str(cfg.seed)),
         "Its seed, the run's, so that tensor-parallel copies round alike.",
+        TORCH,
     ),
-    Setting("FI_PROVIDER", lambda cfg, nodes: "efa" if nodes else None, "Several nodes: the EFA network."),
-    Setting("FI_EFA_USE_DEVICE_RDMA", lambda cfg, nodes: "1" if nodes else None, "Several nodes: device to device."),
+    Setting("FI_PROVIDER", lambda cfg, nodes: "efa" if nodes else None, "Several nodes: the EFA network.", EFA),
     Setting(
-        "FI_EFA_FORK_SAFE", lambda cfg, nodes: "1" if nodes else None, "Several nodes: kernels before 5.15 need it."
+        "FI_EFA_USE_DEVICE_RDMA", lambda cfg, nodes: "1" if nodes else None, "Several nodes: device to device.", EFA
+    ),
+    Setting(
+        "FI_EFA_FORK_SAFE",
+        lambda cfg, nodes: "1" if nodes else None,
+        "Several nodes: kernels before 5.15 need it, newer ones pass it over.",
+        f"{EFA}; Neuron Runtime Troubleshooting",
     ),
     Setting(
         CACHE,
@@ -98,6 +119,7 @@ SETTINGS = (
         "Yours alone: the folder or S3 prefix where compiled graphs are kept. NFS and Lustre (EFS, FSx) are "
         "refused, where the compiler's locks break, and so is --cache_dir in NEURON_CC_FLAGS beside it, which would "
         "overrule it.",
+        f"Neuron Persistent Cache; {TROUBLESHOOTING}",
     ),
 )
 """Every variable that matters to the backend; it sets those that have a value and that the user has not set."""
@@ -111,7 +133,7 @@ def apply_settings(cfg: TrainConfig, nodes: bool, env: MutableMapping[str, str] 
         value = setting.value(cfg, nodes)
         if value is not None and setting.flags:
             given = env.get(setting.name, "").split()
-            names = {flag.partition("=")[0] for flag in given}
+            names = {"--optlevel" if flag.startswith("-O") else flag.partition("=")[0] for flag in given}
             missing = [flag for flag in value.split() if flag.partition("=")[0] not in names]
             value = " ".join([*given, *missing]) if missing else None
         elif setting.name in env:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esm_neuron.backends.neuron_env import INSTALL, cache_trouble, installed_version, neuron_cores
+from esm_neuron.backends.neuron_sdk import COLLECTIVES, DRIVER, PINNED, RUNTIME, broken_rule, fitting, host_versions
 from esm_neuron.backends.topology import NEURON_CORES
 
 NO_GPU = "none"
@@ -90,11 +91,18 @@ class NeuronSurvey(Survey):
 
     extra = "neuron"
     install = INSTALL
+    root = Path("/")
+    """Where to look for devices and for the host's software."""
 
     def devices(self) -> str:
-        cores = neuron_cores()
+        cores = neuron_cores(self.root / "dev")
         instance = next((name for name, have in NEURON_CORES.items() if have == cores), None)
-        return f"{cores} cores{f' ({instance})' if instance else ''}" if cores else "none (no /dev/neuron*)"
+        found = f"{cores} cores{f' ({instance})' if instance else ''}" if cores else "none (no /dev/neuron*)"
+        driver = host_versions(self.root)[DRIVER]
+        if driver is None:
+            return found
+        sdks = ", ".join(sdk.version for sdk in fitting(driver))
+        return f"{found}; driver {driver} fits {f'SDK {sdks}' if sdks else 'no SDK that trains on trn1'}"
 
     def lacks(self, env: Mapping[str, str]) -> list[Lack]:
         found = []
@@ -104,11 +112,26 @@ class NeuronSurvey(Survey):
         major, minor, _ = platform.python_version_tuple()
         if (int(major), int(minor)) > (3, 11):
             found.append(Lack(f"Python {major}.{minor}: the Neuron wheels are for 3.10 and 3.11", "use Python 3.11"))
-        cores = neuron_cores()
-        if not Path("/dev/neuron0").exists():
-            cure = "use a trn1 instance with the Neuron driver (aws-neuronx-dkms)"
-            found.append(Lack("there is no /dev/neuron0", cure))
-        elif cores not in NEURON_CORES.values():
+        cores = neuron_cores(self.root / "dev")
+        if not (self.root / "dev/neuron0").exists():
+            cure = f"use a trn1 instance with the Neuron driver ({DRIVER}); give a container the devices: --device"
+            return [*found, Lack("there is no /dev/neuron0", cure)]
+        if cores not in NEURON_CORES.values():
             have = " or ".join(f"{n} ({name})" for name, n in NEURON_CORES.items())
             found.append(Lack(f"{cores} NeuronCores, a trn1 has {have}", "free the devices that other jobs hold"))
+        return found + self._host_lacks()
+
+    def _host_lacks(self) -> list[Lack]:
+        """Return the libraries that are missing, and the rule by which the driver does not start the runtime."""
+        have = host_versions(self.root)
+        driver, runtime = have[DRIVER], have[RUNTIME]
+        found = [
+            Lack(f"{name} is not installed", f"sudo apt-get install {name}={PINNED.host[name]}; see docs/ec2-trn1.md")
+            for name in (RUNTIME, COLLECTIVES)
+            if have[name] is None
+        ]
+        if driver and runtime and (rule := broken_rule(driver, runtime)) is not None:
+            fits = " or ".join(f"{sdk.host[RUNTIME]} (SDK {sdk.version})" for sdk in fitting(driver)[-1:])
+            cure = f"install {DRIVER}={PINNED.host[DRIVER]} on the host" + (f", or runtime {fits}" if fits else "")
+            found.append(Lack(f"runtime {runtime} does not start over driver {driver}: {rule.words}", cure))
         return found

@@ -212,9 +212,11 @@ class LoopConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products in bfloat16 by autocast and frozen linears stored so; trained weights stay float32."""
     tf32: bool = False
-    """cuda: float32 matrix products in TensorFloat-32: faster, 10 bits of mantissa."""
+    """cuda, neuron: float32 matrix products in TensorFloat-32: faster, 10 bits of mantissa."""
     torch_compile: bool = False
     """cuda: compile each block with torch.compile, except its attention: minutes at the start."""
+    optlevel: int = 2
+    """neuron: level of optimization of neuronx-cc: 1 compiles soonest, 3 may run faster and compiles longest."""
     eval_every: int = 0
     """Optimizer steps between validations; 0: once per epoch."""
     patience: int = 0

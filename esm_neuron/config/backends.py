@@ -24,6 +24,7 @@ class BackendSpec:
     adamw8bit: bool = False
     tf32: bool = False
     torch_compile: bool = False
+    optlevel: bool = False
     zero1: bool = False
     """The others pass parallel.zero1 over."""
     bf16_weights: bool = False
@@ -56,6 +57,8 @@ BACKENDS: dict[str, BackendSpec] = {
         make="esm_neuron.backends.neuron:NeuronBackend",
         survey="esm_neuron.backends.survey:NeuronSurvey",
         compiles=True,
+        tf32=True,
+        optlevel=True,
         zero1=True,
         bf16_weights=True,
     ),

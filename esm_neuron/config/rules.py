@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from operator import attrgetter
 
-from esm_neuron.config import TrainConfig, require
+from esm_neuron.config import LoopConfig, TrainConfig, require
 from esm_neuron.config.backends import BACKENDS, named
 from esm_neuron.redact import redact
 
@@ -19,6 +19,7 @@ RANGES: dict[tuple[float, float], str] = {
     (1, MOST): "data.max_residues data.max_segments adapter.r adapter.alpha parallel.tp loop.max_steps "
     "loop.packs_per_step loop.packs_per_device loop.eval_packs_per_device checkpoint.keep log.every",
     (3, MOST): "data.pack_tokens",
+    (1, 3): "loop.optlevel",
     (0, 0.9): "data.valid_fraction data.test_fraction",
     (0, 0.99): "model.dropout adapter.dropout task.label_smoothing",
     (0, 1): "optim.eps optim.min_lr_ratio",
@@ -61,6 +62,11 @@ def check_backend(cfg: TrainConfig) -> None:
     )
     require(
         can.tf32 or not loop.tf32, f"loop.tf32=true {here}: it is for {named(lambda b: b.tf32)}; use loop.tf32=false"
+    )
+    require(
+        can.optlevel or loop.optlevel == LoopConfig.optlevel,
+        f"loop.optlevel={loop.optlevel} {here}: it is for {named(lambda b: b.optlevel)}; use "
+        f"loop.optlevel={LoopConfig.optlevel}",
     )
     require(
         can.torch_compile or not loop.torch_compile,

@@ -116,7 +116,7 @@ def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:
         cfg,
         backend=backend,
         parallel=ParallelConfig(),
-        loop=replace(cfg.loop, tf32=False, torch_compile=False, precision=precision),
+        loop=replace(cfg.loop, tf32=False, torch_compile=False, optlevel=2, precision=precision),
         optim=replace(cfg.optim, kind="adamw"),
     )
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from esm_neuron.backends import import_object
-from esm_neuron.backends.neuron_env import CURE, PACKAGES, PLACEHOLDERS, SETTINGS, apply_settings, installed_version
+from esm_neuron.backends.neuron_env import CURE, PLACEHOLDERS, SETTINGS, apply_settings, installed_version
+from esm_neuron.backends.neuron_sdk import LAST, PACKAGES, host_versions
 from esm_neuron.backends.survey import Lack, Survey
 from esm_neuron.config import TrainConfig
 from esm_neuron.config.backends import BACKENDS
@@ -49,7 +51,8 @@ def examine(cfg: TrainConfig) -> Diagnosis:
 
     Starts the runtime of torch_xla where there is one and no Neuron device that it would claim.
     """
-    versions = {"python": platform.python_version(), **{name: installed_version(name) for name in SHOWN}}
+    packages = {name: installed_version(name) for name in SHOWN}
+    versions = {"python": platform.python_version(), **packages, **host_versions()}
     return Diagnosis(
         versions=versions,
         devices={name: survey_of(name).devices() for name in BACKENDS},
@@ -78,6 +81,8 @@ def missing_packages(extra: str, install: str) -> list[Lack]:
         texts = importlib.metadata.requires("esm-neuron") or []
     except importlib.metadata.PackageNotFoundError:
         return [Lack("esm-neuron itself is not installed", install)]
+    # an environment of constraints/neuron-2.31.txt has that release's torch in place of the one that is required
+    last = LAST.python if installed_version("torch-neuronx") == LAST.python["torch-neuronx"] else {}
     found = []
     for requirement in map(Requirement, texts):
         marker = requirement.marker
@@ -88,7 +93,9 @@ def missing_packages(extra: str, install: str) -> list[Lack]:
             found.append(Lack(f"{requirement.name} is not installed", install))
         elif requirement.name in PACKAGES and version in PLACEHOLDERS:
             found.append(Lack(f"{requirement.name} {version} is an empty placeholder of the general index", CURE))
-        elif not requirement.specifier.contains(version, prereleases=True):
+        elif version != last.get(canonicalize_name(requirement.name)) and not requirement.specifier.contains(
+            version, prereleases=True
+        ):
             found.append(Lack(f"{requirement.name} {version} is not {requirement.specifier}", install))
     return found
 
@@ -111,7 +118,7 @@ def render(diagnosis: Diagnosis) -> str:
     lines = ["versions"]
     for name, version in diagnosis.versions.items():
         empty = name in PACKAGES and version in PLACEHOLDERS
-        lines.append(f"  {name:<20} {version or 'not installed'}{' (EMPTY PLACEHOLDER)' if empty else ''}")
+        lines.append(f"  {name:<23} {version or 'not installed'}{' (EMPTY PLACEHOLDER)' if empty else ''}")
     lines += ["devices", *(f"  {kind:<20} {what}" for kind, what in diagnosis.devices.items())]
     lines.append("environment of the neuron backend")
     for row in diagnosis.environment:

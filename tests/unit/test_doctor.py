@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 
 from esm_neuron import cli
 from esm_neuron.backends import survey
-from esm_neuron.backends.neuron_env import PACKAGES
+from esm_neuron.backends.neuron_sdk import (
+    COLLECTIVES,
+    DRIVER,
+    LAST,
+    PACKAGES,
+    PINNED,
+    RUNTIME,
+    SDKS,
+    fitting,
+    host_versions,
+)
 from esm_neuron.backends.survey import Lack
 from esm_neuron.config import AdapterConfig, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.planning import doctor
@@ -79,9 +91,104 @@ def test_a_tree_that_was_never_installed_says_so(monkeypatch: pytest.MonkeyPatch
     assert [lack.what for lack in missing_packages("", "")] == ["esm-neuron itself is not installed"]
 
 
-def test_neuron_cannot_run_without_devices(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
-    monkeypatch.setattr(survey, "neuron_cores", lambda: 0)
-    assert any("/dev/neuron0" in lack.what for lack in lacks("neuron"))
+def test_the_last_sdk_brings_a_torch_of_its_own(installed: dict[str, str]) -> None:
+    """An environment of constraints/neuron-2.31.txt: its versions are right together, and only together."""
+    installed |= {"torch": "2.9.0", "torch_xla": "2.9.0"}
+    assert "torch 2.9.0 is not ==2.8.*" in [lack.what for lack in missing_packages("", "")]
+    installed |= LAST.python
+    assert [missing_packages(extra, "") for extra in ("", "xla", "neuron")] == [[], [], []]
+    installed["neuronx-cc"] = PINNED.python["neuronx-cc"]
+    assert [lack.what for lack in missing_packages("neuron", "")] == ["neuronx-cc 2.21.33363.0 is not ==2.21"]
+
+
+class Host:
+    """The files of a made-up trn1.2xlarge."""
+
+    def __init__(self, root: Path, driver: str) -> None:
+        self.root = root
+        for folder in ("dev", "sys/module/neuron", "var/lib/dpkg", "opt/aws/neuron/lib"):
+            (root / folder).mkdir(parents=True)
+        (root / "dev/neuron0").touch()
+        (root / "sys/module/neuron/version").write_text(driver + "\n")
+
+    def dpkg(self, **versions: str) -> None:
+        blocks = [
+            f"Package: aws-neuronx-{name.replace('_', '-')}\nStatus: install ok installed\n"
+            f"Version: {version}-dd5879008\n"
+            "Description: a library\n of the runtime: it has a colon"
+            for name, version in versions.items()
+        ]
+        removed = "Package: aws-neuronx-tools\nStatus: deinstall ok config-files\nVersion: 2.26.14.0"
+        (self.root / "var/lib/dpkg/status").write_text("\n\n".join([*blocks, removed]) + "\n")
+
+    def library(self, link: str, version: str) -> None:
+        """As the packages lay them: libnrt.so.1 -> libnrt.so.2.28.23.0."""
+        file = self.root / f"opt/aws/neuron/lib/{link.partition('.')[0]}.so.{version}"
+        file.touch()
+        (file.parent / link).symlink_to(file.name)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> Callable[[str], Host]:
+    monkeypatch.setattr(survey.NeuronSurvey, "root", tmp_path)
+    monkeypatch.setattr(survey.platform, "python_version_tuple", lambda: ("3", "11", "7"))
+    return lambda driver: Host(tmp_path, driver)
+
+
+def host_lacks() -> list[str]:
+    return [f"{lack.what}; {lack.cure}" for lack in survey.NeuronSurvey().lacks({})]
+
+
+def test_neuron_cannot_run_without_devices(host: Callable[[str], Host]) -> None:
+    assert [lack.what for lack in survey.NeuronSurvey().lacks({})] == ["there is no /dev/neuron0"]
+    assert survey.NeuronSurvey().devices() == "none (no /dev/neuron*)"
+
+
+def test_the_software_of_a_host_is_read_from_its_files(host: Callable[[str], Host]) -> None:
+    made = host("2.24.7.0")
+    assert host_lacks() == [
+        f"{name} is not installed; sudo apt-get install {name}={version}; see docs/ec2-trn1.md"
+        for name, version in ((RUNTIME, "2.28.23.0"), (COLLECTIVES, "2.28.27.0"))
+    ]
+    made.library("libnrt.so.1", "2.28.23.0")
+    made.library("libnccom.so.2", "2.28.27.0")
+    assert host_lacks() == []
+    made.dpkg(runtime_lib="2.29.40.0", collectives="2.29.41.0")
+    found = {DRIVER: "2.24.7.0", RUNTIME: "2.29.40.0", COLLECTIVES: "2.29.41.0"}
+    assert host_versions(made.root) == found, "a package that was removed is none"
+    assert survey.NeuronSurvey().devices() == "2 cores (trn1.2xlarge); driver 2.24.7.0 fits SDK 2.26.1"
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "sdks", "lack"),
+    [
+        ("2.27.4.0", "2.28.23.0", "2.26.1, 2.27.1, 2.28.1, 2.29.1", None),
+        ("2.28.0.0", "2.32.31.0", "2.26.1, 2.27.1, 2.28.1, 2.29.1, 2.30.0", None),
+        ("2.30.2.0", "2.33.10.0", "2.31.1", None),
+        (
+            "2.31.7.0", "2.28.23.0", "2.31.1",
+            "runtime 2.28.23.0 does not start over driver 2.31.7.0: driver 2.29 needs runtime 2.33 or later; install "
+            "aws-neuronx-dkms=2.24.7.0 on the host, or runtime 2.33.10.0 (SDK 2.31.1)",
+        ),
+        (
+            "2.26.10.0", "2.32.31.0", "2.26.1, 2.27.1, 2.28.1",
+            "runtime 2.32.31.0 does not start over driver 2.26.10.0: runtime 2.32 needs driver 2.27 or later; install "
+            "aws-neuronx-dkms=2.24.7.0 on the host, or runtime 2.30.51.0 (SDK 2.28.1)",
+        ),
+    ],
+)  # fmt: skip
+def test_driver_and_runtime_must_fit(
+    host: Callable[[str], Host], driver: str, runtime: str, sdks: str, lack: str | None
+) -> None:
+    host(driver).dpkg(runtime_lib=runtime, collectives=runtime)
+    assert host_lacks() == ([] if lack is None else [lack])
+    assert survey.NeuronSurvey().devices() == f"2 cores (trn1.2xlarge); driver {driver} fits SDK {sdks}"
+
+
+def test_every_release_runs_over_its_own_driver() -> None:
+    for sdk in SDKS:
+        assert sdk in fitting(sdk.host[DRIVER])
+    assert fitting("2.20.28.0") == []
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,4 +208,4 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 def test_the_report_marks_placeholders() -> None:
     found = doctor.Diagnosis({"neuronx-cc": "1.0", "torch": "2.8.0"}, {}, (), {"cpu": ()})
-    assert "neuronx-cc           1.0 (EMPTY PLACEHOLDER)" in render(found)
+    assert "neuronx-cc              1.0 (EMPTY PLACEHOLDER)" in render(found)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from helpers.packs import LAYOUTS, build, gradients, predictions, proteins
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esm_neuron.backends import neuron_env
 from esm_neuron.backends.neuron import NeuronBackend
@@ -17,9 +24,11 @@ from esm_neuron.backends.neuron_env import (
     check_packages,
     neuron_cores,
 )
+from esm_neuron.backends.neuron_sdk import RUNTIME
 from esm_neuron.backends.survey import Lack
 from esm_neuron.config import AdapterConfig, LoopConfig, ParallelConfig, TrainConfig
 from esm_neuron.errors import ConfigError
+from esm_neuron.models import attention
 from esm_neuron.planning.doctor import lacks
 
 FP32 = TrainConfig()
@@ -66,9 +75,30 @@ def test_the_users_settings_win() -> None:
     written = apply_settings(FP32, nodes=False, env=env)
     assert env["NEURON_FUSE_SOFTMAX"] == "0" and "NEURON_FUSE_SOFTMAX" not in written
     assert env["NEURON_CC_FLAGS"] == (
-        "--auto-cast=all --verbose=info --model-type=transformer --enable-saturate-infinity --retry_failed_compilation"
+        "--auto-cast=all --verbose=info --model-type=transformer --optlevel=2 --retry_failed_compilation"
     )
     assert apply_settings(FP32, nodes=False, env=env) == {}
+
+
+def test_tf32_and_the_level_of_the_compiler_can_be_asked_for() -> None:
+    asked = replace(FP32, loop=LoopConfig(tf32=True, optlevel=1))
+    assert apply_settings(asked, nodes=False, env={})["NEURON_CC_FLAGS"] == (
+        "--model-type=transformer --auto-cast=matmult --auto-cast-type=tf32 --optlevel=1 --retry_failed_compilation"
+    )
+    env = {"NEURON_CC_FLAGS": "-O3"}
+    apply_settings(asked, nodes=False, env=env)
+    assert env["NEURON_CC_FLAGS"].startswith("-O3 ") and "--optlevel" not in env["NEURON_CC_FLAGS"]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "value"), [(None, "3"), ("2.28.23.0", "3"), ("2.32.31.0", "3"), ("2.33.10.0", None)]
+)
+def test_asynchronous_requests_are_for_the_runtimes_that_have_them(
+    monkeypatch: pytest.MonkeyPatch, runtime: str | None, value: str | None
+) -> None:
+    monkeypatch.setattr(neuron_env, "host_versions", lambda: {RUNTIME: runtime})
+    written = apply_settings(FP32, nodes=False, env={})
+    assert written.get("NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS") == value
 
 
 def test_a_compilers_own_cache_folder_beside_the_cache_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,10 +137,41 @@ def test_a_cache_on_nfs_or_lustre_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_setting_says_what_it_is_for() -> None:
-    assert all(setting.meaning.endswith(".") for setting in SETTINGS)
+    assert all(setting.meaning.endswith(".") and setting.source for setting in SETTINGS)
 
 
 def test_cores_are_counted_by_device(tmp_path: Path) -> None:
     for name in ("neuron0", "neuron1", "neuron15", "neuron_shm", "null"):
         (tmp_path / name).touch()
     assert neuron_cores(tmp_path) == 6
+
+
+class Infinite(TorchDispatchMode):
+    """Collects the operations that give an infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor) and t.is_floating_point()]
+        if any(t.isinf().any() for t in tensors):
+            self.operations.add(str(func))
+        return made
+
+
+@pytest.mark.parametrize("kind", ["mean", "attention", "masked_lm"])
+def test_nothing_infinite_is_computed_in_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So `--enable-saturate-infinity` is not among the flags: trn1 transposes by products with 0 and 1, and would make
+    NaN of an infinity."""
+    model = build(kind, "masked")
+
+    def found() -> set[str]:
+        with Infinite() as infinite, torch.autocast("cpu", torch.bfloat16):
+            gradients(model, predictions(model, proteins(masked=True), *LAYOUTS["packed otherwise, a filler row"]))
+        return infinite.operations
+
+    assert found() == set()
+    monkeypatch.setattr(attention, "APART", -math.inf)
+    assert found(), "a mask of infinity is seen"
