@@ -13,9 +13,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import esm_neuron
+from esm_neuron.backends.neuron_sdk import DRIVER, IMAGE, LAST, PINNED, Sdk
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo"
@@ -25,7 +27,7 @@ def pins(name: str) -> dict[str, set[str]]:
     """Package -> the versions a constraints file pins it to (several where they differ by Python)."""
     found: dict[str, set[str]] = {}
     for line in (ROOT / "constraints" / name).read_text().splitlines():
-        match = re.match(r"([A-Za-z0-9._-]+)==([^\s;\\]+)", line)
+        match = re.match(r"([A-Za-z0-9._-]+)(?:\[\w+\])?==([^\s;\\]+)", line)
         if match:
             found.setdefault(match[1].lower().replace("_", "-"), set()).add(match[2])
     return found
@@ -63,6 +65,33 @@ def test_the_two_constraints_files_agree() -> None:
     shared = general.keys() & neuron.keys()
     assert {"torch", "torch-xla", "transformers", "peft", "numpy", "pandas", "optimum-neuron"} <= shared
     assert {name: neuron[name] for name in shared} == {name: general[name] for name in shared}
+
+
+@pytest.mark.parametrize(("name", "sdk"), [("neuron.txt", PINNED), ("neuron-2.31.txt", LAST)])
+def test_pins_are_those_of_a_release_of_the_sdk(name: str, sdk: Sdk) -> None:
+    found = pins(name)
+    assert {package: found[package] for package in sdk.python} == {p: {version} for p, version in sdk.python.items()}
+
+
+def test_the_last_sdks_pins_are_whole_and_else_those_of_general() -> None:
+    """They are installed without this package's own requirements, which ask for torch 2.8."""
+    found, general = pins("neuron-2.31.txt"), pins("general.txt")
+    required = [Requirement(text) for text in importlib.metadata.requires("esm-neuron") or []]
+    assert {canonicalize_name(r.name) for r in required if r.marker is None} <= found.keys()
+    for package in found.keys() - LAST.python.keys():
+        assert found[package] <= general[package], package
+
+
+def test_the_page_of_trn1_names_what_the_table_of_releases_has() -> None:
+    page = (ROOT / "docs" / "ec2-trn1.md").read_text()
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row.startswith("| 2.")]
+    assert [row[:5] for row in rows] == [[sdk.version, *sdk.host.values()] for sdk in (PINNED, LAST)]
+    installed = [dict(re.findall(r"(aws-neuronx-[\w-]+)=([\d.]+)", block)) for block in page.split("```sh")]
+    last = {name: version for name, version in LAST.host.items() if name != DRIVER}  # the AMI's own
+    assert [block for block in installed if block] == [dict(PINNED.host), last]
+    image = re.escape(IMAGE.rpartition("/")[2])
+    for file in ("docs/ec2-trn1.md", "launchers/Dockerfile", "launchers/sagemaker/images.yaml"):
+        assert re.search(image + "$", (ROOT / file).read_text(), re.M), f"{file} names another image than {IMAGE}"
 
 
 def test_neuron_pins_refuse_placeholders() -> None:
