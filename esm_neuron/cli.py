@@ -211,6 +211,8 @@ def plan(
         estimates = cost.estimates(cfg, made, shape, price_list, nodes, market)
         values["estimates"] = [asdict(each) for each in estimates]
         lines.append(cost.render(estimates, price_list, asked, market))
+        if price_list.instances[asked].kind == "neuron":
+            lines += cost.explain_trn1(cfg, made, shape, price_list, estimates, asked, market)
     print(json.dumps(values, indent=2) if json_ else "\n".join(lines))
     return 0
 

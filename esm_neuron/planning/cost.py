@@ -1,8 +1,9 @@
 """Estimate time and money of a run on rented instances by a roofline.
 
 On each device a step takes the longer of two times: its matrix products at an assumed share of the peak, or reading the
-weights. Communication with tensor- and data-parallel peers is added; no overlap is assumed. Validation, reading data
-and saving are left out. Prices and data of devices come from instances.yaml, or a file like it.
+weights. Communication with tensor- and data-parallel peers is added, and on trn1 the softmaxes (`trn1.py`); no overlap
+is assumed. A trn1 waits for its host where that takes longer. Validation, reading data and saving are left out. Prices
+and data of devices come from instances.yaml, or a file like it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import EsmShape
 from esm_neuron.models.tensor_parallel import in_block
 from esm_neuron.planning.memory import predict_memory
-from esm_neuron.planning.plan import RunPlan
+from esm_neuron.planning.plan import RunPlan, halve
+from esm_neuron.planning.trn1 import host_seconds, instructions, softmax_seconds
 
 GIB = 2**30
 EXAMPLE = "esm_neuron/planning/instances.yaml"
@@ -55,7 +57,8 @@ class Assumptions:
 
     utilisation: float
     spot_share: float
-    compile_minutes: float
+    compile_minutes: tuple[float, float]
+    """From, to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +90,11 @@ class Estimate:
     """Over all devices, padding included."""
     residues_per_second: float = 0.0
     hours: float = 0.0
+    step_seconds: float = 0.0
+    host_seconds: float = 0.0
+    """What the host of a trn1 needs for a step, at the same time."""
     compile_hours: float = 0.0
-    """Compilation before training, one graph after the other."""
+    """Compilation before training, one graph after the other: the longest assumed. Dollars include it."""
     dollars: float | None = None
     """On demand; None if the price is not known."""
     spot_dollars: float | None = None
@@ -143,9 +149,13 @@ def _estimate(
     except ConfigError as error:
         return replace(place, refused=str(error))
     slots = plan.epoch.packs_per_step * plan.epoch.pack_tokens
-    seconds = step_seconds(cfg, shape, instance, nodes, tp, slots, passes, assumed.utilisation)
+    device = step_seconds(cfg, shape, instance, nodes, tp, slots, passes, assumed.utilisation)
+    host, compiling = 0.0, 0.0
+    if instance.kind == "neuron":
+        host = host_seconds(cfg, shape, passes)
+        compiling = sum(instructions(cfg, shape).values()) / 1e3 * assumed.compile_minutes[1] / 60
+    seconds = max(device, host)
     hours = plan.steps * seconds / 3600
-    compiling = plan.graphs * assumed.compile_minutes / 60 if instance.kind == "neuron" else 0.0
     price = instance.prices.get(market)
     dollars = None if price is None else price * nodes * (hours + compiling)
     return replace(
@@ -153,6 +163,8 @@ def _estimate(
         tokens_per_second=slots / seconds,
         residues_per_second=plan.epoch.residues / plan.epoch.steps / seconds,
         hours=hours,
+        step_seconds=device,
+        host_seconds=host,
         compile_hours=compiling,
         dollars=dollars,
         spot_dollars=None if dollars is None else dollars * assumed.spot_share,
@@ -172,7 +184,7 @@ def trained_parameters(cfg: TrainConfig, shape: EsmShape) -> int:
 def step_seconds(
     cfg: TrainConfig, shape: EsmShape, instance: Instance, nodes: int, tp: int, slots: float, passes: int, share: float
 ) -> float:
-    """Return the seconds of an optimizer step by the roofline of this module.
+    """Return the seconds of an optimizer step on a device by the roofline of this module.
 
     The step has `slots` tokens over all devices, padding included, in `passes` forward passes per device, and reaches
     a `share` of the peak.
@@ -184,8 +196,8 @@ def step_seconds(
     # forward, gradients of the inputs, and forward again
     runs = 1 if cfg.adapter.kind == "head" else 2 + cfg.model.gradient_checkpointing
     flops = runs * forward + (2 * linear if cfg.adapter.kind == "none" else 0)
-    rate = instance.peak["bf16" if bf16 else "fp32"] * 1e12 * share
-    products = flops * slots / (dp * tp) / rate
+    kind = "bf16" if bf16 else "tf32" if cfg.loop.tf32 and "tf32" in instance.peak else "fp32"
+    products = flops * slots / (dp * tp) / (instance.peak[kind] * 1e12 * share)
     reading = passes * runs * linear * (2 if bf16 else 4) / tp / (instance.memory * 1e9)
     # ring all-reduce: 2 (n - 1) / n of the bytes cross each link; two all-reduces per block and direction
     across_tp = 2 * runs * shape.layers * slots / dp * shape.hidden * (2 if bf16 else 4) * 2 * (tp - 1) / tp
@@ -193,7 +205,8 @@ def step_seconds(
     summing = (across_tp + across_dp) / (instance.link * 1e9)
     if nodes > 1 and instance.network is not None:
         summing += across_dp * tp / (instance.network / 8 * 1e9)
-    return max(products, reading) + summing
+    softmax = softmax_seconds(cfg, shape, tp, slots / dp) if instance.kind == "neuron" else 0.0
+    return max(products, reading) + softmax + summing
 
 
 def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> str:
@@ -205,8 +218,7 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
     lines = [
         f"ESTIMATES, not measurements, for {nodes} x each; {market} dollars of {prices.date}, {prices.region}",
         f"assumed: {assumed.utilisation:.0%} of the peak, spot at {assumed.spot_share:.0%} of on demand, "
-        f"{assumed.compile_minutes:g} min per graph; validation left out; state = weights, gradients and moments, "
-        "peak = with a step's activations",
+        "validation left out; state = weights, gradients and moments, peak = with a step's activations",
         f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'peak':>7} {'tokens/s':>10} {'residues/s':>10} "
         f"{'hours':>8} {'compile':>8} {'on demand':>10} {'spot':>8}",
     ]
@@ -216,6 +228,31 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
         if fit:
             lines.append(_row(min(fit, key=lambda e: e.hours if e.dollars is None else e.dollars)))
     return "\n".join(lines)
+
+
+def explain_trn1(
+    cfg: TrainConfig, plan: RunPlan, shape: EsmShape, prices: PriceList, made: list[Estimate], asked: str, market: str
+) -> list[str]:
+    """Return what is behind the estimates of a trn1: graphs, host beside device, and packs of half the length."""
+    low, high = prices.assumptions.compile_minutes
+    graphs = [
+        f"{phase} {number:,} instructions, {number * low / 1e3:.0f} to {number * high / 1e3:.0f} min"
+        for phase, number in instructions(cfg, shape).items()
+    ]
+    lines = [f"compiling (estimate; counted for LoRA on XLA:CPU, minutes by BERT-Large's): {'; '.join(graphs)}"]
+    half, epoch = halve(cfg), plan.halved
+    for e in (e for e in made if e.instance == asked and e.refused is None):
+        lines.append(
+            f"a step at tp {e.tp} (estimate): {e.step_seconds:.2f} s on the device, by the roofline; "
+            f"{e.host_seconds:.2f} s on its host, which traces every pass, by counts and a slow host"
+        )
+        if half is not None and epoch is not None:
+            short = _estimate(half, replace(plan, epoch=epoch), shape, prices, asked, e.nodes, e.tp, market)
+            lines.append(
+                f"  with data.pack_tokens {epoch.pack_tokens}, twice the packs: {short.step_seconds:.2f} s on the "
+                f"device; {plan.cropped:,} of {epoch.sequences:,} sequences are longer and would be cropped"
+            )
+    return lines
 
 
 def _row(e: Estimate) -> str:

@@ -6,7 +6,7 @@ The plan comes from the functions that the loaders use, so it is what will happe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from esm_neuron.models.shapes import EsmShape, known_shape
 from esm_neuron.planning.memory import Memory, predict_memory
 from esm_neuron.planning.memory import render as render_memory
 
+SHORTEST = 256
+"""Tokens of the shortest pack that `halve` proposes."""
 SET_UP = 1
 """Graphs that make the gradient buffers and the optimizer's state on XLA:CPU (torch_xla 2.8.1)."""
 
@@ -73,6 +75,10 @@ class RunPlan:
     """On one device; None if the shape is not known."""
     memory_turned: Memory | None
     """`memory` with gradient checkpointing switched."""
+    halved: Epoch | None = None
+    """An epoch of the same proteins by `halve`."""
+    cropped: int = 0
+    """Sequences that are too long for that."""
 
     @property
     def graphs(self) -> int:
@@ -84,7 +90,9 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
 
     Raise ConfigError where they cannot share `loop.packs_per_step`, DataError where a sequence does not fit a pack.
     """
-    epoch = _epoch(cfg, splits.train.lengths.astype(np.int32), devices)
+    lengths = splits.train.lengths.astype(np.int32)
+    epoch = _epoch(cfg, lengths, devices)
+    half = halve(cfg)
     shape = known_shape(cfg.model.name)
     again = cfg.model.gradient_checkpointing
     memory, turned = (
@@ -103,7 +111,19 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
         tensor_parallel=tensor_parallel(shape) if shape else None,
         memory=memory,
         memory_turned=turned,
+        halved=_epoch(half, np.minimum(lengths, half.data.pack_tokens), devices) if half else None,
+        cropped=int((lengths > half.data.pack_tokens).sum()) if half else 0,
     )
+
+
+def halve(cfg: TrainConfig) -> TrainConfig | None:
+    """Return `cfg` with twice as many packs of half the length, None where that is no sensible length."""
+    tokens = cfg.data.pack_tokens // 2
+    if not cfg.data.packing or tokens < SHORTEST:
+        return None
+    data = replace(cfg.data, pack_tokens=tokens, max_residues=min(cfg.data.max_residues, tokens - SPECIALS))
+    packs = {"packs_per_step": 2 * cfg.loop.packs_per_step, "packs_per_device": 2 * cfg.loop.packs_per_device}
+    return replace(cfg, data=data, loop=replace(cfg.loop, **packs))
 
 
 def tensor_parallel(shape: EsmShape) -> TensorParallel:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from esm_neuron.backends.topology import NEURON_CORES
 from esm_neuron.config import settings
 from esm_neuron.config.rules import validate
 from esm_neuron.data.loader import accumulated_passes
@@ -38,3 +39,17 @@ def test_a_run_fits_its_machine(row: list[str]) -> None:
     needed = predict_memory(cfg, shape, int(gpus)).total
     assert needed < SPARE * int(gib) * 2**30
     assert f"{needed / 1e9:.1f}" == gigabytes, "the table is what is predicted"
+
+
+@pytest.mark.parametrize("path", sorted(CUDA.parent.glob("*trn1*.yaml")), ids=lambda path: path.stem)
+def test_a_run_fits_the_cores_of_a_trn1_as_its_file_says(path: Path) -> None:
+    cfg = settings.read_config(path)
+    validate(cfg)
+    shape, instance = known_shape(cfg.model.name), "trn1.2xlarge" if "2xlarge" in path.name else "trn1.32xlarge"
+    assert shape is not None
+    for nodes in (1,) if instance == "trn1.2xlarge" else (1, 2, 4):
+        dp = nodes * NEURON_CORES[instance] // cfg.parallel.tp
+        assert accumulated_passes(cfg, dp) >= 1
+        as_set, again = (predict_memory(cfg, shape, dp, checkpointing=on).total / 2**30 for on in (False, True))
+        assert not cfg.model.gradient_checkpointing and as_set < SPARE * 16
+        assert f"{as_set:.0f} of a core's 16 GiB are predicted, {again:.0f} with true" in path.read_text()

@@ -17,9 +17,9 @@ from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import SHAPES
-from esm_neuron.planning import cost
+from esm_neuron.planning import cost, trn1
 from esm_neuron.planning.memory import predict_memory
-from esm_neuron.planning.plan import make_plan
+from esm_neuron.planning.plan import halve, make_plan
 
 Toy = Callable[..., TrainConfig]
 PRICES = cost.read_prices()
@@ -68,9 +68,59 @@ def test_the_roofline_by_hand() -> None:
     cfg = replace(cfg, adapter=replace(cfg.adapter, kind="none"), loop=replace(cfg.loop, precision="bf16"))
     blocks = LARGE.layers * 12 * LARGE.hidden**2
     flops = 4096 * (6 * blocks + 2 * 4 * LARGE.layers * LARGE.hidden * cfg.data.pack_tokens)
-    assert cost.step_seconds(cfg, LARGE, core, 1, 1, 4096, 4, 0.3) == pytest.approx(flops / 0.3 / 95e12)
+    # 40 heads, a score per slot of the pack, read nine times at 128 numbers a clock
+    softmax = LARGE.layers * 40 * 4096 * cfg.data.pack_tokens * 9 / (128 * 1.12e9)
+    assert cost.step_seconds(cfg, LARGE, core, 1, 1, 4096, 4, 0.3) == pytest.approx(flops / 0.3 / 95e12 + softmax)
     few = cost.step_seconds(cfg, LARGE, core, 1, 1, 1, 1, 0.3)
-    assert few == pytest.approx(2 * blocks * 2 / 410e9), "a single token waits for the weights"
+    assert few == pytest.approx(2 * blocks * 2 / 410e9 + softmax / 4096), "a single token waits for the weights"
+
+
+def test_tf32_has_the_rate_of_bf16_on_trn1() -> None:
+    core = replace(PRICES.instances["trn1.2xlarge"], devices=1)
+    times = {}
+    for precision, tf32 in (("bf16", False), ("fp32", True), ("fp32", False)):
+        cfg = replace(TrainConfig(), loop=replace(TrainConfig().loop, precision=precision, tf32=tf32))
+        softmax = trn1.softmax_seconds(cfg, LARGE, 1, 1e6)
+        times[precision, tf32] = cost.step_seconds(cfg, LARGE, core, 1, 1, 1e6, 4, 0.3) - softmax
+    assert times["fp32", True] == pytest.approx(times["bf16", False])
+    assert times["fp32", False] == pytest.approx(4 * times["bf16", False])
+
+
+def test_a_trn1_waits_for_its_host_and_says_what_it_compiles(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = big(toy, model={"name": "esm2_t33_650M"}, parallel={"zero1": False})
+    config = tmp_path / "run.yaml"
+    config.write_text(settings.dump(cfg))
+    assert cli.main(["plan", "--config", str(config), "--instance", "trn1.32xlarge", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    estimate = next(e for e in one["estimates"] if (e["instance"], e["tp"]) == ("trn1.32xlarge", 1))
+    assert estimate["host_seconds"] > estimate["step_seconds"] > 0
+    assert estimate["hours"] == pytest.approx(1000 * estimate["host_seconds"] / 3600)
+    counted = {"training pass": 26_445, "evaluation pass": 8_815, "update": 47_710}
+    assert trn1.instructions(cfg, SHAPES["esm2_t33_650M"]) == counted
+    assert estimate["compile_hours"] == pytest.approx(sum(counted.values()) / 1e3 * 1.6 / 60)
+    again = replace(cfg, model=replace(cfg.model, gradient_checkpointing=True))
+    assert trn1.instructions(again, SHAPES["esm2_t33_650M"])["training pass"] == 37_104
+    assert cli.main(["plan", "--config", str(config), "--instance", "trn1.32xlarge"]) == 0
+    said = capsys.readouterr().out
+    assert "training pass 26,445 instructions, 21 to 42 min; " in said
+    assert f"a step at tp 1 (estimate): {estimate['step_seconds']:.2f} s on the device" in said
+
+
+def test_shorter_packs_read_fewer_scores_and_crop(
+    toy: Toy, lengthened: Callable[[TrainConfig], TrainConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cfg = lengthened(big(toy, data={"max_residues": 1022, "pack_tokens": 1024}))
+    plan = make_plan(cfg, load_splits(cfg, Labels))
+    assert plan.halved is not None and plan.halved.pack_tokens == 512 and plan.halved.packs_per_step == 256
+    half = halve(cfg)
+    assert half is not None
+    one, two = (trn1.softmax_seconds(c, LARGE, 1, 1e6) for c in (cfg, half))
+    assert two == pytest.approx(one / 2)
+    lengths = load_splits(cfg, Labels).train.lengths
+    assert plan.cropped == sum(int(length) > 512 for length in lengths)
+    assert halve(toy(data={"max_residues": 62, "pack_tokens": 64})) is None
 
 
 def test_memory_is_that_of_the_device_and_its_degree(toy: Toy) -> None:

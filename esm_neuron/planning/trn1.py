@@ -1,0 +1,64 @@
+"""What a run makes a trn1 compile, and what its host and vector engines do in a step, by counts made without one.
+
+The tables are of LoRA on six linears with NxD 0.15; docs/performance.md says how they were counted. Nothing here was
+measured on a trn1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esm_neuron.config import TrainConfig
+from esm_neuron.models.shapes import EsmShape
+from esm_neuron.models.tensor_parallel import padded_heads
+
+
+@dataclass(frozen=True)
+class Line:
+    """A number that grows with the blocks of a model."""
+
+    per_block: float
+    rest: float
+
+    def at(self, layers: int) -> float:
+        return self.per_block * layers + self.rest
+
+
+PASS = {False: Line(790, 375), True: Line(1113, 375)}
+"""model.gradient_checkpointing -> HLO instructions of a training pass, before optimization."""
+UPDATE = {False: Line(1430, 520), True: Line(1704, 621)}
+"""parallel.zero1 -> HLO instructions of an update."""
+EVALUATION = 1 / 3
+"""Instructions of an evaluation pass as a share of a training pass's without checkpointing: taken, not counted."""
+HOST_PASS = {False: Line(4.83, 4.3), True: Line(6.51, 4.3)}
+"""model.gradient_checkpointing -> milliseconds that Python needs to trace a pass, on the machine that counted."""
+HOST_UPDATE = {False: Line(7.3, 0), True: Line(9.1, 0)}
+"""parallel.zero1 -> the same of an update."""
+SLOW_HOST = 4.7
+"""How much slower the same tracing was on another machine. A trn1's host is taken to be like that one."""
+SCORES_READ = {False: 9.0, True: 12.4}
+"""model.gradient_checkpointing -> how often the vector engine goes over the scores of attention in a pass."""
+VECTOR = 128 * 1.12e9
+"""Numbers per second of a NeuronCore's vector engine: lanes times clock."""
+
+
+def instructions(cfg: TrainConfig, shape: EsmShape) -> dict[str, int]:
+    """Return phase -> HLO instructions of its graph, as if LoRA were trained."""
+    found = {
+        "training pass": PASS[cfg.model.gradient_checkpointing].at(shape.layers),
+        "evaluation pass": PASS[False].at(shape.layers) * EVALUATION,
+        "update": UPDATE[cfg.parallel.zero1].at(shape.layers),
+    }
+    return {phase: round(number) for phase, number in found.items()}
+
+
+def host_seconds(cfg: TrainConfig, shape: EsmShape, passes: int) -> float:
+    """Return the time that the host needs for a step of `passes` passes."""
+    one, update = HOST_PASS[cfg.model.gradient_checkpointing], HOST_UPDATE[cfg.parallel.zero1]
+    return SLOW_HOST * (passes * one.at(shape.layers) + update.at(shape.layers)) / 1e3
+
+
+def softmax_seconds(cfg: TrainConfig, shape: EsmShape, tp: int, slots: float) -> float:
+    """Return the time of a core for the softmaxes of `slots` tokens: each token has a score per slot of its pack."""
+    scores = shape.layers * padded_heads(shape.heads, tp) / tp * cfg.data.pack_tokens * slots
+    return SCORES_READ[cfg.model.gradient_checkpointing] * scores / VECTOR
