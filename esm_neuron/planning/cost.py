@@ -244,7 +244,7 @@ def explain_trn1(
     for e in (e for e in made if e.instance == asked and e.refused is None):
         lines.append(
             f"a step at tp {e.tp} (estimate): {e.step_seconds:.2f} s on the device, by the roofline; "
-            f"{e.host_seconds:.2f} s on its host, which traces every pass, by counts and a slow host"
+            f"{e.host_seconds:.2f} s on its host with loop.tracing {cfg.loop.tracing}, by counts and a slow host"
         )
         if half is not None and epoch is not None:
             short = _estimate(half, replace(plan, epoch=epoch), shape, prices, asked, e.nodes, e.tp, market)

@@ -122,8 +122,8 @@ def halve(cfg: TrainConfig) -> TrainConfig | None:
     if not cfg.data.packing or tokens < SHORTEST:
         return None
     data = replace(cfg.data, pack_tokens=tokens, max_residues=min(cfg.data.max_residues, tokens - SPECIALS))
-    packs = {"packs_per_step": 2 * cfg.loop.packs_per_step, "packs_per_device": 2 * cfg.loop.packs_per_device}
-    return replace(cfg, data=data, loop=replace(cfg.loop, **packs))
+    step, device = 2 * cfg.loop.packs_per_step, 2 * cfg.loop.packs_per_device
+    return replace(cfg, data=data, loop=replace(cfg.loop, packs_per_step=step, packs_per_device=device))
 
 
 def tensor_parallel(shape: EsmShape) -> TensorParallel:

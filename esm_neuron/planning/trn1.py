@@ -30,10 +30,12 @@ UPDATE = {False: Line(1430, 520), True: Line(1704, 621)}
 """parallel.zero1 -> HLO instructions of an update."""
 EVALUATION = 1 / 3
 """Instructions of an evaluation pass as a share of a training pass's without checkpointing: taken, not counted."""
-HOST_PASS = {False: Line(4.83, 4.3), True: Line(6.51, 4.3)}
+TRACE_PASS = {False: Line(4.83, 4.3), True: Line(6.51, 4.3)}
 """model.gradient_checkpointing -> milliseconds that Python needs to trace a pass, on the machine that counted."""
-HOST_UPDATE = {False: Line(7.3, 0), True: Line(9.1, 0)}
+TRACE_UPDATE = {False: Line(7.3, 0), True: Line(9.1, 0)}
 """parallel.zero1 -> the same of an update."""
+RUN_PASS, RUN_UPDATE = Line(0.146, 0.43), Line(0.58, 0)
+"""The same where graphs are run by their hash. The update was measured with 2 blocks; it is taken to grow with them."""
 SLOW_HOST = 4.7
 """How much slower the same tracing was on another machine. A trn1's host is taken to be like that one."""
 SCORES_READ = {False: 9.0, True: 12.4}
@@ -54,7 +56,9 @@ def instructions(cfg: TrainConfig, shape: EsmShape) -> dict[str, int]:
 
 def host_seconds(cfg: TrainConfig, shape: EsmShape, passes: int) -> float:
     """Return the time that the host needs for a step of `passes` passes."""
-    one, update = HOST_PASS[cfg.model.gradient_checkpointing], HOST_UPDATE[cfg.parallel.zero1]
+    one, update = RUN_PASS, RUN_UPDATE
+    if cfg.loop.tracing == "always":
+        one, update = TRACE_PASS[cfg.model.gradient_checkpointing], TRACE_UPDATE[cfg.parallel.zero1]
     return SLOW_HOST * (passes * one.at(shape.layers) + update.at(shape.layers)) / 1e3
 
 
