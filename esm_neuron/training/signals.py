@@ -34,11 +34,8 @@ class StopSignal:
         self.answered = False
         """Whether the run ends because of it; a signal that came too late for that is sent again after the block."""
         self._before: dict[int, Any] = {}
-        self._every, self._asked, self._at = (
-            1,
-            0,
-            time.monotonic(),
-        )  # steps between rounds; the last one's step and time
+        self._every = 1  # steps from the last round to the next
+        self._asked, self._at = 0, time.monotonic()  # step and time of the last round
 
     def round_due(self, step: int) -> bool:
         """Return whether the ranks ask each other after `step`: each rank says the same."""
