@@ -169,7 +169,7 @@ def test_nothing_infinite_is_computed_in_bfloat16(kind: str, monkeypatch: pytest
 
     def found() -> set[str]:
         with Infinite() as infinite, torch.autocast("cpu", torch.bfloat16):
-            gradients(model, predictions(model, proteins(masked=True), *LAYOUTS["packed otherwise, a filler row"]))
+            gradients(model, predictions(model, proteins(masked=True), *LAYOUTS["packed otherwise, a filler pack"]))
         return infinite.operations
 
     assert found() == set()
