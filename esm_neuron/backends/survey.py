@@ -125,13 +125,15 @@ class NeuronSurvey(Survey):
         """Return the libraries that are missing, and the rule by which the driver does not start the runtime."""
         have = host_versions(self.root)
         driver, runtime = have[DRIVER], have[RUNTIME]
+        fits = fitting(driver) if driver else []
+        sdk = PINNED if PINNED in fits or not fits else fits[-1]
         found = [
-            Lack(f"{name} is not installed", f"sudo apt-get install {name}={PINNED.host[name]}; see docs/ec2-trn1.md")
+            Lack(f"{name} is not installed", f"sudo apt-get install {name}={sdk.host[name]}; see docs/ec2-trn1.md")
             for name in (RUNTIME, COLLECTIVES)
             if have[name] is None
         ]
         if driver and runtime and (rule := broken_rule(driver, runtime)) is not None:
-            fits = " or ".join(f"{sdk.host[RUNTIME]} (SDK {sdk.version})" for sdk in fitting(driver)[-1:])
-            cure = f"install {DRIVER}={PINNED.host[DRIVER]} on the host" + (f", or runtime {fits}" if fits else "")
+            others = "".join(f", or runtime {sdk.host[RUNTIME]} (SDK {sdk.version})" for sdk in fits[-1:])
+            cure = f"install {DRIVER}={PINNED.host[DRIVER]} on the host{others}"
             found.append(Lack(f"runtime {runtime} does not start over driver {driver}: {rule.words}", cure))
         return found

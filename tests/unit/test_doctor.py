@@ -185,6 +185,13 @@ def test_driver_and_runtime_must_fit(
     assert survey.NeuronSurvey().devices() == f"2 cores (trn1.2xlarge); driver {driver} fits SDK {sdks}"
 
 
+def test_a_missing_library_is_asked_for_as_the_driver_needs_it(host: Callable[[str], Host]) -> None:
+    host("2.31.7.0")
+    assert (
+        host_lacks()[0] == f"{RUNTIME} is not installed; sudo apt-get install {RUNTIME}=2.33.10.0; see docs/ec2-trn1.md"
+    )
+
+
 def test_every_release_runs_over_its_own_driver() -> None:
     for sdk in SDKS:
         assert sdk in fitting(sdk.host[DRIVER])
