@@ -22,13 +22,13 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Leak:
-    """What the rows of one value of the split column share with the training rows."""
+    """What the proteins of one value of the split column share with training."""
 
     rows: int
     in_train: int
-    """Rows with a sequence that a training row has too."""
+    """Proteins with a sequence that is in training too."""
     homologs: int | None
-    """Rows with a homolog in training; None: not looked for (by choice, or in more than `homology.MOST` rows)."""
+    """Proteins with a homolog in training; None: not looked for (by choice, or in more than `homology.MOST`)."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Check:
     alphabet: Mapping[str, int]
     """Letter -> how often; letters outside the ESM alphabet count as X."""
     repeated: int
-    """Rows with a sequence that an earlier row has."""
+    """Proteins with a sequence that an earlier one has."""
     conflicting: int
-    """Rows with a sequence that has another label elsewhere in the file."""
+    """Proteins with a sequence that has another label elsewhere in the file."""
     labels: Mapping[str, int] | None
-    """Label -> rows, or residues where each has one; None: not looked at, or numbers."""
+    """Label -> proteins, or residues where each has one; None: not looked at, or numbers."""
     values: Mapping[str, float] | None
     """min, q1, median, q3, max of labels that are numbers."""
     splits: Mapping[str, int] | None
-    """Value of the split column -> rows; None: not looked at."""
+    """Value of the split column -> proteins; None: not looked at."""
     leaks: Mapping[str, Leak]
     """For each value of the split column but that of training."""
     faults: int
-    """Faults of rows that training would refuse."""
+    """Faults of records that training would refuse."""
     first_faults: Sequence[str]
 
     def render(self) -> str:
@@ -88,9 +88,9 @@ class Check:
 
 
 def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method | None) -> Check:
-    """Read a whole file and return what it holds; bad rows are counted, not raised.
+    """Read a whole file and return what it holds; bad records are counted, not raised.
 
-    With a split column, the first of `cfg.split_names` names the training rows. `labels` reads the label column, and
+    With a split column, the first of `cfg.split_names` names the training proteins. `labels` reads the label column and
     `method` finds homologs; None: they are not looked at. Raise DataError where the file itself cannot be read.
     """
     checker, writer = Checker(cfg, path), TableWriter()

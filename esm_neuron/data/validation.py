@@ -1,4 +1,4 @@
-"""Check rows: ids are unique, sequences are residues, labels are there. What cannot be used is named or counted."""
+"""Check records: ids are unique, sequences are residues, labels are there. What cannot be used is named or counted."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _SPECIAL = {"*": " (a stop codon)", "-": " (a gap)", ".": " (a gap)", "J": " (le
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was done to the rows of a file or of a split: counts of rows where nothing else is said, see `summary`."""
+    """What was done to the proteins of a file or of a split; fields without a word of their own count proteins."""
 
     name: str
     """The file or the split."""
     rows: int = 0
-    """Rows read (file) or used (split)."""
+    """Read (file) or used (split)."""
     filtered: int = 0
     filtered_heldout: int = 0
     skipped: int = 0
@@ -46,17 +46,17 @@ class Report:
     """Residues cut off."""
     windowed: int = 0
     windows: int = 0
-    """Windows made of the `windowed` rows."""
+    """Windows made of the `windowed` proteins."""
     unlabelled_residues: int = 0
     repeated: int = 0
-    """With a sequence that an earlier row of the same split has."""
+    """With a sequence that an earlier protein of the same split has."""
     in_train: int = 0
     renamed: int = 0
     conflicting: int = 0
     """With a sequence that has another label elsewhere: in training, or in the same split."""
 
     def summary(self) -> str:
-        """Return one line: the rows and every count that is not 0."""
+        """Return one line: the proteins and every count that is not 0."""
         texts = {
             "filtered": "left out by data.keep",
             "filtered_heldout": "left out by data.keep_heldout",
@@ -84,7 +84,7 @@ class Problems:
     total: int = 0
 
     def add(self, line: int, message: str) -> None:
-        """Note a problem of the row that starts in `line`, or is record number `line`."""
+        """Note a problem of the record that starts in `line`, or has this number."""
         self.total += 1
         if len(self.first) < MOST_LISTED:
             self.first.append(f"{place(self.source, line)}: {message}")
@@ -100,7 +100,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that was left out or changed, and why."""
+    """A record that was left out or changed, and why."""
 
     file: str
     line: int
@@ -112,7 +112,7 @@ class Rejected:
 
 
 def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:
-    """Write a tab-separated file of rows left out or changed; where there are none, remove that of an earlier run."""
+    """Write a tab-separated file of records left out or changed; if there are none, remove that of an earlier run."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")  # quotes values that hold tabs or newlines
     writer.writerows([[field.name for field in fields(Rejected)], *map(astuple, rows)])
@@ -125,8 +125,7 @@ def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:
 class Checker:
     """Take the rows of one file, in as many chunks as they come, and return those that can be used.
 
-    Characters that are no residue are treated by `cfg.on_bad_residue`; every other fault is an error whatever that
-    says.
+    `cfg.on_bad_residue` decides about characters that are no residue; every other fault is an error in any case.
     """
 
     def __init__(self, cfg: DataConfig, source: str) -> None:
