@@ -113,6 +113,15 @@ def test_a_trn1_waits_for_its_host_and_says_what_it_compiles(
     assert f"a step at tp 1 (estimate): {estimate['step_seconds']:.2f} s on the device" in said
 
 
+def test_the_page_has_the_counts_that_are_used() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    one, again = trn1.PASS[False], trn1.PASS[True]
+    assert f"| {one.per_block:,}; {again.per_block:,} with recomputation; {one.rest:,} more per pass |" in page
+    assert f"| {trn1.UPDATE[False].per_block:,}; {trn1.UPDATE[True].per_block:,} with ZeRO-1 |" in page
+    low, high = PRICES.assumptions.compile_minutes
+    assert f"| {low} to {high} |" in page
+
+
 def test_shorter_packs_read_fewer_scores_and_crop(
     toy: Toy, lengthened: Callable[[TrainConfig], TrainConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
