@@ -33,6 +33,8 @@ Pass = Callable[..., tuple[Tensor, ...]]
 """What runs as one graph: takes nothing or a batch, changes tensors in place, returns new ones."""
 Named = Iterable[tuple[str, Tensor]]
 
+BUCKET = 64 << 20
+"""Bytes of gradients that are summed over the ranks at a time."""
 LARGEST = 3e38
 """A loss or norm from here on is infinite: Neuron's compiler writes infinity as float32's largest number, 3.4e38."""
 PEER_LOST = re.compile(r"gloo|connection|broken pipe|socket|timed?[ _]?out", re.IGNORECASE)
@@ -44,7 +46,7 @@ class Trained:
     """One trained parameter and what the optimizer of this process keeps of it."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     master: Tensor
     """What the optimizer updates: the parameter itself, or a copy of some of its rows (ZeRO-1)."""
     state: dict[str, Any]
@@ -113,10 +115,16 @@ class Backend:
 
     # An optimizer step ----------------------------------------------------------------------------------------------
 
-    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        """Return AdamW over `groups`, with its state and zeroed gradient buffers already made."""
+    def optimizer(
+        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig
+    ) -> torch.optim.Optimizer:
+        """Return AdamW over `groups`, parameters of `model`, with its state and zeroed gradient buffers made."""
         rate = torch.tensor(cfg.lr, dtype=torch.float32, device=self.device)
         return adamw(groups, cfg, rate, fused=True)
+
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        """Add the gradients of `loss` to those of the trained parameters."""
+        loss.backward()
 
     def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         """Set the learning rate of the next update."""
@@ -160,6 +168,14 @@ class Backend:
         """Sum over data-parallel ranks, on the device."""
         return tensor
 
+    def sum_over_ranks(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over data-parallel ranks, several of them at a time."""
+        # One collective per bucket and not per tensor; the bucket's size bounds the flat copy.
+        for bucket in buckets(tensors, BUCKET):
+            flat = self.all_reduce(torch.cat([tensor.flatten() for tensor in bucket]))
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
     # The host -------------------------------------------------------------------------------------------------------
 
     def on_host(self, fn: Callable[..., None], *tensors: Tensor) -> None:
@@ -195,13 +211,20 @@ class Backend:
         """Return the shape that `fetch` gives a tensor of `item`."""
         return tuple(tensor.shape)
 
+    def trained(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Trained]:
+        """Return every trained parameter, in the model's order, with what `optimizer` keeps of it."""
+        return list(trained(model, optimizer))
+
+    def written(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, items: Sequence[Trained]) -> None:
+        """Hand back `items` of `trained` whose values were written in place."""
+
     def gather_state(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return whole parameters and optimizer state (`name/exp_avg`...) on rank 0's host; called by all ranks."""
         weights: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
-        for item in trained(model, optimizer):
+        for item in self.trained(model, optimizer):
             # Every rank calls `fetch`, which may gather over ranks; the results are kept on rank 0 alone.
             whole = self.fetch(item, item.master)
             state = {f"{item.name}/{kind}": self.fetch(item, torch.as_tensor(v)) for kind, v in item.state.items()}
@@ -218,8 +241,9 @@ class Backend:
         moments: Mapping[str, Tensor],
     ) -> None:
         """Put back what `gather_state` returned, at any world size, without making new tensors."""
-        self._load_weights(model, weights)
-        for item in trained(model, optimizer):
+        items = self.trained(model, optimizer)
+        self._load_weights(items, weights)
+        for item in items:
             # The optimizer updates its master copies: left as they were, they would undo the restored weights at the
             # next step.
             if item.master is not item.parameter:
@@ -235,15 +259,18 @@ class Backend:
                     self._copy(item, saved, value)
                 else:  # a plain count of steps
                     item.state[kind] = type(value)(saved.item())
+        self.written(model, optimizer, items)
         self.sync()
 
     def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put back the trained parameters alone, as `load_state` does."""
-        self._load_weights(model, weights)
+        items = self.trained(model)
+        self._load_weights(items, weights)
+        self.written(model, None, items)
         self.sync()
 
-    def _load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        mine = {name: Trained(name, p, p, {}) for name, p in model.named_parameters() if p.requires_grad}
+    def _load_weights(self, items: Sequence[Trained], weights: Mapping[str, Tensor]) -> None:
+        mine = {item.name: item for item in items}
         different = sorted(set(mine) ^ set(weights)) or [
             name for name, item in mine.items() if self.whole_shape(item, item.parameter) != tuple(weights[name].shape)
         ]
@@ -281,17 +308,18 @@ class Backend:
         """Leave the process group; with `wait`, once the device has done all it was told."""
 
 
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Trained]:
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Trained]:
     """Yield every trained parameter of `model`, in its order, with its optimizer state."""
     # torch_xla's ZeRO-1 holds an optimizer of its own, over this rank's rows of each parameter
-    inner: torch.optim.Optimizer = getattr(optimizer, "base_optimizer", optimizer)
+    inner: torch.optim.Optimizer | None = getattr(optimizer, "base_optimizer", optimizer)
     masters: dict[int, Tensor] = {}
-    for outside, inside in zip(optimizer.param_groups, inner.param_groups, strict=True):
-        masters |= {id(p): master for p, master in zip(outside["params"], inside["params"], strict=True)}
+    if optimizer is not None and inner is not None:
+        for outside, inside in zip(optimizer.param_groups, inner.param_groups, strict=True):
+            masters |= {id(p): master for p, master in zip(outside["params"], inside["params"], strict=True)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            master = masters[id(parameter)]
-            yield Trained(name, parameter, master, inner.state[master])
+            master = masters.get(id(parameter), parameter)
+            yield Trained(name, parameter, master, {} if inner is None else inner.state[master])
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -301,14 +329,28 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         yield name, parameter
         if parameter.grad is not None:
             yield f"{name}/grad", parameter.grad
-    if optimizer is None:
-        return
     for item in trained(model, optimizer):
         if item.master is not item.parameter:
             yield f"{item.name}/master", item.master
         yield from ((f"{item.name}/{kind}", value) for kind, value in item.state.items() if isinstance(value, Tensor))
-    if isinstance(rate := optimizer.param_groups[0]["lr"], Tensor):  # one tensor for all groups
+    if optimizer is not None and isinstance(
+        rate := optimizer.param_groups[0]["lr"], Tensor
+    ):  # one tensor for all groups
         yield "lr", rate
+
+
+def buckets(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Yield the tensors in order, in lists of at most `most` bytes; one that is larger comes alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > most:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esm_neuron.backends.base import startable
 from esm_neuron.backends.eager import EagerBackend
@@ -52,8 +52,10 @@ class CudaBackend(EagerBackend):
         self.attention = UNCOMPILED if cfg.loop.torch_compile else "varlen"
         torch.cuda.reset_peak_memory_stats(device)
 
-    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        return paged_adamw8bit(groups, cfg) if cfg.kind == "adamw8bit" else super().optimizer(groups, cfg)
+    def optimizer(
+        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig
+    ) -> torch.optim.Optimizer:
+        return paged_adamw8bit(groups, cfg) if cfg.kind == "adamw8bit" else super().optimizer(model, groups, cfg)
 
     def peak_memory(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device)

@@ -6,7 +6,7 @@ parameters, gradients and moments are cut over the ranks, and each block is put 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,9 +23,6 @@ from esm_neuron.backends.topology import Topology
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.models.esm2 import encoder_of
 from esm_neuron.models.lora import fuse_lora
-
-BUCKET = 64 << 20
-"""Bytes of gradients that are summed over the ranks at a time."""
 
 
 class EagerBackend(Backend):
@@ -76,16 +73,8 @@ class EagerBackend(Backend):
             return normalise_clip_update(parameters, optimizer, totals, max_norm, self._norm_over_ranks)
         if self.topology.world > 1:
             # The loss sums travel with the gradients, which saves a collective.
-            self._sum_over_ranks([*(p.grad for p in parameters if p.grad is not None), totals])
+            self.sum_over_ranks([*(p.grad for p in parameters if p.grad is not None), totals])
         return normalise_clip_update(parameters, optimizer, totals, max_norm)
-
-    def _sum_over_ranks(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the ranks, several of them at a time."""
-        # One collective per bucket and not per tensor; the bucket's size bounds the flat copy.
-        for bucket in buckets(tensors, BUCKET):
-            flat = self.all_reduce(torch.cat([tensor.flatten() for tensor in bucket]))
-            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(total.view_as(tensor))
 
     def _norm_over_ranks(self, shards: list[Tensor]) -> Tensor:
         # Each rank holds other shards, so the squares of their norms add up.
@@ -111,20 +100,6 @@ class EagerBackend(Backend):
     def close(self, wait: bool = True) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def buckets(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Yield the tensors in order, in lists of at most `most` bytes; one that is larger comes alone."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.nbytes > most:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def shard_fully(model: nn.Module, device: str, ranks: int) -> None:

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.esm.modeling_esm import EsmSelfAttention
 
-from esm_neuron.backends.base import Trained, make_state, mean_scale, mix_seed, patience, startable, trainable, undoable
+from esm_neuron.backends.base import (
+    Trained,
+    make_state,
+    mean_scale,
+    mix_seed,
+    normalise_clip_update,
+    patience,
+    startable,
+    trainable,
+    undoable,
+)
 from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_trouble, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
 from esm_neuron.backends.topology import Topology
 from esm_neuron.backends.xla import LazyBackend, import_torch_xla
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
-from esm_neuron.models.tensor_parallel import HEADED, PLAN, Shard, Style, in_block, padded_heads, shard_of, whole_shape
+from esm_neuron.models.flat import FlatVectors, flat_of
+from esm_neuron.models.tensor_parallel import (
+    HEADED,
+    PLAN,
+    Shard,
+    Style,
+    cut_of,
+    in_block,
+    padded_heads,
+    shard_of,
+    whole_shape,
+)
 
 TRUNK = re.compile(r"(?:.*\.)?(esm|lm_head)\.(?!.*\.lora_).*")
 """Parameters of ESM-2 itself: stored in bfloat16 under `loop.precision` bf16; LoRA matrices and task heads are not."""
+
+
+BUCKET_MB = 130
+"""Megabytes of a bucket of ZeRO-1, NxD's own limit: its trainers use it, and report NaN above 140."""
 
 
 class FloatLayerNorm(nn.LayerNorm):
@@ -183,18 +209,27 @@ class NeuronBackend(LazyBackend):
             if isinstance(module, self._nxd.parallel_layers.layers.ColumnParallelLinear):
                 module.reduce_dtype = module.weight.dtype
 
-    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        named = startable(groups)
+    def is_shared(self, name: str, parameter: Tensor) -> bool:
+        whole = whole_shape(name, parameter.shape, self._heads, self.topology.tp)
+        return cut_of(name, whole, self._heads, self.topology.tp).dim is None
+
+    def optimizer(
+        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig
+    ) -> torch.optim.Optimizer:
+        named = startable(self.flattened(model, groups))
         # AdamW compares its rate with 0 and would read the device for it, which compiling ahead answers with 0
         options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
         options["capturable"] = self.device.type == "xla"
-        if self._parallel.zero1:
+        if self._parallel.zero1 and not self._flattens:
+            dp = self.topology.dp
             optimizer: torch.optim.Optimizer = self._nxd.optimizer.NeuronZero1Optimizer(
                 named,
                 torch.optim.AdamW,
                 optimizer_dtype=torch.float32,
                 pin_layout=False,
                 save_master_weights=True,
+                bucket_cap_mb_reduce_scatter=BUCKET_MB,
+                bucket_cap_mb_all_gather=max(1, BUCKET_MB // dp),
                 **options,
             )
         else:
@@ -212,6 +247,11 @@ class NeuronBackend(LazyBackend):
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
         parameters = trainable(model)
+        if (flat := flat_of(model)) is not None:
+            self.sum_over_ranks([*map(_gradient, parameters), totals])
+            return normalise_clip_update(
+                parameters, optimizer, totals, max_norm, partial(self._norm_over_ranks, flat), lazy=True
+            )
         # NxD and its ZeRO-1 divide the reduced gradients by dp; the factor dp makes sums of them again.
         scale = self.topology.dp * mean_scale(self.all_reduce(totals))
         for p in parameters:
@@ -233,6 +273,15 @@ class NeuronBackend(LazyBackend):
         for p in parameters:
             _gradient(p).zero_()
         return norm
+
+    def _norm_over_ranks(self, flat: FlatVectors, grads: list[Tensor]) -> Tensor:
+        """Return the norm over the tensor-parallel ranks; what all of them hold counts once."""
+        tp = self.topology.tp
+        squares = [grad.square() for grad in grads]
+        total = torch.stack([s[:n].sum() + s[n:].sum() / tp for s, n in zip(squares, flat.cut, strict=True)]).sum()
+        if tp > 1:
+            dist.all_reduce(total, group=self._state.get_tensor_model_parallel_group())
+        return total.sqrt()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self._state.get_data_parallel_group())

@@ -1,8 +1,8 @@
 """Several torch_xla devices driven by one process: the tensor-parallel table as `mark_sharding` over a dp x tp mesh.
 
 torch_xla shows the process one logical device, and XLA cuts every graph into one per device, with the collectives that
-the marks ask for: packs along dp; linears of the table, their LoRA matrices, gradients and moments along tp; everything
-else whole on each device. So the process sees whole tensors, and checkpoints hold them. The graphs of a run are those
+the marks ask for: packs along dp; linears of the table, and their gradients and moments where all weights are trained,
+along tp; everything else whole on each device, among it what LoRA trains. So the process sees whole tensors, and checkpoints hold them. The graphs of a run are those
 of `xla.py`. On a TPU the devices are its cores; on the CPU, PJRT_DEVICE=CPU and CPU_NUM_DEVICES=4 make four.
 """
 
@@ -81,7 +81,7 @@ class SpmdBackend(XlaBackend):
         optimizer = super()._adamw(groups, cfg)
         for group in groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                for tensor in (parameter.grad, *optimizer.state[parameter].values()):
+                for tensor in (parameter, parameter.grad, *optimizer.state[parameter].values()):
                     if tensor.shape == parameter.shape:
                         self._lay(name, tensor)
         return optimizer
@@ -114,6 +114,8 @@ class SpmdBackend(XlaBackend):
         return super().graph(joined, named)
 
     def place(self, item: Trained, whole: Tensor, target: Tensor) -> Tensor:
+        if target.device != self.device:
+            return whole
         moved = upload(whole, self.device)
         if whole.ndim:  # marked like its target: a copy of a tensor without marks would take the target's away
             self._lay(item.name, moved)
@@ -121,6 +123,8 @@ class SpmdBackend(XlaBackend):
 
     def fetch(self, item: Trained, tensor: Tensor) -> Tensor:
         # put together here from the devices' parts: no graph, and no device holds the whole
+        if tensor.device != self.device:
+            return copy_to_host(tensor)
         kinds = self._spmd.ShardingType
         sharded = self._wrap(tensor.detach())
         if sharded.sharding_type not in (kinds.TILED, kinds.PARTIAL):

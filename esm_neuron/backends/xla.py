@@ -15,11 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.backends.base import Backend, Named, Pass, Trained, adamw, mix_seed, move_keeping_ties, upload
+from esm_neuron.backends.base import (
+    Backend,
+    Named,
+    Pass,
+    Trained,
+    adamw,
+    copy_to_host,
+    mix_seed,
+    move_keeping_ties,
+    upload,
+)
 from esm_neuron.backends.graphs import GraphRunner
 from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
+from esm_neuron.models.flat import flat_of, flatten
 
 
 def import_torch_xla() -> Any:
@@ -45,6 +56,47 @@ class LazyBackend(Backend):
     def __init__(self, cfg: TrainConfig, device: torch.device | None = None, topology: Topology | None = None) -> None:
         super().__init__(cfg, device, topology)
         self._tracing = cfg.loop.tracing
+        self._flattens = cfg.adapter.kind != "none"
+
+    def flattened(self, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return `groups`, joined to vectors of the model where only adapters and heads are trained."""
+        return flatten(model, groups, self.is_shared) if self._flattens else groups
+
+    def is_shared(self, name: str, parameter: Tensor) -> bool:
+        """Return whether all tensor-parallel ranks hold the same values of a parameter."""
+        return True
+
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        super().backward(model, loss)
+        if (flat := flat_of(model)) is not None:
+            flat.collect()
+
+    def trained(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Trained]:
+        if (flat := flat_of(model)) is None:
+            return super().trained(model, optimizer)
+        # on the host: each slice read from the device would be a graph of its own
+        values = flat.by_name([copy_to_host(vector) for vector in flat.vectors])
+        state: dict[str, dict[str, Tensor]] = {name: {} for name in values}
+        for vector, slices in zip(flat.vectors, flat.slices, strict=True):
+            for kind, tensor in (optimizer.state[vector] if optimizer is not None else {}).items():
+                host = copy_to_host(tensor)
+                sizes = [piece.size for piece in slices]
+                parts = host.split(sizes) if host.ndim else [host.clone() for _ in slices]
+                for piece, part in zip(slices, parts, strict=True):
+                    state[piece.name][kind] = part.view(piece.shape) if host.ndim else part
+        return [Trained(name, value, value, state[name]) for name, value in values.items()]
+
+    def written(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, items: Sequence[Trained]) -> None:
+        if (flat := flat_of(model)) is None:
+            return
+        by_name = {item.name: item for item in items}
+        for number, (vector, slices) in enumerate(zip(flat.vectors, flat.slices, strict=True)):
+            mine = [by_name[piece.name] for piece in slices]
+            whole = Trained(f"flat.vectors.{number}", vector, vector, {})
+            self._copy(whole, torch.cat([item.parameter.flatten() for item in mine]), vector)
+            for kind, tensor in (optimizer.state[vector] if optimizer is not None else {}).items():
+                values = [item.state[kind] for item in mine]
+                self._copy(whole, torch.cat([v.flatten() for v in values]) if tensor.ndim else values[0], tensor)
 
     def checkpoint_fn(self) -> Callable[..., Any]:
         # torch's own would be undone: XLA merges the second forward pass with the first unless a barrier is between
@@ -71,7 +123,7 @@ class LazyBackend(Backend):
         self._torch_xla.core.xla_model.add_step_closure(super().on_host, args=(fn, *tensors))
 
     def place(self, item: Trained, whole: Tensor, target: Tensor) -> Tensor:
-        return upload(whole, self.device) if whole.ndim == 0 else whole
+        return upload(whole, self.device) if whole.ndim == 0 and target.device == self.device else whole
 
     def graphs(self) -> int:
         compiled = self._torch_xla.debug.metrics.metric_data("CompileTime")
@@ -111,8 +163,10 @@ class XlaBackend(LazyBackend):
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("xla", dtype=torch.bfloat16) if self._bf16 else nullcontext()
 
-    def optimizer(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        optimizer = self._adamw(groups, cfg)
+    def optimizer(
+        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig
+    ) -> torch.optim.Optimizer:
+        optimizer = self._adamw(self.flattened(model, groups), cfg)
         self.sync()
         return optimizer
 

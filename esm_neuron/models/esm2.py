@@ -266,6 +266,6 @@ def encoder_of(model: nn.Module) -> PackedEsmModel:
 def parameter_count(model: nn.Module) -> tuple[int, int]:
     """Return (trainable, all) parameters; a weight of 4 bits counts as many as it stands for."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    linears = (m for m in model.modules() if isinstance(m, nn.Linear))
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not None)
     packed = sum(m.in_features * m.out_features - m.weight.numel() for m in linears)
     return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes) + packed

@@ -45,7 +45,7 @@ class Trainer:
         # Loss sum and weight of the step. Made real with the optimizer's state: as zeros not yet computed, or copied
         # from the host, they would look unlike all later ones, and the first pass would be a graph of its own.
         self._totals = torch.zeros(2, device=backend.device)
-        self.optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
+        self.optimizer = backend.optimizer(model, parameter_groups(model, cfg.optim), cfg.optim)
         self._run_pass = backend.graph(self._pass, self._state)
         self._run_update = backend.graph(self._update, self._state)
         self.total_steps = total_steps(train.steps_per_epoch, cfg.loop.epochs, cfg.loop.max_steps)
@@ -104,7 +104,7 @@ class Trainer:
     def _pass(self, batch: Batch) -> tuple[Tensor, ...]:
         with self.backend.autocast():
             loss, weight = self.task.loss(forward(self.model, batch), batch)
-        loss.backward()
+        self.backend.backward(self.model, loss)
         self._totals += torch.stack((loss.detach(), weight))  # sums, so that passes and ranks add up exactly
         return ()
 

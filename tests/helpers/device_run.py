@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from esm_neuron.backends import create_backend
-from esm_neuron.backends.base import Backend, Trained, state_of
+from esm_neuron.backends.base import Backend, Trained, copy_to_host, state_of, trainable
 from esm_neuron.backends.graphs import GraphRunner
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
@@ -35,6 +35,7 @@ from esm_neuron.data.dataset import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS
 from esm_neuron.metrics import Value
+from esm_neuron.models.flat import flat_of
 from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import Draw
 from esm_neuron.tasks import create_task
@@ -153,28 +154,35 @@ class Run:
     def _logits(self, batch: Batch) -> tuple[Tensor, ...]:
         return (forward(self.model, batch).float(),)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that training changes, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def trained(self, changed: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> dict[str, Tensor]:
+        """Return the gradients of the parameters that training changes, by name, each `changed` on the device."""
+        flat = flat_of(self.model)
+        owners = trainable(self.model)
+        found = [changed(owner.grad) for owner in owners]
+        self.backend.sync()  # one graph; reading a lazy tensor would compile one for each
+        if flat is not None:
+            return flat.by_name([copy_to_host(gradient) for gradient in found])
+        names = (name for name, p in self.model.named_parameters() if p.requires_grad)
+        return dict(zip(names, found, strict=True))
 
-    def whole(self, name: str, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """Return a tensor of a parameter's shape joined over tensor-parallel ranks or devices; whole on rank 0."""
-        return self.backend.fetch(Trained(name, parameter, parameter, {}), value)
+    def whole(self, name: str, value: Tensor) -> Tensor:
+        """Return a gradient joined over tensor-parallel ranks or devices; whole on rank 0."""
+        return self.backend.fetch(Trained(name, value, value, {}), value)
 
     def gradients(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Return the mean loss over all batches and its whole gradients; the buffers are zero again afterwards."""
         totals = torch.zeros(2, device=self.backend.device)
         for batch in on_device(batches, self.backend):
             loss, weight = self.task.loss(forward(self.model, batch), batch)
-            loss.backward()
+            self.backend.backward(self.model, loss)
             totals = totals + torch.stack((loss.detach(), weight))
-        totals, trained = self.backend.all_reduce(totals), self.trained()
+        totals = self.backend.all_reduce(totals)
         loss = totals[0] / totals[1]
-        found = {name: self.backend.all_reduce(p.grad.clone()) / totals[1] for name, p in trained.items()}
-        for parameter in trained.values():
+        found = self.trained(lambda gradient: self.backend.all_reduce(gradient.clone()) / totals[1])
+        for parameter in trainable(self.model):
             parameter.grad.zero_()
-        self.backend.sync()  # one graph; reading a lazy tensor would compile one for each
-        whole = {f"gradient/{name}": self.whole(name, trained[name], value) for name, value in found.items()}
+        self.backend.sync()
+        whole = {f"gradient/{name}": self.whole(name, value) for name, value in found.items()}
         return {"loss": loss.cpu(), **whole}
 
     def train(self, before_update: Callable[[], None] = lambda: None) -> dict[str, Tensor]:

@@ -12,9 +12,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from esm_neuron.backends import create_backend, cuda
-from esm_neuron.backends.base import Backend
+from esm_neuron.backends.base import Backend, buckets
 from esm_neuron.backends.cuda import paged_adamw8bit
-from esm_neuron.backends.eager import buckets
 from esm_neuron.build import build_model
 from esm_neuron.config import (
     AdapterConfig,

@@ -91,7 +91,7 @@ def measure(cfg: TrainConfig) -> tuple[int, int]:
     """Bytes of tensors between two steps, and at the peak of one."""
     backend, task = create_backend(cfg), create_task(cfg.task, ("A", "B"))
     model = build_model(cfg, task, backend).model
-    optimizer = backend.optimizer(parameter_groups(model, cfg.optim), cfg.optim)
+    optimizer = backend.optimizer(model, parameter_groups(model, cfg.optim), cfg.optim)
     rows, length, segments = cfg.loop.packs_per_device, cfg.data.pack_tokens, cfg.data.max_segments
     shape = (rows, length) if task.per_token else (rows, segments)
     labels = {"regression": torch.zeros(shape), "multi_label": torch.zeros(*shape, 2)}

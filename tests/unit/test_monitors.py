@@ -162,7 +162,7 @@ def one_rank(rank: int, port: int, bad: int, predictions: Any) -> None:
     backend = CpuBackend(TrainConfig(backend="cpu"))
     linear = nn.Linear(3, 2, bias=False)
     nn.init.constant_(linear.weight, 0.5)
-    optimizer = backend.optimizer([{"params": [linear.weight], "weight_decay": 0.1}], OptimConfig())
+    optimizer = backend.optimizer(linear, [{"params": [linear.weight], "weight_decay": 0.1}], OptimConfig())
     assert linear.weight.grad is not None
     linear.weight.grad.fill_(1.0 + rank)
     norm = backend.step(linear, optimizer, torch.tensor([NAN if rank == bad else 1.0, 2.0]), 1.0)

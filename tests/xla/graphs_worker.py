@@ -153,8 +153,7 @@ def memory() -> dict[str, int]:
     met.clear_all()
     run.train()
     aliased = met.metric_data("InputOutputAliasCount")
-    state = sum(1 for _ in run.trainer._state())
-    return {"aliased": int(aliased[1]) if aliased else 0, "state": state}
+    return {"aliased": int(aliased[1]) if aliased else 0}
 
 
 def resumed() -> list[str]:

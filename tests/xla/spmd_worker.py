@@ -90,7 +90,7 @@ def train(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     def keep() -> None:
         if not gradients:
-            gradients.update({name: run.whole(name, p, p.grad) for name, p in run.trained().items()})
+            gradients.update({name: run.whole(name, grad) for name, grad in run.trained().items()})
 
     return run.train(keep), gradients
 

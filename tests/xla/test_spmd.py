@@ -93,9 +93,7 @@ def test_a_step_that_is_no_number_moves_nothing(mesh: dict[str, Any]) -> None:
 def test_every_tensor_is_cut_as_planned(mesh: dict[str, Any], run: str) -> None:
     layout = mesh[run]["layout"]
     cut = {name for name in layout if _dimension(name) is not None}
-    assert len(cut) == 2 * (4 * 3 + 2 * 2), (
-        "two blocks: weight, bias and lora_B of four linears, weight and lora_A of two"
-    )
+    assert len(cut) == 2 * (4 * 2 + 2), "two blocks: weight and bias of four linears, the weight of two"
     trained = 0
     for name, held in layout.items():
         dim, shape = _dimension(name), held["shape"]
@@ -104,7 +102,7 @@ def test_every_tensor_is_cut_as_planned(mesh: dict[str, Any], run: str) -> None:
         assert set(held["specs"].values()) == {tile}, name
         assert all(parts == [part] * 4 for parts in held["parts"].values()), name
         trained += set(held["specs"]) == {"value", "gradient", "exp_avg", "exp_avg_sq"}
-    assert trained >= 24
+    assert trained == 2, "what LoRA trains: the vector that weight decay shrinks, and the other, whole on each device"
 
 
 def test_the_rows_of_a_batch_are_shared_out(mesh: dict[str, Any]) -> None:
