@@ -144,7 +144,7 @@ class TracedGraph:
         xm.wait_device_ops()
         names = _by_buffer(xlac, named)
         first_new = xlac._xla_get_tensor_id(torch.empty(1, device=self._device))
-        results = fn(*batch)
+        results = [self._computed(result) for result in fn(*batch)]
         changes = xlac._check_tensor_need_materialization(tensors)
         self.changed = {name: t for (name, t), change in zip(named.items(), changes, strict=True) if change}
         # In the order in which a sync collects them, so that the graph is the one that it compiles.
@@ -169,6 +169,10 @@ class TracedGraph:
         for name, value in zip(known, values, strict=True):
             if name in self.changed:
                 named[name].data = value
+
+    def _computed(self, result: Tensor) -> Tensor:
+        # Without functionalization a clone is the tensor's own buffer, which the graph may overwrite.
+        return result if self._xlac._check_tensor_need_materialization([result])[0] else result * 1
 
     def _compile(self, outputs: list[Tensor], changed: list[Tensor]) -> None:
         xlac = self._xlac

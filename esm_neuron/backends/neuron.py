@@ -31,13 +31,13 @@ from esm_neuron.backends.base import (
     trainable,
     undoable,
 )
+from esm_neuron.backends.flat import FlatVector, flat_of
 from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_trouble, check_packages, neuron_cores
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
 from esm_neuron.backends.topology import Topology
 from esm_neuron.backends.xla import LazyBackend, import_torch_xla
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
-from esm_neuron.models.flat import FlatVectors, flat_of
 from esm_neuron.models.tensor_parallel import (
     HEADED,
     PLAN,
@@ -213,10 +213,8 @@ class NeuronBackend(LazyBackend):
         whole = whole_shape(name, parameter.shape, self._heads, self.topology.tp)
         return cut_of(name, whole, self._heads, self.topology.tp).dim is None
 
-    def optimizer(
-        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig
-    ) -> torch.optim.Optimizer:
-        named = startable(self.flattened(model, groups))
+    def _adamw(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        named = startable(groups)
         # AdamW compares its rate with 0 and would read the device for it, which compiling ahead answers with 0
         options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "foreach": False}
         options["capturable"] = self.device.type == "xla"
@@ -238,7 +236,6 @@ class NeuronBackend(LazyBackend):
         rate = self._rate(cfg.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        self.sync()
         return optimizer
 
     def seed(self, *numbers: int) -> None:
@@ -274,12 +271,9 @@ class NeuronBackend(LazyBackend):
             _gradient(p).zero_()
         return norm
 
-    def _norm_over_ranks(self, flat: FlatVectors, grads: list[Tensor]) -> Tensor:
-        """Return the norm over the tensor-parallel ranks; what all of them hold counts once."""
-        tp = self.topology.tp
-        squares = [grad.square() for grad in grads]
-        total = torch.stack([s[:n].sum() + s[n:].sum() / tp for s, n in zip(squares, flat.cut, strict=True)]).sum()
-        if tp > 1:
+    def _norm_over_ranks(self, flat: FlatVector, grads: list[Tensor]) -> Tensor:
+        total = flat.squares(grads[0], self.topology.tp)
+        if self.topology.tp > 1:
             dist.all_reduce(total, group=self._state.get_tensor_model_parallel_group())
         return total.sqrt()
 

@@ -2,8 +2,9 @@
 
 torch_xla shows the process one logical device, and XLA cuts every graph into one per device, with the collectives that
 the marks ask for: packs along dp; linears of the table, and their gradients and moments where all weights are trained,
-along tp; everything else whole on each device, among it what LoRA trains. So the process sees whole tensors, and checkpoints hold them. The graphs of a run are those
-of `xla.py`. On a TPU the devices are its cores; on the CPU, PJRT_DEVICE=CPU and CPU_NUM_DEVICES=4 make four.
+along tp; everything else whole on each device, among it what LoRA trains. So the process sees whole tensors, and
+checkpoints hold them. The graphs of a run are those of `xla.py`. On a TPU the devices are its cores; on the CPU,
+PJRT_DEVICE=CPU and CPU_NUM_DEVICES=4 make four.
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ from esm_neuron.backends.base import (
     move_keeping_ties,
     upload,
 )
+from esm_neuron.backends.flat import flat_of, flatten
 from esm_neuron.backends.graphs import GraphRunner
 from esm_neuron.backends.topology import Topology
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
-from esm_neuron.models.flat import flat_of, flatten
 
 
 def import_torch_xla() -> Any:
@@ -58,10 +58,6 @@ class LazyBackend(Backend):
         self._tracing = cfg.loop.tracing
         self._flattens = cfg.adapter.kind != "none"
 
-    def flattened(self, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Return `groups`, joined to vectors of the model where only adapters and heads are trained."""
-        return flatten(model, groups, self.is_shared) if self._flattens else groups
-
     def is_shared(self, name: str, parameter: Tensor) -> bool:
         """Return whether all tensor-parallel ranks hold the same values of a parameter."""
         return True
@@ -75,28 +71,34 @@ class LazyBackend(Backend):
         if (flat := flat_of(model)) is None:
             return super().trained(model, optimizer)
         # on the host: each slice read from the device would be a graph of its own
-        values = flat.by_name([copy_to_host(vector) for vector in flat.vectors])
+        values = flat.by_name(copy_to_host(flat.vector))
         state: dict[str, dict[str, Tensor]] = {name: {} for name in values}
-        for vector, slices in zip(flat.vectors, flat.slices, strict=True):
-            for kind, tensor in (optimizer.state[vector] if optimizer is not None else {}).items():
-                host = copy_to_host(tensor)
-                sizes = [piece.size for piece in slices]
-                parts = host.split(sizes) if host.ndim else [host.clone() for _ in slices]
-                for piece, part in zip(slices, parts, strict=True):
-                    state[piece.name][kind] = part.view(piece.shape) if host.ndim else part
+        for kind, tensor in (optimizer.state[flat.vector] if optimizer is not None else {}).items():
+            host = copy_to_host(tensor)
+            for name, part in (flat.by_name(host) if host.ndim else {name: host.clone() for name in values}).items():
+                state[name][kind] = part
         return [Trained(name, value, value, state[name]) for name, value in values.items()]
 
     def written(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, items: Sequence[Trained]) -> None:
         if (flat := flat_of(model)) is None:
             return
-        by_name = {item.name: item for item in items}
-        for number, (vector, slices) in enumerate(zip(flat.vectors, flat.slices, strict=True)):
-            mine = [by_name[piece.name] for piece in slices]
-            whole = Trained(f"flat.vectors.{number}", vector, vector, {})
-            self._copy(whole, torch.cat([item.parameter.flatten() for item in mine]), vector)
-            for kind, tensor in (optimizer.state[vector] if optimizer is not None else {}).items():
-                values = [item.state[kind] for item in mine]
-                self._copy(whole, torch.cat([v.flatten() for v in values]) if tensor.ndim else values[0], tensor)
+        whole = Trained("flat.vector", flat.vector, flat.vector, {})
+        self._copy(whole, torch.cat([item.parameter.flatten() for item in items]), flat.vector)
+        for kind, tensor in (optimizer.state[flat.vector] if optimizer is not None else {}).items():
+            parts = [item.state[kind] for item in items]
+            self._copy(whole, torch.cat([part.flatten() for part in parts]) if tensor.ndim else parts[0], tensor)
+
+    def optimizer(
+        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig
+    ) -> torch.optim.Optimizer:
+        optimizer = self._adamw(flatten(model, groups, self.is_shared) if self._flattens else groups, cfg)
+        if (flat := flat_of(model)) is not None:
+            optimizer.register_step_pre_hook(flat.decay)
+        self.sync()
+        return optimizer
+
+    def _adamw(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+        return adamw(groups, cfg, self._rate(cfg.lr), capturable=True, foreach=False)
 
     def checkpoint_fn(self) -> Callable[..., Any]:
         # torch's own would be undone: XLA merges the second forward pass with the first unless a barrier is between
@@ -162,16 +164,6 @@ class XlaBackend(LazyBackend):
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("xla", dtype=torch.bfloat16) if self._bf16 else nullcontext()
-
-    def optimizer(
-        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig
-    ) -> torch.optim.Optimizer:
-        optimizer = self._adamw(self.flattened(model, groups), cfg)
-        self.sync()
-        return optimizer
-
-    def _adamw(self, groups: Sequence[Mapping[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-        return adamw(groups, cfg, self._rate(cfg.lr), capturable=True, foreach=False)
 
     def seed(self, *numbers: int) -> None:
         self._torch_xla.core.xla_model.set_rng_state(mix_seed(*numbers) >> 1, device=str(self.device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend, Trained, copy_to_host, state_of, trainable
+from esm_neuron.backends.flat import flat_of
 from esm_neuron.backends.graphs import GraphRunner
 from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
@@ -35,7 +36,6 @@ from esm_neuron.data.dataset import Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS
 from esm_neuron.metrics import Value
-from esm_neuron.models.flat import flat_of
 from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import Draw
 from esm_neuron.tasks import create_task
@@ -161,7 +161,7 @@ class Run:
         found = [changed(owner.grad) for owner in owners]
         self.backend.sync()  # one graph; reading a lazy tensor would compile one for each
         if flat is not None:
-            return flat.by_name([copy_to_host(gradient) for gradient in found])
+            return flat.by_name(copy_to_host(found[0]))
         names = (name for name, p in self.model.named_parameters() if p.requires_grad)
         return dict(zip(names, found, strict=True))
 
