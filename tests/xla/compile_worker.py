@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.reads import reads, strict, zero
+
 from esm_neuron.backends.xla import XlaBackend
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.data.dataset import Batch
@@ -82,6 +85,14 @@ def main(config: Path, folder: Path) -> None:
     result = run.train(at("after"), str).result
     said["compiled by training"] = result["train"]["graphs"] - said["compiled"]
     said["steps"] = result["train"]["steps"]
+
+    for name, answer in (("zero", zero), ("strict", strict)):
+        for kind in ("lora", "none"):
+            one = replace(at(f"{name}-{kind}", max_steps=2, eval_every=2), adapter=replace(cfg.adapter, kind=kind, r=3))
+            with reads(answer):
+                compiled = run.compile_graphs(one, str)
+                done = run.train(replace(one, output=one.output + "-trained"), str).result["train"]
+            said.setdefault(name, {})[kind] = [compiled > 0, done["steps"]]
 
     def short(name: str, **loop: Any) -> TrainConfig:
         return at(name, max_steps=6, eval_every=6, **loop)

@@ -41,6 +41,13 @@ def test_compile_writes_nothing(said: dict[str, Any]) -> None:
     assert said["written"] == []
 
 
+@pytest.mark.parametrize("answer", ["zero", "strict"])
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_no_value_of_the_device_is_read(said: dict[str, Any], answer: str, kind: str) -> None:
+    """Where every value read is 0, as in extraction, or an error: compiling ahead, and a training of two steps."""
+    assert said[answer][kind] == [True, 2]
+
+
 def test_a_training_after_it_compiles_nothing(said: dict[str, Any]) -> None:
     assert said["compiled by training"] == 0
     assert said["steps"] == 20
