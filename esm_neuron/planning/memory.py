@@ -169,6 +169,9 @@ def _sides(shape: EsmShape, target: str) -> tuple[int, int]:  # inputs and outpu
 def _optimizer(cfg: TrainConfig, trained: int, added: int, dp: int) -> int:
     if cfg.optim.kind == "adamw8bit":  # two bytes, and two floats for 256 of each
         return math.ceil((2 + 2 * FLOAT32 / 256) * (trained + added))
+    if BACKENDS[cfg.backend].compiles and cfg.adapter.kind != "none":
+        # one vector on each rank; a pass copies its slices, and has a gradient of each
+        return (MOMENTS + 2 * FLOAT32) * (trained + added)
     if not BACKENDS[cfg.backend].zero1:
         return math.ceil(MOMENTS * (trained + added) / (dp if cfg.parallel.fsdp else 1))
     if cfg.parallel.zero1:  # and a float32 copy of each weight

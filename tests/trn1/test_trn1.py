@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.runs import step_lines
 from helpers.trn1_report import REHEARSAL, Report
 from parity import BF16_GRADIENT, gradient_distances
@@ -36,6 +37,16 @@ MINUTES_LARGE = 45.0
 def furthest(got: Any, expected: Any) -> float:
     """Return the largest relative difference of two rows of losses."""
     return float(((got - expected) / expected).abs().max())
+
+
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_graphs_by_hash_give_the_bits_of_tracing(watched: Watch, report: Report, kind: str) -> None:
+    """If this fails, train with --loop.tracing always: slower, and right."""
+    settings = {"parallel__tp": 2, "adapter__kind": kind}
+    always, once = (watched(2, **settings, loop__tracing=way).results for way in ("always", "once"))
+    different = [name for name in always if not torch.equal(once[name], always[name])]
+    report.add("right", f"tiny, {kind}, tp 2: tensors that differ by hash and traced", str(len(different)), "0")
+    assert always and not different
 
 
 @pytest.mark.parametrize(
