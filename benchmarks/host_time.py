@@ -2,9 +2,9 @@
 
 Traces passes of 2 and 8 narrow blocks (tracing does not depend on widths), LoRA of rank 16 on six linears, in bfloat16:
 this package's, with and without recomputation, and Hugging Face's BERT with all weights trained. Then runs ours by
-their hash. In turn, 11 times each, CPU time; a block's is (8 blocks - 2 blocks) / 6 of the medians. Everything runs in one
-process on XLA:CPU with functionalization off, as torch-neuronx has it. Prints a table and writes it, with the machine,
-to `results/host-time.json`.
+their hash. In turn, 11 times each, CPU time; a block's is (8 blocks - 2 blocks) / 6 of the medians. Everything runs in
+one process on XLA:CPU with functionalization off, as torch-neuronx has it. Prints a table and writes it, with the
+machine, to `results/host-time.json`.
 """
 
 from __future__ import annotations

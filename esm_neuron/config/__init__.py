@@ -164,8 +164,8 @@ class ParallelConfig:
     pad_heads: bool = False
     """Add zero heads until `tp` divides their number (20 -> 24 at tp 8): the same outputs with some wasted work."""
     zero1: bool = True
-    """neuron, adapter.kind none: each data-parallel rank keeps only its share of the optimizer state (ZeRO stage 1). What
-    LoRA trains is so little that each rank keeps all of it."""
+    """neuron, adapter.kind none: each data-parallel rank keeps only its share of the optimizer state (ZeRO stage 1).
+    What LoRA trains is so little that each rank keeps all of it."""
     fsdp: bool = False
     """cuda, cpu: each rank keeps its share of weights, gradients and optimizer state; a block is gathered while it
     computes (FSDP2). For models that do not fit on one device."""
