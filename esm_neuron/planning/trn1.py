@@ -26,16 +26,16 @@ class Line:
 
 PASS = {False: Line(790, 375), True: Line(1113, 375)}
 """model.gradient_checkpointing -> HLO instructions of a training pass, before optimization."""
-UPDATE = {False: Line(1430, 520), True: Line(1704, 621)}
-"""parallel.zero1 -> HLO instructions of an update."""
+UPDATE = Line(0, 175)
+"""HLO instructions of an update: LoRA's is of one vector, at any depth."""
 EVALUATION = 1 / 3
 """Instructions of an evaluation pass as a share of a training pass's without checkpointing: taken, not counted."""
 TRACE_PASS = {False: Line(4.83, 4.3), True: Line(6.51, 4.3)}
 """model.gradient_checkpointing -> milliseconds that Python needs to trace a pass, on the machine that counted."""
-TRACE_UPDATE = {False: Line(7.3, 0), True: Line(9.1, 0)}
-"""parallel.zero1 -> the same of an update."""
-RUN_PASS, RUN_UPDATE = Line(0.146, 0.43), Line(0.58, 0)
-"""The same where graphs are run by their hash. The update was measured with 2 blocks; it is taken to grow with them."""
+RUN_PASS = Line(0.146, 0.43)
+"""The same where graphs are run by their hash."""
+HOST_UPDATE = Line(0, 1.0)
+"""Milliseconds that Python needs to trace an update; taken for one by hash too, which needs less."""
 SLOW_HOST = 4.7
 """How much slower the same tracing was on another machine. A trn1's host is taken to be like that one."""
 SCORES_READ = {False: 9.0, True: 12.4}
@@ -49,17 +49,15 @@ def instructions(cfg: TrainConfig, shape: EsmShape) -> dict[str, int]:
     found = {
         "training pass": PASS[cfg.model.gradient_checkpointing].at(shape.layers),
         "evaluation pass": PASS[False].at(shape.layers) * EVALUATION,
-        "update": UPDATE[cfg.parallel.zero1].at(shape.layers),
+        "update": UPDATE.at(shape.layers),
     }
     return {phase: round(number) for phase, number in found.items()}
 
 
 def host_seconds(cfg: TrainConfig, shape: EsmShape, passes: int) -> float:
     """Return the time that the host needs for a step of `passes` passes."""
-    one, update = RUN_PASS, RUN_UPDATE
-    if cfg.loop.tracing == "always":
-        one, update = TRACE_PASS[cfg.model.gradient_checkpointing], TRACE_UPDATE[cfg.parallel.zero1]
-    return SLOW_HOST * (passes * one.at(shape.layers) + update.at(shape.layers)) / 1e3
+    one = TRACE_PASS[cfg.model.gradient_checkpointing] if cfg.loop.tracing == "always" else RUN_PASS
+    return SLOW_HOST * (passes * one.at(shape.layers) + HOST_UPDATE.at(shape.layers)) / 1e3
 
 
 def softmax_seconds(cfg: TrainConfig, shape: EsmShape, tp: int, slots: float) -> float:
