@@ -11,8 +11,8 @@ from transformers import EsmConfig
 
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
-from esm_neuron.models.esm2 import encoder_of, set_attention
-from esm_neuron.models.lora import adapt, draw_lora
+from esm_neuron.models.esm2 import encoder_of, freeze_norms, set_attention
+from esm_neuron.models.lora import adapt, draw_lora, join_qkv
 from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import Draw, LoadReport, WeightSource, load_into, open_weights
 from esm_neuron.tasks.base import Task
@@ -53,6 +53,11 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     adapted = adapt(model, cfg.adapter, head, backend.lora_modules)
     whole = partial(whole_shape, heads=config.num_attention_heads, tp=backend.topology.tp)
     draw_lora(adapted, cfg.seed, whole, backend.part)
+    if backend.static_shapes:
+        freeze_norms(adapted)
+        # Under SPMD the process sees whole tensors: cut along tp, the three linears end to end would mix heads.
+        if backend.topology.tp == cfg.parallel.tp:
+            join_qkv(adapted)
     return Built(backend.prepare(adapted), config, source, report, quantized=cfg.adapter.kind == "qlora")
 
 

@@ -22,7 +22,6 @@ from esm_neuron.backends.base import Backend, Trained, copy_to_host, normalise_c
 from esm_neuron.backends.topology import Topology
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.models.esm2 import encoder_of
-from esm_neuron.models.lora import fuse_lora
 
 
 class EagerBackend(Backend):
@@ -46,7 +45,6 @@ class EagerBackend(Backend):
             dist.init_process_group(processes, timeout=patience(cfg))
 
     def move(self, model: nn.Module) -> None:
-        fuse_lora(model)
         if self._compile:
             for block in encoder_of(model).encoder.layer:
                 block.compile()

@@ -38,6 +38,8 @@ from esm_neuron.backends.topology import Topology
 from esm_neuron.backends.xla import LazyBackend, import_torch_xla
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
+from esm_neuron.models.esm2 import FrozenLayerNorm
+from esm_neuron.models.lora import FusedLora, Sums
 from esm_neuron.models.tensor_parallel import (
     HEADED,
     PLAN,
@@ -98,14 +100,31 @@ class NeuronBackend(LazyBackend):
             import neuronx_distributed.parallel_layers.grads
             import neuronx_distributed.utils.model_utils
 
+            self._nxd, self._torch_xla = nxd, import_torch_xla()
+            self._state = nxd.parallel_layers.parallel_state
             if lora:
                 from optimum.neuron.peft.tuners.lora.layer import NEURON_LORA_MODULES
 
-                self.lora_modules = NEURON_LORA_MODULES
+                self.lora_modules = self._fused_lora(NEURON_LORA_MODULES)
         except ImportError as error:
             raise ConfigError(f"backend neuron needs a package that is missing ({error}); {CURE}") from error
-        self._nxd, self._torch_xla = nxd, import_torch_xla()
-        self._state = nxd.parallel_layers.parallel_state
+
+    def _fused_lora(self, theirs: Mapping[type, type]) -> dict[type, type]:
+        """Return optimum-neuron's LoRA classes with the fused product where the linear is one of ours.
+
+        Sums are in the type of the activations: a column layer of optimum-neuron's would sum a float32 copy of a
+        bfloat16 gradient and drop it (see `_reduce_in_own_type`).
+        """
+        layers, mappings = self._nxd.parallel_layers.layers, self._nxd.parallel_layers.mappings
+        reduce = mappings.reduce_from_tensor_model_parallel_region
+        sums = {
+            layers.ColumnParallelLinear: Sums(backward=lambda part: reduce(part)),
+            layers.RowParallelLinear: Sums(forward=lambda part: reduce(part)),
+        }
+        fused = {
+            linear: type("FusedParallelLora", (FusedLora, theirs[linear]), {"sums": sums[linear]}) for linear in sums
+        }
+        return {**theirs, **fused}
 
     def _join_world(self) -> None:
         if not dist.is_initialized():
@@ -173,8 +192,10 @@ class NeuronBackend(LazyBackend):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         if self._bf16:
+            norms = (m for m in model.modules() if isinstance(m, FrozenLayerNorm))
+            kept = {id(p) for norm in norms for p in norm.parameters()}
             for name, parameter in model.named_parameters():
-                if TRUNK.fullmatch(name):
+                if TRUNK.fullmatch(name) and id(parameter) not in kept:
                     parameter.data = parameter.data.to(torch.bfloat16)
             for module in model.modules():
                 if type(module) is nn.LayerNorm:

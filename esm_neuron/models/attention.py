@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ APART = -1e9
 
 
 Angle = tuple[Tensor, Tensor]
-"""Cosines and sines, each float32 [R, L, 1, D / 2]."""
+"""Cosines, and sines with the sign that each half of a head takes them with; each float32 [..., R, L, 1, D]."""
 
 
 class RotaryTable(nn.Module):
@@ -35,14 +35,15 @@ class RotaryTable(nn.Module):
     """
 
     table: Tensor
-    """float32 [positions, D]: cosines, then sines."""
+    """float32 [positions, 2 D]: cosines for both halves of a head, then sines, those of the first half negative."""
 
     def __init__(self, head_dim: int, positions: int) -> None:
         super().__init__()
         with torch.device("cpu"):  # real values even while the model around is built on meta
             exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
             angles = torch.outer(torch.arange(positions, dtype=torch.float32), 1.0 / ROTARY_BASE**exponent)
-        self.register_buffer("table", torch.cat((angles.cos(), angles.sin()), dim=-1), persistent=False)
+            cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("table", torch.cat((cos, cos, -sin, sin), dim=-1), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
         # Follow a move to another device but no cast: `fn` is tried on one row, only to learn the device.
@@ -50,16 +51,17 @@ class RotaryTable(nn.Module):
         return self
 
     def forward(self, positions: Tensor) -> Angle:
-        """Return cosines and sines, each float32 [R, L, 1, D / 2], of `positions` int64 [R, L]."""
+        """Return the angle [R, L, 1, D] of `positions` int64 [R, L]."""
         cos, sin = F.embedding(positions, self.table).unsqueeze(-2).chunk(2, dim=-1)
         return cos, sin
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # The two halves turn like the parts of a complex number, in float32 whatever the type of `x`.
-    left, right = x.float().chunk(2, dim=-1)
-    turned = torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    # The two halves turn like the parts of a complex number, in float32 whatever the type of `x`. They are swapped by
+    # two slices and a concatenation: a roll or an index would be a dynamic slice, which Neuron's compiler may refuse.
+    whole = x.float()
+    left, right = whole.chunk(2, dim=-1)
+    return (whole * cos + torch.cat((right, left), dim=-1) * sin).to(x.dtype)
 
 
 class _Rotation(torch.autograd.Function):
@@ -81,6 +83,29 @@ def rotate(x: Tensor, angle: Angle) -> Tensor:
     """Rotate the halves of `x` [R, L, H, D] by its position's angle, in float32."""
     rotated: Tensor = _Rotation.apply(x, *angle)
     return rotated
+
+
+class _RotatedHeads(torch.autograd.Function):
+    """Queries, keys and values [R H, L, D] of all three, [3, R L, H D]; queries and keys rotated at once."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        packs, _, length, width = cos.shape[1:]
+        by_head = joined.view(3, packs, length, -1, width).transpose(2, 3)
+        query, key = _rotated(by_head.narrow(0, 0, 2), cos, sin).flatten(0, 2).chunk(2)
+        return query, key, by_head.narrow(0, 2, 1).flatten(0, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        packs, _, length, width = cos.shape[1:]
+        heads = len(grads[2]) // packs
+        both, value = (x.view(-1, packs, heads, length, width) for x in (torch.cat(grads[:2]), grads[2]))
+        parts = [
+            x.transpose(2, 3).reshape(-1, packs * length, heads * width) for x in (_rotated(both, cos, -sin), value)
+        ]
+        return torch.cat(parts), None, None
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -118,7 +143,7 @@ class Pack:
         membership = (segment_ids.unsqueeze(1) == slots.view(1, -1, 1)).float()
         residue = ((input_ids != CLS) & (input_ids != EOS)).float().unsqueeze(1)
         cos, sin = rotary(positions)
-        scale = (2 * cos.shape[-1]) ** -0.5
+        scale = cos.shape[-1] ** -0.5
         return cls(
             membership=membership,
             residues=membership * residue,
@@ -127,6 +152,25 @@ class Pack:
             key_angle=(cos, sin),
             attend=ATTENTIONS[attention](segment_ids),
         )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Packs and their length, (R, L)."""
+        return self.membership.shape[0], self.membership.shape[2]
+
+    @cached_property
+    def both_angles(self) -> Angle:
+        """Rotation of queries and keys at once, [2, R, 1, L, D]."""
+        cos, sin = (
+            torch.stack(tables).transpose(2, 3) for tables in zip(self.query_angle, self.key_angle, strict=True)
+        )
+        return cos, sin
+
+    def attend_joined(self, joined: Tensor, dropout: float) -> Tensor:
+        """Rotate and attend, with queries, keys and values in one tensor [3, R L, H D], on a device that compiles."""
+        masked: Any = self.attend
+        attended: Tensor = masked.by_head(*_RotatedHeads.apply(joined, *self.both_angles), dropout)
+        return attended
 
 
 def mean_over(membership: Tensor, hidden: Tensor) -> Tensor:
@@ -137,22 +181,33 @@ def mean_over(membership: Tensor, hidden: Tensor) -> Tensor:
         return total / membership.sum(-1, keepdim=True).clamp_min(1.0)
 
 
-def masked_attention(segment_ids: Tensor) -> Attention:
-    """Return one product per pack, with everything outside a token's own segment masked away; static shapes."""
-    ids = segment_ids.int()
-    same = ids.unsqueeze(1).unsqueeze(-1) == ids.unsqueeze(1).unsqueeze(-2)
-    # Padding has an id of its own and so sees itself: no softmax is taken over nothing.
-    bias = torch.where(same, 0.0, APART)
-    return partial(_attend_masked, bias)
+class MaskedAttention:
+    """One product per pack, with everything outside a token's own segment masked away; static shapes."""
 
+    def __init__(self, segment_ids: Tensor) -> None:
+        """Make the mask of packs of `segment_ids` int64 [R, L]."""
+        ids = segment_ids.int()
+        same = ids.unsqueeze(1).unsqueeze(-1) == ids.unsqueeze(1).unsqueeze(-2)
+        # Padding has an id of its own and so sees itself: no softmax is taken over nothing.
+        bias = torch.where(same, 0.0, APART)
+        self._packs, self._bias = len(bias), bias.squeeze(0)  # of one pack [1, L, L], of several [R, 1, L, L]
 
-def _attend_masked(bias: Tensor, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    # The softmax is taken in float32, also where the products around it are bfloat16.
-    scores = torch.matmul(query, key.transpose(2, 3)).float() + bias
-    # torch.nn.functional's, which torch_neuronx replaces by one kernel
-    weights = F.dropout(F.softmax(scores, dim=-1).to(value.dtype), p=dropout, training=dropout > 0)
-    return torch.matmul(weights, value).transpose(1, 2)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        return self.by_head(query, key, value, dropout)
+
+    def by_head(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Attend with each [R H, L, D]; return [R, L, H, D]."""
+        self._bias = self._bias.to(query.dtype)  # once per pass, not in each block
+        scores = torch.bmm(query, key.transpose(1, 2))
+        if self._packs == 1:
+            scores = scores + self._bias
+        else:
+            scores = (scores.unflatten(0, (self._packs, -1)) + self._bias).flatten(0, 1)
+        # The softmax is taken in float32, also where the products around it are bfloat16. It is
+        # torch.nn.functional's, which torch_neuronx replaces by one kernel.
+        weights = F.dropout(F.softmax(scores.float(), dim=-1).to(value.dtype), p=dropout, training=dropout > 0)
+        return torch.bmm(weights, value).unflatten(0, (self._packs, -1)).transpose(1, 2)
 
 
 def segment_attention(segment_ids: Tensor) -> Attention:
@@ -216,7 +271,7 @@ def _attend_nested(
 
 
 ATTENTIONS: dict[str, Callable[[Tensor], Attention]] = {
-    "masked": masked_attention,
+    "masked": MaskedAttention,
     "segments": segment_attention,
     "varlen": varlen_attention,
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -55,15 +56,65 @@ class PackedEmbeddings(EsmEmbeddings):
 class PackedSelfAttention(EsmSelfAttention):
     """Self-attention whose positions and neighbours come from the pack."""
 
+    qkv: nn.Module | None
+    """Queries, keys and values [3, R L, H] by one product (`lora.join_qkv`), where there is one."""
+
     def forward(self, hidden_states: Tensor, *, pack: Pack, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Attend, [R, L, H] in and out; the heads are counted from the data, so a shard of them works as well."""
-        rows, length = hidden_states.shape[:-1]
-        heads = (rows, length, -1, self.attention_head_size)
-        query = rotate(self.query(hidden_states).view(heads), pack.query_angle)
-        key = rotate(self.key(hidden_states).view(heads), pack.key_angle)
-        value = self.value(hidden_states).view(heads)
-        attended = pack.attend(query, key, value, self.dropout if self.training else 0.0)
-        return attended.reshape(rows, length, -1), None
+        """Attend, [R L, H] in and out; the heads are counted from the data, so a shard of them works as well."""
+        dropout = self.dropout if self.training else 0.0
+        if self.qkv is not None:
+            attended = pack.attend_joined(self.qkv(hidden_states), dropout)
+        else:
+            heads = (*pack.shape, -1, self.attention_head_size)
+            query = rotate(self.query(hidden_states).view(heads), pack.query_angle)
+            key = rotate(self.key(hidden_states).view(heads), pack.key_angle)
+            attended = pack.attend(query, key, self.value(hidden_states).view(heads), dropout)
+        return attended.reshape(len(hidden_states), -1), None
+
+
+class _FrozenNorm(torch.autograd.Function):
+    """A layer norm in float32 whose weight and bias are frozen, as torch_xla computes it: a batch norm of tokens.
+
+    Called through `layer_norm`, the same numbers take half as many operations again: sums of a running mean that nobody
+    reads, constants made anew, factors of one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        tokens = x.flatten(0, -2) if x.ndim > 2 else x
+        tokens = tokens.float().unsqueeze(0)
+        one, zero = (torch.full(tokens.shape[1:2], value, device=x.device) for value in (1.0, 0.0))
+        normed, mean, inverse = torch.native_batch_norm(tokens, one, zero, zero, zero, True, 0.0, eps)
+        ctx.save_for_backward(tokens, one, mean, inverse, weight)
+        ctx.shape, ctx.dtype, ctx.eps = x.shape, x.dtype, eps
+        out = (normed.squeeze(0) * weight + bias).to(x.dtype)
+        return out.view(x.shape) if x.ndim > 2 else out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        tokens, one, mean, inverse, weight = ctx.saved_tensors
+        of_normed = (grad * weight).view(tokens.shape)
+        mask = (True, False, False)
+        of_x, _, _ = torch.ops.aten.native_batch_norm_backward(
+            of_normed, tokens, one, None, None, mean, inverse, True, ctx.eps, mask
+        )
+        return of_x.view(ctx.shape).to(ctx.dtype), None, None, None
+
+
+class FrozenLayerNorm(nn.LayerNorm):
+    """A norm that is not trained, on a device that compiles; in float32 whatever the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = _FrozenNorm.apply(x, self.weight, self.bias, self.eps)
+        return normed
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Give norms without a trained parameter the class for them, in place."""
+    for module in model.modules():
+        if type(module) is nn.LayerNorm and not any(p.requires_grad for p in module.parameters()):
+            module.__class__ = FrozenLayerNorm
 
 
 class FusedIntermediate(EsmIntermediate):
@@ -107,8 +158,9 @@ class PackedEsmModel(EsmModel):
             segment_ids, positions = used - 1, places * used
         pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, self.attention)
         embedded = self.embeddings(input_ids=input_ids, pack=pack)
-        hidden: Tensor = self.encoder(embedded, pack=pack).last_hidden_state
-        return hidden, pack
+        # The blocks see tokens end to end: reshaping for each linear makes half as many operations again on XLA.
+        hidden: Tensor = self.encoder(embedded.flatten(0, 1), pack=pack).last_hidden_state
+        return hidden.unflatten(0, input_ids.shape), pack
 
 
 _PACKED: dict[type[nn.Module], type[nn.Module]] = {
@@ -129,6 +181,7 @@ def pack_modules(model: EsmPreTrainedModel) -> None:
             module.__class__ = packed
         if isinstance(module, EsmSelfAttention):
             module.rotary_embeddings = None  # its inverse frequencies live in the one table
+            module.register_module("qkv", None)
         if isinstance(module, PackedEsmModel):
             set_attention(module, module.config.max_position_embeddings, "segments")
 

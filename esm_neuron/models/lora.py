@@ -7,8 +7,8 @@ CPU and CUDA their layers get a fused forward and backward pass (`fuse_lora`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from esm_neuron.config import AdapterConfig, require
+from esm_neuron.models.esm2 import PackedSelfAttention
 from esm_neuron.models.tensor_parallel import Shard
 from esm_neuron.models.weights import seeded
 
@@ -71,7 +72,9 @@ def _add_lora(
         lora._register_custom_module(dict(lora_modules))
     # PEFT looks for linears of bitsandbytes, and imports it for that; ours are quantized another way (`quantize`).
     with mock.patch.multiple(peft_lora, is_bnb_available=lambda: False, is_bnb_4bit_available=lambda: False):
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
+    fuse_lora(adapted)
+    return adapted
 
 
 def check_target(model: nn.Module, target: str) -> None:
@@ -124,67 +127,129 @@ def saved_key(parameter: str) -> str:
     return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
-# A faster LoRA linear for eager devices: y = x W^T + b + s (x A^T) B^T, as in arXiv:2106.09685, with one matmul fewer
-# per pass. PEFT computes the second term as a tensor of its own and adds it; here it is accumulated into the first. And
+# A faster LoRA linear: y = x W^T + b + s (x A^T) B^T, as in arXiv:2106.09685, in one function of autograd and in the
+# type of the activations; A and B, kept in float32, are cast once per pass. PEFT's and optimum-neuron's layers compute
+# the second term as a tensor of its own, optimum-neuron's in float32, and a block takes twice the operations. And
 # autograd takes B's gradient as g^T h: with h of 8 columns MKL needs up to ten times as long for it as for (h^T g)^T.
+
+Sum = Callable[[Tensor], Tensor]
+
+
+class Sums(NamedTuple):
+    """Sums over the tensor-parallel ranks among which a linear is cut; none for a whole one. Styles as in `PLAN`."""
+
+    forward: Sum | None = None
+    """`row`, of outputs and rank-r activations: a rank has some of the inputs."""
+    backward: Sum | None = None
+    """`column`, of the gradients of inputs and rank-r activations: a rank has some of the outputs."""
+
+
+def _summed(tensor: Tensor, over: Sum | None) -> Tensor:
+    return tensor if over is None else over(tensor)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.flatten(0, -2)  # torch_xla records a reshape to the same shape too
+
+
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    return rows if len(shape) == 1 else rows.unflatten(0, shape)
+
+
+def _compute_type(x: Tensor) -> torch.dtype:
+    """Return the type of a linear's product: autocast's where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _LowRank(torch.autograd.Function):
-    """x W^T + b + scale * (x A^T) B^T, with W and b frozen."""
+    """x W^T + b + scale * (d A^T) B^T, with W and b frozen; d is `x` after LoRA's dropout, None where it has none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, base: Any, a: Tensor, b: Tensor, scale: float, sums: Sums
+    ) -> Tensor:
+        dtype, weight, bias = _compute_type(x), base.weight, base.bias
         # Cast once here and keep the results for the backward pass; autocast would cast in each product.
-        with torch.autocast(kind, enabled=False):
-            rows, w, down, up = x.flatten(0, -2).to(dtype), weight.to(dtype), a.to(dtype), b.to(dtype)
-            hidden = rows @ down.t()
-            out = F.linear(rows, w, None if bias is None else bias.to(dtype))
-            out.addmm_(hidden, up.t(), alpha=scale)
-        ctx.save_for_backward(rows, w, down, up, hidden)
-        ctx.shape, ctx.dtypes, ctx.scale = x.shape, (x.dtype, a.dtype, b.dtype), scale
-        return out.unflatten(0, x.shape[:-1])
+        with torch.autocast(x.device.type, enabled=False):
+            rows, w, down = _rows(x).to(dtype), weight.to(dtype), a.to(dtype)
+            up = (b.t() * scale).to(dtype).contiguous()
+            kept = rows if dropped is None else _rows(dropped).to(dtype)
+            hidden = _summed(kept @ down.t(), sums.forward)
+            bias = None if bias is None else bias.to(dtype)
+            if sums.forward is None:
+                out = F.linear(rows, w, bias)
+            else:  # the bias is whole on every rank
+                out = sums.forward(F.linear(rows, w))
+                out = out if bias is None else out + bias
+            out = torch.addmm(out, hidden, up)
+        ctx.save_for_backward(kept, w, down, up, hidden)
+        ctx.shape, ctx.dtypes, ctx.scale, ctx.sum = x.shape, (x.dtype, a.dtype, b.dtype), scale, sums.backward
+        ctx.drops = dropped is not None
+        return _shaped(out, x.shape[:-1])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        rows, w, down, up, hidden = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor, Tensor, None, None]:
+        kept, w, down, up, hidden = ctx.saved_tensors
         kinds = ctx.dtypes
-        g = grad.flatten(0, -2)
-        inner = (g @ up.t().contiguous().t()).mul_(ctx.scale)
-        of_x = None
+        g = _rows(grad)
+        inner = _summed(g @ up.t(), ctx.sum)
+        of_x = of_dropped = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.addmm(g @ w, inner, down).view(ctx.shape).to(kinds[0])
-        of_a = (inner.t() @ rows).to(kinds[1])
-        of_b = (hidden.t() @ g).mul_(ctx.scale).t().to(kinds[2])
-        return of_x, None, None, of_a, of_b, None
+            of_x = _summed(g @ w, ctx.sum)
+            if not ctx.drops:
+                of_x = torch.addmm(of_x, inner, down)
+            of_x = _shaped(of_x, ctx.shape[:-1]).to(kinds[0])
+        if ctx.drops and ctx.needs_input_grad[1]:
+            of_dropped = _shaped(inner @ down, ctx.shape[:-1]).to(kinds[0])
+        of_a = (inner.t() @ kept).to(kinds[1])
+        of_b = (hidden.t() @ g).t().to(kinds[2]) * ctx.scale
+        return of_x, of_dropped, None, of_a, of_b, None, None
 
 
-class FusedLoraLinear(LoraLinear):
-    """PEFT's LoRA layer around a plain, frozen linear, computed by `_LowRank`; any other use of it goes PEFT's way."""
+class FusedLora(nn.Module):
+    """A LoRA layer around a frozen linear, computed by `_LowRank`; any other use of it goes its own class's way."""
+
+    sums = Sums()
+    # what LoRA layers of PEFT and optimum-neuron have
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
+    scaling: Any
+    lora_A: Any  # noqa: N815
+    lora_B: Any  # noqa: N815
+    lora_dropout: Any
+    lora_variant: Any
+    get_base_layer: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute [..., outputs] from [..., inputs]."""
-        if args or kwargs or self.disable_adapters or self.merged or not self._is_plain():
+        if args or kwargs or not self.is_plain():
             whole: Tensor = super().forward(x, *args, **kwargs)
             return whole
-        name, base = self.active_adapters[0], self.get_base_layer()
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        out: Tensor = _LowRank.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        name = self.active_adapters[0]
+        a, b, dropout = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
+        dropped = dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None
+        out: Tensor = _LowRank.apply(x, dropped, self.get_base_layer(), a, b, self.scaling[name], self.sums)
         return out
 
-    def _is_plain(self) -> bool:
-        """Return whether there is one adapter without dropout, bias or variant, and the linear is frozen."""
-        if len(self.active_adapters) != 1 or (name := self.active_adapters[0]) not in self.lora_A:
+    def is_plain(self) -> bool:
+        """Return whether there is one adapter at work, without bias or variant, and the linear is frozen."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
-        dropout = self.lora_dropout[name]
+        name, base = self.active_adapters[0], self.get_base_layer()
         return (
-            name not in self.lora_variant
+            name in self.lora_A
+            and name not in self.lora_variant
             and self.lora_B[name].bias is None
-            and (isinstance(dropout, nn.Identity) or not dropout.training)
-            and not any(parameter.requires_grad for parameter in self.get_base_layer().parameters())
+            and not base.weight.requires_grad
+            and not (base.bias is not None and base.bias.requires_grad)
         )
+
+
+class FusedLoraLinear(FusedLora, LoraLinear):
+    """PEFT's LoRA layer around a plain linear."""
 
 
 def fuse_lora(model: nn.Module) -> None:
@@ -193,3 +258,84 @@ def fuse_lora(model: nn.Module) -> None:
         # Exact types: a quantized linear is an nn.Linear too, but its weight is packed.
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = FusedLoraLinear
+
+
+# Queries, keys and values as one product: they read the same input. On a device that compiles this spares a fifth of a
+# block's operations, and under tensor parallelism two of three sums in each way.
+
+
+class _LowRankQkv(torch.autograd.Function):
+    """`_LowRank` of three linears of one input and one scale, [3, tokens, outputs]; W and b are theirs end to end."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: float, over: Sum | None, *matrices: Tensor
+    ) -> Tensor:
+        dtype = _compute_type(x)
+        with torch.autocast(x.device.type, enabled=False):
+            rows, w = _rows(x).to(dtype), weight.to(dtype)
+            down = torch.cat(matrices[:3]).to(dtype)
+            up = (torch.cat(matrices[3:]) * scale).to(dtype).unflatten(0, (3, -1))
+            hidden = _parted(rows @ down.t())
+            out = _parted(F.linear(rows, w, bias.to(dtype))) + torch.bmm(hidden, up.transpose(1, 2))
+        ctx.save_for_backward(rows, w, down, up, hidden)
+        ctx.shape, ctx.dtypes, ctx.scale, ctx.sum = x.shape, (x.dtype, matrices[0].dtype), scale, over
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        rows, w, down, up, hidden = ctx.saved_tensors
+        inner = _summed(torch.bmm(g, up).transpose(0, 1).flatten(1), ctx.sum)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = _summed(g.transpose(0, 1).flatten(1) @ w, ctx.sum)
+            of_x = _shaped(torch.addmm(of_x, inner, down), ctx.shape[:-1]).to(ctx.dtypes[0])
+        of_a = (inner.t() @ rows).to(ctx.dtypes[1]).chunk(3)
+        of_b = (torch.bmm(g.transpose(1, 2), hidden).to(ctx.dtypes[1]) * ctx.scale).unbind()
+        return of_x, None, None, None, None, *of_a, *of_b
+
+
+def _parted(joined: Tensor) -> Tensor:
+    """Return [3, T, N] of [T, 3 N]."""
+    return joined.unflatten(1, (3, -1)).transpose(0, 1)
+
+
+class JoinedBase(nn.Module):
+    """Stands in a LoRA layer for the linear that `JoinedQkv` has taken; alone, the layer can compute nothing now."""
+
+
+class JoinedQkv(nn.Linear):
+    """The frozen linears of queries, keys and values end to end; their LoRA matrices stay in the layers they are in."""
+
+    def __init__(self, layers: Sequence[FusedLora]) -> None:
+        """Take the weights of the layers' linears out of them."""
+        bases = [layer.get_base_layer() for layer in layers]
+        weight, bias = (torch.cat([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
+        super().__init__(weight.shape[1], weight.shape[0], device="meta")
+        self.weight, self.bias = (nn.Parameter(whole, requires_grad=False) for whole in (weight, bias))
+        self.layers = tuple(layers)  # a tuple, so that they are not modules of this one too
+        for layer in layers:
+            layer.base_layer = JoinedBase()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute queries, keys and values, [3, tokens, outputs of each], of `x` [..., inputs]."""
+        name = self.layers[0].active_adapters[0]
+        scale, over = self.layers[0].scaling[name], self.layers[0].sums.backward
+        matrices = [getattr(layer, kind)[name].weight for kind in ("lora_A", "lora_B") for layer in self.layers]
+        joined: Tensor = _LowRankQkv.apply(x, self.weight, self.bias, scale, over, *matrices)
+        return joined
+
+
+def join_qkv(model: nn.Module) -> None:
+    """Join queries, keys and values of each block whose three linears are frozen and have like adapters, in place.
+
+    Each layer's LoRA dropout draws a mask of its own, so with dropout they stay apart.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedSelfAttention):
+            layers: Any = (module.query, module.key, module.value)
+            if all(isinstance(layer, FusedLora) and layer.is_plain() for layer in layers):
+                name = layers[0].active_adapters[0]
+                if all(isinstance(layer.lora_dropout[name], nn.Identity) for layer in layers):
+                    module.qkv = JoinedQkv(layers)

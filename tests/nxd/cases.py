@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from helpers.device_run import LABELS, Run, configuration, evaluation_batches, examples
+from helpers.graph_size import counted
 from helpers.reads import reads, strict
 from optimum.neuron.peft.tuners.lora.layer import NeuronLoraLayer
 from peft import PeftModel
@@ -182,6 +184,12 @@ def hashed(output: str, **options: Any) -> None:
         run = Run.start(cfg, backend)
         found |= {f"{tracing}/{name}": value for name, value in {**run.train(), **run.state()}.items()}
     leave(run, found)
+
+
+def graph(output: str) -> None:
+    """Count a training pass of NxD's layers and optimum-neuron's LoRA, as traced on a trn1."""
+    neuron.neuron_cores = lambda: 2
+    Path(output, "sizes.json").write_text(json.dumps(counted(Path(output), "neuron")), encoding="utf-8")
 
 
 def resume(output: str, source: str | None = None, **options: Any) -> None:

@@ -15,6 +15,7 @@ import parity_page
 import pytest
 import torch
 import vendor_calls
+from helpers.graph_size import check
 from parity import EXACT, KINDS, PACKED, STEP_1, STEP_20, WORLDS, Case, difference, differences, floored
 from safetensors.torch import load_file
 from torch import Tensor
@@ -95,6 +96,13 @@ def test_recomputed_blocks_have_their_gradients_on_xla(
     expected, got = tensors(world(WORLDS, 1)["cls"]), tensors(tmp_path)
     assert difference(got["losses"], expected["losses"]) <= STEP_20
     assert len(set(got["graphs"].tolist())) == 1
+
+
+def test_a_pass_keeps_its_budget(torchrun: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_DISABLE_FUNCTIONALIZATION", "1")  # as torch-neuronx sets it
+    ended = torchrun("xla", [{"run": "graph", "with": {"output": str(tmp_path)}}])
+    assert ended.code == 0, ended.output[-4000:]
+    check(json.loads((tmp_path / "sizes.json").read_text(encoding="utf-8")))
 
 
 def test_the_reference_clips_and_moves(world: World, tensors: Callable[[Path], dict[str, Tensor]]) -> None:

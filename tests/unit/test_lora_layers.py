@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import pytest
 import torch
+from helpers.packs import Row, build, lay, proteins
 from helpers.runs import losses as losses_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import AdapterConfig, TrainConfig
 from esm_neuron.models import lora as low_rank
-from esm_neuron.models.lora import FusedLoraLinear, fuse_lora
+from esm_neuron.models.esm2 import FrozenLayerNorm, freeze_norms, parameter_count
+from esm_neuron.models.lora import FusedLoraLinear, JoinedQkv, fuse_lora, join_qkv
 from esm_neuron.training import run
 
 ROWS = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
@@ -83,16 +85,19 @@ def test_under_autocast_it_is_as_near_to_float32_as_peft(calls: list[int]) -> No
         assert 0 < error < max(2 * float(of_peft), 0.01), name
 
 
-def test_what_is_not_plain_goes_the_way_of_peft(calls: list[int]) -> None:
+def test_dropout_is_fused_and_what_is_not_plain_goes_the_way_of_peft(calls: list[int]) -> None:
     plain, fused = layers(dropout=0.5)
     for model in (plain, fused):
         torch.manual_seed(3)
         model.dropped = answered(model, ROWS)
         model.eval()
-    assert calls == [] and torch.equal(fused.dropped["out"], plain.dropped["out"])
-    assert near(fused(ROWS), plain(ROWS)) and len(calls) == 2, "there is no dropout in evaluation"
+    assert len(calls) == 2 and all(near(fused.dropped[name], value) for name, value in plain.dropped.items())
+    assert not near(fused(ROWS), fused.dropped["out"]), "there is no dropout in evaluation"
+    assert near(fused(ROWS), plain(ROWS))
+    calls.clear()
     with fused.disable_adapter(), plain.disable_adapter():
         assert torch.equal(fused(ROWS), plain(ROWS))
+    assert calls == []
     before = fused(ROWS)
     fused.merge_adapter()
     calls.clear()
@@ -115,7 +120,7 @@ def test_runs_use_it_and_leave_plain_adapters(
     losses = _losses(cfg)
     assert len(calls) > 100
     calls.clear()
-    monkeypatch.setattr("esm_neuron.backends.eager.fuse_lora", lambda model: None)
+    monkeypatch.setattr("esm_neuron.models.lora.fuse_lora", lambda model: None)
     assert _losses(toy("plain", loop={"max_steps": 4})) == pytest.approx(losses, rel=1e-5)
     assert calls == []
 
@@ -133,3 +138,53 @@ def test_quantized_linears_keep_their_class() -> None:
     fuse_lora(model)
     kinds = [type(model.get_submodule(f"base_model.model.{place}")) is FusedLoraLinear for place in "01"]
     assert kinds == [False, True]
+
+
+def encoders(dropout: float = 0.0) -> tuple[PeftModel, PeftModel]:
+    """The tiny model with PEFT's own layers, and with all that a device that compiles gets; unlike adapters."""
+    lora = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=list(AdapterConfig().targets))
+    plain = get_peft_model(build("masked_lm", "masked"), lora)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.2, generator=generator)
+    joined = deepcopy(plain)
+    fuse_lora(joined)
+    freeze_norms(joined)
+    join_qkv(joined)
+    return plain, joined
+
+
+def learnt(model: nn.Module, dtype: torch.dtype, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Logits and every gradient over packs with several segments and filler."""
+    model.zero_grad()
+    packs = lay(proteins(masked=True), rows, 128)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = model(**packs).logits.float()
+    (logits * torch.linspace(-1, 1, logits.shape[-1])).square().sum().backward()
+    return {"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("rows", [[(0, 1, 2, 3)], [(0, 1, 2), (3, 4)]], ids=["a pack", "two"])
+def test_joined_queries_keys_values_and_frozen_norms_give_the_same(rows: Sequence[Row]) -> None:
+    plain, joined = encoders()
+    kinds = {type(module) for module in joined.modules()}
+    assert {JoinedQkv, FrozenLayerNorm, FusedLoraLinear} <= kinds and nn.LayerNorm not in kinds
+    assert parameter_count(joined) == parameter_count(plain)
+    expected, found = learnt(plain, torch.float32, rows), learnt(joined, torch.float32, rows)
+    assert found.keys() == expected.keys() and len(found) > 24
+    for name, value in expected.items():
+        assert float((found[name] - value).norm() / value.norm()) < 2e-5, name
+    rounded, also = learnt(plain, torch.bfloat16, rows), learnt(joined, torch.bfloat16, rows)
+    for name, value in expected.items():
+        error, of_peft = (float((each[name] - value).norm() / value.norm()) for each in (also, rounded))
+        assert 0 < error < max(2 * of_peft, 0.01), name
+
+
+def test_with_dropout_or_a_trained_linear_the_three_stay_apart() -> None:
+    assert not any(isinstance(module, JoinedQkv) for module in encoders(dropout=0.1)[1].modules())
+    model = build("masked_lm", "masked")
+    join_qkv(model)
+    freeze_norms(model)
+    assert not any(isinstance(module, JoinedQkv | FrozenLayerNorm) for module in model.modules())

@@ -1,0 +1,87 @@
+"""How large the graph of a training pass is, counted in the HLO that torch_xla would compile; nothing is run.
+
+Widths do not change it, so the model is narrow; a block's share is the difference between two depths.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from esm_neuron.backends.base import Backend
+from esm_neuron.models.shapes import EsmShape, esm_config
+from esm_neuron.training.evaluation import forward, on_device
+from helpers.device_run import Run, configuration
+
+RANK = 16
+DEEP = 33
+"""Blocks of the 650M."""
+
+
+@dataclass(frozen=True)
+class GraphSize:
+    """Of a pass of DEEP blocks, extrapolated; the rest of three blocks."""
+
+    instructions: int
+    rank_dots: int
+    """float32 products with a dimension of RANK."""
+    gathers: int
+
+
+opened: dict[str, Backend] = {}
+"""Backends of this process by name: a process group is joined once."""
+
+
+def traced(folder: Path, blocks: int, name: str, **values: Any) -> str:
+    """Return the HLO of one pass, forward and backward, of a model of so many blocks on a backend."""
+    shape = folder / f"shape{blocks}"
+    esm_config(EsmShape(layers=blocks, hidden=160, heads=20, intermediate=640)).save_pretrained(shape)
+    chosen = {"model.name": str(shape), "adapter.r": RANK, "adapter.alpha": 2 * RANK, "loop.precision": "bf16"}
+    run = Run.start(configuration(str(folder), backend=name, set={**chosen, **values}), opened.get(name))
+    opened[name] = run.backend
+    batch = next(iter(on_device(run.trainer.train_loader.load(0).batches[:1], run.backend)))
+    run.backend.sync()
+    run.model.train()
+    with run.backend.autocast():
+        logits = forward(run.model, batch)
+    loss, weight = run.task.loss(logits, batch)
+    loss.backward()
+    outputs = [loss.detach(), weight, *(p.grad for p in run.trained().values())]
+    from torch_xla import _XLAC
+
+    hlo: str = _XLAC._get_xla_tensors_hlo(outputs)
+    for parameter in run.trained().values():
+        parameter.grad = None  # or the next sync would compile the pass
+    return hlo
+
+
+def graph_size(folder: Path, name: str, **values: Any) -> GraphSize:
+    """Trace two depths on the backend `name`; `values` are settings by dotted name."""
+    few, more = (traced(folder, blocks, name, **values) for blocks in (2, 3))
+    small, large = (sum(" = " in line for line in text.splitlines()) for text in (few, more))
+    dots = [line for line in more.splitlines() if " dot(" in line]
+    assert len(dots) > 60, "the backward pass is there"
+    wide = [line for line in dots if re.search(rf"f32\[(\d+,)*{RANK}(,\d+)*\]", line)]
+    return GraphSize(small + (DEEP - 2) * (large - small), len(wide), len(re.findall(r" gather\(", more)))
+
+
+AGAIN = {"model.gradient_checkpointing": True}
+
+
+def counted(folder: Path, name: str) -> dict[str, dict[str, int]]:
+    """Return the sizes without and with recomputation."""
+    return {"plain": asdict(graph_size(folder, name)), "recomputed": asdict(graph_size(folder, name, **AGAIN))}
+
+
+BUDGET = {"plain": 16_500, "recomputed": 23_500}
+"""Most instructions of a pass of the 650M, LoRA of rank 16 on six linears, in bf16."""
+
+
+def check(found: dict[str, dict[str, int]]) -> None:
+    """Fail where a pass is larger than its budget."""
+    for name, most in BUDGET.items():
+        assert most // 2 < found[name]["instructions"] <= most, found
+        assert found[name]["rank_dots"] == 0, found
+        assert found[name]["gathers"] == 2, found  # of the embedding and of the rotary table
