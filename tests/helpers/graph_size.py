@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from esm_neuron.backends.base import Backend
+from esm_neuron.backends.base import Backend, trainable
 from esm_neuron.models.shapes import EsmShape, esm_config
-from esm_neuron.training.evaluation import forward, on_device
+from esm_neuron.training.evaluation import on_device
 from helpers.device_run import Run, configuration
 
 RANK = 16
@@ -44,16 +44,11 @@ def traced(folder: Path, blocks: int, name: str, **values: Any) -> str:
     batch = next(iter(on_device(run.trainer.train_loader.load(0).batches[:1], run.backend)))
     run.backend.sync()
     run.model.train()
-    with run.backend.autocast():
-        logits = forward(run.model, batch)
-    loss, weight = run.task.loss(logits, batch)
-    loss.backward()
-    outputs = [loss.detach(), weight, *(p.grad for p in run.trained().values())]
+    run.trainer._pass(batch)
+    outputs = [run.trainer._totals, *(p.grad for p in trainable(run.model))]
     from torch_xla import _XLAC
 
     hlo: str = _XLAC._get_xla_tensors_hlo(outputs)
-    for parameter in run.trained().values():
-        parameter.grad = None  # or the next sync would compile the pass
     return hlo
 
 
