@@ -1,7 +1,7 @@
 """What is trained: the whole model, the head alone, or LoRA adapters and the head; and a faster LoRA linear.
 
-PEFT makes the adapters. Their first values are drawn here, so that they do not depend on the number of devices, and on
-CPU and CUDA their layers get a fused forward and backward pass (`fuse_lora`).
+PEFT makes the adapters. Their first values are drawn here, so that they do not depend on the number of devices, and
+their layers get a fused forward and backward pass. Where graphs are compiled, queries, keys and values are one product.
 """
 
 from __future__ import annotations
