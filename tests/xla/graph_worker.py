@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 os.environ.update(PJRT_DEVICE="CPU", USE_TORCH_XLA="0", XLA_DISABLE_FUNCTIONALIZATION="1")
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # what is compiled only sets the models up
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers.graph_size import counted
