@@ -24,7 +24,7 @@ DATASETS := scl2205 disorder amyloid_dms
 PYTEST = $(BIN)/python -m pytest
 
 .PHONY: help install demo test lint type format clean \
-	test-nxd test-gpu test-trn1 test-launchers test-hub fuzz audit soak faults long-run \
+	test-nxd test-gpu test-trn1 rehearse-trn1 test-launchers test-hub fuzz audit soak faults long-run \
 	pages parity results bench bench-speed bench-smoke bench-gpu lock release-check
 
 ##@ Daily
@@ -71,6 +71,9 @@ test-gpu: $(VENV)/.installed ## on a CUDA GPU
 
 test-trn1: ## an hour on a trn1 instance (TRN1_MINUTES=...), in the active environment (constraints/neuron.txt): writes docs/dev/trn1-report.md
 	python -m pytest -m trn1 tests/trn1
+
+rehearse-trn1: $(VENV)/.installed ## the hour of test-trn1 on XLA:CPU, with small models: half an hour
+	TRN1_REHEARSAL=1 TRN1_REPORT=runs/trn1-rehearsal.md $(PYTEST) -m trn1 tests/trn1
 
 test-launchers: $(VENV)/.launchers-tests ## the launchers: nodes on this machine, SageMaker's containers, a stand-in for AWS
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m launchers tests/launchers

@@ -36,7 +36,7 @@ def trained(steps: list[tuple[float, float]], lazy: bool) -> list[Tensor]:
     nn.init.constant_(linear.weight, 0.5)
     nn.init.zeros_(linear.bias)
     groups = [{"params": list(linear.parameters()), "weight_decay": 0.1}]
-    optimizer = adamw(groups, OptimConfig(lr=0.1), torch.device("cpu"), fused=True)
+    optimizer = adamw(groups, OptimConfig(lr=0.1), torch.tensor(0.1), fused=True)
     for loss, gradient in steps:
         for p in linear.parameters():
             assert p.grad is not None and not p.grad.any(), "the buffers are zeroed, also after a bad step"
