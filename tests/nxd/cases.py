@@ -78,7 +78,7 @@ def same_masks(output: str, **options: Any) -> None:
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return x
-        dim = 1 if x.ndim == 4 else x.ndim - 1  # heads of attention, or features
+        dim = 0 if x.ndim == 3 else x.ndim - 1  # heads of attention, whose passes have one pack here, or features
         rank_part = x.shape[dim] not in (shape.heads, shape.hidden, shape.intermediate)
         whole = [*x.shape[:dim], parts[x.shape[dim]] if rank_part else x.shape[dim], *x.shape[dim + 1 :]]
         kept = torch.rand(whole, generator=torch.Generator().manual_seed(next(draws))) >= p
