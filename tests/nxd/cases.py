@@ -128,7 +128,7 @@ def held_parts(run: Run) -> Iterator[tuple[str, int | None, str]]:
     and a hash of its values."""
     heads, spmd = run.built.config.num_attention_heads, isinstance(run.backend, SpmdBackend)
     topology = run.backend._grid if isinstance(run.backend, SpmdBackend) else run.backend.topology
-    for name, parameter in ((n, p.detach()) for n, p in run.model.named_parameters() if p.requires_grad):
+    for name, parameter in ((item.name, item.parameter.detach()) for item in run.backend.trained(run.model)):
         shape = parameter.shape if spmd else whole_shape(name, parameter.shape, heads, topology.tp)
         cut = cut_of(name, shape, heads, topology.tp).dim is not None
         shards = run.backend._wrap(parameter).local_shards if isinstance(run.backend, SpmdBackend) else None
@@ -244,7 +244,7 @@ def load_plain(output: str, adapter: str) -> None:
 def load_sharded(output: str, adapter: str, **options: Any) -> None:
     """Logits of the sharded model with a plain PEFT adapter."""
     run = Run.start(configuration(output, **options))
-    names = {saved_key(name): name for name, p in run.model.named_parameters() if p.requires_grad}
+    names = {saved_key(item.name): item.name for item in run.backend.trained(run.model)}
     run.backend.load_weights(run.model, {names[key]: value for key, value in read_adapter(Path(adapter)).items()})
     leave(run, {"logits": run.logits()})
 
