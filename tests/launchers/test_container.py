@@ -250,7 +250,7 @@ def test_a_file_that_cannot_be_used_is_the_reason(long: TrainConfig, job: Job, s
 
 def test_a_crash_leaves_its_traceback_as_the_reason(long: TrainConfig, job: Job, tmp_path: Path) -> None:
     source = staged(long, tmp_path)
-    optim = source / "esm_neuron" / "optim.py"
+    optim = source / "esm_neuron" / "training" / "optim.py"
     optim.write_text(optim.read_text() + "\nraise RuntimeError('planted')\n")
     (container,) = job("crash", 1, 1)
     assert run_all([container], long, source) == [1]
