@@ -56,8 +56,8 @@ class Trained:
 class Backend:
     """One process's view of its device and of its peers.
 
-    Call order: `shard` (model on meta), weights, adapters, `prepare`, `optimizer`; then for every optimizer step one
-    `seed`, forward and backward, `sync` per pass, and one `step`, `sync`.
+    Call order: `shard` (model on meta), weights, adapters, `prepare`, `optimizer`. Then for every optimizer step, per
+    pass `seed` and a function made by `graph` that calls `backward`, and one made by `graph` that calls `step`.
     """
 
     local_dp: int = 1
@@ -212,7 +212,7 @@ class Backend:
         return tuple(tensor.shape)
 
     def trained(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Trained]:
-        """Return every trained parameter, in the model's order, with what `optimizer` keeps of it."""
+        """Return every trained parameter by name, with what `optimizer` keeps of it."""
         return list(trained(model, optimizer))
 
     def written(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, items: Sequence[Trained]) -> None:

@@ -2,8 +2,8 @@
 
 torch_xla records a pass in Python, operation by operation, before it finds that it has compiled the same graph before.
 For a large model on Trainium that takes longer than the pass itself. But it keeps compiled graphs by a hash, and its
-bridge for torch.compile runs them so (torch_xla 2.8, `_dynamo/dynamo_bridge.py`); `GraphRunner` makes the same calls
-for a function as it is, so that the loop and the models need not know.
+bridge for torch.compile runs them so (torch_xla 2.8, `_dynamo/dynamo_bridge.py`). `GraphRunner` makes the same calls
+for any function, so the loop and the models need no change.
 
 Nothing that the function does on the host happens again. Whatever changes between two runs must therefore be a tensor
 that is known by name: the batch, weights, gradients, moments, the learning rate. A tensor that was there before and is

@@ -29,7 +29,7 @@ from esm_neuron.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("data.", "loop.eval_packs_per_device", "loop.precision", "parallel.")
+MAY_CHANGE = ("data.", "loop.eval_packs_per_device", "loop.precision", "loop.tracing", "parallel.")
 """Settings of a finished run that `evaluate`, `predict`, `embed` and `score` may overrule."""
 
 NOT_IN_IDENTITY = {

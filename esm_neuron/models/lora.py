@@ -261,7 +261,7 @@ def fuse_lora(model: nn.Module) -> None:
 
 
 # Queries, keys and values as one product: they read the same input. On a device that compiles this spares a fifth of a
-# block's operations, and under tensor parallelism two of three sums in each way.
+# block's operations, and under tensor parallelism four of six sums of the backward pass.
 
 
 class _LowRankQkv(torch.autograd.Function):

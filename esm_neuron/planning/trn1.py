@@ -30,12 +30,12 @@ UPDATE = Line(0, 182)
 """HLO instructions of an update: LoRA's is of one vector, at any depth."""
 EVALUATION = 1 / 3
 """Instructions of an evaluation pass as a share of a training pass's without checkpointing: taken, not counted."""
-TRACE_PASS = {False: Line(4.83, 4.3), True: Line(6.51, 4.3)}
+TRACE_PASS = {False: Line(2.28, 5.9), True: Line(2.95, 7.1)}
 """model.gradient_checkpointing -> milliseconds that Python needs to trace a pass, on the machine that counted."""
-RUN_PASS = Line(0.146, 0.43)
+RUN_PASS = Line(0.04, 0.24)
 """The same where graphs are run by their hash."""
 HOST_UPDATE = Line(0, 1.0)
-"""Milliseconds that Python needs to trace an update; taken for one by hash too, which needs less."""
+"""Milliseconds that Python needs to trace an update; also used for an update by hash, an overestimate."""
 SLOW_HOST = 4.7
 """How much slower the same tracing was on another machine. A trn1's host is taken to be like that one."""
 SCORES_READ = {False: 9.0, True: 12.4}

@@ -44,7 +44,7 @@ FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 FREE_FIELDS = {
     "data.train", "data.valid", "data.test", "data.cache", "data.homologs", "model.gradient_checkpointing",
     "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
-    "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog", "loop.watchdog_slow",
+    "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog", "loop.watchdog_slow", "loop.tracing", "loop.optlevel",
 }  # fmt: skip
 """Single fields of the same kind; the data itself is compared by its fingerprint."""
 

@@ -25,8 +25,14 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json_of([WORKER, tmp_path_factory.mktemp("four"), 4])
 
 
+@pytest.fixture(scope="module")
+def neuron(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What it saw on one device as torch-neuronx sets torch_xla up: a clone is then the tensor's own buffer."""
+    return json_of([WORKER, tmp_path_factory.mktemp("neuron"), 1], {"XLA_DISABLE_FUNCTIONALIZATION": "1"})
+
+
 @pytest.mark.parametrize("case", ["lora", "weights"])
-@pytest.mark.parametrize("devices", ["said", "mesh"])
+@pytest.mark.parametrize("devices", ["said", "mesh", "neuron"])
 def test_by_hash_gives_the_bits_of_tracing(devices: str, case: str, request: pytest.FixtureRequest) -> None:
     found = request.getfixturevalue(devices)["ways"][case]
     assert found["tensors"] > 80
