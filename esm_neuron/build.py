@@ -53,7 +53,7 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     adapted = adapt(model, cfg.adapter, head, backend.lora_modules)
     whole = partial(whole_shape, heads=config.num_attention_heads, tp=backend.topology.tp)
     draw_lora(adapted, cfg.seed, whole, backend.part)
-    if backend.static_shapes:
+    if backend.attention == "masked":
         freeze_norms(adapted)
         # Under SPMD the process sees whole tensors: cut along tp, the three linears end to end would mix heads.
         if backend.topology.tp == cfg.parallel.tp:
