@@ -128,7 +128,12 @@ def held_parts(run: Run) -> Iterator[tuple[str, int | None, str]]:
     and a hash of its values."""
     heads, spmd = run.built.config.num_attention_heads, isinstance(run.backend, SpmdBackend)
     topology = run.backend._grid if isinstance(run.backend, SpmdBackend) else run.backend.topology
-    for name, parameter in ((item.name, item.parameter.detach()) for item in run.backend.trained(run.model)):
+    held = (
+        [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+        if spmd
+        else [(item.name, item.parameter) for item in run.backend.trained(run.model)]
+    )
+    for name, parameter in ((name, value.detach()) for name, value in held):
         shape = parameter.shape if spmd else whole_shape(name, parameter.shape, heads, topology.tp)
         cut = cut_of(name, shape, heads, topology.tp).dim is not None
         shards = run.backend._wrap(parameter).local_shards if isinstance(run.backend, SpmdBackend) else None

@@ -43,7 +43,9 @@ def load_650m(output: str, model: str, **options: Any) -> None:
     held = sum(t.nbytes for t in (*built.model.parameters(), *built.model.buffers()))
     heads, tp = built.config.num_attention_heads, backend.topology.tp
     block = {n: p for n, p in built.model.named_parameters() if ".layer.0." in n and "lora" not in n}
-    layer = sum(math.prod(whole_shape(n, p.shape, heads, tp)) * p.element_size() for n, p in block.items())
+    sizes = {n: math.prod(p.shape) * tp if ".qkv." in n else math.prod(whole_shape(n, p.shape, heads, tp))
+             for n, p in block.items()}  # fmt: skip
+    layer = sum(size * block[name].element_size() for name, size in sizes.items())
     ranks = backend.gather_host((watch.peak - watch.before, held, layer))
     if backend.topology.is_main:
         save_file({"peak_held_layer": torch.tensor(ranks)}, Path(output) / RESULTS)
