@@ -89,8 +89,7 @@ def check(found: dict[str, dict[str, int]]) -> None:
     for name, most in BUDGET.items():
         size = found[name]
         assert most // 2 < size["instructions"] <= most, found
-        assert size["rank_dots"] == 0 and size["gathers"] == 2, "but tokens and angles"
+        assert size["rank_dots"] == 0, found
+        assert size["gathers"] == 2, found  # of the embedding and of the rotary table
         few, more = size["update"]
-        assert UPDATE // 2 < few == more <= UPDATE
-        assert found[name]["rank_dots"] == 0, found
-        assert found[name]["gathers"] == 2, found  # of the embedding and of the rotary table
+        assert UPDATE // 2 < few == more <= UPDATE, found
