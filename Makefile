@@ -73,6 +73,7 @@ test-trn1: ## an hour on a trn1 instance (TRN1_MINUTES=...), in the active envir
 	python -m pytest -m trn1 tests/trn1
 
 rehearse-trn1: $(VENV)/.installed ## the hour of test-trn1 on XLA:CPU, with small models: half an hour
+	mkdir -p runs
 	TRN1_REHEARSAL=1 TRN1_REPORT=runs/trn1-rehearsal.md $(PYTEST) -m trn1 tests/trn1
 
 test-launchers: $(VENV)/.launchers-tests ## the launchers: nodes on this machine, SageMaker's containers, a stand-in for AWS
