@@ -15,7 +15,7 @@ from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_ran
 from esm_neuron.files import finite, write_json
 from esm_neuron.inference.load import MAY_CHANGE, build_trained, read_run
 from esm_neuron.inference.predict import write_rejected
-from esm_neuron.training.evaluation import evaluate as evaluate_table
+from esm_neuron.training.evaluation import Evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def evaluate(
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-        values = finite(evaluate_table(built.model, task, backend, loader, intervals=True))
+        values = finite(Evaluator(built.model, task, backend).evaluate(loader, intervals=True))
         if target is not None:
             main_rank_only(backend, lambda: write_json(target, values))
             write_rejected(backend, target, inputs.rejected, log)

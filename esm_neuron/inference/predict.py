@@ -25,7 +25,7 @@ from esm_neuron.errors import ConfigError
 from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
 from esm_neuron.tasks.base import Task
-from esm_neuron.training.evaluation import collect
+from esm_neuron.training.evaluation import Evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ def predict_file(
 ) -> int:
     """Write `target` with the predictions for every record of `source`; return the number of records.
 
-    `write` makes rows of records and what `collect` has found for them; `options`, in JSON's types, decide the
-    predictions besides model and settings; a piece fills about `batches` batches.
+    `write` makes rows of records and their predictions; `options`, in JSON's types, decide the predictions besides
+    model and settings; a piece fills about `batches` batches.
     """
     cfg = spec.cfg
     with opened_backend(cfg) as backend:
@@ -101,10 +101,10 @@ def predict_file(
         rejected = tuple(inputs.rejected)
         log(inputs.report.summary())
         built = raise_on_any_rank(backend, lambda: spec.load(task, backend))
-        model = network(built)
+        evaluator = Evaluator(network(built), task, backend)
 
         def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
-            return write(table, predict_table(model, task, backend, cfg, table, advance))
+            return write(table, predict_table(evaluator, cfg, table, advance))
 
         identity = spec.identity(built, piece_tokens=tokens, **options)
         written = stream(backend, target, scanned, identity, pieces, predict_piece, resume, log)
@@ -125,11 +125,12 @@ def piece_tokens(cfg: TrainConfig, backend: Backend, batches: int = BATCHES) -> 
 
 
 def predict_table(
-    model: nn.Module, task: Task, backend: Backend, cfg: TrainConfig, table: ExampleTable, advance: Advance
+    evaluator: Evaluator, cfg: TrainConfig, table: ExampleTable, advance: Advance = lambda tokens: None
 ) -> list[np.ndarray]:
-    """Return the task's predictions for a table, made by this rank alone, see `evaluation.collect`."""
+    """Return the predictions for a table, made by this rank alone, see `Evaluator.collect`."""
+    task, backend = evaluator.task, evaluator.backend
     loader = EvalLoader(table, task, cfg, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-    return collect(model, task, backend, loader, alone=True, advance=advance)
+    return evaluator.collect(loader, alone=True, advance=advance)
 
 
 def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[ExampleTable]]:

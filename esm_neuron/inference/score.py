@@ -21,11 +21,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.backends.base import Backend
 from esm_neuron.config import BackendName, TaskConfig, TrainConfig
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.splits import InputChunks
@@ -37,8 +36,8 @@ from esm_neuron.inference.predict import piece_tokens, predict_table, write_reje
 from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, scan, stream
 from esm_neuron.inference.variants import Row, Variant, VariantColumns, VariantTable
 from esm_neuron.metrics.regression import rank_correlation
-from esm_neuron.tasks.base import Task
 from esm_neuron.tasks.masked_lm import MaskedLM
+from esm_neuron.training.evaluation import Evaluator
 
 Method = Literal["wild-type-marginal", "masked-marginal", "pseudo-perplexity"]
 
@@ -195,9 +194,10 @@ def score(
         rejected = tuple(table.rejected)
         task = Likelihood(TaskConfig(name="masked_lm"))
         built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
+        evaluator = Evaluator(built.model, task, backend_)
 
         def score_piece(rows: list[Row], advance: Advance) -> Predictions:
-            ask = partial(_log_probabilities, built.model, task, backend_, cfg, advance=advance)
+            ask = partial(_log_probabilities, evaluator, cfg, advance=advance)
             return _rows(columns, method, rows, scorer(rows, ask))
 
         settings_ = {"method": method, "wild_type": protein, "first_residue": first_residue, "piece_tokens": tokens}
@@ -220,11 +220,11 @@ def _language_model(model: str, backend: BackendName | None, settings: Sequence[
 
 
 def _log_probabilities(
-    model: nn.Module, task: Task, backend: Backend, cfg: TrainConfig, queries: Sequence[Query], *, advance: Advance
+    evaluator: Evaluator, cfg: TrainConfig, queries: Sequence[Query], *, advance: Advance
 ) -> list[np.ndarray]:
     """Return [sites, 33] per query: the log probability of each token at the sites that it asks about."""
     table = query_table(queries)
-    (log_p,) = predict_table(model, task, backend, cfg, table, advance)
+    (log_p,) = predict_table(evaluator, cfg, table, advance)
     starts = table.offsets[:-1] + 1  # after <cls>
     return [log_p[start + query.sites] for start, query in zip(starts, queries, strict=True)]
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch import nn
 
 from esm_neuron.backends import create_backend
-from esm_neuron.backends.base import Backend
 from esm_neuron.config import BackendName, DataConfig, TrainConfig
 from esm_neuron.data.records import Column, text
 from esm_neuron.data.sources import make_rows
@@ -21,7 +19,7 @@ from esm_neuron.errors import DataError
 from esm_neuron.files import finite
 from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.inference.predict import predict_table
-from esm_neuron.tasks.base import Task
+from esm_neuron.training.evaluation import Evaluator
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,7 @@ class Predictor:
     """A finished run, ready to predict; `load` makes one."""
 
     cfg: TrainConfig
-    task: Task
-    backend: Backend
-    model: nn.Module
+    evaluator: Evaluator
 
     def predict(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """Return the columns of `esm-neuron predict` for each (id, sequence), in order, with None for NaN.
@@ -39,8 +35,7 @@ class Predictor:
         Bad residues and long sequences are treated as the run's data section says; it may refuse them with DataError.
         """
         table = _Request(records, self.cfg.data).read()
-        predictions = predict_table(self.model, self.task, self.backend, self.cfg, table, lambda tokens: None)
-        columns = self.task.outputs(table, predictions)
+        columns = self.evaluator.task.outputs(table, predict_table(self.evaluator, self.cfg, table))
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
         return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
 
@@ -71,7 +66,7 @@ def load(run: Path, backend: BackendName | None = None) -> Predictor:
     """
     cfg, task = read_run(run, backend)
     created = create_backend(cfg)
-    return Predictor(cfg, task, created, build_trained(cfg, task, created).model)
+    return Predictor(cfg, Evaluator(build_trained(cfg, task, created).model, task, created))
 
 
 def _plain(column: Sequence[Any] | np.ndarray) -> list[Any]:

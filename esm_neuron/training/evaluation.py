@@ -38,71 +38,74 @@ def on_device(batches: Iterable[Batch], backend: Backend) -> Iterator[Batch]:
         yield moved
 
 
-def run_passes(
-    model: nn.Module,
-    task: Task,
-    backend: Backend,
-    batches: Iterable[Batch],
-    take: Callable[[np.ndarray, list[np.ndarray]], None],
-) -> None:
-    """Hand `task.predictions` of every batch to `take(members, predictions)`, as numpy on the host and in order."""
+class Evaluator:
+    """Makes a model's predictions for a task; it keeps their graphs, so one lives as long as the model."""
 
-    def predict(batch: Batch) -> tuple[Tensor, ...]:
-        with backend.autocast():
-            logits = forward(model, batch)
-        return tuple(task.predictions(logits, batch))  # not under autocast, which would round sums to bfloat16
+    def __init__(self, model: nn.Module, task: Task, backend: Backend) -> None:
+        self.task, self.backend = task, backend
+        self._model = model
+        self._run_pass = backend.graph(self._pass, lambda: state_of(model))
 
-    was_training = model.training
-    model.eval()
-    run = backend.graph(predict, lambda: state_of(model))
-    with torch.no_grad():
-        for batch in on_device(prefetch(batches, AHEAD), backend):
-            # `members` is bound now, as a default: a lazy device calls this once the loop has moved on.
-            def deliver(*values: Tensor, members: np.ndarray = batch.members) -> None:
-                take(members, [v.numpy() for v in values])
+    def _pass(self, batch: Batch) -> tuple[Tensor, ...]:
+        with self.backend.autocast():
+            logits = forward(self._model, batch)
+        return tuple(self.task.predictions(logits, batch))  # not under autocast, which would round sums to bfloat16
 
-            backend.on_host(deliver, *run(batch))
-            backend.sync()
-    model.train(was_training)
+    def run(self, batches: Iterable[Batch], take: Callable[[np.ndarray, list[np.ndarray]], None]) -> None:
+        """Hand `task.predictions` of every batch to `take(members, predictions)`, as numpy on the host and in order."""
+        was_training = self._model.training
+        self._model.eval()
+        with torch.no_grad():
+            for batch in on_device(prefetch(batches, AHEAD), self.backend):
+                # `members` is bound now, as a default: a lazy device calls this once the loop has moved on.
+                def deliver(*values: Tensor, members: np.ndarray = batch.members) -> None:
+                    take(members, [v.numpy() for v in values])
+
+                self.backend.on_host(deliver, *self._run_pass(batch))
+                self.backend.sync()
+        self._model.train(was_training)
+
+    def collect(
+        self, loader: EvalLoader, alone: bool = False, advance: Callable[[int], None] = lambda tokens: None
+    ) -> list[np.ndarray]:
+        """Return `task.predictions` for a loader's whole table, in the table's order.
+
+        Each is float32 [examples, ...], or [tokens, ...] where `task.predictions_per_token`. Every rank evaluates its
+        share and gets the predictions of all; with `alone` this rank's loader holds the whole table, and no other rank
+        is asked. `advance` is told how many tokens each batch had. Raise TrainingError where a prediction is NaN or
+        infinite.
+        """
+        table, per_token = loader.table, self.task.predictions_per_token
+        parts: list[tuple[np.ndarray, ...]] = []
+
+        def take(members: np.ndarray, predictions: list[np.ndarray]) -> None:
+            parts.append(placed(table, members, predictions, per_token))
+            advance(int(table.tokens_of(members[members >= 0]).sum()))
+
+        self.run(loader, take)
+        if not alone:
+            topology, gathered = self.backend.topology, self.backend.gather_host(parts)
+            # the ranks of a tensor-parallel group evaluate the same packs: those of the first of them count
+            parts = [part for copy in range(topology.dp) for part in gathered[topology.rank_of(copy, 0)]]
+        predictions = in_table_order(parts, int(table.offsets[-1]) if per_token else len(table))
+        for values in predictions:
+            _check_finite(table, values, per_token)
+        return predictions
+
+    def evaluate(self, loader: EvalLoader, intervals: bool = False) -> dict[str, Value]:
+        """Return the task's metrics on a loader's table over all ranks, the same on each; raises as `collect` does."""
+        return self.task.metrics(loader.table, self.collect(loader), intervals)
 
 
-def collect(
-    model: nn.Module,
-    task: Task,
-    backend: Backend,
-    loader: EvalLoader,
-    alone: bool = False,
-    advance: Callable[[int], None] = lambda tokens: None,
-) -> list[np.ndarray]:
-    """Return `task.predictions` for a loader's whole table, in the table's order.
-
-    Each is float32 [examples, ...], or [tokens, ...] where `task.predictions_per_token`. Every rank evaluates its share
-    and gets the predictions of all; with `alone` this rank's loader holds the whole table, and no other rank is asked.
-    `advance` is told how many tokens each batch had. Raise TrainingError where a prediction is NaN or infinite.
-    """
-    table, topology = loader.table, backend.topology
-    parts: list[tuple[np.ndarray, ...]] = []
-
-    def take(members: np.ndarray, predictions: list[np.ndarray]) -> None:
-        parts.append(placed(table, members, predictions, task.predictions_per_token))
-        advance(int(table.tokens_of(members[members >= 0]).sum()))
-
-    run_passes(model, task, backend, loader, take)
-    if not alone:
-        gathered = backend.gather_host(parts)
-        # the ranks of a tensor-parallel group evaluate the same packs: those of the first of them count
-        parts = [part for copy in range(topology.dp) for part in gathered[topology.rank_of(copy, 0)]]
-    predictions = in_table_order(parts, int(table.offsets[-1]) if task.predictions_per_token else len(table))
-    for values in predictions:
-        wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
-        if len(wrong):
-            example = np.searchsorted(table.offsets, wrong, "right") - 1 if task.predictions_per_token else wrong
-            shown = ", ".join(repr(table.ids[record]) for record in np.unique(table.record[example])[:3])
-            raise TrainingError(
-                f"the prediction for {shown} is NaN or infinite: the weights are damaged, or training has diverged; "
-                "train again with a lower optim.lr"
-            )
-    return predictions
+def _check_finite(table: ExampleTable, values: np.ndarray, per_token: bool) -> None:
+    wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+    if len(wrong):
+        example = np.searchsorted(table.offsets, wrong, "right") - 1 if per_token else wrong
+        shown = ", ".join(repr(table.ids[record]) for record in np.unique(table.record[example])[:3])
+        raise TrainingError(
+            f"the prediction for {shown} is NaN or infinite: the weights are damaged, or training has diverged; "
+            "train again with a lower optim.lr"
+        )
 
 
 def placed(
@@ -140,10 +143,3 @@ def in_table_order(parts: Sequence[tuple[np.ndarray, ...]], size: int) -> list[n
         )
     order = np.argsort(index, kind="stable")
     return [values[order] for values in predictions]
-
-
-def evaluate(
-    model: nn.Module, task: Task, backend: Backend, loader: EvalLoader, intervals: bool = False
-) -> dict[str, Value]:
-    """Return the task's metrics on a loader's table over all ranks, the same on each; raises as `collect` does."""
-    return task.metrics(loader.table, collect(model, task, backend, loader), intervals)

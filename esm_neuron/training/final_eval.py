@@ -22,7 +22,6 @@ from esm_neuron.metrics import Value
 from esm_neuron.run_dir import predictions_name, save_predictions
 from esm_neuron.tasks.baselines import capped
 from esm_neuron.training.callbacks import format_record
-from esm_neuron.training.evaluation import collect
 from esm_neuron.training.trainer import Trainer
 
 Log = Callable[[str], None]
@@ -60,7 +59,7 @@ def score_splits(
     clean_tables: dict[str, ExampleTable] = {}
     for split, loader in held_out.items():
         path = Path(cfg.output) / predictions_name(split)
-        table, predictions = loader.table, collect(trainer.model, task, backend, loader)
+        table, predictions = loader.table, trainer.evaluator.collect(loader)
         has_homolog = leaks.get(split)
         if cfg.log.predictions:
             main_rank_only(backend, partial(save_predictions, path, task, table, predictions, has_homolog))

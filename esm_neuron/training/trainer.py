@@ -19,7 +19,7 @@ from esm_neuron.metrics import Value
 from esm_neuron.tasks.base import Task
 from esm_neuron.training.callbacks import Callback, EarlyStopping
 from esm_neuron.training.checkpoint import CheckpointManager, TrainState
-from esm_neuron.training.evaluation import AHEAD, evaluate, forward, on_device, run_passes
+from esm_neuron.training.evaluation import AHEAD, Evaluator, forward, on_device
 from esm_neuron.training.monitors import WARM_UP, Monitors, mean_loss
 from esm_neuron.training.optim import learning_rate, parameter_groups
 
@@ -48,6 +48,7 @@ class Trainer:
         self.optimizer = backend.optimizer(model, parameter_groups(model, cfg.optim), cfg.optim)
         self._run_pass = backend.graph(self._pass, self._state)
         self._run_update = backend.graph(self._update, self._state)
+        self.evaluator = Evaluator(model, task, backend)
         self.total_steps = total_steps(train.steps_per_epoch, cfg.loop.epochs, cfg.loop.max_steps)
         self.eval_every = cfg.loop.eval_every or train.steps_per_epoch
         self.save_every = cfg.checkpoint.every or self.eval_every
@@ -161,7 +162,7 @@ class Trainer:
             self._tell(lambda callback: callback.on_eval(step, {"split": "valid", **metrics}))
 
     def evaluate(self, loader: EvalLoader) -> dict[str, Value]:
-        return evaluate(self.model, self.task, self.backend, loader)
+        return self.evaluator.evaluate(loader)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint; every rank learns whether it worked, or whether the one before did."""
@@ -197,7 +198,7 @@ class Trainer:
             self.train_step(self.train_loader.load(0))
         for loader in held_out:
             first = islice(loader, 1)
-            run_passes(self.model, self.task, self.backend, first, lambda members, predictions: None)
+            self.evaluator.run(first, lambda members, predictions: None)
 
     def _log(self, step: int, lr: float, totals: Tensor, norm: Tensor) -> None:
         self.monitors.clock.stop()

@@ -95,7 +95,7 @@ def test_requests_that_cannot_be_used(body: str, kind: str, message: str) -> Non
 
 
 def test_half_a_surrogate_pair_is_refused_as_in_a_file() -> None:
-    model = inference.Predictor(TrainConfig(), *[None] * 3)  # no request gets as far as the model
+    model = inference.Predictor(TrainConfig(), None)  # no request gets as far as the model
     records = inference.input_fn(r'{"records": [{"id": "P1", "sequence": "MK\ud800"}]}', "application/json")
     with pytest.raises(DataError, match="^request:1: column 'sequence' holds half a surrogate pair"):
         inference.predict_fn(records, model)

@@ -37,7 +37,7 @@ from esm_neuron.models.lora import saved_key
 from esm_neuron.models.shapes import SHAPES
 from esm_neuron.models.tensor_parallel import cut_of, whole_shape
 from esm_neuron.tasks import create_task
-from esm_neuron.training.evaluation import forward, run_passes
+from esm_neuron.training.evaluation import Evaluator, forward
 from esm_neuron.training.results import plain_model, write_results
 from esm_neuron.training.run import train
 from esm_neuron.training.trainer import Trainer
@@ -156,7 +156,7 @@ def by_protein(output: str, **options: Any) -> None:
         used = members >= 0
         logits[members[used]] = torch.from_numpy(predictions[0][used])
 
-    run_passes(run.model, run.task, run.backend, run.held_out, take)
+    Evaluator(run.model, run.task, run.backend).run(run.held_out, take)
     leave(run, {"logits": logits, **run.gradients(run.held_out)})
 
 

@@ -25,7 +25,7 @@ from esm_neuron.tasks import TASKS, create_task
 from esm_neuron.tasks.losses import sigmoid_losses, softmax_losses
 from esm_neuron.tasks.masked_lm import MaskedLM
 from esm_neuron.tasks.sequence import SequenceClassification
-from esm_neuron.training.evaluation import collect, evaluate
+from esm_neuron.training.evaluation import Evaluator
 
 LABELS = ("A", "B", "C")
 
@@ -282,10 +282,12 @@ def test_metrics_and_outputs_do_not_depend_on_how_examples_are_batched(name: str
         for parameter in built.model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
 
+    evaluator = Evaluator(built.model, task, backend)
+
     def answered(packing: bool, pack_tokens: int, rows: int, static: bool) -> tuple[dict[str, Value], pd.DataFrame]:
         data = replace(cfg.data, packing=packing, pack_tokens=pack_tokens)
         layout = replace(cfg, data=data, loop=LoopConfig(eval_packs_per_device=rows))
-        predictions = collect(built.model, task, backend, EvalLoader(table, task, layout, static_shapes=static))
+        predictions = evaluator.collect(EvalLoader(table, task, layout, static_shapes=static))
         return task.metrics(table, predictions), pd.DataFrame(task.outputs(table, predictions), index=table.ids)
 
     expected, table_of_answers = answered(packing=False, pack_tokens=64, rows=1, static=False)
@@ -317,7 +319,7 @@ def test_masked_lm_counts_stay_exact_under_bfloat16() -> None:
     task, table = create_task(cfg.task, ()), one_protein("MKVLAGTREW" * 101)
     backend = create_backend(cfg)
     loader = EvalLoader(table, task, cfg, static_shapes=False)
-    values = evaluate(build_model(cfg, task, backend).model, task, backend, loader)
+    values = Evaluator(build_model(cfg, task, backend).model, task, backend).evaluate(loader)
     asked = sum(float(batch.weights.sum()) for batch in loader)
     assert asked > 256  # beyond the whole numbers that bfloat16 can count
     assert values["n"] == asked

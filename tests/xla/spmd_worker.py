@@ -31,7 +31,7 @@ from esm_neuron.config import (
 from esm_neuron.data.tokenizer import decode
 from esm_neuron.inference.predict import predict
 from esm_neuron.training import run
-from esm_neuron.training.evaluation import forward, on_device, run_passes
+from esm_neuron.training.evaluation import Evaluator, forward, on_device
 
 FOLDER = Path(sys.argv[2])
 STEPS, HALF = 20, 10
@@ -187,7 +187,8 @@ def packs(mesh: Run) -> dict[str, Any]:
         used.append(int((members >= 0).sum(1).max()))
         predictions.update({int(e): values[0][r, s] for (r, s), e in np.ndenumerate(members) if e >= 0})
 
-    run_passes(mesh.model, mesh.task, mesh.backend, mesh.held_out, take)
+    evaluator = Evaluator(mesh.model, mesh.task, mesh.backend)
+    evaluator.run(mesh.held_out, take)
     shared = np.stack([predictions[e] for e in range(len(table))])
     batch = next(iter(mesh.held_out))
     got: list[np.ndarray] = []
@@ -199,7 +200,7 @@ def packs(mesh: Run) -> dict[str, Any]:
         row.input_ids[place, : len(tokens)] = tokens
         row.segment_ids[place, : len(tokens)] = 0
         row.positions[place, : len(tokens)] = torch.arange(len(tokens))
-        run_passes(mesh.model, mesh.task, mesh.backend, [row], lambda _, values: got.append(values[0]))
+        evaluator.run([row], lambda _, values: got.append(values[0]))
         alone.append(got[-1][place, 0])
     return {
         "most_in_a_row": max(used),
