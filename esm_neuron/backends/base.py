@@ -168,10 +168,10 @@ class Backend:
         """Sum over data-parallel ranks, on the device."""
         return tensor
 
-    def sum_over_ranks(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over data-parallel ranks, several of them at a time."""
+    def sum_over_ranks(self, tensors: Sequence[Tensor], most: int = BUCKET) -> None:
+        """Replace each tensor by its sum over data-parallel ranks, up to `most` bytes of them at a time."""
         # One collective per bucket and not per tensor; the bucket's size bounds the flat copy.
-        for bucket in buckets(tensors, BUCKET):
+        for bucket in buckets(tensors, most):
             flat = self.all_reduce(torch.cat([tensor.flatten() for tensor in bucket]))
             for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))

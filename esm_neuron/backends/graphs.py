@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,9 +42,17 @@ class GraphRunner:
     """
 
     def __init__(
-        self, torch_xla: Any, device: torch.device, fn: Pass, named: Callable[[], Named], how: Tracing
+        self,
+        torch_xla: Any,
+        device: torch.device,
+        fn: Pass,
+        named: Callable[[], Named],
+        how: Tracing,
+        again: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        """Within `again()` a graph is compiled again that torch_xla may have dropped: it keeps 1,024."""
         self._torch_xla, self._device, self._fn, self._named, self._how = torch_xla, device, fn, named, how
+        self._again = again
         self._graphs: dict[str, TracedGraph] = {}
         self._lazily: set[str] = set()  # shapes whose two ways were found to differ
 
@@ -56,7 +65,8 @@ class GraphRunner:
         if graph is None:
             graph = self._graphs[shape] = self._traced(*batch)
         if self._how == "compare" and graph.runs < COMPARED:
-            return self._run_both(shape, graph, *batch)
+            with self._again() if graph.runs else nullcontext():
+                return self._run_both(shape, graph, *batch)
         return self._run(graph, *batch)
 
     def _trace_and_run(self, *batch: Batch) -> tuple[Tensor, ...]:
@@ -70,7 +80,8 @@ class GraphRunner:
         except RuntimeError as error:
             if NOT_CACHED not in str(error):
                 raise
-        graph.trace(self._fn, self._all(batch), batch)  # torch_xla keeps 1,024 graphs, and had dropped this one
+        with self._again():
+            graph.trace(self._fn, self._all(batch), batch)
         return graph.run(_tensors(batch))
 
     def _traced(self, *batch: Batch) -> TracedGraph:
@@ -88,7 +99,7 @@ class GraphRunner:
         self._torch_xla.sync()
         self._torch_xla.core.xla_model.set_rng_state(seed, str(self._device))
         self._torch_xla.core.xla_model.wait_device_ops()
-        by_hash = self._values(graph.changed, graph.run(_tensors(batch)))
+        by_hash = self._values(graph.changed, self._run(graph, *batch))
         for name, tensor in graph.changed.items():
             tensor.data = before[name]
         self._torch_xla.core.xla_model.set_rng_state(seed, str(self._device))
@@ -232,10 +243,11 @@ def _check_constant(unnamed: Iterable[tuple[int, Tensor]], first_new: int) -> No
     """Raise TrainingError for an input, (tensor number, value), that was there before the trace.
 
     Those that the trace itself made come from Python, whose values are constant in a traced function, as are the
-    numbers that torch_xla keeps on the device, which have no tensor (-1).
+    numbers that torch_xla keeps on the device, which have no tensor (-1). What a graph over several devices has
+    computed has lost its tensor too, and is known by its dimensions.
     """
     for number, value in unnamed:
-        if 0 <= number < first_new:
+        if number < first_new if number >= 0 else value.ndim:
             raise TrainingError(
                 f"a graph reads a tensor ({value.dtype} {list(value.shape)}) that is neither of the batch nor of the "
                 "model or its optimizer: its value would never change again; make it a buffer of the model, or use "

@@ -58,6 +58,8 @@ TRUNK = re.compile(r"(?:.*\.)?(esm|lm_head)\.(?!.*\.lora_).*")
 
 BUCKET_MB = 130
 """Megabytes of a bucket of ZeRO-1, NxD's own limit: its trainers use it, and report NaN above 140."""
+SUMMED = 512 << 20
+"""Most bytes of gradients in one sum over the ranks, NxD's own limit: LoRA of the 15B at rank 16 has 270 MB."""
 
 
 class FloatLayerNorm(nn.LayerNorm):
@@ -266,7 +268,7 @@ class NeuronBackend(LazyBackend):
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, totals: Tensor, max_norm: float) -> Tensor:
         parameters = trainable(model)
         if (flat := flat_of(model)) is not None:
-            self.sum_over_ranks([*map(_gradient, parameters), totals])
+            self.sum_over_ranks([*map(_gradient, parameters), totals], SUMMED)
             return normalise_clip_update(
                 parameters, optimizer, totals, max_norm, partial(self._norm_over_ranks, flat), lazy=True
             )

@@ -8,8 +8,8 @@ step reads a value back to the host.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class LazyBackend(Backend):
         super().__init__(cfg, device, topology)
         self._tracing = cfg.loop.tracing
         self._flattens = cfg.adapter.kind != "none"
+        self._compiled_again = 0
 
     def is_shared(self, name: str, parameter: Tensor) -> bool:
         """Return whether all tensor-parallel ranks hold the same values of a parameter."""
@@ -108,7 +109,7 @@ class LazyBackend(Backend):
     def graph(self, fn: Pass, named: Callable[[], Named]) -> Pass:
         if self.device.type != "xla":  # NxD's own CPU mode runs everything at once
             return super().graph(fn, named)
-        return GraphRunner(self._torch_xla, self.device, fn, named, self._tracing)
+        return GraphRunner(self._torch_xla, self.device, fn, named, self._tracing, self._compiling_again)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         # in place: a graph that is not traced again knows this tensor
@@ -129,7 +130,13 @@ class LazyBackend(Backend):
 
     def graphs(self) -> int:
         compiled = self._torch_xla.debug.metrics.metric_data("CompileTime")
-        return compiled[0] if compiled else 0
+        return (compiled[0] if compiled else 0) - self._compiled_again
+
+    @contextmanager
+    def _compiling_again(self) -> Iterator[None]:
+        before = self.graphs()
+        yield
+        self._compiled_again += self.graphs() - before
 
     def close(self, wait: bool = True) -> None:
         if wait:

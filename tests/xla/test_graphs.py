@@ -45,16 +45,27 @@ def test_one_graph_each_for_a_pass_an_update_and_an_evaluation(said: dict[str, A
 
 
 def test_the_python_of_a_graph_runs_once(said: dict[str, Any]) -> None:
-    assert said["traces"] == {"passes": 1, "updates": 1}
+    assert said["traces"] == {"passes": 1, "updates": 1, "evaluations": 1}
 
 
-def test_a_tensor_that_nobody_named_is_refused_before_the_first_step(said: dict[str, Any]) -> None:
-    assert "reads a tensor (torch.float32 [3])" in said["unnamed"]
-    assert "--loop.tracing always" in said["unnamed"] and "(after step 0)" in said["unnamed"]
+@pytest.mark.parametrize("devices", ["said", "mesh", "neuron"])
+def test_a_tensor_that_nobody_named_is_refused_before_the_first_step(
+    devices: str, request: pytest.FixtureRequest
+) -> None:
+    from_host, computed = request.getfixturevalue(devices)["unnamed"]
+    for error in (from_host, computed):
+        assert "reads a tensor (torch.float32 [3])" in error
+        assert "--loop.tracing always" in error and "(after step 0)" in error
 
 
 def test_a_graph_that_torch_xla_dropped_is_traced_again(said: dict[str, Any]) -> None:
     assert said["dropped"] == []
+
+
+def test_a_graph_that_torch_xla_drops_for_others_is_no_unplanned_one(tmp_path: Path) -> None:
+    found = json_of([WORKER, tmp_path, 1], {"XLA_COMPILATION_CACHE_SIZE": "2"})["evicted"]
+    assert found["once: compiled again"] > 0 and found["compare: compiled again"] > 0
+    assert found["once"] == found["compare"] == []
 
 
 def test_other_bits_are_said_and_traced_from_then_on(said: dict[str, Any]) -> None:
