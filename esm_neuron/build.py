@@ -12,7 +12,7 @@ from transformers import EsmConfig
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
 from esm_neuron.models.esm2 import encoder_of, freeze_norms, set_attention
-from esm_neuron.models.lora import adapt, draw_lora, join_qkv
+from esm_neuron.models.lora import adapt, draw_lora, join_qkv, lay_qkv_end_to_end
 from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import Draw, LoadReport, WeightSource, load_into, open_weights
 from esm_neuron.tasks.base import Task
@@ -44,6 +44,10 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
 
         compute = torch.bfloat16 if cfg.loop.precision == "bf16" else torch.float32
         quantize_linears(model, cfg.adapter.quantization, compute, backend.device)
+    # Under SPMD the process sees whole tensors: cut along tp, the three linears end to end would mix heads.
+    joins = backend.attention == "masked" and backend.topology.tp == cfg.parallel.tp and cfg.adapter.kind == "lora"
+    if joins:
+        lay_qkv_end_to_end(model)
     head = task.head(config)
     draw = Draw(cfg.seed, config.initializer_range)
     new = tuple(f"{part}." for part in head)
@@ -55,9 +59,8 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     draw_lora(adapted, cfg.seed, whole, backend.part)
     if backend.attention == "masked":
         freeze_norms(adapted)
-        # Under SPMD the process sees whole tensors: cut along tp, the three linears end to end would mix heads.
-        if backend.topology.tp == cfg.parallel.tp:
-            join_qkv(adapted)
+    if joins:
+        join_qkv(adapted)
     return Built(backend.prepare(adapted), config, source, report, quantized=cfg.adapter.kind == "qlora")
 
 

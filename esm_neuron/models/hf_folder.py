@@ -62,11 +62,9 @@ class SafetensorsFolder:
         return tuple(self._files[self._file_of[key]].get_slice(key).get_shape())
 
     def read(self, key: str, index: Index | None = None) -> torch.Tensor:
-        """Return the tensor, or its part `index`, in memory of its own and in the dtype of the file."""
+        """Return the tensor, or its part `index`, in the dtype of the file, as a view of the mapped file."""
         opened = self._files[self._file_of[key]]
-        # the piece is a view of the mapped file: without the copy it would keep the map, and change with the file
-        piece = opened.get_tensor(key) if index is None else opened.get_slice(key)[index]
-        tensor: torch.Tensor = piece.clone(memory_format=torch.contiguous_format)
+        tensor: torch.Tensor = opened.get_tensor(key) if index is None else opened.get_slice(key)[index]
         return tensor
 
     @cached_property

@@ -311,7 +311,7 @@ class JoinedQkv(nn.Linear):
     def __init__(self, layers: Sequence[FusedLora]) -> None:
         """Take the weights of the layers' linears out of them."""
         bases = [layer.get_base_layer() for layer in layers]
-        weight, bias = (torch.cat([getattr(base, name) for base in bases]) for name in ("weight", "bias"))
+        weight, bias = (_end_to_end([getattr(base, name).detach() for base in bases]) for name in ("weight", "bias"))
         super().__init__(weight.shape[1], weight.shape[0], device="meta")
         self.weight, self.bias = (nn.Parameter(whole, requires_grad=False) for whole in (weight, bias))
         self.layers = tuple(layers)  # a tuple, so that they are not modules of this one too
@@ -325,6 +325,34 @@ class JoinedQkv(nn.Linear):
         matrices = [getattr(layer, kind)[name].weight for kind in ("lora_A", "lora_B") for layer in self.layers]
         joined: Tensor = _LowRankQkv.apply(x, self.weight, self.bias, scale, over, *matrices)
         return joined
+
+
+def lay_qkv_end_to_end(model: nn.Module) -> None:
+    """Have weights that are still to be read lie in memory as `join_qkv` needs them, so that it copies none.
+
+    The copies would come one after the other while the originals lie scattered, and leave holes of their size.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedSelfAttention):
+            linears = (module.query, module.key, module.value)
+            for name in ("weight", "bias"):
+                parts = [getattr(linear, name) for linear in linears]
+                whole = torch.empty((3, *parts[0].shape), dtype=parts[0].dtype)  # takes no memory until it is written
+                for linear, part, place in zip(linears, parts, whole, strict=True):
+                    laid = nn.Parameter(place, requires_grad=part.requires_grad)
+                    laid.__dict__.update(part.__dict__)  # the marks of parallel layers
+                    setattr(linear, name, laid)
+
+
+def _end_to_end(parts: list[Tensor]) -> Tensor:
+    """Return three tensors of one shape as one, without a copy where they lie so."""
+    first, size = parts[0], parts[0].nbytes
+    laid = first.untyped_storage().data_ptr()
+    if all(part.untyped_storage().data_ptr() == laid for part in parts) and [
+        part.data_ptr() - first.data_ptr() for part in parts
+    ] == [0, size, 2 * size]:
+        return first.as_strided((3 * first.shape[0], *first.shape[1:]), first.stride())
+    return torch.cat(parts)
 
 
 def join_qkv(model: nn.Module) -> None:

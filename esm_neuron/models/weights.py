@@ -41,7 +41,7 @@ class WeightSource(Protocol):
         """Return the shape of the whole tensor."""
 
     def read(self, key: str, index: Index | None = None) -> Tensor:
-        """Return the tensor, or its part `index` (one slice per dimension), in memory of its own."""
+        """Return the tensor, or its part `index` (one slice per dimension), to be copied: it may be a file's memory."""
 
     @property
     def reference(self) -> BaseReference:
@@ -105,7 +105,7 @@ class RandomWeights:
     def read(self, key: str, index: Index | None = None) -> Tensor:
         """Return float32: the tensor, or the part `index` of the same draw."""
         whole = self.draw(key, self.shapes[key])
-        return whole if index is None else whole[index].clone()
+        return whole if index is None else whole[index]
 
     @property
     def reference(self) -> BaseReference:
@@ -280,7 +280,8 @@ class _Slot:
         if isinstance(receiver, Receiver) and self.names[0].endswith(".weight"):
             receiver.receive(value)
             return
-        filled = value.to(self.tensor.dtype)
+        # a view of a mapped file would keep the map, and change with the file
+        filled = value.to(self.tensor.dtype, copy=True, memory_format=torch.contiguous_format)
         if isinstance(self.tensor, nn.Parameter):
             filled = nn.Parameter(filled, requires_grad=self.tensor.requires_grad)
             filled.__dict__.update(self.tensor.__dict__)  # the marks of parallel layers, which gradient norms read
