@@ -199,8 +199,8 @@ def _linear_inputs(cfg: TrainConfig, shape: EsmShape) -> int:
     full = cfg.adapter.kind == "none"
     targets = set(PLAN) if full else set(cfg.adapter.targets)
     first = targets & {"attention.self.query", "attention.self.key", "attention.self.value"}
-    # under autocast each of the three makes its own copy of their common input
-    copies = len(first) if cfg.loop.precision == "bf16" else min(len(first), 1)
+    # under autocast each of the three makes its own copy of their common input, which a compiler makes one
+    copies = len(first) if cfg.loop.precision == "bf16" and not BACKENDS[cfg.backend].compiles else min(len(first), 1)
     inputs = {"attention.output.dense": shape.hidden // tp, "intermediate.dense": shape.hidden}
     inputs["output.dense"] = shape.intermediate // tp
     numbers = copies * shape.hidden + sum(size for linear, size in inputs.items() if linear in targets)
@@ -244,8 +244,7 @@ def _moment(cfg: TrainConfig, shape: EsmShape) -> int:
     if cfg.adapter.kind == "head":  # only a forward pass: its widest activations, and vectors that come and go
         return 2 * _number(cfg) * wide + 4 * FLOAT32 * shape.hidden
     if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type, our fused LoRA does not
-        fused = cfg.adapter.kind == "lora" and not BACKENDS[cfg.backend].compiles and not cfg.adapter.dropout
-        return 2 * (_number(cfg) if fused else FLOAT32) * wide
+        return 2 * (_number(cfg) if cfg.adapter.kind == "lora" else FLOAT32) * wide
     return _number(cfg) * wide + FLOAT32 * shape.hidden
 
 
