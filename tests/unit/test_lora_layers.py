@@ -11,6 +11,7 @@ from helpers.packs import Row, build, lay, proteins
 from helpers.runs import losses as losses_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import EsmForMaskedLM
 
 from esm_neuron.config import AdapterConfig, TrainConfig
 from esm_neuron.models import lora as low_rank
@@ -180,6 +181,50 @@ def test_joined_queries_keys_values_and_frozen_norms_give_the_same(rows: Sequenc
     for name, value in expected.items():
         error, of_peft = (float((each[name] - value).norm() / value.norm()) for each in (also, rounded))
         assert 0 < error < max(2 * of_peft, 0.01), name
+
+
+def loss_of(logits: Tensor) -> Tensor:
+    return (logits * torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype)).square().sum()
+
+
+def gradients_of_transformers(adapted: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every gradient of Hugging Face's own model under PEFT, one protein at a time; bfloat16 by autocast."""
+    config = deepcopy(adapted.get_base_model().config)
+    config._attn_implementation = "eager"
+    lora = deepcopy(adapted.peft_config["default"])
+    theirs = get_peft_model(EsmForMaskedLM(config).eval(), lora)
+    lacking, unknown = theirs.load_state_dict(adapted.state_dict(), strict=False)
+    assert not unknown and all("inv_freq" in name for name in lacking)
+    theirs.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for protein in proteins(masked=True)[:4]:
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            logits = theirs(input_ids=protein[None], attention_mask=torch.ones_like(protein[None])).logits
+        loss_of(logits if dtype == torch.float64 else logits.float()).backward()
+    return {name: p.grad.double() for name, p in theirs.named_parameters() if p.grad is not None}
+
+
+def gradients_of_packs(joined: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    packs = lay(proteins(masked=True), [(0, 1, 2, 3)], 128)
+    joined.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        logits = joined(**packs).logits.float()
+    loss_of(logits[packs["segment_ids"] >= 0]).backward()
+    return {name: p.grad for name, p in joined.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gradients_are_as_near_to_those_in_float64_as_hugging_faces_own(dtype: torch.dtype) -> None:
+    ours, theirs = [], []
+    for seed in range(4):  # how much rounding matters depends on the weights
+        torch.manual_seed(seed)
+        plain, joined = encoders()
+        exact = gradients_of_transformers(plain, torch.float64)
+        both = gradients_of_packs(joined, dtype), gradients_of_transformers(plain, dtype)
+        assert len(exact) == 24
+        for found, errors in zip(both, (ours, theirs), strict=True):
+            assert found.keys() == exact.keys()
+            errors += [float((found[name].double() - value).norm() / value.norm()) for name, value in exact.items()]
+    assert 0 < sum(ours) < 1.5 * sum(theirs)
 
 
 def test_with_dropout_or_a_trained_linear_the_three_stay_apart() -> None:
