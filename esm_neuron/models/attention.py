@@ -39,11 +39,21 @@ class RotaryTable(nn.Module):
 
     def __init__(self, head_dim: int, positions: int) -> None:
         super().__init__()
+        self._shape = head_dim, positions
+        self.register_buffer("table", self._values(), persistent=False)
+
+    def _values(self) -> Tensor:
+        head_dim, positions = self._shape
         with torch.device("cpu"):  # real values even while the model around is built on meta
             exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
             angles = torch.outer(torch.arange(positions, dtype=torch.float32), 1.0 / ROTARY_BASE**exponent)
             cos, sin = angles.cos(), angles.sin()
-        self.register_buffer("table", torch.cat((cos, cos, -sin, sin), dim=-1), persistent=False)
+            return torch.cat((cos, cos, -sin, sin), dim=-1)
+
+    def fill(self) -> None:
+        """Compute the table again, in place: transformers 5 empties buffers that the folder it loads does not hold."""
+        with torch.no_grad():
+            self.table.copy_(self._values())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
         # Follow a move to another device but no cast: `fn` is tried on one row, only to learn the device.

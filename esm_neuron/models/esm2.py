@@ -138,6 +138,12 @@ class PackedEsmModel(EsmModel):
     rotary: RotaryTable
     attention: str
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize what a loaded folder lacks; transformers 5 asks this also for buffers that no folder holds."""
+        super()._init_weights(module)
+        if isinstance(module, RotaryTable):
+            module.fill()
+
     def forward(
         self,
         input_ids: Tensor,
@@ -179,8 +185,9 @@ def pack_modules(model: EsmPreTrainedModel) -> None:
         if packed is not None:
             # Only the class changes: parameters and their names stay, so transformers' checkpoints fit.
             module.__class__ = packed
+        if hasattr(module, "rotary_embeddings"):  # in each block, or with transformers 5 in the encoder
+            module.register_module("rotary_embeddings", None)  # its inverse frequencies live in the one table
         if isinstance(module, EsmSelfAttention):
-            module.rotary_embeddings = None  # its inverse frequencies live in the one table
             module.register_module("qkv", None)
         if isinstance(module, PackedEsmModel):
             set_attention(module, module.config.max_position_embeddings, "segments")

@@ -13,16 +13,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import EsmConfig
 
 from esm_neuron.config import ModelConfig, require
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import read_json
+from esm_neuron.models.attention import ROTARY_BASE
 from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, one_line, some
 from esm_neuron.models.shapes import PAD_TOKEN, SHAPES, VOCABULARY_SIZE, EsmShape, esm_config
 from esm_neuron.models.tensor_parallel import Index, Shard
@@ -49,10 +51,15 @@ class WeightSource(Protocol):
 
 
 _BARE = re.compile(r"(embeddings|encoder|pooler|contact_head)\.")
+_OLD_NORM = re.compile(r"\.LayerNorm\.(gamma|beta)$")
 
 
 def canonical(key: str) -> str:
-    """Return the key as EsmForMaskedLM has it: a bare EsmModel's `encoder...` becomes `esm.encoder...`."""
+    """Return the key as EsmForMaskedLM has it: a bare EsmModel's `encoder...` becomes `esm.encoder...`.
+
+    What transformers 5 saves has TensorFlow's names for the blocks' norms, `gamma` and `beta`.
+    """
+    key = _OLD_NORM.sub(lambda old: ".LayerNorm." + {"gamma": "weight", "beta": "bias"}[old[1]], key)
     return f"esm.{key}" if _BARE.match(key) else key
 
 
@@ -207,29 +214,40 @@ def read_config(folder: Path) -> EsmConfig:
         model_type = raw.pop("model_type", None)  # a classifier of this package has its own; its encoder is equal
         # It names Python code beside the weights, which is never run here.
         raw.pop("auto_map", None)
-        config = EsmConfig.from_dict(raw)
+        said: dict[str, Any] = {**EsmConfig().to_dict(), **raw}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        cure = "give a Hugging Face model folder with its config.json"
-        raise ConfigError(f"{path} cannot be read ({one_line(error)}); {cure}") from error
+        raise _unreadable(path, error) from error
+    # Checked before transformers sees them: its version 5 refuses a wrong type in words of its own.
     facts: list[tuple[str, object, object]] = [
         ("model_type", model_type, "esm" if model_type != "esm_neuron" else model_type),
-        ("position_embedding_type", config.position_embedding_type, "rotary"),
-        ("vocab_size", config.vocab_size, VOCABULARY_SIZE),
-        ("pad_token_id", config.pad_token_id, PAD_TOKEN),
-        ("emb_layer_norm_before", bool(config.emb_layer_norm_before), False),
-        ("is_folding_model", config.is_folding_model, False),
-        ("hidden_act", getattr(config, "hidden_act", None), "gelu"),  # EsmConfig has no default of its own
+        ("position_embedding_type", said["position_embedding_type"], "rotary"),
+        ("vocab_size", said["vocab_size"], VOCABULARY_SIZE),
+        ("pad_token_id", said["pad_token_id"], PAD_TOKEN),
+        ("emb_layer_norm_before", bool(said["emb_layer_norm_before"]), False),
+        ("is_folding_model", said["is_folding_model"], False),
+        # What EsmConfig saves by itself leaves these two out, and transformers 4 knows no other value of them.
+        ("hidden_act", said.get("hidden_act", "gelu"), "gelu"),
+        ("rope_theta", said.get("rope_theta", ROTARY_BASE), ROTARY_BASE),
     ]
     for name, value, esm2 in facts:
         require(value == esm2, f"{path} is not of an ESM-2: {name} is {value!r}, must be {esm2!r}; use an ESM-2 model")
     for name, low, high in _LIMITS:
-        value = getattr(config, name)
+        value = said[name]
         kinds, what = ((int,), "a whole number, ") if isinstance(low, int) else ((int, float), "")
         fits = type(value) in kinds and low <= value <= high
         require(fits, f"{path}: {name} is {value!r}, must be {what}{low} to {high}; use an ESM-2 model")
+    try:
+        config = EsmConfig.from_dict(raw)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _unreadable(path, error) from error
     hidden, heads = config.hidden_size, config.num_attention_heads
     require(hidden % (2 * heads) == 0, f"{path}: hidden_size {hidden} is no even multiple of {heads} attention heads")
     return config
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    cure = "give a Hugging Face model folder with its config.json"
+    return ConfigError(f"{path} cannot be read ({one_line(error)}); {cure}")
 
 
 _LIMITS: tuple[tuple[str, float, float], ...] = (
@@ -289,7 +307,7 @@ class _Slot:
             setattr(owner, name.rpartition(".")[2], filled)
 
 
-_DERIVED = re.compile(r".*\.(rotary_embeddings\.inv_freq|embeddings\.position_ids)")
+_DERIVED = re.compile(r"(.*\.)?(rotary_embeddings\.inv_freq|embeddings\.position_ids)")
 """Buffers that the shape decides; a checkpoint's copy may have lost precision, so it is never read."""
 _OPTIONAL = re.compile(r"esm\.(contact_head|pooler|embeddings\.position_embeddings)\.|lm_head\.|(\w+_)?classifier\.")
 """Parts that some ESM-2 checkpoints have and some models lack."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -94,7 +95,24 @@ def test_both_prefixes_load_and_a_new_head_is_drawn(tmp_path: Path, prefixed: bo
     heads = {f"classifier.{part}.{leaf}" for part in ("dense", "out_proj") for leaf in ("weight", "bias")}
     assert set(report.drawn) == heads | {"esm.contact_head.regression.weight"}
     assert torch.equal(model.get_parameter("classifier.dense.weight"), draw("classifier.dense.weight", (32, 32)))
-    assert {key.removeprefix("esm.").split(".")[0] for key in report.ignored} == {"pooler", "embeddings", "encoder"}
+    ignored = {key.removeprefix("esm.") for key in report.ignored if not key.endswith("rotary_embeddings.inv_freq")}
+    assert {key.split(".")[0] for key in ignored} == {"pooler", "embeddings"}
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_names_that_transformers_5_saves_are_known(tmp_path: Path, bare: bool) -> None:
+    """It gives the blocks' norms TensorFlow's names, and has the frequencies once, at the top."""
+    state = state_of(partial(EsmModel, add_pooling_layer=False)) if bare else state_of()
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    stored = {re.sub("LayerNorm.(weight|bias)$", lambda name: old[name[0]], key): value for key, value in state.items()}
+    assert sum(key.endswith(("gamma", "beta")) for key in stored) == 2 * 2 * 2
+    stored = {key: value for key, value in stored.items() if "inv_freq" not in key}
+    stored[f"{'' if bare else 'esm.'}rotary_embeddings.inv_freq"] = torch.zeros(4)
+    write_safetensors_folder(stored.items(), tiny(), tmp_path / "base")
+    model = on_meta(partial(EsmModel, add_pooling_layer=False) if bare else EsmForMaskedLM, tiny())
+    assert load_into(model, SafetensorsFolder(tmp_path / "base"), Draw(0, 0.02), nothing_new).drawn == ()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, state[name]), name
 
 
 def test_an_encoder_takes_a_masked_lm_checkpoint(folder: Path) -> None:
