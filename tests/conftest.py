@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     suite = config.option.markexpr
     missing = _missing(suite)
     if missing:
-        raise pytest.UsageError(f"{suite}: {missing}; run {SUITES[suite]}")
+        raise pytest.UsageError(f"{suite}: {missing}; run {SUITES.get(suite, 'make test-trn1-lane')}")
     if suite != "hub":
         os.environ["HF_HOME"] = _CACHE.name
         os.environ["HF_DATASETS_CACHE"] = str(Path(_CACHE.name) / "datasets")
@@ -50,8 +50,11 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests of every suite but the one asked for by `-m`."""
+    """Skip the tests of every suite but the one asked for by `-m`, and XLA's on a lane without it."""
+    no_xla = importlib.util.find_spec("torch_xla") is None
     for item in items:
+        if no_xla and item.get_closest_marker("xla"):
+            item.add_marker(pytest.mark.skip(reason="no torch_xla here; run make test-trn1-lane"))
         for suite, command in SUITES.items():
             if item.get_closest_marker(suite) and config.option.markexpr != suite:
                 item.add_marker(pytest.mark.skip(reason=f"run {command}"))
@@ -63,6 +66,8 @@ def _missing(suite: str) -> str | None:
         source = os.environ.get("NXD_SRC", "")
         found = (Path(source) / "neuronx_distributed").is_dir() if source else False
         return None if found else f"NXD_SRC={source!r} holds no neuronx_distributed folder"
+    if suite == "xla":
+        return None if importlib.util.find_spec("torch_xla") else "torch_xla is not installed"
     if suite == "gpu":
         import torch
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from peft import PeftModel
 from torch import nn
 
 from esm_neuron.backends import create_backend
 from esm_neuron.build import Built
+from esm_neuron.compat import PeftModel
 from esm_neuron.config import ParallelConfig, require
 from esm_neuron.config.settings import read_config
 from esm_neuron.inference.load import build_trained, read_run

@@ -9,18 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import model as peft_lora
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from esm_neuron.compat import LoraConfig, LoraLinear, get_peft_model
 from esm_neuron.config import AdapterConfig, require
 from esm_neuron.models.esm2 import PackedSelfAttention
 from esm_neuron.models.tensor_parallel import Shard
@@ -70,9 +67,7 @@ def _add_lora(
     )
     if lora_modules:
         lora._register_custom_module(dict(lora_modules))
-    # PEFT looks for linears of bitsandbytes, and imports it for that; ours are quantized another way (`quantize`).
-    with mock.patch.multiple(peft_lora, is_bnb_available=lambda: False, is_bnb_4bit_available=lambda: False):
-        adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
     fuse_lora(adapted)
     return adapted
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from importlib import import_module
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esm_neuron.compat import hidden
 from esm_neuron.config import Quantization
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.tensor_parallel import PLAN, in_block
@@ -48,19 +48,13 @@ def bitsandbytes(module: str, needed_by: str, instead: str) -> Any:
     `needed_by` and `instead` are settings for the message where it is not installed.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    modules: dict[str, Any] = sys.modules
-    hides = "kernels" not in modules
-    if hides:
-        modules["kernels"] = None  # as if it were not installed
     try:
-        return import_module(module)
+        with hidden("kernels"):
+            return import_module(module)
     except ImportError as error:
         raise ConfigError(
             f"{needed_by} needs bitsandbytes ({error}); pip install 'esm-neuron[cuda]', or use {instead}"
         ) from error
-    finally:
-        if hides:
-            del modules["kernels"]
 
 
 class QuantizedLinear(nn.Linear):

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import EsmConfig
 
 from esm_neuron.build import Built, model_config
+from esm_neuron.compat import PeftModel
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.files import new_folder, write_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -202,7 +202,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(survey.XlaSurvey, "devices", lambda self: "CPU:0")
     assert cli.main(["doctor", "--backend", "cpu", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["versions"]["torch"].startswith("2.8")
+    assert said["versions"]["torch"] == version("torch")
     assert set(PACKAGES) <= set(said["versions"])
     assert said["lacks"]["cpu"] == []
     assert cli.main(["doctor", "--backend", "neuron"]) == 1

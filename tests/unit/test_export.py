@@ -6,119 +6,26 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.finished import KINDS, LABELS, Run, finish, logits_of, same
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    EsmForMaskedLM,
-    EsmForSequenceClassification,
-    EsmForTokenClassification,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, EsmForMaskedLM
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import Built, build_model
-from esm_neuron.config import (
-    AdapterConfig,
-    DataConfig,
-    LoopConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from esm_neuron.config import LoopConfig, OptimConfig, ParallelConfig, TrainConfig
 from esm_neuron.config.settings import dump
-from esm_neuron.data.tokenizer import PAD
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.files import write_json, write_text
+from esm_neuron.files import write_text
 from esm_neuron.inference.export import export
 from esm_neuron.inference.load import build_trained, move_to, read_run
 from esm_neuron.models.esm2 import PackedForPooledClassification
-from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
-from esm_neuron.training.results import write_results
-
-LABELS = ("cytosol", "membrane", "nucleus")
-IDS = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 2], [0, 20, 19, 2, PAD, PAD, PAD, PAD]])
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run without its training: every trained parameter was moved at random."""
-
-    out: Path
-    cfg: TrainConfig
-    task: Task
-    built: Built
-    trained: dict[str, Tensor]
-    logits: Tensor
-
-
-def logits_of(model: nn.Module) -> Tensor:
-    """Of two sequences, one of them padded."""
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS, attention_mask=(IDS != PAD).long()).logits
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding, padding left out."""
-    real = (IDS != PAD) if a.ndim == 3 else slice(None)
-    return a.shape == b.shape and float((a - b)[real].abs().max()) <= 1e-5 * float(b[real].abs().max())
-
-
-TASKS = {
-    "cls": ("cls", TaskConfig(labels=LABELS)),
-    "mean": ("mean", TaskConfig(labels=LABELS)),
-    "attention": ("attention", TaskConfig(labels=LABELS)),
-    "multi_label": ("cls", TaskConfig(name="multi_label", labels=LABELS)),
-    "regression": ("mean", TaskConfig(name="regression", target_mean=30.0, target_sd=2.0)),
-    "residues": ("mean", TaskConfig(name="residue_classification", labels=LABELS)),
-    "masked_lm": ("cls", TaskConfig(name="masked_lm")),
-}
-"""Kind -> its pooling and task."""
-RESULT = {
-    "task": "", "metric": "mcc", "model": "tiny", "init": "random", "backend": "cpu", "adapter": "lora",
-    "parameters": {"trainable": 10, "total": 1000}, "chosen_step": 4, "valid": None, "test": None,
-    "data": {"train": {"records": 50, "residues": 3000}},
-    "train": {"steps": 8, "residues": 9000, "seconds": 3.0, "residues_per_second": 3e3, "padding_efficiency": 1.0},
-}  # fmt: skip
-
-
-def finish(out: Path, kind: str, adapter: str, base: str = "tiny", precision: str = "fp32") -> Run:
-    pooling, task_config = TASKS[kind]
-    cfg = TrainConfig(
-        output=str(out),
-        model=ModelConfig(name=base, init="random" if base == "tiny" else "pretrained", pooling=pooling),
-        task=task_config,
-        data=DataConfig(max_residues=62, pack_tokens=64),
-        adapter=AdapterConfig(kind=adapter, r=4, alpha=8),
-        loop=LoopConfig(precision=precision),
-    )
-    task = create_task(cfg.task, cfg.task.labels or ())
-    backend = create_backend(cfg)
-    built = build_model(cfg, task, backend)
-    generator = torch.Generator().manual_seed(1)
-    trained = {}
-    for name, parameter in built.model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-            trained[name] = parameter.detach().clone()
-    with backend.autocast():
-        logits = logits_of(built.model)
-    write_results(cfg, task, built, trained, RESULT)
-    write_json(out / "result.json", RESULT)
-    write_text(out / "config.yaml", dump(cfg))
-    return Run(out, cfg, task, built, trained, logits)
 
 
 @pytest.fixture(scope="module")
@@ -134,32 +41,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     return get
 
 
-PLAIN = {
-    "cls": (AutoModelForSequenceClassification, EsmForSequenceClassification),
-    "mean": (AutoModelForSequenceClassification, PackedForPooledClassification),
-    "attention": (AutoModelForSequenceClassification, PackedForPooledClassification),
-    "multi_label": (AutoModelForSequenceClassification, EsmForSequenceClassification),
-    "regression": (AutoModelForSequenceClassification, PackedForPooledClassification),
-    "residues": (AutoModelForTokenClassification, EsmForTokenClassification),
-    "masked_lm": (AutoModelForMaskedLM, EsmForMaskedLM),
-}
-"""Kind -> how a user loads it, and what that gives: transformers' own class but for our own pooling."""
-
-
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_on_its_base_predicts_in_plain_peft(run: Callable[..., Run], kind: str) -> None:
-    finished, (auto, cls) = run(kind), PLAIN[kind]
+    finished, (_, _, auto, cls) = run(kind), KINDS[kind]
     base = auto.from_pretrained(finished.out / "base")
     assert type(base) is cls
     assert not same(logits_of(base), finished.logits)
     assert same(logits_of(PeftModel.from_pretrained(base, finished.out / "adapter")), finished.logits)
 
 
-@pytest.mark.parametrize(("kind", "adapter"), [*((kind, "lora") for kind in PLAIN), ("mean", "head")])
+@pytest.mark.parametrize(("kind", "adapter"), [*((kind, "lora") for kind in KINDS), ("mean", "head")])
 def test_a_merged_export_predicts_in_plain_transformers(
     run: Callable[..., Run], tmp_path: Path, kind: str, adapter: str
 ) -> None:
-    finished, (auto, cls) = run(kind, adapter), PLAIN[kind]
+    finished, (_, _, auto, cls) = run(kind, adapter), KINDS[kind]
     export(finished.out, tmp_path / "merged")
     check_plain_folder(tmp_path / "merged", auto, cls, finished)
 
@@ -168,7 +63,7 @@ def test_a_merged_export_predicts_in_plain_transformers(
     ("kind", "adapter"), [("cls", "none"), ("cls", "head"), ("mean", "none"), ("masked_lm", "none")]
 )
 def test_without_adapters_a_run_leaves_a_plain_model(run: Callable[..., Run], kind: str, adapter: str) -> None:
-    finished, (auto, cls) = run(kind, adapter), PLAIN[kind]
+    finished, (_, _, auto, cls) = run(kind, adapter), KINDS[kind]
     assert sorted(p.name for p in finished.out.iterdir()) == ["config.yaml", "model", "result.json"]
     check_plain_folder(finished.out / "model", auto, cls, finished)
 
@@ -187,7 +82,7 @@ def check_plain_folder(folder: Path, auto: type, cls: type, finished: Run) -> No
     assert AutoTokenizer.from_pretrained(folder)("MK<mask>")["input_ids"] == [0, 20, 15, 32, 2]
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("folder", ["adapter", "merged"])
 def test_the_model_card_loads_what_it_describes(
     run: Callable[..., Run], kind: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,7 +93,7 @@ def test_the_model_card_loads_what_it_describes(
     monkeypatch.chdir(tmp_path / "merged" if folder == "merged" else finished.out / "adapter")
     card = Path("README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    if folder == "adapter" and PLAIN[kind][1] is PackedForPooledClassification:
+    if folder == "adapter" and KINDS[kind].cls is PackedForPooledClassification:
         assert not code and "esm-neuron export --model RUN" in card
         return
     names: dict[str, Any] = {}
@@ -209,7 +104,7 @@ def test_the_model_card_loads_what_it_describes(
     torch.testing.assert_close(names["logits"], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_a_run_is_built_again_with_its_weights(run: Callable[..., Run], kind: str, adapter: str) -> None:
     finished = run(kind, adapter)
@@ -220,7 +115,7 @@ def test_a_run_is_built_again_with_its_weights(run: Callable[..., Run], kind: st
     assert all(torch.equal(weights[name], value) for name, value in finished.trained.items())
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_file_holds_what_peft_would_have_saved(run: Callable[..., Run], kind: str) -> None:
     finished = run(kind)
     expected = get_peft_model_state_dict(finished.built.model)
