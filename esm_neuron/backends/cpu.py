@@ -5,17 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from esm_neuron.backends.eager import EagerBackend
 from esm_neuron.config import TrainConfig
+from esm_neuron.models.cpu_attention import has_bf16_units, rule
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 _MOST = 2**31 - 1
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Of x86's AVX-512 and AMX, and of Arm, in /proc/cpuinfo."""
 
 
 def keep_freed_memory() -> None:
@@ -46,17 +44,9 @@ class CpuBackend(EagerBackend):
                 "NOTE: loop.precision=bf16 on a CPU without bf16 units: it is emulated, and may take many times as "
                 "long as --loop.precision fp32"
             )
+        yield f"attention by {rule(torch.bfloat16 if self._bf16 else torch.float32)}, as this processor does it fastest"
         if not self._bf16 and units:
             yield (
                 "NOTE: this CPU has bf16 units: --loop.precision bf16 may be faster; it is not chosen by itself, since "
                 "another machine would then give other numbers"
             )
-
-
-def has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
-    """Return whether the processor multiplies bfloat16 itself; None where the system does not say."""
-    if not cpuinfo.exists():
-        return None
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
-    return bool(flags & BF16_FLAGS)

@@ -1,6 +1,6 @@
 """Attention over packs: rotary positions that restart at each segment, and segments that do not see each other.
 
-There are three forms of the same sum. `segments`, for the CPU, runs torch's fused attention once per segment and never
+There are three forms of the same sum. `segments`, for the CPU, attends segment by segment (`cpu_attention`) and never
 touches padding or pairs across segments. `varlen`, for CUDA, does so in one call of a kernel for segments of any
 length. `masked`, for devices that compile, is one block-diagonal product of a static shape.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esm_neuron.data.tokenizer import CLS, EOS
+from esm_neuron.models import cpu_attention
 
 ROTARY_BASE = 10_000.0
 APART = -1e9
@@ -221,7 +222,7 @@ class MaskedAttention:
 
 
 def segment_attention(segment_ids: Tensor) -> Attention:
-    """Return torch's fused attention, segment by segment; reads the segment bounds on the host once per pass."""
+    """Return attention segment by segment; reads the segment bounds on the host once per pass."""
     sizes, real = _runs(segment_ids)
     # A batch of padding alone attends to itself: every weight then has a gradient, of zeros, which FSDP must sum.
     return partial(_attend_segments, sizes, real if any(real) else [True] * len(real))
@@ -244,14 +245,8 @@ def _attend_segments(
 ) -> Tensor:
     # split of the flat tokens, not a slice of the rows: its backward pass is one concatenation
     pieces = zip(*(x.flatten(0, 1).split(sizes) for x in (query, key, value)), real, strict=True)
-    out = [_attend_one(q, k, v, dropout) if used else torch.zeros_like(v) for q, k, v, used in pieces]
+    out = [cpu_attention.attend(q, k, v, dropout) if used else torch.zeros_like(v) for q, k, v, used in pieces]
     return torch.cat(out).view(query.shape)
-
-
-def _attend_one(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
-    return attended.squeeze(0).transpose(0, 1)
 
 
 def varlen_attention(segment_ids: Tensor) -> Attention:

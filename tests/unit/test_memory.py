@@ -28,6 +28,7 @@ from esm_neuron.config import (
     TrainConfig,
     settings,
 )
+from esm_neuron.models import cpu_attention
 from esm_neuron.models.quantize import Nf4Linear
 from esm_neuron.models.shapes import SHAPES
 from esm_neuron.planning.memory import Memory, predict_memory
@@ -138,12 +139,22 @@ CASES = [
 @pytest.mark.parametrize(
     "cfg", CASES, ids=lambda c: f"{c.model.name}-{c.adapter.kind}-{c.loop.precision}-{c.task.name}"
 )
-def test_the_prediction_is_what_the_tensors_take(cfg: TrainConfig) -> None:
+def test_the_prediction_is_what_the_tensors_take(cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "by_products", lambda length, dtype: False)
     held, most = measure(cfg)
     outputs = 1 if cfg.task.name == "regression" else 2
     predicted = predict_memory(cfg, SHAPES[cfg.model.name], outputs=outputs)
     assert predicted.state == pytest.approx(held, rel=0.01)
     assert predicted.total == pytest.approx(most, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_by_products_takes_no_more(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, most = config("esm2_t6_8M", precision=precision), {}
+    for products in (True, False):
+        monkeypatch.setattr(cpu_attention, "by_products", lambda length, dtype, chosen=products: chosen)
+        _, most[products] = measure(cfg)
+    assert 0.8 * most[False] < most[True] <= most[False]
 
 
 def of(name: str, **changes: Any) -> Memory:
