@@ -10,7 +10,7 @@ import torch
 
 from esm_neuron.backends.eager import EagerBackend
 from esm_neuron.config import TrainConfig
-from esm_neuron.models.cpu_attention import has_bf16_units, rule
+from esm_neuron.models.cpu_attention import by_products, has_bf16_units
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 _MOST = 2**31 - 1
@@ -44,7 +44,8 @@ class CpuBackend(EagerBackend):
                 "NOTE: loop.precision=bf16 on a CPU without bf16 units: it is emulated, and may take many times as "
                 "long as --loop.precision fp32"
             )
-        yield f"attention by {rule(torch.bfloat16 if self._bf16 else torch.float32)}, as this processor does it fastest"
+        if self._bf16 and by_products(torch.bfloat16):
+            yield "attention by plain products, which this processor does faster than torch's fused kernel"
         if not self._bf16 and units:
             yield (
                 "NOTE: this CPU has bf16 units: --loop.precision bf16 may be faster; it is not chosen by itself, since "

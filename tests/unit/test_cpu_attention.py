@@ -43,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("group", [1, 4 << 20], ids=["a head at a time", "all heads"])
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
 def test_products_give_what_the_formula_gives(length: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "by_products", lambda length, dtype: True)
+    monkeypatch.setattr(cpu_attention, "by_products", lambda dtype: True)
     monkeypatch.setattr(cpu_attention, "GROUP", group)
     assert max(errors(attend, length, torch.float64)) < 1e-14
     assert max(errors(attend, length, torch.float32)) < 2e-6
@@ -53,14 +53,14 @@ def test_products_give_what_the_formula_gives(length: int, group: int, monkeypat
 def test_in_bfloat16_products_are_as_near_as_the_fused_kernel(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for products in (True, False):
-        monkeypatch.setattr(cpu_attention, "by_products", lambda length, dtype, chosen=products: chosen)
+        monkeypatch.setattr(cpu_attention, "by_products", lambda dtype, chosen=products: chosen)
         found[products] = errors(attend, length, torch.bfloat16)
     # scores are rounded to 8 bits before the softmax, which the fused kernel keeps in float32
     assert all(mine < 3 * theirs for mine, theirs in zip(found[True], found[False], strict=True))
 
 
 def test_under_autocast_it_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "by_products", lambda length, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(cpu_attention, "by_products", lambda dtype: dtype == torch.bfloat16)
     *inputs, grad = given(20, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = attend(*inputs)
@@ -85,24 +85,11 @@ CPUS = {
 
 
 @pytest.mark.parametrize("name", CPUS)
-def test_the_choice_is_a_rule_of_length_type_and_processor(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_choice_is_a_rule_of_type_and_processor(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     if CPUS[name] is not None:
         cpuinfo.write_text(f"processor : 0\n{CPUS[name]}\n")
     flags = cpu_attention.cpu_flags(cpuinfo)
     monkeypatch.setattr(cpu_attention, "cpu_flags", lambda: flags)
-    chosen = {
-        (length, dtype): cpu_attention.by_products(length, dtype)
-        for length in (128, 129, 1_024)
-        for dtype in (torch.float32, torch.bfloat16, torch.float64)
-    }
-    units = name == "AVX-512"
-    assert chosen == {
-        (length, dtype): {torch.float32: length == 128, torch.bfloat16: units, torch.float64: False}[dtype]
-        for length, dtype in chosen
-    }
-    said = [cpu_attention.rule(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    fused = "torch's fused kernel"
-    assert said == [f"{fused}, plain products up to 128 tokens", "plain products" if units else fused]
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    assert [cpu_attention.by_products(dtype) for dtype in dtypes] == [False, name == "AVX-512", False]

@@ -140,7 +140,7 @@ CASES = [
     "cfg", CASES, ids=lambda c: f"{c.model.name}-{c.adapter.kind}-{c.loop.precision}-{c.task.name}"
 )
 def test_the_prediction_is_what_the_tensors_take(cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "by_products", lambda length, dtype: False)
+    monkeypatch.setattr(cpu_attention, "by_products", lambda dtype: False)
     held, most = measure(cfg)
     outputs = 1 if cfg.task.name == "regression" else 2
     predicted = predict_memory(cfg, SHAPES[cfg.model.name], outputs=outputs)
@@ -152,7 +152,7 @@ def test_the_prediction_is_what_the_tensors_take(cfg: TrainConfig, monkeypatch: 
 def test_attention_by_products_takes_no_more(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, most = config("esm2_t6_8M", precision=precision), {}
     for products in (True, False):
-        monkeypatch.setattr(cpu_attention, "by_products", lambda length, dtype, chosen=products: chosen)
+        monkeypatch.setattr(cpu_attention, "by_products", lambda dtype, chosen=products: chosen)
         _, most[products] = measure(cfg)
     assert 0.8 * most[False] < most[True] <= most[False]
 
