@@ -12,6 +12,7 @@ from transformers import EsmConfig
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
 from esm_neuron.models.esm2 import encoder_of, freeze_norms, set_attention
+from esm_neuron.models.heads import with_head
 from esm_neuron.models.lora import adapt, draw_lora, join_qkv, lay_qkv_end_to_end
 from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import Draw, LoadReport, WeightSource, load_into, open_weights
@@ -27,6 +28,8 @@ class Built:
     config: EsmConfig
     source: WeightSource
     report: LoadReport
+    head: str
+    """A line on the head that the weights came with; "" where they had none."""
     quantized: bool = False
 
 
@@ -51,7 +54,8 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     head = task.head(config)
     draw = Draw(cfg.seed, config.initializer_range)
     new = tuple(f"{part}." for part in head)
-    report = load_into(model, source, draw, lambda name: name.startswith(new), backend.part)
+    headed, note = with_head(source, pretrained, model, head)
+    report = load_into(model, headed, draw, lambda name: name.startswith(new), backend.part)
     if cfg.model.gradient_checkpointing:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=backend.checkpoint_fn())
     adapted = adapt(model, cfg.adapter, head, backend.lora_modules)
@@ -61,7 +65,7 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
         freeze_norms(adapted)
     if joins:
         join_qkv(adapted)
-    return Built(backend.prepare(adapted), config, source, report, quantized=cfg.adapter.kind == "qlora")
+    return Built(backend.prepare(adapted), config, source, report, note, quantized=cfg.adapter.kind == "qlora")
 
 
 def model_config(cfg: TrainConfig, task: Task, pretrained: EsmConfig) -> EsmConfig:

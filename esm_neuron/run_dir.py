@@ -27,6 +27,7 @@ NONFINITE = "nonfinite.jsonl"  # one line per step whose loss or gradient was no
 REJECTED = "rejected.tsv"  # rows left out or changed for their characters
 ADAPTER, MODEL = "adapter", "model"  # a PEFT adapter, or a whole Hugging Face model
 BASE = "base"  # an adapter's base if it is kept nowhere else
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 REFERENCE = "base_reference.json"  # beside an adapter: the weights it was trained on
 REPORT = "report"  # the page of `esm-neuron report` and its charts

@@ -23,7 +23,7 @@ from esm_neuron.files import sha256
 from esm_neuron.models.hf_folder import BaseReference
 from esm_neuron.models.lora import saved_key
 from esm_neuron.models.weights import is_carried
-from esm_neuron.run_dir import ADAPTER, ADAPTER_WEIGHTS, BASE, CONFIG, MODEL, REFERENCE
+from esm_neuron.run_dir import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, MODEL, REFERENCE
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
 
@@ -136,6 +136,7 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
             f"{folder}: was trained on {reference.name} with sha256 {reference.sha256[:12]}, but {cfg.model.name} has "
             f"{built.source.reference.sha256[:12]}; give the weights it was trained on"
         )
+    _check_adapter_config(folder, built)
     names = {saved_key(n): n for n, p in built.model.named_parameters() if p.requires_grad}
     saved = read_adapter(folder)
     unknown = sorted(set(saved) - set(names))
@@ -143,6 +144,29 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
         raise CheckpointError(f"{folder}: {len(unknown)} tensors do not fit the model, the first is {unknown[0]}")
     backend.load_weights(built.model, {names[key]: value for key, value in saved.items()})
     return built
+
+
+DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern")
+"""Fields of adapter_config.json that decide what the adapter's matrices compute."""
+
+
+def _check_adapter_config(folder: Path, built: Built) -> None:
+    """Raise CheckpointError where adapter_config.json says other than config.yaml, by which the model was built."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(written, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); export it again") from error
+    model: Any = built.model
+    used = model.peft_config["default"]
+    for name in DECISIVE:
+        if name in written and written[name] != getattr(used, name):
+            raise CheckpointError(
+                f"{path}: {name} is {written[name]!r}, but {CONFIG} of the run gives {getattr(used, name)!r}; "
+                "an adapter that was changed by hand predicts in plain PEFT, or put the value back"
+            )
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

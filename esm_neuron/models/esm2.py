@@ -20,6 +20,7 @@ from transformers import (
     EsmForMaskedLM,
     EsmForTokenClassification,
 )
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.models.esm.modeling_esm import (
     EsmClassificationHead,
@@ -157,16 +158,38 @@ class PackedEsmModel(EsmModel):
         Ids and positions (from 0 within each segment) are int64 [R, L]; `max_segments` is S. Without `segment_ids`
         there is one sequence per pack, and `attention_mask` [R, L] is 1 for tokens and 0 for padding.
         """
+        attention = self.attention
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            attention = "masked"  # the others read the mask on the host, and would keep that of the example
         if segment_ids is None or positions is None:
             used = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-            places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            # Tokens become segment 0, and padding -1, which is `PAD_SEGMENT`.
-            segment_ids, positions = used - 1, places * used
-        pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, self.attention)
+            segment_ids, positions = self._one_segment(used)
+            if attention != "masked" and _has_hole(used):
+                attention = "masked"  # the others take what lies on the two sides of a hole for two segments
+        pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, attention)
         embedded = self.embeddings(input_ids=input_ids, pack=pack)
         # The blocks see tokens end to end: reshaping for each linear makes half as many operations again on XLA.
         hidden: Tensor = self.encoder(embedded.flatten(0, 1), pack=pack).last_hidden_state
         return hidden.unflatten(0, input_ids.shape), pack
+
+    def _one_segment(self, used: Tensor) -> tuple[Tensor, Tensor]:
+        """Return segments and positions of sequences of their own, of a mask int64 [R, L]."""
+        length, most = used.shape[1], self.rotary.table.shape[0]
+        if length > most:
+            raise ValueError(
+                f"sequences of {length} tokens, and this model takes {most} (max_position_embeddings); cut them"
+            )
+        places = torch.arange(length, device=used.device).expand_as(used)
+        # Padding may come first: a sequence begins at its first token, which <cls> pooling reads.
+        first = used.argmax(1, keepdim=True)
+        # Tokens become segment 0, and padding -1, which is `PAD_SEGMENT`.
+        return used - 1, (places - first) * used
+
+
+def _has_hole(used: Tensor) -> bool:
+    """Return whether a mask int64 [R, L] leaves out tokens between others."""
+    begins = (used[:, 1:] > used[:, :-1]).sum(1) + used[:, 0]
+    return bool((begins > 1).any())
 
 
 _PACKED: dict[type[nn.Module], type[nn.Module]] = {
@@ -255,9 +278,21 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
         pack_modules(self)
 
     def forward(
-        self, input_ids: Tensor, segment_ids: Tensor | None = None, **pack_args: Any
-    ) -> SequenceClassifierOutput:
-        """Return logits [R, S, classes], or [R, classes] without `segment_ids`; arguments as in `PackedEsmModel`."""
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **pack_args: Any,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Return logits [R, S, classes], or [R, classes] without `segment_ids`; arguments as in `PackedEsmModel`.
+
+        `labels`, without `segment_ids`, gives the loss that transformers takes for the configuration's problem type.
+        Raise ValueError for what transformers' own models take and this one does not.
+        """
+        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
+            if pack_args.pop(name, None) not in (None, False):
+                raise ValueError(f"{type(self).__name__} takes no {name}; give input_ids, and read logits alone")
         hidden, pack = self.esm(input_ids, segment_ids, **pack_args)
         if self.config.pooling == "attention":
             pooled = self.attention_pooling(hidden, pack.residues)
@@ -265,10 +300,14 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
             pooled = mean_over(pack.first if self.config.pooling == "cls" else pack.residues, hidden)
         head = getattr(self, head_name(self.config))
         # transformers' head reads position 0 of a sequence, so each segment becomes a sequence of one position.
-        logits = head(pooled.flatten(0, 1).unsqueeze(1))
+        logits = head(pooled.flatten(0, 1).unsqueeze(1).to(head.dense.weight.dtype))
         if self.config.problem_type == "regression":
             logits = logits.float() * self.config.target_sd + self.config.target_mean
-        return SequenceClassifierOutput(logits=logits if segment_ids is None else logits.view(*pooled.shape[:2], -1))
+        if segment_ids is not None:
+            return SequenceClassifierOutput(logits=logits.view(*pooled.shape[:2], -1))
+        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
+        found = SequenceClassifierOutput(loss=loss, logits=logits)
+        return found.to_tuple() if return_dict is False else found
 
 
 class PackedForPooledClassification(PackedForSequenceClassification):
@@ -311,7 +350,8 @@ class PackedForTokenClassification(EsmForTokenClassification):
         """Return logits [R, L, classes]; arguments as in `PackedEsmModel`."""
         hidden, _ = self.esm(input_ids, segment_ids, **pack_args)
         # float32, as pooled states are: on `neuron` the encoder may be in bfloat16, and a head never is
-        return TokenClassifierOutput(logits=self.classifier(self.dropout(hidden.float())))
+        states = self.dropout(hidden.to(self.classifier.weight.dtype))
+        return TokenClassifierOutput(logits=self.classifier(states))
 
 
 AutoConfig.register(PooledEsmConfig.model_type, PooledEsmConfig)

@@ -309,7 +309,7 @@ class _Slot:
 
 _DERIVED = re.compile(r"(.*\.)?(rotary_embeddings\.inv_freq|embeddings\.position_ids)")
 """Buffers that the shape decides; a checkpoint's copy may have lost precision, so it is never read."""
-_OPTIONAL = re.compile(r"esm\.(contact_head|pooler|embeddings\.position_embeddings)\.|lm_head\.|(\w+_)?classifier\.")
+_OPTIONAL = re.compile(r"esm\.(contact_head|pooler|embeddings\.position_embeddings)\.|lm_head\.")
 """Parts that some ESM-2 checkpoints have and some models lack."""
 _DRAWABLE = re.compile(r"esm\.contact_head\.")
 """Not used in fine-tuning, and left out of many checkpoints."""
@@ -419,6 +419,12 @@ def _read(source: WeightSource, key: str, part: Shard | None) -> Tensor:
     return tensor
 
 
+def inverse_frequencies(width: int) -> Tensor:
+    """Return float32 [width / 2], the rotary frequencies of a head: 10000^(-2i/width), RoFormer, arXiv:2104.09864."""
+    frequencies: Tensor = 1.0 / 10_000.0 ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+    return frequencies
+
+
 def _fill_derived(model: nn.Module) -> None:
     """Compute the buffers that `_DERIVED` names where the model is still on meta."""
     for prefix, module in model.named_modules():
@@ -428,6 +434,6 @@ def _fill_derived(model: nn.Module) -> None:
             count = buffer.shape[-1]
             if leaf == "position_ids":
                 value = torch.arange(count).expand(buffer.shape)
-            else:  # RoFormer, arXiv:2104.09864: 10000^(-2i/d), with d = 2 * count
-                value = 1.0 / 10_000.0 ** (torch.arange(0, 2 * count, 2, dtype=torch.int64).float() / (2 * count))
+            else:
+                value = inverse_frequencies(2 * count)
             setattr(module, leaf, value)

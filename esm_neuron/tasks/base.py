@@ -51,6 +51,7 @@ class Task(ABC):
     keeps_lm_head: ClassVar[bool] = False  # whether its head is the language model's, which a pretrained ESM-2 has
     hub_task: ClassVar[str | None] = None  # the hub's name for it (`pipeline_tag`); None: the hub has none
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"  # the class of transformers that loads its model
+    peft_task: ClassVar[str | None] = "SEQ_CLS"  # PEFT's name for it, by which it finds its class; None: it has none
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str] = ()) -> None:
         self.cfg = cfg  # with what the training rows decide, see `data.labels.Labels.resolve`

@@ -34,6 +34,7 @@ class MaskedLM(Task):
     keeps_lm_head = True
     hub_task = "fill-mask"
     auto_class = "AutoModelForMaskedLM"
+    peft_task = None
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
         return PackedForMaskedLM(config)

@@ -40,6 +40,7 @@ class ResidueClassification(Task):
     predictions_per_token = True
     hub_task = "token-classification"
     auto_class = "AutoModelForTokenClassification"
+    peft_task = "TOKEN_CLS"
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
         """Add the classes; the model is transformers' own EsmForTokenClassification."""

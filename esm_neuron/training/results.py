@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EsmConfig
+from transformers import EsmConfig, EsmForMaskedLM
 
 from esm_neuron.build import Built, model_config
 from esm_neuron.compat import PeftModel
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.files import new_folder, write_json
-from esm_neuron.models.esm2 import PooledEsmConfig
+from esm_neuron.models.esm2 import PackedForPooledClassification, PooledEsmConfig
+from esm_neuron.models.heads import with_head
 from esm_neuron.models.hf_folder import write_shards
 from esm_neuron.models.lora import saved_key
-from esm_neuron.models.weights import Draw, is_carried, load_into, open_weights
+from esm_neuron.models.weights import Draw, inverse_frequencies, is_carried, load_into, open_weights
 from esm_neuron.reports.card import model_card
 from esm_neuron.run_dir import ADAPTER, ADAPTER_WEIGHTS, BASE, CARD, MODEL, REFERENCE
 from esm_neuron.tasks.base import Task
@@ -32,6 +33,7 @@ def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
     config = model_config(cfg, task, pretrained)
     with torch.device("meta"):
         model = task.build(config)
+    source, _ = with_head(source, pretrained, model, task.head(config))
     head = tuple(f"{part}." for part in task.head(config))
     load_into(model, source, Draw(cfg.seed, config.initializer_range), lambda name: name.startswith(head))
     return model, config
@@ -44,11 +46,22 @@ def write_model(model: nn.Module, config: EsmConfig, folder: Path, card: str = "
     have a model type of their own, known after `import esm_neuron.models.esm2`.
     """
     with new_folder(folder) as aside:
-        write_shards(((name, tensor.float()) for name, tensor in model.state_dict().items()), aside)
+        write_shards(_as_published(model.state_dict(), config), aside)
         _write_config(model, config, aside)
         hf_tokenizer().save_pretrained(str(aside))
         if card:
             (aside / CARD).write_text(card, encoding="utf-8")
+
+
+def _as_published(state: Mapping[str, Tensor], config: EsmConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder in float32, and the rotary frequencies that transformers' own classes look for.
+
+    Without these plain transformers would say that parameters are newly initialized, where it makes them itself.
+    """
+    yield from ((name, tensor.float()) for name, tensor in state.items())
+    for layer in range(config.num_hidden_layers if config.model_type == EsmConfig.model_type else 0):
+        name = f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"
+        yield name, inverse_frequencies(config.hidden_size // config.num_attention_heads)
 
 
 def _write_config(model: nn.Module, config: EsmConfig, folder: Path) -> None:
@@ -88,6 +101,11 @@ def write_results(
             _write_config(task.build(built.config), built.config, aside)
         lora.base_model_name_or_path, lora.revision = str((out / BASE).resolve()), None
     lora.inference_mode = True
+    # For SEQ_CLS PEFT trains whatever is called "score", and would look for the one of attention pooling twice.
+    lora.task_type = None if "attention_pooling" in task.head(built.config) else task.peft_task
+    if lora.task_type is None:  # AutoPeftModel then asks for the class
+        kind = EsmForMaskedLM if task.keeps_lm_head else PackedForPooledClassification
+        lora.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     with new_folder(out / ADAPTER) as aside:
         save_file({saved_key(n): t.contiguous() for n, t in trained.items()}, aside / ADAPTER_WEIGHTS, {"format": "pt"})
         lora.save_pretrained(str(aside))

@@ -270,6 +270,8 @@ def describe(cfg: TrainConfig, built: Built) -> str:
             "card says what it learned from"
         )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
+    if built.head:
+        lines.append(built.head)
     if drawn:
         lines.append(f"newly initialized from seed {cfg.seed}: {', '.join(drawn)}")
     return "\n".join(lines)

@@ -239,3 +239,54 @@ def test_parameters_are_counted_by_what_is_trained() -> None:
     total = sum(p.numel() for p in model.parameters())
     model.esm.requires_grad_(False)
     assert parameter_count(model) == (32 * 32 + 32 + 3 * 32 + 3, total)
+
+
+class ByMask(nn.Module):
+    """A model as exporters see it: tensors in, a tensor out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def rows_of(*lengths: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Padded proteins and their mask."""
+    width, sequences = max(LENGTHS) + 2, [proteins(masked=False)[number] for number in lengths]
+    ids = torch.full((len(sequences), width), PAD)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[slice(-len(sequence), None) if left else slice(len(sequence))] = sequence
+    return ids, (ids != PAD).long()
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean", "attention"])
+@torch.no_grad()
+def test_padding_may_come_first(kind: str) -> None:
+    model = ByMask(build(kind))
+    assert difference(model(*rows_of(0, 2, left=True)), model(*rows_of(0, 2))) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@torch.no_grad()
+def test_a_mask_with_a_hole_hides_residues_and_cuts_nothing(attention: str) -> None:
+    model = build("cls", attention)
+    config = model.config
+    plain = EsmForSequenceClassification(config).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    ids, mask = rows_of(2, 3)
+    mask[:, 4:7] = 0
+    assert difference(ByMask(model)(ids, mask), plain(input_ids=ids, attention_mask=mask).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean", "attention"])
+@torch.no_grad()
+def test_a_traced_model_answers_for_other_masks(kind: str) -> None:
+    model = ByMask(build(kind))
+    traced = torch.jit.trace(model, rows_of(0, 2))
+    exported = torch.export.export(model, rows_of(0, 2)).module()
+    other = rows_of(3, 1)
+    for made in (traced, exported):
+        assert difference(made(*other), model(*other)) <= 1e-5

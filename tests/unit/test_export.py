@@ -12,14 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.finished import KINDS, LABELS, Run, finish, logits_of, same
-from peft import PeftModel, get_peft_model_state_dict
+from helpers.finished import IDS, KINDS, LABELS, Run, finish, logits_of, same
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    PeftModel,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EsmForMaskedLM
 
 from esm_neuron.backends import create_backend
 from esm_neuron.config import LoopConfig, OptimConfig, ParallelConfig, TrainConfig
 from esm_neuron.config.settings import dump
+from esm_neuron.data.tokenizer import PAD
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import write_text
 from esm_neuron.inference.export import export
@@ -50,6 +58,44 @@ def test_an_adapter_on_its_base_predicts_in_plain_peft(run: Callable[..., Run], 
     assert same(logits_of(PeftModel.from_pretrained(base, finished.out / "adapter")), finished.logits)
 
 
+AUTO = {"residues": AutoPeftModelForTokenClassification, "masked_lm": AutoPeftModel}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_finds_the_class_of_an_adapter_by_itself(run: Callable[..., Run], kind: str) -> None:
+    finished, by_score = run(kind), kind.endswith("attention")
+    auto = AutoPeftModel if by_score else AUTO.get(kind, AutoPeftModelForSequenceClassification)
+    options = {} if kind == "masked_lm" else {"num_labels": finished.logits.shape[-1]}
+    assert same(logits_of(auto.from_pretrained(finished.out / "adapter", **options)), finished.logits)
+
+
+@pytest.mark.parametrize("field", [{"lora_alpha": 64}, {"use_rslora": True}, {"r": 2}])
+def test_an_adapter_config_that_was_changed_is_refused(
+    run: Callable[..., Run], tmp_path: Path, field: dict[str, Any]
+) -> None:
+    out = shutil.copytree(run("mean").out, tmp_path / "out")
+    path = out / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | field))
+    cfg, task = read_run(out)
+    with pytest.raises(CheckpointError, match=f"{next(iter(field))} is .*, but config.yaml of the run gives"):
+        build_trained(cfg, task, create_backend(cfg))
+
+
+def test_a_pooled_folder_takes_what_trainers_give_it(run: Callable[..., Run]) -> None:
+    finished = run("mean", "none")
+    model = AutoModelForSequenceClassification.from_pretrained(finished.out / "model")
+    mask, labels = (IDS != PAD).long(), torch.tensor([2, 0])
+    found = model(input_ids=IDS, attention_mask=mask, labels=labels, return_dict=True, output_attentions=False)
+    assert same(found.logits, finished.logits)
+    assert float(found.loss) == pytest.approx(float(cross_entropy(finished.logits, labels)), rel=1e-5)
+    loss, logits = model(IDS, attention_mask=mask, labels=labels, return_dict=False)
+    assert torch.equal(loss, found.loss) and torch.equal(logits, found.logits)
+    with pytest.raises(ValueError, match="takes no output_hidden_states"):
+        model(IDS, output_hidden_states=True)
+    with pytest.raises(ValueError, match="sequences of 1027 tokens, and this model takes 1026"):
+        model(IDS.new_full((1, 1_027), 5))
+
+
 @pytest.mark.parametrize(("kind", "adapter"), [*((kind, "lora") for kind in KINDS), ("mean", "head")])
 def test_a_merged_export_predicts_in_plain_transformers(
     run: Callable[..., Run], tmp_path: Path, kind: str, adapter: str
@@ -72,8 +118,12 @@ def check_plain_folder(folder: Path, auto: type, cls: type, finished: Run) -> No
     model, report = auto.from_pretrained(folder, output_loading_info=True)
     assert type(model) is cls
     assert not report["unexpected_keys"]
-    assert all(key.endswith("rotary_embeddings.inv_freq") for key in report["missing_keys"])  # made from the shape
+    assert not report["missing_keys"], "transformers would say that they are newly initialized"
     assert same(logits_of(model), finished.logits)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = logits_of(auto.from_pretrained(folder, dtype=dtype)).float()
+        real = (IDS != PAD) if half.ndim == 3 else slice(None)
+        assert float((half - finished.logits)[real].norm() / finished.logits[real].norm()) < 0.1
     assert model.config.architectures == [cls.__name__]
     assert model.dtype == torch.float32
     if cls is not EsmForMaskedLM and finished.task.labels:
