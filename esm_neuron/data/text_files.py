@@ -123,6 +123,11 @@ def _header_fields(path: str, line: int, header: str, wanted: Container[str]) ->
     """Return the header's fields; those that nobody wants are a description, which may be written in any way."""
     fields: dict[str, str] = {}
     for key, quoted, bare in _HEADER_FIELD.findall(header):
+        if key == "INTERACTOR":  # biotrainer's: what follows is about two proteins
+            raise DataError(
+                f"{path}:{line}: INTERACTOR= makes it a pair of proteins, which no task here predicts; "
+                "remove the field to take the protein alone"
+            )
         if key in wanted and bare.startswith('"'):
             raise DataError(f"{path}:{line}: the quote after {key}= is not closed; close it with '\"'")
         if key in wanted and key in fields:

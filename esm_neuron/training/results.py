@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EsmConfig, EsmForMaskedLM
+from transformers import EsmConfig
 
 from esm_neuron.build import Built, model_config
 from esm_neuron.compat import PeftModel
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.files import new_folder, write_json
-from esm_neuron.models.esm2 import PackedForPooledClassification, PooledEsmConfig
+from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head
 from esm_neuron.models.hf_folder import write_shards
 from esm_neuron.models.lora import saved_key
@@ -104,8 +104,7 @@ def write_results(
     # For SEQ_CLS PEFT trains whatever is called "score", and would look for the one of attention pooling twice.
     lora.task_type = None if "attention_pooling" in task.head(built.config) else task.peft_task
     if lora.task_type is None:  # AutoPeftModel then asks for the class
-        kind = EsmForMaskedLM if task.keeps_lm_head else PackedForPooledClassification
-        lora.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        lora.auto_mapping = {"base_model_class": task.auto_class, "parent_library": "transformers"}
     with new_folder(out / ADAPTER) as aside:
         save_file({saved_key(n): t.contiguous() for n, t in trained.items()}, aside / ADAPTER_WEIGHTS, {"format": "pt"})
         lora.save_pretrained(str(aside))

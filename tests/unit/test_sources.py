@@ -320,6 +320,7 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.fa", ">P1 label=in\nMKV\n> \nMKV\n", ":3: the header is empty; write"),
     ("a.fa", '>P1 label="in\nMKV\n', ":1: the quote after label= is not closed; close"),
     ("a.fa", ">P1 label=in label=out\nMKV\n", ":1: the header has label= twice; keep one"),
+    ("a.fa", ">P1 INTERACTOR=P2 label=1\nMKV\n", ":1: INTERACTOR= makes it a pair of proteins, which no task"),
     ("a.jsonl", "", ": the file is empty; give one with a JSON object a line"),
     ("a.jsonl", "{}\n", ": the file is empty; "),
     ("a.jsonl", '{"id": "P1"\n', r":1: no sound JSON \(Expecting ',' delimiter at position 13\); write one object"),
