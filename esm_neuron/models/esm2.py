@@ -159,7 +159,7 @@ class PackedEsmModel(EsmModel):
         there is one sequence per pack, and `attention_mask` [R, L] is 1 for tokens and 0 for padding.
         """
         attention = self.attention
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
             attention = "masked"  # the others read the mask on the host, and would keep that of the example
         if segment_ids is None or positions is None:
             used = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
@@ -305,9 +305,9 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
             logits = logits.float() * self.config.target_sd + self.config.target_mean
         if segment_ids is not None:
             return SequenceClassifierOutput(logits=logits.view(*pooled.shape[:2], -1))
-        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
+        loss: Any = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
         found = SequenceClassifierOutput(loss=loss, logits=logits)
-        return found.to_tuple() if return_dict is False else found
+        return found if return_dict in (None, True) else found.to_tuple()
 
 
 class PackedForPooledClassification(PackedForSequenceClassification):
