@@ -1,5 +1,6 @@
-# Everything a user or a developer runs. The first target that needs them installs uv and the packages into .venv,
-# with the hashes of constraints/ checked; later ones find the stamp files and start at once.
+# Everything a user or a developer runs. The first target that needs them installs uv and the packages, with the hashes
+# of constraints/ checked; later ones find the stamp files and start at once. There are two lanes: the newest libraries
+# in .venv, for all that names no other, and trn1's frozen set in .venv-trn1, for XLA:CPU, SPMD, NxD and SageMaker.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -7,13 +8,20 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+TRN1 := .venv-trn1
 # The first interpreter that runs and can make a virtual environment (a pyenv shim may exist and do neither).
-PYTHON ?= $(shell for p in python3.11 python3.10 python3.12; do \
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.14 python3.10; do \
 	$$p -c 'import ensurepip, venv' >/dev/null 2>&1 && command -v $$p && break; done)
-UV_PIP = VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip
+# trn1's libraries end with Python 3.12: one of the system, else one that uv downloads.
+TRN1_PYTHON ?= >=3.10,<3.13
+FIND_TRN1_PYTHON = { test -x $(TRN1)/bin/python || $(BIN)/uv python find --system '$(TRN1_PYTHON)' \
+	|| $(BIN)/uv python install 3.11; } >/dev/null 2>&1
+NO_TRN1 = SKIPPED the trn1 lane (XLA:CPU, SPMD, contract):
+CURRENT_PIP = VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
+TRN1_PIP = VIRTUAL_ENV=$(CURDIR)/$(TRN1) $(BIN)/uv pip install --quiet
+TRN1_SET = -c constraints/trn1.txt -r pyproject.toml --extra xla --extra tests
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
 	--custom-compile-command "make lock" --upgrade
-EXTRAS := --extra xla --extra dev
 SOURCES := esm_neuron tests launchers benchmarks tools examples
 DEMO := runs/demo
 PAGE := docs/dev/parity.md
@@ -22,8 +30,13 @@ BENCH_BATCH := 8
 GPU_BENCH = $(BIN)/python benchmarks/throughput.py --backend cuda --precision bf16 --keep runs/bench-gpu
 DATASETS := scl2205 disorder amyloid_dms
 PYTEST = $(BIN)/python -m pytest
+TRN1_PYTEST = $(TRN1)/bin/python -m pytest
+# What trn1's lane runs of the unit suite: the engine and all that reads or writes weights.
+TRN1_TESTS := tests/xla $(patsubst %,tests/unit/test_%.py,checkpoint compat convert cli dummy_task esm2 evaluate export \
+	lanes loading lora lora_layers neuron_env nxd_contract optim packaging quantize ranks saving score tasks tensor_parallel \
+	trainer trn1_report two_processes weights)
 
-.PHONY: help install demo test lint type format clean \
+.PHONY: help install install-trn1 demo test test-current test-trn1-lane lint type format clean \
 	test-nxd test-gpu test-trn1 rehearse-trn1 test-launchers test-hub fuzz audit soak faults long-run \
 	pages parity results bench bench-speed bench-smoke bench-gpu lock release-check
 
@@ -32,17 +45,32 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / {printf "%s%s\n", gap, substr($$0, 5); gap = "\n"} \
 		/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.installed ## set up .venv with uv and every package, hashes checked (PYTHON=... names another interpreter)
+install: $(VENV)/.installed ## set up .venv with uv and the newest packages, hashes checked (PYTHON=... names another interpreter)
 
-demo: $(VENV)/.installed ## fine-tune on real proteins with LoRA on the CPU, then predict: about 10 minutes on 2 cores
+install-trn1: $(TRN1)/.installed ## set up .venv-trn1 with the packages of a trn1 and torch_xla (TRN1_PYTHON=...: 3.10 to 3.12)
+
+demo: $(VENV)/.package ## fine-tune on real proteins with LoRA on the CPU, then predict: about 10 minutes on 2 cores
 	rm -rf $(DEMO)
 	$(BIN)/esm-neuron train --config configs/demo.yaml --output $(DEMO)
 	$(BIN)/esm-neuron predict --model $(DEMO) --input examples/demo/unknown.fasta --output $(DEMO)/predictions.csv
 	@printf '%-12s %s\n' results $(DEMO)/result.json log $(DEMO)/metrics.jsonl checkpoints $(DEMO)/checkpoints \
 		adapter $(DEMO)/adapter predictions $(DEMO)/predictions.csv config $(DEMO)/config.yaml
 
-test: $(VENV)/.installed ## test on the CPU and on XLA:CPU; suites that need more are skipped and say so
+test: test-current test-trn1-lane ## both of the next; suites that need more are skipped and say so
+
+test-current: $(VENV)/.installed ## all tests of the CPU, with the newest libraries
 	$(PYTEST) -n 2 --dist loadfile
+
+test-trn1-lane: $(VENV)/.uv ## XLA:CPU, SPMD, NxD's contract and a core of the unit tests, with trn1's libraries
+	@if test "$$(uname -sm)" != "Linux x86_64"; then \
+		echo "$(NO_TRN1) torch_xla has wheels for Linux on x86-64 alone; run make test-trn1-lane there"; \
+	elif ! $(FIND_TRN1_PYTHON); then \
+		echo "$(NO_TRN1) no Python 3.10, 3.11 or 3.12 here, and none to download; install one, with"; \
+		echo "  $(BIN)/uv python install 3.11 && make test-trn1-lane"; \
+	else \
+		$(MAKE) --no-print-directory $(TRN1)/.installed; \
+		$(TRN1_PYTEST) -n 2 --dist loadfile $(TRN1_TESTS); \
+	fi
 
 lint: $(VENV)/.installed ## ruff, the one-way imports, and whether the pages in docs/ are current (parity: a warning)
 	$(BIN)/ruff check $(SOURCES)
@@ -58,13 +86,13 @@ format: $(VENV)/.installed ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-clean: ## remove the environment, caches and demo runs
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+clean: ## remove the environments, caches and demo runs
+	rm -rf $(VENV) $(TRN1) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Suites: other libraries or hardware, a network, or hours
-test-nxd: $(VENV)/.nxd-tests ## the real neuronx-distributed on gloo: NXD_SRC=<its source folder>
-	$(PYTEST) -m nxd
+test-nxd: $(TRN1)/.nxd-tests ## the real neuronx-distributed on gloo: NXD_SRC=<its source folder>
+	$(TRN1_PYTEST) -m nxd
 
 test-gpu: $(VENV)/.installed ## on a CUDA GPU
 	$(PYTEST) -m gpu
@@ -72,12 +100,12 @@ test-gpu: $(VENV)/.installed ## on a CUDA GPU
 test-trn1: ## an hour on a trn1 instance (TRN1_MINUTES=...), in the active environment (constraints/neuron.txt): writes docs/dev/trn1-report.md
 	python -m pytest -m trn1 tests/trn1
 
-rehearse-trn1: $(VENV)/.installed ## the hour of test-trn1 on XLA:CPU, with small models: half an hour
+rehearse-trn1: $(TRN1)/.installed ## the hour of test-trn1 on XLA:CPU, with small models: half an hour
 	mkdir -p runs
-	TRN1_REHEARSAL=1 TRN1_REPORT=runs/trn1-rehearsal.md $(PYTEST) -m trn1 tests/trn1
+	TRN1_REHEARSAL=1 TRN1_REPORT=runs/trn1-rehearsal.md $(TRN1_PYTEST) -m trn1 tests/trn1
 
-test-launchers: $(VENV)/.launchers-tests ## the launchers: nodes on this machine, SageMaker's containers, a stand-in for AWS
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m launchers tests/launchers
+test-launchers: $(TRN1)/.launchers-tests ## the launchers: nodes on this machine, SageMaker's containers, a stand-in for AWS
+	PATH="$(CURDIR)/$(TRN1)/bin:$$PATH" $(TRN1_PYTEST) -m launchers tests/launchers
 
 test-hub: $(VENV)/.installed ## real checkpoints, downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub
@@ -86,33 +114,34 @@ fuzz: $(VENV)/.installed ## 10,000 cases of each input format, settings, variant
 	rm -f benchmarks/results/fuzz.json
 	FUZZ_CASES=10000 FUZZ_COUNTS=benchmarks/results/fuzz.json $(PYTEST) -n 2 tests/unit/test_fuzz_*.py
 
-audit: $(VENV)/.installed ## bandit over our code, pip-audit over the locked packages (asks PyPI's advisory service)
+audit: $(VENV)/.installed ## bandit over our code, pip-audit over the packages of both locks (asks PyPI's advisory service)
 	$(BIN)/bandit -q -c pyproject.toml -r esm_neuron launchers
-	$(BIN)/pip-audit -r constraints/general.txt --require-hashes --disable-pip --progress-spinner off
+	for lane in current trn1; do \
+		$(BIN)/pip-audit -r constraints/$$lane.txt --require-hashes --disable-pip --progress-spinner off; done
 
 soak: $(VENV)/.installed ## kill training at 8 random moments in each of 17 modes, resume it, compare with runs that were not killed
 	$(BIN)/python benchmarks/soak.py
 
-faults: $(VENV)/.installed ## break things on purpose: what training says, what it leaves, how it goes on; some faults need root
-	$(BIN)/python benchmarks/faults.py
+faults: $(TRN1)/.installed ## break things on purpose: what training says, what it leaves, how it goes on; some faults need root
+	$(TRN1)/bin/python benchmarks/faults.py
 
-long-run: $(VENV)/.installed ## an hour of tiny training, half on the CPU, half on XLA:CPU: does memory grow, or files, threads, graphs?
+long-run: $(VENV)/.installed $(TRN1)/.installed ## an hour of tiny training, half on the CPU, half on XLA:CPU: does memory grow, or files, threads, graphs?
 	$(BIN)/python benchmarks/long_run.py
-	$(BIN)/python benchmarks/long_run.py --backend xla
+	$(TRN1)/bin/python benchmarks/long_run.py --backend xla
 
 ##@ Pages, benchmarks, releases
 pages: $(VENV)/.installed ## write the pages that are made from the code or from saved results
 	$(BIN)/python tools/pages.py
 
-parity: $(VENV)/.nxd-tests ## run test-nxd and write docs/dev/parity.md (PAGE=...) from what it saw
-	PARITY_PAGE=$(PAGE) $(PYTEST) -m nxd
+parity: $(TRN1)/.nxd-tests ## run test-nxd and write docs/dev/parity.md (PAGE=...) from what it saw
+	PARITY_PAGE=$(PAGE) $(TRN1_PYTEST) -m nxd
 
 results: $(VENV)/.installed $(DATASETS:%=$(DATA)/%.tsv.gz) ## train every task on real data, with baselines, and write docs/results.md: hours on 2 cores
 	$(BIN)/python benchmarks/results.py --data $(DATA)
 
-bench: $(VENV)/.installed $(DATA)/scl2205.tsv.gz ## measure all of docs/performance.md: about 3 hours on 2 cores that do nothing else
+bench: $(VENV)/.installed $(TRN1)/.installed $(DATA)/scl2205.tsv.gz ## measure all of docs/performance.md: about 3 hours on 2 cores that do nothing else
 	$(BIN)/python benchmarks/throughput.py --repeats 5
-	$(BIN)/python benchmarks/throughput.py --backend xla --precision fp32 --rows 128 --repeats 3 --peer-repeats 1
+	$(TRN1)/bin/python benchmarks/throughput.py --backend xla --precision fp32 --rows 128 --repeats 3 --peer-repeats 1
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/packed_accuracy.py
 	$(BIN)/python benchmarks/throughput.py --shape esm2_t30_150M --precision fp32 --checkpointing on --rows 16 --warmup 1 --settings ours group_by_length
@@ -144,8 +173,10 @@ bench-gpu: $(VENV)/.installed ## 650M on a CUDA GPU (BENCH_BATCH=4 if it has 24 
 		--settings ours || failed=1; \
 	exit $$failed
 
-lock: $(VENV)/.uv ## resolve constraints/general.txt and constraints/uv.txt again
-	$(LOCK) pyproject.toml --extra xla --extra cuda --extra sagemaker --extra dev --extra nxd-tests --extra launchers-tests -o constraints/general.txt
+lock: $(VENV)/.uv ## resolve constraints/current.txt, trn1.txt and uv.txt again
+	$(LOCK) pyproject.toml --extra cuda --extra tests --extra dev -o constraints/current.txt
+	$(LOCK) pyproject.toml -c constraints/trn1.in --extra xla --extra cuda --extra sagemaker --extra tests \
+		--extra nxd-tests --extra launchers-tests -o constraints/trn1.txt
 	$(LOCK) constraints/uv.in -o constraints/uv.txt
 
 release-check: lint type test ## what has to hold before a release: the daily checks, and parity pages of this code
@@ -153,23 +184,33 @@ release-check: lint type test ## what has to hold before a release: the daily ch
 
 # What the targets above need.
 $(VENV)/.uv: constraints/uv.txt
-	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 with venv found; install one or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.14 with venv found; install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes -r constraints/uv.txt
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.uv pyproject.toml constraints/general.txt
-	$(UV_PIP) install --quiet -c constraints/general.txt -r pyproject.toml $(EXTRAS)
-	$(UV_PIP) install --quiet --no-deps --no-build-isolation -e .
+$(VENV)/.package: $(VENV)/.uv pyproject.toml constraints/current.txt
+	$(CURRENT_PIP) -c constraints/current.txt -r pyproject.toml
+	$(CURRENT_PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.nxd-tests: $(VENV)/.installed
-	$(UV_PIP) install --quiet -c constraints/general.txt -r pyproject.toml $(EXTRAS) --extra nxd-tests
+$(VENV)/.installed: $(VENV)/.package
+	$(CURRENT_PIP) -c constraints/current.txt -r pyproject.toml --extra tests --extra dev
 	touch $@
 
-$(VENV)/.launchers-tests: $(VENV)/.installed
-	$(UV_PIP) install --quiet -c constraints/general.txt -r pyproject.toml $(EXTRAS) --extra sagemaker --extra launchers-tests
+$(TRN1)/.installed: $(VENV)/.uv pyproject.toml constraints/trn1.txt
+	$(BIN)/uv venv --quiet --allow-existing --python '$(TRN1_PYTHON)' $(TRN1)
+	$(TRN1_PIP) $(TRN1_SET)
+	$(TRN1_PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(DATA)/%.tsv.gz: | $(VENV)/.installed
+$(TRN1)/.nxd-tests: $(TRN1)/.installed
+	$(TRN1_PIP) $(TRN1_SET) --extra nxd-tests
+	touch $@
+
+$(TRN1)/.launchers-tests: $(TRN1)/.installed
+	$(TRN1_PIP) $(TRN1_SET) --extra sagemaker --extra launchers-tests
+	touch $@
+
+$(DATA)/%.tsv.gz: | $(VENV)/.package
 	$(BIN)/python examples/datasets/get.py $(firstword $(subst _, ,$*)) --output $(DATA)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -91,7 +91,7 @@ class NeuronBackend(LazyBackend):
         self._parallel, self._model_name, self._patience = cfg.parallel, cfg.model.name, patience(cfg)
         self._join_world()
         self.device = self._torch_xla.device()
-        self.host_group = dist.new_group(backend="gloo", timeout=self._patience)
+        self.host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._patience))
         self._groups = host_groups(self.topology, self._patience)
         self._heads = 0
 

@@ -92,7 +92,7 @@ class _FrozenNorm(torch.autograd.Function):
         return out.view(x.shape) if x.ndim > 2 else out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         tokens, one, mean, inverse, weight = ctx.saved_tensors
         of_normed = (grad * weight).view(tokens.shape)

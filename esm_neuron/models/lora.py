@@ -184,7 +184,7 @@ class _LowRank(torch.autograd.Function):
         return _shaped(out, x.shape[:-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor, Tensor, None, None]:
         kept, w, down, up, hidden = ctx.saved_tensors
         kinds = ctx.dtypes
@@ -278,7 +278,7 @@ class _LowRankQkv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rows, w, down, up, hidden = ctx.saved_tensors
         inner = _summed(torch.bmm(g, up).transpose(0, 1).flatten(1), ctx.sum)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import EsmConfig
@@ -103,6 +103,8 @@ def esm_config(shape: EsmShape) -> EsmConfig:
     """Return the configuration that the hub's ESM-2 of this shape has in its config.json."""
     from transformers import EsmConfig
 
+    # Fields of the hub's files that transformers 5 does not declare, and keeps as they are.
+    more: dict[str, Any] = {"hidden_act": "gelu", "classifier_dropout": None}
     return EsmConfig(
         vocab_size=VOCABULARY_SIZE,
         mask_token_id=MASK_TOKEN,
@@ -111,14 +113,13 @@ def esm_config(shape: EsmShape) -> EsmConfig:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=shape.intermediate,
-        hidden_act="gelu",
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        classifier_dropout=None,
         max_position_embeddings=MAX_POSITIONS,
         initializer_range=0.02,
         layer_norm_eps=1e-5,
         position_embedding_type="rotary",
         emb_layer_norm_before=False,
         token_dropout=True,
+        **more,
     )

@@ -46,25 +46,82 @@ def test_version_is_the_installed_one() -> None:
     assert importlib.metadata.version("esm-neuron") == esm_neuron.__version__
 
 
-def test_every_requirement_is_pinned_within_its_range() -> None:
-    """General packages in general.txt, the Neuron wheels in neuron.txt."""
-    general, neuron = pins("general.txt"), pins("neuron.txt")
-    requirements = [Requirement(text) for text in importlib.metadata.requires("esm-neuron") or []]
-    assert len(requirements) > 20
-    for requirement in requirements:
-        extra = "neuron" if requirement.marker and requirement.marker.evaluate({"extra": "neuron"}) else ""
-        versions = (neuron if extra else general).get(requirement.name.lower().replace("_", "-"))
-        assert versions, f"{requirement} has no pin"
+def requirements(*extras: str) -> list[Requirement]:
+    """What the package asks for: itself (""), or one of its extras."""
+    every = [Requirement(text) for text in importlib.metadata.requires("esm-neuron") or []]
+    return [
+        requirement
+        for requirement in every
+        if ("" in extras and requirement.marker is None)
+        or any(extra and requirement.marker and requirement.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
+
+
+LOCKED = {
+    "current.txt": ("", "cuda", "tests", "dev"),
+    "trn1.txt": ("", "xla", "cuda", "sagemaker", "tests", "nxd-tests", "launchers-tests"),
+}
+"""Lock -> what it holds."""
+
+
+@pytest.mark.parametrize(("name", "extras"), [*LOCKED.items(), ("neuron.txt", ("neuron",)), ("trn1.txt", ("neuron",))])
+def test_every_requirement_is_pinned_within_its_range(name: str, extras: tuple[str, ...]) -> None:
+    """General packages in the two locks, the Neuron wheels in neuron.txt, which has not all that goes with them."""
+    found, asked = pins(name), requirements(*extras)
+    wheels = {canonicalize_name(package) for package in PINNED.python}
+    if name == "trn1.txt":
+        asked = [requirement for requirement in asked if canonicalize_name(requirement.name) not in wheels]
+    if name == "neuron.txt":
+        asked = [requirement for requirement in asked if canonicalize_name(requirement.name) in found]
+        assert wheels <= {canonicalize_name(requirement.name) for requirement in asked}
+    for requirement in asked:
+        versions = found.get(canonicalize_name(requirement.name))
+        assert versions, f"{requirement} has no pin in {name}"
         assert all(requirement.specifier.contains(version) for version in versions), (
             f"{requirement} is pinned to {versions}"
         )
 
 
-def test_the_two_constraints_files_agree() -> None:
-    general, neuron = pins("general.txt"), pins("neuron.txt")
+def test_the_package_itself_asks_for_ranges() -> None:
+    """So it installs beside what is there; only what belongs to one device is pinned."""
+    pinned = re.compile(r"==|~=")
+    assert not [str(r) for r in requirements("", "cuda", "sagemaker") if pinned.search(str(r.specifier))]
+    known = {lane: {name: max(map(Version, found)) for name, found in pins(lane).items()} for lane in LOCKED}
+    for name in ("torch", "transformers", "peft", "numpy", "pandas"):
+        assert known["current.txt"][name] > known["trn1.txt"][name]
+
+
+PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin")
+PYTHONS = {"current.txt": ("3.10", "3.11", "3.12", "3.13", "3.14"), "trn1.txt": ("3.10", "3.11", "3.12")}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize(("name", "python"), [(name, python) for name in PYTHONS for python in PYTHONS[name]])
+def test_a_lock_has_wheels_for_each_platform_and_python(name: str, python: str, platform: str) -> None:
+    """Resolved as on that machine, from wheels alone; torch's are for macOS 14 and later."""
+    uv = ROOT / ".venv" / "bin" / "uv"
+    if not uv.is_file():
+        pytest.skip("no uv in .venv; make install")
+    options = f"--quiet --no-header --no-annotate --only-binary :all: --constraints constraints/{name}"
+    words = [uv, "pip", "compile", "pyproject.toml", *options.split()]
+    # `--python` names any that runs: uv would first look here for the version that is resolved for
+    words += ["--python-platform", platform, "--python-version", python, "--python", sys.executable]
+    env = os.environ | {"MACOSX_DEPLOYMENT_TARGET": "14.0"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode and re.search(r"dns error|[Ff]ailed to fetch|[Cc]onnect", done.stderr):
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    resolved = dict(line.split("==") for line in done.stdout.split() if "==" in line)
+    assert {canonicalize_name(r.name) for r in requirements("")} <= resolved.keys()
+    assert all(version in pins(name)[canonicalize_name(package)] for package, version in resolved.items())
+
+
+def test_the_constraints_files_of_trn1_agree() -> None:
+    general, neuron, held = pins("trn1.txt"), pins("neuron.txt"), pins("trn1.in")
     shared = general.keys() & neuron.keys()
     assert {"torch", "torch-xla", "transformers", "peft", "numpy", "pandas", "optimum-neuron"} <= shared
     assert {name: neuron[name] for name in shared} == {name: general[name] for name in shared}
+    assert {name: general[name] for name in held} == held
 
 
 @pytest.mark.parametrize(("name", "sdk"), [("neuron.txt", PINNED), ("neuron-2.31.txt", LAST)])
@@ -73,11 +130,10 @@ def test_pins_are_those_of_a_release_of_the_sdk(name: str, sdk: Sdk) -> None:
     assert {package: found[package] for package in sdk.python} == {p: {version} for p, version in sdk.python.items()}
 
 
-def test_the_last_sdks_pins_are_whole_and_else_those_of_general() -> None:
-    """They are installed without this package's own requirements, which ask for torch 2.8."""
-    found, general = pins("neuron-2.31.txt"), pins("general.txt")
-    required = [Requirement(text) for text in importlib.metadata.requires("esm-neuron") or []]
-    assert {canonicalize_name(r.name) for r in required if r.marker is None} <= found.keys()
+def test_the_last_sdks_pins_are_whole_and_else_those_of_trn1() -> None:
+    """They are installed without requirements, for those of optimum-neuron ask for torch 2.8."""
+    found, general = pins("neuron-2.31.txt"), pins("trn1.txt")
+    assert {canonicalize_name(requirement.name) for requirement in requirements("")} <= found.keys()
     for package in found.keys() - LAST.python.keys():
         assert found[package] <= general[package], package
 
@@ -100,10 +156,10 @@ def test_neuron_pins_refuse_placeholders() -> None:
     for name in ("torch-neuronx", "neuronx-cc", "libneuronxla", "neuronx-distributed"):
         (version,) = neuron[name]
         assert Version(version) not in (Version("0.1"), Version("1.0"))
-        assert name not in pins("general.txt")
+        assert name not in pins("trn1.txt")
 
 
-@pytest.mark.parametrize("name", ["general.txt", "uv.txt"])
+@pytest.mark.parametrize("name", ["current.txt", "trn1.txt", "uv.txt"])
 def test_constraints_are_hashed_and_name_no_index(name: str) -> None:
     text = (ROOT / "constraints" / name).read_text()
     blocks = re.split(r"\n(?=[a-z0-9])", text.split("make lock\n", 1)[1])
@@ -164,7 +220,7 @@ def test_make_help_lists_every_target() -> None:
 def test_make_names_the_cure_without_a_python(tmp_path: Path) -> None:
     """In a copy of the Makefile, so that nothing is installed."""
     (tmp_path / "constraints").mkdir()
-    for name in ("Makefile", "pyproject.toml", "constraints/general.txt", "constraints/uv.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints/current.txt", "constraints/uv.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     done = subprocess.run(
         ["make", "--no-print-directory", "install", "PYTHON="],
