@@ -21,6 +21,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             **({"optim": "adamw_torch"} if args.backend == "xla" else {}),
             bf16=args.precision == "bf16",
             use_cpu=args.backend == "cpu",
-            group_by_length=args.setting == "group_by_length",
+            **(grouped(TrainingArguments) if args.setting == "group_by_length" else {}),
             gradient_checkpointing=args.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
             logging_strategy="no",
@@ -145,6 +146,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "padding_efficiency": tokens / slots if slots else 0.0,
         **({"peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if args.backend == "cuda" else {}),
     }
+
+
+def grouped(arguments: type) -> dict[str, Any]:
+    """Return the argument that sorts proteins by length, as this version of transformers calls it."""
+    named = "train_sampling_strategy" in {field.name for field in fields(arguments)}  # since version 5
+    return {"train_sampling_strategy": "group_by_length"} if named else {"group_by_length": True}
 
 
 def adapted(model: Any, lora: Any, args: argparse.Namespace) -> Any:
