@@ -66,7 +66,7 @@ class _Products(torch.autograd.Function):
             return torch.cat([torch.bmm(_probabilities(q, k), v) for q, k, v in parts])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         found = []
         for q, k, v, g in zip(*_groups(*ctx.saved_tensors, grad), strict=True):
