@@ -82,7 +82,7 @@ def with_head(
 
 def _question(config: EsmConfig) -> dict[str, Any]:
     """Return what a head of this configuration answers."""
-    labels = config.id2label or {}
+    labels: dict[Any, str] = config.id2label or {}
     classes = [str(labels[place]) for place in sorted(labels)]
     kind = config.problem_type or ("regression" if len(classes) == 1 else "single_label_classification")
     unit = [float(getattr(config, name, default)) for name, default in (("target_mean", 0.0), ("target_sd", 1.0))]
