@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from esm_neuron.config import settings
 from esm_neuron.planning.cost import read_prices
@@ -107,6 +108,20 @@ def test_the_image_copies_what_the_manifest_runs_and_pip_reads() -> None:
     assert all((ROOT / name).exists() for name in copied)
     images = yaml.safe_load((LAUNCHERS / "sagemaker" / "images.yaml").read_text())
     assert f"/{images['neuron']}\n" in text and f"/{images['gpu']}\n" in text
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.general"])
+@pytest.mark.parametrize("pins", sorted(path.name for path in (ROOT / "constraints").glob("*.txt")))
+def test_pip_takes_the_pins_of_an_image(name: str, pins: str, tmp_path: Path) -> None:
+    """pip refuses to install a folder beside a hash; so the image's own sed has to take every hash away."""
+    (script,) = re.findall(r"^RUN (sed '.*') ", (LAUNCHERS / name).read_text(), re.M)
+    done = subprocess.run(
+        ["bash", "-c", f'{script} "{ROOT / "constraints" / pins}"'], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in done.stdout.splitlines() if line and not line.lstrip().startswith("#")]
+    assert len(lines) > 1
+    for line in lines:
+        Requirement(line)
 
 
 @pytest.mark.launchers
