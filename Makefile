@@ -38,7 +38,7 @@ TRN1_TESTS := tests/xla $(patsubst %,tests/unit/test_%.py,checkpoint compat conv
 
 .PHONY: help install install-trn1 demo test test-current test-trn1-lane lint type format clean \
 	test-nxd test-gpu test-trn1 rehearse-trn1 test-launchers test-hub fuzz audit soak faults long-run \
-	pages parity results bench bench-speed bench-smoke bench-gpu lock release-check
+	pages parity results bench bench-speed bench-smoke bench-gpu lock dist release-check
 
 ##@ Daily
 help: ## list the targets
@@ -178,6 +178,12 @@ lock: $(VENV)/.uv ## resolve constraints/current.txt, trn1.txt and uv.txt again
 	$(LOCK) pyproject.toml -c constraints/trn1.in --extra xla --extra cuda --extra sagemaker --extra tests \
 		--extra nxd-tests --extra launchers-tests -o constraints/trn1.txt
 	$(LOCK) constraints/uv.in -o constraints/uv.txt
+
+dist: $(VENV)/.installed ## build wheel and source archive in dist/, check them, try the wheel in an empty environment of each lane
+	rm -rf dist build
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv build --quiet --no-build-isolation --python $(BIN)/python
+	$(BIN)/python tools/check_dist.py dist constraints/current.txt $(BIN)/python
+	if $(FIND_TRN1_PYTHON); then $(BIN)/python tools/check_dist.py dist constraints/trn1.txt '$(TRN1_PYTHON)'; fi
 
 release-check: lint type test ## what has to hold before a release: the daily checks, and parity pages of this code
 	$(BIN)/python tools/parity_page.py --strict

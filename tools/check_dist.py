@@ -1,6 +1,6 @@
 """Check dist/: size, metadata and contents; then install the wheel into an empty environment and run it there.
 
-python tools/check_dist.py dist --constraints constraints/current.txt [--python python3.11]
+python tools/check_dist.py dist constraints/current.txt python3.12
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def try_wheel(wheel: Path, constraints: Path, python: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("dist", type=Path)
-    parser.add_argument("--constraints", type=Path, nargs="+", required=True)
-    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("constraints", type=Path)
+    parser.add_argument("python", help="path or name of an interpreter")
     given = parser.parse_args()
-    built = check_files(given.dist)
-    for lock in given.constraints:
-        try_wheel(built, lock, given.python)
+    try_wheel(check_files(given.dist), given.constraints, given.python)
