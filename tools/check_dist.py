@@ -51,6 +51,7 @@ def check_files(folder: Path) -> Path:
 def try_wheel(wheel: Path, constraints: Path, python: str) -> None:
     """Install the wheel with the versions of a lock, and train and predict with it outside of the repository."""
     uv = Path(sys.executable).with_name("uv")
+    python = str(Path(python).absolute()) if Path(python).exists() else python
     with tempfile.TemporaryDirectory() as name:
         folder, env = Path(name), Path(name) / "env"
         clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
