@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import EsmConfig
 
 from esm_neuron.backends.base import Backend
+from esm_neuron.compat import EsmConfig, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.models.esm2 import encoder_of, freeze_norms, set_attention
 from esm_neuron.models.heads import with_head
@@ -38,7 +38,7 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = model_config(cfg, task, pretrained)
     # On meta a model takes no memory, so a rank only ever holds the parts that it reads.
-    with torch.device("meta"):
+    with on_meta():
         model = task.build(config)
     set_attention(encoder_of(model), cfg.data.max_residues + 2, backend.attention)
     backend.shard(model)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from esm_neuron.config import TrainConfig
 from esm_neuron.config.backends import BACKENDS
+from esm_neuron.config.deferred import uncollected
 from esm_neuron.config.rules import check_backend
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def create_backend(cfg: TrainConfig) -> Backend:
 @contextmanager
 def opened_backend(cfg: TrainConfig) -> Iterator[Backend]:
     """Create the backend and close it at the end; after an error without waiting for peers, which may be gone."""
-    from esm_neuron.backends.base import from_peers
-
-    backend = create_backend(cfg)
+    with uncollected():
+        backend = create_backend(cfg)
+        from esm_neuron.backends.base import from_peers
     try:
         with from_peers(backend.topology):
             yield backend

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from esm_neuron.backends.topology import Topology
+from esm_neuron.compat import DTensor
 from esm_neuron.config import OptimConfig, TrainConfig
 from esm_neuron.config.backends import BACKENDS
 from esm_neuron.data.dataset import Batch

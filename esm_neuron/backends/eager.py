@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from esm_neuron.backends.base import Backend, Trained, copy_to_host, normalise_clip_update, patience, trainable
 from esm_neuron.backends.topology import Topology
+from esm_neuron.compat import DTensor, distribute_tensor
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.models.esm2 import encoder_of
 
@@ -106,6 +105,8 @@ def shard_fully(model: nn.Module, device: str, ranks: int) -> None:
     Parameters travel in the type that they are stored in: a frozen linear in bfloat16, a trained one in float32, so
     that the numbers are those of one device.
     """
+    from torch.distributed.fsdp import fully_shard  # a second, with what it imports
+
     mesh = init_device_mesh(device, (ranks,))
     for module in (*encoder_of(model).encoder.layer, model):
         # Also the root, which FSDP2 would leave whole after a forward pass, for the backward pass to come. After a

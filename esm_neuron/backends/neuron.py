@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.esm.modeling_esm import EsmSelfAttention
 
 from esm_neuron.backends.base import (
     Trained,
@@ -36,6 +35,7 @@ from esm_neuron.backends.neuron_env import CURE, apply_settings, cache_trouble, 
 from esm_neuron.backends.neuron_state import ShardedState, host_groups
 from esm_neuron.backends.topology import Topology
 from esm_neuron.backends.xla import LazyBackend, import_torch_xla
+from esm_neuron.compat import EsmSelfAttention
 from esm_neuron.config import OptimConfig, TrainConfig, require
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.esm2 import FrozenLayerNorm

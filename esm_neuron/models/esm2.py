@@ -7,31 +7,31 @@ the same erf formula). Parameter names do not change, so every Hugging Face chec
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
+
+from esm_neuron.compat import (
+    EsmClassificationHead,
     EsmConfig,
+    EsmEmbeddings,
     EsmForMaskedLM,
     EsmForTokenClassification,
-)
-from transformers.loss.loss_utils import ForSequenceClassificationLoss
-from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
-from transformers.models.esm.modeling_esm import (
-    EsmClassificationHead,
-    EsmEmbeddings,
     EsmIntermediate,
     EsmLMHead,
     EsmModel,
     EsmPreTrainedModel,
     EsmSelfAttention,
+    ForSequenceClassificationLoss,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
-
+from esm_neuron.config.deferred import when_imported
 from esm_neuron.models.attention import Pack, RotaryTable, mean_over, rotate
 
 MASK_RATIO_TRAIN = 0.15 * 0.8
@@ -326,6 +326,22 @@ class PackedEncoder(EsmPreTrainedModel):
         pack_modules(self)
 
 
+class Embedder(nn.Module):
+    """Embed packs with the encoder of any task's model."""
+
+    def __init__(self, model: nn.Module, pooling: Literal["mean", "cls", "residue"]) -> None:
+        super().__init__()
+        self.encoder = encoder_of(model)
+        self.pooling = pooling
+
+    def forward(self, **pack_args: Any) -> SimpleNamespace:
+        """Return `logits`, float32: [R, S, H] per segment or [R, L, H] per token; arguments as in `PackedEsmModel`."""
+        hidden, pack = self.encoder(**pack_args)
+        if self.pooling == "residue":
+            return SimpleNamespace(logits=hidden.float())
+        return SimpleNamespace(logits=mean_over(pack.residues if self.pooling == "mean" else pack.first, hidden))
+
+
 class PackedForMaskedLM(EsmForMaskedLM):
     """One distribution over the 33 tokens per position."""
 
@@ -354,8 +370,21 @@ class PackedForTokenClassification(EsmForTokenClassification):
         return TokenClassifierOutput(logits=self.classifier(states))
 
 
-AutoConfig.register(PooledEsmConfig.model_type, PooledEsmConfig)
-AutoModelForSequenceClassification.register(PooledEsmConfig, PackedForPooledClassification)
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    AutoConfig.register(PooledEsmConfig.model_type, PooledEsmConfig)
+
+
+def _register_model() -> None:
+    from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
+
+    AutoModelForSequenceClassification.register(PooledEsmConfig, PackedForPooledClassification)
+
+
+# transformers' auto classes load our folders; nothing here needs them, and they take seconds to import
+when_imported("transformers.models.auto.configuration_auto", _register_config)
+when_imported("transformers.models.auto.modeling_auto", _register_model)
 
 
 def encoder_of(model: nn.Module) -> PackedEsmModel:

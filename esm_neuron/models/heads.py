@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import EsmConfig, PreTrainedModel
 
+from esm_neuron.compat import EsmConfig, PreTrainedModel
 from esm_neuron.models.hf_folder import BaseReference, some
 from esm_neuron.models.tensor_parallel import Index
 from esm_neuron.models.weights import WeightSource

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from esm_neuron.compat import LoraConfig, LoraLinear, get_peft_model
+from esm_neuron.compat import LoraConfig, LoraLinear, PreTrainedModel, get_peft_model
 from esm_neuron.config import AdapterConfig, require
 from esm_neuron.models.esm2 import PackedSelfAttention
 from esm_neuron.models.tensor_parallel import Shard

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esm_neuron.config import ModelConfig, require
+from esm_neuron.errors import ConfigError
+
 if TYPE_CHECKING:
-    from transformers import EsmConfig
+    from esm_neuron.compat import EsmConfig
 
 VOCABULARY_SIZE = 33
 """Tokens of the ESM alphabet."""
@@ -89,6 +94,43 @@ SHAPES: dict[str, EsmShape] = {
 """Name -> shape: `tiny` for tests, `small` and `mini` for a laptop, and six of Lin et al. 2023 (Science 379:1123)."""
 
 
+SHIPPED = Path(__file__).parent / "pretrained"
+"""Folders of weights that this project trained and carries, by the name of their shape; a model card in each."""
+
+
+def is_carried(cfg: ModelConfig) -> bool:
+    """Return whether a run keeps a copy of its base weights, because nobody else could name them."""
+    return cfg.init == "random" or cfg.name in SHAPES
+
+
+def locate(cfg: ModelConfig) -> Path | None:
+    """Return the folder that `model.name` means, whatever is in it; None for a hub id. Raise ConfigError for neither.
+
+    The folder of a shape may be missing, with `init: random`.
+    """
+    shape, random = SHAPES.get(cfg.name), cfg.init == "random"
+    require(
+        not (random and cfg.sha256), "model.sha256 is of weights that are read; leave it out with model.init=random"
+    )
+    if shape is not None:
+        require(cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the shape {cfg.name}")
+        cure = f"model.name={shape.hub_id} or model.init=random" if shape.hub_id else "model.init=random"
+        folder = SHIPPED / cfg.name
+        require(random or folder.is_dir(), f"model.name={cfg.name} is a bare shape, without weights; use {cure}")
+        return folder
+    folder = Path(cfg.name).expanduser()
+    if folder.is_dir():
+        require(
+            cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the folder {cfg.name}"
+        )
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", cfg.name):
+        near = difflib.get_close_matches(cfg.name, SHAPES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the shapes are {', '.join(SHAPES)}"
+        raise ConfigError(f"model.name={cfg.name} is no folder, no hub id (owner/name) and no shape; {hint}")
+    return None
+
+
 def known_shape(model: str) -> EsmShape | None:
     """Return the shape of a model: a name here, the hub id of a released ESM-2 or a local folder; None for another."""
     by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
@@ -101,7 +143,7 @@ def known_shape(model: str) -> EsmShape | None:
 
 def esm_config(shape: EsmShape) -> EsmConfig:
     """Return the configuration that the hub's ESM-2 of this shape has in its config.json."""
-    from transformers import EsmConfig
+    from esm_neuron.compat import EsmConfig  # imports torch
 
     # Fields of the hub's files that transformers 5 does not declare, and keeps as they are.
     more: dict[str, Any] = {"hidden_act": "gelu", "classifier_dropout": None}

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
+from esm_neuron.config.deferred import module
 from esm_neuron.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = module("torch")
 
 Style = Literal["column", "row"]
 """`column`: cut along the outputs (weight dimension 0, and the bias); the outputs stay cut.

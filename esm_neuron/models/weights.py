@@ -6,7 +6,6 @@ config.json; and `load_into`, which fills a model on meta or on a device.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -19,14 +18,14 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import EsmConfig
 
+from esm_neuron.compat import EsmConfig
 from esm_neuron.config import ModelConfig, require
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import read_json
 from esm_neuron.models.attention import ROTARY_BASE
 from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, one_line, some
-from esm_neuron.models.shapes import PAD_TOKEN, SHAPES, VOCABULARY_SIZE, EsmShape, esm_config
+from esm_neuron.models.shapes import PAD_TOKEN, SHAPES, VOCABULARY_SIZE, EsmShape, esm_config, locate
 from esm_neuron.models.tensor_parallel import Index, Shard
 
 
@@ -123,33 +122,16 @@ class RandomWeights:
         )
 
 
-SHIPPED = Path(__file__).parent / "pretrained"
-"""Folders of weights that this project trained and carries, by the name of their shape; a model card in each."""
-
-
-def is_carried(cfg: ModelConfig) -> bool:
-    """Return whether a run keeps a copy of its base weights, because nobody else could name them."""
-    return cfg.init == "random" or cfg.name in SHAPES
-
-
 def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
     """Find what `model.name` means, opening its weights without reading them; `seed` is that of random weights.
 
     Raise ConfigError where no ESM-2 with safetensors has the name, CheckpointError where its files are damaged,
     incomplete or not those of `sha256`.
     """
+    found = locate(cfg)
+    folder, commit = (found, None) if found is not None else _download(cfg)
     shape, random = SHAPES.get(cfg.name), cfg.init == "random"
-    require(
-        not (random and cfg.sha256), "model.sha256 is of weights that are read; leave it out with model.init=random"
-    )
-    if shape is not None:
-        require(cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the shape {cfg.name}")
-        config, folder, commit = esm_config(shape), SHIPPED / cfg.name, None
-        cure = f"model.name={shape.hub_id} or model.init=random" if shape.hub_id else "model.init=random"
-        require(random or folder.is_dir(), f"model.name={cfg.name} is a bare shape, without weights; use {cure}")
-    else:
-        folder, commit = _find_folder(cfg)
-        config = read_config(folder)
+    config = read_config(folder) if shape is None else esm_config(shape)
     if random:
         return config, RandomWeights(config, seed)
     if commit is not None and not any(folder.glob("*.safetensors*")):
@@ -162,20 +144,6 @@ def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
     if cfg.sha256 is not None:
         opened.check_sum(cfg.sha256)
     return config, opened
-
-
-def _find_folder(cfg: ModelConfig) -> tuple[Path, str | None]:
-    folder = Path(cfg.name).expanduser()
-    if folder.is_dir():
-        require(
-            cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the folder {cfg.name}"
-        )
-        return folder, None
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", cfg.name):
-        near = difflib.get_close_matches(cfg.name, SHAPES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"the shapes are {', '.join(SHAPES)}"
-        raise ConfigError(f"model.name={cfg.name} is no folder, no hub id (owner/name) and no shape; {hint}")
-    return _download(cfg)
 
 
 def _download(cfg: ModelConfig) -> tuple[Path, str]:

@@ -13,15 +13,19 @@ import sys
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from types import NoneType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import finite, write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +150,13 @@ class TensorBoardLogger(Callback):
 
     def __init__(self, folder: Path, start: int = 0) -> None:
         """Write event files under `folder`; a viewer hides what an earlier run wrote there after step `start`."""
-        from torch.utils.tensorboard import SummaryWriter
+        self.folder, self._start = folder, start
 
-        self.folder = folder
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    @cached_property
+    def writer(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter  # a second, which the first step does not wait for
+
+        return SummaryWriter(str(self.folder), purge_step=self._start + 1 if self._start else None)
 
     def on_log(self, step: int, total: int, record: MetricsLine) -> None:
         self._scalars("train", step, record)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EsmConfig
 
 from esm_neuron.build import Built, model_config
-from esm_neuron.compat import PeftModel
+from esm_neuron.compat import EsmConfig, PeftModel
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.files import new_folder, write_json
@@ -21,7 +20,8 @@ from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head
 from esm_neuron.models.hf_folder import write_shards
 from esm_neuron.models.lora import saved_key
-from esm_neuron.models.weights import Draw, inverse_frequencies, is_carried, load_into, open_weights
+from esm_neuron.models.shapes import is_carried
+from esm_neuron.models.weights import Draw, inverse_frequencies, load_into, open_weights
 from esm_neuron.reports.card import model_card
 from esm_neuron.run_dir import ADAPTER, ADAPTER_WEIGHTS, BASE, CARD, MODEL, REFERENCE
 from esm_neuron.tasks.base import Task

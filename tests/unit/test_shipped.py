@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import EsmForMaskedLM
 
 from esm_neuron.config import AdapterConfig, DataConfig, LogConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
-from esm_neuron.models.shapes import SHAPES
-from esm_neuron.models.weights import SHIPPED
+from esm_neuron.models.shapes import SHAPES, SHIPPED
 from esm_neuron.training import run
 
 ROOT = Path(__file__).parents[2]
