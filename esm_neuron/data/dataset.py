@@ -9,18 +9,23 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from esm_neuron.config import DataConfig
+from esm_neuron.config.deferred import module
 from esm_neuron.data.labels import UNKNOWN, Labels
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import encode_residues
 from esm_neuron.data.validation import Problems, quote
 from esm_neuron.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = module("torch")
 
 PAD_SEGMENT = -1
 """`segment_ids` of padding: belongs to no sequence."""

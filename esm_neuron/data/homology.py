@@ -14,15 +14,20 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable, join_tables
 from esm_neuron.data.tokenizer import VOCABULARY, decode
 from esm_neuron.errors import DataError
+
+if TYPE_CHECKING:
+    from scipy import sparse
+    from scipy.sparse import csgraph
+else:
+    sparse, csgraph = module("scipy.sparse"), module("scipy.sparse.csgraph")
 
 Method = Literal["kmer", "mmseqs"]
 
@@ -90,7 +95,7 @@ def _linked(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarra
     # partner of each pair, so earlier pairs need not be kept.
     rows, columns = np.concatenate([np.arange(n), one]), np.concatenate([labels + n, other])
     graph = sparse.coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(2 * n, 2 * n))
-    found = connected_components(graph, directed=False)[1][:n]
+    found = csgraph.connected_components(graph, directed=False)[1][:n]
     return np.asarray(np.unique(found, return_inverse=True)[1], dtype=np.int64)
 
 

@@ -15,13 +15,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import TaskConfig, require
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, to_number
-from esm_neuron.data.validation import Problems, is_missing, quote
+from esm_neuron.data.validation import Problems, is_missing, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
 
 UNKNOWN = -1  # class index of a residue without a known label: weight 0
@@ -88,7 +87,7 @@ class Labels:
         place = np.arange(len(flat)) - np.repeat(ends - counts, counts)
         # An entry is hashed with its place, so the order within a label counts. A label's hash is the sum over its
         # entries, taken from one running sum.
-        entries = pd.util.hash_array(pd.util.hash_array(flat) + place.astype(np.uint64))
+        entries = mixed(mixed(flat.astype(np.float64) + 0.0) + place.astype(np.uint64))
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(entries, dtype=np.uint64)])
         return np.asarray(sums[ends] - sums[ends - counts])  # modulo 2^64, as the sums are
 

@@ -11,16 +11,21 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
 from esm_neuron.config import TrainConfig
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, TargetMaker
 from esm_neuron.data.packing import EpochPlan, plan_epoch
 from esm_neuron.data.tokenizer import PAD
 from esm_neuron.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = module("torch")
 
 SPECIALS = 2
 """Tokens of an example that are no residues: <cls> and <eos>."""

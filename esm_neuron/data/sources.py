@@ -65,6 +65,15 @@ def read_records(source: str | Path, columns: Sequence[Column]) -> Iterator[Reco
     return _reader(str(source))(str(source), columns)
 
 
+def check_columns(source: str | Path, cfg: DataConfig, joiner: str | None = None) -> None:
+    """Raise DataError where a file is missing or lacks a column, as far as its first record shows; see `read_chunks`.
+
+    Datasets, of the hub or saved, are not looked at: their package takes seconds to import.
+    """
+    if not is_hub(str(source)) and not os.path.isdir(source):
+        next(read_records(source, _columns(cfg, joiner)), None)
+
+
 def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:
     """Return a table in memory: `line` as int64, all else as text (64-bit offsets: a corpus can pass 2 GiB)."""
     schema = pa.schema([(name, pa.int64() if name == "line" else pa.large_string()) for name in columns])

@@ -24,7 +24,7 @@ from esm_neuron.data.dataset import ExampleTable, TableWriter, chunk_table, join
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import row_unit
 from esm_neuron.data.sampling import homolog_clusters, sample_clusters, sample_rows
-from esm_neuron.data.sources import CHUNK_ROWS, filter_column, read_chunks
+from esm_neuron.data.sources import CHUNK_ROWS, check_columns, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
 from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
 from esm_neuron.errors import DataError
@@ -65,6 +65,12 @@ class Splits:
     def summary(self) -> str:
         """Return what was read, left out, changed and shared between splits: a line per file and per split."""
         return "\n".join(report.summary() for report in self.reports)
+
+
+def check_files(cfg: DataConfig, labels: type[Labels] | None) -> None:
+    """Raise DataError where a file of a run is missing or lacks a column; reads no more than its first record."""
+    for split, source in data_files(cfg).items():
+        check_columns(source, _file_config(cfg, split), None if labels is None else labels.joiner)
 
 
 def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
@@ -160,18 +166,23 @@ class Part:
         return replace(self, mask=mask)
 
 
+def _file_config(cfg: DataConfig, split: str) -> DataConfig:
+    """Return the settings by which the file of a split is read."""
+    # Only the training file has a split column, or rows that are sampled for validation and test.
+    own = cfg if split == "train" else replace(cfg, split_column=None)
+    sampled = (not cfg.valid and cfg.valid_fraction > 0) or cfg.test_fraction > 0
+    if split == "train" and cfg.split_column is None and not sampled:
+        own = replace(own, keep_heldout={})
+    return own
+
+
 class _File:
     """Read one file: keep its usable rows, and note what its errors and its report need."""
 
     def __init__(self, cfg: DataConfig, split: str, source: str, labels: Labels | None) -> None:
         self.split, self.source, self._labels = split, source, labels
-        # Only the training file has a split column, or rows that are sampled for validation and test.
-        own = cfg if split == "train" else replace(cfg, split_column=None)
-        sampled = (not cfg.valid and cfg.valid_fraction > 0) or cfg.test_fraction > 0
-        if split == "train" and cfg.split_column is None and not sampled:
-            own = replace(own, keep_heldout={})
-        self.cfg = own
-        self.checker = Checker(own, source)
+        self.cfg = _file_config(cfg, split)
+        self.checker = Checker(self.cfg, source)
         self.values: dict[str, set[str]] = {}  # filtered column -> its values that are allowed, and its first _SHOWN
         self._counts: Counter[str] = Counter()
         self._named: set[str] = set()  # splits of the rows that pass `keep`
@@ -476,6 +487,10 @@ class InputChunks:
         """What the last iteration has read and done so far."""
         self.rejected: list[Rejected] = []
         """The rows that the last iteration has left out or changed so far."""
+
+    def check(self) -> None:
+        """Raise DataError where the file is missing or lacks a column; reads no more than its first record."""
+        check_columns(self._path, self._cfg, None if self._labels is None else self._labels.joiner)
 
     def __iter__(self) -> Iterator[ExampleTable]:
         """Give a table per chunk; `record` counts from 0 in each of them."""

@@ -10,7 +10,6 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -241,8 +240,16 @@ def quote(value: str) -> str:
 
 
 def text_hashes(texts: Sequence[str]) -> np.ndarray:
-    """Return a hash of each text, uint64 [n] (SipHash with a fixed key), equal in every process."""
-    return np.asarray(pd.util.hash_array(np.array(texts, dtype=object), categorize=False))
+    """Return a hash of each text, uint64 [n]: Python's own (SipHash), which is equal within this process alone."""
+    return np.fromiter(map(hash, texts), np.int64, len(texts)).view(np.uint64)
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """Return a hash of each number of 64 bits, uint64 [n] (splitmix64, doi:10.1145/2660193.2660195)."""
+    bits = values.view(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return bits
 
 
 def conflicting(own: np.ndarray, sequences: np.ndarray, labels: np.ndarray) -> int:

@@ -7,8 +7,10 @@ folder of the shards.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import math
 import shutil
 import struct
 import sys
@@ -17,22 +19,28 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from esm_neuron.backends.base import Backend
 from esm_neuron.config import require
+from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import prefetch
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.distributed import main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import claimed, new_file, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from esm_neuron.backends.base import Backend
+else:
+    pd = module("pandas")
 
 T = TypeVar("T")
 
@@ -230,24 +238,22 @@ def _tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
 def _join_csv(paths: Sequence[Path], target: Path, *, separator: str) -> int:
     rows = 0
     with target.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=separator, lineterminator="\n")
         for table in _tables(paths):
-            frame = _flat(table)
-            frame.to_csv(file, index=False, header=rows == 0, sep=separator, float_format="%.7g", lineterminator="\n")
-            rows += len(frame)
+            if not rows:
+                writer.writerow(table.column_names)
+            writer.writerows(zip(*(map(_short, column.to_pylist()) for column in table.columns), strict=True))
+            rows += table.num_rows
     return rows
 
 
-def _flat(table: pa.Table) -> pd.DataFrame:
-    """Return a table with its lists, such as values per residue, as text: 7 digits each, joined by commas."""
-    frame = table.to_pandas()
-    for field in table.schema:
-        if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
-            frame[field.name] = [RESIDUE_JOINER.join(map(_short, values)) for values in frame[field.name]]
-    return frame
-
-
 def _short(value: object) -> str:
-    return f"{value:.7g}" if isinstance(value, (float, np.floating)) else str(value)
+    """Return a value as text: 7 digits of a number, nothing for NaN, and lists, of residues, joined by commas."""
+    if isinstance(value, list):
+        return RESIDUE_JOINER.join(f"{entry:.7g}" if isinstance(entry, float) else str(entry) for entry in value)
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.7g}"
+    return "" if value is None else str(value)
 
 
 def _join_parquet(paths: Sequence[Path], target: Path) -> int:

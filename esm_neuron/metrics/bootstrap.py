@@ -9,10 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
+
+from esm_neuron.config.deferred import module
+
+if TYPE_CHECKING:
+    from scipy import sparse
+else:
+    sparse = module("scipy.sparse")
 
 Value = float | int | list[float] | None | dict[str, Any]
 """A metric, a count, an interval [low, high], None where it is undefined, or metrics by class name."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn import metrics as sk
 
+from esm_neuron.config.deferred import module
 from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, class_intervals, with_intervals
 
+sk = module("sklearn.metrics")
 NAMES = ("loss", "accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
 
 

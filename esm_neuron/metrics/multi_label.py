@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn import metrics as sk
 
+from esm_neuron.config.deferred import module
 from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, class_intervals, with_intervals
 from esm_neuron.metrics.classification import binary_scores
 
+sk = module("sklearn.metrics")
 THRESHOLD = 0.5  # probability from which a label is predicted
 NAMES = ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
 
+from esm_neuron.config.deferred import module
 from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
 
+stats = module("scipy.stats")
 NAMES = ("loss", "spearman", "pearson", "rmse", "mae", "r2")
 
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
-from transformers import EsmConfig, PreTrainedModel
 
 from esm_neuron.config import ModelConfig, TaskConfig
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Labels
 from esm_neuron.metrics import Value
-from esm_neuron.models.esm2 import (
-    PackedForPooledClassification,
-    PackedForSequenceClassification,
-    PooledEsmConfig,
-    head_names,
-)
 from esm_neuron.tasks.baselines import Baseline
 from esm_neuron.tasks.view import View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esm_neuron import compat
+    from esm_neuron.compat import EsmConfig, PreTrainedModel
+    from esm_neuron.models import esm2
+else:  # labels, metrics and views need no torch
+    esm2, compat = module("esm_neuron.models.esm2"), module("esm_neuron.compat")
 
 Predictions = Sequence[np.ndarray]
 """What `evaluation.collect` found for every example of a table, in the table's order: arrays [examples, ...], or
@@ -138,6 +140,12 @@ def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
     return mean
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return float64 [n, C]: log probabilities of logits [n, C]."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+
+
 def by_class(labels: Sequence[str], columns: Iterable[Column]) -> dict[str, Column]:
     """Return one column `p_<class>` per class."""
     return {f"p_{name}": column for name, column in zip(labels, columns, strict=True)}
@@ -159,7 +167,7 @@ class PooledTask(Task):
         values = config.to_dict() | {"pooling": model.pooling} | self._output_config()
         values.update(label2id={label: i for i, label in values["id2label"].items()})
         values.pop("model_type", None)
-        kind = EsmConfig if self.in_transformers(model) else PooledEsmConfig
+        kind = compat.EsmConfig if self.in_transformers(model) else esm2.PooledEsmConfig
         configured: EsmConfig = kind.from_dict(values)
         return configured
 
@@ -172,11 +180,12 @@ class PooledTask(Task):
         return model.pooling == "cls"
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        kind = PackedForPooledClassification if isinstance(config, PooledEsmConfig) else PackedForSequenceClassification
-        return kind(config)
+        if isinstance(config, esm2.PooledEsmConfig):
+            return esm2.PackedForPooledClassification(config)
+        return esm2.PackedForSequenceClassification(config)
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
-        return head_names(config)
+        return esm2.head_names(config)
 
     @classmethod
     def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:

@@ -11,18 +11,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
+from esm_neuron.config.deferred import module
 from esm_neuron.data.tokenizer import AMINO_ACIDS, PAD, UNK, VOCABULARY
 from esm_neuron.metrics import Value
 
 if TYPE_CHECKING:
+    from scipy import sparse
+
     from esm_neuron.data.dataset import ExampleTable
     from esm_neuron.tasks.base import Task
+else:
+    sparse = module("scipy.sparse")
 
+linear_model, pipeline, preprocessing = (
+    module(f"sklearn.{name}") for name in ("linear_model", "pipeline", "preprocessing")
+)
 END = 50  # residues at each terminus that get a composition of their own: sorting signals sit there
 REACH = 7  # neighbors on each side that the baseline of residue classes sees
 MOST_ROWS, MOST_RESIDUES = 20_000, 50_000
@@ -77,7 +81,9 @@ def label_set_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
 def value_baselines(train: ExampleTable) -> list[Baseline]:
     """Fit the mean, and a ridge regression on the amino-acid composition."""
     rows = _sample(len(train.ids), MOST_ROWS)
-    model = make_pipeline(StandardScaler(), Ridge()).fit(composition_features(train, rows), train.labels[rows])
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.Ridge()).fit(
+        composition_features(train, rows), train.labels[rows]
+    )
     return [_constant("mean", train.labels.mean(), train), _composition(model.predict, rows, train)]
 
 
@@ -85,7 +91,9 @@ def residue_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
     """Fit the class frequencies, and a logistic regression on the residues around each."""
     counts, rows = _draw(train.labels, classes, MOST_RESIDUES)
     known, shares = int(counts.sum()), counts / counts.sum()
-    classify = _classifier(LogisticRegression(max_iter=1000), window_features(train, rows), train.labels[rows], shares)
+    classify = _classifier(
+        linear_model.LogisticRegression(max_iter=1000), window_features(train, rows), train.labels[rows], shares
+    )
 
     def window(table: ExampleTable) -> list[np.ndarray]:
         return [_log(np.concatenate([classify(window_features(table, part)) for part in _chunks(len(table.tokens))]))]
@@ -165,7 +173,7 @@ def window_features(table: ExampleTable, rows: np.ndarray) -> sparse.csr_matrix:
 
 
 def _logistic() -> Any:
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    return pipeline.make_pipeline(preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=5000))
 
 
 def _classifier(

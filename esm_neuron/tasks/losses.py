@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from typing import TYPE_CHECKING
+
+from esm_neuron.config.deferred import module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+else:
+    torch, F = module("torch"), module("torch.nn.functional")
 
 LEAST = 1e-6  # least probability of being wrong in a focal factor: a power below 1 has no gradient at 0
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import EsmConfig, PreTrainedModel
 
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, VOCABULARY
 from esm_neuron.metrics import Value, masked_lm_metrics
-from esm_neuron.models.esm2 import PackedForMaskedLM
 from esm_neuron.tasks.base import Column, Predictions, Task, weighted
 from esm_neuron.tasks.baselines import Baseline, unigram_baseline
 from esm_neuron.tasks.view import View, lengths, worst
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+
+    from esm_neuron.compat import EsmConfig, PreTrainedModel
+    from esm_neuron.models import esm2
+else:
+    torch, F, esm2 = module("torch"), module("torch.nn.functional"), module("esm_neuron.models.esm2")
 
 
 class MaskedLM(Task):
@@ -37,7 +45,7 @@ class MaskedLM(Task):
     peft_task = None
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        return PackedForMaskedLM(config)
+        return esm2.PackedForMaskedLM(config)
 
     @classmethod
     def head_bytes(cls, hidden: int, outputs: int, number: int) -> int:

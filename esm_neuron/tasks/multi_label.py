@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
 
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import LabelSets
@@ -17,6 +16,9 @@ from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Prediction
 from esm_neuron.tasks.baselines import Baseline, label_set_baselines
 from esm_neuron.tasks.losses import sigmoid_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_probabilities, lengths, worst
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MultiLabel(PooledTask):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
 
 from esm_neuron.config import ModelConfig, TaskConfig, require
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
@@ -16,6 +15,9 @@ from esm_neuron.metrics import Value, regression_metrics
 from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean, weighted
 from esm_neuron.tasks.baselines import Baseline, value_baselines
 from esm_neuron.tasks.view import View, lengths, worst
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Regression(PooledTask):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pyarrow as pa
-from scipy.special import log_softmax
-from torch import Tensor
-from transformers import EsmConfig, PreTrainedModel
 
 from esm_neuron.config import ModelConfig
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import ResidueLabels
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.metrics import Value, classification_metrics
-from esm_neuron.models.esm2 import PackedForTokenClassification
-from esm_neuron.tasks.base import CLASS_SETTINGS, Column, Predictions, Task, by_class, weighted
+from esm_neuron.tasks.base import CLASS_SETTINGS, Column, Predictions, Task, by_class, log_softmax, weighted
 from esm_neuron.tasks.baselines import Baseline, residue_baselines
 from esm_neuron.tasks.losses import softmax_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, lengths, worst
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esm_neuron.compat import EsmConfig, PreTrainedModel
+    from esm_neuron.models import esm2
+else:
+    esm2 = module("esm_neuron.models.esm2")
 
 NO_PREDICTION = "-"  # stands for a residue that was cut off and so never shown to the model
 
@@ -45,11 +52,11 @@ class ResidueClassification(Task):
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
         """Add the classes; the model is transformers' own EsmForTokenClassification."""
         names = {"id2label": dict(enumerate(self.labels)), "label2id": {n: i for i, n in enumerate(self.labels)}}
-        configured: EsmConfig = EsmConfig.from_dict(config.to_dict() | names)
+        configured: EsmConfig = type(config).from_dict(config.to_dict() | names)
         return configured
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        return PackedForTokenClassification(config)
+        return esm2.PackedForTokenClassification(config)
 
     def head(self, config: EsmConfig) -> tuple[str, ...]:
         return ("classifier",)
@@ -77,7 +84,7 @@ class ResidueClassification(Task):
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """Return `classification_metrics` over residues with a label, intervals over proteins."""
-        log_probabilities = log_softmax(predictions[0].astype(np.float64), axis=1)
+        log_probabilities = log_softmax(predictions[0])
         slot, bounds = table.residue_slots()
         label = residue_labels(table, slot, bounds)
         own = -np.take_along_axis(log_probabilities, np.maximum(table.labels, 0).astype(np.int64)[:, None], axis=1)
@@ -92,7 +99,7 @@ class ResidueClassification(Task):
         """Return `labels` (a character per residue; longer names joined by `,`) and as `p_<class>` each class's
         probabilities, an array per record; `-` and NaN for residues that were cut off."""
         slot, bounds = table.residue_slots()
-        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(predictions[0].astype(np.float64), axis=1)))
+        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(predictions[0])))
         names = np.array([*self.labels, NO_PREDICTION], dtype=object)
         predicted = names[np.where(np.isnan(probabilities[:, 0]), -1, probabilities.argmax(1))]
         joiner = "" if all(len(name) == 1 for name in self.labels) else RESIDUE_JOINER

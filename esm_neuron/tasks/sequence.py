@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pyarrow as pa
-from scipy.special import log_softmax
-from torch import Tensor
 
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.metrics import Value, classification_metrics
-from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, by_class, record_mean, weighted
+from esm_neuron.tasks.base import (
+    CLASS_SETTINGS,
+    Column,
+    PooledTask,
+    Predictions,
+    by_class,
+    log_softmax,
+    record_mean,
+    weighted,
+)
 from esm_neuron.tasks.baselines import Baseline, class_baselines
 from esm_neuron.tasks.losses import softmax_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, class_probabilities, lengths, worst
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SequenceClassification(PooledTask):
@@ -37,14 +49,14 @@ class SequenceClassification(PooledTask):
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """Return `classification_metrics`; a record's loss is the mean over its windows of the plain cross entropy."""
-        log_probabilities = log_softmax(predictions[0].astype(np.float64), axis=1)
+        log_probabilities = log_softmax(predictions[0])
         loss = -log_probabilities[np.arange(len(table)), table.labels[table.record]]
         probabilities = record_mean(table, np.exp(log_probabilities))
         return classification_metrics(probabilities, table.labels, record_mean(table, loss), self.labels, intervals)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `label`, and as `p_<class>` the probability of each class: the mean over windows."""
-        probabilities = record_mean(table, np.exp(log_softmax(predictions[0].astype(np.float64), axis=1)))
+        probabilities = record_mean(table, np.exp(log_softmax(predictions[0])))
         predicted = [self.labels[i] for i in probabilities.argmax(1)]
         return {"label": predicted, **by_class(self.labels, probabilities.T)}
 
