@@ -15,25 +15,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+from esm_neuron import build
 from esm_neuron.cli import main
-from esm_neuron.training import run
 from esm_neuron.training.trainer import Trainer
 
 
 def watch(target: Path) -> None:
     """Have `run.train` write its set-up seconds to `target`."""
-    build, fit = run.build_model, Trainer.fit
+    build_model, fit = build.build_model, Trainer.fit
     began: list[float] = []
 
     def build_watched(*args: Any) -> Any:
         began.append(time.perf_counter())
-        return build(*args)
+        return build_model(*args)
 
     def fit_watched(self: Trainer) -> Any:
         target.write_text(json.dumps({"setup_seconds": time.perf_counter() - began[0]}))
         return fit(self)
 
-    run.build_model, Trainer.fit = build_watched, fit_watched  # type: ignore[method-assign]
+    build.build_model, Trainer.fit = build_watched, fit_watched  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

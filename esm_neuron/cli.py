@@ -7,6 +7,7 @@ imported inside the functions, so that `--help` and a wrong flag are answered at
 from __future__ import annotations
 
 import difflib
+import gc
 import inspect
 import json
 import logging
@@ -234,7 +235,9 @@ def compile_(*settings: str) -> int:
 
 def doctor(
     *,
-    backend: Annotated[BackendName | None, f"exit with 1 if it cannot run here: {', '.join(BACKENDS)}"] = None,
+    backend: Annotated[
+        BackendName | None, f"this one alone; exit with 1 if it cannot run here: {', '.join(BACKENDS)}"
+    ] = None,
     config: Annotated[Path | None, "YAML of a run, which decides the variables that are set"] = None,
     json_: AsJson = False,
 ) -> int:
@@ -246,7 +249,7 @@ def doctor(
         from esm_neuron.config.settings import read_config
 
         cfg = read_config(config)
-    found = examine(cfg)
+    found = examine(cfg, [backend] if backend else BACKENDS)
     print(json.dumps(asdict(found), indent=2) if json_ else render(found))
     return 1 if backend and found.lacks[backend] else 0
 
@@ -399,6 +402,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = run(argv)
         sys.stdout.flush()
+        if argv is None:
+            gc.freeze()  # Python looks for garbage once more at its end, in a million objects
         return code
     except BrokenPipeError:  # the reader, such as `head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout at its end, and would complain

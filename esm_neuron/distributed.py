@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from esm_neuron.backends.base import Backend
 from esm_neuron.errors import EsmNeuronError
+
+if TYPE_CHECKING:
+    from esm_neuron.backends.base import Backend
 
 T = TypeVar("T")
 

@@ -111,7 +111,7 @@ def _load(text: str, name: str) -> Any:
 # What is not YAML is plain text to jsonargparse; a ConfigError passes through it.
 set_loader("strict_yaml", lambda text: _load(text, f"the value {redact(text)[:40]!r}"), exceptions=_NOT_YAML)
 # A value may name no class or function: jsonargparse would import it, and an import runs what it finds.
-set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
+set_parsing_settings(import_path_denylist=["*"])
 
 
 def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
@@ -148,10 +148,13 @@ class _ConfigFile(ActionConfigFile):
 
 
 @cache
-def make_parser(command: str = "train") -> ArgumentParser:
-    """Return the parser of `--config FILE` and of a `--section.field VALUE` flag for every field of `TrainConfig`."""
-    name = f"esm-neuron {command}"
-    parser = ArgumentParser(prog=name, exit_on_error=False, allow_abbrev=False, parser_mode="strict_yaml")
+def make_parser(documented: bool = True) -> ArgumentParser:
+    """Return the parser of `--config FILE` and of a `--section.field VALUE` flag for every field of `TrainConfig`.
+
+    Only a `documented` one has texts for its help, for which the source of the classes is read.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=documented)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="strict_yaml")
     parser.add_argument("--config", action=_ConfigFile, help="YAML file; flags after it overrule it.")
     parser.add_class_arguments(TrainConfig)
     return parser
@@ -194,7 +197,8 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
     for word in words:
         name, _, text = word.partition("=")
         _check_section(name, name.removeprefix("--") if word.startswith("--") else None, text)
-    parser = make_parser(command)
+    parser = make_parser(documented=not {"-h", "--help"}.isdisjoint(words))
+    parser.prog = f"esm-neuron {command}"
     try:
         namespace = None if start is None else parser.parse_object(plain(start))
         values = parser.instantiate(parser.parse_args(words, namespace=namespace))

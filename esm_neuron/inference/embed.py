@@ -5,47 +5,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-from torch import nn
-from transformers import EsmConfig, PreTrainedModel
 
-from esm_neuron.build import Built
 from esm_neuron.config import BackendName, TaskConfig
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import DataError
 from esm_neuron.inference.load import find_model
 from esm_neuron.inference.predict import BATCHES, predict_file
 from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
-from esm_neuron.models.attention import mean_over
-from esm_neuron.models.esm2 import PackedEncoder, encoder_of
 from esm_neuron.tasks.base import Task, record_mean
 from esm_neuron.tasks.residues import residue_mean
+
+if TYPE_CHECKING:
+    from esm_neuron.build import Built
+    from esm_neuron.compat import EsmConfig, PreTrainedModel
+    from esm_neuron.models import esm2
+else:
+    esm2 = module("esm_neuron.models.esm2")
 
 Pooling = Literal["mean", "cls", "residue"]
 SUFFIXES = (".parquet", SAFETENSORS)
 RESERVED = "__metadata__"  # by the safetensors format
 
 logger = logging.getLogger(__name__)
-
-
-class Embedder(nn.Module):
-    """Embed packs with the encoder of any task's model."""
-
-    def __init__(self, model: nn.Module, pooling: Pooling) -> None:
-        super().__init__()
-        self.encoder = encoder_of(model)
-        self.pooling = pooling
-
-    def forward(self, **pack_args: Any) -> SimpleNamespace:
-        """Return `logits`, float32: [R, S, H] per segment or [R, L, H] per token; arguments as in `PackedEsmModel`."""
-        hidden, pack = self.encoder(**pack_args)
-        if self.pooling == "residue":
-            return SimpleNamespace(logits=hidden.float())
-        return SimpleNamespace(logits=mean_over(pack.residues if self.pooling == "mean" else pack.first, hidden))
 
 
 class Embedding(Task):
@@ -56,7 +42,7 @@ class Embedding(Task):
         self.predictions_per_token = pooling == "residue"
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
-        return PackedEncoder(config)
+        return esm2.PackedEncoder(config)
 
 
 def per_record(table: ExampleTable, predictions: Sequence[np.ndarray], per_residue: bool) -> list[np.ndarray]:
@@ -118,8 +104,8 @@ def embed(
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
         return shape(table.ids, per_record(table, predictions, task.predictions_per_token))
 
-    def network(built: Built) -> Embedder:
-        return Embedder(built.model, pooling)
+    def network(built: Built) -> esm2.Embedder:
+        return esm2.Embedder(built.model, pooling)
 
     options = {"command": "embed", "pooling": pooling, "format": target.suffix.lower()}
     batches = 8 if pooling == "residue" else BATCHES

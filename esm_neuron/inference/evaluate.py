@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, settings
+from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.files import finite, write_json
 from esm_neuron.inference.load import MAY_CHANGE, build_trained, read_run
 from esm_neuron.inference.predict import write_rejected
-from esm_neuron.training.evaluation import Evaluator
+
+if TYPE_CHECKING:
+    from esm_neuron.training import evaluation
+else:
+    evaluation = module("esm_neuron.training.evaluation")
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +43,17 @@ def evaluate(
     """
     cfg, task = read_run(run, backend_name)
     cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
+    labels = None if task.label_kind is None else task.label_kind(cfg.task, cfg.data.label_column)
+    inputs = InputChunks(source, cfg.data, labels)
+    inputs.check()
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
-        labels = None if task.label_kind is None else task.label_kind(cfg.task, cfg.data.label_column)
-        inputs = InputChunks(source, cfg.data, labels)
         table = raise_on_any_rank(backend, inputs.read)
         log(inputs.report.summary())
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-        values = finite(Evaluator(built.model, task, backend).evaluate(loader, intervals=True))
+        values = finite(evaluation.Evaluator(built.model, task, backend).evaluate(loader, intervals=True))
         if target is not None:
             main_rank_only(backend, lambda: write_json(target, values))
             write_rejected(backend, target, inputs.rejected, log)

@@ -7,25 +7,33 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from esm_neuron import __version__
-from esm_neuron.backends.base import Backend
-from esm_neuron.build import Built, build_model
 from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
 from esm_neuron.config.backends import spec_of
+from esm_neuron.config.deferred import module
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import sha256
-from esm_neuron.models.hf_folder import BaseReference
-from esm_neuron.models.lora import saved_key
-from esm_neuron.models.weights import is_carried
+from esm_neuron.models.shapes import is_carried, locate
 from esm_neuron.run_dir import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, MODEL, REFERENCE
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
+
+if TYPE_CHECKING:
+    from safetensors import torch as safetensors
+    from torch import Tensor
+
+    from esm_neuron import build
+    from esm_neuron.backends.base import Backend
+    from esm_neuron.build import Built
+    from esm_neuron.models import hf_folder, lora
+    from esm_neuron.models.hf_folder import BaseReference
+else:
+    safetensors, build = module("safetensors.torch"), module("esm_neuron.build")
+    hf_folder, lora = module("esm_neuron.models.hf_folder"), module("esm_neuron.models.lora")
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +58,7 @@ class ModelSpec:
         """Return the model on the backend's device: the run's own, or what the task `plain` makes of an ESM-2."""
         if self.task is not None:
             return build_trained(self.cfg, self.task, backend)
-        return build_model(self.cfg, plain, backend)
+        return build.build_model(self.cfg, plain, backend)
 
     def identity(self, built: Built, **more: Any) -> dict[str, Any]:
         """Return what decides a prediction besides the input, in JSON's types: weights, settings, and `more`."""
@@ -81,7 +89,9 @@ def find_model(name: str, backend: BackendName | None, words: Sequence[str], com
         cfg, task = read_run(folder, backend)
         return ModelSpec(settings.override(cfg, words, MAY_CHANGE, command), task)
     plain = TrainConfig(model=ModelConfig(name=name), adapter=AdapterConfig(kind="none"), backend=backend or "cpu")
-    return ModelSpec(settings.override(plain, words, (*MAY_CHANGE, "model.revision"), command), None)
+    cfg = settings.override(plain, words, (*MAY_CHANGE, "model.revision"), command)
+    locate(cfg.model)
+    return ModelSpec(cfg, None)
 
 
 def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:
@@ -126,7 +136,7 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
 
     Raise CheckpointError where the adapter is damaged, or the base weights are not those it was trained on.
     """
-    built = build_model(cfg, task, backend)
+    built = build.build_model(cfg, task, backend)
     if cfg.adapter.kind not in ("lora", "qlora"):
         return built
     folder = Path(cfg.output) / ADAPTER
@@ -137,7 +147,7 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
             f"{built.source.reference.sha256[:12]}; give the weights it was trained on"
         )
     _check_adapter_config(folder, built)
-    names = {saved_key(n): n for n, p in built.model.named_parameters() if p.requires_grad}
+    names = {lora.saved_key(n): n for n, p in built.model.named_parameters() if p.requires_grad}
     saved = read_adapter(folder)
     unknown = sorted(set(saved) - set(names))
     if unknown:
@@ -172,7 +182,7 @@ def _check_adapter_config(folder: Path, built: Built) -> None:
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     path = folder / ADAPTER_WEIGHTS
     try:
-        return load_file(path)
+        return safetensors.load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); export it again") from error
 
@@ -180,6 +190,6 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def read_reference(folder: Path) -> BaseReference:
     path = folder / REFERENCE
     try:
-        return BaseReference(**json.loads(path.read_text(encoding="utf-8")))
+        return hf_folder.BaseReference(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); it names the base of the adapter") from error

@@ -6,16 +6,14 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from torch import nn
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.backends.base import Backend
-from esm_neuron.build import Built
 from esm_neuron.config import BackendName, TrainConfig
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
@@ -25,7 +23,16 @@ from esm_neuron.errors import ConfigError
 from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
 from esm_neuron.tasks.base import Task
-from esm_neuron.training.evaluation import Evaluator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from esm_neuron.backends.base import Backend
+    from esm_neuron.build import Built
+    from esm_neuron.training import evaluation
+    from esm_neuron.training.evaluation import Evaluator
+else:
+    evaluation = module("esm_neuron.training.evaluation")
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +96,10 @@ def predict_file(
     model and settings; a piece fills about `batches` batches.
     """
     cfg = spec.cfg
+    inputs = InputChunks(source, cfg.data)
+    inputs.check()
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
-        inputs = InputChunks(source, cfg.data)
         tokens = piece_tokens(cfg, backend, batches)
 
         def pieces() -> Iterator[Piece[ExampleTable]]:
@@ -101,7 +109,7 @@ def predict_file(
         rejected = tuple(inputs.rejected)
         log(inputs.report.summary())
         built = raise_on_any_rank(backend, lambda: spec.load(task, backend))
-        evaluator = Evaluator(network(built), task, backend)
+        evaluator = evaluation.Evaluator(network(built), task, backend)
 
         def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
             return write(table, predict_table(evaluator, cfg, table, advance))

@@ -17,15 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
-from torch.nn import functional as F
 
 from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, TaskConfig, TrainConfig
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.tokenizer import MASK, decode, encode_many
@@ -37,7 +36,15 @@ from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target
 from esm_neuron.inference.variants import Row, Variant, VariantColumns, VariantTable
 from esm_neuron.metrics.regression import rank_correlation
 from esm_neuron.tasks.masked_lm import MaskedLM
-from esm_neuron.training.evaluation import Evaluator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import functional as F
+
+    from esm_neuron.training import evaluation
+    from esm_neuron.training.evaluation import Evaluator
+else:
+    F, evaluation = module("torch.nn.functional"), module("esm_neuron.training.evaluation")
 
 Method = Literal["wild-type-marginal", "masked-marginal", "pseudo-perplexity"]
 
@@ -180,6 +187,9 @@ def score(
     if wild_type is None and (compare or columns.sequence is None):
         raise ConfigError(f"--method {method} of variants needs the wild type; give --wild-type FILE")
     cfg = spec.cfg
+    columns.check(source)
+    if wild_type is not None:
+        InputChunks(wild_type, cfg.data).check()
     with opened_backend(cfg) as backend_:
         protein = raise_on_any_rank(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None
         tokens = piece_tokens(cfg, backend_)
@@ -194,7 +204,7 @@ def score(
         rejected = tuple(table.rejected)
         task = Likelihood(TaskConfig(name="masked_lm"))
         built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
-        evaluator = Evaluator(built.model, task, backend_)
+        evaluator = evaluation.Evaluator(built.model, task, backend_)
 
         def score_piece(rows: list[Row], advance: Advance) -> Predictions:
             ask = partial(_log_probabilities, evaluator, cfg, advance=advance)

@@ -124,6 +124,15 @@ class VariantColumns:
         """Return which column names a row: `variant` or `sequence`."""
         return "variant" if self.sequence is None else "sequence"
 
+    def wanted(self) -> list[Column]:
+        """Return the columns that a table must have."""
+        wanted = [Column(self.what, self.sequence or self.variant, f"--{self.what}-column")]
+        return wanted + ([Column("score", self.score, "--score-column")] if self.score else [])
+
+    def check(self, table: Path) -> None:
+        """Raise DataError where the table is missing or lacks a column; reads no more than its first row."""
+        next(read_records(table, self.wanted()), None)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -193,7 +202,7 @@ class VariantTable:
     def _usable(self) -> Iterator[Row]:
         problems = Problems(str(self.path))
         self.rows, self.unmeasured, self.rejected = 0, 0, []
-        for line, values in read_records(self.path, self._wanted()):
+        for line, values in read_records(self.path, self.columns.wanted()):
             self.rows += 1
             measured = values[1].strip() if self.columns.score else ""
             try:
@@ -214,12 +223,6 @@ class VariantTable:
             raise DataError(
                 f"{self.path}: none of its {self.rows} rows can be scored; check --wild-type and the columns"
             )
-
-    def _wanted(self) -> list[Column]:
-        columns = self.columns
-        source = columns.variant if columns.sequence is None else columns.sequence
-        wanted = [Column(columns.what, source, f"--{columns.what}-column")]
-        return wanted + ([Column("score", columns.score, "--score-column")] if columns.score else [])
 
     def _row(self, text: str, measured: float) -> Row:
         if not text:

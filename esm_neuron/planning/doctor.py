@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
@@ -46,18 +46,19 @@ class Diagnosis:
     """Backend -> what it lacks; empty where it can run."""
 
 
-def examine(cfg: TrainConfig) -> Diagnosis:
-    """Look at this machine; `cfg` decides which variables apply.
+def examine(cfg: TrainConfig, backends: Iterable[str] = BACKENDS) -> Diagnosis:
+    """Look at this machine and what these backends need; `cfg` decides which variables of `neuron` apply.
 
-    Starts the runtime of torch_xla where there is one and no Neuron device that it would claim.
+    For `xla` starts the runtime of torch_xla where there is one and no Neuron device that it would claim.
     """
+    backends = tuple(backends)
     packages = {name: installed_version(name) for name in SHOWN}
     versions = {"python": platform.python_version(), **packages, **host_versions()}
     return Diagnosis(
         versions=versions,
-        devices={name: survey_of(name).devices() for name in BACKENDS},
-        environment=environment(cfg, dict(os.environ)),
-        lacks={name: tuple(lacks(name)) for name in BACKENDS},
+        devices={name: survey_of(name).devices() for name in backends},
+        environment=environment(cfg, dict(os.environ)) if "neuron" in backends else (),
+        lacks={name: tuple(lacks(name)) for name in backends},
     )
 
 
@@ -120,7 +121,7 @@ def render(diagnosis: Diagnosis) -> str:
         empty = name in PACKAGES and version in PLACEHOLDERS
         lines.append(f"  {name:<23} {version or 'not installed'}{' (EMPTY PLACEHOLDER)' if empty else ''}")
     lines += ["devices", *(f"  {kind:<20} {what}" for kind, what in diagnosis.devices.items())]
-    lines.append("environment of the neuron backend")
+    lines += ["environment of the neuron backend"] if diagnosis.environment else []
     for row in diagnosis.environment:
         lines.append(f"  {row.name}={row.value or ''} (set by {row.set_by})")
         lines.append(f"      {row.meaning}")

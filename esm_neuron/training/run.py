@@ -8,34 +8,43 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.backends.base import Backend
-from esm_neuron.build import Built, build_model
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.config.backends import named
+from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import validate
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader
-from esm_neuron.data.splits import Splits, load_splits
+from esm_neuron.data.splits import Splits, check_files, load_splits
 from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import claimed, finite, write_json, write_text
-from esm_neuron.models.esm2 import parameter_count
-from esm_neuron.models.shapes import SHAPES
+from esm_neuron.models.shapes import SHAPES, locate
 from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
 from esm_neuron.tasks import check_task, create_task, task_class
 from esm_neuron.tasks.base import Task
-from esm_neuron.training import checkpoint
 from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger
-from esm_neuron.training.final_eval import Leaks, find_leaks, score_splits
-from esm_neuron.training.results import write_results
-from esm_neuron.training.trainer import Trainer
 from esm_neuron.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from esm_neuron import build
+    from esm_neuron.backends.base import Backend
+    from esm_neuron.build import Built
+    from esm_neuron.models import esm2
+    from esm_neuron.training import checkpoint, final_eval, results
+    from esm_neuron.training import trainer as loop
+    from esm_neuron.training.final_eval import Leaks
+    from esm_neuron.training.trainer import Trainer
+else:  # torch is imported when settings, files and columns have been checked
+    build, esm2 = module("esm_neuron.build"), module("esm_neuron.models.esm2")
+    checkpoint, final_eval, results, loop = (
+        module(f"esm_neuron.training.{name}") for name in ("checkpoint", "final_eval", "results", "trainer")
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +68,20 @@ class Outcome:
     """Name of the signal that stopped it, None when it finished."""
 
 
+def check(cfg: TrainConfig) -> None:
+    """Raise EsmNeuronError for what is wrong with settings, files and columns, as far as it is seen without torch."""
+    validate(cfg)
+    check_task(cfg.task)
+    locate(cfg.model)
+    check_files(cfg.data, task_class(cfg.task.name).label_kind)
+
+
 def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome:
     """Fine-tune as `cfg` says and write everything under `cfg.output`.
 
     Raise EsmNeuronError where settings, data or checkpoints cannot be used; nothing half-written is left.
     """
-    validate(cfg)
-    check_task(cfg.task)
+    check(cfg)
     if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
         raise ConfigError(
             "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
@@ -81,8 +97,7 @@ def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -
     Return the number of graphs that this process asked for. On Trainium it runs under `neuron_parallel_compile`, which
     collects the graphs and compiles them side by side.
     """
-    validate(cfg)
-    check_task(cfg.task)
+    check(cfg)
     with opened_backend(cfg) as backend:
         if not backend.static_shapes:
             raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for {named(lambda b: b.compiles)}")
@@ -112,11 +127,11 @@ class _Job:
         log(splits.summary())
         cfg = replace(cfg, task=splits.task)
         task = create_task(cfg.task, splits.labels)
-        built = raise_on_any_rank(backend, lambda: build_model(cfg, task, backend))
+        built = raise_on_any_rank(backend, lambda: build.build_model(cfg, task, backend))
         log(describe(cfg, built))
         loaders = Loaders.of(cfg, splits, task, backend)
         same = identity(cfg, splits.fingerprint, from_main_rank(backend, lambda: built.source.reference.sha256))
-        trainer = Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out.get("valid"), [], same)
+        trainer = loop.Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out.get("valid"), [], same)
         for note in _notes(trainer):
             log(note)
         return cls(splits, built, loaders, trainer)
@@ -131,7 +146,7 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
         begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
         if begin:
             log(f"resumed after step {begin} of {trainer.total_steps}")
-        leaks = from_main_rank(backend, lambda: find_leaks(cfg, job.loaders.tables(), log))
+        leaks = from_main_rank(backend, lambda: final_eval.find_leaks(cfg, job.loaders.tables(), log))
         main_rank_only(backend, lambda: _write_settings(cfg, job.splits))
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
         trainer.callbacks = main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or []
@@ -154,8 +169,8 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     trainer, loaders = job.trainer, job.loaders
     cfg, backend, state = trainer.cfg, trainer.backend, trainer.state
     chosen, weights = trainer.checkpoints.load_best(trainer.early_stopping.best_step, state.step)
-    scores = score_splits(trainer, loaders.train.table, loaders.held_out, leaks, log)
-    trainable, total = parameter_count(job.built.model)
+    scores = final_eval.score_splits(trainer, loaders.train.table, loaders.held_out, leaks, log)
+    trainable, total = esm2.parameter_count(job.built.model)
     result = finite({
         "task": cfg.task.name,
         "metric": trainer.task.metric,
@@ -180,7 +195,7 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
         **scores,
     })  # fmt: skip
     out = Path(cfg.output)
-    written = main_rank_only(backend, lambda: write_results(cfg, trainer.task, job.built, weights, result))
+    written = main_rank_only(backend, lambda: results.write_results(cfg, trainer.task, job.built, weights, result))
     main_rank_only(backend, lambda: write_json(out / RESULT, result))
     log(f"weights of step {chosen} in {written}, result in {out / RESULT}, checkpoints in {trainer.checkpoints.folder}")
     return dict(result)
@@ -257,7 +272,7 @@ def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
 
 def describe(cfg: TrainConfig, built: Built) -> str:
     """Say in a line or two what is trained."""
-    trainable, total = parameter_count(built.model)
+    trainable, total = esm2.parameter_count(built.model)
     trained = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     lines = [f"{cfg.model.name} on {cfg.backend}: {trained}"]
     if cfg.model.init == "random":

@@ -25,6 +25,7 @@ from esm_neuron.data.loader import StepData, TrainLoader
 from esm_neuron.errors import CheckpointError, TrainingError
 from esm_neuron.training import run
 from esm_neuron.training.monitors import GIVE_UP, LEAST, LossWatch, spike_limit
+from esm_neuron.training.trainer import Trainer
 
 Toy = Callable[..., TrainConfig]
 NAN, INF = float("nan"), float("inf")
@@ -144,14 +145,14 @@ def test_a_run_that_left_steps_out_and_was_stopped_ends_as_one_that_was_not(
 
 def signal_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM at the end of a step, counted from 1."""
-    train_step = run.Trainer.train_step
+    train_step = Trainer.train_step
 
-    def signalled(self: run.Trainer, data: StepData) -> None:
+    def signalled(self: Trainer, data: StepData) -> None:
         train_step(self, data)
         if data.step == step - 1:
             signal.raise_signal(signal.SIGTERM)
 
-    patch.setattr(run.Trainer, "train_step", signalled)
+    patch.setattr(Trainer, "train_step", signalled)
 
 
 def one_rank(rank: int, port: int, bad: int, predictions: Any) -> None:
