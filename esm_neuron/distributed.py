@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -39,6 +40,11 @@ def main_rank_only(backend: Backend, act: Callable[[], T]) -> T | None:
 def from_main_rank(backend: Backend, act: Callable[[], T]) -> T:
     """Do `act` on the main rank alone and return its value on all: for files that other nodes may not see."""
     return backend.broadcast_host(cast(T, main_rank_only(backend, act)))  # the other ranks' None is not used
+
+
+def is_alone() -> bool:
+    """Return whether this is the only process, so that it may raise an error before it has met its peers."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def log_nothing(line: str) -> None:

@@ -131,8 +131,9 @@ class _StandIn(ModuleType):
             return metadata.version(self.__name__)
         if name.startswith("__"):
             raise AttributeError(name)
-        if not _finder.open:  # of a module that is held as a whole: `import sympy`
-            _finder.remove_stand_ins()
+        if not _finder.open:  # of `module`, or of a module that is held as a whole: `import sympy`
+            if sys.modules.get(self.__name__) is self:
+                _finder.remove_stand_ins()
             return _attribute(importlib.import_module(self.__name__), name)
         return vars(self).setdefault(name, Deferred(self.__name__, name))
 

@@ -12,7 +12,7 @@ from esm_neuron.config import BackendName, settings
 from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
-from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_rank
+from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.files import finite, write_json
 from esm_neuron.inference.load import MAY_CHANGE, build_trained, read_run
 from esm_neuron.inference.predict import write_rejected
@@ -45,7 +45,8 @@ def evaluate(
     cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
     labels = None if task.label_kind is None else task.label_kind(cfg.task, cfg.data.label_column)
     inputs = InputChunks(source, cfg.data, labels)
-    inputs.check()
+    if is_alone():
+        inputs.check()
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
         table = raise_on_any_rank(backend, inputs.read)

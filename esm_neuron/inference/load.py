@@ -15,6 +15,7 @@ from esm_neuron import __version__
 from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
 from esm_neuron.config.backends import spec_of
 from esm_neuron.config.deferred import module
+from esm_neuron.distributed import is_alone
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import sha256
 from esm_neuron.models.shapes import is_carried, locate
@@ -90,7 +91,8 @@ def find_model(name: str, backend: BackendName | None, words: Sequence[str], com
         return ModelSpec(settings.override(cfg, words, MAY_CHANGE, command), task)
     plain = TrainConfig(model=ModelConfig(name=name), adapter=AdapterConfig(kind="none"), backend=backend or "cpu")
     cfg = settings.override(plain, words, (*MAY_CHANGE, "model.revision"), command)
-    locate(cfg.model)
+    if is_alone():
+        locate(cfg.model)
     return ModelSpec(cfg, None)
 
 

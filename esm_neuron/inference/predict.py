@@ -18,7 +18,7 @@ from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import Rejected, save_rejected
-from esm_neuron.distributed import log_nothing, main_rank_only, raise_on_any_rank
+from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError
 from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
@@ -97,7 +97,8 @@ def predict_file(
     """
     cfg = spec.cfg
     inputs = InputChunks(source, cfg.data)
-    inputs.check()
+    if is_alone():
+        inputs.check()
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
         tokens = piece_tokens(cfg, backend, batches)

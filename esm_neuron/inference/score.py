@@ -28,7 +28,7 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.tokenizer import MASK, decode, encode_many
-from esm_neuron.distributed import log_nothing, raise_on_any_rank
+from esm_neuron.distributed import is_alone, log_nothing, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.predict import piece_tokens, predict_table, write_rejected
@@ -187,8 +187,9 @@ def score(
     if wild_type is None and (compare or columns.sequence is None):
         raise ConfigError(f"--method {method} of variants needs the wild type; give --wild-type FILE")
     cfg = spec.cfg
-    columns.check(source)
-    if wild_type is not None:
+    if is_alone():
+        columns.check(source)
+    if is_alone() and wild_type is not None:
         InputChunks(wild_type, cfg.data).check()
     with opened_backend(cfg) as backend_:
         protein = raise_on_any_rank(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None

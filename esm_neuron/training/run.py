@@ -21,7 +21,7 @@ from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader
 from esm_neuron.data.splits import Splits, check_files, load_splits
 from esm_neuron.data.validation import save_rejected
-from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only, raise_on_any_rank
+from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import claimed, finite, write_json, write_text
 from esm_neuron.models.shapes import SHAPES, locate
@@ -69,11 +69,15 @@ class Outcome:
 
 
 def check(cfg: TrainConfig) -> None:
-    """Raise EsmNeuronError for what is wrong with settings, files and columns, as far as it is seen without torch."""
+    """Raise EsmNeuronError for what is wrong with settings, files and columns, as far as it is seen without torch.
+
+    One of several processes looks at no files: another may see them, and has to learn what this one lacks.
+    """
     validate(cfg)
     check_task(cfg.task)
-    locate(cfg.model)
-    check_files(cfg.data, task_class(cfg.task.name).label_kind)
+    if is_alone():
+        locate(cfg.model)
+        check_files(cfg.data, task_class(cfg.task.name).label_kind)
 
 
 def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome:
