@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.config.backends import BACKENDS
+from esm_neuron.config.threads import set_threads
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import RedactedRecord, RedactingFormatter, redact
 from esm_neuron.training.signals import EXIT_STOPPED
@@ -399,6 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # run as a program: a traceback may quote a URL with a secret
         sys.excepthook, threading.excepthook = show_traceback, show_failure
         logging.captureWarnings(True)  # warnings become log lines, which are redacted
+        set_threads()
     try:
         code = run(argv)
         sys.stdout.flush()

@@ -276,9 +276,12 @@ def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
 
 def describe(cfg: TrainConfig, built: Built) -> str:
     """Say in a line or two what is trained."""
+    import torch
+
     trainable, total = esm2.parameter_count(built.model)
     trained = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
-    lines = [f"{cfg.model.name} on {cfg.backend}: {trained}"]
+    threads = f", {torch.get_num_threads()} threads" if cfg.backend == "cpu" else ""
+    lines = [f"{cfg.model.name} on {cfg.backend}{threads}: {trained}"]
     if cfg.model.init == "random":
         lines.append(
             "NOTE: it starts from RANDOM weights, not from a pretrained ESM-2; expect a small network's metrics"
