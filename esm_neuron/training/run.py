@@ -32,6 +32,8 @@ from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole
 from esm_neuron.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    import torch
+
     from esm_neuron import build
     from esm_neuron.backends.base import Backend
     from esm_neuron.build import Built
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from esm_neuron.training.final_eval import Leaks
     from esm_neuron.training.trainer import Trainer
 else:  # torch is imported when settings, files and columns have been checked
-    build, esm2 = module("esm_neuron.build"), module("esm_neuron.models.esm2")
+    torch, build, esm2 = (module(name) for name in ("torch", "esm_neuron.build", "esm_neuron.models.esm2"))
     checkpoint, final_eval, results, loop = (
         module(f"esm_neuron.training.{name}") for name in ("checkpoint", "final_eval", "results", "trainer")
     )
@@ -276,8 +278,6 @@ def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
 
 def describe(cfg: TrainConfig, built: Built) -> str:
     """Say in a line or two what is trained."""
-    import torch
-
     trainable, total = esm2.parameter_count(built.model)
     trained = f"{trainable:,} of {total:,} parameters trained ({trainable / total:.2%})"
     threads = f", {torch.get_num_threads()} threads" if cfg.backend == "cpu" else ""
