@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -84,8 +84,8 @@ def _run(name: str, folder: Path, environment: dict[str, str]) -> None:
             time.sleep(0.002)
 
 
-def measure(checkouts: dict[str, Path], repeats: int) -> dict[str, Any]:
-    """Return name -> checkout -> the seconds of each repeat, of the clock and of the processor."""
+def measure(checkouts: dict[str, Path], repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield after each round: name -> checkout -> the seconds of each repeat, of the clock and of the processor."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory(prefix="esm-neuron-") as name:
         folder = Path(name)
@@ -101,7 +101,8 @@ def measure(checkouts: dict[str, Path], repeats: int) -> dict[str, Any]:
                     if repeat:
                         found.setdefault(command, {}).setdefault(checkout, []).append(taken)
             print(f"round {repeat} of {repeats}, load {load()}", file=sys.stderr)
-    return found
+            if repeat:
+                yield found
 
 
 def table(found: dict[str, dict[str, list[tuple[float, float]]]]) -> str:
@@ -133,12 +134,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
     checkouts = {"this": ROOT, **({"before": args.against.resolve()} if args.against else {})}
-    before = load()
-    found = measure(checkouts, args.repeats)
-    result = {"machine": machine(), "load": [before, load()], "seconds": found}
-    name = f"startup-torch{result['machine']['versions']['torch'].split('+')[0]}.json"
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / name).write_text(json.dumps(result, indent=1) + "\n")
+    about, loads = machine(), [load()]
+    torch = (about["versions"]["torch"] or "").split("+")[0]
+    for found in measure(checkouts, args.repeats):
+        loads.append(load())
+        result = {"machine": about, "load": loads, "seconds": found}
+        (args.output / f"startup-torch{torch}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(found))
 
 
