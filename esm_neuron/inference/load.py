@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from esm_neuron.config.backends import spec_of
 from esm_neuron.config.deferred import module
 from esm_neuron.distributed import is_alone
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import sha256
+from esm_neuron.files import read_json, sha256
 from esm_neuron.models.shapes import is_carried, locate
 from esm_neuron.run_dir import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, MODEL, REFERENCE
 from esm_neuron.tasks import create_task
@@ -166,7 +165,7 @@ def _check_adapter_config(folder: Path, built: Built) -> None:
     """Raise CheckpointError where adapter_config.json says other than config.yaml, by which the model was built."""
     path = folder / ADAPTER_CONFIG
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_json(path)
         if not isinstance(written, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
@@ -192,6 +191,6 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def read_reference(folder: Path) -> BaseReference:
     path = folder / REFERENCE
     try:
-        return hf_folder.BaseReference(**json.loads(path.read_text(encoding="utf-8")))
+        return hf_folder.BaseReference(**read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); it names the base of the adapter") from error

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from esm_neuron.build import Built, model_config
-from esm_neuron.compat import EsmConfig, PeftModel
+from esm_neuron.compat import EsmConfig, PeftModel, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.files import new_folder, write_json
@@ -31,11 +31,12 @@ def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
     """Return the task's model on the CPU with its starting weights: whole, without adapters."""
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = model_config(cfg, task, pretrained)
-    with torch.device("meta"):
+    with on_meta():
         model = task.build(config)
-    source, _ = with_head(source, pretrained, model, task.head(config))
-    head = tuple(f"{part}." for part in task.head(config))
-    load_into(model, source, Draw(cfg.seed, config.initializer_range), lambda name: name.startswith(head))
+    head = task.head(config)
+    source, _ = with_head(source, pretrained, model, head)
+    new = tuple(f"{part}." for part in head)
+    load_into(model, source, Draw(cfg.seed, config.initializer_range), lambda name: name.startswith(new))
     return model, config
 
 
@@ -97,7 +98,7 @@ def write_results(
     if built.config.model_type == PooledEsmConfig.model_type and not is_carried(cfg.model):
         # If the adapter named the pretrained repository as its base, plain transformers would load it, PEFT would pass
         # over the head it does not find, and a random <cls> head would predict. A config of our type is refused there.
-        with new_folder(out / BASE) as aside, torch.device("meta"):
+        with new_folder(out / BASE) as aside, on_meta():
             _write_config(task.build(built.config), built.config, aside)
         lora.base_model_name_or_path, lora.revision = str((out / BASE).resolve()), None
     lora.inference_mode = True
