@@ -251,7 +251,7 @@ class _Finder(MetaPathFinder, Loader):
                 for key in [key for key, value in names.items() if id(value) in reals]:
                     # a name that the module lacks was asked for in `try: ... except ImportError`, and is not used
                     with suppress(ImportError):
-                        names[key] = reals[id(names[key])]()
+                        _put(names, key, reals[id(names[key])]())
         for call in self.waiting.pop(name, ()):
             call()
 
@@ -277,6 +277,18 @@ class _Finder(MetaPathFinder, Loader):
             elif isinstance(module, ModuleType) and type(module) is not ModuleType:
                 for key in [key for key, value in vars(module).items() if isinstance(value, Deferred)]:
                     del vars(module)[key]  # transformers' `_LazyModule` finds it again when it is asked
+
+
+def _put(names: dict[Any, Any], key: Any, real: Any) -> None:
+    """Put an object in the place of a stand-in; in a class by `setattr`.
+
+    Python remembers where it found a class's names. Past `setattr` it would go on with the stand-in, which is freed.
+    """
+    for owner in gc.get_referrers(names):
+        if isinstance(owner, type) and vars(owner).get(key) is names[key]:
+            setattr(owner, key, real)
+            return
+    names[key] = real
 
 
 def _importer() -> CodeType:
