@@ -246,12 +246,13 @@ class _Finder(MetaPathFinder, Loader):
         held = self.held.pop(name, [])
         reals = {id(stand_in): real for stand_in, real in held}
         # one look at all objects for all stand-ins; dicts are those of modules, classes and objects, and tables
-        for names in gc.get_referrers(*(stand_in for stand_in, _ in held)) if held else ():
-            if isinstance(names, dict):
-                for key in [key for key, value in names.items() if id(value) in reals]:
-                    # a name that the module lacks was asked for in `try: ... except ImportError`, and is not used
-                    with suppress(ImportError):
-                        _put(names, key, reals[id(names[key])]())
+        tables = [names for names in gc.get_referrers(*(stand_in for stand_in, _ in held)) if isinstance(names, dict)]
+        owners = _classes(tables) if tables else {}
+        for names in tables:
+            for key in [key for key, value in names.items() if id(value) in reals]:
+                # a name that the module lacks was asked for in `try: ... except ImportError`, and is not used
+                with suppress(ImportError):
+                    _put(names, key, reals[id(names[key])](), owners.get(id(names)))
         for call in self.waiting.pop(name, ()):
             call()
 
@@ -279,16 +280,21 @@ class _Finder(MetaPathFinder, Loader):
                     del vars(module)[key]  # transformers' `_LazyModule` finds it again when it is asked
 
 
-def _put(names: dict[Any, Any], key: Any, real: Any) -> None:
+def _classes(tables: Sequence[dict[Any, Any]]) -> dict[int, type]:
+    """Return the id of each table of names that is a class's -> the class."""
+    classes = (owner for owner in gc.get_referrers(*tables) if isinstance(owner, type))
+    return {id(names): owner for owner in classes for names in gc.get_referents(owner) if isinstance(names, dict)}
+
+
+def _put(names: dict[Any, Any], key: Any, real: Any, owner: type | None) -> None:
     """Put an object in the place of a stand-in; in a class by `setattr`.
 
     Python remembers where it found a class's names. Past `setattr` it would go on with the stand-in, which is freed.
     """
-    for owner in gc.get_referrers(names):
-        if isinstance(owner, type) and vars(owner).get(key) is names[key]:
-            setattr(owner, key, real)
-            return
-    names[key] = real
+    if owner is None:
+        names[key] = real
+    else:
+        setattr(owner, key, real)
 
 
 def _importer() -> CodeType:
