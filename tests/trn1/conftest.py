@@ -41,10 +41,13 @@ def report() -> Report:
     return Report(page, title, doctor, float(os.environ.get("TRN1_MINUTES", "60")))
 
 
-def ran(module: list[str], cores: int, before: tuple[str, ...] = ()) -> str:
-    """Run a program on so many cores, none for the plain CPU; return what it printed. A failure fails the test."""
+def ran(module: list[str], cores: int, before: tuple[str, ...] = (), variables: dict[str, str] | None = None) -> str:
+    """Run a program on so many cores, none for the plain CPU; return what it printed. A failure fails the test.
+
+    `variables` are added to its environment.
+    """
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(cores)]
-    environment = {"MALLOC_ARENA_MAX": "64", **os.environ}
+    environment = {"MALLOC_ARENA_MAX": "64", **os.environ, **(variables or {})}
     if REHEARSAL:
         environment |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(cores)}
     if REHEARSAL or not cores:
@@ -75,20 +78,22 @@ class Watched:
 
 @pytest.fixture(scope="session")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Watched]:
-    """(cores, none for the plain CPU; settings by dotted name) -> a training of 8 steps, each made once."""
+    """(cores, none for the plain CPU; variables; settings by dotted name) -> a training of 8 steps, each made once."""
     done: dict[str, Watched] = {}
 
-    def run(cores: int, compared: bool = True, **values: Any) -> Watched:
+    def run(cores: int, compared: bool = True, variables: dict[str, str] | None = None, **values: Any) -> Watched:
         chosen = {"loop.max_steps": 8, **{name.replace("__", "."): value for name, value in values.items()}}
-        if REHEARSAL and chosen.get("model.name"):
-            chosen["model.name"] = "tiny"
+        if REHEARSAL:
+            chosen = {name: value for name, value in chosen.items() if name not in ("loop.tf32", "loop.optlevel")}
+            if chosen.get("model.name"):
+                chosen["model.name"] = "tiny"
         device = "xla" if REHEARSAL else "neuron"
         folder = tmp_path_factory.mktemp("watched")
         arguments = {"backend": device if cores else "cpu", "values": chosen, "compared": compared}
-        key = json.dumps([cores, arguments])
+        key = json.dumps([cores, arguments, variables])
         if key not in done:
             (folder / "case.json").write_text(json.dumps({"output": str(folder), **arguments}), encoding="utf-8")
-            ran([str(HERE / "worker.py"), str(folder / "case.json")], cores)
+            ran([str(HERE / "worker.py"), str(folder / "case.json")], cores, variables=variables)
             facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
             done[key] = Watched(load_file(folder / "results.safetensors"), facts)
         return done[key]

@@ -30,8 +30,8 @@ LOSS_1, LOSSES, GRADIENT = 1e-4, 1e-2, 1e-3
 steps, and of a parameter's gradient as a share of its norm."""
 MODEL_8M = {"model__name": "esm2_t6_8M"}
 BF16 = {"loop__precision": "bf16"}
-MINUTES_LARGE = 45.0
-"""How long one more setting of a large model is expected to take, most of it in the compiler."""
+MINUTES_LARGE, MINUTES_OPTION = 45.0, 15.0
+"""How long one more setting of a large model, or of the 150M, is expected to take, most of it in the compiler."""
 
 
 def furthest(got: Any, expected: Any) -> float:
@@ -141,13 +141,47 @@ def test_twenty_steps_of_large_models(
     what = f"{model}, tp {tp}, {packs} packs of 1,024 tokens per core, {how}"
     if (model, tp, packs, recomputed) != LARGE[0] and not report.has_time(what, MINUTES_LARGE):
         pytest.skip("no time left: raise TRN1_MINUTES")
-    step = cores // tp * packs
-    values = {"data__pack_tokens": 1024, "data__max_residues": 1022, "adapter__r": 16, "loop__max_steps": 20}
-    values |= {"loop__packs_per_step": step, "loop__packs_per_device": packs, "parallel__tp": tp}
-    values |= {"model__name": NAMES[model], "model__gradient_checkpointing": recomputed, "parallel__pad_heads": tp > 1}
+    values = twenty_steps(NAMES[model], cores, tp, packs, recomputed)
     found = watched(cores, False, **BF16, **values)
-    note_times(report, f"{what}, {cores} cores", found.facts, tokens=1024 * step)
+    note_times(report, f"{what}, {cores} cores", found.facts, tokens=1024 * values["loop__packs_per_step"])
     assert all(math.isfinite(loss) for loss in found.results["losses"].tolist())
+
+
+# The first one changes nothing, and the others change one thing each: variables, settings.
+OPTIONS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "as shipped": ({}, {}),
+    "no asynchronous requests": ({"NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "0"}, {}),
+    "collectives numbered": ({"DISABLE_NUMERIC_CC_TOKEN": "0"}, {}),
+    "-O1": ({}, {"loop__optlevel": 1}),
+    "float32 products in tf32": ({}, {"loop__tf32": True}),
+    "infinity saturated": ({"NEURON_CC_FLAGS": "--enable-saturate-infinity"}, {}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_one_option_at_a_time(watched: Watch, report: Report, option: str) -> None:
+    """Show what each setting of the table is worth; the losses stay what they are within bf16's rounding."""
+    if not report.has_time(f"150M, {option}", MINUTES_OPTION):
+        pytest.skip("no time left: raise TRN1_MINUTES")
+    cores = 2 if REHEARSAL else neuron_cores()
+    values = twenty_steps("esm2_t30_150M", cores, tp=1, packs=1, recomputed=False)
+    shipped, found = (
+        watched(cores, False, variables, **BF16, **values, **changed)
+        for variables, changed in (OPTIONS["as shipped"], OPTIONS[option])
+    )
+    note_times(report, f"150M, {option}, {cores} cores", found.facts, tokens=1024 * values["loop__packs_per_step"])
+    apart = furthest(found.results["losses"], shipped.results["losses"])
+    report.add("right", f"150M, {option}: losses of 20 steps against the shipped settings'", f"{apart:.1e}", "<= 2e-02")
+    assert apart <= 0.02
+
+
+def twenty_steps(model: str, cores: int, tp: int, packs: int, recomputed: bool) -> dict[str, Any]:
+    """Return the settings of twenty steps of LoRA, so many packs of 1,024 tokens per core and pass, a pass per step."""
+    values = {"data__pack_tokens": 1024, "data__max_residues": 1022, "adapter__r": 16, "loop__max_steps": 20}
+    values |= {"loop__packs_per_step": cores // tp * packs, "loop__packs_per_device": packs, "parallel__tp": tp}
+    return values | {
+        "model__name": model, "model__gradient_checkpointing": recomputed, "parallel__pad_heads": tp > 1,
+    }  # fmt: skip
 
 
 def note_times(report: Report, what: str, facts: Any, tokens: int | None = None) -> None:
