@@ -211,7 +211,7 @@ def signalled_compiling(*moments: float) -> Callable[[], None]:
 STEP = ("esm_neuron.training.trainer:Trainer", "train_step", 6)
 EVALUATE = ("esm_neuron.training.evaluation", "forward", 7)
 """The second batch of the evaluation after step 6."""
-SAVE = ("esm_neuron.training.checkpoint", "save_file", 4)
+SAVE = ("esm_neuron.training.checkpoint", "save_tensors", 4)
 """The second file of the checkpoint of step 6."""
 XLA = {"backend": "xla"}
 

@@ -54,14 +54,14 @@ def arm(kill: Kill) -> None:
                 die()
             value = real(*args, **options)
             if now:
-                os.truncate(args[1], args[1].stat().st_size // 2)
+                os.truncate(args[0], args[0].stat().st_size // 2)
                 die()
             return value
 
         return wrapped
 
     if kill.kind == "write":
-        checkpoint.save_file = counted(checkpoint.save_file, cut=True)
+        checkpoint.save_tensors = counted(checkpoint.save_tensors, cut=True)
         for name in ("write_json", "prune"):  # called by nothing that reads
             setattr(checkpoint, name, counted(getattr(checkpoint, name)))
     elif kill.kind == "evaluate":

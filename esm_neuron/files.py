@@ -8,10 +8,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from esm_neuron.errors import ConfigError
 
@@ -60,6 +64,20 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write numpy arrays or torch tensors as safetensors; raise OSError where that fails, as other writes do."""
+    arrays = any(type(tensor).__module__.partition(".")[0] == "numpy" for tensor in tensors.values())
+    library = import_module("safetensors.numpy" if arrays else "safetensors.torch")
+    try:
+        library.save_file(dict(tensors), path, None if arrays else {"format": "pt"})
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from esm_neuron import __version__
 from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
 from esm_neuron.config.backends import spec_of
@@ -23,7 +21,6 @@ from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
 
 if TYPE_CHECKING:
-    from safetensors import torch as safetensors
     from torch import Tensor
 
     from esm_neuron import build
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
     from esm_neuron.models import hf_folder, lora
     from esm_neuron.models.hf_folder import BaseReference
 else:
-    safetensors, build = module("safetensors.torch"), module("esm_neuron.build")
+    build = module("esm_neuron.build")
     hf_folder, lora = module("esm_neuron.models.hf_folder"), module("esm_neuron.models.lora")
 
 logger = logging.getLogger(__name__)
@@ -181,11 +178,12 @@ def _check_adapter_config(folder: Path, built: Built) -> None:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter. Raise CheckpointError where they are damaged, or no finite floats."""
     path = folder / ADAPTER_WEIGHTS
-    try:
-        return safetensors.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); export it again") from error
+    saved = hf_folder.load_tensors(path, "export it again")
+    for key, tensor in saved.items():
+        hf_folder.check_values(str(path), key, tensor)
+    return saved
 
 
 def read_reference(folder: Path) -> BaseReference:

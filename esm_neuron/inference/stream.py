@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from esm_neuron.config import require
@@ -33,7 +32,7 @@ from esm_neuron.data.loader import prefetch
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.distributed import main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.files import claimed, new_file, write_json
+from esm_neuron.files import claimed, new_file, save_tensors, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -216,7 +215,7 @@ class Shards:
             if isinstance(predictions, pa.Table):
                 pq.write_table(predictions, aside)
             else:
-                save_file(predictions, aside)
+                save_tensors(aside, predictions)
 
     def join(self, count: int) -> int:
         """Write the output from shards 0 to `count` - 1, remove them, and return its number of rows or arrays."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.files import new_folder, read_json, sha256
+from esm_neuron.files import new_folder, read_json, save_tensors, sha256, write_json
 from esm_neuron.models.tensor_parallel import Index
 
 WEIGHTS = "model.safetensors"
@@ -97,16 +96,34 @@ def _no_weights(path: Path) -> str:
     return f"{path} holds neither {WEIGHTS} nor {INDEX}; give the folder that holds the weights"
 
 
-def open_safetensors(path: Path) -> Any:
+FETCH = "fetch or convert the checkpoint again"
+
+
+def open_safetensors(path: Path, cure: str = FETCH) -> Any:
     """Map the file. Raises CheckpointError where it is missing, truncated or no safetensors file."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; fetch or convert the checkpoint again")
+        raise CheckpointError(f"{path} is missing, or no file; {cure}")
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({one_line(error)}); {cure}") from error
+
+
+def load_tensors(path: Path, cure: str) -> dict[str, torch.Tensor]:
+    """Return all tensors of a file by name, as views of the mapped file. Raises as `open_safetensors` does."""
+    opened = open_safetensors(path, cure)
+    return {key: opened.get_tensor(key) for key in list(opened.keys())}
+
+
+def check_values(where: str, key: str, tensor: torch.Tensor) -> None:
+    """Raise CheckpointError unless `tensor` holds finite floats of at least 16 bits."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise CheckpointError(
-            f"{path} is damaged ({one_line(error)}); fetch or convert the checkpoint again"
-        ) from error
+            f"{where}: {key} is {tensor.dtype}, no float of 16 bits or more; use a checkpoint that is not quantized"
+        )
+    # the least and the largest value are NaN where any value is, and nothing is allocated for them
+    if tensor.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(tensor)):
+        raise CheckpointError(f"{where}: {key} holds NaN or infinity, so every prediction would; train or fetch it again")
 
 
 def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
@@ -115,9 +132,7 @@ def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
         weight_map = read_json(path)["weight_map"]
         pairs = list(weight_map.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is no index of shards ({one_line(error)}); fetch the checkpoint again"
-        ) from error
+        raise CheckpointError(f"{path} is no index of shards ({one_line(error)}); fetch the checkpoint again") from error
     files: dict[str, set[str]] = {}
     for key, file in pairs:  # an index from elsewhere must not make us read outside its folder
         if not isinstance(file, str) or not file.endswith(suffix) or Path(file).name != file or "\\" in file:
@@ -145,7 +160,7 @@ def fresh_folder(target: Path) -> Iterator[Path]:
     try:
         with new_folder(target) as aside:
             yield aside
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"cannot write {target} ({one_line(error)}); nothing of it was kept") from error
 
 
@@ -180,7 +195,7 @@ def _write_part(tensors: Mapping[str, torch.Tensor], folder: Path, number: int) 
         shared = owned.untyped_storage().data_ptr() in storages
         unshared[name] = owned.clone() if shared else owned
         storages.add(unshared[name].untyped_storage().data_ptr())
-    save_file(unshared, folder / f"part-{number}", metadata={"format": "pt"})
+    save_tensors(folder / f"part-{number}", unshared)
     return list(tensors)
 
 
@@ -194,8 +209,8 @@ def _name_parts(shards: list[list[str]], folder: Path, total: int) -> None:
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{number}").rename(folder / file)
         weight_map |= dict.fromkeys(keys, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
 
 
 def some(names: Iterable[str], most: int = 3) -> str:

@@ -141,27 +141,28 @@ def known_shape(model: str) -> EsmShape | None:
     return EsmShape.of(read_config(Path(model)))
 
 
-def esm_config(shape: EsmShape) -> EsmConfig:
-    """Return the configuration that the hub's ESM-2 of this shape has in its config.json."""
+def esm_config(shape: EsmShape, **fields: Any) -> EsmConfig:
+    """Return the configuration that the hub's ESM-2 of this shape has in its config.json, but for `fields`."""
     from esm_neuron.compat import EsmConfig  # imports torch
 
-    # Fields of the hub's files that transformers 5 does not declare, and keeps as they are.
-    more: dict[str, Any] = {"hidden_act": "gelu", "classifier_dropout": None}
-    return EsmConfig(
-        vocab_size=VOCABULARY_SIZE,
-        mask_token_id=MASK_TOKEN,
-        pad_token_id=PAD_TOKEN,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.02,
-        layer_norm_eps=1e-5,
-        position_embedding_type="rotary",
-        emb_layer_norm_before=False,
-        token_dropout=True,
-        **more,
-    )
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY_SIZE,
+        "mask_token_id": MASK_TOKEN,
+        "pad_token_id": PAD_TOKEN,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.intermediate,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-5,
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "token_dropout": True,
+        # fields of the hub's files that transformers 5 does not declare, and keeps as they are
+        "hidden_act": "gelu",
+        "classifier_dropout": None,
+    }
+    return EsmConfig(**{**values, **fields})

@@ -24,8 +24,8 @@ from esm_neuron.config import ModelConfig, require
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import read_json
 from esm_neuron.models.attention import ROTARY_BASE
-from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, one_line, some
-from esm_neuron.models.shapes import PAD_TOKEN, SHAPES, VOCABULARY_SIZE, EsmShape, esm_config, locate
+from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, check_values, one_line, some
+from esm_neuron.models.shapes import MASK_TOKEN, PAD_TOKEN, SHAPES, VOCABULARY_SIZE, EsmShape, esm_config, locate
 from esm_neuron.models.tensor_parallel import Index, Shard
 
 
@@ -172,30 +172,29 @@ def _download(cfg: ModelConfig) -> tuple[Path, str]:
 
 
 def read_config(folder: Path) -> EsmConfig:
-    """Read the ESM-2 configuration of a Hugging Face folder, running no code that it may point to.
+    """Read the ESM-2 configuration of a Hugging Face folder: the fields that we know, and no other.
 
-    Raise ConfigError where config.json is missing or unreadable, or describes something else than an ESM-2.
+    A field that we do not know can change what is computed, or name code (`auto_map`, `_attn_implementation`) that
+    transformers fetches and runs. Raise ConfigError where config.json is missing or unreadable, or describes something
+    else than an ESM-2.
     """
     path = folder / "config.json"
     try:
         raw = read_json(path)
-        model_type = raw.pop("model_type", None)  # a classifier of this package has its own; its encoder is equal
-        # It names Python code beside the weights, which is never run here.
-        raw.pop("auto_map", None)
-        said: dict[str, Any] = {**EsmConfig().to_dict(), **raw}
+        said: dict[str, Any] = {**EsmConfig().to_dict(), **_IMPLIED, "model_type": None, **raw}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise _unreadable(path, error) from error
     # Checked before transformers sees them: its version 5 refuses a wrong type in words of its own.
     facts: list[tuple[str, object, object]] = [
-        ("model_type", model_type, "esm" if model_type != "esm_neuron" else model_type),
+        # a classifier of this package has a type of its own; its encoder is equal
+        ("model_type", said["model_type"], "esm" if said["model_type"] != "esm_neuron" else "esm_neuron"),
         ("position_embedding_type", said["position_embedding_type"], "rotary"),
         ("vocab_size", said["vocab_size"], VOCABULARY_SIZE),
         ("pad_token_id", said["pad_token_id"], PAD_TOKEN),
-        ("emb_layer_norm_before", bool(said["emb_layer_norm_before"]), False),
-        ("is_folding_model", said["is_folding_model"], False),
-        # What EsmConfig saves by itself leaves these two out, and transformers 4 knows no other value of them.
-        ("hidden_act", said.get("hidden_act", "gelu"), "gelu"),
-        ("rope_theta", said.get("rope_theta", ROTARY_BASE), ROTARY_BASE),
+        ("mask_token_id", MASK_TOKEN if said["mask_token_id"] is None else said["mask_token_id"], MASK_TOKEN),
+        *((name, bool(said[name]), False) for name in ("emb_layer_norm_before", "is_folding_model", "is_decoder")),
+        ("hidden_act", said["hidden_act"], "gelu"),
+        ("rope_theta", said["rope_theta"], ROTARY_BASE),
     ]
     for name, value, esm2 in facts:
         require(value == esm2, f"{path} is not of an ESM-2: {name} is {value!r}, must be {esm2!r}; use an ESM-2 model")
@@ -204,13 +203,17 @@ def read_config(folder: Path) -> EsmConfig:
         kinds, what = ((int,), "a whole number, ") if isinstance(low, int) else ((int, float), "")
         fits = type(value) in kinds and low <= value <= high
         require(fits, f"{path}: {name} is {value!r}, must be {what}{low} to {high}; use an ESM-2 model")
+    for name, values in _CHOICES.items():
+        require(said[name] in values, f"{path}: {name} is {said[name]!r}, must be one of {values}; use an ESM-2 model")
+    hidden, heads = said["hidden_size"], said["num_attention_heads"]
+    require(hidden % (2 * heads) == 0, f"{path}: hidden_size {hidden} is no even multiple of {heads} attention heads")
+    shape = EsmShape(
+        layers=said["num_hidden_layers"], hidden=hidden, heads=heads, intermediate=said["intermediate_size"]
+    )
     try:
-        config = EsmConfig.from_dict(raw)
+        return esm_config(shape, **{name: said[name] for name in _KEPT if name in raw or name not in _OF_A_HEAD})
     except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise _unreadable(path, error) from error
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    require(hidden % (2 * heads) == 0, f"{path}: hidden_size {hidden} is no even multiple of {heads} attention heads")
-    return config
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:
@@ -218,16 +221,34 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path} cannot be read ({one_line(error)}); {cure}")
 
 
+_IMPLIED = {
+    "hidden_act": "gelu", "rope_theta": ROTARY_BASE, "is_decoder": False, "tie_word_embeddings": True,
+    "problem_type": None, "target_mean": 0.0, "target_sd": 1.0,
+}  # fmt: skip
+"""Values of fields that a config.json may leave out and that EsmConfig does not have in each version."""
+_OF_A_HEAD = ("id2label", "problem_type", "target_mean", "target_sd")
+_KEPT = (
+    "max_position_embeddings", "initializer_range", "layer_norm_eps", "token_dropout", "tie_word_embeddings",
+    *_OF_A_HEAD,
+)  # fmt: skip
+"""Fields that are taken from a config.json besides its sizes."""
 _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("num_hidden_layers", 1, 1_000),
     ("hidden_size", 2, 1 << 16),
     ("num_attention_heads", 1, 1 << 10),
     ("intermediate_size", 1, 1 << 18),
-    ("max_position_embeddings", 1, 1 << 24),
+    ("max_position_embeddings", 1, 1 << 20),
     ("initializer_range", 0.0, 10.0),
     ("layer_norm_eps", 0.0, 1.0),
+    ("target_mean", -1e300, 1e300),
+    ("target_sd", 1e-300, 1e300),
 )
 """What a config.json can ask for, far more than any ESM-2: whole numbers, or others where the bounds are floats."""
+_CHOICES: dict[str, list[object]] = {
+    "token_dropout": [True, False],
+    "tie_word_embeddings": [True, False],
+    "problem_type": [None, "regression", "single_label_classification", "multi_label_classification"],
+}
 
 
 @dataclass(frozen=True)
@@ -380,10 +401,7 @@ def _part(
 
 def _read(source: WeightSource, key: str, part: Shard | None) -> Tensor:
     tensor = source.read(key) if part is None else part.read(lambda index: source.read(key, index))
-    _require(
-        tensor.is_floating_point(),
-        f"{source.name}: {key} is {tensor.dtype}, no float; use a checkpoint that is not quantized",
-    )
+    check_values(source.name, key, tensor)
     return tensor
 
 

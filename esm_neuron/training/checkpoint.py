@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
 from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import new_folder, read_json, sha256, write_json
+from esm_neuron.files import new_folder, read_json, save_tensors, sha256, write_json
+from esm_neuron.models.hf_folder import load_tensors
 from esm_neuron.run_dir import PASSED_OVER
 
 logger = logging.getLogger(__name__)
@@ -224,12 +223,12 @@ def save(root: Path, snapshot: Snapshot) -> Path:
     try:
         with new_folder(folder) as aside:
             for name in TENSORS:
-                save_file(getattr(snapshot, name), aside / f"{name}.safetensors")
+                save_tensors(aside / f"{name}.safetensors", getattr(snapshot, name))
             write_json(aside / "state.json", asdict(snapshot.state))
             # The manifest comes last and lists all files before it: without it, a folder is no checkpoint.
             files = {f.name: {"sha256": sha256(f), "bytes": f.stat().st_size} for f in sorted(aside.iterdir())}
             write_json(aside / MANIFEST, {"version": VERSION, "step": snapshot.state.step, "files": files})
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot write the checkpoint ({error}); free space or fix permissions, then go on with "
             "--checkpoint.resume auto"
@@ -241,14 +240,14 @@ def load(folder: Path) -> Snapshot:
     """Read a checkpoint back after checking every file against the manifest."""
     verify(folder)
     try:
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
+        tensors = {name: load_tensors(folder / f"{name}.safetensors", "delete its folder") for name in TENSORS}
         state = TrainState(**read_json(folder / "state.json"))
         # JSON carries no types of ours, and a wrong one would fail much later, in the middle of training.
         kinds = {f.name: type(getattr(TrainState(), f.name)) for f in fields(TrainState)}
         wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
         if wrong or step_folder(folder.parent, state.step) != folder:
             raise ValueError(f"state.json: no valid {wrong[0] if wrong else 'step'}")
-    except (OSError, SafetensorError, ValueError, TypeError) as error:  # whole by its manifest, yet not ours
+    except (OSError, ValueError, TypeError) as error:  # whole by its manifest, yet not ours
         raise CheckpointError(f"{folder}: cannot be read ({error}); delete the folder") from error
     return Snapshot(state=state, **tensors)
 

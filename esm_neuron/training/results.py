@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from esm_neuron.build import Built, model_config
 from esm_neuron.compat import EsmConfig, PeftModel, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
-from esm_neuron.files import new_folder, write_json
+from esm_neuron.files import new_folder, save_tensors, write_json, write_text
 from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head
 from esm_neuron.models.hf_folder import write_shards
@@ -51,7 +50,7 @@ def write_model(model: nn.Module, config: EsmConfig, folder: Path, card: str = "
         _write_config(model, config, aside)
         hf_tokenizer().save_pretrained(str(aside))
         if card:
-            (aside / CARD).write_text(card, encoding="utf-8")
+            write_text(aside / CARD, card)
 
 
 def _as_published(state: Mapping[str, Tensor], config: EsmConfig) -> Iterator[tuple[str, Tensor]]:
@@ -70,7 +69,7 @@ def _write_config(model: nn.Module, config: EsmConfig, folder: Path) -> None:
     name = type(model).__name__
     saved.architectures = [name.replace("Packed", "Esm") if saved.model_type == "esm" else name]
     saved.dtype = "float32"
-    saved.to_json_file(folder / "config.json", use_diff=False)
+    write_text(folder / "config.json", saved.to_json_string(use_diff=False))
 
 
 def write_results(
@@ -107,8 +106,8 @@ def write_results(
     if lora.task_type is None:  # AutoPeftModel then asks for the class
         lora.auto_mapping = {"base_model_class": task.auto_class, "parent_library": "transformers"}
     with new_folder(out / ADAPTER) as aside:
-        save_file({saved_key(n): t.contiguous() for n, t in trained.items()}, aside / ADAPTER_WEIGHTS, {"format": "pt"})
+        save_tensors(aside / ADAPTER_WEIGHTS, {saved_key(n): t.contiguous() for n, t in trained.items()})
         lora.save_pretrained(str(aside))
         write_json(aside / REFERENCE, asdict(reference))
-        (aside / CARD).write_text(model_card(cfg, result, reference, "adapter"), encoding="utf-8")
+        write_text(aside / CARD, model_card(cfg, result, reference, "adapter"))
     return out / ADAPTER
