@@ -6,6 +6,7 @@ imported inside the functions, so that `--help` and a wrong flag are answered at
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gc
 import inspect
@@ -28,7 +29,7 @@ from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, 
 from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.threads import set_threads
 from esm_neuron.errors import ConfigError, EsmNeuronError
-from esm_neuron.redact import RedactedRecord, RedactingFormatter, redact
+from esm_neuron.redact import Lines, RedactedRecord, RedactingFormatter, shown
 from esm_neuron.training.signals import EXIT_STOPPED
 
 RunFolder = Annotated[Path, "output folder of a training run"]
@@ -68,7 +69,7 @@ def evaluate(
     from esm_neuron.inference.evaluate import evaluate as run_evaluation
 
     found = run_evaluation(model, input, output, backend, log, overrides)
-    _on_main(print, json.dumps(found, indent=2))
+    _on_main(show, as_json(found))
     return 0
 
 
@@ -144,7 +145,7 @@ def score(
     )
     _on_main(log, f"{found['rows']} scores written to {output}")
     if score_column:
-        _on_main(print, json.dumps(found, indent=2))
+        _on_main(show, as_json(found))
     return 0
 
 
@@ -215,7 +216,7 @@ def plan(
         lines.append(cost.render(estimates, price_list, asked, market))
         if price_list.instances[asked].kind == "neuron":
             lines += cost.explain_trn1(cfg, made, shape, price_list, estimates, asked, market)
-    print(json.dumps(values, indent=2) if json_ else "\n".join(lines))
+    show(as_json(values) if json_ else Lines("\n".join(lines)))
     return 0
 
 
@@ -251,7 +252,7 @@ def doctor(
 
         cfg = read_config(config)
     found = examine(cfg, [backend] if backend else BACKENDS)
-    print(json.dumps(asdict(found), indent=2) if json_ else render(found))
+    show(as_json(asdict(found)) if json_ else render(found))
     return 1 if backend and found.lacks[backend] else 0
 
 
@@ -285,7 +286,7 @@ def data_check(
     require(kind is not None or not label_column, f"--task {task} reads no labels; leave out --label_column")
     labels = kind(TaskConfig(name=task), cfg.label_column) if label_column and kind else None
     found = check_file(file, cfg, labels, None if homologs == "off" else homologs)
-    print(json.dumps(asdict(found), indent=2) if json_ else found.render())
+    show(as_json(asdict(found)) if json_ else found.render())
     return 1 if found.faults else 0
 
 
@@ -365,9 +366,20 @@ def call(name: str, words: Sequence[str]) -> int:
 
 
 def log(line: str) -> None:
-    """Write one line for a person to stderr, without secrets, in one write."""
-    sys.stderr.write(redact(line) + "\n")
-    sys.stderr.flush()
+    """Write a line for a person to stderr, see `redact.shown`, in one write."""
+    with contextlib.suppress(OSError):  # a reader that went away, or a full disk, ends no work
+        sys.stderr.write(shown(line) + "\n")
+        sys.stderr.flush()
+
+
+def show(text: str) -> None:
+    """Print what a command was asked for, see `redact.shown`."""
+    print(shown(text))
+
+
+def as_json(value: object) -> Lines:
+    """Return a value as indented JSON, whose strings hold no control character and no letter beyond ASCII."""
+    return Lines(json.dumps(value, indent=2))
 
 
 def _on_main(write: Callable[[str], None], text: str) -> None:
@@ -384,7 +396,7 @@ def _usage() -> str:
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show a traceback without secrets, as `sys.excepthook`."""
-    log("".join(traceback.format_exception(kind, error, trace)).rstrip())
+    log(Lines.of("".join(traceback.format_exception(kind, error, trace)).rstrip().split("\n")))
 
 
 def show_failure(failed: threading.ExceptHookArgs) -> None:
@@ -411,7 +423,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout at its end, and would complain
         return 128 + signal.SIGPIPE
     except EsmNeuronError as error:
-        log(f"esm-neuron: error: {error}")
+        text = error.args[0] if error.args else ""
+        head = "esm-neuron: error: "
+        log(Lines(head + text) if isinstance(text, Lines) else f"{head}{error}")
         return error.exit_code
     except OSError as error:  # a disk that is full, a folder that cannot be written
         log(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")

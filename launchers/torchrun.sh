@@ -113,7 +113,8 @@ fi
 
 if [[ -n $dry_run ]]; then
   env | sed -n '/^FI_/p; /^MALLOC_ARENA_MAX=/p' | sort
-  printf '%q ' "${command[@]}"
+  printf '%q ' "${command[@]}" | # passwords of URLs left out
+    sed -E -e 's#(:/{1,2})[^/@[:space:]]+@#\1***@#g' -e 's#(:/{1,2})[^/:[:space:]]+:[^[:space:]]+@#\1***@#g'
   echo
   exit
 fi

@@ -29,6 +29,10 @@ RANGES: dict[tuple[float, float], str] = {
 }
 """(Least value, largest value) -> the settings that have this range."""
 
+PLACES = ("output", "model.name", "model.revision", "data.train", "data.valid", "data.test", "data.cache")
+"""Settings that name a place, where a URL can bring a password. The others hold names of columns and classes, which are
+data: they may look like anything, and are saved as they are."""
+
 
 def check_backend(cfg: TrainConfig) -> None:
     """Raise ConfigError where the backend cannot do what the configuration asks for."""
@@ -86,7 +90,15 @@ def check_values(cfg: TrainConfig) -> None:
     """Check what `validate` checks, for a configuration without training data."""
     check_backend(cfg)
     for name, text in _texts("", asdict(cfg)):
-        _check_text(name, text)
+        sound = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+        require(sound, f"{name}={text[:60]!r} has a zero byte or half a surrogate pair; remove it")
+    for name in PLACES:
+        text = attrgetter(name)(cfg) or ""
+        require(
+            redact(text) == text,
+            f"{name}={redact(text)[:100]!r} holds a secret, and settings are saved and shown; name a file, or a hub id "
+            "with the token in the environment variable HF_TOKEN",
+        )
     require(
         cfg.data.max_residues + 2 <= cfg.data.pack_tokens,
         f"data.max_residues={cfg.data.max_residues} and 2 special tokens do not fit a pack of "
@@ -123,14 +135,3 @@ def _texts(name: str, value: object) -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _texts(name, item)
-
-
-def _check_text(name: str, text: str) -> None:
-    """Refuse text that no file can hold, and secrets: settings are written to config.yaml, model cards and reports."""
-    sound = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
-    require(sound, f"{name}={redact(text)[:60]!r} has a zero byte or half a surrogate pair; remove it")
-    require(
-        redact(text) == text,
-        f"{name}={redact(text)[:100]!r} holds a secret, and settings are saved and shown; name a file, or a hub id "
-        "with the token in the environment variable HF_TOKEN",
-    )

@@ -15,6 +15,7 @@ from esm_neuron.data.labels import Labels, flatten
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import UNK, VOCABULARY, encode_many
 from esm_neuron.data.validation import Checker, conflicting, text_hashes
+from esm_neuron.redact import Lines
 
 SHOWN = 20
 """Labels that the text names."""
@@ -84,7 +85,7 @@ class Check:
                 has_homolog = f"homologs not looked for{many}"
             lines.append(f"leaks: {name}: of {leak.rows} proteins {leak.in_train} are in training, {has_homolog}")
         lines.append(f"faults: {self.faults}" if self.faults else "faults: none")
-        return "\n".join([*lines, *(f"  {fault}" for fault in self.first_faults)])
+        return Lines.of([*lines, *(f"  {fault}" for fault in self.first_faults)])
 
 
 def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method | None) -> Check:

@@ -28,6 +28,7 @@ from esm_neuron.data.sources import CHUNK_ROWS, check_columns, filter_column, re
 from esm_neuron.data.tokenizer import VOCABULARY
 from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
 from esm_neuron.errors import DataError
+from esm_neuron.redact import Lines
 
 SPLITS = ("train", "valid", "test")
 _SHOWN = 10
@@ -64,7 +65,7 @@ class Splits:
 
     def summary(self) -> str:
         """Return what was read, left out, changed and shared between splits: a line per file and per split."""
-        return "\n".join(report.summary() for report in self.reports)
+        return Lines.of(report.summary() for report in self.reports)
 
 
 def check_files(cfg: DataConfig, labels: type[Labels] | None) -> None:

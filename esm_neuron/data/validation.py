@@ -19,6 +19,7 @@ from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
 from esm_neuron.errors import DataError
 from esm_neuron.files import write_text
+from esm_neuron.redact import Lines
 
 MOST_LISTED = 20
 """Problems that an error lists; the rest is counted."""
@@ -93,8 +94,8 @@ class Problems:
         if self.total == 1:
             raise DataError(self.first[0])
         if self.total:
-            shown = f"the first {len(self.first)}" if self.total > len(self.first) else "all listed"
-            raise DataError("\n  ".join([f"{self.source}: {self.total} problems ({shown}):", *self.first]))
+            which = f"the first {len(self.first)}" if self.total > len(self.first) else "all listed"
+            raise DataError(Lines.of([f"{self.source}: {self.total} problems ({which}):", *self.first], "  "))
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,9 @@ def check_values(where: str, key: str, tensor: torch.Tensor) -> None:
         )
     # the least and the largest value are NaN where any value is, and nothing is allocated for them
     if tensor.numel() and not all(math.isfinite(float(bound)) for bound in torch.aminmax(tensor)):
-        raise CheckpointError(f"{where}: {key} holds NaN or infinity, so every prediction would; train or fetch it again")
+        raise CheckpointError(
+            f"{where}: {key} holds NaN or infinity, so every prediction would; train or fetch it again"
+        )
 
 
 def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
@@ -132,7 +134,9 @@ def read_index(path: Path, suffix: str) -> dict[str, set[str]]:
         weight_map = read_json(path)["weight_map"]
         pairs = list(weight_map.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no index of shards ({one_line(error)}); fetch the checkpoint again") from error
+        raise CheckpointError(
+            f"{path} is no index of shards ({one_line(error)}); fetch the checkpoint again"
+        ) from error
     files: dict[str, set[str]] = {}
     for key, file in pairs:  # an index from elsewhere must not make us read outside its folder
         if not isinstance(file, str) or not file.endswith(suffix) or Path(file).name != file or "\\" in file:

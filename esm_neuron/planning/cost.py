@@ -24,6 +24,7 @@ from esm_neuron.models.tensor_parallel import in_block
 from esm_neuron.planning.memory import predict_memory
 from esm_neuron.planning.plan import RunPlan, halve
 from esm_neuron.planning.trn1 import host_seconds, instructions, softmax_seconds
+from esm_neuron.redact import Lines
 
 GIB = 2**30
 EXAMPLE = "esm_neuron/planning/instances.yaml"
@@ -227,7 +228,7 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
         fit = [e for e in made if e.instance == name != asked and e.refused is None]
         if fit:
             lines.append(_row(min(fit, key=lambda e: e.hours if e.dollars is None else e.dollars)))
-    return "\n".join(lines)
+    return Lines.of(lines)
 
 
 def explain_trn1(

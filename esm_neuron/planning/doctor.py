@@ -17,6 +17,7 @@ from esm_neuron.backends.neuron_sdk import LAST, PACKAGES, host_versions
 from esm_neuron.backends.survey import Lack, Survey
 from esm_neuron.config import TrainConfig
 from esm_neuron.config.backends import BACKENDS
+from esm_neuron.redact import Lines
 
 SHOWN = ("esm-neuron", "torch", "torch_xla", "transformers", "peft", "bitsandbytes", "optimum-neuron", *PACKAGES)
 
@@ -129,4 +130,4 @@ def render(diagnosis: Diagnosis) -> str:
     for name, missing in diagnosis.lacks.items():
         lines.append(f"  {name:<20} {'lacks' if missing else 'can run here'}")
         lines += [f"      {lack.what}; {lack.cure}" for lack in missing]
-    return "\n".join(lines)
+    return Lines.of(lines)

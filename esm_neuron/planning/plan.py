@@ -18,6 +18,7 @@ from esm_neuron.data.splits import Splits
 from esm_neuron.models.shapes import EsmShape, known_shape
 from esm_neuron.planning.memory import Memory, predict_memory
 from esm_neuron.planning.memory import render as render_memory
+from esm_neuron.redact import Lines
 
 SHORTEST = 256
 """Tokens of the shortest pack that `halve` proposes."""
@@ -158,11 +159,11 @@ def render(plan: RunPlan) -> str:
         + ", ".join(f"{number} {phase}" for phase, number in plan.graphs_by_phase.items()),
     ]
     if plan.tensor_parallel is None or plan.memory is None or plan.memory_turned is None:
-        return "\n".join([*lines, "parallel.tp and memory: the model's shape is not known before it is downloaded"])
+        return Lines.of([*lines, "parallel.tp and memory: the model's shape is not known before it is downloaded"])
     lines += render_memory(plan.memory, plan.memory_turned)
     legal = plan.tensor_parallel
     lines.append(f"parallel.tp for {legal.heads} heads: {_list(legal.degrees)}; with pad_heads: {_list(legal.padded)}")
-    return "\n".join([*lines, *(f"  on {name}: {_list(tp)}" for name, tp in legal.instances.items())])
+    return Lines.of([*lines, *(f"  on {name}: {_list(tp)}" for name, tp in legal.instances.items())])
 
 
 def _epoch(cfg: TrainConfig, lengths: np.ndarray, devices: int) -> Epoch:

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import finite, write_text
+from esm_neuron.redact import shown
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -79,11 +80,12 @@ class ProgressConsole(Callback):
             self.bar = None
 
     def _write(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(line, file=self.stream)
-            return
-        self.stream.write(line + "\n")
-        self.stream.flush()
+        with suppress(OSError):  # a reader that went away, or a full disk, ends no training
+            if self.bar is not None:
+                self.bar.write(shown(line), file=self.stream)
+                return
+            self.stream.write(shown(line) + "\n")
+            self.stream.flush()
 
     def _eta(self, step: int, total: int) -> float:
         """Return the seconds left. The first interval includes compilation, so later estimates leave it out."""

@@ -25,6 +25,7 @@ from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_r
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import claimed, finite, write_json, write_text
 from esm_neuron.models.shapes import SHAPES, locate
+from esm_neuron.redact import Lines
 from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
 from esm_neuron.tasks import check_task, create_task, task_class
 from esm_neuron.tasks.base import Task
@@ -296,7 +297,7 @@ def describe(cfg: TrainConfig, built: Built) -> str:
         lines.append(built.head)
     if drawn:
         lines.append(f"newly initialized from seed {cfg.seed}: {', '.join(drawn)}")
-    return "\n".join(lines)
+    return Lines.of(lines)
 
 
 def _write_settings(cfg: TrainConfig, splits: Splits) -> None:

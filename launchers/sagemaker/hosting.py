@@ -25,7 +25,7 @@ from esm_neuron.errors import EsmNeuronError
 from esm_neuron.files import write_text
 from esm_neuron.inference.export import export
 from esm_neuron.inference.load import move_to
-from esm_neuron.redact import redact
+from esm_neuron.redact import shown
 from esm_neuron.run_dir import CONFIG, MODEL
 
 TORCH = "torch==2.8.*"
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         args = parser.parse_args(argv)
         pack(args.model, args.output, args.backend)
     except EsmNeuronError as error:
-        sys.stderr.write(redact(f"hosting.py: error: {error}\n"))
+        sys.stderr.write(shown(f"hosting.py: error: {error}") + "\n")
         return error.exit_code
     return 0
 

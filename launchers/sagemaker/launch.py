@@ -25,7 +25,7 @@ from job import Job
 from jsonargparse import ArgumentParser
 
 from esm_neuron.errors import ConfigError, EsmNeuronError
-from esm_neuron.redact import redact
+from esm_neuron.redact import redact, shown
 
 
 def parse(argv: Sequence[str]) -> tuple[Job, argparse.Namespace]:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             request = submit(job, Path(folder), dry=how.dry_run, wait=how.wait)
     except EsmNeuronError as error:
-        sys.stderr.write(redact(f"launch.py: error: {error}\n"))
+        sys.stderr.write(shown(f"launch.py: error: {error}") + "\n")
         return error.exit_code
     print(redact(json.dumps(request, indent=2)) if how.dry_run else f"{job.name}: checkpoints in {job.checkpoint_uri}")
     return 0
