@@ -1,4 +1,9 @@
-"""Write files that are either whole or not there: write aside, flush to the disk, rename."""
+"""The one door to the disk: read with bounds, written whole or not at all, and nothing replaced that is not ours.
+
+What is written goes aside, is flushed to the disk, and is renamed. A folder that commands write to keeps a ledger of
+what they wrote there; a name that is not in it belongs to somebody else, and is refused before work starts. No other
+module opens files to write, deletes folders, or decodes JSON: `tests/unit/test_doors.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +24,98 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from esm_neuron.errors import ConfigError
+
+MANIFEST = "manifest.json"
+"""In a folder that is made whole (a checkpoint, cached data, shards): what is in it."""
+LEDGER = ".esm-neuron.json"
+"""In a folder that commands write to: the names that they wrote there."""
+
+# --- reading
+
+JSON_LIMIT = 1 << 26
+"""Largest JSON file in bytes that is read whole; our own have a few megabytes at most."""
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Return the value that a JSON text is; raise ValueError where it is none, or nests too deeply."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
+    """Return the content of a regular file. Raise OSError where it cannot be read, ValueError where it is too large."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"more than {limit} bytes")
+    return content
+
+
+def read_json(path: Path, form: Any = object) -> Any:
+    """Return the value in a JSON file, which must have the `form`, see `misfit`.
+
+    Raise OSError or ValueError where it is not readable, too large, not JSON, or has another form.
+    """
+    value = parse_json(read_bytes(path))
+    if wrong := misfit(value, form):
+        raise ValueError(wrong)
+    return value
+
+
+class Each:
+    """The form of an object whose keys may be any, and whose values have the form `of`."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+
+NUMBER = (int, float)
+NOTHING = type(None)
+
+
+def misfit(value: Any, form: Any, name: str = "the value") -> str:
+    """Return what is wrong with a value of JSON, "" where it has the `form`.
+
+    A form is a type or several; a list with the form of each entry; `Each`; or a dict, whose keys must all be there, or
+    may be missing where they end in `?`. Keys that it does not name may be there.
+    """
+    if isinstance(form, (dict, Each)):
+        if not isinstance(value, dict):
+            return f"{name} is no JSON object"
+        if isinstance(form, Each):
+            return next(filter(None, (misfit(item, form.of, f"{name}.{key}") for key, item in value.items())), "")
+        for key, inner in form.items():
+            plain = key.removesuffix("?")
+            if plain not in value and plain == key:
+                return f"{name} has no {key}"
+            if plain in value and (wrong := misfit(value[plain], inner, plain)):
+                return wrong
+        return ""
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{name} is no list"
+        return next(filter(None, (misfit(item, form[0], f"{name}[{at}]") for at, item in enumerate(value))), "")
+    kinds = form if isinstance(form, tuple) else (form,)
+    fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds or object in kinds)
+    return "" if fits else f"{name} is {str(value)[:60]!r}"
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    if path.exists() and not path.is_file():
+        raise OSError(0, "not a regular file", str(path))
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+# --- writing
 
 
 def fsync(path: Path) -> None:
@@ -29,17 +127,58 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+@cache
+def _here() -> str:
+    """Return a short name of this machine and its processes' numbering, which a container has of its own."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:6]
+    return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:6]
+
+
+def _aside(path: Path) -> Path:
+    """Return where to write what will be `path`, after removing what killed processes left there."""
+    name = path.name if len(os.fsencode(path.name)) < 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    left = re.compile(rf"\.{re.escape(name)}\.{_here()}-(\d+)(-old)?\.tmp")
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(path.parent)):
+            found = left.fullmatch(entry.name)
+            if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+                if found[2] and not os.path.lexists(path):  # killed between two renames
+                    os.rename(entry.path, path)
+                remove(Path(entry.path))
+    return path.with_name(f".{name}.{_here()}-{os.getpid()}.tmp")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link but not what it leads to; nothing is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path to write; the file replaces `path` if the block succeeds, and is removed if it fails."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = _aside(path)
     try:
         yield aside
         fsync(aside)
         aside.replace(path)
         fsync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,6 +194,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace the content of `path` by `value` as indented JSON; NaN is refused, because JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line to a file; an error of the file system names it."""
+    try:
+        # Buffered: an unbuffered write to a full disk may write half a line and report no error.
+        with path.open("ab") as file:
+            file.write(f"{text}\n".encode())
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def finite(value: Any) -> Any:
@@ -82,11 +232,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; it replaces `path` if the block succeeds, and is removed if it fails."""
+    """Yield a folder to fill; it replaces `path` if the block succeeds, and is removed if it fails.
+
+    Raise ConfigError where `path` holds what we did not write. In a folder with a ledger, its files are noted there.
+    """
+    check_ours(path.parent, [path.name])
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(path)
     aside.mkdir()
+    old = aside.with_name(f"{aside.name[:-4]}-old.tmp")
     try:
         yield aside
         # Contents first, then the folder, then the rename: after a crash the name leads to everything or to nothing
@@ -94,38 +248,73 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in aside.iterdir():
             fsync(file)
         fsync(aside)
-        shutil.rmtree(path, ignore_errors=True)
-        aside.replace(path)
+        if (path.parent / LEDGER).is_file():
+            note(path.parent, [f"{path.name}/{file.relative_to(aside).as_posix()}" for file in _files(aside)])
+        if os.path.lexists(path):
+            path.rename(old)
+        aside.rename(path)
         fsync(path.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, old):
+            with contextlib.suppress(OSError):
+                remove(left)
 
 
-JSON_LIMIT = 1 << 26
-"""Largest JSON file in bytes that is read whole; our own have a few megabytes at most."""
+# --- whose it is
 
 
-def read_json(path: Path) -> Any:
-    """Return the value in a JSON file. Raise OSError or ValueError where it is not readable, too large or not JSON."""
-    if path.exists() and not path.is_file():
-        raise ValueError("not a regular file")
-    with path.open("rb") as file:
-        content = file.read(JSON_LIMIT + 1)
-    if len(content) > JSON_LIMIT:
-        raise ValueError(f"more than {JSON_LIMIT} bytes")
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield what is below a folder and is no folder itself, links to folders included."""
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        yield from (Path(place, name) for name in (*files, *links))
+
+
+def check_ours(folder: Path, names: Iterable[str]) -> None:
+    """Raise ConfigError where `folder` has one of `names` and we did not write it: we are about to replace it.
+
+    Ours is what the ledger of the folder names, a folder with a manifest, and an empty folder.
+    """
+    ledger = None
+    for name in names:
+        path = folder / name
+        if not os.path.lexists(path) or (path.is_dir() and (path / MANIFEST).is_file()):
+            continue
+        if ledger is None:
+            ledger = _ledger(folder)
+        for file in [path] if path.is_symlink() or not path.is_dir() else _files(path):
+            if file.relative_to(folder).as_posix() not in ledger:
+                raise ConfigError(
+                    f"{file} is in the way: esm-neuron would replace it, and did not write it; move it, or choose "
+                    "another output"
+                )
+
+
+def _ledger(folder: Path) -> set[str]:
     try:
-        return json.loads(content)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        return set(read_json(folder / LEDGER, {"wrote": [str]})["wrote"])
+    except (OSError, ValueError):
+        return set()
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+def note(folder: Path, names: Iterable[str]) -> None:
+    """Note in the ledger of `folder` names that we write there, `folder/file` for those of a folder in it."""
+    write_json(folder / LEDGER, {"wrote": sorted(_ledger(folder) | set(names))})
+
+
+def check_apart(option: str, target: Path, inputs: Mapping[str, Path | str | None]) -> None:
+    """Raise ConfigError where an output is one of the inputs, by this name, a link or another spelling.
+
+    Each of `inputs` is named by its option; nothing may be written into an input that is a folder.
+    """
+    place = target.resolve()
+    for name, given in inputs.items():
+        if given is None or not os.path.exists(given):
+            continue
+        source = Path(given).resolve()
+        same = place == source or (source.is_dir() and source in place.parents)
+        if same or (target.exists() and os.path.samefile(target, source)):
+            raise ConfigError(f"{option} {target} would replace what {name} {given} names or holds; name another file")
 
 
 def flock(lock: IO[str], operation: int, what: str) -> None:
@@ -141,12 +330,17 @@ def flock(lock: IO[str], operation: int, what: str) -> None:
         ) from error
 
 
+def open_lock(path: Path) -> IO[str]:
+    """Open a file to lock, made if it is not there; what it holds stays, and a link is refused."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Lock `folder` until the block ends or the process dies; raise ConfigError where another process uses it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = open_lock(folder / ".lock")
     except OSError as error:
         raise ConfigError(f"output={folder} cannot be written ({error.strerror}); choose another --output") from error
     with lock:

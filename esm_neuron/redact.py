@@ -20,24 +20,20 @@ HIDDEN = "***"
 MOST = 4_000
 """Most characters of a line that are shown: its beginning and its end."""
 
-# Each begins at `:/`, since pathlib makes one slash of two, and ends before the next, so no character is looked at twice.
+# Each begins at `:/` (pathlib makes one slash of two) and ends before the next, so no character is looked at twice.
 _URL = re.compile(r":/{1,2}(?:(?!:/)[^\s'\"<>])+")
 _IN_URL = (
     re.compile(r"\A(?P<keep>:/{1,2})[^/]+(?=@)"),
     re.compile(r"\A(?P<keep>:/{1,2})[^/:]+:(?!\d+/).+(?=@)"),  # a password may hold a slash; host:port/path@x is none
-    re.compile(
-        r"(?P<keep>[?&;](?:x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|signature|sig|"
-        r"(?:[a-z]+[-_])?(?:token|key|secret|password))=)[^&;]+",
-        re.IGNORECASE,
-    ),
+    re.compile(r"(?P<keep>[?&;](?:signature|sig|(?:[a-z]+[-_])?(?:token|key|secret|password))=)[^&;]+", re.IGNORECASE),
 )
 _VARIABLES = (
     "HF_TOKEN|HUGGING_FACE_HUB_TOKEN|HUGGINGFACE_TOKEN|WANDB_API_KEY|GITHUB_TOKEN|GH_TOKEN|OPENAI_API_KEY|"
     "AWS_SECRET_ACCESS_KEY|AWS_SESSION_TOKEN|AZURE_STORAGE_KEY|AccountKey|SharedAccessSignature|PGPASSWORD|"
-    "MYSQL_PWD|KAGGLE_KEY"
+    "MYSQL_PWD|KAGGLE_KEY|X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId"
 )
 _FORMS = (
-    re.compile(rf"(?P<keep>\b(?:{_VARIABLES})['\"]?\s*[=:]\s*['\"]?)[^\s;,'\"]+", re.IGNORECASE),
+    re.compile(rf"(?P<keep>\b(?:{_VARIABLES})['\"]?\s*[=:]\s*['\"]?)[^\s;,&'\"]+", re.IGNORECASE),
     re.compile(r"(?P<keep>\b(?:Proxy-)?Authorization['\"]?\s*[=:]\s*['\"]?(?:\w+\s+)?)[\w.~+/=-]{8,}", re.IGNORECASE),
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
     re.compile(r"\bgh[opsur]_[A-Za-z0-9]{16,}"),

@@ -17,11 +17,10 @@ from typing import Any
 
 from esm_neuron.data.records import is_hub
 from esm_neuron.errors import ConfigError
-from esm_neuron.files import flock, new_folder, sha256, write_json
+from esm_neuron.files import MANIFEST, Each, flock, new_folder, open_lock, read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 _COMMIT = re.compile(r"@[0-9a-f]{40}/")
 
 
@@ -34,7 +33,7 @@ def cached(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     what = f"data.cache={folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f".{key}.lock").open("w+")
+        lock = open_lock(folder / f".{key}.lock")
     except OSError as error:
         raise ConfigError(f"{what} cannot be written ({error.strerror}); choose another folder") from None
     path = folder / key
@@ -76,8 +75,8 @@ def content_hash(source: str) -> str:
 def _damage(path: Path) -> str | None:
     """Return what is wrong with a cached folder, None where nothing is."""
     try:
-        sums = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        sums = read_json(path / MANIFEST, Each(str))
         wrong = [name for name, expected in sums.items() if sha256(path / name) != expected]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"it is not whole ({error})"
     return f"{', '.join(wrong)} changed since it was written" if wrong else None

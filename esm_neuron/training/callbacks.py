@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import finite, write_text
+from esm_neuron.files import append_line, finite, parse_json, read_bytes, write_text
 from esm_neuron.redact import shown
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ class ProgressConsole(Callback):
         return rate * (total - step)
 
 
+LOG_LIMIT = 1 << 30
+"""Largest log in bytes that is read: a line of each step of ten million."""
+
+
 class JsonlLogger(Callback):
     """Append one JSON object per line to `path`, such as metrics.jsonl, at once; NaN and infinity become null."""
 
@@ -117,24 +121,27 @@ class JsonlLogger(Callback):
         """
         if not self.path.exists():
             return
-        *lines, _ = self.path.read_bytes().split(b"\n")
+        *lines, _ = self._content().split(b"\n")
         numbers = [self._step(number, line) for number, line in enumerate(lines, 1)]
         kept = [line for line, of in zip(lines, numbers, strict=True) if of <= step and of not in pending]
         write_text(self.path, "".join(f"{line.decode()}\n" for line in kept))
 
+    def _content(self) -> bytes:
+        try:
+            return read_bytes(self.path, LOG_LIMIT)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}; remove it to resume") from error
+
     def _step(self, number: int, line: bytes) -> int:
         try:
-            return int(json.loads(line.decode())["step"])
-        except (ValueError, TypeError, KeyError):
+            return int(parse_json(line.decode())["step"])
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise CheckpointError(
                 f"{self.path}:{number}: not a JSON object with a step; delete the line (or the file) to resume"
             ) from None
 
     def append(self, record: MetricsLine) -> None:
-        line = json.dumps(finite(record), allow_nan=False) + "\n"
-        # Buffered: an unbuffered write to a full disk may write half a line and report no error.
-        with _naming(self.path), open(self.path, "ab") as file:
-            file.write(line.encode())
+        append_line(self.path, json.dumps(finite(record), allow_nan=False))
 
 
 @contextmanager

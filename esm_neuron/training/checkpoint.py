@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -25,14 +24,13 @@ from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
 from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import new_folder, read_json, save_tensors, sha256, write_json
+from esm_neuron.files import MANIFEST, Each, misfit, new_folder, read_json, remove, save_tensors, sha256, write_json
 from esm_neuron.models.hf_folder import load_tensors
 from esm_neuron.run_dir import PASSED_OVER
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-MANIFEST = "manifest.json"
 TENSORS = ("model", "optimizer")
 UNREADABLE = "fix the disk or its permissions; nothing was deleted"
 """The cure where the file system fails."""
@@ -255,10 +253,11 @@ def load(folder: Path) -> Snapshot:
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there and has its hash."""
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, {"version": int})
         version = manifest["version"]
-        files = {n: str(entry["sha256"]) for n, entry in manifest["files"].items()} if version == VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if version == VERSION and (wrong := misfit(manifest, {"files": Each({"sha256": str})})):
+            raise ValueError(wrong)
+    except (OSError, ValueError) as error:
         failing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         cure = UNREADABLE if failing else "delete the folder"
         raise CheckpointError(f"{folder / MANIFEST}: not a readable manifest ({error}); {cure}") from error
@@ -266,6 +265,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: checkpoint version {version}, this package reads {VERSION}; use the release that wrote it"
         )
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     wanted = {"state.json", *(f"{name}.safetensors" for name in TENSORS)}
     if set(files) != wanted:
         raise CheckpointError(
@@ -331,12 +331,12 @@ def set_aside(folder: Path) -> None:
 
 def prune(root: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the `keep` newest and the one of step `best`, and what killed processes left."""
-    old = (step_folder(root, step) for step in steps(root)[:-keep] if step != best)
-    for folder in [*old, *root.glob(".step-*.tmp")]:
-        if folder.is_symlink():
-            folder.unlink()  # whoever made the link keeps what it leads to
-        else:
-            shutil.rmtree(folder)
+    old = [step_folder(root, step) for step in steps(root)[:-keep] if step != best]
+    for folder in old:
+        if (folder / MANIFEST).is_file():  # what has none is no checkpoint, whatever its name
+            folder.rename(root / f".{folder.name}.pruned.tmp")  # so that none is half there
+    for folder in root.glob(".step-*.tmp"):
+        remove(folder)
 
 
 def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:

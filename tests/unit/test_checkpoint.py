@@ -156,10 +156,13 @@ def test_none_whole_is_an_error_and_not_a_new_start(root: Path, caplog: pytest.L
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, best: int | None, left: list[int]) -> None:
     for step in range(1, 6):
         checkpoint.step_folder(tmp_path, step).mkdir()
-    (tmp_path / "notes").mkdir()
+        (checkpoint.step_folder(tmp_path, step) / "manifest.json").touch()
+    others = [tmp_path / "notes", checkpoint.step_folder(tmp_path, 0)]
+    for folder in others:  # somebody else's: no manifest is in it
+        folder.mkdir()
     checkpoint.prune(tmp_path, keep, best)
-    assert checkpoint.steps(tmp_path) == left
-    assert (tmp_path / "notes").is_dir()
+    assert checkpoint.steps(tmp_path) == [0, *left]
+    assert all(folder.is_dir() for folder in others)
 
 
 def test_pruning_removes_what_a_killed_process_left(root: Path) -> None:

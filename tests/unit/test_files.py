@@ -6,16 +6,35 @@ import errno
 import json
 import multiprocessing
 import os
+import re
+import resource
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers.processes import wait_for
 
 from esm_neuron.data.cache import cached
 from esm_neuron.errors import ConfigError
-from esm_neuron.files import claimed, new_folder, write_json, write_text
+from esm_neuron.files import (
+    LEDGER,
+    NUMBER,
+    Each,
+    check_apart,
+    check_ours,
+    claimed,
+    misfit,
+    new_file,
+    new_folder,
+    note,
+    read_json,
+    save_tensors,
+    write_json,
+    write_text,
+)
 
 FORK = multiprocessing.get_context("fork")
 
@@ -93,6 +112,7 @@ def test_a_text_file_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_a_new_folder_takes_the_old_ones_place_only_when_it_is_done(tmp_path: Path) -> None:
     target = tmp_path / "model"
+    note(tmp_path, [])
     with new_folder(target) as aside:
         (aside / "old").touch()
     with pytest.raises(FileNotFoundError), new_folder(target) as aside:
@@ -102,4 +122,147 @@ def test_a_new_folder_takes_the_old_ones_place_only_when_it_is_done(tmp_path: Pa
         (aside / "new").touch()
         assert [p.name for p in target.iterdir()] == ["old"]
     assert [p.name for p in target.iterdir()] == ["new"]
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [LEDGER, "model"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "link to nothing", "added file"])
+def test_what_others_wrote_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    note(tmp_path, ["b"])
+    target = tmp_path / "adapter"
+    if kind == "file":
+        target.write_text("mine")
+    elif kind == "link to nothing":
+        target.symlink_to(tmp_path / "nothing")
+    elif kind == "link":
+        (tmp_path / "mine").mkdir()
+        target.symlink_to(tmp_path / "mine")
+    else:
+        with new_folder(target) as aside:
+            (aside / "ours").touch()
+        check_ours(tmp_path, ["adapter"])
+        if kind == "folder":
+            (tmp_path / LEDGER).unlink()
+        else:
+            (target / "deep").mkdir()
+            (target / "deep" / "notes.txt").write_text("mine")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="adapter.* is in the way"), new_folder(target):
+        pass
+    with pytest.raises(ConfigError, match="adapter.* is in the way"):
+        check_ours(tmp_path, ["config.yaml", "adapter"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    check_ours(tmp_path, ["b", "not there"])
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    def killed() -> None:
+        with new_folder(tmp_path / "out") as aside, new_file(tmp_path / "x.csv") as file:
+            (aside / "half").touch()
+            file.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for _ in range(2):
+        process = FORK.Process(target=killed)
+        process.start()
+        process.join()
+    assert len(list(tmp_path.glob(".*.tmp"))) == 2
+    with new_file(tmp_path / "x.csv") as mine, new_file(tmp_path / "y.csv") as other:
+        mine.touch()
+        other.touch()
+        left = os.fspath(mine).replace(str(os.getpid()), "1")  # of a process that runs
+        Path(left).touch()
+    with new_folder(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [Path(left).name, "out", "x.csv", "y.csv"]
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    note(tmp_path, [])
+    with new_folder(tmp_path / "out") as aside:
+        (aside / "first").touch()
+
+    def killed() -> None:
+        Path.rename = lambda self, to: (os.rename(self, to), os.kill(os.getpid(), signal.SIGKILL))  # type: ignore
+        with new_folder(tmp_path / "out") as aside:
+            (aside / "second").touch()
+
+    process = FORK.Process(target=killed)
+    process.start()
+    process.join()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first"]
+
+
+def test_a_lock_keeps_what_is_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="cannot be written"), claimed(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("way", ["itself", "link", "hard link", "dots", "inside", "inside by a link"])
+def test_an_output_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    source = Path("data.csv")
+    source.write_text("mine")
+    targets = {
+        "itself": source, "link": Path("link.csv"), "hard link": Path("hard.csv"), "dots": Path("run/../data.csv"),
+        "inside": Path("run/new/config.yaml"), "inside by a link": Path("other/x"),
+    }  # fmt: skip
+    Path("link.csv").symlink_to(source)
+    os.link(source, "hard.csv")
+    Path("other").symlink_to("run")
+    with pytest.raises(
+        ConfigError, match=r"--output .* would replace what --(input data\.csv|model run) names or holds"
+    ):
+        check_apart("--output", targets[way], {"--none": None, "--model": "run", "--input": source})
+    check_apart("--output", Path("new.csv"), {"--model": "run", "--input": source, "--hub": "owner/name"})
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        ({"a": 1, "b": {"x": 1.5}, "c": ["t"]}, ""),
+        ({"a": 1, "b": {}, "c": [], "d": None, "more": [{}]}, ""),
+        ([], "the value is no JSON object"),
+        ({"b": {}, "c": []}, "the value has no a"),
+        ({"a": True, "b": {}, "c": []}, "a is 'True'"),
+        ({"a": 1, "b": {"x": "y"}, "c": []}, "b.x is 'y'"),
+        ({"a": 1, "b": [], "c": []}, "b is no JSON object"),
+        ({"a": 1, "b": {}, "c": "text"}, "c is no list"),
+        ({"a": 1, "b": {}, "c": ["t", 3]}, "c[1] is '3'"),
+        ({"a": 1, "b": {}, "c": [], "d": 3}, "d is '3'"),
+    ],
+)
+def test_json_has_its_form_or_is_refused(tmp_path: Path, value: object, wrong: str) -> None:
+    form = {"a": int, "b": Each(NUMBER), "c": [str], "d?": (str, type(None))}
+    assert misfit(value, form) == wrong
+    write_json(tmp_path / "x.json", value)
+    if wrong:
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            read_json(tmp_path / "x.json", form)
+    else:
+        assert read_json(tmp_path / "x.json", form) == value
+
+
+def test_a_full_disk_is_an_error_of_the_file_system(tmp_path: Path) -> None:
+    def write(limit: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        for tensors in ({"x": np.zeros(9_000)}, {"x": torch.zeros(9_000)}):
+            try:
+                save_tensors(tmp_path / "x.safetensors", tensors)
+            except OSError as error:
+                if error.errno == errno.EFBIG and "x.safetensors" in str(error):
+                    continue
+            os._exit(1)
+        os._exit(0)
+
+    process = FORK.Process(target=write, args=(10_000,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0

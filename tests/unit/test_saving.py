@@ -39,15 +39,15 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("failing", ["model", "optimizer"])
 def test_a_full_disk_leaves_the_earlier_checkpoints(root: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    real = checkpoint.save_file
+    real = checkpoint.save_tensors
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if path.stem == failing:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(tensors, path)
+        real(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     for step in (12, 13):
         with pytest.raises(CheckpointError, match=r"No space left on device.*free space") as caught:
             checkpoint.save(root, snapshot(step))
@@ -221,7 +221,7 @@ def test_a_save_that_failed_beside_training_ends_the_run_before_the_next(
     assert not (Path(cfg.output) / "result.json").exists()
 
 
-@pytest.mark.parametrize("where", ["save_file", "write_json", "sha256"])
+@pytest.mark.parametrize("where", ["save_tensors", "write_json", "sha256"])
 def test_a_crash_within_a_save_leaves_nothing_of_it(root: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def crash(*_: object) -> None:
         raise KeyboardInterrupt

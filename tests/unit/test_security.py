@@ -24,11 +24,11 @@ from helpers.datasets import download
 from helpers.rows import read_rows
 
 from esm_neuron import cli
-from esm_neuron.config import DataConfig, ModelConfig, TrainConfig
+from esm_neuron.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.config.rules import check_values
 from esm_neuron.config.settings import parse
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.redact import RedactingFormatter, redact
+from esm_neuron.redact import MOST, Lines, RedactedRecord, RedactingFormatter, redact, shown
 
 ROOT = Path(__file__).parents[2]
 BOMBS = ROOT / "tests" / "helpers" / "bombs.py"
@@ -203,15 +203,14 @@ SECRETS = {
     'Authorization: Bearer abcdefghijkl, {"HF_TOKEN": "xyz"}': 'Authorization: Bearer ***, {"HF_TOKEN": "***"}',
     "aws_secret_access_key = abc/def+1": "aws_secret_access_key = ***",
     "key AKIAIOSFODNN7EXAMPLE ghp_0123456789abcdef0123": "key *** ***",
-    "--password=abc --hub-token abc --sig=1 -- --secret": "--password=*** --hub-token *** --sig=*** -- --secret",
-    "--hub_token=abc --client-secret=x --tokens 3": "--hub_token=*** --client-secret=*** --tokens 3",
     f"git clone, as github_pat_11{'aB3_' * 20}": "git clone, as ***",
-    "x-api-key: abc\nX-Auth-Token: abc": "x-api-key: ***\nX-Auth-Token: ***",
-    "client-secret=a/b+c= my-passwd=x MYSQL_PASSWD=x": "client-secret=*** my-passwd=*** MYSQL_PASSWD=***",
     "https://x.org/?access-token=abc&x=1": "https://x.org/?access-token=***&x=1",
-    '{"refresh-token": "abc", "x": 1}': '{"refresh-token": "***", "x": 1}',
+    "https://me:a/b@example.org/x, s3:/k:s@bucket/y": "https://***@example.org/x, s3:/***@bucket/y",
     "AccountName=x;AccountKey=a+b/c==;EndpointSuffix=y": "AccountName=x;AccountKey=***;EndpointSuffix=y",
-    "X-Auth-Token: Bearer abcdefghijkl": "X-Auth-Token: *** ***",
+    '"Authorization": "Basic dXNlcjpwYXNz"': '"Authorization": "Basic ***"',
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY----- x": "*** x",
+    f"glpat-{'a1' * 10} xoxb-1234567890-abc sk-{'a1B' * 12}": "*** *** ***",
+    "x eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl y": "x *** y",
 }
 
 
@@ -234,6 +233,8 @@ def test_text_without_secrets_stays() -> None:
         "s3://bucket/key",
         "a@b.org",
         "api-keys: 3, x-tokenizer=esm, design=9, github_pattern: y, a x-api-key is needed; account-key-free: yes",
+        "basic helix-loop-helix, basic leucine-zipper, Bearer of oxygen transport, sig:nal, secret: yes, token=5",
+        "password=abc --token 3 runs/token=5/x.csv http://localhost:8080/@me hf:/owner/name@main",
     ):
         assert redact(text) == text
     for page in ("docs/errors.md", "docs/sagemaker.md", "configs/demo.yaml"):
@@ -241,7 +242,24 @@ def test_text_without_secrets_stays() -> None:
         assert redact(text) == text
 
 
-@pytest.mark.parametrize("part", ["-", "a", "a-", "--a", "token-", "token ", "sig-", "x-amz-", "github_pat-", "://a"])
+PARTS = [
+    "-",
+    "a",
+    "a-",
+    "--a",
+    "token-",
+    "token ",
+    "sig-",
+    "x-amz-",
+    "github_pat-",
+    "://a",
+    ":/",
+    "a:b@",
+    "eyJaaaaaaaaa.",
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_long_text_is_looked_at_once(part: str) -> None:
     """Tenths of a second, and not the minutes of a pattern that looks at each character from each other one."""
     began = time.process_time()
@@ -262,7 +280,7 @@ def test_no_message_and_no_log_line_has_a_secret(
         ["plan", f"--model.revision={TOKEN}", "--data.train", "x.csv"],
         ["plan", "--data.train", "x.csv", "--model.name", secret],
         ["data", "check", secret],
-        ["report", "x", f"--token={TOKEN}", "--password", "hunter2"],
+        ["report", "x", f"--token={TOKEN}"],
         ["predict", "--model", "x", "--input", "y", "--output", "z", "--backend", secret],
     ):
         assert cli.main(words) != 0
@@ -334,9 +352,74 @@ runpy.run_path({str(entry)!r}, run_name="__main__")
     [
         TrainConfig(output="s3://a:secret@b/c"),
         TrainConfig(model=ModelConfig(revision=TOKEN)),
-        TrainConfig(data=DataConfig(keep={"x": ["password=abc"]})),
+        TrainConfig(data=DataConfig(train="https://me:secret@example.org/x.csv")),
     ],
 )
-def test_a_setting_cannot_hold_a_secret(cfg: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match=r"^(output|model\.revision|data\.keep\.x)=.*\*\*\*.* holds a secret"):
+def test_a_place_cannot_hold_a_secret(cfg: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^(output|model\.revision|data\.train)=.*\*\*\*.* holds a secret"):
         check_values(cfg)
+
+
+@pytest.mark.parametrize(
+    "text", ["basic helix-loop-helix", "token=abc", "secret: x", "sig:x", "password=1", f"x {TOKEN}"]
+)
+def test_names_that_come_from_data_are_never_judged(text: str) -> None:
+    check_values(TrainConfig(task=TaskConfig(labels=(text, "b"))))
+    check_values(TrainConfig(task=TaskConfig(class_weights={text: 1.0}), data=DataConfig(keep={text: [text]})))
+    check_values(TrainConfig(data=DataConfig(label_column=text, split_names=(text, "v", "t"))))
+
+
+# --- what is shown
+
+EVIL = "a\x1b[31m\rb\nERROR: c\u202ed\u2028e\x9bf\udcff\u200bg\ttab"
+QUIET = "a\\x1b[31m\\rb\\nERROR: c\\u202ed\\u2028e\\x9bf\\udcff\\u200bg\\ttab"
+
+
+def test_a_terminal_gets_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(EVIL) == QUIET and shown(QUIET) == QUIET
+    assert shown(Lines.of([EVIL, "x"], "  ")) == f"{QUIET}\n  x"
+    cli.log(EVIL)
+    cli.show(EVIL)
+    assert tuple(capsys.readouterr()) == (f"{QUIET}\n", f"{QUIET}\n")
+    long = shown("head" + "x" * 10**6 + "tail")
+    assert long.startswith("head") and long.endswith("tail") and len(long) < MOST + 100 and "996008 characters" in long
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--data.train", EVIL],
+        ["plan", "--data.train", "x.csv", "--model.name", EVIL],
+        ["predict", "--model", EVIL, "--input", "x", "--output", "y.csv"],
+        ["export", "--model", "x", "--output", EVIL],
+        ["evaluate", "--model", EVIL, "--input", "x"],
+        ["data", "check", EVIL],
+        ["report", EVIL],
+        ["report", "x", EVIL],
+        [EVIL],
+    ],
+)
+def test_an_error_is_one_line_whatever_is_in_it(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("esm-neuron: error: ")
+    assert not set("\x1b\r\u202e\u2028\x9b\u200b") & set(said)
+
+
+def test_labels_ids_and_columns_reach_a_terminal_as_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"id": f"p{i}", "sequence": "MKV" * (i + 1), "label": EVIL.replace("\udcff", "")} for i in range(3)]
+    rows.append({"id": EVIL.replace("\udcff", ""), "sequence": "M1V", "label": "x"})
+    rows.append({"id": EVIL.replace("\udcff", ""), "sequence": "", "label": "x"})
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["data", "check", str(path), "--label_column", "label"]) == 1
+    assert cli.main(["plan", "--data.train", str(path)]) == 2
+    assert cli.main(["plan", "--data.train", str(path), "--data.label_column", EVIL]) == 2
+    said = "".join(capsys.readouterr())
+    assert "\\nERROR: c\\u202ed" in said and "\nERROR" not in said
+    assert not set("\x1b\r\u202e\u2028\x9b\u200b") & set(said)
+
+
+def test_a_log_line_of_a_library_is_one_line() -> None:
+    record = RedactedRecord("x", logging.WARNING, "x.py", 1, "%s\n", (EVIL,), None)
+    assert RedactingFormatter("%(levelname)s: %(message)s").format(record) == f"WARNING: {QUIET}"

@@ -322,7 +322,7 @@ def test_ranks_are_not_asked_for_signals_in_every_step(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "call", "last"), [(Trainer, "evaluate", 2, 8), (checkpoint, "save_file", 4, 9)]
+    ("owner", "name", "call", "last"), [(Trainer, "evaluate", 2, 8), (checkpoint, "save_tensors", 4, 9)]
 )
 def test_a_signal_in_an_evaluation_or_a_save_lets_it_finish(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, last: int
