@@ -66,13 +66,6 @@ def read_json(path: Path, form: Any = object) -> Any:
     return value
 
 
-class Each:
-    """The form of an object whose keys may be any, and whose values have the form `of`."""
-
-    def __init__(self, of: Any) -> None:
-        self.of = of
-
-
 NUMBER = (int, float)
 NOTHING = type(None)
 
@@ -80,27 +73,32 @@ NOTHING = type(None)
 def misfit(value: Any, form: Any, name: str = "the value") -> str:
     """Return what is wrong with a value of JSON, "" where it has the `form`.
 
-    A form is a type or several; a list with the form of each entry; `Each`; or a dict, whose keys must all be there, or
-    may be missing where they end in `?`. Keys that it does not name may be there.
+    A form is a type, where numbers must be finite and of 64 bits; a tuple of forms, of which one must fit; a list with
+    the form of each entry; a function that returns whether it fits; or a dict with the form of each key, which may be
+    missing if it is written `key?`, and with that of all others under `*` (without it they may be anything).
     """
-    if isinstance(form, (dict, Each)):
+    if isinstance(form, dict):
         if not isinstance(value, dict):
             return f"{name} is no JSON object"
-        if isinstance(form, Each):
-            return next(filter(None, (misfit(item, form.of, f"{name}.{key}") for key, item in value.items())), "")
-        for key, inner in form.items():
-            plain = key.removesuffix("?")
-            if plain not in value and plain == key:
-                return f"{name} has no {key}"
-            if plain in value and (wrong := misfit(value[plain], inner, plain)):
-                return wrong
-        return ""
+        names = {key.removesuffix("?") for key in form}
+        missing = next((key for key in form if key not in value and key != "*" and not key.endswith("?")), None)
+        if missing is not None:
+            return f"{name} has no {missing}"
+        forms = {key: form.get(key, form.get(f"{key}?")) if key in names else form.get("*", object) for key in value}
+        return next(filter(None, (misfit(value[key], inner, f"{name}.{key}") for key, inner in forms.items())), "")
     if isinstance(form, list):
         if not isinstance(value, list):
             return f"{name} is no list"
         return next(filter(None, (misfit(item, form[0], f"{name}[{at}]") for at, item in enumerate(value))), "")
-    kinds = form if isinstance(form, tuple) else (form,)
-    fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds or object in kinds)
+    if isinstance(form, tuple):
+        wrong = [misfit(value, each, name) for each in form]
+        return "" if "" in wrong else wrong[-1]
+    if not isinstance(form, type):
+        fits = bool(form(value))
+    elif isinstance(value, (bool, int, float)) and form is not object:
+        fits = type(value) is form and abs(value) < 2.0**63
+    else:
+        fits = isinstance(value, form)
     return "" if fits else f"{name} is {str(value)[:60]!r}"
 
 
@@ -216,12 +214,17 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+def open_new(path: Path, mode: str = "w") -> IO[Any]:
+    """Open a file that `new_file` gave, to write text in UTF-8 (`w`), its line ends as they are, or bytes (`wb`)."""
+    return open(path, mode) if "b" in mode else open(path, mode, encoding="utf-8", newline="")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write numpy arrays or torch tensors as safetensors; raise OSError where that fails, as other writes do."""
     arrays = any(type(tensor).__module__.partition(".")[0] == "numpy" for tensor in tensors.values())
     library = import_module("safetensors.numpy" if arrays else "safetensors.torch")
     try:
-        library.save_file(dict(tensors), path, None if arrays else {"format": "pt"})
+        library.save_file(dict(tensors), path, dict(metadata or {"format": "pt"}) if metadata or not arrays else None)
     except SafetensorError as error:
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found is None:
@@ -314,7 +317,9 @@ def check_apart(option: str, target: Path, inputs: Mapping[str, Path | str | Non
         source = Path(given).resolve()
         same = place == source or (source.is_dir() and source in place.parents)
         if same or (target.exists() and os.path.samefile(target, source)):
-            raise ConfigError(f"{option} {target} would replace what {name} {given} names or holds; name another file")
+            raise ConfigError(
+                f"{option} {target} would replace what {name} {given} names or holds; name another output"
+            )
 
 
 def flock(lock: IO[str], operation: int, what: str) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.config.settings import read_config
-from esm_neuron.errors import CheckpointError
-from esm_neuron.files import new_file
+from esm_neuron.data.parquet import read_table, write_table
+from esm_neuron.errors import CheckpointError, DataError
+from esm_neuron.files import NOTHING, NUMBER, misfit, parse_json, read_bytes, read_json
 
 if TYPE_CHECKING:
     from esm_neuron.data.dataset import ExampleTable
@@ -34,13 +33,43 @@ REPORT = "report"  # the page of `esm-neuron report` and its charts
 CARD = "README.md"  # model card, in the folder of an adapter or a model
 PASSED_OVER = "passed-over-"  # prefix of a checkpoint that a resumed run could not read
 
-# what every result.json has
-_KEYS = ("task", "metric", "model", "init", "backend", "adapter", "parameters", "chosen_step", "data", "train")
-
 
 def predictions_name(split: str) -> str:
     """Return the file with the predictions for `valid` or `test`, see `save_predictions`."""
     return f"predictions-{split}.parquet"
+
+
+def sampled_name(split: str) -> str:
+    """Return the file with the ids of the proteins that were sampled for `valid` or `test`."""
+    return f"{split}_ids.txt"
+
+
+LOG_LIMIT = 1 << 30
+"""Largest log in bytes that is read: a line of each step of ten million."""
+
+_VALUE = (*NUMBER, NOTHING, lambda value: isinstance(value, list) and len(value) == 2 and not misfit(value, [NUMBER]))
+_SCORES = {"n": int, "n_records?": int, "per_class?": {"*": {"n": int, "*": _VALUE}}, "*": _VALUE}
+_RESULT = {
+    **dict.fromkeys(("task", "metric", "model", "init", "backend", "adapter"), str),
+    "parameters": {"trainable": int, "total": int},
+    "chosen_step": int,
+    "data": {"*": {"records": int, "residues": int}},
+    "train": {
+        "steps": int, "residues": int, "seconds": NUMBER, "residues_per_second": (*NUMBER, NOTHING),
+        "padding_efficiency": NUMBER,
+    },
+    **dict.fromkeys(("valid?", "test?"), (NOTHING, _SCORES)),
+    "leaks?": {"*": {"method": str, "proteins": int, "homologs": int}},
+    "clean?": {"*": _SCORES},
+    **{key: {"*": {"*": _SCORES}} for key in ("baselines?", "clean_baselines?")},
+}  # fmt: skip
+"""The form of result.json, see `files.misfit`."""
+
+FILES = (
+    CONFIG, RESULT, METRICS, NONFINITE, REJECTED,
+    *(name(split) for name in (predictions_name, sampled_name) for split in ("valid", "test")),
+)  # fmt: skip
+"""Files that a training run replaces in its output folder; it replaces the folders ADAPTER, MODEL and BASE too."""
 
 
 @dataclass(frozen=True)
@@ -72,29 +101,30 @@ def read_result(run: Path) -> dict[str, Any]:
     cure = "its training has not finished; go on with --checkpoint.resume auto"
     require(path.is_file(), f"{run}: no {RESULT} there, {cure}")
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in _KEYS if key not in result]
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); train again") from error
-    if missing:
-        raise CheckpointError(f"{path}: has no {missing[0]}, so another version of esm-neuron wrote it; train again")
-    return dict(result)
+        return dict(read_json(path, _RESULT))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be used ({error}); another version may have written it; train again"
+        ) from error
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's metrics.jsonl, none if there is no such file; CheckpointError at a bad line."""
     path = run / METRICS
     try:
-        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        texts = read_bytes(path, LOG_LIMIT).decode("utf-8").splitlines() if path.exists() else []
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); remove it") from error
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-            lines.append({**line, "step": int(line["step"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path}:{number}: not a JSON object with a step; delete the line") from error
+            line = parse_json(text)
+            wrong = misfit(line, {"step": int})
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            raise CheckpointError(f"{path}:{number}: not a JSON object with a step; delete the line")
+        lines.append(line)
     return lines
 
 
@@ -102,8 +132,7 @@ def save_predictions(
     path: Path, task: Task, table: ExampleTable, predictions: Predictions, has_homolog: np.ndarray | None = None
 ) -> None:
     """Write `as_table` of the same arguments as a Parquet file."""
-    with new_file(path) as aside:
-        pq.write_table(as_table(task, table, predictions, has_homolog), aside, compression="zstd")
+    write_table(path, as_table(task, table, predictions, has_homolog))
 
 
 def as_table(
@@ -127,9 +156,9 @@ def as_table(
 def load_predictions(path: Path) -> pa.Table | None:
     """Read what `save_predictions` wrote; None if there is none (`log.predictions` false, or no rows held out)."""
     try:
-        return pq.read_table(path) if path.is_file() else None
-    except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove it, or train again") from error
+        return read_table(path) if path.exists() else None
+    except DataError as error:
+        raise CheckpointError(f"{error}; remove it, or train again") from error
 
 
 def _array(column: Column) -> pa.Array:

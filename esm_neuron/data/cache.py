@@ -17,7 +17,7 @@ from typing import Any
 
 from esm_neuron.data.records import is_hub
 from esm_neuron.errors import ConfigError
-from esm_neuron.files import MANIFEST, Each, flock, new_folder, open_lock, read_json, sha256, write_json
+from esm_neuron.files import MANIFEST, flock, new_folder, open_lock, read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def content_hash(source: str) -> str:
 def _damage(path: Path) -> str | None:
     """Return what is wrong with a cached folder, None where nothing is."""
     try:
-        sums = read_json(path / MANIFEST, Each(str))
+        sums = read_json(path / MANIFEST, {"*": str})
         wrong = [name for name, expected in sums.items() if sha256(path / name) != expected]
     except (OSError, ValueError) as error:
         return f"it is not whole ({error})"

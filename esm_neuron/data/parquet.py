@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from esm_neuron.data.records import LINE_LIMIT, Column, Record, check_expansion, check_regular, pick_columns, text
 from esm_neuron.errors import DataError, EsmNeuronError
-from esm_neuron.files import read_json
+from esm_neuron.files import new_file, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,6 +48,48 @@ def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
             yield from _records(path, columns, _lists(path, batches, names))
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
         raise DataError(f"{path}: no sound Parquet file ({_why(error)}); write it anew, or copy it again") from None
+
+
+def read_table(path: Path) -> pa.Table:
+    """Return a whole Parquet file, such as `write_table` makes. Raise DataError where it is damaged or too large."""
+    check_regular(str(path))
+    try:
+        with pq.ParquetFile(path) as file:
+            names, schema = file.schema_arrow.names, file.schema_arrow.remove_metadata()
+            texts = _texts(file, names)
+        parts, held = [], 0
+        with pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(_rows_at_once(str(path), file, names)):
+                batch.validate(full=True)
+                held += batch.nbytes + sum(int(_characters(column).sum()) for column in batch.columns)
+                check_expansion(str(path), str(path), held, "of values are packed into")
+                parts.append(pa.RecordBatch.from_arrays(list(map(_plain, batch.columns)), schema=schema))
+        return pa.Table.from_batches(parts, schema)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
+        raise DataError(f"{path}: no sound Parquet file ({_why(error)})") from None
+
+
+def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a Parquet file in one move, its pages with checksums, and with `metadata` beside its schema."""
+    with new_file(path) as aside:
+        pq.write_table(table.replace_schema_metadata(metadata), aside, compression="zstd", write_page_checksum=True)
+
+
+def read_metadata(path: Path) -> tuple[int, dict[str, str]]:
+    """Return the number of rows of a Parquet file and what `write_table` put beside its schema.
+
+    Raise DataError where it is damaged.
+    """
+    check_regular(str(path))
+    try:
+        found = pq.read_metadata(path)
+        return found.num_rows, {key.decode(): value.decode() for key, value in (found.metadata or {}).items()}
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: no sound Parquet file ({_why(error)})") from None
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def _texts(file: pq.ParquetFile, names: Sequence[str]) -> list[str]:
@@ -84,8 +126,7 @@ def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -
                 held = size
         for start, end in pairwise([*starts, len(batch)]):
             part = batch.slice(start, end - start)
-            plain = [part[n].dictionary_decode() if pa.types.is_dictionary(part[n].type) else part[n] for n in names]
-            yield [column.to_pylist() for column in plain]
+            yield [_plain(part[name]).to_pylist() for name in names]
         done += len(batch)
 
 

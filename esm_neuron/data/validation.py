@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields
@@ -17,7 +18,7 @@ from esm_neuron.config import DataConfig
 from esm_neuron.data.records import place, row_unit
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
-from esm_neuron.errors import DataError
+from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import write_text
 from esm_neuron.redact import Lines
 
@@ -109,6 +110,26 @@ class Rejected:
     reason: str
     action: str
     """`left out` or `replaced by X`."""
+
+
+_HEADER = "\t".join(field.name for field in fields(Rejected)) + "\n"
+
+
+def rejected_path(target: Path) -> Path:
+    """Return the file beside an output that lists the records left out or changed."""
+    return target.with_name(f"{target.name}.rejected.tsv")
+
+
+def check_rejected(path: Path) -> None:
+    """Raise ConfigError where `save_rejected` would replace a file that it did not write."""
+    ours = not os.path.lexists(path)
+    if path.is_file() and not path.is_symlink():
+        with path.open("rb") as file:
+            ours = file.read(len(_HEADER)) == _HEADER.encode()
+    if not ours:
+        raise ConfigError(
+            f"{path} is in the way: records that are left out are listed there; move it, or name another --output"
+        )
 
 
 def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import BackendName, settings
+from esm_neuron.config import BackendName, require, settings
 from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
+from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
-from esm_neuron.files import finite, write_json
+from esm_neuron.files import check_apart, finite, write_json
 from esm_neuron.inference.load import MAY_CHANGE, build_trained, read_run
 from esm_neuron.inference.predict import write_rejected
 
@@ -41,6 +42,11 @@ def evaluate(
         backend_name, log: as for `predict`.
         overrides: words that overrule the run's settings, such as `--data.label_column class`, see `MAY_CHANGE`.
     """
+    if target is not None:
+        require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
+        for path in (target, rejected_path(target)):
+            check_apart("--output: with it,", path, {"--model": run, "--input": source})
+        check_rejected(rejected_path(target))
     cfg, task = read_run(run, backend_name)
     cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
     labels = None if task.label_kind is None else task.label_kind(cfg.task, cfg.data.label_column)

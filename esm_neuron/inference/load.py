@@ -14,7 +14,7 @@ from esm_neuron.config.backends import spec_of
 from esm_neuron.config.deferred import module
 from esm_neuron.distributed import is_alone
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import read_json, sha256
+from esm_neuron.files import NOTHING, read_json, sha256
 from esm_neuron.models.shapes import is_carried, locate
 from esm_neuron.run_dir import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, MODEL, REFERENCE
 from esm_neuron.tasks import create_task
@@ -162,9 +162,7 @@ def _check_adapter_config(folder: Path, built: Built) -> None:
     """Raise CheckpointError where adapter_config.json says other than config.yaml, by which the model was built."""
     path = folder / ADAPTER_CONFIG
     try:
-        written = read_json(path)
-        if not isinstance(written, dict):
-            raise ValueError("no JSON object")
+        written = read_json(path, {})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); export it again") from error
     model: Any = built.model
@@ -189,6 +187,6 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def read_reference(folder: Path) -> BaseReference:
     path = folder / REFERENCE
     try:
-        return hf_folder.BaseReference(**read_json(path))
+        return hf_folder.BaseReference(**read_json(path, {"name": str, "revision": (str, NOTHING), "sha256": str}))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); it names the base of the adapter") from error

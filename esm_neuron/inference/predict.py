@@ -17,7 +17,7 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
-from esm_neuron.data.validation import Rejected, save_rejected
+from esm_neuron.data.validation import Rejected, rejected_path, save_rejected
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError
 from esm_neuron.inference.load import ModelSpec, find_model
@@ -64,7 +64,7 @@ def predict(
         resume: use the shards that a killed command left beside `target`.
         log: called with lines about what was read, left out or cut.
     """
-    check_target(target, JOIN)
+    check_target(target, JOIN, {"--model": model, "--input": source})
     spec = find_model(model, backend, settings, "predict")
     task = spec.task
     if task is None:
@@ -123,7 +123,7 @@ def predict_file(
 
 def write_rejected(backend: Backend, target: Path, rows: Sequence[Rejected], log: Callable[[str], None]) -> None:
     """Write the records that were left out or changed beside `target`; if there are none, remove an older file."""
-    path = target.with_name(f"{target.name}.rejected.tsv")
+    path = rejected_path(target)
     main_rank_only(backend, lambda: save_rejected(path, rows))
     if rows:
         log(f"{len(rows)} records left out or changed are listed in {path}")
@@ -155,7 +155,7 @@ def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[
             begin = ends[first - 1] if first else 0
             last = max(first + 1, int(np.searchsorted(ends, begin + tokens, side="right")))
             part = _records(table, first, last)
-            yield Piece(part, len(part.tokens), _digest(part))
+            yield Piece(part, len(part.tokens), _digest(part), len(part.ids))
             first = last
 
 

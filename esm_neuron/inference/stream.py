@@ -11,6 +11,8 @@ import csv
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 import struct
 import sys
@@ -29,10 +31,24 @@ from tqdm import tqdm
 from esm_neuron.config import require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import prefetch
+from esm_neuron.data.parquet import read_metadata, read_table, write_table
 from esm_neuron.data.records import RESIDUE_JOINER
+from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.files import claimed, new_file, save_tensors, write_json
+from esm_neuron.files import (
+    MANIFEST,
+    check_apart,
+    claimed,
+    misfit,
+    new_file,
+    open_new,
+    parse_json,
+    read_json,
+    remove,
+    save_tensors,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +74,8 @@ class Piece(Generic[T]):
     """About how many tokens the model is given for it."""
     digest: bytes
     """Hash of the content."""
+    rows: int
+    """Of its predictions: its records."""
 
 
 Pieces = Callable[[], Iterable[Piece[T]]]
@@ -70,6 +88,10 @@ class InputScan:
 
     tokens: tuple[int, ...]
     """Of each piece."""
+    rows: tuple[int, ...]
+    """Of each piece."""
+    digests: tuple[bytes, ...]
+    """Of each piece."""
     digest: str
     """Hash of the whole input, in hexadecimal."""
 
@@ -81,11 +103,9 @@ def scan(backend: Backend, pieces: Pieces[T]) -> InputScan:
     """
 
     def read() -> InputScan:
-        digest, tokens = hashlib.sha256(), list[int]()
-        for piece in pieces():
-            digest.update(piece.digest)
-            tokens.append(piece.tokens)
-        return InputScan(tuple(tokens), digest.hexdigest())
+        found = [(piece.tokens, piece.rows, piece.digest) for piece in pieces()]
+        tokens, rows, digests = zip(*found, strict=True) if found else ((), (), ())
+        return InputScan(tokens, rows, digests, hashlib.sha256(b"".join(digests)).hexdigest())
 
     found = raise_on_any_rank(backend, read)
     if len(set(backend.gather_host(found.digest))) > 1:
@@ -111,15 +131,18 @@ def stream(
         identity: model and settings that decide the predictions; a resumed command must have the same.
         predict: returns the rows of a piece, in its order; called on all ranks of a tensor-parallel group.
     """
-    shards, topology, count = Shards(target), backend.topology, len(scanned.tokens)
+    identity = {**identity, "input": scanned.digest}
+    shards, topology, count = Shards(target, identity, scanned), backend.topology, len(scanned.tokens)
     with ExitStack() as held:
         # The main rank claims the folder until the output is written, so that no second command writes there too.
         main_rank_only(backend, lambda: held.enter_context(claimed(shards.folder)))
-        begin = main_rank_only(backend, lambda: shards.begin({**identity, "input": scanned.digest}, resume))
+        begin = main_rank_only(backend, lambda: shards.begin(resume))
         done = set(backend.gather_host(begin)[0] or [])
         raise_on_any_rank(backend, shards.check_shared)
         if done:
             log(f"resumed: {len(done)} of {count} shards are already there")
+        for line in shards.refused:
+            log(line)
         todo = [number for number in range(count) if number not in done]
         # What is left is dealt out anew: a resumed command may run on another number of ranks.
         mine = set(todo[topology.dp_rank :: topology.dp])
@@ -134,7 +157,7 @@ def stream(
 
         with bar:
             raise_on_any_rank(backend, work)
-        rows = main_rank_only(backend, lambda: shards.join(count))
+        rows = main_rank_only(backend, shards.join)
     return int(backend.gather_host(rows)[0] or 0)
 
 
@@ -155,47 +178,65 @@ def _chosen(pieces: Iterable[Piece[T]], numbers: set[int], expected: str) -> Ite
             raise DataError("the input has changed while it was read; leave it as it is and start again")
 
 
-MANIFEST = "manifest.json"
 SAFETENSORS = ".safetensors"
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes that readers of safetensors accept."""
+PIECE = "esm_neuron.piece"
+"""In a shard: the mark of the piece that it answers."""
 
 
 class Shards:
-    """The shards of one output, `target`, whose suffix is its format."""
+    """The shards of one output, `target`, whose suffix is its format; they lie in a folder until it is written."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.folder = target.with_name(f"{target.name}.shards")
-        """Holds the shards until the output is written."""
-        self._suffix = SAFETENSORS if target.suffix.lower() == SAFETENSORS else ".parquet"
+    def __init__(self, target: Path, identity: Mapping[str, Any], scanned: InputScan) -> None:
+        self.target, self.folder, self._suffix = target, shards_folder(target), shard_suffix(target)
+        self._identity, self._scanned = identity, scanned
+        self.refused: list[str] = []
+        """What is wrong with shards that are there and are predicted anew."""
 
-    def begin(self, identity: Mapping[str, Any], resume: bool) -> list[int]:
+    def begin(self, resume: bool) -> list[int]:
         """Make the folder, or enter the one that a killed command left; return the numbers of the shards in it.
 
         Raise ConfigError where there are shards and `resume` is False, or they were made with another `identity`.
         """
-        done = sorted(int(path.stem) for path in self.folder.glob(f"[0-9]*{self._suffix}"))
+        check_shards(self.target)
+        there = sorted(int(path.stem) for path in self.folder.glob(f"[0-9]*{self._suffix}"))
         require(
-            resume or not done,
-            f"{self.folder}: holds {len(done)} shards of unfinished predictions; go on with --resume, or remove that "
+            resume or not there,
+            f"{self.folder}: holds {len(there)} shards of unfinished predictions; go on with --resume, or remove that "
             "folder to start again",
         )
-        known = self._read_manifest() if done else identity
+        identity, known = self._identity, self._read_manifest() if there else self._identity
         different = [key for key in sorted(identity.keys() | known.keys()) if identity.get(key) != known.get(key)]
         require(
             not different,
             f"{self.folder}: was begun with another {' and another '.join(different)}; give --resume the same, or "
             "remove that folder to start again",
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / MANIFEST, identity)
-        return done
+        return [number for number in there if number < len(self._scanned.rows) and self._is_sound(number)]
+
+    def _is_sound(self, number: int) -> bool:
+        """Return whether a shard answers its piece and no other, with a row for each record."""
+        path = self.path(number)
+        try:
+            rows, mark = shard_facts(path)
+            wrong = "answers another piece" if mark != self._mark(number) else ""
+            wrong = wrong or (f"has {rows} rows" if rows != self._scanned.rows[number] else "")
+        except (OSError, ValueError, DataError) as error:
+            wrong = f"cannot be read ({error})"
+        if wrong:
+            self.refused.append(f"{path}: {wrong}, so it is predicted again")
+        return not wrong
+
+    def _mark(self, number: int) -> str:
+        text = json.dumps(dict(self._identity), sort_keys=True)
+        return hashlib.sha256(f"{number} {text}".encode() + self._scanned.digests[number]).hexdigest()
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return dict(read_json(path, {}))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); remove that folder to start again") from error
 
@@ -211,32 +252,67 @@ class Shards:
 
     def write(self, number: int, predictions: Predictions) -> None:
         """Write a shard in one move."""
-        with new_file(self.path(number)) as aside:
-            if isinstance(predictions, pa.Table):
-                pq.write_table(predictions, aside)
-            else:
-                save_tensors(aside, predictions)
+        mark = {PIECE: self._mark(number)}
+        if isinstance(predictions, pa.Table):
+            write_table(self.path(number), predictions, mark)
+        else:
+            with new_file(self.path(number)) as aside:
+                save_tensors(aside, predictions, mark)
 
-    def join(self, count: int) -> int:
-        """Write the output from shards 0 to `count` - 1, remove them, and return its number of rows or arrays."""
-        paths = [self.path(number) for number in range(count)]
+    def join(self) -> int:
+        """Write the output from all shards, remove them, and return its number of rows or arrays."""
+        paths, wanted = list(map(self.path, range(len(self._scanned.rows)))), sum(self._scanned.rows)
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise DataError(f"{self.folder}: {len(missing)} shards are missing, first {missing[0]}; use --resume")
         with new_file(self.target) as aside:
             join = _join_arrays if self._suffix == SAFETENSORS else JOIN[self.target.suffix.lower()]
             total = join(paths, aside)
-        shutil.rmtree(self.folder)
+            if total != wanted:
+                raise DataError(
+                    f"{self.folder}: holds {total} predictions for {wanted} records; remove it, start again"
+                )
+        remove(self.folder)
         return total
 
 
+def shards_folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.shards")
+
+
+def shard_suffix(target: Path) -> str:
+    return SAFETENSORS if target.suffix.lower() == SAFETENSORS else ".parquet"
+
+
+def shard_facts(path: Path) -> tuple[int, str | None]:
+    """Return the number of predictions in a shard and the mark of its piece; raise what its reader does."""
+    if path.suffix == SAFETENSORS:
+        with _data(path) as (entries, metadata, _):
+            return len(entries), metadata.get(PIECE)
+    rows, metadata = read_metadata(path)
+    return rows, metadata.get(PIECE)
+
+
+def check_shards(target: Path) -> None:
+    """Raise ConfigError where the folder for the shards of `target` holds what no command of ours left there."""
+    folder, ours = shards_folder(target), re.compile(rf"\.lock|{MANIFEST}|\d{{8}}{shard_suffix(target)}|\..*\.tmp")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"{folder} is in the way: shards of predictions go there; move it, or name another --output")
+    others = [path.name for path in folder.iterdir() if not ours.fullmatch(path.name)] if folder.is_dir() else []
+    require(
+        not others,
+        f"{folder} holds {min(others, default='')}, which is no shard of predictions, and the folder would be "
+        "deleted; move it, or name another --output",
+    )
+
+
 def _tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    return (pq.read_table(path) for path in paths)
+    return (read_table(path) for path in paths)
 
 
 def _join_csv(paths: Sequence[Path], target: Path, *, separator: str) -> int:
     rows = 0
-    with target.open("w", encoding="utf-8", newline="") as file:
+    with open_new(target) as file:
         writer = csv.writer(file, delimiter=separator, lineterminator="\n")
         for table in _tables(paths):
             if not rows:
@@ -256,16 +332,18 @@ def _short(value: object) -> str:
 
 
 def _join_parquet(paths: Sequence[Path], target: Path) -> int:
-    schema = pq.read_schema(paths[0])
-    with pq.ParquetWriter(target, schema) as writer:
+    rows, writer = 0, None
+    with ExitStack() as held:
         for table in _tables(paths):
+            writer = writer or held.enter_context(pq.ParquetWriter(target, table.schema))
             writer.write_table(table)
-    return int(pq.read_metadata(target).num_rows)
+            rows += table.num_rows
+    return rows
 
 
 def _join_jsonl(paths: Sequence[Path], target: Path) -> int:
     rows = 0
-    with target.open("w", encoding="utf-8") as file:
+    with open_new(target) as file:
         for table in _tables(paths):
             for row in table.to_pylist():
                 file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
@@ -282,11 +360,11 @@ def _join_arrays(paths: Sequence[Path], target: Path) -> int:
     header: dict[str, Any] = {}
     end = 0
     for path in paths:
-        with _data(path) as (entries, _):
+        with _data(path) as (entries, _, _):
             for name, entry in entries.items():
                 header[name] = {**entry, "data_offsets": [end + offset for offset in entry["data_offsets"]]}
             # Offsets count from the first byte of data, so a later shard's move by all the data before it.
-            end += max(entry["data_offsets"][1] for entry in entries.values())
+            end += max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     text = json.dumps(header, separators=(",", ":")).encode()
     # Spaces up to a multiple of 8, so that the data begin aligned.
     text += b" " * (-len(text) % 8)
@@ -295,22 +373,33 @@ def _join_arrays(paths: Sequence[Path], target: Path) -> int:
             f"{target}: {len(header)} arrays need a header of {len(text)} bytes, safetensors allows {HEADER_LIMIT}; "
             "name a .parquet file with --output"
         )
-    with target.open("wb") as file:
+    with open_new(target, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for path in paths:
-            with _data(path) as (_, data):
+            with _data(path) as (_, _, data):
                 shutil.copyfileobj(data, file, 1 << 20)
     return len(header)
 
 
 @contextmanager
-def _data(path: Path) -> Iterator[tuple[dict[str, Any], BinaryIO]]:
-    """Open a safetensors file; yield its header's entries, and the file at its first byte of data."""
+def _data(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, str], BinaryIO]]:
+    """Open a safetensors file; yield its header's entries, its metadata, and the file at its first byte of data.
+
+    Raise ValueError where it is none, or does not end where its header says.
+    """
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        yield entries, file
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_LIMIT + 1
+        if length > HEADER_LIMIT:
+            raise ValueError("no safetensors file")
+        entries = parse_json(file.read(length))
+        if wrong := misfit(entries, {"__metadata__?": {"*": str}, "*": {"data_offsets": [int]}}):
+            raise ValueError(wrong)
+        metadata = entries.pop("__metadata__", {})
+        size = max((entry["data_offsets"][-1] for entry in entries.values()), default=0)
+        if os.fstat(file.fileno()).st_size != 8 + length + size:
+            raise ValueError("its data are not whole")
+        yield entries, metadata, file
 
 
 JOIN: dict[str, Callable[[Sequence[Path], Path], int]] = {
@@ -322,13 +411,20 @@ JOIN: dict[str, Callable[[Sequence[Path], Path], int]] = {
 """Suffix of a table -> function of (shards, target) that writes it and returns its rows."""
 
 
-def check_target(target: Path, suffixes: Iterable[str]) -> None:
-    """Raise ConfigError unless the suffix of `target` is one of `suffixes` and it is not a folder."""
+def check_target(target: Path, suffixes: Iterable[str], inputs: Mapping[str, Path | str | None]) -> None:
+    """Raise ConfigError unless the suffix of `target` is one of `suffixes`, and writing it replaces nothing of others.
+
+    That is its file, its shards and its list of rejected records; `inputs` by their options.
+    """
     require(
         target.suffix.lower() in suffixes,
         f"--output {target}: unknown format {target.suffix!r}; name the file with one of {' '.join(suffixes)}",
     )
     require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
+    for path in (target, rejected_path(target), shards_folder(target)):
+        check_apart("--output: with it,", path, inputs)
+    check_shards(target)
+    check_rejected(rejected_path(target))
 
 
 def read_back(target: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -250,4 +250,4 @@ class VariantTable:
 
 
 def _piece(rows: list[Row], tokens: int) -> Piece[list[Row]]:
-    return Piece(rows, tokens, hashlib.sha256(repr(rows).encode()).digest())
+    return Piece(rows, tokens, hashlib.sha256(repr(rows).encode()).digest(), len(rows))

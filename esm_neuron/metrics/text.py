@@ -64,7 +64,7 @@ def counted(metrics: Mapping[str, Any], unit: str) -> str:
 
 def clean_of(result: Mapping[str, Any], split: str) -> str:
     """Say what the clean proteins of a split are."""
-    return f"without a homolog in training (by {result['leaks'][split]['method']})"
+    return f"without a homolog in training (by {(result.get('leaks') or {}).get(split, {}).get('method')})"
 
 
 def leak_text(result: Mapping[str, Any], split: str) -> str:

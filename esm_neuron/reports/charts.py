@@ -237,7 +237,11 @@ def spread(perplexity: np.ndarray) -> Chart:
 
 
 def _series(log: Sequence[Mapping[str, Any]], name: str, split: str | None) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[name]) for line in log if line.get("split") == split and line.get(name) is not None]
+    points = [
+        (line["step"], line[name])
+        for line in log
+        if line.get("split") == split and isinstance(line.get(name), (int, float))
+    ]
     return [step for step, _ in points], [value for _, value in points]
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from esm_neuron import __version__
 from esm_neuron.config import AdapterConfig, settings
-from esm_neuron.files import new_folder
+from esm_neuron.files import check_ours, new_folder, note, read_bytes, write_bytes, write_text
 from esm_neuron.metrics.text import Shown, clean_of, counted, leak_text, show, shown, verdict
 from esm_neuron.reports import charts
 from esm_neuron.reports.charts import COLOURS, Chart
@@ -39,18 +39,21 @@ class Table:
 def write_report(run: Path) -> Path:
     """Write report/index.html, which loads nothing from elsewhere, and one PNG per chart beside it; return the page.
 
-    `run` is the output folder of a finished run. An older report is replaced whole. Raises as `read_finished` does.
+    `run` is the output folder of a finished run. An older report is replaced whole; where others put files there, that
+    is a ConfigError. Raises as `read_finished` does besides.
     """
     finished = read_finished(run)
+    check_ours(run, [REPORT])
+    note(run, [])
     split = next((split for split in SPLITS if finished.result.get(split)), None)
     task = create_task(finished.cfg.task, finished.cfg.task.labels or ())
     found = task.view(finished.predictions[split]) if split in finished.predictions else None
     drawn = list(_charts(finished, task, split, found))
     text = _render(finished, task, split, found, drawn)
     with new_folder(run / REPORT) as aside:
-        (aside / PAGE).write_text(text, encoding="utf-8")
+        write_text(aside / PAGE, text)
         for chart in drawn:
-            (aside / f"{chart.name}.png").write_bytes(chart.png)
+            write_bytes(aside / f"{chart.name}.png", chart.png)
     return run / REPORT / PAGE
 
 
@@ -115,7 +118,7 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
         ],
         worst=found.worst if found is not None else [],
         settings=settings.dump(cfg),
-        rejected=len(rejected.read_text(encoding="utf-8").splitlines()) - 1 if rejected.is_file() else 0,
+        rejected=read_bytes(rejected).count(b"\n") - 1 if rejected.is_file() else 0,
         colours=COLOURS,
         version=__version__,
     )
@@ -129,7 +132,7 @@ def _tables(finished: Finished, task: Task) -> Iterator[Table]:
             yield _table(task, f"{name.capitalize()} set", result[split], _baselines(finished, split))
         if split in (result.get("clean") or {}):
             title = f"{name.capitalize()} set {clean_of(result, split)}"
-            yield _table(task, title, result["clean"][split], result["clean_baselines"].get(split, {}))
+            yield _table(task, title, result["clean"][split], (result.get("clean_baselines") or {}).get(split, {}))
 
 
 def _table(task: Task, title: str, metrics: dict[str, Any], baselines: dict[str, Any]) -> Table:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import append_line, finite, parse_json, read_bytes, write_text
 from esm_neuron.redact import shown
+from esm_neuron.run_dir import LOG_LIMIT
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -95,10 +96,6 @@ class ProgressConsole(Callback):
         if first_step == self.start:
             self.origin = (step, now)
         return rate * (total - step)
-
-
-LOG_LIMIT = 1 << 30
-"""Largest log in bytes that is read: a line of each step of ten million."""
 
 
 class JsonlLogger(Callback):

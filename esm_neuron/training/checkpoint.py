@@ -24,7 +24,7 @@ from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
 from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import MANIFEST, Each, misfit, new_folder, read_json, remove, save_tensors, sha256, write_json
+from esm_neuron.files import MANIFEST, misfit, new_folder, read_json, remove, save_tensors, sha256, write_json
 from esm_neuron.models.hf_folder import load_tensors
 from esm_neuron.run_dir import PASSED_OVER
 
@@ -255,7 +255,7 @@ def verify(folder: Path) -> None:
     try:
         manifest = read_json(folder / MANIFEST, {"version": int})
         version = manifest["version"]
-        if version == VERSION and (wrong := misfit(manifest, {"files": Each({"sha256": str})})):
+        if version == VERSION and (wrong := misfit(manifest, {"files": {"*": {"sha256": str}}})):
             raise ValueError(wrong)
     except (OSError, ValueError) as error:
         failing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

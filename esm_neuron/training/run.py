@@ -23,10 +23,21 @@ from esm_neuron.data.splits import Splits, check_files, load_splits
 from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.files import claimed, finite, write_json, write_text
+from esm_neuron.files import check_apart, check_ours, claimed, finite, note, write_json, write_text
 from esm_neuron.models.shapes import SHAPES, locate
 from esm_neuron.redact import Lines
-from esm_neuron.run_dir import CONFIG, METRICS, NONFINITE, REJECTED, RESULT
+from esm_neuron.run_dir import (
+    ADAPTER,
+    BASE,
+    CONFIG,
+    FILES,
+    METRICS,
+    MODEL,
+    NONFINITE,
+    REJECTED,
+    RESULT,
+    sampled_name,
+)
 from esm_neuron.tasks import check_task, create_task, task_class
 from esm_neuron.tasks.base import Task
 from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger
@@ -139,8 +150,8 @@ class _Job:
         loaders = Loaders.of(cfg, splits, task, backend)
         same = identity(cfg, splits.fingerprint, from_main_rank(backend, lambda: built.source.reference.sha256))
         trainer = loop.Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out.get("valid"), [], same)
-        for note in _notes(trainer):
-            log(note)
+        for line in _notes(trainer):
+            log(line)
         return cls(splits, built, loaders, trainer)
 
 
@@ -251,6 +262,10 @@ def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
 
         def claim() -> None:
             held.enter_context(claimed(out))
+            for name in (*FILES, ADAPTER, MODEL, BASE):
+                given = {"data.train": cfg.data.train, "data.valid": cfg.data.valid, "data.test": cfg.data.test}
+                check_apart("output: in it", out / name, {**given, "model.name": cfg.model.name})
+            check_ours(out, (*FILES, ADAPTER, MODEL, BASE))
             if (out / "checkpoints").is_symlink():  # two runs with one folder of checkpoints would prune each other's
                 held.enter_context(claimed((out / "checkpoints").resolve()))
             used = checkpoint.steps(out / "checkpoints") or (out / RESULT).exists()
@@ -301,13 +316,16 @@ def describe(cfg: TrainConfig, built: Built) -> str:
 
 
 def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
-    """Save the resolved configuration, and check that it reads back as itself."""
+    """Save the resolved configuration, and check that it reads back as itself, as it must once the run is finished."""
     out = Path(cfg.output)
+    note(out, FILES)
     write_text(out / CONFIG, settings.dump(cfg))
-    if settings.read_config(out / CONFIG) != cfg:
+    saved = settings.read_config(out / CONFIG)
+    validate(saved)
+    if saved != cfg:
         raise ConfigError(f"{out / CONFIG}: does not read back as the configuration of this run; please report it")
     for name, ids in splits.sampled.items():
-        write_text(out / f"{name}_ids.txt", "\n".join(ids) + "\n")
+        write_text(out / sampled_name(name), "\n".join(ids) + "\n")
     save_rejected(out / REJECTED, splits.rejected)
 
 

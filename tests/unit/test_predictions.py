@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,14 +25,14 @@ from esm_neuron.backends import create_backend
 from esm_neuron.config import DataConfig, TrainConfig
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.tokenizer import hf_tokenizer
-from esm_neuron.errors import ConfigError, DataError, TrainingError
+from esm_neuron.errors import CheckpointError, ConfigError, DataError, TrainingError
 from esm_neuron.inference import predict as records
 from esm_neuron.inference import stream
 from esm_neuron.inference.embed import embed
 from esm_neuron.inference.export import export
 from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.inference.predict import predict
-from esm_neuron.inference.stream import Shards
+from esm_neuron.inference.stream import InputScan, Shards
 from esm_neuron.models.shapes import SHAPES, esm_config
 from esm_neuron.training import run
 
@@ -283,6 +284,88 @@ def test_a_killed_command_goes_on_and_loses_no_row(
     assert list(pd.read_csv(target)["id"]) == list(pd.read_csv(source)["id"])
 
 
+def unfinished(plain: Path, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Embed all pieces of `source` and stop before they are joined; return the shards."""
+
+    def stop(_: Shards) -> None:
+        raise DataError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "join", stop)
+        with pytest.raises(DataError, match="stopped"):
+            embed(str(plain), source, target, settings=SMALL)
+    return parts(target)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".safetensors"])
+@pytest.mark.parametrize("harm", ["swapped", "doubled", "foreign", "cut", "beyond", "another length"])
+def test_shards_that_do_not_belong_are_predicted_again(
+    plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, harm: str
+) -> None:
+    source, target = proteins("many.csv", 130, seed=4), tmp_path / f"out{suffix}"
+    embed(str(plain), source, tmp_path / f"whole{suffix}", settings=SMALL)
+    shards = unfinished(plain, source, target, monkeypatch)
+    assert len(shards) >= 3
+    if harm in ("foreign", "another length"):
+        other = proteins("other.csv", 130 if harm == "foreign" else 200, seed=5)
+        foreign = unfinished(plain, other, tmp_path / f"other{suffix}", monkeypatch)
+        shutil.copy(foreign[1], shards[1])
+    elif harm == "swapped":
+        content = shards[0].read_bytes()
+        shutil.copy(shards[1], shards[0])
+        shards[1].write_bytes(content)
+    elif harm == "doubled":
+        shutil.copy(shards[0], shards[2])
+    elif harm == "cut":
+        shards[1].write_bytes(shards[1].read_bytes()[:-9])
+    else:
+        shutil.copy(shards[0], shards[0].with_name(f"{len(shards) + 3:08d}{suffix}"))
+    lines: list[str] = []
+    assert embed(str(plain), source, target, settings=SMALL, resume=True, log=lines.append) == 130
+    again = [line for line in lines if line.endswith("so it is predicted again")]
+    assert len(again) == {"swapped": 2, "beyond": 0}.get(harm, 1)
+    assert target.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    assert not target.with_name(f"{target.name}.shards").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "folder", "00000000.csv"])
+def test_what_others_keep_in_the_folder_of_the_shards_stays(plain: Path, tmp_path: Path, name: str) -> None:
+    source = tmp_path / "x.fasta"
+    source.write_text(">a\nMKV\n")
+    folder = tmp_path / "out.parquet.shards"
+    (folder / "folder").mkdir(parents=True) if name == "folder" else folder.mkdir()
+    if name != "folder":
+        (folder / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"out.parquet.shards holds {name}, which is no shard"):
+        embed(str(plain), source, tmp_path / "out.parquet")
+    assert [path.name for path in folder.iterdir()] == [name]
+    (tmp_path / "new.parquet.shards").symlink_to(folder)
+    with pytest.raises(ConfigError, match=r"new.parquet.shards is in the way"):
+        embed(str(plain), source, tmp_path / "new.parquet")
+
+
+def test_an_output_replaces_no_input_and_nothing_of_a_run(
+    trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run_folder = tmp_path / "d.csv", Path(trained.output)
+    shutil.copy(str(trained.data.test), source)
+    (tmp_path / "link.csv").symlink_to(source)
+    (tmp_path / "e.csv.rejected.tsv").write_text("mine\n")
+    shutil.copy(source, tmp_path / "f.csv.rejected.tsv")
+    before = {path: path.read_bytes() for path in (*tmp_path.iterdir(), *run_folder.rglob("*")) if path.is_file()}
+    for output in (source, tmp_path / "link.csv", run_folder / "x.csv", run_folder / "adapter" / "x.csv"):
+        assert cli.main(words("predict", run_folder, source, output)) == 2
+        assert "would replace what --" in capsys.readouterr().err
+    for output in (source, run_folder / "config.yaml", tmp_path / "link.csv"):
+        assert cli.main(words("evaluate", run_folder, source, output)) == 2
+        assert "would replace what --" in capsys.readouterr().err
+    assert cli.main(words("predict", run_folder, source, tmp_path / "e.csv")) == 2
+    assert "e.csv.rejected.tsv is in the way" in capsys.readouterr().err
+    assert cli.main(words("predict", run_folder, tmp_path / "f.csv.rejected.tsv", tmp_path / "f.csv")) == 2
+    assert "would replace what --input" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_what_was_cut_off_is_part_of_the_input(proteins: Proteins) -> None:
     """A longer tail is not shown to the model, and yet there are more answers."""
     cfg = DataConfig(max_residues=12)
@@ -352,7 +435,13 @@ def test_what_cannot_be_predicted_is_one_line(trained: TrainConfig, plain: Path,
     broken = tmp_path / "broken"
     EsmForMaskedLM.from_pretrained(plain).save_pretrained(broken)
     weights = load_file(broken / "model.safetensors")
-    weights["esm.encoder.emb_layer_norm_after.bias"][0] = np.nan
+    for value in (np.nan, -np.inf):
+        weights["esm.encoder.emb_layer_norm_after.bias"][0] = value
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"emb_layer_norm_after.bias holds NaN or infinity"):
+            embed(str(broken), source, tmp_path / "y.parquet")
+    weights["esm.encoder.emb_layer_norm_after.bias"][0] = 3e38
+    weights["esm.encoder.emb_layer_norm_after.weight"][0] = 3e38
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(TrainingError, match=r"the prediction for '2-\d+', .* is NaN or infinite: the weights"):
         embed(str(broken), source, tmp_path / "y.parquet")
@@ -376,11 +465,12 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
 
 
 def test_lists_of_a_residue_each_become_text_in_a_csv_file(tmp_path: Path) -> None:
-    made = Shards(tmp_path / "out.csv")
-    made.begin({}, resume=False)
+    made = Shards(tmp_path / "out.csv", {}, InputScan((1, 1), (1, 1), (b"a", b"b"), "ab"))
+    made.folder.mkdir()
+    made.begin(resume=False)
     made.write(0, pa.table({"id": ["a"], "values": pa.array([np.linspace(0, 1, 2001)]), "n": [1]}))
     made.write(1, pa.table({"id": ["b"], "values": pa.array([np.array([0.5])]), "n": [2]}))
-    assert made.join(2) == 2
+    assert made.join() == 2
     frame = pd.read_csv(tmp_path / "out.csv", dtype={"values": str})
     assert list(map(float, frame["values"][0].split(","))) == pytest.approx(np.linspace(0, 1, 2001), abs=1e-6)
     assert list(frame["values"])[1] == "0.5" and list(frame["n"]) == [1, 2]

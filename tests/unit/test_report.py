@@ -307,12 +307,12 @@ def test_what_cannot_be_reported_is_one_line_and_leaves_the_old_report(
         assert (spoilt / "report" / "index.html").read_bytes() == old
 
     (spoilt / "predictions-test.parquet").write_bytes(b"no parquet")
-    refused(CheckpointError, "predictions-test.parquet", "cannot be read")
+    refused(CheckpointError, "predictions-test.parquet", "no sound Parquet file")
     (spoilt / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
     (spoilt / "predictions-test.parquet").unlink()
     refused(CheckpointError, "metrics.jsonl:2", "not a JSON object with a step")
     (spoilt / "result.json").write_text("{")
-    refused(CheckpointError, "result.json", "cannot be read")
+    refused(CheckpointError, "result.json", "cannot be used")
     (spoilt / "result.json").write_text('{"task": "regression"}')
     refused(CheckpointError, "result.json", "has no metric")
     (spoilt / "result.json").unlink()
