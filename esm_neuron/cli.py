@@ -355,6 +355,9 @@ def make_parser(name: str) -> CommandParser:
 
 def call(name: str, words: Sequence[str]) -> int:
     """Run a command with the words after its name; return the exit code."""
+    for word in words:
+        sound = not any("\ud800" <= character <= "\udfff" for character in word)
+        require(sound, f"{word} is not of this locale's encoding; rename the file, or set LC_ALL=C.UTF-8")
     command, parser = COMMANDS[name], make_parser(name)
     parameters = inspect.signature(command).parameters
     if "settings" not in parameters and "overrides" not in parameters:
@@ -390,7 +393,8 @@ def _on_main(write: Callable[[str], None], text: str) -> None:
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    told = {name: (command.__doc__ or "").partition("\n")[0] for name, command in COMMANDS.items()}  # `-OO` has none
+    lines = [f"  {name:<{width}}  {text}" for name, text in told.items()]
     return "\n".join(["usage: esm-neuron COMMAND ...", "", *lines, "", "esm-neuron COMMAND --help tells more."])
 
 
@@ -413,6 +417,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.excepthook, threading.excepthook = show_traceback, show_failure
         logging.captureWarnings(True)  # warnings become log lines, which are redacted
         set_threads()
+    for stream in (sys.stdout, sys.stderr):  # a locale may lack what an id or a label has
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = run(argv)
         sys.stdout.flush()
@@ -427,6 +434,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         head = "esm-neuron: error: "
         log(Lines(head + text) if isinstance(text, Lines) else f"{head}{error}")
         return error.exit_code
+    except UnicodeEncodeError as error:
+        log(f"esm-neuron: error: {error.object[:100]!r} has no place in {error.encoding}; set LC_ALL=C.UTF-8")
+        return 2
+    except MemoryError as error:
+        cure = "lower data.pack_tokens, loop.packs_per_device or adapter.r, or free memory"
+        log(f"esm-neuron: error: out of memory ({error}); {cure}")
+        return 2
     except OSError as error:  # a disk that is full, a folder that cannot be written
         log(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")
         return 2

@@ -69,6 +69,11 @@ _UNSEEN = re.compile(
 """Controls of terminals, breaks of lines, marks of direction, what has no width, and halves of surrogate pairs."""
 
 
+def escaped(text: str) -> str:
+    """Return `text` with all that is not seen as escapes, such as `\\n`."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class Lines(str):
     """A text whose line breaks are ours: each of its lines has been through `shown`."""
 
@@ -84,7 +89,7 @@ def shown(text: str) -> str:
     """Return `text` as it may be printed: one line, or those of `Lines`, without secrets and control characters."""
     if isinstance(text, Lines):
         return text
-    text = _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), redact(text))
+    text = escaped(redact(text))
     if len(text) > MOST:
         text = f"{text[: MOST // 2]} [... {len(text) - MOST} characters ...] {text[-MOST // 2 :]}"
     return text

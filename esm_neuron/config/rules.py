@@ -13,12 +13,16 @@ from esm_neuron.redact import redact
 
 MOST = 1 << 40
 """Largest number where nothing else is a bound, as for steps, tokens, devices; refuses infinity."""
+PASS_TOKENS = 1 << 26
+"""Most tokens in one forward pass of a device, filler included: far more than any device has memory for."""
 RANGES: dict[tuple[float, float], str] = {
     (0, MOST): "data.window_overlap optim.weight_decay optim.warmup_steps optim.max_grad_norm loop.eval_every "
     "loop.patience loop.watchdog loop.watchdog_slow checkpoint.every",
-    (1, MOST): "data.max_residues data.max_segments adapter.r adapter.alpha parallel.tp loop.max_steps "
-    "loop.packs_per_step loop.packs_per_device loop.eval_packs_per_device checkpoint.keep log.every",
-    (3, MOST): "data.pack_tokens",
+    (1, MOST): "adapter.alpha loop.max_steps checkpoint.keep log.every",
+    # of these there is memory, or a place in a list
+    (1, 1 << 20): "data.max_residues loop.packs_per_step",
+    (1, 1 << 16): "data.max_segments adapter.r parallel.tp loop.packs_per_device loop.eval_packs_per_device",
+    (3, 1 << 22): "data.pack_tokens",
     (1, 3): "loop.optlevel",
     (0, 0.9): "data.valid_fraction data.test_fraction",
     (0, 0.99): "model.dropout adapter.dropout task.label_smoothing",
@@ -104,6 +108,12 @@ def check_values(cfg: TrainConfig) -> None:
         f"data.max_residues={cfg.data.max_residues} and 2 special tokens do not fit a pack of "
         f"data.pack_tokens={cfg.data.pack_tokens}; use data.max_residues <= {cfg.data.pack_tokens - 2}",
     )
+    for name in ("packs_per_device", "eval_packs_per_device"):
+        tokens = getattr(cfg.loop, name) * cfg.data.pack_tokens
+        require(
+            tokens <= PASS_TOKENS,
+            f"loop.{name} x data.pack_tokens is {tokens} tokens in one pass, must be at most {PASS_TOKENS}; lower one",
+        )
     require(
         cfg.data.long_sequences != "window" or cfg.data.window_overlap < cfg.data.max_residues,
         f"data.window_overlap={cfg.data.window_overlap} must be 0 to {cfg.data.max_residues - 1} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +19,7 @@ from esm_neuron.data.labels import UNKNOWN, Labels
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import encode_residues
 from esm_neuron.data.validation import Problems, quote
-from esm_neuron.files import write_json
+from esm_neuron.files import open_new, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +119,7 @@ class TableWriter:
         self._stem = stem
         # Both kinds of file grow in place: the tokens of a corpus are never held twice.
         self._files: dict[str, Any] = {
-            name: io.BytesIO() if stem is None else _file(stem, name).open("wb") for name in _ARRAYS
+            name: io.BytesIO() if stem is None else open_new(_file(stem, name), "wb") for name in _ARRAYS
         }
         self._types: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._ids: list[str] = []
@@ -181,7 +180,7 @@ class MappedNames(Sequence[str]):
 def open_table(stem: Path) -> ExampleTable:
     """Return the table that a `TableWriter` has put in files, mapped."""
     arrays = {}
-    for name, (kind, shape) in json.loads(_file(stem, "types").read_text(encoding="utf-8")).items():
+    for name, (kind, shape) in read_json(_file(stem, "types")).items():
         path = _file(stem, name)
         flat = np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)  # an empty file is not mapped
         arrays[name] = flat.reshape(-1, *shape)

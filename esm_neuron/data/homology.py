@@ -22,6 +22,7 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable, join_tables
 from esm_neuron.data.tokenizer import VOCABULARY, decode
 from esm_neuron.errors import DataError
+from esm_neuron.files import open_new
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -156,7 +157,7 @@ def _mmseqs_pairs(queries: ExampleTable, targets: ExampleTable) -> Iterator[tupl
     with tempfile.TemporaryDirectory(prefix="esm-neuron-") as name:
         folder = Path(name)
         for part, table in (("queries", queries), ("targets", targets)):
-            with (folder / f"{part}.fasta").open("w", encoding="ascii") as file:
+            with open_new(folder / f"{part}.fasta") as file:
                 for example, record in enumerate(table.record.tolist()):
                     file.write(f">{record}\n{decode(table.sequence(example)[1:-1])}\n")
         words = [program, "easy-search", "queries.fasta", "targets.fasta", "found.tsv", "scratch"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,21 @@ def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None 
     """Write a Parquet file in one move, its pages with checksums, and with `metadata` beside its schema."""
     with new_file(path) as aside:
         pq.write_table(table.replace_schema_metadata(metadata), aside, compression="zstd", write_page_checksum=True)
+
+
+@contextmanager
+def open_table(path: Path) -> Iterator[Callable[[pa.Table], int]]:
+    """Open a Parquet file to write; yield what appends a table of one schema to it and returns its rows."""
+    with ExitStack() as held:
+        writer: pq.ParquetWriter | None = None
+
+        def write(table: pa.Table) -> int:
+            nonlocal writer
+            writer = writer or held.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+            return int(table.num_rows)
+
+        yield write
 
 
 def read_metadata(path: Path) -> tuple[int, dict[str, str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from esm_neuron.data.sources import CHUNK_ROWS, check_columns, filter_column, re
 from esm_neuron.data.tokenizer import VOCABULARY
 from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
 from esm_neuron.errors import DataError
+from esm_neuron.files import parse_json, read_bytes, write_json
 from esm_neuron.redact import Lines
 
 SPLITS = ("train", "valid", "test")
@@ -371,12 +371,12 @@ def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:
         "sampled": splits.sampled,
         "rejected": [asdict(row) for row in splits.rejected],
     }
-    (folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+    write_json(folder / _META, meta)
 
 
 def _load(folder: Path, cfg: TrainConfig) -> Splits:
     """Return the splits kept in `folder`."""
-    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    meta = parse_json(read_bytes(folder / _META, 1 << 32))  # as large as the ids of a corpus
     # The same content may have another path today: reports and rejected records name the files of this configuration.
     now = dict(zip(meta["files"], data_files(cfg.data).values(), strict=True))
     tables = {name: open_table(folder / name) for name in meta["splits"]}

@@ -15,6 +15,7 @@ from typing import Any
 
 from esm_neuron.data.records import LINE_LIMIT, Column, Record, Seen, check_expansion, check_regular, pick_columns, text
 from esm_neuron.errors import DataError
+from esm_neuron.files import parse_json
 
 BLOCK = 1 << 20
 """Bytes of a text file that are read and decoded at once; less than `LINE_LIMIT`."""
@@ -160,8 +161,8 @@ def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        value = json.loads(line, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line, object_pairs_hook=unique)
+    except ValueError as error:
         what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         at = f" at position {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}:{number}: no sound JSON ({what}{at}); write one object a line") from None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from esm_neuron.errors import DataError
+from esm_neuron.files import write_text
 
 if TYPE_CHECKING:
     from transformers import EsmTokenizer
@@ -109,5 +110,5 @@ def hf_tokenizer() -> EsmTokenizer:
 
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder, "vocab.txt")
-        vocabulary.write_text("\n".join(VOCABULARY), encoding="utf-8")
+        write_text(vocabulary, "\n".join(VOCABULARY))
         return EsmTokenizer(str(vocabulary))

@@ -48,10 +48,10 @@ class _Request(InputChunks):
         if not records:
             raise DataError("request: no records; send at least one")
         # JSON can hold what no file can: halves of surrogate pairs and zero bytes, which `text` refuses.
-        columns = [Column(name, name, "") for name in ("id", "sequence")]
+        ids, sequences = Column("id", "id", ""), Column("sequence", "sequence", "")
         self._records = [
-            [text(value, "request", number, column).strip() for value, column in zip(record, columns, strict=True)]
-            for number, record in enumerate(records, start=1)
+            (text(name, "request", number, ids), text(sequence, "request", number, sequences).strip())
+            for number, (name, sequence) in enumerate(records, start=1)
         ]
 
     def _chunks(self) -> Iterator[pa.Table]:

@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from esm_neuron.config import require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import prefetch
-from esm_neuron.data.parquet import read_metadata, read_table, write_table
+from esm_neuron.data.parquet import open_table, read_metadata, read_table, write_table
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import main_rank_only, raise_on_any_rank
@@ -332,13 +331,8 @@ def _short(value: object) -> str:
 
 
 def _join_parquet(paths: Sequence[Path], target: Path) -> int:
-    rows, writer = 0, None
-    with ExitStack() as held:
-        for table in _tables(paths):
-            writer = writer or held.enter_context(pq.ParquetWriter(target, table.schema))
-            writer.write_table(table)
-            rows += table.num_rows
-    return rows
+    with open_table(target) as write:
+        return sum(write(table) for table in _tables(paths))
 
 
 def _join_jsonl(paths: Sequence[Path], target: Path) -> int:

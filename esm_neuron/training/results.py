@@ -108,6 +108,8 @@ def write_results(
     with new_folder(out / ADAPTER) as aside:
         save_tensors(aside / ADAPTER_WEIGHTS, {saved_key(n): t.contiguous() for n, t in trained.items()})
         lora.save_pretrained(str(aside))
-        write_json(aside / REFERENCE, asdict(reference))
+        # the folder of the base is told by its place beside the adapter, not by where this machine had it
+        named = replace(reference, name=cfg.model.name) if is_carried(cfg.model) else reference
+        write_json(aside / REFERENCE, asdict(named))
         write_text(aside / CARD, model_card(cfg, result, reference, "adapter"))
     return out / ADAPTER

@@ -25,7 +25,7 @@ from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_r
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import check_apart, check_ours, claimed, finite, note, write_json, write_text
 from esm_neuron.models.shapes import SHAPES, locate
-from esm_neuron.redact import Lines
+from esm_neuron.redact import Lines, escaped
 from esm_neuron.run_dir import (
     ADAPTER,
     BASE,
@@ -324,8 +324,8 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
     validate(saved)
     if saved != cfg:
         raise ConfigError(f"{out / CONFIG}: does not read back as the configuration of this run; please report it")
-    for name, ids in splits.sampled.items():
-        write_text(out / sampled_name(name), "\n".join(ids) + "\n")
+    for split, ids in splits.sampled.items():
+        write_text(out / sampled_name(split), "".join(f"{escaped(name)}\n" for name in ids))
     save_rejected(out / REJECTED, splits.rejected)
 
 
