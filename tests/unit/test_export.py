@@ -316,3 +316,24 @@ def test_an_export_overwrites_nothing(run: Callable[..., Run], tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"exists already"):
         export(run("cls").out, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "int32", "bool", "float8_e4m3fn"])
+def test_an_adapter_of_other_values_is_refused(run: Callable[..., Run], tmp_path: Path, value: str) -> None:
+    out = shutil.copytree(run("mean").out, tmp_path / "out")
+    path = out / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    if value in ("nan", "inf"):
+        tensors[name][-1] = float(value)
+    else:
+        tensors[name] = tensors[name].to(getattr(torch, value))
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"adapter_model.safetensors: {re.escape(name)} (is torch|holds NaN)"):
+        export(out, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_does_not_tell_where_its_base_lay(run: Callable[..., Run]) -> None:
+    finished = run("mean")
+    assert json.loads((finished.out / "adapter" / "base_reference.json").read_text())["name"] == "tiny"

@@ -95,24 +95,66 @@ def test_no_command_reaches_for_a_network(folder: Path, tmp_path: Path) -> None:
     assert "bitsandbytes" not in plain["modules"] and "wandb" not in plain["modules"]
 
 
-def test_a_bare_environment_is_enough(folder: Path) -> None:
-    """umask 077, no HOME, no TMPDIR, no UTF-8: names and labels that ASCII lacks are read, written and shown."""
-    env = {"HOME": None, "TMPDIR": None, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "LANG": None}
+BARE = {"HOME": None, "TMPDIR": None, "LANG": None, "LC_ALL": "C", "STAND_IN_CALLS": ""}
+
+
+@pytest.mark.parametrize("name", ["näme", "name"])
+def test_a_bare_environment_is_enough(folder: Path, name: str) -> None:
+    """umask 077, no HOME, no TMPDIR, and no UTF-8, where Python takes it in spite of LC_ALL=C and where it does not."""
+    env = BARE if name == "näme" else {**BARE, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     rows = [f"é{i},{LETTERS[i:] + LETTERS[:i]},{'ßx'[i % 2]}" for i in range(16)]
-    (folder / "näme.csv").write_text("\n".join(["id,sequence,label", *rows]) + "\n", encoding="utf-8")
-    (folder / "näme.yaml").write_text("data: {train: näme.csv}\ntask: {labels: [ß, x]}\n", encoding="utf-8")
+    (folder / f"{name}.csv").write_text("\n".join(["id,sequence,label", *rows]) + "\n", encoding="utf-8")
+    config = f"data: {{train: {name}.csv}}\ntask: {{labels: [ß, x]}}\nmodel: {{name: tiny, init: random}}\n"
+    (folder / f"{name}.yaml").write_text(config, encoding="utf-8")
     commands = [
-        "data check näme.csv --label_column label",
-        "plan --config näme.yaml --model.name tiny --model.init random",
-        "train --config näme.yaml --model.name tiny --model.init random --loop.max_steps 1 --output rün",
-        "predict --model rün --input näme.csv --output püt.csv",
-        "predict --model rün --input nöt.csv --output q.csv",
-        "report rün",
-        "export --model rün --output éxport",
+        f"data check {name}.csv --label_column label",
+        f"plan --config {name}.yaml",
+        f"train --config {name}.yaml --loop.max_steps 1 --output {name}",
+        f"predict --model {name} --input {name}.csv --output {name}.out.csv",
+        f"predict --model {name} --input {name}.none.csv --output q.csv",
+        f"report {name}",
+        f"export --model {name} --output {name}.export",
     ]
-    found = run_in(folder, commands, {**env, "STAND_IN_CALLS": ""}, umask=0o077)
+    found = run_in(folder, commands, env, umask=0o077)
     assert found["codes"] == [0, 0, 0, 0, 2, 0, 0], found["said"][-3000:]
-    ids = [line.split(",")[0] for line in (folder / "püt.csv").read_text(encoding="utf-8").splitlines()]
+    ids = [line.split(",")[0] for line in (folder / f"{name}.out.csv").read_text(encoding="utf-8").splitlines()]
     assert ids == ["id", *(f"é{i}" for i in range(16))]
-    for path in (folder / "püt.csv", folder / "rün", folder / "rün" / "config.yaml", folder / "éxport"):
+    for path in (folder / f"{name}.out.csv", folder / name, folder / name / "config.yaml", folder / f"{name}.export"):
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
+
+
+@pytest.mark.parametrize(
+    ("words", "end", "code", "said"),
+    [
+        ("-OO -m esm_neuron.cli --help", "", 0, ""),
+        ("-m esm_neuron.cli data check train.csv", ">/dev/full", 2, "No space left on device"),
+        ("-m esm_neuron.cli data check train.csv", "| head -c0; exit ${PIPESTATUS[0]}", 141, ""),
+        ("-m esm_neuron.cli data check none.csv", "2>/dev/full", 2, ""),
+        ("-m esm_neuron.cli data check none.csv", "2>&1 >/dev/null | head -c0; exit ${PIPESTATUS[0]}", 2, ""),
+        ("-m esm_neuron.cli data check $'n\\xff.csv'", "", 2, "is not of this locale's encoding; rename the file"),
+        ("-m esm_neuron.cli plan --data.train train.csv --adapter.r 1000000000000", "", 2, "outside 1 to 65536"),
+        (
+            "-m esm_neuron.cli plan --data.train train.csv --loop.packs_per_device 60000",
+            "",
+            2,
+            "must be at most 67108864",
+        ),
+    ],
+)
+def test_streams_and_words_that_end_early(folder: Path, words: str, end: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {words} {end}"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    text = done.stderr.decode(errors="replace")
+    assert done.returncode == code and said in text and "Traceback" not in text and text.count("\n") <= 1, text
+
+
+def test_predictions_are_written_though_nobody_can_be_told(folder: Path) -> None:
+    train = [sys.executable, "-m", "esm_neuron.cli", *TRAIN.split(), "--output", "untold"]
+    predict = ["predict", "--model", "untold", "--input", "train.csv", "--output", "untold.csv"]
+    with open("/dev/full", "w") as full:
+        for words in (train, [*train[:3], *predict]):
+            env = {**os.environ, "PYTHONPATH": str(ROOT)}
+            assert subprocess.run(words, cwd=folder, env=env, stderr=full, check=False, timeout=300).returncode == 0
+    assert len((folder / "untold.csv").read_text().splitlines()) == 17

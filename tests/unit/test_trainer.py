@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from helpers.runs import losses
@@ -20,11 +22,13 @@ from esm_neuron.backends.cpu import CpuBackend
 from esm_neuron.cli import main
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.config.backends import BACKENDS
+from esm_neuron.config.rules import check_values
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.loader import StepData
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import claimed
+from esm_neuron.inference.load import read_run
 from esm_neuron.models.lora import saved_key
 from esm_neuron.tasks import create_task
 from esm_neuron.training import checkpoint, run, signals
@@ -446,3 +450,51 @@ def test_the_resolved_configuration_reads_back_equal(toy: Toy) -> None:
     train(cfg)
     read = settings.read_config(Path(cfg.output) / "config.yaml")
     assert read == replace(cfg, task=replace(cfg.task, labels=("alpha", "beta")))
+
+
+@pytest.mark.parametrize(
+    "label", ["basic helix-loop-helix", "token=abc", "x\ny", "1e3", "~", "é: -", "https://a:b@c/d"]
+)
+def test_a_run_with_any_class_name_is_read_back(toy: Toy, label: str) -> None:
+    cfg = toy(task={"labels": (label, "beta")}, loop={"max_steps": 1, "eval_every": 0})
+    for split in ("train", "valid", "test"):
+        path = Path(str(getattr(cfg.data, split)))
+        frame = pd.read_csv(path)
+        frame.loc[frame["label"] == "alpha", "label"] = label
+        frame.to_csv(path, index=False)
+    run.train(cfg)
+    saved, task = read_run(Path(cfg.output))
+    assert task.labels == (label, "beta")
+    check_values(saved)
+
+
+@pytest.mark.parametrize("name", ["adapter/notes.txt", "config.yaml", "metrics.jsonl", "base", "valid_ids.txt"])
+def test_train_replaces_nothing_of_others(toy: Toy, name: str) -> None:
+    cfg = toy(loop={"max_steps": 1, "eval_every": 0})
+    path = Path(cfg.output) / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine") if "." in name else path.symlink_to("nowhere")
+    before = sorted(Path(cfg.output).rglob("*"))
+    with pytest.raises(ConfigError, match=f"{name} is in the way: esm-neuron would replace it, and did not write it"):
+        run.train(cfg)
+    assert sorted(set(Path(cfg.output).rglob("*")) - {Path(cfg.output) / ".lock"}) == before
+    assert "." not in name or path.read_text() == "mine"
+
+
+def test_train_takes_no_file_that_it_would_replace(toy: Toy) -> None:
+    cfg = toy(loop={"max_steps": 1, "eval_every": 0})
+    data = Path(cfg.output) / "rejected.tsv"
+    data.parent.mkdir()
+    data.write_text(Path(str(cfg.data.train)).read_text().replace(",", "\t"))
+    with pytest.raises(ConfigError, match=r"rejected.tsv would replace what data.train .* names"):
+        run.train(replace(cfg, data=replace(cfg.data, train=str(data))))
+    assert data.exists()
+
+
+def test_an_id_is_one_line_of_the_list_of_sampled_ones(toy: Toy) -> None:
+    cfg = toy(data={"valid": None, "test": None, "valid_fraction": 0.5}, loop={"max_steps": 1, "eval_every": 0})
+    path = Path(str(cfg.data.train))
+    path.write_text(re.sub(r"(?m)^(0-\d+),", r'"\1\n\1",', path.read_text()))
+    run.train(cfg)
+    lines = (Path(cfg.output) / "valid_ids.txt").read_text().splitlines()
+    assert len(lines) == 30 and all(re.fullmatch(r"(0-\d+)\\n\1", line) for line in lines)
