@@ -62,9 +62,9 @@ def main() -> None:
 
     codes = [cli.main(words) for words in json.loads(sys.argv[1])]
     calls = Path(os.environ["STAND_IN_CALLS"])
-    TRIED.extend(calls.read_text().splitlines() if calls.exists() else [])
-    versions = {name: importlib.metadata.version(name) for name in ("bitsandbytes", "huggingface_hub", "kernels")}
-    print(json.dumps({"codes": codes, "tried": TRIED, "modules": sorted(sys.modules), "versions": versions}))
+    TRIED.extend(calls.read_text().splitlines() if calls.is_file() else [])
+    there = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    print(json.dumps({"codes": codes, "tried": TRIED, "modules": sorted(sys.modules), "versions": there}))
 
 
 if __name__ == "__main__":
