@@ -134,7 +134,7 @@ def test_a_bare_environment_is_enough(folder: Path, name: str) -> None:
         ("-m esm_neuron.cli data check $'n\\xff.csv'", "", 2, "is not of this locale's encoding; rename the file"),
         ("-m esm_neuron.cli plan --data.train train.csv --adapter.r 1000000000000", "", 2, "outside 1 to 65536"),
         (
-            "-m esm_neuron.cli plan --data.train train.csv --loop.packs_per_device 60000",
+            "-m esm_neuron.cli plan --data.train train.csv --loop.packs_per_device 60000 --data.pack_tokens 2048",
             "",
             2,
             "must be at most 67108864",
