@@ -247,7 +247,11 @@ def _check_constant(unnamed: Iterable[tuple[int, Tensor]], first_new: int) -> No
     computed has lost its tensor too, and is known by its dimensions.
     """
     for number, value in unnamed:
-        if number < first_new if number >= 0 else value.ndim:
+        if number >= 0:
+            was_there = number < first_new
+        else:  # without a tensor
+            was_there = value.ndim > 0
+        if was_there:
             raise TrainingError(
                 f"a graph reads a tensor ({value.dtype} {list(value.shape)}) that is neither of the batch nor of the "
                 "model or its optimizer: its value would never change again; make it a buffer of the model, or use "

@@ -339,12 +339,10 @@ def lay_qkv_end_to_end(model: nn.Module) -> None:
 
 
 def _end_to_end(parts: list[Tensor]) -> Tensor:
-    """Return three tensors of one shape as one, without a copy where they lie so."""
-    first, size = parts[0], parts[0].nbytes
-    laid = first.untyped_storage().data_ptr()
-    if all(part.untyped_storage().data_ptr() == laid for part in parts) and [
-        part.data_ptr() - first.data_ptr() for part in parts
-    ] == [0, size, 2 * size]:
+    """Return three tensors of one shape as one: a view where `lay_qkv_end_to_end` has laid them so, else a copy."""
+    first = parts[0]
+    places = [(part.untyped_storage().data_ptr(), part.storage_offset()) for part in parts]
+    if places == [(places[0][0], number * first.numel()) for number in range(3)]:
         return first.as_strided((3 * first.shape[0], *first.shape[1:]), first.stride())
     return torch.cat(parts)
 

@@ -407,7 +407,7 @@ def _read(source: WeightSource, key: str, part: Shard | None) -> Tensor:
 
 def inverse_frequencies(width: int) -> Tensor:
     """Return float32 [width / 2], the rotary frequencies of a head: 10000^(-2i/width), RoFormer, arXiv:2104.09864."""
-    frequencies: Tensor = 1.0 / 10_000.0 ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+    frequencies: Tensor = 1.0 / ROTARY_BASE ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
     return frequencies
 
 
