@@ -33,8 +33,11 @@ class Built:
     quantized: bool = False
 
 
-def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
-    """Build on meta, shard, load slices (and quantize each as it comes), adapt, prepare."""
+def build_model(cfg: TrainConfig, task: Task, backend: Backend, trained: bool = False) -> Built:
+    """Build on meta, shard, load slices (and quantize each as it comes), adapt, prepare.
+
+    A `trained` model has its head in its weights, under the names and in the order that the task gives them.
+    """
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = model_config(cfg, task, pretrained)
     # On meta a model takes no memory, so a rank only ever holds the parts that it reads.
@@ -54,8 +57,8 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     head = task.head(config)
     draw = Draw(cfg.seed, config.initializer_range)
     new = tuple(f"{part}." for part in head)
-    headed, note = with_head(source, pretrained, model, head)
-    report = load_into(model, headed, draw, lambda name: name.startswith(new), backend.part)
+    headed, note = (source, "") if trained else with_head(source, pretrained, model, head)
+    report = load_into(model, headed, draw, lambda name: not trained and name.startswith(new), backend.part)
     if cfg.model.gradient_checkpointing:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=backend.checkpoint_fn())
     adapted = adapt(model, cfg.adapter, head, backend.lora_modules)

@@ -32,8 +32,8 @@ from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import Lines, RedactedRecord, RedactingFormatter, shown
 from esm_neuron.training.signals import EXIT_STOPPED
 
-RunFolder = Annotated[Path, "output folder of a training run"]
-AnyModel = Annotated[str, "output folder of a training run, Hugging Face folder of ESM-2, or hub id"]
+Trained = Annotated[str, "output folder of a training run, or a folder with a trained model by transformers or PEFT"]
+AnyModel = Annotated[str, "output folder of a training run, folder of an ESM-2 by transformers or PEFT, or hub id"]
 Records = Annotated[Path, "FASTA, CSV, TSV, JSONL or Parquet"]
 Table = Annotated[Path, "file to write: CSV, TSV, JSONL or Parquet, by its suffix"]
 Backend = Annotated[BackendName | None, f"where to run: {', '.join(BACKENDS)}; default: where it was trained, else cpu"]
@@ -60,12 +60,12 @@ def train(*settings: str) -> int:
 
 def evaluate(
     *overrides: str,
-    model: RunFolder,
+    model: Trained,
     input: Annotated[Path, "file with labels; columns as in training"],
     output: Annotated[Path | None, "JSON file; printed as well"] = None,
     backend: Backend = None,
 ) -> int:
-    """Print the metrics of a finished run on a labelled file, as JSON. Also --data.* as for train."""
+    """Print the metrics of a trained model on a labelled file, as JSON. Also --data.* as for train."""
     from esm_neuron.inference.evaluate import evaluate as run_evaluation
 
     found = run_evaluation(model, input, output, backend, log, overrides)
@@ -75,7 +75,7 @@ def evaluate(
 
 def predict(
     *overrides: str,
-    model: Annotated[str, "output folder of a training run"],
+    model: Trained,
     input: Records,
     output: Table,
     backend: Backend = None,
@@ -157,11 +157,11 @@ def report(run: Annotated[Path, "output folder of a training run; the page is wr
     return 0
 
 
-def export(*, model: RunFolder, output: Annotated[Path, "folder to write"]) -> int:
-    """Merge a run's adapter into its base and write a Hugging Face folder with a model card."""
+def export(*overrides: str, model: Trained, output: Annotated[Path, "folder to write"]) -> int:
+    """Merge an adapter into its base and write a Hugging Face folder, of a run with a model card."""
     from esm_neuron.inference.export import export as run_export
 
-    run_export(model, output)
+    run_export(model, output, overrides)
     log(f"Hugging Face folder written to {output}")
     return 0
 
@@ -206,7 +206,7 @@ def plan(
     if instance is not None:
         price_list = cost.read_prices(prices)
         asked, market = cost.price_of(instance, price_list)
-        shape = known_shape(cfg.model.name)
+        shape = known_shape(cfg.model.base or cfg.model.name)
         if shape is None:
             raise ConfigError(
                 f"--instance: the shape of {cfg.model.name} is not known; name a local folder or an ESM-2"

@@ -247,11 +247,8 @@ def _check_constant(unnamed: Iterable[tuple[int, Tensor]], first_new: int) -> No
     computed has lost its tensor too, and is known by its dimensions.
     """
     for number, value in unnamed:
-        if number >= 0:
-            was_there = number < first_new
-        else:  # without a tensor
-            was_there = value.ndim > 0
-        if was_there:
+        has_tensor = number >= 0
+        if (has_tensor and number < first_new) or (not has_tensor and value.ndim > 0):
             raise TrainingError(
                 f"a graph reads a tensor ({value.dtype} {list(value.shape)}) that is neither of the batch nor of the "
                 "model or its optimizer: its value would never change again; make it a buffer of the model, or use "

@@ -25,14 +25,18 @@ class ModelConfig:
     """The ESM-2 to start from."""
 
     name: str = "esm2_t6_8M"
-    """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, or a shape: `tiny`, `small`, `mini`,
-    `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`, `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs `init:
-    random`; only `mini` has weights in the package, which this project trained."""
+    """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, a folder of PEFT (its adapter is merged
+    into its base), or a shape: `tiny`, `small`, `mini`, `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`,
+    `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs `init: random`; only `mini` has weights in the
+    package, which this project trained."""
+    base: str | None = None
+    """Where `name` is a folder of PEFT: hub id or folder of the weights that its adapter was trained on. None: those
+    that its adapter_config.json names."""
     revision: str | None = None
     """Hub revision: a branch, a tag or, best, a commit hash. None is the hub's main branch."""
     sha256: str | None = None
-    """SHA-256 that the weights must have, in hexadecimal: that of model.safetensors, as the hub and sha256sum show it;
-    of shards, that of their sorted sums, one per line. None: any."""
+    """SHA-256 that the weights must have, in hexadecimal: that of model.safetensors, or adapter_model.safetensors, as
+    the hub and sha256sum show it; of shards, that of their sorted sums, one per line. None: any."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` loads weights; `random` keeps only the shape of `name` and initializes newly from `seed`."""
     pooling: Literal["mean", "cls", "attention"] = "mean"

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import BackendName, require, settings
+from esm_neuron.config import BackendName, require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.files import check_apart, finite, write_json
-from esm_neuron.inference.load import MAY_CHANGE, build_trained, read_run
+from esm_neuron.inference.load import build_trained, find_trained
 from esm_neuron.inference.predict import write_rejected
 
 if TYPE_CHECKING:
@@ -27,28 +27,28 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    run: Path,
+    model: str | Path,
     source: Path,
     target: Path | None,
     backend_name: BackendName | None = None,
     log: Callable[[str], None] = logger.info,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the metrics of a finished run on a labelled file, with 95 % bootstrap intervals.
+    """Return the metrics of a trained model on a labelled file, with 95 % bootstrap intervals.
 
     Args:
+        model: output folder of a training run, or a folder with a trained model by transformers or PEFT.
         source: file with labels; the row filters and the split column of training are not applied.
         target: JSON file to write as well, with TARGET.rejected.tsv if records were left out or changed.
         backend_name, log: as for `predict`.
-        overrides: words that overrule the run's settings, such as `--data.label_column class`, see `MAY_CHANGE`.
+        overrides: words that overrule the model's settings, such as `--data.label_column class`.
     """
     if target is not None:
         require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
         for path in (target, rejected_path(target)):
-            check_apart("--output: with it,", path, {"--model": run, "--input": source})
+            check_apart("--output: with it,", path, {"--model": model, "--input": source})
         check_rejected(rejected_path(target))
-    cfg, task = read_run(run, backend_name)
-    cfg = settings.override(cfg, overrides, MAY_CHANGE, "evaluate")
+    cfg, task = find_trained(model, backend_name, overrides, "evaluate")
     labels = None if task.label_kind is None else task.label_kind(cfg.task, cfg.data.label_column)
     inputs = InputChunks(source, cfg.data, labels)
     if is_alone():

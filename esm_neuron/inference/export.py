@@ -1,7 +1,8 @@
-"""Export a finished run as a plain Hugging Face folder."""
+"""Export a trained model as a plain Hugging Face folder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from esm_neuron.build import Built
 from esm_neuron.compat import PeftModel
 from esm_neuron.config import ParallelConfig, require
 from esm_neuron.config.settings import read_config
-from esm_neuron.inference.load import build_trained, read_run
+from esm_neuron.inference.load import build_trained, find_trained
 from esm_neuron.reports.card import model_card
 from esm_neuron.run_dir import CONFIG, read_result
 from esm_neuron.training.results import write_model
@@ -27,14 +28,17 @@ def merged(built: Built) -> nn.Module:
     return built.model.merge_and_unload() if isinstance(built.model, PeftModel) else built.model
 
 
-def export(run: Path, target: Path) -> None:
-    """Merge the adapter of a finished run, on the CPU, and write a plain Hugging Face folder with a model card.
+def export(model: str | Path, target: Path, settings: Sequence[str] = ()) -> None:
+    """Merge the adapter of a trained model, on the CPU, and write a plain Hugging Face folder.
 
-    Raise ConfigError where `target` exists or `run` is not finished, CheckpointError where its files are damaged.
+    A finished run's has a model card. Raise ConfigError where `target` exists or a run is not finished, CheckpointError
+    where files are damaged. `model` and `settings` are as for `predict`.
     """
     require(not target.exists(), f"--output {target}: exists already; name a new folder")
-    cfg, task = read_run(run, "cpu")
+    cfg, task = find_trained(model, "cpu", settings, "export")
     cfg = replace(cfg, loop=replace(cfg.loop, precision="fp32"), parallel=ParallelConfig())
     built = build_trained(cfg, task, create_backend(cfg))
-    card = model_card(read_config(run / CONFIG), read_result(run), built.source.reference, "model")
+    run, card = Path(model), ""
+    if (run / CONFIG).is_file():
+        card = model_card(read_config(run / CONFIG), read_result(run), built.source.reference, "model")
     write_model(merged(built), built.config, target, card)

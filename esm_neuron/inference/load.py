@@ -1,4 +1,4 @@
-"""Find and load the model that predicts: a finished training run, or an ESM-2 from a Hugging Face folder or hub id."""
+"""Find and load the model that predicts: a finished training run, a folder of transformers or PEFT, or a hub id."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelC
 from esm_neuron.config.backends import spec_of
 from esm_neuron.config.deferred import module
 from esm_neuron.distributed import is_alone
-from esm_neuron.errors import CheckpointError
+from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import NOTHING, read_json, sha256
-from esm_neuron.models.shapes import is_carried, locate
-from esm_neuron.run_dir import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, CONFIG, MODEL, REFERENCE
+from esm_neuron.inference.folders import find_head, task_config
+from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from esm_neuron.models.shapes import in_folder, locate
+from esm_neuron.run_dir import ADAPTER, BASE, CONFIG, MODEL, REFERENCE
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
 
@@ -45,11 +47,11 @@ NOT_IN_IDENTITY = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model that was found and not yet read: a training run, or an ESM-2 as it is."""
+    """A model that was found and not yet read: one trained for a task, or an ESM-2 as it is."""
 
     cfg: TrainConfig
     task: Task | None
-    """The task of a training run; None for a plain ESM-2."""
+    """What a trained model answers; None for a plain ESM-2."""
 
     def load(self, plain: Task, backend: Backend) -> Built:
         """Return the model on the backend's device: the run's own, or what the task `plain` makes of an ESM-2."""
@@ -76,7 +78,7 @@ class ModelSpec:
 
 
 def find_model(name: str, backend: BackendName | None, words: Sequence[str], command: str) -> ModelSpec:
-    """Find what `--model` names: the output folder of a training run, a Hugging Face folder, or a hub id.
+    """Find an encoder that `--model` names: the output folder of a training run, another's folder, or a hub id.
 
     Without a `backend` it is to run where it was trained, a plain ESM-2 on `cpu`. `words` are settings that overrule
     those of the run, see `MAY_CHANGE`; `command` is for messages.
@@ -86,10 +88,41 @@ def find_model(name: str, backend: BackendName | None, words: Sequence[str], com
         cfg, task = read_run(folder, backend)
         return ModelSpec(settings.override(cfg, words, MAY_CHANGE, command), task)
     plain = TrainConfig(model=ModelConfig(name=name), adapter=AdapterConfig(kind="none"), backend=backend or "cpu")
-    cfg = settings.override(plain, words, (*MAY_CHANGE, "model.revision"), command)
+    cfg = settings.override(plain, words, (*MAY_CHANGE, "model.base", "model.revision"), command)
     if is_alone():
         locate(cfg.model)
     return ModelSpec(cfg, None)
+
+
+def find_trained(
+    name: str | Path, backend: BackendName | None, words: Sequence[str], command: str
+) -> tuple[TrainConfig, Task]:
+    """Find the trained model that `--model` names, ready for `build_trained`; otherwise as `find_model`.
+
+    That is the output folder of a training run, or a folder that `export`, transformers' Trainer or PEFT wrote.
+    """
+    folder = Path(name).expanduser()
+    if (folder / CONFIG).is_file():
+        cfg, task = read_run(folder, backend)
+        return settings.override(cfg, words, MAY_CHANGE, command), task
+    if folder.name == ADAPTER and (folder.parent / CONFIG).is_file():
+        raise ConfigError(f"--model {name}: is the adapter of a training run; name the run, --model {folder.parent}")
+    plain = TrainConfig(model=ModelConfig(name=str(name)), adapter=AdapterConfig(kind="none"), backend=backend or "cpu")
+    cfg = settings.override(plain, words, (*MAY_CHANGE, "model.base", "model.revision", "task."), command)
+    if folder.is_dir():
+        locate(cfg.model)
+    if not is_adapter(folder) and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"--model {name}: no {CONFIG} there, no config.json and no {ADAPTER_CONFIG}; {command} needs the output "
+            "folder of a training run, or a folder with a trained model by transformers or PEFT"
+        )
+    head = find_head(cfg.model)
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, pooling=head.pooling),
+        task=task_config(head, cfg.task, str(name), command),
+    )
+    return cfg, create_task(cfg.task, cfg.task.labels or ())
 
 
 def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:
@@ -101,11 +134,11 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     cure = "let its training finish (--checkpoint.resume auto)"
     require(bool(found), f"--model {folder}: no adapter and no model there; {cure}")
     # the folder's own weights, where it has the whole model or carries the base of its adapter
-    own = MODEL if found == [MODEL] else BASE if is_carried(cfg.model) else None
+    carries = any((folder / BASE).glob("model*.safetensors"))
+    own = MODEL if found == [MODEL] else BASE if carries else None
     cfg = replace(cfg, output=str(folder))
     if own is not None:
-        model = replace(cfg.model, name=str(folder / own), init="pretrained", revision=None, sha256=None)
-        cfg = replace(cfg, model=model)
+        cfg = replace(cfg, model=in_folder(cfg.model, folder / own))
     if backend is not None and backend != cfg.backend:
         cfg = move_to(backend, cfg)
     if not cfg.can_quantize and cfg.adapter.kind == "qlora":
@@ -130,13 +163,13 @@ def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:
 
 
 def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
-    """Build the model of a finished run with its trained weights, on the backend's device.
+    """Build a trained model with its weights, on the backend's device.
 
     Raise CheckpointError where the adapter is damaged, or the base weights are not those it was trained on.
     """
-    built = build.build_model(cfg, task, backend)
     if cfg.adapter.kind not in ("lora", "qlora"):
-        return built
+        return build.build_model(cfg, task, backend, trained=True)
+    built = build.build_model(cfg, task, backend)
     folder = Path(cfg.output) / ADAPTER
     reference = read_reference(folder)
     if built.source.reference.sha256 != reference.sha256:

@@ -19,8 +19,7 @@ from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import Rejected, rejected_path, save_rejected
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
-from esm_neuron.errors import ConfigError
-from esm_neuron.inference.load import ModelSpec, find_model
+from esm_neuron.inference.load import ModelSpec, find_trained
 from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
 from esm_neuron.tasks.base import Task
 
@@ -50,32 +49,29 @@ def predict(
     resume: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> int:
-    """Write the predictions of a finished run for every record of `source`, in its order; return their number.
+    """Write the predictions of a trained model for every record of `source`, in its order; return their number.
 
     Windows of a long sequence are averaged. Raise EsmNeuronError where the run, its weights or a record cannot be used;
     `target` is then unchanged.
 
     Args:
-        model: output folder of a training run.
+        model: output folder of a training run, or a folder with a trained model by transformers or PEFT.
         source: FASTA, CSV, TSV, JSONL or Parquet; columns as the run's configuration names them, labels not needed.
         target: CSV, TSV, JSONL or Parquet: `id`, and what `Task.outputs` gives.
         backend: where to run; None: where it was trained.
-        settings: words that overrule the run's, such as `--data.sequence_column seq`.
+        settings: words that overrule the model's, such as `--data.sequence_column seq`.
         resume: use the shards that a killed command left beside `target`.
         log: called with lines about what was read, left out or cut.
     """
     check_target(target, JOIN, {"--model": model, "--input": source})
-    spec = find_model(model, backend, settings, "predict")
-    task = spec.task
-    if task is None:
-        raise ConfigError(f"--model {model}: no config.yaml there; predict needs the output folder of a training run")
+    cfg, task = find_trained(model, backend, settings, "predict")
 
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
         columns = task.outputs(table, predictions)
         made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
         return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
 
-    return predict_file(spec, task, source, target, write, resume, log, {"command": "predict"})
+    return predict_file(ModelSpec(cfg, task), task, source, target, write, resume, log, {"command": "predict"})
 
 
 def predict_file(

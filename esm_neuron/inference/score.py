@@ -30,11 +30,13 @@ from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.tokenizer import MASK, decode, encode_many
 from esm_neuron.distributed import is_alone, log_nothing, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.inference.folders import LANGUAGE, find_head
 from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.predict import piece_tokens, predict_table, write_rejected
 from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, scan, stream
 from esm_neuron.inference.variants import Row, Variant, VariantColumns, VariantTable
 from esm_neuron.metrics.regression import rank_correlation
+from esm_neuron.models.adapter_folder import is_adapter
 from esm_neuron.tasks.masked_lm import MaskedLM
 
 if TYPE_CHECKING:
@@ -222,9 +224,12 @@ def score(
 def _language_model(model: str, backend: BackendName | None, settings: Sequence[str]) -> ModelSpec:
     """Find the model; raise ConfigError where it has lost its language-model head."""
     spec = find_model(model, backend, settings, "score")
-    if spec.task is not None and not spec.task.keeps_lm_head:
+    other = spec.cfg.task.name if spec.task is not None and not spec.task.keeps_lm_head else None
+    if is_adapter(Path(model)):  # its base may have the language model's head still, and it another encoder
+        other = None if find_head(spec.cfg.model).auto_class == LANGUAGE else "another task"
+    if other is not None:
         raise ConfigError(
-            f"--model {model}: was trained for {spec.cfg.task.name} and has no language-model head; "
+            f"--model {model}: was trained for {other} and has no language-model head; "
             "name a masked_lm run, or the pretrained ESM-2"
         )
     return spec

@@ -17,14 +17,14 @@ from esm_neuron.data.sources import make_rows
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.errors import DataError
 from esm_neuron.files import finite
-from esm_neuron.inference.load import build_trained, read_run
+from esm_neuron.inference.load import build_trained, find_trained
 from esm_neuron.inference.predict import predict_table
 from esm_neuron.training.evaluation import Evaluator
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A finished run, ready to predict; `load` makes one."""
+    """A trained model, ready to predict; `load` makes one."""
 
     cfg: TrainConfig
     evaluator: Evaluator
@@ -59,12 +59,12 @@ class _Request(InputChunks):
         yield make_rows({"line": range(1, len(ids) + 1), "id": ids, "sequence": sequences})
 
 
-def load(run: Path, backend: BackendName | None = None) -> Predictor:
-    """Load a finished run from its output folder, to run on `backend`, by default where it was trained.
+def load(model: str | Path, backend: BackendName | None = None, settings: Sequence[str] = ()) -> Predictor:
+    """Load a trained model to run on `backend`, by default where it was trained; names and settings as for `predict`.
 
-    Raise EsmNeuronError where the run or its weights cannot be used.
+    Raise EsmNeuronError where the model or its weights cannot be used.
     """
-    cfg, task = read_run(run, backend)
+    cfg, task = find_trained(model, backend, settings, "load")
     created = create_backend(cfg)
     return Predictor(cfg, Evaluator(build_trained(cfg, task, created).model, task, created))
 

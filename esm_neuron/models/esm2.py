@@ -227,7 +227,7 @@ class PooledEsmConfig(EsmConfig):
     """Configuration of a classifier whose pooling transformers does not have.
 
     It has its own model type, so that plain transformers refuses it instead of predicting from the <cls> token. A
-    regression has it too: transformers would leave its predictions standardized.
+    regression of standardized values has it too: transformers would leave its predictions so.
     """
 
     model_type = "esm_neuron"
@@ -235,7 +235,7 @@ class PooledEsmConfig(EsmConfig):
 
 def head_name(config: EsmConfig) -> str:
     """Return the attribute of the head: transformers' own name only where transformers would compute the same."""
-    if config.problem_type == "regression":
+    if config.problem_type == "regression" and isinstance(config, PooledEsmConfig):
         return f"{config.pooling}_regressor"
     return "classifier" if config.pooling == "cls" else f"{config.pooling}_classifier"
 

@@ -85,5 +85,7 @@ def _question(config: EsmConfig) -> dict[str, Any]:
     labels: dict[Any, str] = config.id2label or {}
     classes = [str(labels[place]) for place in sorted(labels)]
     kind = config.problem_type or ("regression" if len(classes) == 1 else "single_label_classification")
+    if kind == "regression":
+        classes = ["value"] * len(classes)  # whatever it is called
     unit = [float(getattr(config, name, default)) for name, default in (("target_mean", 0.0), ("target_sd", 1.0))]
     return {"problem type": kind, "mean and sd": unit, "classes": classes}

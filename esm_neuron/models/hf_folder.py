@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,19 @@ SHARD_BYTES = 5_000_000_000
 """Largest shard that transformers writes by default."""
 
 
+_BARE = re.compile(r"(embeddings|encoder|pooler|contact_head)\.")
+_OLD_NORM = re.compile(r"\.LayerNorm\.(gamma|beta)$")
+
+
+def canonical(key: str) -> str:
+    """Return the key as EsmForMaskedLM has it: a bare EsmModel's `encoder...` becomes `esm.encoder...`.
+
+    What transformers 5 saves has TensorFlow's names for the blocks' norms, `gamma` and `beta`.
+    """
+    key = _OLD_NORM.sub(lambda old: ".LayerNorm." + {"gamma": "weight", "beta": "bias"}[old[1]], key)
+    return f"esm.{key}" if _BARE.match(key) else key
+
+
 @dataclass(frozen=True)
 class BaseReference:
     """Which weights a model started from, so that an adapter can name its base."""
@@ -39,20 +53,20 @@ class BaseReference:
 class SafetensorsFolder:
     """The weights of a Hugging Face folder, mapped and not loaded: a slice costs only its own bytes."""
 
-    def __init__(self, path: Path, name: str | None = None, revision: str | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, revision: str | None = None, file: str = WEIGHTS) -> None:
         """Open the headers of the weight files; an adapter will call these weights `name` (None: the folder's)."""
         self.path, self.name, self.revision = path, name or str(path), revision
         index = path / INDEX
-        if not (path / WEIGHTS).is_file() and index.is_file():
+        if not (path / file).is_file() and index.is_file():
             keys_of = read_index(index, ".safetensors")
-            self._files = {file: open_safetensors(path / file) for file in keys_of}
-            for file, keys in keys_of.items():
-                check_keys(path / file, set(self._files[file].keys()), keys)
-        elif (path / WEIGHTS).is_file():
-            self._files = {WEIGHTS: open_safetensors(path / WEIGHTS)}
+            self._files = {shard: open_safetensors(path / shard) for shard in keys_of}
+            for shard, keys in keys_of.items():
+                check_keys(path / shard, set(self._files[shard].keys()), keys)
+        elif (path / file).is_file():
+            self._files = {file: open_safetensors(path / file)}
         else:
             raise ConfigError(_no_weights(path))
-        self._file_of = {key: file for file, opened in self._files.items() for key in list(opened.keys())}
+        self._file_of = {key: name for name, opened in self._files.items() for key in list(opened.keys())}
 
     def keys(self) -> frozenset[str]:
         return frozenset(self._file_of)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_neuron.config import ModelConfig, require
 from esm_neuron.errors import ConfigError
+from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, AdapterFolder, is_adapter, read_adapter_folder
 
 if TYPE_CHECKING:
     from esm_neuron.compat import EsmConfig
@@ -100,14 +101,67 @@ SHIPPED = Path(__file__).parent / "pretrained"
 
 def is_carried(cfg: ModelConfig) -> bool:
     """Return whether a run keeps a copy of its base weights, because nobody else could name them."""
-    return cfg.init == "random" or cfg.name in SHAPES
+    return cfg.init == "random" or cfg.name in SHAPES or is_adapter(Path(cfg.name).expanduser())
+
+
+def in_folder(cfg: ModelConfig, folder: Path) -> ModelConfig:
+    """Return the model with its weights taken from a folder, whatever they were taken from before."""
+    return replace(cfg, name=str(folder), init="pretrained", base=None, revision=None, sha256=None)
 
 
 def locate(cfg: ModelConfig) -> Path | None:
-    """Return the folder that `model.name` means, whatever is in it; None for a hub id. Raise ConfigError for neither.
+    """Return the folder that `model.name` means; None for a hub id. Raise ConfigError for neither.
 
-    The folder of a shape may be missing, with `init: random`.
+    The folder of a shape may be missing, with `init: random`. Of an adapter its base is looked for too; otherwise what
+    is in the folder is not looked at, except to say what else to name.
     """
+    folder = find(cfg)
+    if folder is not None and is_adapter(folder):
+        require(cfg.init != "random", f"model.init=random: {cfg.name} is an adapter; name a shape, or its base")
+        find(base_of(cfg, folder)[1])
+        return folder
+    require(
+        cfg.base is None, f"model.base={cfg.base} is for the folder of an adapter; {cfg.name} has no {ADAPTER_CONFIG}"
+    )
+    if folder is not None and cfg.name not in SHAPES and not (folder / "config.json").is_file():
+        if (folder / "config.yaml").is_file():
+            cure = f"run: esm-neuron export --model {cfg.name} --output FOLDER, then model.name=FOLDER"
+            raise ConfigError(f"model.name={cfg.name} is the output folder of a training run; {cure}")
+        inner = [
+            path.parent for name in ("config.json", ADAPTER_CONFIG) for path in folder.glob(f"checkpoint-*/{name}")
+        ]
+        if inner:
+            last = max(inner, key=lambda path: (len(path.name), path.name))
+            raise ConfigError(
+                f"model.name={cfg.name} holds checkpoints of transformers' Trainer and no model; name one: {last}"
+            )
+    return folder
+
+
+def base_of(cfg: ModelConfig, folder: Path) -> tuple[AdapterFolder, ModelConfig]:
+    """Return the adapter in `folder`, and the model that it was trained on: `model.base`, or what the adapter names."""
+    adapter = read_adapter_folder(folder)
+    base, revision = (cfg.base, cfg.revision) if cfg.base is not None else (adapter.base, adapter.revision)
+    cure = "give the hub id or folder of the weights that it was trained on: --model.base BASE"
+    if base is None:
+        raise ConfigError(f"{folder}: it names no base; {cure}")
+    there = Path(base).expanduser()
+    here = there.is_dir() or base in SHAPES
+    hub = not here and _HUB_ID.fullmatch(base) is not None
+    require(here or hub, f"{folder}: its base {base} is not here; {cure}")
+    require(
+        not is_adapter(there) or (there / "config.json").is_file(),
+        f"{folder}: its base {base} is an adapter itself; export that first and give the exported folder: "
+        "--model.base FOLDER",
+    )
+    return adapter, replace(cfg, name=base, base=None, sha256=None, revision=revision if hub else None)
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def find(cfg: ModelConfig) -> Path | None:
+    """Return the folder that a name means, whatever is in it; otherwise as `locate`."""
     shape, random = SHAPES.get(cfg.name), cfg.init == "random"
     require(
         not (random and cfg.sha256), "model.sha256 is of weights that are read; leave it out with model.init=random"
@@ -121,10 +175,11 @@ def locate(cfg: ModelConfig) -> Path | None:
     folder = Path(cfg.name).expanduser()
     if folder.is_dir():
         require(
-            cfg.revision is None, f"model.revision={cfg.revision} belongs to a hub id, not to the folder {cfg.name}"
+            cfg.revision is None or cfg.base is not None,
+            f"model.revision={cfg.revision} belongs to a hub id, not to the folder {cfg.name}",
         )
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", cfg.name):
+    if not _HUB_ID.fullmatch(cfg.name):
         near = difflib.get_close_matches(cfg.name, SHAPES, 1)
         hint = f"did you mean {near[0]}?" if near else f"the shapes are {', '.join(SHAPES)}"
         raise ConfigError(f"model.name={cfg.name} is no folder, no hub id (owner/name) and no shape; {hint}")
@@ -136,6 +191,8 @@ def known_shape(model: str) -> EsmShape | None:
     by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
     if model in by_name or not Path(model).is_dir():
         return by_name.get(model)
+    if is_adapter(Path(model)):
+        return known_shape(read_adapter_folder(Path(model)).base or "")
     from esm_neuron.models.weights import read_config  # imports torch, which the names do without
 
     return EsmShape.of(read_config(Path(model)))

@@ -23,9 +23,20 @@ from esm_neuron.compat import EsmConfig
 from esm_neuron.config import ModelConfig, require
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import read_json
+from esm_neuron.models.adapter_folder import MergedWeights, is_adapter
 from esm_neuron.models.attention import ROTARY_BASE
-from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, check_values, one_line, some
-from esm_neuron.models.shapes import MASK_TOKEN, PAD_TOKEN, SHAPES, VOCABULARY_SIZE, EsmShape, esm_config, locate
+from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, canonical, check_values, one_line, some
+from esm_neuron.models.shapes import (
+    MASK_TOKEN,
+    PAD_TOKEN,
+    SHAPES,
+    VOCABULARY_SIZE,
+    EsmShape,
+    base_of,
+    esm_config,
+    find,
+    locate,
+)
 from esm_neuron.models.tensor_parallel import Index, Shard
 
 
@@ -47,19 +58,6 @@ class WeightSource(Protocol):
     @property
     def reference(self) -> BaseReference:
         """Return which weights these are."""
-
-
-_BARE = re.compile(r"(embeddings|encoder|pooler|contact_head)\.")
-_OLD_NORM = re.compile(r"\.LayerNorm\.(gamma|beta)$")
-
-
-def canonical(key: str) -> str:
-    """Return the key as EsmForMaskedLM has it: a bare EsmModel's `encoder...` becomes `esm.encoder...`.
-
-    What transformers 5 saves has TensorFlow's names for the blocks' norms, `gamma` and `beta`.
-    """
-    key = _OLD_NORM.sub(lambda old: ".LayerNorm." + {"gamma": "weight", "beta": "bias"}[old[1]], key)
-    return f"esm.{key}" if _BARE.match(key) else key
 
 
 def seeded(seed: int, name: str) -> np.random.Generator:
@@ -125,10 +123,26 @@ class RandomWeights:
 def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
     """Find what `model.name` means, opening its weights without reading them; `seed` is that of random weights.
 
-    Raise ConfigError where no ESM-2 with safetensors has the name, CheckpointError where its files are damaged,
-    incomplete or not those of `sha256`.
+    The folder of an adapter means its base with the adapter merged in. Raise ConfigError where no ESM-2 with
+    safetensors has the name, CheckpointError where its files are damaged, incomplete or not those of `sha256`.
     """
     found = locate(cfg)
+    if found is None or not is_adapter(found):
+        return _open(cfg, seed)
+    adapter, base = base_of(cfg, found)
+    try:
+        config, weights = _open(base, seed)
+    except ConfigError as error:
+        raise ConfigError(f"{found}: its base: {str(error).replace('model.name', 'model.base')}") from error
+    merged = MergedWeights(weights, adapter)
+    if cfg.sha256 is not None:
+        merged.tensors.check_sum(cfg.sha256)
+    return config, merged
+
+
+def _open(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
+    """Return the configuration and the weights of a model that is no adapter."""
+    found = find(cfg)
     folder, commit = (found, None) if found is not None else _download(cfg)
     shape, random = SHAPES.get(cfg.name), cfg.init == "random"
     config = read_config(folder) if shape is None else esm_config(shape)

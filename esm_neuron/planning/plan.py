@@ -94,7 +94,7 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
     lengths = splits.train.lengths.astype(np.int32)
     epoch = _epoch(cfg, lengths, devices)
     half = halve(cfg)
-    shape = known_shape(cfg.model.name)
+    shape = known_shape(cfg.model.base or cfg.model.name)
     again = cfg.model.gradient_checkpointing
     memory, turned = (
         predict_memory(cfg, shape, devices, len(splits.labels) or 1, checkpointing) if shape else None

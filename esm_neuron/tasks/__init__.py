@@ -13,7 +13,7 @@ from esm_neuron.errors import ConfigError
 if TYPE_CHECKING:
     from esm_neuron.tasks.base import Task
 
-__all__ = ["TASKS", "check_task", "create_task", "task_class"]
+__all__ = ["TASKS", "check_task", "create_task", "task_class", "task_of_head"]
 
 TASKS: dict[str, str] = {
     "sequence_classification": "esm_neuron.tasks.sequence:SequenceClassification",
@@ -34,6 +34,12 @@ def task_class(name: str) -> type[Task]:
     module, _, found = TASKS[name].partition(":")
     task: type[Task] = getattr(importlib.import_module(module), found)
     return task
+
+
+def task_of_head(auto_class: str, problem_type: str | None) -> str | None:
+    """Return the task whose models have such a head in transformers; None where there is no such task."""
+    classes = ((name, task_class(name)) for name in TASKS)
+    return next((n for n, task in classes if (task.auto_class, task.problem_type) == (auto_class, problem_type)), None)
 
 
 def check_task(cfg: TaskConfig) -> None:

@@ -53,6 +53,7 @@ class Task(ABC):
     keeps_lm_head: ClassVar[bool] = False  # whether its head is the language model's, which a pretrained ESM-2 has
     hub_task: ClassVar[str | None] = None  # the hub's name for it (`pipeline_tag`); None: the hub has none
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"  # the class of transformers that loads its model
+    problem_type: ClassVar[str | None] = None  # transformers' name for what one of its heads answers, where it has one
     peft_task: ClassVar[str | None] = "SEQ_CLS"  # PEFT's name for it, by which it finds its class; None: it has none
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str] = ()) -> None:
@@ -161,23 +162,28 @@ class PooledTask(Task):
 
     greater_is_better = True
     label_kind: ClassVar[type[Labels] | None] = Labels
+    problem_type: ClassVar[str | None] = "single_label_classification"
 
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
         """Add the outputs and the pooling; what transformers would compute otherwise becomes a type of its own."""
         values = config.to_dict() | {"pooling": model.pooling} | self._output_config()
         values.update(label2id={label: i for i, label in values["id2label"].items()})
         values.pop("model_type", None)
-        kind = compat.EsmConfig if self.in_transformers(model) else esm2.PooledEsmConfig
+        kind = compat.EsmConfig if self.is_plain(model) else esm2.PooledEsmConfig
         configured: EsmConfig = kind.from_dict(values)
         return configured
 
     def _output_config(self) -> dict[str, Any]:
         """Return entries of the model's configuration: `id2label`, `problem_type`."""
-        return {"id2label": dict(enumerate(self.labels)), "problem_type": "single_label_classification"}
+        return {"id2label": dict(enumerate(self.labels)), "problem_type": self.problem_type}
 
     @classmethod
     def in_transformers(cls, model: ModelConfig) -> bool:
         return model.pooling == "cls"
+
+    def is_plain(self, model: ModelConfig) -> bool:
+        """Return whether plain transformers can compute what this task's model does, see `in_transformers`."""
+        return self.in_transformers(model)
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
         if isinstance(config, esm2.PooledEsmConfig):

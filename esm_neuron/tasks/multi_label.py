@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +30,7 @@ class MultiLabel(PooledTask):
     metric = "macro_f1"
     compared = ("subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
     hub_task = "text-classification"
-
-    def _output_config(self) -> dict[str, Any]:
-        return super()._output_config() | {"problem_type": "multi_label_classification"}
+    problem_type = "multi_label_classification"
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """Return float32 [classes]: for a label that the protein has its class weight (above 0), else 0."""

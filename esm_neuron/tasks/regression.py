@@ -29,6 +29,7 @@ class Regression(PooledTask):
     summary = "a number per protein"
     settings = ("target_mean", "target_sd")
     label_kind = Numbers
+    problem_type = "regression"
     metric = "spearman"
     compared = ("spearman", "pearson")
 
@@ -44,9 +45,12 @@ class Regression(PooledTask):
     def in_transformers(cls, model: ModelConfig) -> bool:
         return False  # transformers does not scale values
 
+    def is_plain(self, model: ModelConfig) -> bool:
+        return model.pooling == "cls" and (self._mean, self._sd) == (0.0, 1.0)
+
     def _output_config(self) -> dict[str, Any]:
         scale = {"target_mean": self._mean, "target_sd": self._sd}
-        return {"id2label": {0: "value"}, "problem_type": "regression", **scale}
+        return {"id2label": {0: "value"}, "problem_type": self.problem_type, **scale}
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """Return the protein's value, float32; 0 with weight 0 where the table has no labels (prediction)."""

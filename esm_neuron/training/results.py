@@ -15,14 +15,15 @@ from esm_neuron.compat import EsmConfig, PeftModel, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.files import new_folder, save_tensors, write_json, write_text
+from esm_neuron.models.adapter_folder import ADAPTER_WEIGHTS
 from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head
 from esm_neuron.models.hf_folder import write_shards
 from esm_neuron.models.lora import saved_key
-from esm_neuron.models.shapes import is_carried
+from esm_neuron.models.shapes import in_folder, is_carried
 from esm_neuron.models.weights import Draw, inverse_frequencies, load_into, open_weights
 from esm_neuron.reports.card import model_card
-from esm_neuron.run_dir import ADAPTER, ADAPTER_WEIGHTS, BASE, CARD, MODEL, REFERENCE
+from esm_neuron.run_dir import ADAPTER, BASE, CARD, MODEL, REFERENCE
 from esm_neuron.tasks.base import Task
 
 
@@ -90,8 +91,7 @@ def write_results(
     if is_carried(cfg.model):
         model, config = plain_model(cfg, task)
         write_model(model, config, out / BASE)
-        base = replace(cfg.model, name=str((out / BASE).resolve()), init="pretrained", revision=None, sha256=None)
-        reference = open_weights(base, cfg.seed)[1].reference
+        reference = open_weights(in_folder(cfg.model, (out / BASE).resolve()), cfg.seed)[1].reference
     lora = built.model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
     if built.config.model_type == PooledEsmConfig.model_type and not is_carried(cfg.model):

@@ -24,6 +24,7 @@ from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import check_apart, check_ours, claimed, finite, note, write_json, write_text
+from esm_neuron.models.adapter_folder import MergedWeights
 from esm_neuron.models.shapes import SHAPES, locate
 from esm_neuron.redact import Lines, escaped
 from esm_neuron.run_dir import (
@@ -308,6 +309,9 @@ def describe(cfg: TrainConfig, built: Built) -> str:
             "card says what it learned from"
         )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
+    if isinstance(built.source, MergedWeights):
+        base, adapter = built.source.base.name, built.source.name
+        lines.append(f"training starts from {base} with the adapter of {adapter} merged into it")
     if built.head:
         lines.append(built.head)
     if drawn:

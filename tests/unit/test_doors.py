@@ -17,7 +17,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pq.": ("data/parquet.py",),
     "pd.read_": ("inference/stream.py",),  # what has just been written
     "load_from_disk": ("data/parquet.py",),
-    "safe_open": ("models/hf_folder.py",),
+    "safe_open": ("models/adapter_folder.py", "models/hf_folder.py"),  # the former names and shapes, without torch
     "load_file": (),
     "torch.load": ("models/convert.py",),
     "np.load": (),

@@ -420,7 +420,7 @@ def test_what_cannot_be_predicted_is_one_line(trained: TrainConfig, plain: Path,
         (lambda: predict(trained.output, source, tmp_path / "x.xls"), ConfigError, "unknown format '.xls'; name the"),
         (lambda: embed(str(plain), source, tmp_path / "x.csv"), ConfigError, "one of .parquet .safetensors"),
         (lambda: predict(trained.output, source, tmp_path), ConfigError, "unknown format ''"),
-        (lambda: predict(str(plain), source, tmp_path / "x.csv"), ConfigError, "predict needs the output folder"),
+        (lambda: predict("mini", source, tmp_path / "x.csv"), ConfigError, "predict needs the output folder"),
         (lambda: embed("tiny", source, tmp_path / "x.parquet"), ConfigError, "tiny is a bare shape, without weights"),
         (lambda: embed("none", source, tmp_path / "x.parquet"), ConfigError, "model.name=none is no folder, no hub id"),
     ]

@@ -1,0 +1,159 @@
+"""Folders that another trainer wrote: what the head in them answers, as far as their files say.
+
+transformers' Trainer leaves config.json and model.safetensors, as `esm-neuron export` does; PEFT leaves
+adapter_config.json and adapter_model.safetensors. Read without torch, and before any other file is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from esm_neuron.config import ModelConfig, TaskConfig, require
+from esm_neuron.errors import ConfigError
+from esm_neuron.files import read_json
+from esm_neuron.models.adapter_folder import is_adapter, tensor_shapes
+from esm_neuron.models.shapes import base_of, find
+from esm_neuron.tasks import TASKS, check_task, task_class, task_of_head
+
+logger = logging.getLogger(__name__)
+
+SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
+LANGUAGE = "AutoModelForMaskedLM"
+_LAST_LAYER = re.compile(r"(?:(mean|cls|attention)_)?(classifier|regressor)\.(out_proj\.)?weight")
+"""The layer of a head with a row for each output: transformers' for sequences and for tokens, and this package's."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head answers."""
+
+    auto_class: str
+    """The class of transformers that loads such a model."""
+    problem_type: str | None = None
+    """transformers' name for what it answers; None: not said."""
+    outputs: int = 2
+    labels: tuple[str, ...] | None = None
+    """Names of the outputs in their order; None: not said."""
+    pooling: Any = "cls"
+    mean: float = 0.0
+    sd: float = 1.0
+
+
+def find_head(model: ModelConfig) -> Head:
+    """Return what the model in a folder answers. Raise ConfigError where it has no head that a task here has."""
+    folder = Path(model.name).expanduser()
+    if not is_adapter(folder):
+        return _of_config(folder, _read_config(folder))
+    home = find(base_of(model, folder)[1])  # None: on the hub, as a released ESM-2 without another head
+    released: dict[str, Any] = {"architectures": ["EsmForMaskedLM"]}
+    said = released if home is None else _read_config(home)
+    for name, shape in tensor_shapes(folder).items():
+        if last := _LAST_LAYER.fullmatch(name):
+            labels = _labels(home or folder, said) if "id2label" in said else ()
+            regression = last[2] == "regressor" or shape[0] == 1
+            return Head(
+                SEQUENCE if last[3] else TOKEN,
+                said.get("problem_type") or ("regression" if regression else None),
+                shape[0],
+                labels if len(labels) == shape[0] else None,
+                last[1] or "cls",
+                *_scale(home or folder, said),
+            )
+    return _of_config(home or folder, said)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return dict(read_json(path, {}))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); give a folder that transformers' save_pretrained wrote"
+        ) from error
+
+
+def _of_config(folder: Path, said: dict[str, Any]) -> Head:
+    path, names = folder / "config.json", said.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if name == "PackedForPooledClassification" and said.get("model_type") == "esm_neuron":
+        auto, pooling = SEQUENCE, said.get("pooling")
+        require(pooling in ("mean", "cls", "attention"), f"{path}: pooling is {pooling!r}; export the folder again")
+    else:
+        auto, pooling = f"AutoModel{str(name).removeprefix('Esm')}", "cls"
+    if auto not in (SEQUENCE, TOKEN, LANGUAGE):
+        classes = ", ".join(each.replace("AutoModel", "Esm") for each in (SEQUENCE, TOKEN, LANGUAGE))
+        raise ConfigError(f"{path}: architectures is {names!r}, without a head of a task; heads are known of {classes}")
+    if auto == LANGUAGE:
+        return Head(auto)
+    labels = _labels(folder, said)
+    kind = said.get("problem_type") or ("regression" if len(labels) == 1 else None)
+    return Head(auto, kind, len(labels), labels, pooling, *_scale(folder, said))
+
+
+def _labels(folder: Path, said: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the outputs; where config.json has none, those that transformers gives them."""
+    found = said.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    places = {str(place) for place in range(len(found))} if isinstance(found, dict) else set()
+    named = isinstance(found, dict) and found.keys() == places and all(isinstance(n, str | int) for n in found.values())
+    names = tuple(str(found[str(place)]) for place in range(len(found))) if named else ()
+    require(
+        0 < len(names) == len(set(names)),
+        f"{folder / 'config.json'}: id2label must give each output 0, 1, ... a name of its own; correct it",
+    )
+    return names
+
+
+def _scale(folder: Path, said: dict[str, Any]) -> tuple[float, float]:
+    """Return what predictions of a regression are added to and multiplied by, which transformers does not have."""
+    found = (said.get("target_mean", 0.0), said.get("target_sd", 1.0))
+    right = all(type(value) in (int, float) and math.isfinite(value) for value in found) and found[1] > 0
+    require(right, f"{folder / 'config.json'}: target_mean and target_sd are {found}; export the folder again")
+    return found
+
+
+def task_config(head: Head, given: TaskConfig, model: str, command: str) -> TaskConfig:
+    """Return the task of a head, with what the user has given for what the folder does not say.
+
+    Raise ConfigError where something is still missing, or what was given contradicts the folder.
+    """
+    changed = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != f.default}
+    name = task_of_head(head.auto_class, head.problem_type if head.auto_class == SEQUENCE else None)
+    if head.auto_class == SEQUENCE and head.problem_type is None:
+        name = task_of_head(SEQUENCE, "single_label_classification")
+        own = [each for each in TASKS if task_class(each).auto_class == SEQUENCE]
+        name = given.name if given.name in own else name
+    require(name is not None, f"--model {model}: problem_type is {head.problem_type!r}, which no task here has")
+    require(
+        given.name in (name, TaskConfig.name), f"--task.name {given.name}: {model} has a head for {name}; leave it out"
+    )
+    found = TaskConfig(name=str(name))
+    used = task_class(found.name).settings
+    if "target_mean" in used:
+        require(head.outputs == 1, f"--model {model}: it gives {head.outputs} values per protein, and only one is read")
+        found = replace(found, target_mean=head.mean, target_sd=head.sd)
+    if "labels" in used:
+        found = replace(found, labels=given.labels or head.labels)
+        _check_labels(found, head, given, model, command)
+    if "ignore" in used:  # what the head has a class for is no missing label
+        found = replace(found, ignore=tuple(name for name in found.ignore if name not in (found.labels or ())))
+    task = replace(found, **{**changed, "name": found.name})
+    check_task(task)
+    return task
+
+
+def _check_labels(found: TaskConfig, head: Head, given: TaskConfig, model: str, command: str) -> None:
+    cure = f"name the classes in the order of the outputs: --task.labels '[{', '.join('ABC'[: head.outputs])}"
+    cure += ", ...]'" if head.outputs > 3 else "]'"
+    if found.labels is None:
+        raise ConfigError(f"--model {model}: nothing here says what its {head.outputs} classes are called; {cure}")
+    count = len(found.labels)
+    require(count == head.outputs, f"--task.labels names {count} classes, and {model} has {head.outputs}; {cure}")
+    if given.labels is None and found.labels == tuple(f"LABEL_{place}" for place in range(count)):
+        what = f"--model {model}: its config.json does not name its {count} classes"
+        require(command != "evaluate", f"{what}; {cure}")
+        logger.warning("%s: they are called LABEL_0, ... as by transformers; %s", what, cure)
