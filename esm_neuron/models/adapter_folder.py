@@ -49,7 +49,8 @@ _PATTERN = re.compile(r"[\w.^$|\\\[\]?-]*(?:[*+][\w.^$|\\\[\]?-]*){0,3}")
 """Names of layers as PEFT takes them, regular expressions, without groups: one from elsewhere could match forever."""
 
 
-_WRAPPER = re.compile(r"\.base_layer\.|\.modules_to_save\.\w+\.")
+_TWICE = re.compile(r"\.(modules_to_save|original_module)\.")
+"""What `bias: all` saves once more of modules that are saved whole, under the names of their wrappers."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -132,12 +133,9 @@ def _compiles(pattern: str) -> bool:
 
 
 def layer_keys(keys: list[str]) -> dict[str, str]:
-    """Return key in the file -> name in the model, of an adapter file: PEFT's prefix left out, as are its wrappers.
-
-    With `bias: all` it also saves, under the names of its wrappers, what `modules_to_save` stands in for.
-    """
-    used = (key for key in keys if ".original_module." not in key)
-    return {key: _WRAPPER.sub(".", key.removeprefix("base_model.model.")) for key in used}
+    """Return key in the file -> name in the model, of an adapter file, without the names of PEFT's wrappers."""
+    used = (key for key in keys if not _TWICE.search(key))
+    return {key: key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in used}
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -177,7 +175,7 @@ class MergedWeights:
             elif lora or not key.startswith("base_model.model.") or name.rpartition(".")[2] not in ("weight", "bias"):
                 self._refuse(f"{key} is no tensor of a LoRA adapter of linear layers")
             else:
-                self._whole.setdefault(hf_folder.canonical(name), key)
+                self._whole[hf_folder.canonical(name)] = key
         self._low = {layer: parts for layer, parts in self._low.items() if not self._is_unused(layer)}
         for layer, parts in self._low.items():
             self._check(layer, parts)
