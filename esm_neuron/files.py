@@ -293,30 +293,45 @@ def check_ours(folder: Path, names: Iterable[str]) -> None:
                 )
 
 
-def _ledger(folder: Path) -> set[str]:
+def _ledger(folder: Path, kind: str = "wrote") -> set[str]:
     try:
-        return set(read_json(folder / LEDGER, {"wrote": [str]})["wrote"])
+        return set(read_json(folder / LEDGER, {"wrote": [str], "outputs": [str]})[kind])
     except (OSError, ValueError):
         return set()
 
 
-def note(folder: Path, names: Iterable[str]) -> None:
-    """Note in the ledger of `folder` names that we write there, `folder/file` for those of a folder in it."""
-    write_json(folder / LEDGER, {"wrote": sorted(_ledger(folder) | set(names))})
+def note(folder: Path, names: Iterable[str], kind: str = "wrote") -> None:
+    """Note in the ledger of `folder` names that we write there, `folder/file` for those of a folder in it.
+
+    What a command was told to write there (`--output`) is of the `kind` outputs, and may be replaced by another one.
+    """
+    known = {each: _ledger(folder, each) for each in ("wrote", "outputs")}
+    known[kind] |= set(names)
+    write_json(folder / LEDGER, {each: sorted(found) for each, found in known.items()})
 
 
-def check_apart(option: str, target: Path, inputs: Mapping[str, Path | str | None]) -> None:
+def note_output(path: Path) -> None:
+    """Note an output where its folder has a ledger: a run's, whose own files no output may replace."""
+    if (path.parent / LEDGER).is_file():
+        note(path.parent, [path.name], "outputs")
+
+
+def check_apart(option: str, target: Path, inputs: Mapping[str, Path | str | None], inside: bool = True) -> None:
     """Raise ConfigError where an output is one of the inputs, by this name, a link or another spelling.
 
-    Each of `inputs` is named by its option; nothing may be written into an input that is a folder.
+    Each of `inputs` is named by its option. If `inside`, an output in a folder that is one, such as a run, must have a
+    name of its own there, or that of an earlier output.
     """
     place = target.resolve()
     for name, given in inputs.items():
         if given is None or not os.path.exists(given):
             continue
         source = Path(given).resolve()
-        same = place == source or (source.is_dir() and source in place.parents)
-        if same or (target.exists() and os.path.samefile(target, source)):
+        same = place == source or (target.exists() and os.path.samefile(target, source))
+        if inside and source.is_dir() and source in place.parents:
+            new = not os.path.lexists(target) and place.suffix != ".safetensors" and place.name not in _ledger(source)
+            same = place.parent != source or not (new or place.name in _ledger(source, "outputs"))
+        if same:
             raise ConfigError(
                 f"{option} {target} would replace what {name} {given} names or holds; name another output"
             )

@@ -14,7 +14,7 @@ from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
-from esm_neuron.files import check_apart, finite, write_json
+from esm_neuron.files import check_apart, finite, note_output, write_json
 from esm_neuron.inference.load import build_trained, find_trained
 from esm_neuron.inference.predict import write_rejected
 
@@ -45,8 +45,8 @@ def evaluate(
     """
     if target is not None:
         require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
-        for path in (target, rejected_path(target)):
-            check_apart("--output: with it,", path, {"--model": model, "--input": source})
+        check_apart("--output", target, {"--model": model, "--input": source})
+        check_apart("--output: its", rejected_path(target), {"--input": source})
         check_rejected(rejected_path(target))
     cfg, task = find_trained(model, backend_name, overrides, "evaluate")
     labels = None if task.label_kind is None else task.label_kind(cfg.task, cfg.data.label_column)
@@ -63,5 +63,6 @@ def evaluate(
         values = finite(evaluation.Evaluator(built.model, task, backend).evaluate(loader, intervals=True))
         if target is not None:
             main_rank_only(backend, lambda: write_json(target, values))
+            main_rank_only(backend, lambda: note_output(target))
             write_rejected(backend, target, inputs.rejected, log)
     return dict(values)

@@ -41,6 +41,7 @@ from esm_neuron.files import (
     claimed,
     misfit,
     new_file,
+    note_output,
     open_new,
     parse_json,
     read_json,
@@ -271,6 +272,7 @@ class Shards:
                 raise DataError(
                     f"{self.folder}: holds {total} predictions for {wanted} records; remove it, start again"
                 )
+        note_output(self.target)
         remove(self.folder)
         return total
 
@@ -415,8 +417,9 @@ def check_target(target: Path, suffixes: Iterable[str], inputs: Mapping[str, Pat
         f"--output {target}: unknown format {target.suffix!r}; name the file with one of {' '.join(suffixes)}",
     )
     require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
-    for path in (target, rejected_path(target), shards_folder(target)):
-        check_apart("--output: with it,", path, inputs)
+    check_apart("--output", target, inputs)
+    files = {name: path for name, path in inputs.items() if path is not None and not os.path.isdir(path)}
+    check_apart("--output: its", rejected_path(target), files)
     check_shards(target)
     check_rejected(rejected_path(target))
 

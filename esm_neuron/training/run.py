@@ -264,8 +264,8 @@ def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
         def claim() -> None:
             held.enter_context(claimed(out))
             for name in (*FILES, ADAPTER, MODEL, BASE):
-                given = {"data.train": cfg.data.train, "data.valid": cfg.data.valid, "data.test": cfg.data.test}
-                check_apart("output: in it", out / name, {**given, "model.name": cfg.model.name})
+                given = {f"data.{split}": getattr(cfg.data, split) for split in ("train", "valid", "test")}
+                check_apart("output:", out / name, {**given, "model.name": cfg.model.name}, inside=False)
             check_ours(out, (*FILES, ADAPTER, MODEL, BASE))
             if (out / "checkpoints").is_symlink():  # two runs with one folder of checkpoints would prune each other's
                 held.enter_context(claimed((out / "checkpoints").resolve()))

@@ -29,6 +29,7 @@ from esm_neuron.files import (
     new_file,
     new_folder,
     note,
+    note_output,
     read_json,
     save_tensors,
     write_json,
@@ -202,15 +203,32 @@ def test_a_lock_keeps_what_is_behind_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-@pytest.mark.parametrize("way", ["itself", "link", "hard link", "dots", "inside", "inside by a link"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "itself",
+        "link",
+        "hard link",
+        "dots",
+        "inside",
+        "in a folder inside",
+        "inside by a link",
+        "weights",
+        "to come",
+    ],
+)
 def test_an_output_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
+    Path("run/config.yaml").touch()
+    note(Path("run"), ["config.yaml", "result.json"])
     source = Path("data.csv")
     source.write_text("mine")
     targets = {
         "itself": source, "link": Path("link.csv"), "hard link": Path("hard.csv"), "dots": Path("run/../data.csv"),
-        "inside": Path("run/new/config.yaml"), "inside by a link": Path("other/x"),
+        "inside": Path("run/config.yaml"), "in a folder inside": Path("run/adapter/x"),
+        "inside by a link": Path("other/config.yaml"), "weights": Path("run/x.safetensors"),
+        "to come": Path("run/result.json"),
     }  # fmt: skip
     Path("link.csv").symlink_to(source)
     os.link(source, "hard.csv")
@@ -220,6 +238,12 @@ def test_an_output_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     ):
         check_apart("--output", targets[way], {"--none": None, "--model": "run", "--input": source})
     check_apart("--output", Path("new.csv"), {"--model": "run", "--input": source, "--hub": "owner/name"})
+    check_apart("--output", Path("run/p.csv"), {"--model": "run", "--input": source})
+    Path("run/p.csv").touch()
+    with pytest.raises(ConfigError, match="would replace"):
+        check_apart("--output", Path("run/p.csv"), {"--model": "run"})
+    note_output(Path("run/p.csv"))
+    check_apart("--output", Path("run/p.csv"), {"--model": "run"})
 
 
 @pytest.mark.parametrize(

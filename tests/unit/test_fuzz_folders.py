@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -81,7 +81,7 @@ def damage(root: Path, rng: Random) -> None:
         file, other = rng.choice(files), rng.choice(files)
         kind = rng.choice(("json", "json", "json", "bytes", "bytes", "swap", "double", "rename", "kind", "remove"))
         if kind == "json" and file.suffix in (".json", ".jsonl"):
-            file.write_text(_other_json(file.read_text(), rng))
+            file.write_text(_other_json(file.read_text(errors="replace"), rng))
         elif kind in ("bytes", "json"):
             file.write_bytes(mutate(file.read_bytes(), rng))
         elif kind == "swap":
@@ -89,9 +89,12 @@ def damage(root: Path, rng: Random) -> None:
             file.write_bytes(other.read_bytes())
             other.write_bytes(content)
         elif kind == "double":
-            shutil.copy(file, file.with_name(rng.choice((f"1{file.name}", "00000007.parquet", "config.json"))))
+            second = file.with_name(rng.choice((f"1{file.name}", "00000007.parquet", "config.json")))
+            if second.is_file() or not os.path.lexists(second):
+                second.write_bytes(file.read_bytes())
         elif kind == "rename":
-            file.rename(file.with_name(rng.choice(("x", "model.safetensors", "result.json", "manifest.json"))))
+            with suppress(OSError):  # a folder has the name
+                file.rename(file.with_name(rng.choice(("x", "model.safetensors", "result.json", "manifest.json"))))
         else:
             file.unlink()
             if kind == "kind":

@@ -353,7 +353,12 @@ def test_an_output_replaces_no_input_and_nothing_of_a_run(
     (tmp_path / "e.csv.rejected.tsv").write_text("mine\n")
     shutil.copy(source, tmp_path / "f.csv.rejected.tsv")
     before = {path: path.read_bytes() for path in (*tmp_path.iterdir(), *run_folder.rglob("*")) if path.is_file()}
-    for output in (source, tmp_path / "link.csv", run_folder / "x.csv", run_folder / "adapter" / "x.csv"):
+    for output in (
+        source,
+        tmp_path / "link.csv",
+        run_folder / "predictions-test.parquet",
+        run_folder / "adapter" / "x.csv",
+    ):
         assert cli.main(words("predict", run_folder, source, output)) == 2
         assert "would replace what --" in capsys.readouterr().err
     for output in (source, run_folder / "config.yaml", tmp_path / "link.csv"):
