@@ -257,37 +257,50 @@ def doctor(
 
 
 def data_check(
-    file: Annotated[str, "FASTA, CSV, TSV, JSONL, Parquet, a saved dataset or hf://owner/name@revision/split"],
-    *,
-    id_column: Annotated[str, "column with the record's name"] = DataConfig.id_column,
-    sequence_column: Annotated[str, "column with the sequence"] = DataConfig.sequence_column,
-    label_column: Annotated[str | None, "checked if it is given"] = None,
+    file: Annotated[str, "as data.train: FASTA, CSV, TSV, JSONL, Parquet, several of them, a saved dataset, hf://..."],
+    *settings: str,
+    id_column: Annotated[str | None, "column with the record's name"] = None,
+    sequence_column: Annotated[str | None, "column with the sequence"] = None,
+    label_column: Annotated[str | None, "default: label, where the file has it"] = None,
     task: Annotated[
-        str, "task that the labels are for: one per protein, several joined by `;`, a number, or one per residue"
-    ] = TaskConfig.name,
+        str | None, "task that the labels are for: one per protein, several joined by `;`, a number, or one per residue"
+    ] = None,
     split_column: Annotated[str | None, "checked if it is given"] = None,
     train: Annotated[str, "value of the split column for training records"] = "train",
     homologs: Annotated[Literal["kmer", "mmseqs", "off"], "how homologs in training are found"] = "kmer",
     json_: AsJson = False,
 ) -> int:
-    """Show lengths, alphabet, repeats, labels, conflicts, leaks and faults of a file; exit with 1 if it has faults."""
-    from esm_neuron.data.check import check_file
-    from esm_neuron.tasks import task_class
+    """Show lengths, alphabet, repeats, labels, conflicts, leaks and faults of a file; exit with 1 if it has faults.
 
-    _, valid, test = DataConfig.split_names
-    cfg = DataConfig(
-        id_column=id_column,
-        sequence_column=sequence_column,
-        label_column=label_column or DataConfig.label_column,
-        split_column=split_column,
-        split_names=(train, valid, test),
-    )
-    kind = task_class(task).label_kind
-    require(kind is not None or not label_column, f"--task {task} reads no labels; leave out --label_column")
-    labels = kind(TaskConfig(name=task), cfg.label_column) if label_column and kind else None
-    found = check_file(file, cfg, labels, None if homologs == "off" else homologs)
+    Also --config FILE, --data.* and --task.* as for train.
+    """
+    from esm_neuron.config.settings import override
+
+    own = {"id_column": id_column, "sequence_column": sequence_column, "label_column": label_column}
+    words = [f"--data.{name}={value}" for name, value in own.items() if value is not None]
+    words += [f"--data.split_column={split_column}"] if split_column is not None else []
+    words += [f"--task.name={task}"] if task is not None else []
+    cfg = override(TrainConfig(), [*settings, *words], ("config", *CHECKED), "data check")
+    from esm_neuron.data.check import check_file
+    from esm_neuron.data.sources import has_labels
+    from esm_neuron.tasks import check_task, task_class
+
+    check_task(cfg.task)
+    kind = task_class(cfg.task.name).label_kind
+    asked = cfg.data.label_column != DataConfig.label_column or label_column is not None or cfg.task != TaskConfig()
+    require(kind is not None or not label_column, f"--task {cfg.task.name} reads no labels; leave out --label_column")
+    labels = kind.of(cfg.task, cfg.data) if kind and (asked or has_labels(file, cfg.data)) else None
+    found = check_file(file, cfg.data, labels, train, None if homologs == "off" else homologs)
     show(as_json(asdict(found)) if json_ else found.render())
     return 1 if found.faults else 0
+
+
+CHECKED = (
+    "data.id_column", "data.sequence_column", "data.label_column", "data.label_separator", "data.split_column",
+    "data.sheet", "data.keep", "data.on_bad_residue", "data.on_missing", "data.min_residues", "data.max_residues",
+    "data.long_sequences", "task.name", "task.labels", "task.ignore",
+)  # fmt: skip
+"""Settings that `data check` looks at."""
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -365,7 +378,11 @@ def call(name: str, words: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(words)
     if len(parameters) > 1 and {"-h", "--help"} & set(rest):
         parser.print_help()  # the command's own flags; then the settings' help follows
-    return command(*rest, **vars(args))
+    if any(word.partition("=")[0] in _RENAMED for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    named = vars(args)
+    first = [named.pop(key) for key, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return command(*first, *rest, **named)
 
 
 def log(line: str) -> None:

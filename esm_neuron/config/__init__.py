@@ -18,6 +18,10 @@ Quantization = Literal["nf4", "int8"]
 OnRecompile = Literal["error", "warn", "ignore"]
 OnNonfinite = Literal["stop", "skip"]
 Tracing = Literal["once", "always", "compare"]
+Text = str | int | float | bool
+"""A value of a column, which is text; YAML makes numbers of 0 and 1.5, and they are text again in a `DataConfig`."""
+SplitNames = Text | tuple[Text, ...]
+"""A value of the split column, or several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +87,40 @@ class DataConfig:
 
     train: str | None = None
     """Training file: CSV, TSV, FASTA or JSONL, plain or .gz; Parquet; a folder that `Dataset.save_to_disk` wrote; or
-    `hf://owner/name@revision/split` on the hub. With `split_column`, the one file that holds all splits."""
+    `hf://owner/name@revision/split` on the hub. With `split_column`, the one file that holds all splits. Several files
+    are read as one: a folder of them, a pattern `shards/*.csv`, a list `[a.csv, b.csv]`, or one per class,
+    `{membrane: a.fasta, other: b.fasta}`."""
     valid: str | None = None
     """Validation file. None: taken from `split_column`, or sampled from `train` by `valid_fraction`."""
     test: str | None = None
     """Test file. None: taken from `split_column` where there is one, else there is no test."""
+    positives: str | None = None
+    """File of the proteins of class `positive`; with `negatives` in place of `train`."""
+    negatives: str | None = None
+    """File of the proteins of class `negative`."""
+    sheet: str | None = None
+    """Sheet of an Excel workbook (.xlsx, needs openpyxl). None: its only one."""
     id_column: str = "id"
-    """Column with the record's name. In FASTA the name is the header's first word and this is ignored."""
+    """Column with the record's name; left alone, a table may also have `Entry` or `ACC`, or none: then records are
+    named by their number. In FASTA the name is the header's first word and this is ignored."""
     sequence_column: str = "sequence"
-    """Column with the amino-acid sequence. Ignored in FASTA."""
-    label_column: str = "label"
-    """Column with the label. In FASTA the key of a `key=value` header field."""
+    """Column with the amino-acid sequence, or with ESM's tokens (`input_ids`). Ignored in FASTA."""
+    label_column: str | tuple[str, ...] = "label"
+    """Column with the label; a list names columns that have 0 or 1, one per class. In FASTA the key of a `key=value`
+    header field, `|2` for the second part of a name such as `P1|EUKARYA`, or `line3` for a line below the residues."""
+    label_separator: str | None = None
+    """What stands between the labels of a protein or of its residues. None: `;`, of residues `,`."""
     split_column: str | None = None
     """Column (or FASTA header key) that says which split a protein belongs to. None: splits are files or sampled."""
-    split_names: tuple[str, str, str] = ("train", "valid", "test")
-    """The values of `split_column` for training, validation and test proteins."""
+    split_names: tuple[SplitNames, SplitNames, SplitNames] = ("train", "valid", "test")
+    """The values of `split_column` for training, validation and test proteins, several of them as a list; capital and
+    small letters are one, and so are 1 and 1.0. The default also knows `val`, `validation`, `dev`, `training` and
+    `testing`."""
+    valid_column: str | None = None
+    """Column that is true for those training proteins that are for validation, as FLIP's `validation`."""
+    fold: str | int | None = None
+    """Cross-validation: the value of `split_column` that is tested on; all others are for training, from which
+    `valid_fraction` is sampled."""
     valid_fraction: float = 0.1
     """Share of training proteins sampled for validation, by `seed`, if neither file nor column gives any, 0 to 1."""
     test_fraction: float = 0.0
@@ -105,24 +128,32 @@ class DataConfig:
     sample: Literal["proteins", "clusters"] = "proteins"
     """What `valid_fraction` and `test_fraction` sample: proteins, each class in proportion; or whole clusters of
     homologs (found as `homologs` says), so that no sampled protein has a homolog in training."""
-    keep: dict[str, list[str]] = field(default_factory=dict)
+    unique_column: str | None = None
+    """Keep the first protein of each value of this column, such as `sequence`; the others are counted and left out."""
+    max_rows: int | None = None
+    """Keep the first so many training proteins; the others are counted and left out. None: all."""
+    keep: dict[str, list[Text]] = field(default_factory=dict)
     """Filter for every split: column -> values to keep; others are counted and left out."""
-    keep_heldout: dict[str, list[str]] = field(default_factory=dict)
+    keep_heldout: dict[str, list[Text]] = field(default_factory=dict)
     """Filter for validation and test proteins only, such as `{leaky: ["false"]}` for the clean ones."""
     homologs: Literal["kmer", "mmseqs", "off"] = "kmer"
     """How validation and test proteins with a homolog in training are found: by k-mers, by MMseqs2 if it is installed,
     or not at all. They are counted, and metrics are also given without them."""
-    on_bad_residue: Literal["strict", "skip", "replace"] = "strict"
-    """What to do with a character outside the ESM alphabet: stop, leave the protein out, or write X. The latter two are
-    counted."""
+    on_bad_residue: Literal["strict", "skip", "replace", "strip"] = "strict"
+    """What to do with a character outside the ESM alphabet: stop, leave the protein out, write X, or take gaps, blanks
+    and digits out and stop at others. All but the first are counted. A `*` at the very end is always taken off."""
+    on_missing: Literal["strict", "skip"] = "strict"
+    """What to do with a protein that has no sequence or no label: stop, or leave it out and count it."""
     cache: str | None = None
     """Folder that keeps tokenized data by content, as files mapped into memory: made once, shared by runs and
     processes; needed for files larger than memory. None: every process tokenizes and holds the data in memory."""
+    min_residues: int = 1
+    """Shortest sequence; shorter ones are left out and counted."""
     max_residues: int = 1022
     """Longest sequence given to the model, in residues; <cls> and <eos> come on top."""
-    long_sequences: Literal["refuse", "crop", "crop_ends", "window"] = "crop"
-    """What to do with a longer sequence: stop, keep its first residues, keep its two ends (sorting signals sit at the
-    termini), or average over overlapping windows. Counted and printed in every case."""
+    long_sequences: Literal["refuse", "skip", "crop", "crop_ends", "window"] = "crop"
+    """What to do with a longer sequence: stop, leave it out, keep its first residues, keep its two ends (sorting
+    signals sit at the termini), or average over overlapping windows. Counted and printed in every case."""
     window_overlap: int = 128
     """Residues that neighbouring windows share."""
     packing: bool = True
@@ -131,6 +162,34 @@ class DataConfig:
     """Length of a pack in tokens, special tokens included. At least `max_residues` + 2."""
     max_segments: int = 32
     """Most sequences in one pack; a fixed number, so that pooling has one shape."""
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.positives is not None and self.negatives is not None and self.train is None:
+            put("train", f"{{positive: {self.positives}, negative: {self.negatives}}}")
+            put("positives", None)
+            put("negatives", None)
+        if isinstance(self.label_column, str) and self.label_column.startswith("[") and self.label_column.endswith("]"):
+            put("label_column", tuple(name.strip(" '\"") for name in self.label_column[1:-1].split(",")))
+        for name in ("keep", "keep_heldout"):
+            put(name, {column: [str(value) for value in values] for column, values in getattr(self, name).items()})
+        put("fold", None if self.fold is None else str(self.fold))
+        put(
+            "split_names",
+            tuple(tuple(map(str, n)) if isinstance(n, (list, tuple)) else str(n) for n in self.split_names),
+        )
+
+    @property
+    def split_values(self) -> list[tuple[str, ...]]:
+        """Return the values of the split column for training, validation and test."""
+        return [tuple(map(str, of)) if isinstance(of, (list, tuple)) else (str(of),) for of in self.split_names]
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Return the columns with the labels: one, or one per class."""
+        return (self.label_column,) if isinstance(self.label_column, str) else tuple(self.label_column)
 
 
 @dataclass(frozen=True, kw_only=True)

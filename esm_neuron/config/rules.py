@@ -18,7 +18,7 @@ PASS_TOKENS = 1 << 26
 RANGES: dict[tuple[float, float], str] = {
     (0, MOST): "data.window_overlap optim.weight_decay optim.warmup_steps optim.max_grad_norm loop.eval_every "
     "loop.patience loop.watchdog loop.watchdog_slow checkpoint.every",
-    (1, MOST): "adapter.alpha loop.max_steps checkpoint.keep log.every",
+    (1, MOST): "data.min_residues data.max_rows adapter.alpha loop.max_steps checkpoint.keep log.every",
     # of these there is memory, or a place in a list
     (1, 1 << 20): "data.max_residues loop.packs_per_step",
     (1, 1 << 16): "data.max_segments adapter.r parallel.tp loop.packs_per_device loop.eval_packs_per_device",

@@ -12,8 +12,9 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_loader, set_parsing_settings
@@ -181,13 +182,27 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], command: str) -> TrainConfig:
-    """Return `cfg` with the settings of `argv`, which must begin with a word of `allowed`; else raise ConfigError."""
+    """Return `cfg` with the settings of `argv`, each of which `allowed` names; else raise ConfigError.
+
+    A name that ends with a point stands for a section. A file of settings (--config) may change others only where
+    `allowed` has `config`: they are for other commands.
+    """
+    shown = ", ".join(f"{name}*" if name.endswith(".") else name for name in allowed if name != "config")
+
+    def may(name: str) -> bool:
+        return name in allowed or f"{name.partition('.')[0]}." in allowed
+
+    def refuse(name: str) -> NoReturn:
+        raise ConfigError(f"{name}: `{command}` has no use for this setting, only for {shown}")
+
     for word in argv:
         name = word[2:].partition("=")[0]
-        if word.startswith("--") and name in set(known_keys()) and not name.startswith(tuple(allowed)):
-            shown = ", ".join(f"{each}*" if each.endswith(".") else each for each in allowed)
-            raise ConfigError(f"{word}: `{command}` changes no such setting of a trained model, only {shown}")
+        if word.startswith("--") and name in set(known_keys()) and not may(name):
+            refuse(word)
     changed = _parsed(list(argv), command, cfg)
+    for name in known_keys():
+        if not may(name) and "config" not in allowed and attrgetter(name)(changed) != attrgetter(name)(cfg):
+            refuse(f"--config: {name}")
     check_values(changed)
     return changed
 

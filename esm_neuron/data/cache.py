@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from esm_neuron.data.records import is_hub
+from esm_neuron.data.records import files_of, is_hub
 from esm_neuron.errors import ConfigError
 from esm_neuron.files import MANIFEST, flock, new_folder, open_lock, read_json, sha256, write_json
 
@@ -66,6 +66,9 @@ def content_hash(source: str) -> str:
         if not _COMMIT.search(source):  # the content of a branch or a tag can change
             raise ConfigError(f"{source}: data.cache needs a revision that is a commit hash of 40 hexadecimal digits")
         return source
+    files = files_of(source)
+    if files != ((source, None),):
+        return content_key([[label, content_hash(file)] for file, label in files])
     path = Path(source)
     if path.is_dir():
         return content_key([[file.name, sha256(file)] for file in sorted(path.iterdir()) if file.is_file()])

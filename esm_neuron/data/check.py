@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
+from esm_neuron.data.filters import passes
 from esm_neuron.data.homology import MOST, Method, find_homologs
 from esm_neuron.data.labels import Labels, flatten
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import UNK, VOCABULARY, encode_many
-from esm_neuron.data.validation import Checker, conflicting, text_hashes
+from esm_neuron.data.validation import Checker, Report, conflicting, text_hashes
 from esm_neuron.redact import Lines
 
 SHOWN = 20
@@ -38,6 +40,8 @@ class Check:
 
     file: str
     rows: int
+    """Rows read, those left out included."""
+    proteins: int
     residues: int
     lengths: Mapping[str, int]
     """min, q1, median, q3, max, in residues."""
@@ -55,6 +59,8 @@ class Check:
     """Value of the split column -> proteins; None: not looked at."""
     leaks: Mapping[str, Leak]
     """For each value of the split column but that of training."""
+    changed: str
+    """What was left out or changed, see `validation.Report`; empty where nothing was."""
     faults: int
     """Faults of records that training would refuse."""
     first_faults: Sequence[str]
@@ -64,7 +70,7 @@ class Check:
         spread = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
         letters = ", ".join(f"{letter} {count / self.residues:.2%}" for letter, count in self.alphabet.items())
         lines = [
-            f"{self.file}: {self.rows} proteins, {self.residues} residues",
+            f"{self.file}: {self.proteins} proteins of {self.rows} rows, {self.residues} residues",
             f"lengths: {spread}",
             f"alphabet: {letters}",
             f"repeats: {self.repeated} proteins have a sequence that an earlier one has",
@@ -81,17 +87,19 @@ class Check:
         for name, leak in self.leaks.items():
             has_homolog = f"{leak.homologs} with a homolog there"
             if leak.homologs is None:
-                many = f" ({self.rows} proteins are more than {MOST})" if self.rows > MOST else ""
+                many = f" ({self.proteins} proteins are more than {MOST})" if self.proteins > MOST else ""
                 has_homolog = f"homologs not looked for{many}"
             lines.append(f"leaks: {name}: of {leak.rows} proteins {leak.in_train} are in training, {has_homolog}")
+        if self.changed:
+            lines.append(f"left out or changed: {self.changed}")
         lines.append(f"faults: {self.faults}" if self.faults else "faults: none")
         return Lines.of([*lines, *(f"  {fault}" for fault in self.first_faults)])
 
 
-def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method | None) -> Check:
+def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, method: Method | None) -> Check:
     """Read a whole file and return what it holds; bad records are counted, not raised.
 
-    With a split column, the first of `cfg.split_names` names the training proteins. `labels` reads the label column and
+    With a split column, its value `train` names the training proteins. `labels` reads the label column and
     `method` finds homologs; None: they are not looked at. Raise DataError where the file itself cannot be read.
     """
     checker, writer = Checker(cfg, path), TableWriter()
@@ -100,8 +108,10 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
     label_hashes: list[np.ndarray] = []
     names: Counter[str] = Counter()
     values: list[np.ndarray] = []
+    read = 0
     for rows in read_chunks(path, cfg, None if labels is None else labels.joiner):
-        clean = checker(rows)
+        read += len(rows)
+        clean = checker(rows.filter(pa.array(passes(rows, cfg.keep))))
         columns = clean.to_pydict()
         if labels is not None:
             encoded = labels.encode(clean, checker.problems)
@@ -112,13 +122,17 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
         splits += columns.get("split", [])
         hashes.append(text_hashes(columns["sequence"]))
         writer.add(ExampleTable.of(*encode_many(columns["sequence"])))
+    if labels is not None:
+        labels.conclude(checker.problems)
+    checker.conclude()
     table = writer.table()
     sequences, residues = np.concatenate(hashes), table.lengths - 2
     letters = np.bincount(table.tokens, minlength=len(VOCABULARY))[UNK + 1 :]  # residues follow the specials
     order = [i for i in np.argsort(-letters, kind="stable") if letters[i]]
     return Check(
         file=path,
-        rows=len(table),
+        rows=read,
+        proteins=len(table),
         residues=int(residues.sum()),
         lengths={name: int(value) for name, value in _quartiles(residues).items()},
         alphabet={VOCABULARY[UNK + 1 + i]: int(letters[i]) for i in order},
@@ -127,7 +141,8 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, method: Method
         labels=None if labels is None or labels.numeric else dict(names.most_common()),
         values=_quartiles(np.concatenate(values)) if any(map(len, values)) else None,
         splits=dict(Counter(splits).most_common()) if cfg.split_column is not None else None,
-        leaks=_leaks(table, sequences, np.array(splits), cfg.split_names[0], method if len(table) <= MOST else None),
+        leaks=_leaks(table, sequences, np.array(splits), train, method if len(table) <= MOST else None),
+        changed=Report(name="", **{**checker.counts, "rows": 0}).summary().partition("; ")[2],
         faults=checker.problems.total,
         first_faults=tuple(checker.problems.first),
     )

@@ -3,14 +3,16 @@
 A task names its kind of labels (`tasks.Task.label_kind`). Texts are parsed once, while rows are read: names become
 codes in order of appearance. When the training rows have named the classes, codes become class indices.
 
-A list, such as JSON or Parquet have it, arrives as text joined by `Labels.joiner`.
+A list, such as JSON or Parquet have it, arrives as text joined by `Labels.joiner`. People write labels in other ways
+too, see `listed`, `one_hot` and `same`; what cannot be read for certain is refused with the way to write it.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from esm_neuron.config import TaskConfig, require
+from esm_neuron.config import DataConfig, TaskConfig, require
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, to_number
 from esm_neuron.data.validation import Problems, is_missing, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
@@ -26,26 +28,40 @@ from esm_neuron.errors import ConfigError, DataError
 UNKNOWN = -1  # class index of a residue without a known label: weight 0
 MOST_CLASSES = np.iinfo(np.int16).max  # codes and class indices are int16
 LONGEST_NAME = 1000  # characters of a class name; a longer one is another column's content
+MOST_LEVELS = 10  # classes that are numbers and yet no measured values, for certain
+SHOWN_CLASSES = 20  # classes that are named with their counts before training
 BINS = 10  # quantiles of a regression's values that a sample of rows is spread over
 
 
 class Labels:
     """One class per protein; subclasses read other labels."""
 
-    joiner: ClassVar[str] = LIST_JOINER  # what stands between the entries of a label that is a list
+    joiner: str = LIST_JOINER  # what stands between the entries of a label that is a list
     entry: ClassVar[pa.DataType] = pa.int16()  # type of one entry of an encoded label: a code, or a value
     per_residue: ClassVar[bool] = False  # whether a label has one entry per residue
     numeric: ClassVar[bool] = False  # whether labels are values instead of classes
 
-    def __init__(self, task: TaskConfig, column: str) -> None:
+    def __init__(self, task: TaskConfig, column: str | Sequence[str], separator: str | None = None) -> None:
         self.task = task  # with its class names where they are known: configured, or those of a finished run
-        self.column = column  # the label column's name in the file, for messages
+        self.column = column if isinstance(column, str) else f"[{', '.join(column)}]"  # in the file, for messages
+        self.joiner = separator or type(self).joiner
         self.codes = {name: code for code, name in enumerate(dict.fromkeys(task.labels or ()))}  # as they appear
         self.ignored = set(task.ignore) if self.per_residue else set()  # names that stand for an unknown label
 
+    @classmethod
+    def of(cls, task: TaskConfig, data: DataConfig) -> Labels:
+        """Return the reader of the label column that `data` names."""
+        return cls(task, data.label_column, data.label_separator)
+
     def split(self, text: str, length: int) -> list[str]:
         """Return the class names in a label of a protein of `length` residues; a ValueError says what is wrong."""
-        return [text]
+        names = listed(text)
+        if names is None or (names and not (text[1] in "'\"" or all(map(_NUMBER.fullmatch, names)))):
+            return [text]  # such as the class [2Fe-2S]
+        names = one_hot(names, self.task.labels) or names
+        if len(names) != 1:
+            raise ValueError(f"{quote(text)} is a list of {len(names)} labels; use task.name=multi_label, or keep one")
+        return names
 
     def encode(self, rows: pa.Table, problems: Problems) -> pa.Table:
         """Return the rows with each label's text replaced by the list of its codes (or its value).
@@ -76,6 +92,9 @@ class Labels:
             self.codes.setdefault(name, len(self.codes))
         return list(map(self.codes.__getitem__, names))
 
+    def conclude(self, problems: Problems) -> None:
+        """Note, after the last row, what only the column as a whole shows."""
+
     def _add(self, problems: Problems, rows: pa.Table, row: int, message: str) -> None:
         name, line = rows["id"][row].as_py(), rows["line"][row].as_py()
         problems.add(line, f"column {self.column!r} of {quote(name)}: {message}")
@@ -102,9 +121,12 @@ class Labels:
 
     def learn_classes(self, train: Iterable[pa.Table], source: str) -> None:
         """Name the classes in `self.task`: the configured ones, or the sorted ones of the training rows."""
-        present = np.unique(np.concatenate([np.unique(flatten(rows)[0]) for rows in train]))
+        chunks = list(train)
+        present = np.unique(np.concatenate([np.unique(flatten(rows)[0]) for rows in chunks]))
         names = list(self.codes)
-        found = sorted({names[code] for code in present} - self.ignored)
+        found = in_order({names[code] for code in present} - self.ignored)
+        if self.task.labels is None:
+            self._check_classes(found, sum(map(len, chunks)), source)
         labels = self.task.labels if self.task.labels is not None else tuple(found)
         require(len(set(labels)) == len(labels), f"task.labels={labels} has a name twice; name each class once")
         if len(found) < 2:
@@ -114,6 +136,44 @@ class Labels:
                 "data.label_column and data.keep"
             )
         self.task = replace(self.task, labels=labels)
+
+    def _check_classes(self, names: Sequence[str], proteins: int, source: str) -> None:
+        """Raise DataError where the classes of so many training proteins are values, or one class written twice."""
+        what = f"{source}: column {self.column!r}"
+        values = [to_number(name) for name in names]
+        if len(names) > MOST_LEVELS and all(map(math.isfinite, values)):
+            broken = not all(map(float.is_integer, values))
+            if len(names) > proteins / (5 if broken else 2):
+                raise DataError(
+                    f"{what} has {len(names)} classes in {proteins} training proteins, all of them numbers; if they "
+                    "are measured values use task.name=regression, else name the classes in task.labels"
+                )
+        first: dict[str | int, str] = {}
+        for name in names:
+            other = first.setdefault(same(name), name)
+            if other != name:
+                raise DataError(
+                    f"{what} has the classes {quote(other)} and {quote(name)}, which are the same; write them alike, "
+                    "or name both in task.labels"
+                )
+
+    def describe(self, train: pa.Table) -> str:
+        """Return one line with the classes of the training rows and how often each is there, and what looks wrong."""
+        counts, labels = self.count(train), self.task.labels or ()
+        shown = ", ".join(f"{quote(name)[1:-1]} {counts[name]}" for name in labels[:SHOWN_CLASSES])
+        more = f", and {len(labels) - SHOWN_CLASSES} more" if len(labels) > SHOWN_CLASSES else ""
+        unit = "residues" if self.per_residue else "proteins"
+        line = f"classes: {len(labels)} (training {unit}): {shown}{more}"
+        rare = sum(counts[name] < 2 for name in labels)
+        notes = [f"{rare} of {len(labels)} classes have at most one training protein"] if 2 * rare > len(labels) else []
+        lower = Counter(name.lower() for name in labels)
+        alike = [name for name in labels if lower[name.lower()] > 1]
+        notes += [f"{', '.join(map(quote, alike[:4]))} differ in capital letters alone"] if alike else []
+        separator = other_separator(labels, "")
+        if separator is not None and type(self) is Labels:
+            joined = next(name for name in labels if separator in name)
+            notes.append(f"{quote(joined)} is one class; for several labels per protein use task.name=multi_label")
+        return "\n".join([line, *(f"NOTE: {note}" for note in notes)])
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
         """Return what encoded labels say once the classes are known, here int64 [rows] class indices.
@@ -127,9 +187,10 @@ class Labels:
         """Return int16 [entries]: the class index of each code."""
         labels = self.task.labels or ()
         index = {name: i for i, name in enumerate(labels)} | dict.fromkeys(self.ignored, UNKNOWN)
-        none = UNKNOWN - 1
+        alike, none = {same(name): i for i, name in enumerate(labels)}, UNKNOWN - 1
         # Each name is looked up once, then all entries are mapped by their codes.
-        classes = np.array([index.get(name, none) for name in self.codes], dtype=np.int16)[flat]
+        found = [index.get(name, alike.get(same(name), none)) for name in self.codes]
+        classes = np.array(found, dtype=np.int16)[flat]
         strange = np.flatnonzero(classes == none)
         first = np.cumsum(counts) - counts
         row_of = np.searchsorted(first, strange, side="right") - 1
@@ -175,12 +236,20 @@ class Labels:
 
 
 class LabelSets(Labels):
-    """Any number of classes per protein, joined by `;`."""
+    """Any number of classes per protein, joined by `;`; none at all is written `[]`."""
 
     def split(self, text: str, length: int) -> list[str]:
-        names = [name.strip() for name in text.split(LIST_JOINER)]
+        names = listed(text)
+        names = [name.strip() for name in text.split(self.joiner)] if names is None else names
+        marks = list(text) if re.fullmatch("[01]{3,}", text) and text not in self.codes else names
+        known = one_hot(marks, self.task.labels)
+        if known is not None:
+            return known
+        if set(marks) <= {"0", "1"} and len(marks) > max(1, len(set(marks))):
+            what = f"label {quote(text)} is 0 or 1 for each of {len(marks)} classes"
+            raise ValueError(f"{what}; name these in their order: task.labels=[...]")
         if "" in names:
-            cure = f"write its labels with one {LIST_JOINER!r} between"
+            cure = f"write its labels with one {self.joiner!r} between, or [] for a protein without any"
             raise ValueError(f"label {quote(text)} has an empty part; {cure}")
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
@@ -190,8 +259,18 @@ class LabelSets(Labels):
     def _entries(self, text: str, length: int) -> list[Any]:
         return sorted(super()._entries(text, length))  # so that `A;B` and `B;A` are equal
 
+    def conclude(self, problems: Problems) -> None:
+        separator = other_separator(list(self.codes), self.joiner)
+        if separator is not None and self.task.labels is None:
+            joined = next(name for name in self.codes if separator in name)
+            problems.add(
+                None,
+                f"column {self.column!r}: {quote(joined)} is one label, since labels are separated by {self.joiner!r}, "
+                f"but its parts are labels too; name the separator: data.label_separator={separator!r}",
+            )
+
     def strata(self, rows: pa.Table) -> np.ndarray:
-        """Return int64 [rows]: the rarest label of each row, of equally rare ones the first by name."""
+        """Return int64 [rows]: the rarest label of each row, of equally rare ones the first by name, or none."""
         flat, counts = flatten(rows)
         names = list(self.codes)
         by_name = np.empty(len(names), dtype=np.int64)
@@ -199,7 +278,10 @@ class LabelSets(Labels):
         often = np.bincount(flat, minlength=len(names))
         order = np.argsort(np.lexsort((by_name, often)))  # code -> its place, the rarest first
         # Grouped by its rarest label, so that rare labels are spread evenly over the splits; common ones need no help.
-        return _numbered(np.minimum.reduceat(order[flat], np.cumsum(counts) - counts))
+        rarest = np.full(len(counts), len(names))
+        some = counts > 0
+        rarest[some] = np.minimum.reduceat(order[flat], (np.cumsum(counts) - counts)[some]) if some.any() else 0
+        return _numbered(rarest)
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
         """Return uint8 [rows, classes]: 1 for each label that a row has."""
@@ -222,12 +304,17 @@ class ResidueLabels(Labels):
     per_residue = True
 
     def split(self, text: str, length: int) -> list[str]:
-        names = [name.strip() for name in text.split(RESIDUE_JOINER)] if RESIDUE_JOINER in text else list(text)
-        names = [text] if length == 1 else names
+        found = listed(text)
+        if found is not None and len(text) != length:
+            names = found
+        elif self.joiner in text:
+            names = [name.strip() for name in text.split(self.joiner)]
+        else:
+            names = [text] if length == 1 else text.split() if len(text.split()) == length else list(text)
         if len(names) != length:
             raise ValueError(
                 f"{len(names)} residue labels for a sequence of {length} residues; write one character per residue, "
-                f"or as many labels with {RESIDUE_JOINER!r} between"
+                f"or as many labels with {self.joiner!r} between"
             )
         if "" in names:
             at = names.index("") + 1
@@ -248,11 +335,35 @@ class Numbers(Labels):
     entry = pa.float64()
     numeric = True
 
+    def __init__(self, task: TaskConfig, column: str | Sequence[str], separator: str | None = None) -> None:
+        super().__init__(task, column, separator)
+        self._marks = {".": "", ",": ""}  # decimal mark -> a value with it
+        self._grouped = True  # whether every comma could be one of thousands
+
     def _entries(self, text: str, length: int) -> list[Any]:
         value = to_number(text)
+        if "." in text:
+            self._marks["."] = text
+        elif _DECIMAL_COMMA.fullmatch(text):
+            self._marks[","] = text
+            self._grouped = self._grouped and _THOUSANDS.fullmatch(text) is not None
+            value = to_number(text.replace(",", "."))
         if not math.isfinite(value):
             raise ValueError(f"{quote(text)} is no finite number; correct it or remove the record")
         return [value]
+
+    def conclude(self, problems: Problems) -> None:
+        """Note a comma that is a decimal mark in one place and may be another thing elsewhere."""
+        point, comma = self._marks["."], self._marks[","]
+        if comma and (point or self._grouped):
+            other = f"{quote(point)} has a point" if point else "it may be one of thousands"
+            problems.add(None, f"column {self.column!r}: {quote(comma)} has a comma, {other}; write 1234.5 everywhere")
+
+    def describe(self, train: pa.Table) -> str:
+        """Return one line about the training values."""
+        values = flatten(train)[0]
+        low, high = float(values.min()), float(values.max())
+        return f"values: {len(values)} in training, {low:.6g} to {high:.6g}, mean {values.mean():.6g}"
 
     def count(self, rows: pa.Table) -> Counter[str]:
         return Counter()  # values have no classes
@@ -278,6 +389,59 @@ class Numbers(Labels):
             target_mean=mean if task.target_mean is None else task.target_mean,
             target_sd=sd if task.target_sd is None else task.target_sd,
         )
+
+
+def listed(text: str) -> list[str] | None:
+    """Return the entries of a label written as a list, `[0, 1]`, `['a', 'b']`, `[0 1]`; None for other text."""
+    if len(text) < 2 or text[0] + text[-1] not in ("[]", "()", "{}"):
+        return None
+    inner = text[1:-1].strip()
+    quoted = [one or other for one, other in _QUOTED.findall(inner)]
+    if quoted:
+        return quoted
+    bare = [part.strip() for part in inner.rstrip(",").split(",")] if "," in inner else inner.split()
+    return None if len(bare) == 1 and not _NUMBER.fullmatch(bare[0]) else bare  # [2Fe-2S] is a name
+
+
+def one_hot(marks: Sequence[str], labels: Sequence[str] | None) -> list[str] | None:
+    """Return the labels marked by 1, where `marks` has 0 or 1 for each of the known labels; None where it has not."""
+    if not labels or len(marks) != len(labels) or not set(marks) <= {"0", "1"} or {"0", "1"} & set(labels):
+        return None
+    return [label for label, mark in zip(labels, marks, strict=True) if mark == "1"]
+
+
+def same(name: str) -> str | int:
+    """Return what a class name says: True, TRUE and true are one, and so are 1 and 1.0."""
+    if name.lower() in ("true", "false"):
+        return name.lower()
+    return int(float(name)) if _WHOLE.fullmatch(name) else name
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return class names sorted: whole numbers by their values, all else as text."""
+    given = sorted(names)
+    return sorted(given, key=lambda name: int(float(name))) if all(map(_WHOLE.fullmatch, given)) else given
+
+
+def other_separator(names: Sequence[str], own: str) -> str | None:
+    """Return what separates labels besides `own`, judged by the names: their parts are, or are in, other names too."""
+    for separator in ",|;/":
+        joined = [name for name in names if separator in name]
+        if not joined or separator == own:
+            continue
+        parts = [[part.strip() for part in name.split(separator)] for name in names]
+        times = Counter(part for of in parts for part in set(of))
+        inner = [part for of in parts if len(of) > 1 for part in of]
+        if 2 * sum(times[part] > 1 for part in inner) >= len(inner) and all(inner):
+            return separator
+    return None
+
+
+_QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
+_WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")
+_DECIMAL_COMMA = re.compile(r"[-+]?[0-9]*,[0-9]+([eE][-+]?[0-9]+)?")
+_THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}")
 
 
 def flatten(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:

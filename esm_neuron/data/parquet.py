@@ -1,7 +1,11 @@
-"""Read Parquet files and datasets of the `datasets` package, saved in a folder or on the hub; records count from 1."""
+"""Read Parquet files, Excel workbooks and datasets of the `datasets` package, saved in a folder or on the hub.
+
+Records count from 1.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,12 +18,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from esm_neuron.data.records import LINE_LIMIT, Column, Record, check_expansion, check_regular, pick_columns, text
+from esm_neuron.config.deferred import module
+from esm_neuron.data.records import (
+    LINE_LIMIT,
+    NUMBERED,
+    Column,
+    Record,
+    check_expansion,
+    check_regular,
+    pick_columns,
+    text,
+)
 from esm_neuron.errors import DataError, EsmNeuronError
 from esm_neuron.files import new_file, read_json
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset
+else:
+    pd = module("pandas")
 
 BATCH = 1024
 """Records held at once."""
@@ -40,13 +57,13 @@ def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
         with pq.ParquetFile(path) as file:
             header = file.schema_arrow.names
             picks = pick_columns(path, header, columns)
-            names = [header[pick] for pick in picks]
+            names = [header[pick] for pick in picks if pick >= 0]
             texts = _texts(file, names)
         # as dictionaries: text that a file holds once for a million rows is held once
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             rows = _rows_at_once(path, file, names)
             batches = file.iter_batches(rows, columns=list(dict.fromkeys(names)))
-            yield from _records(path, columns, _lists(path, batches, names))
+            yield from _records(path, columns, picks, _lists(path, batches, names))
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
         raise DataError(f"{path}: no sound Parquet file ({_why(error)}); write it anew, or copy it again") from None
 
@@ -225,11 +242,11 @@ def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
 
 def _dataset_records(source: str, dataset: Dataset, columns: Sequence[Column]) -> Iterator[Record]:
     picks = pick_columns(source, dataset.column_names, columns)
-    names = [dataset.column_names[pick] for pick in picks]
+    names = [dataset.column_names[pick] for pick in picks if pick >= 0]
     batches = dataset.select_columns(list(dict.fromkeys(names))).with_format(None).iter(BATCH)
     decoders = [(name, _class_names(dataset.features[name])) for name in names]
     values = ([[decode(value) for value in batch[name]] for name, decode in decoders] for batch in batches)
-    yield from _records(source, columns, values)
+    yield from _records(source, columns, picks, values)
 
 
 def _class_names(feature: Any) -> Any:
@@ -244,7 +261,41 @@ def _class_names(feature: Any) -> Any:
     return lambda value: value
 
 
-def _records(source: str, columns: Sequence[Column], batches: Iterator[list[list[Any]]]) -> Iterator[Record]:
+def _records(
+    source: str, columns: Sequence[Column], picks: Sequence[int], batches: Iterator[list[list[Any]]]
+) -> Iterator[Record]:
     rows = chain.from_iterable(zip(*batch, strict=True) for batch in batches)
+    there = [column for column, pick in zip(columns, picks, strict=True) if pick >= 0]
+    numbered = next((i for i, pick in enumerate(picks) if pick < 0), None)
     for number, row in enumerate(rows, start=1):
-        yield number, [text(value, source, number, column) for value, column in zip(row, columns, strict=True)]
+        values = [text(value, source, number, column) for value, column in zip(row, there, strict=True)]
+        if numbered is not None:
+            values.insert(numbered, NUMBERED)
+        yield number, values
+
+
+def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = None) -> Iterator[Record]:
+    """Give the records of a sheet of an Excel workbook, the only one where `sheet` is None; row 1 is the header.
+
+    A whole number is text without a point, as Excel shows it.
+    """
+    check_regular(path)
+    if importlib.util.find_spec("openpyxl") is None:
+        raise DataError(f"{path}: save the sheet as CSV (UTF-8), or install openpyxl: pip install 'esm-neuron[excel]'")
+    try:
+        with pd.ExcelFile(path, engine="openpyxl") as book:
+            sheets = [str(name) for name in book.sheet_names]
+            if sheet not in (sheets if len(sheets) > 1 else [None, *sheets]):
+                raise DataError(f"{path}: name its sheet: data.sheet is one of {', '.join(map(repr, sheets))}")
+            frame = book.parse(sheet or sheets[0], dtype=object, keep_default_na=False)
+    except EsmNeuronError:
+        raise
+    except Exception as error:  # zip, XML and the package's own errors
+        raise DataError(f"{path}: no sound workbook ({_why(error)}); save the sheet as CSV (UTF-8)") from None
+    picks = pick_columns(path, [str(name).strip() for name in frame.columns], columns)
+    values = [[_cell(value) for value in frame.iloc[:, pick]] for pick in picks if pick >= 0]
+    yield from _records(path, columns, picks, iter([values]))
+
+
+def _cell(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

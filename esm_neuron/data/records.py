@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import NoReturn
 
+from esm_neuron.data.tokenizer import residues_of
 from esm_neuron.errors import DataError
 
 LIST_JOINER = ";"
@@ -24,8 +27,13 @@ EXPANSION_LIMIT = 500
 and a file that is made to fill memory or disk to a thousandth."""
 EXPANSION_FROM = 1 << 26
 """Bytes from which `EXPANSION_LIMIT` holds."""
-TABLES = (".parquet", ".pq")
+TABLES = (".parquet", ".pq", ".xlsx")
 """Suffixes of files whose rows are records, not lines."""
+DELIMITED = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
+"""Suffix of a table in text -> what is between its columns, as a rule."""
+FASTA, JSONL = (".fasta", ".fa", ".faa", ".fas"), (".jsonl", ".ndjson")
+SUFFIXES = (*DELIMITED, *FASTA, *JSONL, *TABLES)
+"""Suffixes of all files that are read, before .gz."""
 _COMPARED = 1000
 """Most columns, and longest name, that are compared with a name that is not there."""
 
@@ -41,6 +49,8 @@ class Column:
     setting: str
     joiner: str | None = None
     """Written between the entries of a list; None: a list is refused."""
+    default: bool = False
+    """Whether the setting was left alone: the file may then write the name in other letters, see `ALSO`."""
 
 
 Record = tuple[int, list[str]]
@@ -49,20 +59,80 @@ Reader = Callable[[str, Sequence[Column]], Iterator[Record]]
 """Gives the records of a source in its order, holding no more than a few of them; raises DataError where it cannot."""
 
 
+ALSO = {"id": ("entry", "acc"), "sequence": ("input_ids",)}
+"""Column of the rows -> what files call it too, where its setting was left alone."""
+NUMBERED = "\0"
+"""Id of every record of a table that has no column of ids: a zero byte, which no value has."""
+_FILE_SHIFT = 40
+"""A row's number holds the place of its file in these upper bits, where a source is several files."""
+
+
 def is_hub(source: str) -> bool:
     """Return whether a source is a dataset of the Hugging Face hub (pathlib makes `hf:/` of `hf://`)."""
     return source.startswith("hf:/")
 
 
+def files_of(source: str) -> tuple[tuple[str, str | None], ...]:
+    """Return the files that a source stands for, in order, each with the class of all its proteins or None.
+
+    A source is one file, dataset or folder of `Dataset.save_to_disk`; a folder of files with one of SUFFIXES; a
+    pattern with `*`; a list `[a.csv, b.csv]`; or a file per class, `{name: a.fasta, other: b.fasta}`.
+    """
+    if is_hub(source) or os.path.isfile(source):
+        return ((source, None),)
+    inner = [part.strip(" '\"") for part in source[1:-1].split(",")]
+    if source.startswith("[") and source.endswith("]"):
+        return tuple(file for part in inner for file in files_of(part))
+    if source.startswith("{") and source.endswith("}"):
+        named = [part.partition(": ") for part in inner]
+        if len({name for name, _, _ in named}) < len(named) or not all(path for _, _, path in named):
+            raise DataError(f"{source}: write one file per class, as {{membrane: a.fasta, other: b.fasta}}")
+        return tuple((file, n.strip(" '\"")) for n, _, path in named for file, _ in files_of(path.strip(" '\"")))
+    if "*" in source:
+        found = sorted(glob.glob(source, recursive=True))
+        if not found:
+            raise DataError(
+                f"{source}: no file has such a name; check the pattern (it is taken from the current folder)"
+            )
+        return tuple((path, None) for path in found)
+    if os.path.isdir(source) and not {"dataset_info.json", "dataset_dict.json"} & set(os.listdir(source)):
+        kinds = {suffix_of(name) for name in os.listdir(source) if suffix_of(name) in SUFFIXES and name[0] != "."}
+        if len(kinds) > 1:
+            raise DataError(
+                f"{source}: the folder has files of {' and '.join(sorted(kinds))}; name one kind, as {source}/*.csv"
+            )
+        names = sorted(name for name in os.listdir(source) if suffix_of(name) in kinds and name[0] != ".")
+        return tuple((os.path.join(source, name), None) for name in names) or ((source, None),)
+    return ((source, None),)
+
+
+def suffix_of(name: str) -> str:
+    """Return a file's suffix in small letters, without .gz."""
+    path = Path(name)
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def row_number(file: int, number: int) -> int:
+    """Return the number of a row among all files of a source, from the place of its file and its number there."""
+    return (file << _FILE_SHIFT) + number
+
+
+def file_and_number(source: str, number: int) -> tuple[str, int]:
+    """Return the file that a row of a source is in, and its line or record there."""
+    files = files_of(source)
+    return files[number >> _FILE_SHIFT][0], number & ((1 << _FILE_SHIFT) - 1)
+
+
 def row_unit(source: str) -> str:
-    """Return what the number of a row counts: `line` in text, `record` in Parquet files and datasets."""
+    """Return what the number of a row counts: `line` in text, `record` in Parquet files, workbooks and datasets."""
     table = is_hub(source) or Path(source).suffix.lower() in TABLES or os.path.isdir(source)
     return "record" if table else "line"
 
 
 def place(source: str, number: int) -> str:
     """Return where a row is, as errors begin: `x.csv:3`, or `x.parquet: record 2`."""
-    return f"{source}:{number}" if row_unit(source) == "line" else f"{source}: record {number}"
+    file, number = file_and_number(source, number)
+    return f"{file}:{number}" if row_unit(file) == "line" else f"{file}: record {number}"
 
 
 def check_regular(path: str) -> None:
@@ -106,6 +176,10 @@ class Seen:
         self.names: dict[str, None] = {}  # the first keys, in order, for messages
         self._missing = {column.source: column for column in columns}
 
+    def forgive(self, column: Column) -> None:
+        """Do not miss this column."""
+        self._missing.pop(column.source, None)
+
     def add(self, keys: Iterable[str]) -> None:
         for key in keys:
             self._missing.pop(key, None)
@@ -119,19 +193,33 @@ class Seen:
 
 
 def pick_columns(source: str, header: Sequence[str], columns: Sequence[Column]) -> list[int]:
-    """Return the place in `header` of each column; raise DataError for one that is not there, or twice."""
-    for column in columns:
-        if column.source not in header:
-            no_column(source, column, header)
-        if list(header).count(column.source) > 1:
-            raise DataError(f"{source}: the header has column {column.source!r} twice; rename one")
-    return [list(header).index(column.source) for column in columns]
+    """Return the place in `header` of each column, -1 for an id that is not there and need not be.
+
+    Raise DataError for a column that is not there, or twice.
+    """
+    return [_pick(source, list(header), column) for column in columns]
+
+
+def _pick(source: str, header: list[str], column: Column) -> int:
+    if header.count(column.source) > 1:
+        raise DataError(f"{source}: the header has column {column.source!r} twice; rename one")
+    if column.source in header:
+        return header.index(column.source)
+    if column.default:
+        names = [name.lower() for name in header[:_COMPARED]]
+        for known in (column.source.lower(), *ALSO.get(column.name, ())):
+            if names.count(known) == 1:
+                return names.index(known)
+        if column.name == "id":
+            return -1
+    no_column(source, column, header)
 
 
 def text(value: object, source: str, number: int, column: Column) -> str:
     """Return a value of a format that knows types as text, or raise DataError.
 
-    None and NaN become '', booleans `true` or `false`, numbers what Python writes; `column.joiner` joins lists.
+    None and NaN become '', booleans `true` or `false`, numbers what Python writes; `column.joiner` joins lists, and an
+    empty one is `[]`; a sequence may be a list of ESM's tokens.
     """
     if isinstance(value, str):
         what = "a zero byte, which is no text; remove it" if "\0" in value else ""
@@ -146,8 +234,15 @@ def text(value: object, source: str, number: int, column: Column) -> str:
         return str(value).lower()
     if isinstance(value, (int, float)):
         return str(value)
+    if isinstance(value, Decimal):
+        return format(value.normalize(), "f") if value.is_finite() else ""
     if isinstance(value, (list, tuple)) and column.joiner is not None:
-        return _joined(value, source, number, column)
+        return _joined(value, source, number, column) if value else "[]"
+    if isinstance(value, (list, tuple)) and column.name == "sequence":
+        try:
+            return residues_of(value)
+        except ValueError as error:
+            raise DataError(f"{place(source, number)}: column {column.source!r}: {error}") from None
     expected = "text, a number, true or false" + (", or a list of these" if column.joiner is not None else "")
     raise DataError(
         f"{place(source, number)}: column {column.source!r} holds a {type(value).__name__}; "

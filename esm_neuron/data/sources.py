@@ -6,6 +6,7 @@ new format is a function with the signature of `records.Reader` and a row in `FO
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -15,8 +16,23 @@ import numpy as np
 import pyarrow as pa
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.parquet import read_dataset, read_hub, read_parquet
-from esm_neuron.data.records import LIST_JOINER, TABLES, Column, Reader, Record, is_hub
+from esm_neuron.data.parquet import read_dataset, read_hub, read_parquet, read_workbook
+from esm_neuron.data.records import (
+    DELIMITED,
+    FASTA,
+    JSONL,
+    LIST_JOINER,
+    NUMBERED,
+    TABLES,
+    Column,
+    Reader,
+    Record,
+    files_of,
+    is_hub,
+    place,
+    row_number,
+    suffix_of,
+)
 from esm_neuron.data.text_files import read_delimited, read_fasta, read_jsonl
 from esm_neuron.errors import DataError
 
@@ -25,44 +41,78 @@ CHUNK_ROWS, CHUNK_CHARACTERS = 16_384, 1 << 24
 
 
 def read_chunks(path: str | Path, cfg: DataConfig, joiner: str | None = None) -> Iterator[pa.Table]:
-    """Give the rows of one file in its order, a chunk at a time; no more than one chunk is held.
+    """Give the rows of a source in its order, a chunk at a time; no more than one chunk is held.
 
     Columns, all text but `line`: `id`, `sequence`, `line` (int64, from 1: the line a row starts in, in FASTA the
-    header's, in Parquet files and datasets the number of the record), `label` where `joiner` is given, `split` where
-    `cfg.split_column` is set, and `filter.<column>` for each column of `cfg.keep` and `cfg.keep_heldout`.
+    header's, in Parquet files and datasets the number of the record; of several files see `records.row_number`),
+    `label` where `joiner` is given, `split`, `valid` and `unique` where `cfg` names their columns, and
+    `filter.<column>` for each column of `cfg.keep` and `cfg.keep_heldout`.
 
     FASTA headers read `>id key=value key2="two words"`: the first word is the id, whole (`sp|P12345|NAME`).
 
     Args:
-        path: a file, a folder that `Dataset.save_to_disk` wrote, or `hf://owner/name@revision/split`.
+        path: one or more files, see `records.files_of`, or `hf://owner/name@revision/split`.
         cfg: columns and filters.
         joiner: written between the entries where a label is a list; None: labels are not read.
 
-    Raise DataError, after the chunks before the fault, where the file is malformed or empty, or lacks a column.
+    Raise DataError, after the chunks before the fault, where a file is malformed or empty, or lacks a column.
     """
-    source, columns = str(path), _columns(cfg, joiner)
-    names = ["line", *(column.name for column in columns)]
+    source, files = str(path), files_of(str(path))
+    by_file = joiner is not None and files[0][1] is not None  # a class per file
+    columns = _columns(cfg, None if by_file else joiner)
+    names = [column.name for column in columns] + (["label"] if by_file else [])
     lines: list[int] = []
-    values: list[list[str]] = [[] for _ in columns]
-    characters, empty = 0, True
-    for line, record in _reader(source)(source, columns):
-        empty = False
-        lines.append(line)
-        for value, column in zip(record, values, strict=True):
-            column.append(value.strip())
-            characters += len(value)
-        if len(lines) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-            yield make_rows(dict(zip(names, [lines, *values], strict=True)))
-            lines, values, characters = [], [[] for _ in columns], 0
-    if empty:
-        raise DataError(f"{source}: the file has no records; check that it was written to its end")
+    values: list[list[str]] = [[] for _ in names]
+    characters = done = 0
+    for place_, (file, label) in enumerate(files):
+        empty = True
+        for line, record in _reader(file, cfg.sheet)(file, columns):
+            empty = False
+            lines.append(row_number(place_, line))
+            for value, column in zip(record, values, strict=False):
+                column.append(value.strip())
+                characters += len(value)
+            if by_file:
+                values[-1].append(label or "")
+            if len(lines) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+                yield _finished(source, cfg, lines, dict(zip(names, values, strict=True)), done)
+                done += len(lines)
+                lines, values, characters = [], [[] for _ in names], 0
+        if empty:
+            raise DataError(f"{file}: the file has no records; check that it was written to its end")
     if lines:
-        yield make_rows(dict(zip(names, [lines, *values], strict=True)))
+        yield _finished(source, cfg, lines, dict(zip(names, values, strict=True)), done)
 
 
-def read_records(source: str | Path, columns: Sequence[Column]) -> Iterator[Record]:
+def _finished(source: str, cfg: DataConfig, lines: list[int], values: dict[str, list[str]], done: int) -> pa.Table:
+    """Return collected rows as a table: ids numbered where the file has none, `done` rows came before; one label."""
+    if values["id"][0] == NUMBERED:
+        values["id"] = [str(done + i) for i in range(1, len(lines) + 1)]
+    if _class_column(0) in values:
+        columns = [values.pop(_class_column(i)) for i in range(len(cfg.label_columns))]
+        values["label"] = _labels_of(source, lines, cfg.label_columns, columns)
+    return make_rows({"line": lines, **values})
+
+
+def _labels_of(source: str, lines: Sequence[int], classes: Sequence[str], columns: Sequence[list[str]]) -> list[str]:
+    """Return for each row the list of the classes whose column is 1, as JSON."""
+    marks = []
+    for name, column in zip(classes, columns, strict=True):
+        known = {value: _MARKS.get(value.lower()) for value in set(column)}
+        strange = next((value for value, mark in known.items() if mark is None), None)
+        if strange is not None:
+            where = place(source, lines[column.index(strange)])
+            raise DataError(f"{where}: column {name!r} (data.label_column) has {strange[:60]!r}; write 1 or 0 there")
+        marks.append([known[value] for value in column])
+    return [json.dumps([n for n, mark in zip(classes, row, strict=True) if mark]) for row in zip(*marks, strict=True)]
+
+
+_MARKS = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
+
+
+def read_records(source: str | Path, columns: Sequence[Column], sheet: str | None = None) -> Iterator[Record]:
     """Give the records of a file in any format, with the columns asked for; see `records.Reader`."""
-    return _reader(str(source))(str(source), columns)
+    return _reader(str(source), sheet)(str(source), columns)
 
 
 def check_columns(source: str | Path, cfg: DataConfig, joiner: str | None = None) -> None:
@@ -70,8 +120,25 @@ def check_columns(source: str | Path, cfg: DataConfig, joiner: str | None = None
 
     Datasets, of the hub or saved, are not looked at: their package takes seconds to import.
     """
-    if not is_hub(str(source)) and not os.path.isdir(source):
-        next(read_records(source, _columns(cfg, joiner)), None)
+    for file, name in files_of(str(source)):
+        if not is_hub(file) and not os.path.isdir(file):
+            next(read_records(file, _columns(cfg, None if name else joiner), cfg.sheet), None)
+
+
+def has_labels(source: str, cfg: DataConfig) -> bool:
+    """Return whether the first record of a source has the label column; one per class always has labels."""
+    file, name = files_of(source)[0]
+    columns = _columns(cfg, "")
+    try:
+        _, values = next(read_records(file, columns, cfg.sheet), (0, []))
+    except DataError:
+        return False
+    keys = not _is_table(file)  # a record of these has no key that is empty
+    return name is not None or not keys or any(v for v, c in zip(values, columns, strict=True) if c.name == "label")
+
+
+def _is_table(file: str) -> bool:
+    return is_hub(file) or os.path.isdir(file) or suffix_of(file) in (*DELIMITED, *TABLES)
 
 
 def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:
@@ -97,43 +164,59 @@ def filter_column(source: str) -> str:
 
 def _columns(cfg: DataConfig, joiner: str | None) -> list[Column]:
     columns = [
-        Column("id", cfg.id_column, "data.id_column"),
-        Column("sequence", cfg.sequence_column, "data.sequence_column"),
+        Column("id", cfg.id_column, "data.id_column", default=cfg.id_column == DataConfig.id_column),
+        Column(
+            "sequence",
+            cfg.sequence_column,
+            "data.sequence_column",
+            default=cfg.sequence_column == DataConfig.sequence_column,
+        ),
     ]
+    labels = cfg.label_columns
     if joiner is not None:
-        columns.append(Column("label", cfg.label_column, "data.label_column", joiner))
-    if cfg.split_column is not None:
-        columns.append(Column("split", cfg.split_column, "data.split_column"))
+        own = cfg.label_column == DataConfig.label_column
+        names = ["label"] if len(labels) == 1 else [_class_column(i) for i in range(len(labels))]
+        columns += [Column(n, of, "data.label_column", joiner, own) for n, of in zip(names, labels, strict=True)]
+    for name, setting in _NAMED.items():
+        source = getattr(cfg, setting)
+        if source is not None:
+            columns.append(Column(name, source, f"data.{setting}"))
     filters = dict.fromkeys(cfg.keep_heldout, "data.keep_heldout") | dict.fromkeys(cfg.keep, "data.keep")
     return columns + [
-        Column(filter_column(source), source, setting, (joiner or LIST_JOINER) if source == cfg.label_column else None)
+        Column(filter_column(source), source, setting, (joiner or LIST_JOINER) if source in labels else None)
         for source, setting in filters.items()
     ]
 
 
-def _reader(source: str) -> Reader:
+_NAMED = {"split": "split_column", "valid": "valid_column", "unique": "unique_column"}
+"""Column of the rows -> the setting that names it in the file, if any does."""
+
+
+def _class_column(number: int) -> str:
+    return f"label.{number}"
+
+
+def _reader(source: str, sheet: str | None = None) -> Reader:
     if is_hub(source):
         return read_hub
     if "\0" in source:
         raise DataError(f"{source!r}: a zero byte, which no file's name has; correct the name")
-    path = Path(source)
-    if os.path.isdir(path):
+    if os.path.isdir(source):
         return read_dataset
-    zipped = path.suffix.lower() == ".gz"
-    suffix = (path.with_suffix("") if zipped else path).suffix.lower()
-    if zipped and suffix in TABLES:
-        raise DataError(f"{source}: Parquet files are compressed within; unpack it, or name it {suffix} if it is plain")
+    suffix = suffix_of(source)
+    if source.lower().endswith(".gz") and suffix in TABLES:
+        raise DataError(f"{source}: such files are compressed within; unpack it, or name it {suffix} if it is plain")
     if suffix not in FORMATS:
         cure = f"name the file with one of {' '.join(FORMATS)}, text plain or .gz"
         raise DataError(f"{source}: unknown format {suffix!r}; {cure}")
-    return FORMATS[suffix]
+    return partial(read_workbook, sheet=sheet) if suffix == ".xlsx" else FORMATS[suffix]
 
 
 FORMATS: dict[str, Reader] = {
-    ".csv": partial(read_delimited, delimiter=","),
-    **dict.fromkeys((".tsv", ".tab", ".txt"), partial(read_delimited, delimiter="\t")),
-    **dict.fromkeys((".fasta", ".fa", ".faa", ".fas"), read_fasta),
-    **dict.fromkeys((".jsonl", ".ndjson"), read_jsonl),
+    **{suffix: partial(read_delimited, delimiter=delimiter) for suffix, delimiter in DELIMITED.items()},
+    **dict.fromkeys(FASTA, read_fasta),
+    **dict.fromkeys(JSONL, read_jsonl),
     **dict.fromkeys(TABLES, read_parquet),
+    ".xlsx": read_workbook,
 }
 """Suffix (before .gz) -> reader."""

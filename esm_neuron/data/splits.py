@@ -1,7 +1,4 @@
-"""From files to the three splits: read, filter and check rows, sample splits, name classes, tokenize; cache the result.
-
-`InputChunks` reads one file for prediction or evaluation.
-"""
+"""From files to the three splits: read, filter and check rows, sample, name classes, tokenize; cache the result."""
 
 from __future__ import annotations
 
@@ -19,9 +16,10 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.data.cache import cached, content_hash, content_key
-from esm_neuron.data.dataset import ExampleTable, TableWriter, chunk_table, join_tables, open_table
+from esm_neuron.data.dataset import ExampleTable, TableWriter, chunk_table, open_table
+from esm_neuron.data.filters import SPLITS, filter_key, passes, split_of, truth
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.records import row_unit
+from esm_neuron.data.records import file_and_number, files_of, is_hub, row_unit
 from esm_neuron.data.sampling import homolog_clusters, sample_clusters, sample_rows
 from esm_neuron.data.sources import CHUNK_ROWS, check_columns, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
@@ -30,10 +28,9 @@ from esm_neuron.errors import DataError
 from esm_neuron.files import parse_json, read_bytes, write_json
 from esm_neuron.redact import Lines
 
-SPLITS = ("train", "valid", "test")
 _SHOWN = 10
 """Values of a column that an error shows."""
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 """Version of what `_save` writes: another number makes every cached folder anew."""
 _UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", *SPLITS}
 _UNCACHED_TASK = {
@@ -62,16 +59,52 @@ class Splits:
     """The rows left out or changed for their characters (`data.on_bad_residue`), to be written with the run."""
     task: TaskConfig
     """The task with what the training rows decide, see `labels.resolve`."""
+    described: str = ""
+    """The classes of the training proteins with their counts, see `Labels.describe`; empty without labels."""
 
     def summary(self) -> str:
-        """Return what was read, left out, changed and shared between splits: a line per file and per split."""
-        return Lines.of(report.summary() for report in self.reports)
+        """Return what was read, left out, changed and shared between splits, by file and by split; and the classes."""
+        lines = [line for line in self.described.split("\n") if line]
+        return Lines.of([*(report.summary() for report in self.reports), *lines])
 
 
 def check_files(cfg: DataConfig, labels: type[Labels] | None) -> None:
     """Raise DataError where a file of a run is missing or lacks a column; reads no more than its first record."""
+    check_settings(cfg)
     for split, source in data_files(cfg).items():
         check_columns(source, _file_config(cfg, split), None if labels is None else labels.joiner)
+
+
+def check_settings(cfg: DataConfig) -> None:
+    """Raise ConfigError where settings of the data contradict each other, or one would have no effect."""
+    names = [value for of in cfg.split_values for value in of]
+    require(
+        len(set(names)) == len(names) and len(cfg.split_names) == 3,
+        f"data.split_names={cfg.split_names} must be three different names, or lists of names",
+    )
+    require(
+        cfg.positives is None and cfg.negatives is None,
+        "data.positives and data.negatives go together, in place of data.train; give both, and no data.train",
+    )
+    default = DataConfig()
+    for setting, needs, is_set in (
+        ("split_names", "split_column", cfg.split_names != default.split_names and cfg.fold is None),
+        ("fold", "split_column", cfg.fold is not None),
+    ):
+        require(
+            not is_set or cfg.split_column is not None,
+            f"data.{setting} without data.{needs} has no effect; name the column, or leave it out",
+        )
+    require(
+        cfg.fold is None or (cfg.split_names == default.split_names and not cfg.test),
+        f"data.fold={cfg.fold} says what is tested on; leave out data.split_names and data.test",
+    )
+    for split in ("valid", "test"):
+        fraction = getattr(cfg, f"{split}_fraction")
+        require(
+            not getattr(cfg, split) or fraction in (0, getattr(default, f"{split}_fraction")),
+            f"data.{split}_fraction={fraction} has no effect beside data.{split}; leave one of them out",
+        )
 
 
 def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
@@ -89,9 +122,7 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
         ConfigError: settings contradict each other, or the cache folder cannot be written.
     """
     require(cfg.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
-    require(
-        len(set(cfg.data.split_names)) == 3, f"data.split_names={cfg.data.split_names} must be three different names"
-    )
+    check_settings(cfg.data)
     if cfg.data.cache is None:
         splits = _make(cfg, labels, None)
     else:
@@ -101,12 +132,12 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
     if labels is None:
         return splits
     named = replace(cfg.task, labels=splits.labels or None)
-    return replace(splits, task=labels(named, cfg.data.label_column).resolve(splits.train.labels))
+    return replace(splits, task=labels.of(named, cfg.data).resolve(splits.train.labels))
 
 
 def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> Splits:
     """Return the splits of the files, with tables in memory or under `folder`."""
-    labels = None if kind is None else kind(cfg.task, cfg.data.label_column)
+    labels = None if kind is None else kind.of(cfg.task, cfg.data)
     parts, reports, rejected = read_parts(cfg.data, labels, folder)
     if labels is not None:
         labels.learn_classes(parts["train"].chunks(["label"]), parts["train"].source)
@@ -114,6 +145,7 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
     sampled = _sample(parts, labels, cfg)
     tables: dict[str, ExampleTable] = {}
     shared = _shared(parts, labels)
+    described = "" if labels is None else labels.describe(pa.concat_tables(parts["train"].chunks(["label"])))
     for name in (split for split in SPLITS if split in parts):
         tables[name], counts = _table(parts[name], cfg.data, labels, folder and folder / name)
         reports.append(Report(name=f"{name} split", **counts, **shared[name]))
@@ -131,6 +163,7 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
         sampled=sampled,
         rejected=tuple(rejected),
         task=cfg.task,
+        described=described,
     )
 
 
@@ -169,10 +202,10 @@ class Part:
 
 def _file_config(cfg: DataConfig, split: str) -> DataConfig:
     """Return the settings by which the file of a split is read."""
-    # Only the training file has a split column, or rows that are sampled for validation and test.
-    own = cfg if split == "train" else replace(cfg, split_column=None)
+    # Only the training file has columns that name splits, or rows that are sampled for validation and test.
+    own = cfg if split == "train" else replace(cfg, split_column=None, valid_column=None)
     sampled = (not cfg.valid and cfg.valid_fraction > 0) or cfg.test_fraction > 0
-    if split == "train" and cfg.split_column is None and not sampled:
+    if split == "train" and (cfg.split_column, cfg.valid_column) == (None, None) and not sampled:
         own = replace(own, keep_heldout={})
     return own
 
@@ -190,6 +223,8 @@ class _File:
         self._usable: set[str] = set()  # splits of the rows that pass `keep_heldout` as well
         self._unknown: dict[str, tuple[int, int]] = {}  # value that names no split -> how many rows, the first of them
         self._kept = pa.table({})
+        self._seen = np.empty(0, dtype=np.uint64)  # hashes of the values of `unique_column` so far, sorted
+        self._left = own.max_rows if (own := self.cfg).max_rows is not None and split == "train" else None
 
     def read(self, path: Path | None) -> None:
         """Read, filter and check all rows; keep them in memory, or in a file `path` that is mapped."""
@@ -212,8 +247,8 @@ class _File:
                 there = self.values.get(source, set()).union(rows[filter_column(source)].unique().to_pylist())
                 # A column may have a value per record: only those that `_check_filters` looks at are kept.
                 wanted = {*self.cfg.keep.get(source, ()), *self.cfg.keep_heldout.get(source, ())}
-                allowed = set(map(_filter_key, wanted))
-                self.values[source] = {value for value in there if _filter_key(value) in allowed}
+                allowed = set(map(filter_key, wanted))
+                self.values[source] = {value for value in there if filter_key(value) in allowed}
                 self.values[source].update(heapq.nsmallest(_SHOWN, there))
             kept = self._number_splits(rows.filter(pa.array(passes(rows, self.cfg.keep))))
             split = kept["split"].to_numpy()
@@ -225,36 +260,73 @@ class _File:
             self._usable |= _names(split[usable])
             filtered = {"filtered": len(rows) - len(kept), "filtered_heldout": int((~usable).sum())}
             self._counts.update(rows=len(rows), **filtered)
-            clean = self.checker(kept.filter(pa.array(usable)))
+            clean = self._first_of_each(self.checker(kept.filter(pa.array(usable))))
             if len(clean):
                 yield clean if labels is None else labels.encode(clean, self.checker.problems)
 
+    def _first_of_each(self, rows: pa.Table) -> pa.Table:
+        """Leave out, and count, rows that repeat a value of `unique_column`, and training rows beyond `max_rows`."""
+        kept = np.ones(len(rows), dtype=bool)
+        if self.cfg.unique_column is not None:
+            values = text_hashes(rows["unique"].to_pylist())
+            kept = np.zeros(len(rows), dtype=bool)
+            kept[np.unique(values, return_index=True)[1]] = True
+            kept &= ~np.isin(values, self._seen)
+            self._seen = np.union1d(self._seen, values)
+            self._counts.update(doubled=int((~kept).sum()))
+        if self._left is not None:
+            train = kept & (rows["split"].to_numpy() == 0)
+            beyond = train & (np.cumsum(train) > self._left)
+            self._left -= int((train & ~beyond).sum())
+            self._counts.update(beyond=int(beyond.sum()))
+            kept &= ~beyond
+        return rows if kept.all() else rows.filter(pa.array(kept))
+
     def _number_splits(self, rows: pa.Table) -> pa.Table:
         """Return the rows with a column `split`, int8: the place in SPLITS of each row's split, -1 for none."""
-        if self.cfg.split_column is None:
-            return rows.append_column("split", pa.array(np.full(len(rows), SPLITS.index(self.split), np.int8)))
-        names = pa.array(self.cfg.split_names, pa.large_string())
-        split = pc.fill_null(pc.index_in(rows["split"], value_set=names), -1).cast(pa.int8())
-        strange = rows.filter(pc.equal(split, -1))
+        cfg = self.cfg
+        split = np.full(len(rows), SPLITS.index(self.split), np.int8)
+        if cfg.split_column is not None:
+            split = self._splits_by_name(rows)
+            rows = rows.drop_columns("split")
+        if cfg.valid_column is not None:
+            marked = {value: truth(value) for value in rows["valid"].unique().to_pylist()}
+            for value in (value for value, truth in marked.items() if truth is None):
+                line = rows["line"][pc.index(rows["valid"], value).as_py()].as_py()
+                what = f"column {cfg.valid_column!r} (data.valid_column) has {quote(value)}"
+                self.checker.problems.add(line, f"{what}; write true, or false or nothing")
+                marked[value] = False
+            wanted = pa.array([value for value, truth in marked.items() if truth], pa.large_string())
+            split[(split == 0) & pc.is_in(rows["valid"], value_set=wanted).to_numpy()] = 1
+        return rows.append_column("split", pa.array(split))
+
+    def _splits_by_name(self, rows: pa.Table) -> np.ndarray:
+        """Return int8 [rows]: the place in SPLITS of each row's split, -1 for a value that names none."""
+        known = {value: split_of(value, self.cfg) for value in rows["split"].unique().to_pylist()}
+        names = pa.array(list(known), pa.large_string())
+        split = np.array(list(known.values()), np.int8)[pc.index_in(rows["split"], value_set=names).to_numpy()]
+        strange = rows.filter(pa.array(split == -1))
         for value, line in zip(strange["split"].to_pylist(), strange["line"].to_pylist(), strict=True):
             count, first = self._unknown.get(value, (0, line))
             self._unknown[value] = (count + 1, first)
-        return rows.set_column(rows.column_names.index("split"), "split", split)
+        return split
 
     def finish(self) -> tuple[dict[str, Part], Report]:
         """Return the part of each split that has rows; raise DataError for all that is wrong with the file."""
+        if self._labels is not None:
+            self._labels.conclude(self.checker.problems)
         if self._counts["filtered"] == self._counts["rows"]:
             raise DataError(f"{self.source}: data.keep leaves no records; allow more values")
         if self._unknown:
-            unit = row_unit(self.source)
+            unit = row_unit(files_of(self.source)[0][0])
             shown = ", ".join(
-                f"{quote(value)} ({count} records, first in {unit} {first})"
+                f"{quote(value)} ({count} records, first in {unit} {file_and_number(self.source, first)[1]})"
                 for value, (count, first) in list(self._unknown.items())[:5]
             )
             raise DataError(
                 f"{self.source}: column {self.cfg.split_column!r} has {len(self._unknown)} values that are not in "
-                f"data.split_names={self.cfg.split_names}: {shown}; name the splits there, or filter the "
-                "records with data.keep"
+                f"data.split_names={self.cfg.split_names}: {shown}; name the splits there, or one in "
+                "data.fold, or filter the records with data.keep"
             )
         for name in sorted(self._named - self._usable):
             raise DataError(f"{self.source}: data.keep_heldout leaves no {name} proteins; allow more values")
@@ -263,7 +335,8 @@ class _File:
         left = _names(split)
         for name in sorted(self._usable - left):
             raise DataError(
-                f"{self.source}: data.on_bad_residue=skip leaves no {name} proteins; correct their sequences"
+                f"{self.source}: what is left out (data.on_bad_residue, data.on_missing, data.min_residues, "
+                f"data.unique_column) leaves no {name} proteins; correct their sequences, or leave less out"
             )
         parts = {name: Part(self._kept, self.source, split == SPLITS.index(name)) for name in sorted(left)}
         return parts, Report(name=self.source, **{**self.checker.counts, **self._counts})
@@ -301,30 +374,24 @@ def read_parts(
 
 
 def data_files(cfg: DataConfig) -> dict[str, str]:
-    """Return split -> the file that the configuration names for it, where it names one."""
-    return {split: path for split, path in zip(SPLITS, (cfg.train, cfg.valid, cfg.test), strict=True) if path}
+    """Return split -> the file that the configuration names for it, where it names one.
 
-
-def passes(rows: pa.Table, filters: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """Return which rows have an allowed value in every column of the filter, bool [rows]."""
-    mask = np.ones(len(rows), dtype=bool)
-    for source, allowed in filters.items():
-        keys = {_filter_key(value) for value in allowed}
-        column = rows[filter_column(source)]
-        # Compare the distinct values in Python and leave the rows to Arrow: a column has few values and many rows.
-        wanted = [value for value in column.unique().to_pylist() if _filter_key(value) in keys]
-        mask &= pc.is_in(column, value_set=pa.array(wanted, pa.large_string())).to_numpy()
-    return mask
+    A folder of a DatasetDict as the training file is its splits.
+    """
+    files = {split: path for split, path in zip(SPLITS, (cfg.train, cfg.valid, cfg.test), strict=True) if path}
+    folder = Path(files.get("train", ""))
+    if cfg.train and not is_hub(cfg.train) and (folder / "dataset_dict.json").is_file():
+        known = {split_of(item.name, DataConfig()): str(item) for item in sorted(folder.iterdir()) if item.is_dir()}
+        inner = {name: known[place] for place, name in enumerate(SPLITS) if place in known}
+        if "train" not in inner:
+            raise DataError(f"{folder}: the folder holds no split `train`; name one of its splits: {folder}/NAME")
+        files = {**inner, **{split: path for split, path in files.items() if split != "train"}}
+    return {split: files[split] for split in SPLITS if split in files}
 
 
 def _names(split: np.ndarray) -> set[str]:
     """Return the splits that have a row."""
     return {SPLITS[number] for number in np.unique(split) if number >= 0}
-
-
-def _filter_key(value: str) -> str:
-    """Return what a value is compared by: itself, but True, TRUE and true are one."""
-    return value.lower() if value.lower() in ("true", "false") else value
 
 
 def _check_filters(cfg: DataConfig, files: Sequence[_File]) -> None:
@@ -335,8 +402,8 @@ def _check_filters(cfg: DataConfig, files: Sequence[_File]) -> None:
             if not having:  # no held-out rows at all: a file that should have the column was refused when it was read
                 continue
             there = set().union(*(file.values[source] for file in having))
-            found = set(map(_filter_key, there))
-            missing = [value for value in allowed if _filter_key(value) not in found]
+            found = set(map(filter_key, there))
+            missing = [str(value) for value in allowed if filter_key(str(value)) not in found]
             if missing or not allowed:
                 what = f"value {quote(missing[0])} matches no record" if missing else "the list of values is empty"
                 shown, where = ", ".join(map(quote, sorted(there)[:_SHOWN])), ", ".join(file.source for file in having)
@@ -370,6 +437,7 @@ def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:
         "fingerprint": splits.fingerprint,
         "sampled": splits.sampled,
         "rejected": [asdict(row) for row in splits.rejected],
+        "described": splits.described,
     }
     write_json(folder / _META, meta)
 
@@ -388,8 +456,9 @@ def _load(folder: Path, cfg: TrainConfig) -> Splits:
         reports=tuple(Report(**{**one, "name": now.get(one["name"], one["name"])}) for one in meta["reports"]),
         fingerprint=meta["fingerprint"],
         sampled={name: tuple(ids) for name, ids in meta["sampled"].items()},
-        rejected=tuple(Rejected(**{**row, "file": now[row["file"]]}) for row in meta["rejected"]),
+        rejected=tuple(Rejected(**{**row, "file": now.get(row["file"], row["file"])}) for row in meta["rejected"]),
         task=cfg.task,
+        described=meta["described"],
     )
 
 
@@ -444,9 +513,15 @@ def _shared(parts: Mapping[str, Part], labels: Labels | None) -> dict[str, dict[
         if name != "train":
             found["in_train"] = int(np.isin(own["sequence"], train["sequence"]).sum())
             _, here, there = np.intersect1d(own["id"], train["id"], return_indices=True)
-            found["renamed"] = int((own["sequence"][here] != train["sequence"][there]).sum())
+            renamed = int((own["sequence"][here] != train["sequence"][there]).sum())
+            found["renamed"] = 0 if _numbered(parts[name]) else renamed
         counts[name] = found
     return counts
+
+
+def _numbered(part: Part) -> bool:
+    """Return whether ids are numbers of rows, which say nothing about those of another file."""
+    return all(pc.all(pc.utf8_is_digit(rows["id"])).as_py() for rows in part.chunks(["id"]))
 
 
 def _hashes(part: Part, labels: Labels | None) -> dict[str, np.ndarray]:
@@ -469,49 +544,3 @@ def _fingerprint(tables: Mapping[str, ExampleTable], labels: Sequence[str]) -> s
         # Each name follows its length, so that ("ab", "c") and ("a", "bc") differ.
         digest.update("".join(f"{len(record)} {record}" for record in table.ids).encode())
     return digest.hexdigest()
-
-
-class InputChunks:
-    """Give the tables of a file chunk by chunk: without labels for prediction, or with them for evaluation.
-
-    Can be iterated any number of times. A bad record raises DataError only after the last chunk, so iterate once before
-    anything is made of the tables (which costs little), or keep the results back until the end.
-
-    Columns, bad residues and long sequences are treated as `cfg` says; its split column and row filters are not
-    applied. `labels` are those of a finished run, with its class names.
-    """
-
-    def __init__(self, path: str | Path, cfg: DataConfig, labels: Labels | None = None) -> None:
-        self._path, self._labels = str(path), labels
-        self._cfg = replace(cfg, split_column=None, keep={}, keep_heldout={})
-        self.report = Report(name=self._path)
-        """What the last iteration has read and done so far."""
-        self.rejected: list[Rejected] = []
-        """The rows that the last iteration has left out or changed so far."""
-
-    def check(self) -> None:
-        """Raise DataError where the file is missing or lacks a column; reads no more than its first record."""
-        check_columns(self._path, self._cfg, None if self._labels is None else self._labels.joiner)
-
-    def __iter__(self) -> Iterator[ExampleTable]:
-        """Give a table per chunk; `record` counts from 0 in each of them."""
-        checker, cuts, labels = Checker(self._cfg, self._path), Counter[str](), self._labels
-        self.rejected = checker.rejected
-        for rows in map(checker, self._chunks()):
-            if len(rows):
-                rows = rows if labels is None else labels.encode(rows, checker.problems)
-                table, more = chunk_table(rows, self._cfg, labels, checker.problems)
-                cuts.update(more)
-            self.report = Report(name=self._path, **{**cuts, **checker.counts})
-            # After the first problem no table is given, but all rows are still read: the error then lists every
-            # problem.
-            if len(rows) and not checker.problems.total:
-                yield table
-        checker.finish()
-
-    def _chunks(self) -> Iterator[pa.Table]:
-        return read_chunks(self._path, self._cfg, None if self._labels is None else self._labels.joiner)
-
-    def read(self) -> ExampleTable:
-        """Return the whole file as one table in memory."""
-        return join_tables(self)

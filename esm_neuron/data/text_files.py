@@ -1,4 +1,8 @@
-"""Read CSV, TSV, FASTA and JSONL, plain or .gz: each record with the line it starts in."""
+"""Read CSV, TSV, FASTA and JSONL, plain or .gz: each record with the line it starts in.
+
+Quotes: CSV is RFC 4180, where a quoted value may hold separators and newlines. In TSV a line is a record whatever its
+quotes are, as UniProt writes it; a value that is quoted from its first to its last character loses the quotes.
+"""
 
 from __future__ import annotations
 
@@ -8,61 +12,170 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Container, Iterator, Sequence
-from itertools import chain, count
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from esm_neuron.data.records import LINE_LIMIT, Column, Record, Seen, check_expansion, check_regular, pick_columns, text
+from esm_neuron.data.records import (
+    LINE_LIMIT,
+    NUMBERED,
+    Column,
+    Record,
+    Seen,
+    check_expansion,
+    check_regular,
+    pick_columns,
+    suffix_of,
+    text,
+)
+from esm_neuron.data.tokenizer import bad_residues
 from esm_neuron.errors import DataError
 from esm_neuron.files import parse_json
 
 BLOCK = 1 << 20
 """Bytes of a text file that are read and decoded at once; less than `LINE_LIMIT`."""
 
-_HEADER_FIELD = re.compile(r'(?:^|\s)([^\s="]+)=(?:"([^"]*)"|(\S*))')
+SEPARATORS = ",;\t|"
+"""What a table may have between its columns."""
+LABEL_LINE = "line3"
+"""Name of the column that the third line of a record is, where every record of a FASTA file has one."""
+_SAMPLE = 50
+"""Records that show whether a FASTA file has such lines."""
+
+_FIELD = re.compile(r'(?:^|\s)([^\s="]+)=(?:"([^"]*)"(?=\s|$)|((?:(?!\s[^\s="]+=).)*))')
+_HINT = re.compile(r'"?sep=(.)"?')
 
 
 def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> Iterator[Record]:
-    """Give the records of a CSV or TSV file with a header line; a quoted value may hold delimiters and newlines."""
-    start = held = 0
+    """Give the records of a CSV or TSV file with a header line.
 
-    def lines() -> Iterator[str]:
-        nonlocal held
-        for line in read_lines(path):
-            held += len(line)
-            if held > LINE_LIMIT:
+    Where the header has the columns with another separator than `delimiter`, the file is read by that one.
+    """
+    lines = zip(count(1), read_lines(path))
+    filled = ((number, line) for number, line in lines if line.strip())
+    number, first = next(filled, (1, ""))
+    if hint := _HINT.fullmatch(first.rstrip("\n")):  # Excel writes it, and reads by it
+        delimiter, (number, first) = hint[1], next(filled, (1, ""))
+    if not first:
+        raise DataError(f"{path}: the file is empty; give one with a header line and records")
+    if first.startswith(">"):
+        if suffix_of(path) == ".txt":
+            yield from read_fasta(path, columns)
+            return
+        raise DataError(f"{path}:{number}: '>' begins a FASTA record; name the file .fasta")
+    delimiter, header = _header(path, number, first, delimiter, columns)
+    picks = pick_columns(path, header, columns)
+    residues = next((p for c, p in zip(columns, picks, strict=True) if c.name == "sequence"), -1)
+    numbered = next((i for i, pick in enumerate(picks) if pick < 0), None)
+    rows = (
+        _tab_rows(lines, len(header))
+        if delimiter == "\t"
+        else _quoted_rows(path, lines, delimiter, len(header), residues)
+    )
+    for start, record in rows:
+        if len(record) != len(header):
+            quote = f"quote values that hold {delimiter!r}" if delimiter != "\t" else "take tabs out of values"
+            cure = quote if len(record) > len(header) else "fill the row up"
+            what = f"{len(record)} values in {_row_name(record, columns, picks)}, {len(header)} columns in the header"
+            raise DataError(f"{path}:{start}: {what}; {cure}")
+        values = [record[pick] for pick in picks]
+        if numbered is not None:
+            values[numbered] = NUMBERED
+        yield start, values
+
+
+def _header(path: str, number: int, line: str, delimiter: str, columns: Sequence[Column]) -> tuple[str, list[str]]:
+    """Return the separator of a table and the names of its columns."""
+    headers: dict[str, list[str]] = {}
+    for separator in dict.fromkeys(delimiter + SEPARATORS):
+        try:
+            headers[separator] = [name.strip() for name in next(csv.reader([line], delimiter=separator, strict=True))]
+        except csv.Error as error:
+            if separator == delimiter:
+                raise DataError(f"{path}:{number}: {error}; close the quotes of the header, in one line") from None
+            continue
+        try:
+            pick_columns(path, headers[separator], columns)
+        except DataError:
+            continue
+        return separator, headers[separator]
+    best = max(headers, key=lambda separator: len(headers[separator]))
+    if len(headers[best]) > 1 and len(headers[delimiter]) == 1:
+        shown = {"\t": "tabs"}.get(best, repr(best))
+        try:
+            pick_columns(path, headers[best], columns)
+        except DataError as error:
+            raise DataError(f"{error} (its columns are separated by {shown})") from None
+    return delimiter, headers[delimiter]
+
+
+def _tab_rows(lines: Iterator[tuple[int, str]], width: int) -> Iterator[Record]:
+    """Give the values of each line of a TSV file."""
+    for number, line in lines:
+        line = line[:-1]
+        if not line:
+            continue
+        values = line.split("\t")
+        if '"' in line:
+            quoted = next(csv.reader([line], delimiter="\t")) if len(values) > width else []
+            values = quoted if len(quoted) == width else list(map(_unquoted, values))
+        yield number, values
+
+
+def _unquoted(value: str) -> str:
+    inner = value[1:-1]
+    whole = len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if whole else value
+
+
+def _quoted_rows(
+    path: str, lines: Iterator[tuple[int, str]], delimiter: str, width: int, residues: int
+) -> Iterator[Record]:
+    """Give the values of each record of a CSV file, after the line it starts in."""
+    held: list[tuple[int, str]] = []  # the lines of the record that is read
+
+    def feed() -> Iterator[str]:
+        size = 0
+        for number, line in lines:
+            size = len(line) + (size if held else 0)
+            held.append((number, line))
+            if size > LINE_LIMIT:
                 what = f"a record of more than {LINE_LIMIT} characters starts here"
-                raise DataError(f"{path}:{start}: {what}; close its quotes")
+                raise DataError(f"{path}:{held[0][0]}: {what}; close its quotes")
             yield line
 
     # The csv module, not pandas: it alone tells the line of a record, also after quoted newlines and blank lines.
     csv.field_size_limit(LINE_LIMIT)  # a value may be as long as its record
-    records = csv.reader(lines(), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    picks: list[int] = []
+    records = csv.reader(feed(), delimiter=delimiter, strict=True)
     while True:
-        start, held = records.line_num + 1, 0
+        held.clear()
         try:
             record = next(records, None)
         except csv.Error as error:
-            cure = "close the quotes of the value that starts in this line"
+            start = held[0][0]
+            cure = "close the quotes of the value that starts in this line, or double a quote that is meant"
             raise DataError(f"{path}:{start}: {error}; {cure}") from None
         if record is None:
-            break
-        if not record:  # a blank line
-            continue
-        if not header:
-            header = [name.strip() for name in record]
-            picks = pick_columns(path, header, columns)
-        elif len(record) != len(header):
-            cure = f"quote values that hold {delimiter!r}" if len(record) > len(header) else "fill the row up"
-            what = f"{len(record)} values in {_row_name(record, columns, picks)}, {len(header)} columns in the header"
-            raise DataError(f"{path}:{start}: {what}; {cure}")
-        else:
-            yield start, [record[pick] for pick in picks]
-    if not header:
-        raise DataError(f"{path}: the file is empty; give one with a header line and records")
+            return
+        if len(held) > 1:
+            _check_swallowed(path, held, delimiter, width, residues)
+        if record:  # not a blank line
+            yield held[0][0], record
+
+
+def _check_swallowed(path: str, held: Sequence[tuple[int, str]], delimiter: str, width: int, residues: int) -> None:
+    """Raise DataError where a quote was never closed: a record's first and last line are records themselves."""
+    for _, line in (held[0], held[-1]):
+        values = next(csv.reader([line.replace('"', "")], delimiter=delimiter), [])
+        sequence = values[residues].strip() if len(values) == width else ""
+        if not sequence or bad_residues(sequence) is not None:
+            return
+    raise DataError(
+        f"{path}:{held[0][0]}: the quotes that open in this line are closed in line {held[-1][0]}, and both lines are "
+        "records by themselves; close the quotes, or double a quote that is meant"
+    )
 
 
 def _row_name(record: Sequence[str], columns: Sequence[Column], picks: Sequence[int]) -> str:
@@ -73,16 +186,49 @@ def _row_name(record: Sequence[str], columns: Sequence[Column], picks: Sequence[
 
 
 def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
-    """Give the records of a FASTA file; columns but id and sequence are header fields ('' where absent)."""
+    """Give the records of a FASTA file; columns but id and sequence are header fields ('' where absent).
+
+    A column `|n` is the n-th part of the name between bars. Where each record has a third line with labels (SignalP,
+    NetSurfP), that is the column LABEL_LINE and no part of the sequence.
+    """
     wanted = [column for column in columns if column.name not in ("id", "sequence")]
     keys = {column.source for column in wanted}
     seen = Seen(wanted)
-    for start, header, body in _fasta_records(path):
+    records = _fasta_records(path)
+    sample = list(islice(records, _SAMPLE))
+    labelled = _has_label_lines([body for _, _, body in sample])
+    for start, header, body in chain(sample, records):
+        name = header.split(maxsplit=1)[0]
         fields = _header_fields(path, start, header, keys) if keys else {}
+        if labelled:
+            body, fields[LABEL_LINE] = _two_lines(path, start, body)
         seen.add(fields)
-        special = {"id": header.split(maxsplit=1)[0], "sequence": "".join(body.split())}
+        special = {"id": name, "sequence": "".join(body.split())}
         yield start, [special.get(column.name, fields.get(column.source, "")) for column in columns]
     seen.check(path)
+
+
+def _has_label_lines(bodies: Sequence[str]) -> bool:
+    """Return whether each record has two lines of equal length, the second of them written in the letters of labels.
+
+    A sequence that is wrapped into two lines has residues in both, and its first line is as long as those of others.
+    """
+    pairs = [[line.strip() for line in body.split("\n") if line.strip()] for body in bodies]
+    if not pairs or not all(len(pair) == 2 and len(pair[0]) == len(pair[1]) for pair in pairs):
+        return False
+    residues, labels = (set("".join(side)) for side in zip(*pairs, strict=True))
+    varied = len({len(pair[0]) for pair in pairs}) > 1
+    return len(labels) < len(residues) and (len(labels) <= 12 if varied else len(labels) <= min(8, len(residues) // 2))
+
+
+def _two_lines(path: str, start: int, body: str) -> tuple[str, str]:
+    lines = [line.strip() for line in body.split("\n") if line.strip()]
+    if len(lines) != 2 or len(lines[0]) != len(lines[1]):
+        raise DataError(
+            f"{path}:{start}: the records before have residues and, in a line of equal length, labels; this one has "
+            f"lines of {', '.join(str(len(line)) for line in lines)} characters; write it as the others are"
+        )
+    return lines[0], lines[1]
 
 
 def _fasta_records(path: str) -> Iterator[tuple[int, str, str]]:
@@ -120,10 +266,13 @@ def _check_record(path: str, start: int, body: str) -> None:
         raise DataError(f"{path}:{start}: the sequence has more than {LINE_LIMIT} characters; is this the right file?")
 
 
-def _header_fields(path: str, line: int, header: str, wanted: Container[str]) -> dict[str, str]:
-    """Return the header's fields; those that nobody wants are a description, which may be written in any way."""
+def _header_fields(path: str, line: int, header: str, wanted: Collection[str]) -> dict[str, str]:
+    """Return the header's fields; those that nobody wants are a description, which may be written in any way.
+
+    An unquoted value ends where the next key begins, as in UniProt's `OS=Mus musculus OX=10090`.
+    """
     fields: dict[str, str] = {}
-    for key, quoted, bare in _HEADER_FIELD.findall(header):
+    for key, quoted, bare in _FIELD.findall(header):
         if key == "INTERACTOR":  # biotrainer's: what follows is about two proteins
             raise DataError(
                 f"{path}:{line}: INTERACTOR= makes it a pair of proteins, which no task here predicts; "
@@ -133,22 +282,44 @@ def _header_fields(path: str, line: int, header: str, wanted: Container[str]) ->
             raise DataError(f"{path}:{line}: the quote after {key}= is not closed; close it with '\"'")
         if key in wanted and key in fields:
             raise DataError(f"{path}:{line}: the header has {key}= twice; keep one")
-        fields[key] = quoted or bare
+        fields[key] = quoted or bare.strip()
+    parts = header.split(maxsplit=1)[0].split("|")
+    for key in wanted:
+        if key[:1] == "|" and key[1:].isdecimal() and 0 < int(key[1:]) <= len(parts):
+            fields[key] = parts[int(key[1:]) - 1]
+        elif key not in fields and (found := re.search(rf"\s{re.escape(key)}:(\S+)", header)):  # PDB's `mol:protein`
+            fields[key] = found[1]
     return fields
 
 
 def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     """Give the records of a file with a JSON object per line; a key that an object lacks is ''."""
-    seen = Seen(columns)
+    seen, picked = Seen(columns), list(columns)
     for number, line in zip(count(1), read_lines(path)):
         if not line.strip():
             continue
         fields = _json_object(path, number, line)
+        if not seen.names and fields:  # the first object shows how the keys are written
+            picked = [_as_written(column, list(fields)) for column in columns]
+            seen = Seen([column for column in picked if column.source != NUMBERED])
         seen.add(fields)
-        yield number, [text(fields.get(column.source), path, number, column) for column in columns]
+        values = [
+            NUMBERED if column.source == NUMBERED else text(fields.get(column.source), path, number, column)
+            for column in picked
+        ]
+        yield number, values
     if not seen.names:
         raise DataError(f"{path}: the file is empty; give one with a JSON object a line")
     seen.check(path)
+
+
+def _as_written(column: Column, keys: Sequence[str]) -> Column:
+    """Return a column by the name that the first object has for it; its source is NUMBERED where none is needed."""
+    try:
+        (pick,) = pick_columns("", keys, [column])
+    except DataError:  # a later object may have it
+        return column
+    return replace(column, source=NUMBERED if pick < 0 else keys[pick])
 
 
 def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
@@ -186,6 +357,8 @@ def read_blocks(path: str) -> Iterator[tuple[int, str]]:
     begun: list[bytes] = []  # the pieces of a line whose end has not been read
     with _open(path) as file:
         while piece := _read(path, number, file):
+            if not size:
+                _check_beginning(path, piece)
             size += len(piece)
             check_expansion(path, f"{path}:{number}", size, "came out of")
             # Blocks are cut at newline bytes: UTF-8 has them in no other character, so none is torn apart.
@@ -202,6 +375,26 @@ def read_blocks(path: str) -> Iterator[tuple[int, str]]:
             _check_line(path, number, sum(map(len, begun)))
     if last := b"".join(begun):
         yield from _decoded(path, number, last + b"\n")
+
+
+_BEGINNINGS = {
+    b"PK\x03\x04": "this is a zip archive, such as an Excel workbook; save the sheet as CSV (UTF-8), or name it .xlsx",
+    b"\xd0\xcf\x11\xe0": "this is an old Excel workbook; save the sheet as CSV (UTF-8)",
+    b"PAR1": "this is a Parquet file; name it .parquet",
+    b"\xff\xfe": "this is UTF-16 text; save the file as UTF-8",
+    b"\xfe\xff": "this is UTF-16 text; save the file as UTF-8",
+    b"\x1f\x8b": "this is gzip data; name the file .gz",
+    b"<!DOCTYPE": "this is a web page; download the file that it shows",
+    b"<html": "this is a web page; download the file that it shows",
+    b"version https://git-lfs": "this is a pointer of Git LFS; get the file itself by git lfs pull",
+}
+"""First bytes of files that are not what their names say -> what to do."""
+
+
+def _check_beginning(path: str, piece: bytes) -> None:
+    for beginning, what in _BEGINNINGS.items():
+        if piece[: len(beginning)].lower() == beginning.lower():
+            raise DataError(f"{path}:1: {what}")
 
 
 def _open(name: str) -> io.BufferedReader | gzip.GzipFile:
@@ -249,8 +442,6 @@ def _decoded(path: str, number: int, block: bytes) -> Iterator[tuple[int, str]]:
 
 
 def _decode_line(path: str, number: int, raw: bytes) -> str:
-    if raw.startswith(b"\x1f\x8b"):
-        raise DataError(f"{path}:{number}: this is gzip data; name the file .gz")
     if b"\0" in raw:
         raise DataError(f"{path}:{number}: a zero byte; this is no UTF-8 text, save the file as UTF-8")
     if b"\r" in raw:

@@ -104,6 +104,18 @@ def decode(tokens: np.ndarray) -> str:
     return "".join(VOCABULARY[token] for token in tokens)
 
 
+def residues_of(tokens: Sequence[object]) -> str:
+    """Return the residues of a tokenized protein, <cls>, <eos> and <pad> left out; ValueError for any other list."""
+    found = []
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < VOCABULARY.index("<null_1>") or token == UNK:
+            raise ValueError(
+                f"{str(token)[:40]!r} is no token of a residue of ESM-2; give its `input_ids`, unmasked, or text"
+            )
+        found.append(VOCABULARY[token] if token > UNK else "")
+    return "".join(found)
+
+
 def hf_tokenizer() -> EsmTokenizer:
     """Return the same alphabet as a transformers tokenizer, to be saved beside an exported model."""
     from transformers import EsmTokenizer

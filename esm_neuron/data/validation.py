@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.records import place, row_unit
+from esm_neuron.data.looks import LEAST_LETTERS, LONGEST, Looks
+from esm_neuron.data.records import file_and_number, place, row_unit
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
 from esm_neuron.errors import ConfigError, DataError
@@ -25,7 +27,21 @@ from esm_neuron.redact import Lines
 MOST_LISTED = 20
 """Problems that an error lists; the rest is counted."""
 
-_SPECIAL = {"*": " (a stop codon)", "-": " (a gap)", ".": " (a gap)", "J": " (leucine or isoleucine)"}
+MOST_REPLACED = 0.2
+"""Largest share of all characters that data.on_bad_residue=replace writes X for."""
+_NO_LABEL = ("", "nan", "<na>", "#n/a")
+_NO_LABELS = pa.array(_NO_LABEL, pa.large_string())
+_NOT_WRITTEN = re.compile(r"[-.~*\s\d]")
+"""Gaps, blanks, digits, and stops within: what alignments and numbered listings add to sequences."""
+_STRUCTURE_STARTS, _STRUCTURE_ENDS = ("ss_pred", "ss_conf", "ss_dssp"), (":secstr", "_secstr")
+"""How the names of records begin or end that A3M files (HHsuite) and the PDB's ss.txt have beside proteins."""
+_SPECIAL = {
+    " ": " (a blank)",
+    "*": " (a stop codon)",
+    "-": " (a gap)",
+    ".": " (a gap)",
+    "J": " (leucine or isoleucine)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +58,15 @@ class Report:
     replaced: int = 0
     replaced_residues: int = 0
     """Characters replaced by X."""
+    stripped: int = 0
+    stripped_characters: int = 0
+    """Gaps, blanks and digits taken out of the `stripped` proteins."""
+    stops: int = 0
+    missing: int = 0
+    short: int = 0
+    long: int = 0
+    doubled: int = 0
+    beyond: int = 0
     cropped: int = 0
     cropped_residues: int = 0
     """Residues cut off."""
@@ -63,6 +88,13 @@ class Report:
             "filtered_heldout": "left out by data.keep_heldout",
             "skipped": "skipped for characters that are no residues",
             "replaced": f"with {self.replaced_residues} characters replaced by X",
+            "stripped": f"with {self.stripped_characters} gaps, blanks or digits taken out",
+            "stops": "with a * taken off their ends",
+            "missing": "left out without a sequence or a label (data.on_missing)",
+            "short": "left out as shorter than data.min_residues",
+            "long": "left out as longer than data.max_residues",
+            "doubled": "left out as repeating a value of data.unique_column",
+            "beyond": "left out after the first data.max_rows",
             "cropped": f"cropped, {self.cropped_residues} residues cut off",
             "windowed": f"cut into {self.windows} windows",
             "unlabelled_residues": "residues without a label (task.ignore)",
@@ -84,11 +116,11 @@ class Problems:
     """The first MOST_LISTED problems, one line per problem."""
     total: int = 0
 
-    def add(self, line: int, message: str) -> None:
-        """Note a problem of the record that starts in `line`, or has this number."""
+    def add(self, line: int | None, message: str) -> None:
+        """Note a problem of the record that starts in `line`, or has this number; None: of the file as a whole."""
         self.total += 1
         if len(self.first) < MOST_LISTED:
-            self.first.append(f"{place(self.source, line)}: {message}")
+            self.first.append(f"{self.source if line is None else place(self.source, line)}: {message}")
 
     def raise_any(self) -> None:
         """Raise what was noted as DataError: one line for one problem; else their count, then the first of them."""
@@ -146,74 +178,155 @@ def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:
 class Checker:
     """Take the rows of one file, in as many chunks as they come, and return those that can be used.
 
-    `cfg.on_bad_residue` decides about characters that are no residue; every other fault is an error in any case.
+    `cfg.on_bad_residue` decides about characters that are no residue, `cfg.on_missing` about rows without a sequence or
+    a label, `cfg.min_residues` about short ones; every other fault is an error in any case.
     """
 
     def __init__(self, cfg: DataConfig, source: str) -> None:
         self._cfg, self._source = cfg, source
         self.problems = Problems(source)
         """What is wrong with the rows so far, in the order of the file."""
-        self._ids = _Ids()
+        self._ids, self._looks = _Ids(), Looks()
         self.counts: Counter[str] = Counter(rows=0, skipped=0)
         """Counts of the rows so far, by their names in a `Report`."""
+        self._used = 0
         self.rejected: list[Rejected] = []
         """The rows left out or changed so far, in the order of the file."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Return the rows of a chunk that can be used, sequences in upper case; note problems, also of `label`."""
+        rows = self._without_stops(rows)
         kept = np.ones(len(rows), dtype=bool)
         changed: dict[int, str] = {}
         columns = [name for name in ("line", "id", "sequence", "label") if name in rows.column_names]
         first = self._ids.first_lines(rows["id"].to_pylist(), rows["line"].to_numpy())
+        residues, bounds = sequence_bytes(rows)
+        self._looks.count(residues)
+        missing = self._missing(rows, np.diff(bounds))
         # Whole columns tell which rows could be at fault; only these are looked at one by one.
-        for row in np.flatnonzero(_suspects(rows, first)).tolist():
-            sequence = self._check(int(first[row]), *(rows[name][row].as_py() for name in columns))
+        for row in np.flatnonzero(_suspects(rows, first, missing, residues, bounds)).tolist():
+            values = [rows[name][row].as_py() for name in columns]
+            sequence = self._check(int(first[row]), bool(missing[row]), *values)
             if sequence is None:
                 kept[row] = False
             elif sequence != rows["sequence"][row].as_py():
                 changed[row] = sequence
-        self.counts.update(rows=len(rows), skipped=int((~kept).sum()))
         sequences = rows["sequence"]
         # Only a chunk with a replaced sequence pays for Python strings.
         if changed:
             texts = sequences.to_pylist()
             sequences = pa.array([changed.get(row, text) for row, text in enumerate(texts)], pa.large_string())
         rows = rows.set_column(rows.column_names.index("sequence"), "sequence", pc.ascii_upper(sequences))
+        kept = self._of_length(rows, kept)
+        self.counts.update(rows=len(rows))
+        self._used += int(kept.sum())
         return rows if kept.all() else rows.filter(pa.array(kept))
 
-    def _check(self, first: int, line: int, name: str, sequence: str, label: str | None = None) -> str | None:
+    def _without_stops(self, rows: pa.Table) -> pa.Table:
+        """Return the rows without `*` at the ends of sequences, where translation has stopped."""
+        ends = pc.ends_with(rows["sequence"], "*")
+        stops = pc.sum(ends).as_py() or 0
+        if not stops:
+            return rows
+        self.counts.update(stops=stops)
+        trimmed = pc.ascii_rtrim(rows["sequence"], characters="*")
+        return rows.set_column(rows.column_names.index("sequence"), "sequence", trimmed)
+
+    def _missing(self, rows: pa.Table, lengths: np.ndarray) -> np.ndarray:
+        """Return which rows have no sequence, bool [rows]: an empty one, or a word such as `nan` in its place."""
+        found = lengths == 0
+        short = np.flatnonzero((lengths > 0) & (lengths <= LONGEST))
+        words = rows["sequence"].take(pa.array(short)).to_pylist()
+        found[short] = self._looks.missing(len(rows), words)
+        return np.asarray(found)
+
+    def _of_length(self, rows: pa.Table, kept: np.ndarray) -> np.ndarray:
+        """Leave out, and count, sequences that are shorter or longer than is asked for."""
+        cfg = self._cfg
+        if cfg.min_residues > 1 or cfg.long_sequences == "skip":
+            lengths = pc.binary_length(rows["sequence"]).to_numpy()
+            short = kept & (lengths < cfg.min_residues)
+            long = kept & (lengths > cfg.max_residues) & (cfg.long_sequences == "skip")
+            self.counts.update(short=int(short.sum()), long=int(long.sum()))
+            for row in np.flatnonzero(short | long).tolist():
+                line, name = rows["line"][row].as_py(), rows["id"][row].as_py()
+                self._reject(line, name, f"the sequence has {lengths[row]} residues", "left out")
+            kept = kept & ~short & ~long
+        return kept
+
+    def _check(
+        self, first: int, missing: bool, line: int, name: str, sequence: str, label: str | None = None
+    ) -> str | None:
         """Note what is wrong with a row. Return its sequence as it is used, None where the row is left out."""
         if not name:
             self.problems.add(line, "the id is empty; give every record a name")
         elif first != line:
-            where = f"{row_unit(self._source)} {first}"
+            where = row_place(self._source, first, line)
             self.problems.add(line, f"id {quote(name)} was used in {where} already; make ids unique")
+        if name.startswith(_STRUCTURE_STARTS) or name.endswith(_STRUCTURE_ENDS):
+            self.problems.add(line, f"{quote(name)} is a structure, not a protein; remove such records")
+        lacks = []
         if label is not None and is_missing(label):
-            what = f"column {self._cfg.label_column!r} of {quote(name)} is empty"
-            self.problems.add(line, f"{what}; give a label or remove the record")
-        if not sequence:
-            self.problems.add(line, f"the sequence of {quote(name)} is empty; give it residues or remove the record")
+            lacks.append((f"column {str(self._cfg.label_column)!r} of {quote(name)} is empty", "give a label"))
+        if missing:
+            what = f"{quote(sequence)}, which stands for none" if sequence else "empty"
+            lacks.append((f"the sequence of {quote(name)} is {what}", "give it residues"))
+        if lacks and self._cfg.on_missing == "skip":
+            self._reject(line, name, "; ".join(what for what, _ in lacks), "left out")
+            self.counts.update(missing=1)
+            return None
+        for what, cure in lacks:
+            self.problems.add(line, f"{what}; {cure} or remove the record, or leave such out: data.on_missing=skip")
+        return "" if missing else self._residues(line, name, sequence)
+
+    def _residues(self, line: int, name: str, sequence: str) -> str | None:
+        """Return a sequence without what is no residue, as `cfg.on_bad_residue` says; None: leave its row out."""
+        choice = self._cfg.on_bad_residue
+        whole = sequence
+        if choice == "strip":
+            sequence = _NOT_WRITTEN.sub("", sequence)
+            if len(sequence) < len(whole):
+                self.counts.update(stripped=1, stripped_characters=len(whole) - len(sequence))
+                self._reject(line, name, f"the sequence {_bad_message(bad_residues(whole))}", "stripped")
         bad = bad_residues(sequence)
         if bad is None:
             return sequence
-        choice = self._cfg.on_bad_residue
-        if choice == "strict":
-            cure = "correct it, or use data.on_bad_residue=skip (leave the record out) or replace (write X)"
-            self.problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {cure}")
-        else:
-            action = "left out" if choice == "skip" else "replaced by X"
-            self.rejected.append(Rejected(self._source, line, name, f"the sequence {_bad_message(bad)}", action))
+        if choice in ("strict", "strip"):
+            self.problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {_bad_cure(sequence, choice)}")
+            return replace_bad_residues(sequence)
+        self._reject(
+            line, name, f"the sequence {_bad_message(bad)}", "left out" if choice == "skip" else "replaced by X"
+        )
         if choice == "skip":
+            self.counts.update(skipped=1)
             return None
         self.counts.update(replaced=1, replaced_residues=bad.count)
         return replace_bad_residues(sequence)
 
+    def _reject(self, line: int, name: str, reason: str, action: str) -> None:
+        self.rejected.append(Rejected(*file_and_number(self._source, line), name, reason, action))
+
+    def conclude(self) -> None:
+        """Note, after the last chunk, what only the file as a whole shows."""
+        foreign = self._looks.foreign()
+        if foreign is not None:
+            self.problems.add(None, foreign)
+        replaced, letters = self.counts["replaced_residues"], self._looks.letters
+        if letters >= LEAST_LETTERS and replaced > MOST_REPLACED * letters:
+            self.problems.add(
+                None,
+                f"{replaced} of {letters} characters would be replaced by X: too many to be residues; take gaps, "
+                "blanks and digits out with data.on_bad_residue=strip, or correct the sequences",
+            )
+
     def finish(self) -> None:
         """Raise DataError, after the last chunk, where a row cannot be used or none is left."""
+        self.conclude()
         self.problems.raise_any()
-        rows = self.counts["rows"]
-        if self.counts["skipped"] == rows:
-            raise DataError(f"{self._source}: all {rows} records have characters that are no residues; is it protein?")
+        if self.counts["rows"] and not self._used:
+            report = Report(name=self._source, **self.counts).summary()
+            cure = "is it protein?" if self.counts["skipped"] == self.counts["rows"] else "change what is left out"
+            raise DataError(f"{report}: none is left; {cure}")
 
 
 class _Ids:
@@ -239,21 +352,33 @@ class _Ids:
         return np.asarray(first[index])
 
 
-def _suspects(rows: pa.Table, first: np.ndarray) -> np.ndarray:
-    """Return which rows may have a fault, bool [rows]; `first` is the line in which the id of each was first used."""
-    residues, bounds = sequence_bytes(rows)
-    found = (first != rows["line"].to_numpy()) | (np.diff(bounds) == 0) | (pc.equal(rows["id"], "").to_numpy())
+def _suspects(
+    rows: pa.Table, first: np.ndarray, missing: np.ndarray, residues: memoryview, bounds: np.ndarray
+) -> np.ndarray:
+    """Return which rows may have a fault, bool [rows]; `first` is the line in which the id of each was first used.
+
+    `missing` says which have no sequence; `residues` and `bounds` are `sequence_bytes` of the rows.
+    """
+    found = (first != rows["line"].to_numpy()) | missing | (pc.equal(rows["id"], "").to_numpy())
+    for match, patterns in ((pc.starts_with, _STRUCTURE_STARTS), (pc.ends_with, _STRUCTURE_ENDS)):
+        for pattern in patterns:
+            found |= match(rows["id"], pattern).to_numpy()
     if "label" in rows.column_names:
-        empty = pc.or_(pc.equal(rows["label"], ""), pc.equal(pc.utf8_lower(rows["label"]), "nan"))  # `is_missing`
-        found |= empty.to_numpy()
+        found |= pc.is_in(pc.utf8_lower(rows["label"]), value_set=_NO_LABELS).to_numpy()
     # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
     found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
     return np.asarray(found)
 
 
 def is_missing(value: str) -> bool:
-    """Return whether a value stands for nothing: '' or NaN. NA and None can be labels."""
-    return value == "" or value.lower() == "nan"
+    """Return whether a label stands for nothing: '', NaN, `<NA>` or Excel's `#N/A`. NA and None can be labels."""
+    return value.lower() in _NO_LABEL
+
+
+def row_place(source: str, number: int, seen_from: int) -> str:
+    """Return where a row is, for a message about another one: `line 4`, or with its file where that is another."""
+    (file, at), (other, _) = file_and_number(source, number), file_and_number(source, seen_from)
+    return f"{row_unit(file)} {at}" + ("" if file == other else f" of {file}")
 
 
 def quote(value: str) -> str:
@@ -282,7 +407,16 @@ def conflicting(own: np.ndarray, sequences: np.ndarray, labels: np.ndarray) -> i
     return int(np.isin(own, different[times > 1]).sum())
 
 
-def _bad_message(bad: BadResidues) -> str:
+def _bad_cure(sequence: str, choice: str) -> str:
+    """Return what helps against a character that is no residue, of what does help."""
+    stripped = bad_residues(_NOT_WRITTEN.sub("", sequence)) is None
+    strip = ", strip (take gaps, blanks and digits out)" if stripped and choice == "strict" else ""
+    return f"correct it, or use data.on_bad_residue=skip (leave the record out){strip} or replace (write X)"
+
+
+def _bad_message(bad: BadResidues | None) -> str:
+    if bad is None:
+        return "is sound"
     more = f" and {bad.count - 1} more" if bad.count > 1 else ""
     what = f"{bad.character!r}{_SPECIAL.get(bad.character.upper(), '')}"
     return f"has {what} at residue {bad.position}{more}, outside the ESM alphabet"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, require
 from esm_neuron.config.deferred import module
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.files import check_apart, finite, note_output, write_json
@@ -38,7 +38,7 @@ def evaluate(
 
     Args:
         model: output folder of a training run, or a folder with a trained model by transformers or PEFT.
-        source: file with labels; the row filters and the split column of training are not applied.
+        source: file with labels; the row filters and the split column of training are not applied, `data.keep` is.
         target: JSON file to write as well, with TARGET.rejected.tsv if records were left out or changed.
         backend_name, log: as for `predict`.
         overrides: words that overrule the model's settings, such as `--data.label_column class`.
@@ -49,7 +49,7 @@ def evaluate(
         check_apart("--output: its", rejected_path(target), {"--input": source})
         check_rejected(rejected_path(target))
     cfg, task = find_trained(model, backend_name, overrides, "evaluate")
-    labels = None if task.label_kind is None else task.label_kind(cfg.task, cfg.data.label_column)
+    labels = None if task.label_kind is None else task.label_kind.of(cfg.task, cfg.data)
     inputs = InputChunks(source, cfg.data, labels)
     if is_alone():
         inputs.check()

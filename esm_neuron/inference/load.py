@@ -36,8 +36,20 @@ else:
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("data.", "loop.eval_packs_per_device", "loop.precision", "loop.tracing", "parallel.")
-"""Settings of a finished run that `evaluate`, `predict`, `embed` and `score` may overrule."""
+_COMPUTING = ("loop.eval_packs_per_device", "loop.precision", "loop.tracing", "parallel.")
+_PACKING = ("data.max_residues", "data.packing", "data.pack_tokens", "data.max_segments", "data.on_bad_residue")
+_INPUT = (
+    "data.id_column", "data.sequence_column", "data.sheet", "data.keep", "data.on_missing", "data.min_residues",
+    "data.long_sequences", "data.window_overlap",
+)  # fmt: skip
+MAY_CHANGE: dict[str, tuple[str, ...]] = {
+    "predict": (*_INPUT, *_PACKING, *_COMPUTING),
+    "load": (*_INPUT, *_PACKING, *_COMPUTING),
+    "embed": (*_INPUT, *_PACKING, *_COMPUTING),
+    "evaluate": (*_INPUT, "data.label_column", "data.label_separator", *_PACKING, *_COMPUTING),
+    "score": ("data.id_column", "data.sequence_column", *_PACKING, *_COMPUTING),  # columns of the wild type's file
+}
+"""Command -> the settings of a finished run that it may overrule: those that act there."""
 
 NOT_IN_IDENTITY = {
     "train", "valid", "test", "keep", "keep_heldout", "split_column", "split_names", "valid_fraction", "cache",
@@ -86,9 +98,9 @@ def find_model(name: str, backend: BackendName | None, words: Sequence[str], com
     folder = Path(name)
     if (folder / CONFIG).is_file():
         cfg, task = read_run(folder, backend)
-        return ModelSpec(settings.override(cfg, words, MAY_CHANGE, command), task)
+        return ModelSpec(overruled(cfg, words, command), task)
     plain = TrainConfig(model=ModelConfig(name=name), adapter=AdapterConfig(kind="none"), backend=backend or "cpu")
-    cfg = settings.override(plain, words, (*MAY_CHANGE, "model.base", "model.revision"), command)
+    cfg = settings.override(plain, words, (*MAY_CHANGE[command], "model.base", "model.revision"), command)
     if is_alone():
         locate(cfg.model)
     return ModelSpec(cfg, None)
@@ -104,11 +116,11 @@ def find_trained(
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
         cfg, task = read_run(folder, backend)
-        return settings.override(cfg, words, MAY_CHANGE, command), task
+        return overruled(cfg, words, command), task
     if folder.name == ADAPTER and (folder.parent / CONFIG).is_file():
         raise ConfigError(f"--model {name}: is the adapter of a training run; name the run, --model {folder.parent}")
     plain = TrainConfig(model=ModelConfig(name=str(name)), adapter=AdapterConfig(kind="none"), backend=backend or "cpu")
-    cfg = settings.override(plain, words, (*MAY_CHANGE, "model.base", "model.revision", "task."), command)
+    cfg = settings.override(plain, words, (*MAY_CHANGE[command], "model.base", "model.revision", "task."), command)
     if folder.is_dir():
         locate(cfg.model)
     if not is_adapter(folder) and not (folder / "config.json").is_file():
@@ -123,6 +135,15 @@ def find_trained(
         task=task_config(head, cfg.task, str(name), command),
     )
     return cfg, create_task(cfg.task, cfg.task.labels or ())
+
+
+def overruled(cfg: TrainConfig, words: Sequence[str], command: str) -> TrainConfig:
+    """Return the configuration of a run for a command, overruled by `words`, see `MAY_CHANGE`.
+
+    What chose the run's proteins from its own files says nothing about another file: it is left out.
+    """
+    own = replace(cfg.data, keep={}, keep_heldout={}, split_column=None, valid_column=None, fold=None, min_residues=1)
+    return settings.override(replace(cfg, data=own), words, MAY_CHANGE[command], command)
 
 
 def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainConfig, Task]:

@@ -15,8 +15,8 @@ from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import Rejected, rejected_path, save_rejected
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.inference.load import ModelSpec, find_trained

@@ -26,7 +26,7 @@ from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, TaskConfig, TrainConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
-from esm_neuron.data.splits import InputChunks
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.tokenizer import MASK, decode, encode_many
 from esm_neuron.distributed import is_alone, log_nothing, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from esm_neuron.backends import create_backend
 from esm_neuron.config import BackendName, DataConfig, TrainConfig
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.records import Column, text
 from esm_neuron.data.sources import make_rows
-from esm_neuron.data.splits import InputChunks
 from esm_neuron.errors import DataError
 from esm_neuron.files import finite
 from esm_neuron.inference.load import build_trained, find_trained

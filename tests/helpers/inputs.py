@@ -6,8 +6,8 @@ from pathlib import Path
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.splits import InputChunks
 from esm_neuron.data.validation import Report
 
 

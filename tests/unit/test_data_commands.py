@@ -69,7 +69,7 @@ def test_check_lists_faults_and_exits_with_1(tmp_path: Path, capsys: pytest.Capt
     assert f"  {path}:7: id 'a' was used in line 2 already; make ids unique\n" in text
     assert f"  {path}:7: the sequence of 'a' has '*' (a stop codon) at residue 3" in text
     assert f"  {path}:8: the sequence of 'z' is empty" in text
-    assert "labels" not in text
+    assert "labels: 2: in 5, out 2\n" in text  # the default column is there
     assert cli.main(["data", "check", str(tmp_path / "none.csv")]) == 2
 
 

@@ -13,8 +13,9 @@ from helpers.inputs import load_inputs
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, settings
 from esm_neuron.data.check import check_file
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.labels import Numbers, ResidueLabels
-from esm_neuron.data.splits import InputChunks, Splits, load_splits
+from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.tasks import check_task, task_class
 
@@ -124,7 +125,7 @@ def test_faults_of_all_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DataError, match=r"3 problems \(all listed\):\n.*'high'.*\n.*'low'.*\n.*column 'label' of 'p5'"):
         load(tmp_path, "regression", rows)
     path = tmp_path / "y.csv"
-    path.write_text("id,sequence,label\na,MK,1\nb,MK,high\nc,MK,\nd,M*,2\ne,MK,low\nf,MK,3\n")
+    path.write_text("id,sequence,label\na,MK,1\nb,MK,high\nc,MK,\nd,M*K,2\ne,MK,low\nf,MK,3\n")
     with pytest.raises(DataError, match=r"4 problems \(all listed\):(\n.*){4}$") as caught:
         InputChunks(path, DataConfig(), Numbers(TaskConfig(), "label")).read()
     assert [line.split(": ")[0].rsplit(":")[-1] for line in str(caught.value).splitlines()[1:]] == ["3", "4", "5", "6"]
@@ -143,7 +144,7 @@ def test_labels_that_say_the_same_do_not_conflict(tmp_path: Path, task: str, sam
     splits = load(tmp_path, task, rows)
     assert splits.reports[1].conflicting == 2
     labels = task_class(task).label_kind(TaskConfig(name=task), "label")
-    assert check_file(str(tmp_path / "x.tsv"), DataConfig(split_column=None), labels, None).conflicting == 2
+    assert check_file(str(tmp_path / "x.tsv"), DataConfig(split_column=None), labels, "train", None).conflicting == 2
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from transformers import EsmForMaskedLM, EsmModel
 from esm_neuron import cli
 from esm_neuron.backends import create_backend
 from esm_neuron.config import DataConfig, TrainConfig
-from esm_neuron.data.splits import InputChunks
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import CheckpointError, ConfigError, DataError, TrainingError
 from esm_neuron.inference import predict as records
@@ -143,7 +143,7 @@ def test_other_columns_by_overruling(trained: TrainConfig, tmp_path: Path, capsy
     result = json.loads((Path(trained.output) / "result.json").read_text())
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(result["test"]["accuracy"])
     for word, expected in (
-        ("--adapter.r=4", "`predict` changes no such setting of a trained model, only data.*, loop.eval"),
+        ("--adapter.r=4", "`predict` has no use for this setting, only for data.id_column, data.seq"),
         ("--data.id_colum=name", "unknown setting data.id_colum; did you mean data.id_column?"),
         ("--data.max_residues=2000", "do not fit a pack of data.pack_tokens=128"),
     ):

@@ -28,7 +28,7 @@ from esm_neuron.training import run
 Toy = Callable[..., TrainConfig]
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRV"
-SMALL = ("--data.max_residues=62", "--data.window_overlap=8", "--data.pack_tokens=64", "--loop.eval_packs_per_device=1")
+SMALL = ("--data.max_residues=62", "--data.pack_tokens=64", "--loop.eval_packs_per_device=1")
 """Pieces of 2,048 tokens: 48 masked copies of the wild type."""
 
 
@@ -216,7 +216,7 @@ def test_what_cannot_score_is_refused(plain: Path, wild: Path, toy: Toy, tmp_pat
     two.write_text(f">a\n{WILD}\n>b\n{WILD}\n")
     cfg = toy(loop={"max_steps": 1})
     run.train(cfg, str)
-    short = ("--data.max_residues=30", "--data.window_overlap=8", "--data.pack_tokens=32")
+    short = ("--data.max_residues=30", "--data.pack_tokens=32")
     cases: list[tuple[Callable[[], object], type[EsmNeuronError], str]] = [
         (lambda: score(str(plain), table, out), ConfigError, "needs the wild type; give --wild-type FILE"),
         (lambda: score(str(plain), table, out, wild_type=two), DataError, "holds 2 proteins; give a file with the one"),

@@ -13,8 +13,9 @@ from helpers.rows import cut_sequence
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
 from esm_neuron.data import splits as splits_module
 from esm_neuron.data.dataset import ExampleTable, cut_starts, join_tables
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.splits import InputChunks, Splits, load_splits
+from esm_neuron.data.splits import Splits, load_splits
 from esm_neuron.data.tokenizer import decode
 from esm_neuron.errors import ConfigError, DataError
 
@@ -76,10 +77,13 @@ def test_split_by_column(tmp_path: Path) -> None:
 def test_split_names_are_chosen(tmp_path: Path) -> None:
     path = write(tmp_path, [(*row[:3], row[3].upper(), row[4]) for row in ROWS])
     assert len(load(path, split_column="split", split_names=("TRAIN", "VALID", "TEST")).train) == 3
+    assert len(load(path, split_column="split").train) == 3
+    other = write(tmp_path, [(*row[:3], row[3].upper() + "2", row[4]) for row in ROWS])
     with pytest.raises(
-        DataError, match=r"x.csv: column 'split' has 3 values .*: 'TRAIN' \(3 records, first in line 2\), "
+        DataError, match=r"x.csv: column 'split' has 3 values .*: 'TRAIN2' \(3 records, first in line 2\), "
     ):
-        load(path, split_column="split")
+        load(other, split_column="split")
+    path = write(tmp_path, [(*row[:3], row[3].upper(), row[4]) for row in ROWS])
     with pytest.raises(DataError, match="no record has 'x' in column 'split'"):
         load(path, split_column="split", split_names=("x", "VALID", "TEST"), keep={"split": ["VALID"]})
     with pytest.raises(ConfigError, match="three different names"):
@@ -157,8 +161,8 @@ def test_a_training_file_alone_needs_no_column_of_the_heldout_filter(tmp_path: P
 
 
 def test_a_split_is_never_skipped_away(tmp_path: Path) -> None:
-    rows = [(i, "*" if s == "test" else q, lab, s, k) for i, q, lab, s, k in ROWS]
-    with pytest.raises(DataError, match="data.on_bad_residue=skip leaves no test proteins"):
+    rows = [(i, "*K" if s == "test" else q, lab, s, k) for i, q, lab, s, k in ROWS]
+    with pytest.raises(DataError, match=r"what is left out \(data.on_bad_residue, .* leaves no test proteins"):
         load(write(tmp_path, rows), split_column="split", on_bad_residue="skip")
 
 
@@ -315,13 +319,13 @@ def test_the_fingerprint_changes_with_anything_that_matters(tmp_path: Path) -> N
 
 def test_inputs_keep_their_order_and_need_no_labels(tmp_path: Path) -> None:
     path = tmp_path / "in.fasta"
-    path.write_text(f">z\nMK*\n>b\n{SEQUENCE}\n>a\nMKV\n")
-    cfg = DataConfig(split_column="split", keep={"label": ["in"]}, keep_heldout={"leaky": ["False"]}, max_residues=10)
+    path.write_text(f">z\nMK*A\n>b\n{SEQUENCE}\n>a\nMKV\n")
+    cfg = DataConfig(split_column="split", max_residues=10)
     with pytest.raises(DataError, match="in.fasta:1: .* stop codon"):
         load_inputs(path, cfg)
     table, report = load_inputs(path, replace(cfg, on_bad_residue="replace"))
     assert table.ids == ["z", "b", "a"]
-    assert texts(table) == ["MKX", SEQUENCE[:10], "MKV"]
+    assert texts(table) == ["MKXA", SEQUENCE[:10], "MKV"]
     assert table.labels.size == 0
     assert report.summary() == f"{path}: 3 proteins; 1 with 1 characters replaced by X; 1 cropped, 10 residues cut off"
     table, report = load_inputs(path, replace(cfg, on_bad_residue="skip", long_sequences="window", window_overlap=0))

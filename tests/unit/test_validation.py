@@ -33,7 +33,7 @@ def test_good_rows_pass_in_upper_case() -> None:
     ("sequence", "what"),
     [
         ("MKJ", r"'J' \(leucine or isoleucine\) at residue 3,"),
-        ("MKV*", r"'\*' \(a stop codon\) at residue 4,"),
+        ("MK*V", r"'\*' \(a stop codon\) at residue 3,"),
         ("M-K-V", r"'-' \(a gap\) at residue 2 and 1 more,"),
         ("M\nV", r"'\\n' at residue 2,"),
         ("МKV", "'М' at residue 1,"),  # Cyrillic
@@ -48,12 +48,14 @@ def test_strict_names_the_first_bad_character(sequence: str, what: str) -> None:
 
 
 def test_skip_leaves_rows_out_and_counts_them() -> None:
-    rows, report = check(["MK*", "MKV", "J"], labels=["a", "b", "c"], on_bad_residue="skip")
+    rows, report = check(["M*K", "MKV", "J"], labels=["a", "b", "c"], on_bad_residue="skip")
     assert rows.to_pydict() == {"line": [3], "id": ["P1"], "sequence": ["MKV"], "label": ["b"]}
     assert report == Report(name="x.csv", rows=3, skipped=2)
     assert report.summary() == "x.csv: 3 proteins; 2 skipped for characters that are no residues"
-    with pytest.raises(DataError, match="x.csv: all 1 records have characters that are no residues; "):
-        check(["*"], on_bad_residue="skip")
+    with pytest.raises(
+        DataError, match="x.csv: 1 proteins; 1 skipped for characters that are no residues: none is left"
+    ):
+        check(["*K"], on_bad_residue="skip")
 
 
 def test_replace_writes_x_and_counts() -> None:
@@ -78,18 +80,18 @@ def test_other_faults_are_errors_in_every_mode(mode: str) -> None:
 
 def test_many_problems_are_counted_and_the_first_twenty_listed() -> None:
     with pytest.raises(DataError) as caught:
-        check(["MK*"] * 30)
+        check(["M*K"] * 30)
     lines = str(caught.value).splitlines()
     assert lines[0] == "x.csv: 30 problems (the first 20):"
     assert len(lines) == 21
     assert lines[20].startswith("  x.csv:21: the sequence of 'P19'")
     with pytest.raises(DataError, match=r"^x.csv: 2 problems \(all listed\):"):
-        check(["MK*", ""])
+        check(["M*K", ""])
 
 
 def test_long_values_are_shortened() -> None:
     with pytest.raises(DataError) as caught:
-        check(["*"], ids=["P" * 10_000 + "\n"])
+        check(["*K"], ids=["P" * 10_000 + "\n"])
     assert len(str(caught.value)) < 300
 
 
@@ -110,7 +112,7 @@ def test_chunks_are_checked_as_a_whole_file_is(size: int) -> None:
 
 
 def test_chunks_are_given_and_problems_raised_after_the_last() -> None:
-    rows = make_rows({"line": [1, 2, 3, 4], "id": list("abcd"), "sequence": ["MKV", "M*", "MK-V", "MKV"]})
+    rows = make_rows({"line": [1, 2, 3, 4], "id": list("abcd"), "sequence": ["MKV", "M*K", "MK-V", "MKV"]})
     checker = Checker(DataConfig(on_bad_residue="skip"), "x.parquet")
     given = [checker(rows.slice(i, 1)) for i in range(4)]
     assert [chunk["id"].to_pylist() for chunk in given] == [["a"], [], [], ["d"]]

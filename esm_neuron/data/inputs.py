@@ -1,0 +1,78 @@
+"""Read a source for prediction or evaluation: every record of it, in chunks."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from esm_neuron.config import DataConfig
+from esm_neuron.data.dataset import ExampleTable, chunk_table, join_tables
+from esm_neuron.data.filters import passes
+from esm_neuron.data.labels import Labels
+from esm_neuron.data.sources import check_columns, filter_column, read_chunks
+from esm_neuron.data.validation import Checker, Rejected, Report
+from esm_neuron.errors import DataError
+
+SHOWN = 10
+"""Values of a column that an error shows."""
+
+
+class InputChunks:
+    """Give the tables of a file chunk by chunk: without labels for prediction, or with them for evaluation.
+
+    Can be iterated any number of times. A bad record raises DataError only after the last chunk, so iterate once before
+    anything is made of the tables (which costs little), or keep the results back until the end.
+
+    Columns, filters, bad residues and long sequences are treated as `cfg` says; of splits nothing is known. `labels`
+    are those of a finished run, with its class names.
+    """
+
+    def __init__(self, path: str | Path, cfg: DataConfig, labels: Labels | None = None) -> None:
+        self._path, self._labels = str(path), labels
+        self._cfg = replace(cfg, split_column=None, valid_column=None, unique_column=None)
+        self._filters = {**cfg.keep, **cfg.keep_heldout}
+        self.report = Report(name=self._path)
+        """What the last iteration has read and done so far."""
+        self.rejected: list[Rejected] = []
+        """The rows that the last iteration has left out or changed so far."""
+
+    def check(self) -> None:
+        """Raise DataError where the file is missing or lacks a column; reads no more than its first record."""
+        check_columns(self._path, self._cfg, None if self._labels is None else self._labels.joiner)
+
+    def __iter__(self) -> Iterator[ExampleTable]:
+        """Give a table per chunk; `record` counts from 0 in each of them."""
+        checker, cuts, labels = Checker(self._cfg, self._path), Counter[str](), self._labels
+        self.rejected, filtered = checker.rejected, 0
+        values = {source: set[str]() for source in self._filters}
+        for read in self._chunks():
+            for source, there in values.items():
+                there.update(heapq.nsmallest(SHOWN, there.union(read[filter_column(source)].unique().to_pylist())))
+            chosen = read.filter(pa.array(passes(read, self._cfg.keep) & passes(read, self._cfg.keep_heldout)))
+            filtered += len(read) - len(chosen)
+            rows = checker(chosen)
+            if len(rows):
+                rows = rows if labels is None else labels.encode(rows, checker.problems)
+                table, more = chunk_table(rows, self._cfg, labels, checker.problems)
+                cuts.update(more)
+            self.report = Report(name=self._path, **{**cuts, **checker.counts, "filtered": filtered})
+            # After the first problem no table is given, but all rows are still read: the error then lists every
+            # problem.
+            if len(rows) and not checker.problems.total:
+                yield table
+        checker.finish()
+        if not checker.counts["rows"] and filtered:
+            shown = {source: sorted(there)[:SHOWN] for source, there in values.items()}
+            raise DataError(f"{self._path}: data.keep leaves no records; use values that are there, such as {shown}")
+
+    def _chunks(self) -> Iterator[pa.Table]:
+        return read_chunks(self._path, self._cfg, None if self._labels is None else self._labels.joiner)
+
+    def read(self) -> ExampleTable:
+        """Return the whole file as one table in memory."""
+        return join_tables(self)
