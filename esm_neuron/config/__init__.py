@@ -107,7 +107,7 @@ class DataConfig:
     """Column with the amino-acid sequence, or with ESM's tokens (`input_ids`). Ignored in FASTA."""
     label_column: str | tuple[str, ...] = "label"
     """Column with the label; a list names columns that have 0 or 1, one per class. In FASTA the key of a `key=value`
-    header field, `|2` for the second part of a name such as `P1|EUKARYA`, or `line3` for a line below the residues."""
+    header field, `part2` for what follows the first bar of a name, or `line3` for a line below the residues."""
     label_separator: str | None = None
     """What stands between the labels of a protein or of its residues. None: `;`, of residues `,`."""
     split_column: str | None = None

@@ -45,6 +45,7 @@ _SAMPLE = 50
 """Records that show whether a FASTA file has such lines."""
 
 _FIELD = re.compile(r'(?:^|\s)([^\s="]+)=(?:"([^"]*)"(?=\s|$)|((?:(?!\s[^\s="]+=).)*))')
+_NAME_PART = re.compile(r"part([0-9]{1,3})")
 _HINT = re.compile(r'"?sep=(.)"?')
 
 
@@ -188,8 +189,8 @@ def _row_name(record: Sequence[str], columns: Sequence[Column], picks: Sequence[
 def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     """Give the records of a FASTA file; columns but id and sequence are header fields ('' where absent).
 
-    A column `|n` is the n-th part of the name between bars. Where each record has a third line with labels (SignalP,
-    NetSurfP), that is the column LABEL_LINE and no part of the sequence.
+    A column `part2` is the second part of the name between bars. Where each record has a third line with labels
+    (SignalP, NetSurfP), that is the column LABEL_LINE and no part of the sequence.
     """
     wanted = [column for column in columns if column.name not in ("id", "sequence")]
     keys = {column.source for column in wanted}
@@ -285,8 +286,8 @@ def _header_fields(path: str, line: int, header: str, wanted: Collection[str]) -
         fields[key] = quoted or bare.strip()
     parts = header.split(maxsplit=1)[0].split("|")
     for key in wanted:
-        if key[:1] == "|" and key[1:].isdecimal() and 0 < int(key[1:]) <= len(parts):
-            fields[key] = parts[int(key[1:]) - 1]
+        if (part := _NAME_PART.fullmatch(key)) and 0 < int(part[1]) <= len(parts):
+            fields.setdefault(key, parts[int(part[1]) - 1])
         elif key not in fields and (found := re.search(rf"\s{re.escape(key)}:(\S+)", header)):  # PDB's `mol:protein`
             fields[key] = found[1]
     return fields

@@ -87,6 +87,8 @@ def interval(drawn: np.ndarray) -> list[float] | None:
     return [float(bound) for bound in np.percentile(defined, [tail, 100 - tail])]
 
 
+MOST_CURVES = 100
+"""Most classes that each have curves, and so intervals of their own; a resample sorts the scores of every class."""
 MOST_THRESHOLDS = 4096
 """Distinct scores kept apart in resamples; of more, neighbors share a threshold, which moves an interval's bounds far
 less than resampling does. Point values use every score."""

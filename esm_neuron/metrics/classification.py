@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from esm_neuron.config.deferred import module
-from esm_neuron.metrics.bootstrap import Curve, Value, bootstrap, class_intervals, with_intervals
+from esm_neuron.metrics.bootstrap import MOST_CURVES, Curve, Value, bootstrap, class_intervals, with_intervals
+
+if TYPE_CHECKING:
+    from scipy import sparse
+else:
+    sparse = module("scipy.sparse")
 
 sk = module("sklearn.metrics")
 NAMES = ("loss", "accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
@@ -25,7 +32,7 @@ def classification_metrics(
 
     A row is a protein, or a residue of `protein` (int64 [n]). `probabilities` are float64 [n, C], `labels` int64 [n]
     class indices, `loss` float64 [n] in nats. With `intervals` also `<name>_ci`, over proteins, and `per_class`: n, F1,
-    AUROC and AUPRC of each class.
+    AUROC and AUPRC of each class; of more than MOST_CURVES classes n and F1 alone, of those that occur.
 
     Of two classes, AUROC and AUPRC are those of class 1; of more, the mean over classes of one against the rest,
     undefined when a class is absent. Balanced accuracy averages over the classes present, macro-F1 over those present
@@ -38,43 +45,84 @@ def classification_metrics(
     values.update(classification_scores(probabilities, labels, loss))
     if not intervals:
         return values
-    classes = len(names)
+    classes, few = len(names), len(names) <= MOST_CURVES
     found, unit = np.unique(np.arange(len(labels)) if protein is None else protein, return_inverse=True)
-    # A confusion matrix per protein: that of a resample is their sum by multiplicity, one product for a whole chunk.
-    cells = np.zeros((len(found), classes * classes))
-    np.add.at(cells, (unit, labels * classes + predicted), 1.0)
+    cells = Cells.of(labels, predicted, unit, len(found))
     losses, sizes = np.bincount(unit, loss, len(found)), np.bincount(unit, minlength=len(found))
-    curves = [Curve.of(probabilities[:, c], labels == c, unit, len(found)) for c in range(classes)]
+    curves = [Curve.of(probabilities[:, c], labels == c, unit, len(found)) for c in range(classes)] if few else []
 
     def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
-        matrix = (counts @ cells).reshape(-1, classes, classes)
-        drawn = {"loss": counts @ losses / (counts @ sizes), **confusion_scores(matrix)}
-        for c, f1 in enumerate(_f1(matrix).T):
-            drawn[f"f1/{c}"] = f1
-            drawn[f"auroc/{c}"], drawn[f"auprc/{c}"] = curves[c].areas(counts)
+        sums = cells.sums(counts)
+        drawn = {"loss": counts @ losses / (counts @ sizes), **class_scores(*sums)}
+        if not few:
+            return drawn
+        f1 = np.full((len(counts), classes), np.nan)
+        f1[:, cells.classes] = _f1(*sums)
+        for c, curve in enumerate(curves):
+            drawn[f"f1/{c}"] = f1[:, c]
+            drawn[f"auroc/{c}"], drawn[f"auprc/{c}"] = curve.areas(counts)
         shown = [1] if classes == 2 else range(classes)
         for name in ("auroc", "auprc"):
             drawn[name] = np.mean([drawn[f"{name}/{c}"] for c in shown], axis=0)
         return drawn
 
-    drawn = bootstrap(len(found), metrics, max((curve.thresholds for curve in curves), default=0))
-    per_class = [binary_scores(probabilities[:, c], labels == c, predicted == c) for c in range(classes)]
-    return {**with_intervals(values, drawn), "per_class": class_intervals(names, per_class, drawn)}
+    width = max((curve.thresholds for curve in curves), default=0)
+    drawn = bootstrap(len(found), metrics, max(width, cells.counts.shape[1], 3 * len(cells.classes)))
+    values = with_intervals(values, drawn)
+    if few:
+        per_class = [binary_scores(probabilities[:, c], labels == c, predicted == c) for c in range(classes)]
+        return {**values, "per_class": class_intervals(names, per_class, drawn)}
+    right, target, marked = cells.sums(np.ones((1, len(found))))
+    f1 = _f1(right, target, marked)[0]
+    own = {names[c]: {"n": int(target[0, i]), "f1": float(f1[i])} for i, c in enumerate(cells.classes.tolist())}
+    return {**values, "per_class": own}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The confusion matrices of proteins, as far as their cells are occupied: most pairs of classes never occur."""
+
+    counts: sparse.csr_matrix  # float64 [proteins, cells]: how often each pair of target and prediction occurs
+    target: np.ndarray  # int64 [cells]: place in `classes`
+    predicted: np.ndarray  # int64 [cells]
+    classes: np.ndarray  # int64: the classes that are a target or predicted
+
+    @classmethod
+    def of(cls, labels: np.ndarray, predicted: np.ndarray, unit: np.ndarray, units: int) -> Cells:
+        """Count pairs of classes, int64 [n] each, by the protein (int64 [n], 0 to units - 1) that they are of."""
+        classes, place = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
+        both = place.reshape(2, -1).astype(np.int64)
+        pairs, cell = np.unique(both[0] * len(classes) + both[1], return_inverse=True)
+        counts = sparse.csr_matrix((np.ones(len(cell)), (unit, cell)), shape=(units, len(pairs)))
+        return cls(counts, pairs // max(len(classes), 1), pairs % max(len(classes), 1), classes)
+
+    def sums(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return how often each class is right, a target, predicted, [k, classes] each, in resamples [k, proteins]."""
+        drawn = counts @ self.counts
+        right = (self.target == self.predicted).astype(float)
+
+        def by_class(place: np.ndarray, weight: np.ndarray) -> np.ndarray:
+            shape = (drawn.shape[1], len(self.classes))
+            return np.asarray(drawn @ sparse.csr_matrix((weight, (np.arange(shape[0]), place)), shape=shape))
+
+        ones = np.ones_like(right)
+        return by_class(self.target, right), by_class(self.target, ones), by_class(self.predicted, ones)
 
 
 def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray) -> dict[str, Value]:
-    """Return the point values NAMES by scikit-learn: probabilities [n, C], labels [n], loss [n]."""
+    """Return the point values NAMES: probabilities [n, C], labels [n], loss [n]."""
     values: dict[str, Value] = dict.fromkeys(NAMES)
     if not len(labels):
         return values
     predicted, present = probabilities.argmax(1), np.unique(labels)
     values["loss"] = float(loss.mean())
     values["accuracy"] = float(sk.accuracy_score(labels, predicted))
-    # Not balanced_accuracy_score: the same value, but it warns of every class that is predicted and not present.
-    values["balanced_accuracy"] = float(np.mean([(predicted[labels == c] == c).mean() for c in present]))
-    values["macro_f1"] = float(sk.f1_score(labels, predicted, average="macro", zero_division=0))
+    # Not by scikit-learn, whose confusion matrix is dense; the tests hold both equal.
+    everyone = np.zeros(len(labels), dtype=np.int64)
+    scores = class_scores(*Cells.of(labels, predicted, everyone, 1).sums(np.ones((1, 1))))
+    values["balanced_accuracy"], values["macro_f1"] = (float(scores[n][0]) for n in ("balanced_accuracy", "macro_f1"))
     if len(present) > 1:
-        values["mcc"] = float(sk.matthews_corrcoef(labels, predicted))
+        values["mcc"] = float(scores["mcc"][0])
     classes = probabilities.shape[1]
     if len(present) == classes:
         shown = [1] if classes == 2 else range(classes)
@@ -100,12 +148,16 @@ def binary_scores(score: np.ndarray, target: np.ndarray, predicted: np.ndarray) 
 
 
 def confusion_scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Return accuracy, balanced_accuracy, mcc, macro_f1, each [k], of matrices [k, C, C]; NaN where undefined.
+    """Return `class_scores` of confusion matrices [k, C, C]; rows are targets, columns predictions."""
+    return class_scores(np.einsum("kii->ki", matrix), matrix.sum(2), matrix.sum(1))
 
-    Rows of a confusion matrix are targets, columns predictions. MCC of several classes after Gorodkin 2004, and 0 for a
-    constant prediction, both as in scikit-learn.
+
+def class_scores(right: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
+    """Return accuracy, balanced_accuracy, mcc, macro_f1, each [k]; NaN where undefined.
+
+    `right`, `target` and `predicted`, [k, C] each, say how often a class is right, a target, predicted. MCC of several
+    classes after Gorodkin 2004, and 0 for a constant prediction, both as in scikit-learn.
     """
-    right, target, predicted = np.einsum("kii->ki", matrix), matrix.sum(2), matrix.sum(1)
     n = target.sum(1)
     covariance = right.sum(1) * n - (target * predicted).sum(1)
     target_variance, predicted_variance = n**2 - (target**2).sum(1), n**2 - (predicted**2).sum(1)
@@ -115,12 +167,12 @@ def confusion_scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
             "accuracy": right.sum(1) / n,
             "balanced_accuracy": np.nanmean(np.where(target > 0, right / target, np.nan), axis=1),
             "mcc": np.where(target_variance > 0, mcc, np.nan),
-            "macro_f1": np.nanmean(_f1(matrix), axis=1),
+            "macro_f1": np.nanmean(_f1(right, target, predicted), axis=1),
         }
 
 
-def _f1(matrix: np.ndarray) -> np.ndarray:
-    """Return F1 of each class [k, C] of confusion matrices [k, C, C]; NaN for one neither present nor predicted."""
-    right, marked = np.einsum("kii->ki", matrix), matrix.sum(2) + matrix.sum(1)
+def _f1(right: np.ndarray, target: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return F1 of each class [k, C], see `class_scores`; NaN for one neither present nor predicted."""
+    marked = target + predicted
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(marked > 0, 2 * right / marked, np.nan))

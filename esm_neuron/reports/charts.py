@@ -88,6 +88,8 @@ def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
 
 def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) -> Chart:
     """Draw targets against predictions; cells are shaded by their share of the row."""
+    left_out = len(names) - len(found.classes)
+    names = [names[c] for c in found.classes]
     share = np.divide(found.counts, found.totals[:, None], out=np.zeros_like(found.counts),
                       where=found.totals[:, None] > 0)  # fmt: skip
     crowd = sum(len(_short(name)) for name in names)
@@ -95,9 +97,10 @@ def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) 
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for (row, column), part in np.ndenumerate(share):
+        for row, column in np.argwhere(found.counts).tolist():
+            part = share[row, column]
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=ACCENT, alpha=0.65 * part, lw=0))
-            if len(names) <= MOST_CELLS and found.counts[row, column]:
+            if len(names) <= MOST_CELLS:
                 large = len(names) <= 4
                 text = f"{found.counts[row, column]:,.0f}" + (f"\n{part:.0%}" if large else "")
                 axes.text(column, row, text, ha="center", va="center", color=INK, size=9.5 if large else 6.5)
@@ -115,6 +118,8 @@ def confusion(found: Confusion, names: Sequence[str], unit: str, several: bool) 
             "Of the proteins that have a label (row), how many were predicted to have each label (column). A protein "
             "with several labels counts in several rows and columns, so only the diagonal is right for certain."
         )
+    if left_out:
+        caption += f" The {left_out:,} rarest classes are left out."
     return draw("confusion", title, caption, (side + 1.2, side), paint)
 
 

@@ -23,6 +23,8 @@ from esm_neuron.tasks.base import Task
 from esm_neuron.tasks.view import View
 
 PAGE = "index.html"
+MOST_ROWS = 200
+"""Classes with a row of their own; of more, the most frequent. result.json has all."""
 SPLITS = {"test": "test", "valid": "validation"}  # split -> its name; charts are of the first that a run has
 
 
@@ -97,6 +99,9 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
     cfg, result, metric = finished.cfg, finished.result, finished.result["metric"]
     metrics = result[split] if split else {}
     rejected = finished.folder / REJECTED
+    per_class = metrics.get("per_class") or {}
+    order = sorted(per_class, key=lambda name: -int(per_class[name]["n"]))[:MOST_ROWS]
+    frequent = [(name, values) for name, values in per_class.items() if name in set(order)]
     template = environment().get_template("report.html.jinja")
     return template.render(
         title=f"{cfg.task.name.replace('_', ' ')} · {Path(cfg.model.name).name}",
@@ -113,9 +118,9 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
         charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
         tables=list(_tables(finished, task)),
         per_class=[
-            (name, values["n"], [show(values, kind) for kind in ("f1", "auroc", "auprc")])
-            for name, values in (metrics.get("per_class") or {}).items()
+            (name, values["n"], [show(values, kind) for kind in ("f1", "auroc", "auprc")]) for name, values in frequent
         ],
+        more_classes=len(per_class) - len(frequent),
         worst=found.worst if found is not None else [],
         settings=settings.dump(cfg),
         rejected=read_bytes(rejected).count(b"\n") - 1 if rejected.is_file() else 0,

@@ -32,6 +32,8 @@ REACH = 7  # neighbors on each side that the baseline of residue classes sees
 MOST_ROWS, MOST_RESIDUES = 20_000, 50_000
 """Most training rows, or residues, that a baseline is fitted on: a sample where there are more, and one row for each
 class that is not in the sample."""
+MOST_CLASSES = 200
+"""Classes above which the composition baseline is left out: its fit would take longer than the network's."""
 CHUNK = 1 << 18  # tokens looked at together: tables may be files larger than the memory
 LEAST = np.exp(-50.0)  # least probability that a logarithm is taken of, so that a cross entropy stays finite
 
@@ -54,18 +56,22 @@ class Baseline:
 
 
 def class_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
-    """Fit the class frequencies, and a logistic regression on the amino-acid composition."""
+    """Fit the class frequencies, and up to MOST_CLASSES a logistic regression on the amino-acid composition."""
     counts, rows = _draw(train.labels, classes, MOST_ROWS)
     shares = counts / counts.sum()
+    if classes > MOST_CLASSES:
+        return [_constant("majority", _log(shares), train)]
     classify = _classifier(_logistic(), composition_features(train, rows), train.labels[rows], shares)
     composition = _composition(lambda features: _log(classify(features)), rows, train)
     return [_constant("majority", _log(shares), train), composition]
 
 
 def label_set_baselines(classes: int, train: ExampleTable) -> list[Baseline]:
-    """Fit the label frequencies, and a logistic regression per label on the amino-acid composition."""
+    """Fit the label frequencies, and up to MOST_CLASSES a logistic regression per label on the composition."""
     rows = _sample(len(train.ids), MOST_ROWS)
     shares = train.labels.mean(0)
+    if classes > MOST_CLASSES:
+        return [_constant("majority", _logit(shares), train)]
     features = composition_features(train, rows)
     having = [
         _classifier(_logistic(), features, train.labels[rows, c], np.array([1 - shares[c], shares[c]]))

@@ -15,7 +15,7 @@ from esm_neuron.metrics.multi_label import THRESHOLD
 from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, by_class, record_mean
 from esm_neuron.tasks.baselines import Baseline, label_set_baselines
 from esm_neuron.tasks.losses import sigmoid_losses
-from esm_neuron.tasks.view import Confidence, Confusion, View, class_probabilities, lengths, worst
+from esm_neuron.tasks.view import Confidence, Confusion, View, class_probabilities, lengths, most_frequent, worst
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +80,8 @@ class MultiLabel(PooledTask):
         wrong = (target != predicted).sum(1)
         score = np.where(wrong > 0, np.abs(probabilities - target).sum(1), 0.0)
         protein = np.repeat(np.arange(len(target)), len(labels))
+        totals = target.sum(0).astype(float)
+        shown = most_frequent(totals)
 
         def describe(i: int) -> tuple[str, str, str]:
             own, found = (text or "none" for text in self._joined(np.stack([target[i], predicted[i]]), ", "))
@@ -91,7 +93,7 @@ class MultiLabel(PooledTask):
             weight=np.ones(len(wrong)),
             error_name="share of wrong labels",
             worst=worst(table, score, describe),
-            confusion=Confusion(target.T.astype(float) @ predicted, target.sum(0).astype(float)),
+            confusion=Confusion(target[:, shown].T.astype(float) @ predicted[:, shown], totals[shown], shown),
             confidence=Confidence(probabilities.ravel(), target.ravel(), protein),
             several=True,
         )

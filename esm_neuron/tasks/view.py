@@ -11,18 +11,34 @@ import pyarrow as pa
 WORST = 10
 
 
+MOST_SHOWN = 50
+"""Most classes of a confusion matrix: of more, the most frequent."""
+
+
 @dataclass(frozen=True)
 class Confusion:
     """Which class was predicted for which target."""
 
-    counts: np.ndarray  # float64 [C, C]: rows are targets, columns predictions
-    totals: np.ndarray  # float64 [C]: what the cells of a row are shares of
+    counts: np.ndarray  # float64 [S, S]: rows are targets, columns predictions
+    totals: np.ndarray  # float64 [S]: what the cells of a row are shares of
+    classes: np.ndarray  # int64 [S]: the classes shown, in their order
 
     @classmethod
     def of(cls, target: np.ndarray, predicted: np.ndarray, classes: int) -> Confusion:
         """Count pairs of class indices int64 [n]."""
-        counts = np.bincount(target * classes + predicted, minlength=classes**2).reshape(classes, classes).astype(float)
-        return cls(counts, counts.sum(1))
+        totals = np.bincount(target, minlength=classes)
+        shown = most_frequent(totals)
+        place = np.full(classes, -1)
+        place[shown] = np.arange(len(shown))
+        pair = place[target] * len(shown) + place[predicted]
+        both = pair[(place[target] >= 0) & (place[predicted] >= 0)]
+        counts = np.bincount(both, minlength=len(shown) ** 2).reshape(len(shown), len(shown))
+        return cls(counts.astype(float), totals[shown].astype(float), shown)
+
+
+def most_frequent(totals: np.ndarray) -> np.ndarray:
+    """Return int64: the classes with the MOST_SHOWN largest totals, in their order."""
+    return np.sort(np.argsort(-totals, kind="stable")[:MOST_SHOWN])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from esm_neuron.data.loader import EvalLoader
 from esm_neuron.distributed import from_main_rank, main_rank_only
 from esm_neuron.metrics import Value
 from esm_neuron.run_dir import predictions_name, save_predictions
-from esm_neuron.tasks.baselines import capped
+from esm_neuron.tasks.baselines import MOST_CLASSES, capped
 from esm_neuron.training.callbacks import format_record
 from esm_neuron.training.trainer import Trainer
 
@@ -81,13 +81,19 @@ def _baselines(
     """Return for each of `on`: split -> baseline -> its metrics on the proteins that the model was scored on."""
     if not trainer.cfg.log.baselines or not any(on):
         return [{} for _ in on]
-    fitted = trainer.task.baselines(train)
-    if capped(fitted):
-        log(capped(fitted))
-    found = [
-        {split: {b.name: b.metrics(trainer.task, table) for b in fitted} for split, table in tables.items()}
-        for tables in on
-    ]
+    if len(trainer.task.labels) > MOST_CLASSES:
+        log(f"baselines: frequencies alone, since {len(trainer.task.labels)} classes are more than {MOST_CLASSES}")
+    try:
+        fitted = trainer.task.baselines(train)
+        if capped(fitted):
+            log(capped(fitted))
+        found = [
+            {split: {b.name: b.metrics(trainer.task, table) for b in fitted} for split, table in tables.items()}
+            for tables in on
+        ]
+    except (ArithmeticError, MemoryError, ValueError) as error:  # of scikit-learn, on data that we did not think of
+        log(f"WARNING: the baselines could not be fitted ({error}); the model's own metrics do not depend on them")
+        return [{} for _ in on]
     for split, metrics in found[0].items():
         for name, values in metrics.items():
             log(f"{split}, {name} baseline: {format_record(values)}")

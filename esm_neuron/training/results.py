@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from esm_neuron.files import new_folder, save_tensors, write_json, write_text
 from esm_neuron.models.adapter_folder import ADAPTER_WEIGHTS
 from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head
-from esm_neuron.models.hf_folder import write_shards
+from esm_neuron.models.hf_folder import BaseReference, write_shards
 from esm_neuron.models.lora import saved_key
 from esm_neuron.models.shapes import in_folder, is_carried
 from esm_neuron.models.weights import Draw, inverse_frequencies, load_into, open_weights
@@ -73,21 +73,41 @@ def _write_config(model: nn.Module, config: EsmConfig, folder: Path) -> None:
     write_text(folder / "config.json", saved.to_json_string(use_diff=False))
 
 
-def write_results(
-    cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor], result: Mapping[str, Any]
-) -> Path:
-    """Write OUT/adapter (and OUT/base where the base has no other home), or OUT/model, with a card; return the folder.
+@dataclass(frozen=True)
+class Written:
+    """Trained weights that have been written."""
 
-    `trained` holds whole parameters by name, as `Backend.gather_state` gives them; `result` what result.json will hold.
+    folder: Path
+    reference: BaseReference
+    kind: Literal["adapter", "model"]
+
+    def write_card(self, cfg: TrainConfig, result: Mapping[str, Any]) -> None:
+        """Write the model card beside the weights; `result` is what result.json holds."""
+        write_text(self.folder / CARD, model_card(cfg, result, self.reference, self.kind))
+
+
+def write_results(
+    cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor], result: Mapping[str, Any] | None = None
+) -> Written:
+    """Write OUT/adapter (and OUT/base where the base has no other home), or OUT/model; a card if there is a result.
+
+    `trained` holds whole parameters by name, as `Backend.gather_state` gives them.
     """
+    written = _write_weights(cfg, task, built, trained)
+    if result is not None:
+        written.write_card(cfg, result)
+    return written
+
+
+def _write_weights(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[str, Tensor]) -> Written:
     out, reference = Path(cfg.output), built.source.reference
     if not isinstance(built.model, PeftModel):
         model, config = plain_model(cfg, task)
         with torch.no_grad():
             for name, value in trained.items():
                 model.get_parameter(name).copy_(value)
-        write_model(model, config, out / MODEL, model_card(cfg, result, reference, "model"))
-        return out / MODEL
+        write_model(model, config, out / MODEL)
+        return Written(out / MODEL, reference, "model")
     if is_carried(cfg.model):
         model, config = plain_model(cfg, task)
         write_model(model, config, out / BASE)
@@ -111,5 +131,4 @@ def write_results(
         # the folder of the base is told by its place beside the adapter, not by where this machine had it
         named = replace(reference, name=cfg.model.name) if is_carried(cfg.model) else reference
         write_json(aside / REFERENCE, asdict(named))
-        write_text(aside / CARD, model_card(cfg, result, reference, "adapter"))
-    return out / ADAPTER
+    return Written(out / ADAPTER, reference, "adapter")

@@ -184,11 +184,17 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
 
 
 def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluate the best weights, write them and the result."""
+    """Write the best weights, then evaluate them and write the result: a failing evaluation loses no training."""
     trainer, loaders = job.trainer, job.loaders
     cfg, backend, state = trainer.cfg, trainer.backend, trainer.state
     chosen, weights = trainer.checkpoints.load_best(trainer.early_stopping.best_step, state.step)
-    scores = final_eval.score_splits(trainer, loaders.train.table, loaders.held_out, leaks, log)
+    out = Path(cfg.output)
+    written = main_rank_only(backend, lambda: results.write_results(cfg, trainer.task, job.built, weights))
+    try:
+        scores = final_eval.score_splits(trainer, loaders.train.table, loaders.held_out, leaks, log)
+    except BaseException:
+        log(f"the trained weights of step {chosen} are in {out}; the evaluation of them has failed, as follows")
+        raise
     trainable, total = esm2.parameter_count(job.built.model)
     result = finite({
         "task": cfg.task.name,
@@ -213,10 +219,17 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
         },
         **scores,
     })  # fmt: skip
-    out = Path(cfg.output)
-    written = main_rank_only(backend, lambda: results.write_results(cfg, trainer.task, job.built, weights, result))
-    main_rank_only(backend, lambda: write_json(out / RESULT, result))
-    log(f"weights of step {chosen} in {written}, result in {out / RESULT}, checkpoints in {trainer.checkpoints.folder}")
+
+    def finish() -> None:
+        if written is not None:  # on the main rank, as this function is
+            written.write_card(cfg, result)
+        write_json(out / RESULT, result)
+
+    main_rank_only(backend, finish)
+    log(
+        f"weights of step {chosen} in {written and written.folder}, result in {out / RESULT}, checkpoints in "
+        f"{trainer.checkpoints.folder}"
+    )
     return dict(result)
 
 

@@ -173,7 +173,7 @@ def test_a_third_line_is_labels_and_never_residues(tmp_path: Path, labels: str, 
     got = read_rows(path, DataConfig(label_column="line3"), True)
     assert got["sequence"].to_pylist() == [residues for _, residues, _ in rows]
     assert got["label"].to_pylist() == [line for _, _, line in rows]
-    by_protein = load(path, label_column="|3", split_column="|4", fold="0")
+    by_protein = load(path, label_column="part3", split_column="part4", fold="0")
     assert named(by_protein) == ["SP", "NO_SP", "NO_SP", "SP"]
     by_residue = load(path, "residue_classification", label_column="line3", ignore=())
     assert set(by_residue.labels) == set(labels)
@@ -430,7 +430,7 @@ def test_classes_and_counts_are_told(tmp_path: Path) -> None:
         (">P label=a=b x=1", "label", "a=b"),
         (">P label= x=1", "label", ""),
         (">101m_A mol:protein length:154  MYOGLOBIN", "mol", "protein"),
-        (">P1|EUKARYA|NO_SP|0", "|2", "EUKARYA"),
+        (">P1|EUKARYA|NO_SP|0", "part2", "EUKARYA"),
         (">AF:AF-Q5-F1 Name UA=Q5 OS=Homo sapiens", "OS", "Homo sapiens"),
     ],
 )

@@ -164,7 +164,7 @@ def test_small_files_cannot_fill_a_memory(tmp_path: Path) -> None:
         "record.fasta.gz": ":1: the sequence has more than 16777216 characters",
         "record.csv.gz": ":2: a record of more than 16777216 characters starts here",
         "blank.jsonl.gz": "more than 500 for one",
-        "columns.csv": "no column 'id'",
+        "columns.csv": "no column 'sequence'",
         "deep.jsonl": ":1: no sound JSON",
         "number.jsonl": ":1: no sound JSON",
         "same.parquet": 40,
