@@ -88,8 +88,8 @@ class DataConfig:
     train: str | None = None
     """Training file: CSV, TSV, FASTA or JSONL, plain or .gz; Parquet; a folder that `Dataset.save_to_disk` wrote; or
     `hf://owner/name@revision/split` on the hub. With `split_column`, the one file that holds all splits. Several files
-    are read as one: a folder of them, a pattern `shards/*.csv`, a list `[a.csv, b.csv]`, or one per class,
-    `{membrane: a.fasta, other: b.fasta}`."""
+    are read as one: a folder of them, a pattern `shards/*.csv`, a list `[a.csv, b.csv]` (in YAML in quotes), or one
+    per class, `{membrane: a.fasta, other: b.fasta}`."""
     valid: str | None = None
     """Validation file. None: taken from `split_column`, or sampled from `train` by `valid_fraction`."""
     test: str | None = None
@@ -105,9 +105,10 @@ class DataConfig:
     named by their number. In FASTA the name is the header's first word and this is ignored."""
     sequence_column: str = "sequence"
     """Column with the amino-acid sequence, or with ESM's tokens (`input_ids`). Ignored in FASTA."""
-    label_column: str | tuple[str, ...] = "label"
-    """Column with the label; a list names columns that have 0 or 1, one per class. In FASTA the key of a `key=value`
-    header field, `part2` for what follows the first bar of a name, or `line3` for a line below the residues."""
+    label_column: str = "label"
+    """Column with the label; `[A, B]` (in YAML in quotes) names columns that have 0 or 1, one per class. In FASTA the
+    key of a `key=value` header field, `part2` for what follows the first bar of a name, or `line3` for a line below
+    the residues."""
     label_separator: str | None = None
     """What stands between the labels of a protein or of its residues. None: `;`, of residues `,`."""
     split_column: str | None = None
@@ -171,8 +172,6 @@ class DataConfig:
             put("train", f"{{positive: {self.positives}, negative: {self.negatives}}}")
             put("positives", None)
             put("negatives", None)
-        if isinstance(self.label_column, str) and self.label_column.startswith("[") and self.label_column.endswith("]"):
-            put("label_column", tuple(name.strip(" '\"") for name in self.label_column[1:-1].split(",")))
         for name in ("keep", "keep_heldout"):
             put(name, {column: [str(value) for value in values] for column, values in getattr(self, name).items()})
         put("fold", None if self.fold is None else str(self.fold))
@@ -189,7 +188,9 @@ class DataConfig:
     @property
     def label_columns(self) -> tuple[str, ...]:
         """Return the columns with the labels: one, or one per class."""
-        return (self.label_column,) if isinstance(self.label_column, str) else tuple(self.label_column)
+        if self.label_column[:1] + self.label_column[-1:] == "[]":
+            return tuple(name.strip(" '\"") for name in self.label_column[1:-1].split(","))
+        return (self.label_column,)
 
 
 @dataclass(frozen=True, kw_only=True)

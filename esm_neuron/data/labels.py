@@ -41,9 +41,9 @@ class Labels:
     per_residue: ClassVar[bool] = False  # whether a label has one entry per residue
     numeric: ClassVar[bool] = False  # whether labels are values instead of classes
 
-    def __init__(self, task: TaskConfig, column: str | Sequence[str], separator: str | None = None) -> None:
+    def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
         self.task = task  # with its class names where they are known: configured, or those of a finished run
-        self.column = column if isinstance(column, str) else f"[{', '.join(column)}]"  # in the file, for messages
+        self.column = column  # the label column's name in the file, for messages
         self.joiner = separator or type(self).joiner
         self.codes = {name: code for code, name in enumerate(dict.fromkeys(task.labels or ()))}  # as they appear
         self.ignored = set(task.ignore) if self.per_residue else set()  # names that stand for an unknown label
@@ -335,7 +335,7 @@ class Numbers(Labels):
     entry = pa.float64()
     numeric = True
 
-    def __init__(self, task: TaskConfig, column: str | Sequence[str], separator: str | None = None) -> None:
+    def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
         super().__init__(task, column, separator)
         self._marks = {".": "", ",": ""}  # decimal mark -> a value with it
         self._grouped = True  # whether every comma could be one of thousands

@@ -267,7 +267,7 @@ class Checker:
             self.problems.add(line, f"{quote(name)} is a structure, not a protein; remove such records")
         lacks = []
         if label is not None and is_missing(label):
-            lacks.append((f"column {str(self._cfg.label_column)!r} of {quote(name)} is empty", "give a label"))
+            lacks.append((f"column {self._cfg.label_column!r} of {quote(name)} is empty", "give a label"))
         if missing:
             what = f"{quote(sequence)}, which stands for none" if sequence else "empty"
             lacks.append((f"the sequence of {quote(name)} is {what}", "give it residues"))

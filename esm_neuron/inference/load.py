@@ -47,6 +47,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
     "load": (*_INPUT, *_PACKING, *_COMPUTING),
     "embed": (*_INPUT, *_PACKING, *_COMPUTING),
     "evaluate": (*_INPUT, "data.label_column", "data.label_separator", *_PACKING, *_COMPUTING),
+    "export": (),
     "score": ("data.id_column", "data.sequence_column", *_PACKING, *_COMPUTING),  # columns of the wild type's file
 }
 """Command -> the settings of a finished run that it may overrule: those that act there."""

@@ -14,7 +14,7 @@ from esm_neuron.build import Built, model_config
 from esm_neuron.compat import EsmConfig, PeftModel, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
-from esm_neuron.files import new_folder, note, save_tensors, write_json, write_text
+from esm_neuron.files import LEDGER, new_folder, note, save_tensors, write_json, write_text
 from esm_neuron.models.adapter_folder import ADAPTER_WEIGHTS
 from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head
@@ -83,7 +83,8 @@ class Written:
 
     def write_card(self, cfg: TrainConfig, result: Mapping[str, Any]) -> None:
         """Write the model card beside the weights; `result` is what result.json holds."""
-        note(self.folder.parent, [f"{self.folder.name}/{CARD}"])
+        if (self.folder.parent / LEDGER).is_file():
+            note(self.folder.parent, [f"{self.folder.name}/{CARD}"])
         write_text(self.folder / CARD, model_card(cfg, result, self.reference, self.kind))
 
 

@@ -645,15 +645,15 @@ def test_a_column_per_label(tmp_path: Path, yes: str, no: str) -> None:
     rows = [(0, 1, 0), (1, 1, 0), (0, 0, 1), (0, 0, 0)]
     text = "".join(f"p{i},{protein(i)},{','.join(yes if x else no for x in row)}\n" for i, row in enumerate(rows))
     path = write(tmp_path / "a.csv", "ACC,Sequence,Cytoplasm,Cell membrane,Nucleus\n" + text)
-    names = ("Cytoplasm", "Cell membrane", "Nucleus")
+    names = "[Cytoplasm, Cell membrane, Nucleus]"
     found = load(path, "multi_label", label_column=names)
     assert sets(found) == [["Cell membrane"], ["Cell membrane", "Cytoplasm"], ["Nucleus"], []]
-    assert DataConfig(label_column="[Cytoplasm, Cell membrane, Nucleus]").label_columns == names
+    assert DataConfig(label_column=names).label_columns == ("Cytoplasm", "Cell membrane", "Nucleus")
     with pytest.raises(DataError, match="is a list of 2 labels; use task.name=multi_label"):
         load(path, label_column=names)
     write(tmp_path / "a.csv", "ACC,Sequence,Cytoplasm,Nucleus\n" + f"p0,{protein(0)},1,\n")
     with pytest.raises(DataError, match=r"a.csv:2: column 'Nucleus' \(data.label_column\) has ''; write 1 or 0 there"):
-        load(path, "multi_label", label_column=("Cytoplasm", "Nucleus"))
+        load(path, "multi_label", label_column="[Cytoplasm, Nucleus]")
 
 
 def test_saved_datasets_of_splits_and_of_tokens(tmp_path: Path) -> None:
