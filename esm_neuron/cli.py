@@ -115,8 +115,9 @@ def score(
     input: Annotated[Path, "table with one variant per row"],
     output: Table,
     method: Annotated[
-        Literal["wild-type-marginal", "masked-marginal", "pseudo-perplexity"],
-        "from one pass, one per distinct set of residues, or one per residue of every variant",
+        Literal["wild-type-marginal", "masked-marginal", "single-site-marginal", "pseudo-perplexity"],
+        "from one pass, one per distinct set of residues, one per distinct residue (as ProteinGym), or one per residue "
+        "of every variant",
     ] = "masked-marginal",
     wild_type: Annotated[Path | None, "file with the one protein that variants are named after"] = None,
     variant_column: Annotated[str, "substitutions such as A42G:L50P"] = "variant",

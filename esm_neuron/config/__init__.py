@@ -111,6 +111,8 @@ class DataConfig:
     the residues."""
     label_separator: str | None = None
     """What stands between the labels of a protein or of its residues. None: `;`, of residues `,`."""
+    mask_column: str | None = None
+    """residue_classification: column with 0 for each residue whose label is not used, 1 for the others."""
     split_column: str | None = None
     """Column (or FASTA header key) that says which split a protein belongs to. None: splits are files or sampled."""
     split_names: tuple[SplitNames, SplitNames, SplitNames] = ("train", "valid", "test")

@@ -23,6 +23,7 @@ from esm_neuron.data.records import (
     JSONL,
     LIST_JOINER,
     NUMBERED,
+    RESIDUE_JOINER,
     TABLES,
     Column,
     Reader,
@@ -91,7 +92,22 @@ def _finished(source: str, cfg: DataConfig, lines: list[int], values: dict[str, 
     if _class_column(0) in values:
         columns = [values.pop(_class_column(i)) for i in range(len(cfg.label_columns))]
         values["label"] = _labels_of(source, lines, cfg.label_columns, columns)
+    if "mask" in values and "label" in values:
+        values["label"] = _unmasked(source, lines, values["label"], values.pop("mask"))
     return make_rows({"line": lines, **values})
+
+
+def _unmasked(source: str, lines: Sequence[int], labels: Sequence[str], masks: Sequence[str]) -> list[str]:
+    """Return the labels of residues with UNKNOWN_RESIDUE wherever the mask is 0."""
+    found = []
+    for line, label, mask in zip(lines, labels, masks, strict=True):
+        names = label.split(RESIDUE_JOINER) if RESIDUE_JOINER in label else list(label)
+        if mask and (len(mask) != len(names) or set(mask) - {"0", "1"}):
+            what = f"the mask (data.mask_column) {mask[:60]!r} is not 0 or 1 for each of {len(names)} labels"
+            raise DataError(f"{place(source, line)}: {what}; correct it")
+        kept = [n if bit == "1" else UNKNOWN_RESIDUE for n, bit in zip(names, mask or "1" * len(names), strict=True)]
+        found.append((RESIDUE_JOINER if RESIDUE_JOINER in label else "").join(kept))
+    return found
 
 
 def _labels_of(source: str, lines: Sequence[int], classes: Sequence[str], columns: Sequence[list[str]]) -> list[str]:
@@ -179,7 +195,7 @@ def _columns(cfg: DataConfig, joiner: str | None) -> list[Column]:
         columns += [Column(n, of, "data.label_column", joiner, own) for n, of in zip(names, labels, strict=True)]
     for name, setting in _NAMED.items():
         source = getattr(cfg, setting)
-        if source is not None:
+        if source is not None and (name != "mask" or joiner is not None):
             columns.append(Column(name, source, f"data.{setting}"))
     filters = dict.fromkeys(cfg.keep_heldout, "data.keep_heldout") | dict.fromkeys(cfg.keep, "data.keep")
     return columns + [
@@ -188,7 +204,9 @@ def _columns(cfg: DataConfig, joiner: str | None) -> list[Column]:
     ]
 
 
-_NAMED = {"split": "split_column", "valid": "valid_column", "unique": "unique_column"}
+UNKNOWN_RESIDUE = "?"
+"""Label of a residue that a mask hides; one of the default `task.ignore`."""
+_NAMED = {"mask": "mask_column", "split": "split_column", "valid": "valid_column", "unique": "unique_column"}
 """Column of the rows -> the setting that names it in the file, if any does."""
 
 

@@ -6,6 +6,7 @@ residues of a variant, x is the wild type:
 
     wild-type-marginal   sum over i in M of log p(x_i = mutant | x) - log p(x_i = wild | x)
     masked-marginal      the same given x without M: all of M masked together
+    single-site-marginal the same given x without i alone, for each i of M: as ProteinGym scores ESM
     pseudo-perplexity    exp(-1/L sum over all i of log p(y_i | y without i)) of the variant's own sequence y, of L
                          residues (Salazar et al. 2020, arXiv:1910.14659); low means likely
 """
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 else:
     F, evaluation = module("torch.nn.functional"), module("esm_neuron.training.evaluation")
 
-Method = Literal["wild-type-marginal", "masked-marginal", "pseudo-perplexity"]
+Method = Literal["wild-type-marginal", "masked-marginal", "single-site-marginal", "pseudo-perplexity"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +114,15 @@ class Scorer:
         self.method = method
         self._wild = encode_many([wild_type or ""])[0]
         self._known: np.ndarray | None = None
+        self._sites: dict[int, np.ndarray] = {}
 
     def __call__(self, rows: Sequence[Row], run_model: RunModel) -> list[float]:
         """Return one value per row."""
         if self.method == "pseudo-perplexity":
             return self._perplexities([row.sequence for row in rows], run_model)
         variants = [row.variant for row in rows]
-        find = self._by_wild_type if self.method == "wild-type-marginal" else self._by_masked
-        log_p = find(variants, run_model)
+        find = {"wild-type-marginal": self._by_wild_type, "single-site-marginal": self._by_site}
+        log_p = find.get(self.method, self._by_masked)(variants, run_model)
         return [marginal(v, log_p[sites_of(v)]) if v else 0.0 for v in variants]
 
     def _by_wild_type(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
@@ -132,6 +134,12 @@ class Scorer:
         wanted = [sites for sites in dict.fromkeys(map(sites_of, variants)) if sites]
         predictions = run_model([masked(self._wild, sites) for sites in wanted]) if wanted else []
         return dict(zip(wanted, predictions, strict=True))
+
+    def _by_site(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
+        wanted = dict.fromkeys(site for variant in variants for site in sites_of(variant) if site not in self._sites)
+        found = run_model([masked(self._wild, [site]) for site in wanted]) if wanted else []
+        self._sites.update({site: log_p[0] for site, log_p in zip(wanted, found, strict=True)})
+        return {sites: np.stack([self._sites[site] for site in sites]) for sites in map(sites_of, variants) if sites}
 
     def _perplexities(self, sequences: Sequence[str], run_model: RunModel) -> list[float]:
         tokens = [encode_many([sequence])[0] for sequence in sequences]
@@ -148,7 +156,8 @@ class Scorer:
         if self.method == "pseudo-perplexity":
             return length * (length + 2)
         known = self.method == "wild-type-marginal" or not row.variant or sites_of(row.variant) in seen
-        return 0 if known else length + 2
+        passes = len(row.variant) if self.method == "single-site-marginal" else 1
+        return 0 if known else passes * (length + 2)
 
 
 def sites_of(variant: Variant) -> tuple[int, ...]:
@@ -196,7 +205,7 @@ def score(
     with opened_backend(cfg) as backend_:
         protein = raise_on_any_rank(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None
         tokens = piece_tokens(cfg, backend_)
-        if protein is not None and method == "masked-marginal":
+        if protein is not None and method in ("masked-marginal", "single-site-marginal"):
             # Room for every site of the protein once: all its single substitutions are then scored in one piece.
             tokens = max(tokens, len(protein) * (len(protein) + 2))
         scorer = Scorer(method, protein)
@@ -247,7 +256,11 @@ def _log_probabilities(
 
 def _protein(path: Path, cfg: TrainConfig) -> str:
     """Return the one sequence of a file."""
-    tables = list(InputChunks(path, replace(cfg.data, long_sequences="crop", max_residues=1 << 30)))
+    own = replace(cfg.data, long_sequences="crop", max_residues=1 << 30, on_bad_residue="strict", on_missing="strict")
+    try:
+        tables = list(InputChunks(path, own))
+    except DataError as error:  # the one protein cannot be left out, nor its residues be replaced
+        raise DataError(str(error).partition(", or use data.on_bad_residue")[0]) from None
     count = sum(len(table.ids) for table in tables)
     if count != 1:
         raise DataError(

@@ -20,9 +20,16 @@ from esm_neuron.inference.stream import Piece
 
 STANDARD = frozenset(VOCABULARY[token] for token in AMINO_ACIDS)
 """The 20 amino acids."""
+LEAST_SITES = 4
+"""Distinct substitutions below which a numbering may fit by chance."""
+MOST_FIT, LEAST_FIT = 0.9, 0.5
+"""Share of substitutions from which another numbering is the right one, and up to which the given one is wrong."""
+WARNED = 0.1
+"""Share of rows that may be left out without a warning."""
 WILD_TYPE = "WT"
 """Name of the protein without a substitution."""
 
+_BETWEEN = re.compile(r"\s*[:;,/+]\s*")
 _SUBSTITUTION = re.compile(r"([A-Za-z])([0-9]{1,9})([A-Za-z*=])")
 
 
@@ -48,7 +55,7 @@ def parse_variant(text: str, wild_type: str, first: int = 1) -> Variant:
     """
     if text.strip().upper() == WILD_TYPE:
         return ()
-    found = [_substitution(part.strip(), wild_type, first) for part in text.split(":")]
+    found = [_substitution(part.strip(), wild_type, first) for part in _BETWEEN.split(text)]
     for place, times in Counter(each.index for each in found).items():
         if times > 1:
             raise ValueError(f"{quote(text)} substitutes residue {place + first} twice; keep one")
@@ -81,6 +88,36 @@ def _substitution(text: str, wild_type: str, first: int) -> Substitution:
     if mutant not in STANDARD:
         raise ValueError(f"{quote(text)}: {mutant} is no standard amino acid; correct it")
     return Substitution(number - first, wild, mutant)
+
+
+class Numbering:
+    """Tell by which number of the first residue the substitutions of a table fit the wild type."""
+
+    def __init__(self, wild_type: str) -> None:
+        self._places: dict[str, list[int]] = {}
+        for place, residue in enumerate(wild_type):
+            self._places.setdefault(residue, []).append(place)
+        self._seen: Counter[tuple[str, int]] = Counter()
+
+    def add(self, text: str) -> None:
+        """Note the substitutions that a name has, right or wrong."""
+        for match in filter(None, map(_SUBSTITUTION.fullmatch, _BETWEEN.split(text))):
+            self._seen[match[1].upper(), int(match[2])] += 1
+
+    def better(self, first: int) -> str | None:
+        """Return what to say where another number than `first` fits nearly all substitutions, and `first` does not."""
+        votes: Counter[int] = Counter()
+        for (residue, number), times in self._seen.items():
+            for place in self._places.get(residue, ()):
+                votes[number - place] += times
+        total = sum(self._seen.values())
+        best, fits = max(votes.items(), key=lambda vote: (vote[1], -abs(vote[0] - first)), default=(first, 0))
+        if len(self._seen) < LEAST_SITES or fits < MOST_FIT * total or votes[first] > LEAST_FIT * total:
+            return None
+        return (
+            f"{votes[first]} of {total} substitutions fit the wild type whose first residue is {first}, and {fits} if "
+            f"it is {best}; give --first-residue {best}"
+        )
 
 
 def difference(sequence: str, wild_type: str) -> Variant:
@@ -178,9 +215,11 @@ class VariantTable:
 
     def summary(self) -> str:
         """Return one line about what the last reading found."""
-        parts = [f"{self.rows} rows"]
-        if self.rejected:
-            parts.append(f"{len(self.rejected)} skipped because they cannot be scored")
+        parts, left_out = [f"{self.rows} rows"], len(self.rejected)
+        if left_out:
+            parts.append(f"{left_out} skipped because they cannot be scored")
+        if left_out > WARNED * self.rows:
+            parts.append(f"WARNING: what follows is of {1 - left_out / self.rows:.0%} of the rows alone")
         if self.unmeasured:
             parts.append(f"{self.unmeasured} without a measured value")
         return f"{self.path}: " + "; ".join(parts)
@@ -200,10 +239,12 @@ class VariantTable:
         yield _piece(rows, tokens)
 
     def _usable(self) -> Iterator[Row]:
-        problems = Problems(str(self.path))
+        problems, numbering = Problems(str(self.path)), Numbering(self.wild_type or "")
         self.rows, self.unmeasured, self.rejected = 0, 0, []
         for line, values in read_records(self.path, self.columns.wanted()):
             self.rows += 1
+            if self.columns.what == "variant":
+                numbering.add(values[0].strip())
             measured = values[1].strip() if self.columns.score else ""
             try:
                 row = self._row(values[0].strip(), self._number(measured))
@@ -218,6 +259,9 @@ class VariantTable:
             # After the first problem no row is given, but all are read: the error then lists every problem.
             if not problems.total:
                 yield row
+        better = numbering.better(self.first)
+        if better is not None:  # the rows that fit by chance are no result
+            raise DataError(f"{self.path}: {better}")
         problems.raise_any()
         if self.rows == len(self.rejected):
             raise DataError(

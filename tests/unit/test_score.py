@@ -197,7 +197,10 @@ def test_every_bad_variant_is_named_with_its_place(plain: Path, wild: Path, tmp_
         settings=("--data.on_bad_residue=skip",),
         log=said.append,
     )
-    assert "10 rows; 8 skipped because they cannot be scored; 1 without a measured value" in said[0]
+    assert (
+        "10 rows; 8 skipped because they cannot be scored; WARNING: what follows is of 20% of the rows alone; 1 w"
+        in said[0]
+    )
     rejected = (tmp_path / "out.csv.rejected.tsv").read_text().splitlines()
     assert len(rejected) == 9 and "A42G" in rejected[1] and "outside 1 to 40" in rejected[1]
     assert found == {"method": "masked-marginal", "rows": 2, "n": 1, "spearman": None, "spearman_ci": None}

@@ -1,0 +1,126 @@
+"""Every setting, in every command that predicts, is refused or changes what is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esm_neuron import cli
+from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
+from esm_neuron.config.settings import known_keys, override
+from esm_neuron.data.inputs import InputChunks
+from esm_neuron.data.labels import LabelSets
+from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.inference.load import MAY_CHANGE
+
+COMMANDS = ("predict", "embed", "evaluate", "score")
+
+
+def other(name: str) -> str:
+    """A value of a setting that is not its default."""
+    value: Any = TrainConfig()
+    for part in name.split("."):
+        value = getattr(value, part)
+    if isinstance(value, bool):
+        return str(not value).lower()
+    known = {
+        "backend": "xla", "model.init": "random", "model.pooling": "cls", "task.class_weights": "balanced",
+        "data.split_names": "[a, b, c]", "data.sample": "clusters", "data.keep": "{set: [a]}",
+        "data.keep_heldout": "{set: [a]}", "data.homologs": "off", "data.on_bad_residue": "skip",
+        "data.on_missing": "skip", "data.long_sequences": "skip", "adapter.kind": "head",
+        "adapter.quantization": "int8", "optim.kind": "adamw8bit", "optim.schedule": "linear",
+        "loop.precision": "bf16", "loop.tracing": "always", "loop.on_recompile": "warn", "loop.on_nonfinite": "skip",
+        "checkpoint.resume": "auto", "optim.betas": "[0.5, 0.6]", "task.labels": "[a, b]", "task.ignore": "[x]",
+        "adapter.targets": "[attention.self.query]", "data.pack_tokens": "2048", "data.max_residues": "99",
+        "data.max_rows": "3", "loop.max_steps": "3", "task.target_mean": "1", "task.target_sd": "2",
+    }  # fmt: skip
+    if name in known:
+        return known[name]
+    return str(value + 1) if isinstance(value, int) else "0.5" if isinstance(value, float) else "other"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", sorted(known_keys()))
+def test_a_setting_is_taken_where_it_acts_and_refused_elsewhere(command: str, name: str) -> None:
+    allowed = MAY_CHANGE[command]
+    section = f"{name.partition('.')[0]}."
+    words = [f"--{name}={other(name)}"]
+    if name in allowed or section in allowed:
+        if section != "parallel.":
+            assert override(TrainConfig(), words, allowed, command) != TrainConfig()
+    else:
+        with pytest.raises(ConfigError, match=rf"--{name}=.*: `{command}` has no use for this setting, only for "):
+            override(TrainConfig(), words, allowed, command)
+
+
+def test_a_file_of_settings_changes_no_other_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("data: {keep: {set: [test]}}\nadapter: {r: 99}\n")
+    with pytest.raises(ConfigError, match="--config: adapter.r: `predict` has no use for this setting"):
+        override(TrainConfig(), ["--config", str(tmp_path / "a.yaml")], MAY_CHANGE["predict"], "predict")
+
+
+LONG = "MKVLAAGIVGMKVLAAGIVGWW"
+TEXT = f"""name,aa,label,set
+p1,{LONG},A|B,a
+p2,MK-V,A,b
+p3,,B,b
+p4,MKV,A,b
+"""
+ACTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
+    # setting: what makes the file readable without it, the setting, and what then differs
+    "data.id_column": ({}, {"id_column": "name"}, lambda one, two: one[0] != two[0]),
+    "data.sequence_column": ({"sequence_column": None}, {"sequence_column": "aa"}, None),
+    "data.keep": ({}, {"keep": {"set": ["a"]}}, lambda one, two: two[0] == ["1"]),
+    "data.on_bad_residue": ({"on_bad_residue": "strict"}, {"on_bad_residue": "replace"}, None),
+    "data.on_missing": ({"on_missing": "strict"}, {"on_missing": "skip"}, None),
+    "data.min_residues": ({}, {"min_residues": 10}, lambda one, two: len(one[0]) > len(two[0])),
+    "data.max_residues": ({}, {"max_residues": 5}, lambda one, two: one[1] != two[1]),
+    "data.long_sequences": (
+        {"max_residues": 5},
+        {"long_sequences": "skip"},
+        lambda one, two: len(one[0]) > len(two[0]),
+    ),
+    "data.window_overlap": (
+        {"max_residues": 6, "long_sequences": "window", "window_overlap": 1},
+        {"window_overlap": 5},
+        lambda one, two: len(one[1]) < len(two[1]),
+    ),
+    "data.label_column": ({"label_column": "set"}, {"label_column": "label"}, lambda one, two: one[2] != two[2]),
+    "data.label_separator": ({"label_separator": ";"}, {"label_separator": "|"}, None),
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_a_setting_of_an_input_acts(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.csv").write_text(TEXT)
+    base = {"sequence_column": "aa", "on_bad_residue": "strip", "on_missing": "skip", "label_separator": "|"}
+    without, with_, differs = ACTS[name]
+    labels = name.startswith("data.label")
+
+    def read(**changes: Any) -> tuple[list[str], list[int], list[str]]:
+        fields = {key: value for key, value in {**base, **without, **changes}.items() if value is not None}
+        cfg = DataConfig(**fields)
+        known = LabelSets.of(TaskConfig(labels=("A", "B", "a", "b")), cfg) if labels else None
+        table = InputChunks(tmp_path / "a.csv", cfg, known).read()
+        return list(table.ids), table.tokens.tolist(), table.labels.tolist()
+
+    if differs is None:
+        with pytest.raises(DataError):
+            read()
+        read(**with_)
+    else:
+        assert differs(read(), read(**with_))
+
+
+def test_each_setting_of_an_input_is_shown_to_act() -> None:
+    packing = {"data.packing", "data.pack_tokens", "data.max_segments"}  # they decide batches, not predictions
+    taken = {name for command in COMMANDS for name in MAY_CHANGE[command] if name.startswith("data.")}
+    assert taken == ACTS.keys() | packing | {"data.sheet"}
+
+
+@pytest.mark.parametrize("flag", ["--data.unique_column=x", "--data.max_rows=3", "--data.fold=1", "--adapter.r=3"])
+def test_data_check_refuses_what_it_does_not_look_at(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "a.csv").write_text("id,sequence\na,MKV\n")
+    assert cli.main(["data", "check", str(tmp_path / "a.csv"), flag]) == 2
