@@ -18,6 +18,10 @@ FIND_TRN1_PYTHON = { test -x $(TRN1)/bin/python || $(BIN)/uv python find --syste
 	|| $(BIN)/uv python install 3.11; } >/dev/null 2>&1
 NO_TRN1 = SKIPPED the trn1 lane (XLA:CPU, SPMD, contract):
 CURRENT_PIP = VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet
+# TORCH=cpu: torch's CPU build, without CUDA's libraries, where the package index has one.
+TORCH ?= cuda
+CURRENT_LOCK := $(if $(filter cpu,$(TORCH)),$(VENV)/cpu-lock.txt,constraints/current.txt)
+CURRENT_SET = -c $(CURRENT_LOCK) $(if $(filter cpu,$(TORCH)),--index-strategy unsafe-best-match) -r pyproject.toml
 TRN1_PIP = VIRTUAL_ENV=$(CURDIR)/$(TRN1) $(BIN)/uv pip install --quiet
 TRN1_SET = -c constraints/trn1.txt -r pyproject.toml --extra xla --extra tests
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
@@ -37,7 +41,7 @@ TRN1_TESTS := tests/xla $(patsubst %,tests/unit/test_%.py,checkpoint compat conv
 	trainer trn1_report two_processes weights)
 
 .PHONY: help install install-trn1 demo test test-current test-trn1-lane lint type format clean \
-	test-nxd test-gpu test-trn1 rehearse-trn1 test-launchers test-hub fuzz audit soak faults long-run \
+	test-nxd test-peers test-gpu test-trn1 rehearse-trn1 test-launchers test-hub fuzz audit soak faults long-run \
 	pages parity results bench bench-speed bench-smoke bench-gpu lock dist release-check
 
 ##@ Daily
@@ -45,7 +49,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / {printf "%s%s\n", gap, substr($$0, 5); gap = "\n"} \
 		/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.installed ## set up .venv with uv and the newest packages, hashes checked (PYTHON=... names another interpreter)
+install: $(VENV)/.installed ## set up .venv with uv and the newest packages, hashes checked (PYTHON=..., TORCH=cpu: without CUDA)
 
 install-trn1: $(TRN1)/.installed ## set up .venv-trn1 with the packages of a trn1 and torch_xla (TRN1_PYTHON=...: 3.10 to 3.12)
 
@@ -109,6 +113,10 @@ test-launchers: $(TRN1)/.launchers-tests ## the launchers: nodes on this machine
 
 test-hub: $(VENV)/.installed ## real checkpoints, downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub
+
+test-peers: $(VENV)/.installed $(TRN1)/.installed ## transformers' and PEFT's own common tests on our pooled models and on Hugging Face's: fetches their source archives
+	$(BIN)/python tools/peers.py
+	$(BIN)/python tools/peers.py $(TRN1)/bin/python
 
 fuzz: $(VENV)/.installed ## 10,000 cases of each input format, settings, variants and checkpoints, from new seeds: 1 to 2 hours
 	rm -f benchmarks/results/fuzz.json
@@ -195,13 +203,16 @@ $(VENV)/.uv: constraints/uv.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r constraints/uv.txt
 	touch $@
 
-$(VENV)/.package: $(VENV)/.uv pyproject.toml constraints/current.txt
-	$(CURRENT_PIP) -c constraints/current.txt -r pyproject.toml
+$(VENV)/cpu-lock.txt: $(VENV)/.uv constraints/current.txt tools/cpu_lock.py
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/python tools/cpu_lock.py constraints/current.txt $@ $(BIN)/uv
+
+$(VENV)/.package: $(VENV)/.uv pyproject.toml constraints/current.txt $(CURRENT_LOCK)
+	$(CURRENT_PIP) $(CURRENT_SET)
 	$(CURRENT_PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.package
-	$(CURRENT_PIP) -c constraints/current.txt -r pyproject.toml --extra tests --extra dev
+	$(CURRENT_PIP) $(CURRENT_SET) --extra tests --extra dev
 	touch $@
 
 $(TRN1)/.installed: $(VENV)/.uv pyproject.toml constraints/trn1.txt

@@ -7,7 +7,6 @@ adapter_config.json and adapter_model.safetensors. Read without torch, and befor
 from __future__ import annotations
 
 import logging
-import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from esm_neuron.config import ModelConfig, TaskConfig, require
 from esm_neuron.errors import ConfigError
-from esm_neuron.files import read_json
+from esm_neuron.files import NUMBER, read_json
 from esm_neuron.models.adapter_folder import is_adapter, tensor_shapes
 from esm_neuron.models.shapes import base_of, find
 from esm_neuron.tasks import TASKS, check_task, task_class, task_of_head
@@ -54,7 +53,7 @@ def find_head(model: ModelConfig) -> Head:
     said = released if home is None else _read_config(home)
     for name, shape in tensor_shapes(folder).items():
         if last := _LAST_LAYER.fullmatch(name):
-            labels = _labels(home or folder, said) if "id2label" in said else ()
+            labels = _labels(home or folder, said) if said.get("id2label") is not None else ()
             regression = last[2] == "regressor" or shape[0] == 1
             return Head(
                 SEQUENCE if last[3] else TOKEN,
@@ -70,7 +69,7 @@ def find_head(model: ModelConfig) -> Head:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        return dict(read_json(path, {}))
+        return dict(read_json(path, {"target_mean?": NUMBER, "target_sd?": NUMBER}))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}); give a folder that transformers' save_pretrained wrote"
@@ -97,7 +96,8 @@ def _of_config(folder: Path, said: dict[str, Any]) -> Head:
 
 def _labels(folder: Path, said: dict[str, Any]) -> tuple[str, ...]:
     """Return the names of the outputs; where config.json has none, those that transformers gives them."""
-    found = said.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+    found = said.get("id2label")
+    found = {"0": "LABEL_0", "1": "LABEL_1"} if found is None else found
     places = {str(place) for place in range(len(found))} if isinstance(found, dict) else set()
     named = isinstance(found, dict) and found.keys() == places and all(isinstance(n, str | int) for n in found.values())
     names = tuple(str(found[str(place)]) for place in range(len(found))) if named else ()
@@ -111,8 +111,7 @@ def _labels(folder: Path, said: dict[str, Any]) -> tuple[str, ...]:
 def _scale(folder: Path, said: dict[str, Any]) -> tuple[float, float]:
     """Return what predictions of a regression are added to and multiplied by, which transformers does not have."""
     found = (said.get("target_mean", 0.0), said.get("target_sd", 1.0))
-    right = all(type(value) in (int, float) and math.isfinite(value) for value in found) and found[1] > 0
-    require(right, f"{folder / 'config.json'}: target_mean and target_sd are {found}; export the folder again")
+    require(found[1] > 0, f"{folder / 'config.json'}: target_sd is {found[1]}; export the folder again")
     return found
 
 

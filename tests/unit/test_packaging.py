@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -204,6 +205,37 @@ def test_unknown_proteins_are_clean_test_rows_without_labels() -> None:
     assert set(rows.split) == {"test"}
     assert set(rows.leaky) == {"false"}
     assert rows.label.value_counts().to_dict() == {"Cytoplasm": 6, "Membrane": 6}
+
+
+def write_wheel(folder: Path, version: str) -> None:
+    """A torch of nothing but a name."""
+    home = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{home}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        wheel.writestr(f"{home}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{home}/RECORD", "")
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_the_cpu_build_of_torch_is_taken_where_the_index_has_one(offered: bool, tmp_path: Path) -> None:
+    uv, lock, target = ROOT / ".venv" / "bin" / "uv", ROOT / "constraints" / "current.txt", tmp_path / "lock.txt"
+    if not uv.is_file():
+        pytest.skip("no uv in .venv; make install")
+    versions = re.findall(r"^torch==([\w.]+)", lock.read_text(), re.M)
+    for version in versions:
+        write_wheel(tmp_path, version + ("+cpu" if offered else ""))
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
+    index = {"UV_NO_INDEX": "1", "UV_FIND_LINKS": str(tmp_path), "VIRTUAL_ENV": str(tmp_path / "venv")}
+    words = [sys.executable, ROOT / "tools" / "cpu_lock.py", lock, target, uv]
+    said = subprocess.run(words, env=os.environ | index, capture_output=True, text=True, check=True).stdout
+    made, before = target.read_text(), lock.read_text()
+    if not offered:
+        assert "TORCH=cpu: the package index has no CPU build of torch" in said and made == before
+        return
+    assert not said and re.findall(r"^torch==(\S+)", made, re.M) == [f"{version}+cpu" for version in versions]
+    changed = {line for line in before.splitlines() if line not in set(made.splitlines())}
+    hashes = before.split("\ntorch==")[1:]
+    assert all(line.startswith(("torch==", "    --hash")) for line in changed) and len(hashes) == len(versions)
 
 
 def test_make_help_lists_every_target() -> None:
