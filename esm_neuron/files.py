@@ -55,14 +55,20 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
     return content
 
 
-def read_json(path: Path, form: Any = object) -> Any:
+def read_json(path: Path, form: Any = object, kind: type[Exception] | None = None, cure: str = "") -> Any:
     """Return the value in a JSON file, which must have the `form`, see `misfit`.
 
-    Raise OSError or ValueError where it is not readable, too large, not JSON, or has another form.
+    Where it is not readable, too large, not JSON, or has another form, raise OSError or ValueError; or an error of a
+    `kind` that names the file and the `cure`.
     """
-    value = parse_json(read_bytes(path))
-    if wrong := misfit(value, form):
-        raise ValueError(wrong)
+    try:
+        value = parse_json(read_bytes(path))
+        if wrong := misfit(value, form):
+            raise ValueError(wrong)
+    except (OSError, ValueError) as error:
+        if kind is None:
+            raise
+        raise kind(f"{path}: cannot be read ({error}); {cure}") from error
     return value
 
 
@@ -219,12 +225,12 @@ def open_new(path: Path, mode: str = "w") -> IO[Any]:
     return open(path, mode) if "b" in mode else open(path, mode, encoding="utf-8", newline="")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     """Write numpy arrays or torch tensors as safetensors; raise OSError where that fails, as other writes do."""
     arrays = any(type(tensor).__module__.partition(".")[0] == "numpy" for tensor in tensors.values())
     library = import_module("safetensors.numpy" if arrays else "safetensors.torch")
     try:
-        library.save_file(dict(tensors), path, dict(metadata or {"format": "pt"}) if metadata or not arrays else None)
+        library.save_file(dict(tensors), path, None if arrays else {"format": "pt"})
     except SafetensorError as error:
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found is None:

@@ -98,12 +98,7 @@ def read_result(run: Path) -> dict[str, Any]:
     path = run / RESULT
     cure = "its training has not finished; go on with --checkpoint.resume auto"
     require(path.is_file(), f"{run}: no {RESULT} there, {cure}")
-    try:
-        return dict(read_json(path, _RESULT))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be used ({error}); another version may have written it; train again"
-        ) from error
+    return dict(read_json(path, _RESULT, CheckpointError, "another version may have written it; train again"))
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

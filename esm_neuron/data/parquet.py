@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
@@ -76,7 +76,7 @@ def read_table(path: Path) -> pa.Table:
             names, schema = file.schema_arrow.names, file.schema_arrow.remove_metadata()
             texts = _texts(file, names)
         parts, held = [], 0
-        with pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
             for batch in file.iter_batches(_rows_at_once(str(path), file, names)):
                 batch.validate(full=True)
                 held += batch.nbytes + sum(int(_characters(column).sum()) for column in batch.columns)
@@ -87,10 +87,10 @@ def read_table(path: Path) -> pa.Table:
         raise DataError(f"{path}: no sound Parquet file ({_why(error)})") from None
 
 
-def write_table(path: Path, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a Parquet file in one move, its pages with checksums, and with `metadata` beside its schema."""
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file in one move."""
     with new_file(path) as aside:
-        pq.write_table(table.replace_schema_metadata(metadata), aside, compression="zstd", write_page_checksum=True)
+        pq.write_table(table, aside, compression="zstd")
 
 
 @contextmanager
@@ -106,19 +106,6 @@ def open_table(path: Path) -> Iterator[Callable[[pa.Table], int]]:
             return int(table.num_rows)
 
         yield write
-
-
-def read_metadata(path: Path) -> tuple[int, dict[str, str]]:
-    """Return the number of rows of a Parquet file and what `write_table` put beside its schema.
-
-    Raise DataError where it is damaged.
-    """
-    check_regular(str(path))
-    try:
-        found = pq.read_metadata(path)
-        return found.num_rows, {key.decode(): value.decode() for key, value in (found.metadata or {}).items()}
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: no sound Parquet file ({_why(error)})") from None
 
 
 def _plain(column: pa.Array) -> pa.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ def export(model: str | Path, target: Path, settings: Sequence[str] = ()) -> Non
     A finished run's has a model card. Raise ConfigError where `target` exists or a run is not finished, CheckpointError
     where files are damaged. `model` and `settings` are as for `predict`.
     """
-    require(not target.exists(), f"--output {target}: exists already; name a new folder")
+    require(not os.path.lexists(target), f"--output {target}: exists already; name a new folder")
     cfg, task = find_trained(model, "cpu", settings, "export")
     cfg = replace(cfg, loop=replace(cfg.loop, precision="fp32"), parallel=ParallelConfig())
     built = build_trained(cfg, task, create_backend(cfg))

@@ -67,13 +67,9 @@ def find_head(model: ModelConfig) -> Head:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return dict(read_json(path, {"target_mean?": NUMBER, "target_sd?": NUMBER}))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error}); give a folder that transformers' save_pretrained wrote"
-        ) from error
+    form = {"target_mean?": NUMBER, "target_sd?": NUMBER}
+    cure = "give a folder that transformers' save_pretrained wrote"
+    return dict(read_json(folder / "config.json", form, ConfigError, cure))
 
 
 def _of_config(folder: Path, said: dict[str, Any]) -> Head:

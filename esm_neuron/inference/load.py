@@ -216,10 +216,7 @@ DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern",
 def _check_adapter_config(folder: Path, built: Built) -> None:
     """Raise CheckpointError where adapter_config.json says other than config.yaml, by which the model was built."""
     path = folder / ADAPTER_CONFIG
-    try:
-        written = read_json(path, {})
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); export it again") from error
+    written = read_json(path, {}, CheckpointError, "export it again")
     model: Any = built.model
     used = model.peft_config["default"]
     for name in DECISIVE:
@@ -240,8 +237,6 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def read_reference(folder: Path) -> BaseReference:
-    path = folder / REFERENCE
-    try:
-        return hf_folder.BaseReference(**read_json(path, {"name": str, "revision": (str, NOTHING), "sha256": str}))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); it names the base of the adapter") from error
+    form = {"name": str, "revision": (str, NOTHING), "sha256": str}
+    said = read_json(folder / REFERENCE, form, CheckpointError, "it names the base of the adapter")
+    return hf_folder.BaseReference(**{name: said[name] for name in form})

@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import struct
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from esm_neuron.config import require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import prefetch
-from esm_neuron.data.parquet import open_table, read_metadata, read_table, write_table
+from esm_neuron.data.parquet import open_table, read_table
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import main_rank_only, raise_on_any_rank
@@ -39,7 +38,6 @@ from esm_neuron.files import (
     MANIFEST,
     check_apart,
     claimed,
-    misfit,
     new_file,
     note_output,
     open_new,
@@ -47,6 +45,7 @@ from esm_neuron.files import (
     read_json,
     remove,
     save_tensors,
+    sha256,
     write_json,
 )
 
@@ -181,8 +180,6 @@ def _chosen(pieces: Iterable[Piece[T]], numbers: set[int], expected: str) -> Ite
 SAFETENSORS = ".safetensors"
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes that readers of safetensors accept."""
-PIECE = "esm_neuron.piece"
-"""In a shard: the mark of the piece that it answers."""
 
 
 class Shards:
@@ -206,39 +203,34 @@ class Shards:
             f"{self.folder}: holds {len(there)} shards of unfinished predictions; go on with --resume, or remove that "
             "folder to start again",
         )
-        identity, known = self._identity, self._read_manifest() if there else self._identity
+        identity, cure = self._identity, "remove that folder to start again"
+        known = read_json(self.folder / MANIFEST, {}, ConfigError, cure) if there else identity
         different = [key for key in sorted(identity.keys() | known.keys()) if identity.get(key) != known.get(key)]
         require(
             not different,
             f"{self.folder}: was begun with another {' and another '.join(different)}; give --resume the same, or "
-            "remove that folder to start again",
+            f"{cure}",
         )
         write_json(self.folder / MANIFEST, identity)
         return [number for number in there if number < len(self._scanned.rows) and self._is_sound(number)]
 
     def _is_sound(self, number: int) -> bool:
-        """Return whether a shard answers its piece and no other, with a row for each record."""
+        """Return whether a shard is as it was written, for its piece and no other."""
         path = self.path(number)
         try:
-            rows, mark = shard_facts(path)
-            wrong = "answers another piece" if mark != self._mark(number) else ""
-            wrong = wrong or (f"has {rows} rows" if rows != self._scanned.rows[number] else "")
-        except (OSError, ValueError, DataError) as error:
+            said = read_json(path.with_suffix(".json"))
+            wrong = "answers another piece" if said != self._facts(number, path) else ""
+        except (OSError, ValueError) as error:
             wrong = f"cannot be read ({error})"
         if wrong:
-            self.refused.append(f"{path}: {wrong}, so it is predicted again")
+            self.refused.append(f"{path}: {wrong} or was changed, so it is predicted again")
         return not wrong
 
-    def _mark(self, number: int) -> str:
-        text = json.dumps(dict(self._identity), sort_keys=True)
-        return hashlib.sha256(f"{number} {text}".encode() + self._scanned.digests[number]).hexdigest()
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / MANIFEST
-        try:
-            return dict(read_json(path, {}))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); remove that folder to start again") from error
+    def _facts(self, number: int, path: Path) -> dict[str, Any]:
+        """Return what is kept beside a shard: its sum, its rows, and a hash over all that its piece depends on."""
+        text = f"{number} {json.dumps(dict(self._identity), sort_keys=True)}"
+        piece = hashlib.sha256(text.encode() + self._scanned.digests[number]).hexdigest()
+        return {"piece": piece, "rows": self._scanned.rows[number], "sha256": sha256(path)}
 
     def check_shared(self) -> None:
         """Raise ConfigError where this rank does not see the folder that the main rank has made."""
@@ -252,12 +244,13 @@ class Shards:
 
     def write(self, number: int, predictions: Predictions) -> None:
         """Write a shard in one move."""
-        mark = {PIECE: self._mark(number)}
-        if isinstance(predictions, pa.Table):
-            write_table(self.path(number), predictions, mark)
-        else:
-            with new_file(self.path(number)) as aside:
-                save_tensors(aside, predictions, mark)
+        with new_file(self.path(number)) as aside:
+            if isinstance(predictions, pa.Table):
+                with open_table(aside) as append:
+                    append(predictions)
+            else:
+                save_tensors(aside, predictions)
+            write_json(self.path(number).with_suffix(".json"), self._facts(number, aside))
 
     def join(self) -> int:
         """Write the output from all shards, remove them, and return its number of rows or arrays."""
@@ -285,18 +278,12 @@ def shard_suffix(target: Path) -> str:
     return SAFETENSORS if target.suffix.lower() == SAFETENSORS else ".parquet"
 
 
-def shard_facts(path: Path) -> tuple[int, str | None]:
-    """Return the number of predictions in a shard and the mark of its piece; raise what its reader does."""
-    if path.suffix == SAFETENSORS:
-        with _data(path) as (entries, metadata, _):
-            return len(entries), metadata.get(PIECE)
-    rows, metadata = read_metadata(path)
-    return rows, metadata.get(PIECE)
-
-
 def check_shards(target: Path) -> None:
     """Raise ConfigError where the folder for the shards of `target` holds what no command of ours left there."""
-    folder, ours = shards_folder(target), re.compile(rf"\.lock|{MANIFEST}|\d{{8}}{shard_suffix(target)}|\..*\.tmp")
+    folder, ours = (
+        shards_folder(target),
+        re.compile(rf"\.lock|{MANIFEST}|\d{{8}}(\.json|{shard_suffix(target)})|\..*\.tmp"),
+    )
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{folder} is in the way: shards of predictions go there; move it, or name another --output")
     others = [path.name for path in folder.iterdir() if not ours.fullmatch(path.name)] if folder.is_dir() else []
@@ -356,7 +343,7 @@ def _join_arrays(paths: Sequence[Path], target: Path) -> int:
     header: dict[str, Any] = {}
     end = 0
     for path in paths:
-        with _data(path) as (entries, _, _):
+        with _data(path) as (entries, _):
             for name, entry in entries.items():
                 header[name] = {**entry, "data_offsets": [end + offset for offset in entry["data_offsets"]]}
             # Offsets count from the first byte of data, so a later shard's move by all the data before it.
@@ -372,30 +359,19 @@ def _join_arrays(paths: Sequence[Path], target: Path) -> int:
     with open_new(target, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for path in paths:
-            with _data(path) as (_, _, data):
+            with _data(path) as (_, data):
                 shutil.copyfileobj(data, file, 1 << 20)
     return len(header)
 
 
 @contextmanager
-def _data(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, str], BinaryIO]]:
-    """Open a safetensors file; yield its header's entries, its metadata, and the file at its first byte of data.
-
-    Raise ValueError where it is none, or does not end where its header says.
-    """
+def _data(path: Path) -> Iterator[tuple[dict[str, Any], BinaryIO]]:
+    """Open a safetensors file of ours; yield its header's entries, and the file at its first byte of data."""
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_LIMIT + 1
-        if length > HEADER_LIMIT:
-            raise ValueError("no safetensors file")
+        (length,) = struct.unpack("<Q", file.read(8))
         entries = parse_json(file.read(length))
-        if wrong := misfit(entries, {"__metadata__?": {"*": str}, "*": {"data_offsets": [int]}}):
-            raise ValueError(wrong)
-        metadata = entries.pop("__metadata__", {})
-        size = max((entry["data_offsets"][-1] for entry in entries.values()), default=0)
-        if os.fstat(file.fileno()).st_size != 8 + length + size:
-            raise ValueError("its data are not whole")
-        yield entries, metadata, file
+        entries.pop("__metadata__", None)
+        yield entries, file
 
 
 JOIN: dict[str, Callable[[Sequence[Path], Path], int]] = {
@@ -418,8 +394,7 @@ def check_target(target: Path, suffixes: Iterable[str], inputs: Mapping[str, Pat
     )
     require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
     check_apart("--output", target, inputs)
-    files = {name: path for name, path in inputs.items() if path is not None and not os.path.isdir(path)}
-    check_apart("--output: its", rejected_path(target), files)
+    check_apart("--output: its", rejected_path(target), inputs, inside=False)
     check_shards(target)
     check_rejected(rejected_path(target))
 

@@ -83,10 +83,7 @@ class AdapterFolder:
 def read_adapter_folder(path: Path) -> AdapterFolder:
     """Read the adapter_config.json of a folder. Raise ConfigError where it is not of an adapter that can be merged."""
     file = path / ADAPTER_CONFIG
-    try:
-        said = read_json(file, {})
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); save the adapter again with PEFT") from error
+    said = read_json(file, {}, ConfigError, "save the adapter again with PEFT")
     kind = said.get("peft_type")
     merge = "merge it with PEFT (merge_and_unload), save the model and name its folder"
     require(kind == "LORA", f"{file}: peft_type is {kind!r}, and only LORA is read; {merge}")

@@ -13,11 +13,12 @@ from markupsafe import Markup, escape
 
 from esm_neuron import __version__
 from esm_neuron.config import AdapterConfig, settings
+from esm_neuron.errors import CheckpointError
 from esm_neuron.files import check_ours, new_folder, note, read_bytes, write_bytes, write_text
 from esm_neuron.metrics.text import Shown, clean_of, counted, leak_text, show, shown, verdict
 from esm_neuron.reports import charts
 from esm_neuron.reports.charts import COLOURS, Chart
-from esm_neuron.run_dir import REJECTED, REPORT, Finished, read_finished
+from esm_neuron.run_dir import CONFIG, REJECTED, REPORT, RESULT, Finished, read_finished
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
 from esm_neuron.tasks.view import View
@@ -38,6 +39,10 @@ class Table:
     rows: list[tuple[str, list[Shown]]]  # name of a metric, and one cell per column
 
 
+_MISFIT = (ArithmeticError, AttributeError, LookupError, MemoryError, NotImplementedError, TypeError, ValueError)
+"""What numpy, pyarrow and matplotlib raise where columns are missing, of another type, or of another length."""
+
+
 def write_report(run: Path) -> Path:
     """Write report/index.html, which loads nothing from elsewhere, and one PNG per chart beside it; return the page.
 
@@ -49,9 +54,15 @@ def write_report(run: Path) -> Path:
     note(run, [])
     split = next((split for split in SPLITS if finished.result.get(split)), None)
     task = create_task(finished.cfg.task, finished.cfg.task.labels or ())
-    found = task.view(finished.predictions[split]) if split in finished.predictions else None
-    drawn = list(_charts(finished, task, split, found))
-    text = _render(finished, task, split, found, drawn)
+    try:
+        found = task.view(finished.predictions[split]) if split in finished.predictions else None
+        drawn = list(_charts(finished, task, split, found))
+        text = _render(finished, task, split, found, drawn)
+    except _MISFIT as error:
+        raise CheckpointError(
+            f"{run}: its predictions, {RESULT} and {CONFIG} do not fit each other ({error!r}); train again, or remove "
+            "the predictions"
+        ) from error
     with new_folder(run / REPORT) as aside:
         write_text(aside / PAGE, text)
         for chart in drawn:

@@ -122,6 +122,8 @@ class ResidueClassification(Task):
         flat = [column.flatten().to_numpy(zero_copy_only=False) for column in columns]
         probabilities = np.stack(flat, axis=1).astype(np.float64)
         names = table["target"].combine_chunks().flatten()
+        if min(residues, default=0) < 0 or residues.sum() != len(probabilities):
+            raise ValueError("the lists of predictions are not as long as the proteins")
         protein = np.repeat(np.arange(len(residues)), residues)
         known = ~np.isnan(probabilities[:, 0]) & names.is_valid().to_numpy(zero_copy_only=False)
         probabilities, protein = probabilities[known], protein[known]

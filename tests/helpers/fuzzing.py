@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from esm_neuron.data.tokenizer import RESIDUES
 from helpers.refusals import Refusal, outcome
 
-QUICK = 40
+QUICK = 50
 CASES = int(os.environ.get("FUZZ_CASES", QUICK))
 HANG = 120
 """Seconds that a case may take on a busy machine; then the process ends, also inside a call into C."""

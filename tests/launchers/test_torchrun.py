@@ -36,6 +36,20 @@ def dry(*words: str, standins: tuple[str, ...] = (), **env: str) -> tuple[int, l
     return done.returncode, shlex.split(command), dict(line.split("=", 1) for line in variables), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://key:secret@bucket/x.csv", "s3://***@bucket/x.csv"),
+        ("https://me:se/cret@example.org/x", "https://***@example.org/x"),
+        ("hf://owner/name@main/train", "hf://owner/name@main/train"),
+        ("http://localhost:9000/x", "http://localhost:9000/x"),
+    ],
+)
+def test_a_dry_run_shows_no_password(url: str, shown: str) -> None:
+    code, command, _, _ = dry("--data.train", url)
+    assert code == 0 and command[command.index("--data.train") + 1] == shown
+
+
 def where(command: list[str]) -> dict[str, str]:
     """The command's --name=value words."""
     return dict(word.removeprefix("--").split("=", 1) for word in command if word.startswith("--") and "=" in word)

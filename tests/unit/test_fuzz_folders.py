@@ -18,14 +18,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import fuzzing
-from helpers.finished import RESULT, finish
+from helpers.finished import LABELS, RESULT, finish
 from helpers.fuzzing import SEEDS, fuzz, mutate
 from helpers.weights import state_of, tiny, write_safetensors_folder
 from hypothesis import given
 
 from esm_neuron import cli
+from esm_neuron.data.parquet import write_table
 from esm_neuron.errors import DataError
 from esm_neuron.files import write_json, write_text
 from esm_neuron.inference import stream
@@ -54,6 +57,9 @@ def made(where: Path) -> Path:
     finish(root / "run", "mean", "lora")
     result = {**RESULT, "task": "sequence_classification", "test": SCORES, "baselines": {"test": {"majority": SCORES}}}
     write_json(root / "run" / "result.json", result)
+    columns = {"id": ["a", "b"], "residues": pa.array([9, 8], pa.int32()), "target": ["nucleus", "cytosol"]}
+    columns |= {f"p_{label}": pa.array([0.2, 0.5], pa.float32()) for label in LABELS}
+    write_table(root / "run" / "predictions-test.parquet", pa.table(columns))
     lines = [{"step": step, "loss": 0.7} for step in range(3)] + [
         {"step": 2, "split": "valid", "loss": 0.5, "mcc": 0.1}
     ]
@@ -80,7 +86,10 @@ def damage(root: Path, rng: Random) -> None:
             return
         file, other = rng.choice(files), rng.choice(files)
         kind = rng.choice(("json", "json", "json", "bytes", "bytes", "swap", "double", "rename", "kind", "remove"))
-        if kind == "json" and file.suffix in (".json", ".jsonl"):
+        if kind == "json" and file.suffix == ".parquet":
+            with suppress(pa.ArrowException):  # damaged before
+                pq.write_table(_other_table(pq.read_table(file), rng), file)
+        elif kind == "json" and file.suffix in (".json", ".jsonl"):
             file.write_text(_other_json(file.read_text(errors="replace"), rng))
         elif kind in ("bytes", "json"):
             file.write_bytes(mutate(file.read_bytes(), rng))
@@ -99,6 +108,21 @@ def damage(root: Path, rng: Random) -> None:
             file.unlink()
             if kind == "kind":
                 rng.choice((os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path), _touch))(file)
+
+
+def _other_table(table: pa.Table, rng: Random) -> pa.Table:
+    """A table with a column left out, renamed, of another type, or of other values; or with other rows."""
+    at = rng.randrange(table.num_columns)
+    name, how = table.column_names[at], rng.choice(("drop", "rename", "values", "values", "rows"))
+    if how == "drop" and table.num_columns > 1:
+        return table.remove_column(at)
+    if how == "rename":
+        names = [*table.column_names[:at], rng.choice(("x", "id", "a\nb")), *table.column_names[at + 1 :]]
+        return table.rename_columns(names)
+    if how == "rows":
+        return pa.concat_tables([table] * rng.choice((1, 2, 1000))).slice(rng.choice((0, 1, len(table))))
+    odd = [2**31 - 1, -5, float("nan"), "x" * 1000, None, [1.0], True, b"\0"]
+    return table.set_column(at, name, pa.array([rng.choice(odd)] * table.num_rows))
 
 
 def _touch(path: Path) -> None:

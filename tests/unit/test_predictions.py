@@ -242,7 +242,8 @@ def test_a_predicting_model_has_no_gradient_buffers(toy: Toy) -> None:
 
 
 def parts(target: Path) -> list[Path]:
-    return sorted(target.with_name(f"{target.name}.shards").glob("[0-9]*.*"))
+    files = target.with_name(f"{target.name}.shards").glob("[0-9]*.*")
+    return sorted(path for path in files if path.suffix != ".json")
 
 
 def test_a_killed_command_goes_on_and_loses_no_row(
@@ -298,7 +299,7 @@ def unfinished(plain: Path, source: Path, target: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".safetensors"])
-@pytest.mark.parametrize("harm", ["swapped", "doubled", "foreign", "cut", "beyond", "another length"])
+@pytest.mark.parametrize("harm", ["swapped", "doubled", "foreign", "cut", "flipped", "beyond", "another length"])
 def test_shards_that_do_not_belong_are_predicted_again(
     plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, harm: str
 ) -> None:
@@ -310,12 +311,17 @@ def test_shards_that_do_not_belong_are_predicted_again(
         other = proteins("other.csv", 130 if harm == "foreign" else 200, seed=5)
         foreign = unfinished(plain, other, tmp_path / f"other{suffix}", monkeypatch)
         shutil.copy(foreign[1], shards[1])
+        shutil.copy(foreign[1].with_suffix(".json"), shards[1].with_suffix(".json"))
     elif harm == "swapped":
         content = shards[0].read_bytes()
         shutil.copy(shards[1], shards[0])
         shards[1].write_bytes(content)
     elif harm == "doubled":
         shutil.copy(shards[0], shards[2])
+    elif harm == "flipped":
+        content = bytearray(shards[1].read_bytes())
+        content[-100] ^= 1
+        shards[1].write_bytes(content)
     elif harm == "cut":
         shards[1].write_bytes(shards[1].read_bytes()[:-9])
     else:
@@ -323,7 +329,7 @@ def test_shards_that_do_not_belong_are_predicted_again(
     lines: list[str] = []
     assert embed(str(plain), source, target, settings=SMALL, resume=True, log=lines.append) == 130
     again = [line for line in lines if line.endswith("so it is predicted again")]
-    assert len(again) == {"swapped": 2, "beyond": 0}.get(harm, 1)
+    assert len(again) == {"swapped": 2, "beyond": 0}.get(harm, 1), harm
     assert target.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
     assert not target.with_name(f"{target.name}.shards").exists()
 

@@ -312,7 +312,7 @@ def test_what_cannot_be_reported_is_one_line_and_leaves_the_old_report(
     (spoilt / "predictions-test.parquet").unlink()
     refused(CheckpointError, "metrics.jsonl:2", "not a JSON object with a step")
     (spoilt / "result.json").write_text("{")
-    refused(CheckpointError, "result.json", "cannot be used")
+    refused(CheckpointError, "result.json", "cannot be read")
     (spoilt / "result.json").write_text('{"task": "regression"}')
     refused(CheckpointError, "result.json", "has no metric")
     (spoilt / "result.json").unlink()

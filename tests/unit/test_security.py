@@ -28,6 +28,7 @@ from esm_neuron.config import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.config.rules import check_values
 from esm_neuron.config.settings import parse
 from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.inference.serving import _Request
 from esm_neuron.redact import MOST, Lines, RedactedRecord, RedactingFormatter, redact, shown
 
 ROOT = Path(__file__).parents[2]
@@ -423,3 +424,10 @@ def test_labels_ids_and_columns_reach_a_terminal_as_escapes(tmp_path: Path, caps
 def test_a_log_line_of_a_library_is_one_line() -> None:
     record = RedactedRecord("x", logging.WARNING, "x.py", 1, "%s\n", (EVIL,), None)
     assert RedactingFormatter("%(levelname)s: %(message)s").format(record) == f"WARNING: {QUIET}"
+
+
+def test_an_endpoint_gives_ids_back_as_they_came() -> None:
+    found = _Request([(" a ", " MKV\n"), ("a", "MKV")], DataConfig()).read()
+    assert list(found.ids) == [" a ", "a"] and list(found.residues) == [3, 3]
+    with pytest.raises(DataError, match=r"^request: record 1|^request:1: column 'id' holds half a surrogate pair"):
+        _Request([("\ud800", "MKV")], DataConfig())
