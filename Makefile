@@ -37,7 +37,7 @@ PYTEST = $(BIN)/python -m pytest
 TRN1_PYTEST = $(TRN1)/bin/python -m pytest
 # What trn1's lane runs of the unit suite: the engine and all that reads or writes weights.
 TRN1_TESTS := tests/xla $(patsubst %,tests/unit/test_%.py,checkpoint compat convert cli dummy_task esm2 evaluate export \
-	lanes loading lora lora_layers neuron_env nxd_contract optim packaging quantize ranks saving score tasks tensor_parallel \
+	lanes loading lora lora_layers neuron_env nxd_contract optim other_trainers packaging quantize ranks saving score tasks tensor_parallel \
 	trainer trn1_report two_processes weights)
 
 .PHONY: help install install-trn1 demo test test-current test-trn1-lane lint type format clean \

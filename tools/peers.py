@@ -76,7 +76,7 @@ def compare(found: dict[str, dict[str, dict[str, str]]]) -> int:
     """Print a table and each failure beyond the control's; return how many there are."""
     beyond = 0
     print(
-        f"{'suite':<14}{'model':<11}{'tests':>6}{'passed':>8}{'as control':>12}{'refused':>9}{'known':>7}{'beyond':>8}"
+        f"{'suite':<14}{'model':<11}{'tests':>6}{'passed':>8}{'as control':>12}{'refused':>9}{'known':>7}{'skipped':>9}{'beyond':>8}"
     )
     for suite, models in sorted(found.items()):
         control = models["control"]
@@ -86,11 +86,13 @@ def compare(found: dict[str, dict[str, dict[str, str]]]) -> int:
             refused = {name for name, text in failed.items() if REFUSED.search(text)} - shared
             known = (failed.keys() & KNOWN) - shared
             rest = failed.keys() - shared - refused - known
-            counts = (len(tests), len(tests) - len(failed), *map(len, (shared, refused, known, rest)))
-            columns = (f"{count:>{width}}" for count, width in zip(counts, (6, 8, 12, 9, 7, 8), strict=True))
+            skipped = control.keys() - tests.keys()
+            counts = (len(tests), len(tests) - len(failed), *map(len, (shared, refused, known, skipped, rest)))
+            columns = (f"{count:>{width}}" for count, width in zip(counts, (6, 8, 12, 9, 7, 9, 8), strict=True))
             print(f"{suite:<14}{model:<11}{''.join(columns)}")
-            for name in sorted(known | rest):
-                print(f"  {name}: {KNOWN.get(name) or ' '.join(failed[name].split())[:200]}")
+            for name in sorted(known | rest | skipped):
+                why = "skipped here alone" if name in skipped else KNOWN.get(name) or " ".join(failed[name].split())
+                print(f"  {name}: {why[:200]}")
             beyond += len(rest)
     return beyond
 
