@@ -281,7 +281,9 @@ class LabelSets(Labels):
         rarest = np.full(len(counts), len(names))
         some = counts > 0
         rarest[some] = np.minimum.reduceat(order[flat], (np.cumsum(counts) - counts)[some]) if some.any() else 0
-        return _numbered(rarest)
+        groups = _numbered(rarest)
+        # Where most proteins have a label of their own, none could be held out: such labels are not spread.
+        return groups if 2 * len(np.unique(groups)) <= len(groups) else np.zeros_like(groups)
 
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
         """Return uint8 [rows, classes]: 1 for each label that a row has."""

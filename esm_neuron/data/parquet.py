@@ -274,7 +274,7 @@ def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = N
             sheets = [str(name) for name in book.sheet_names]
             if sheet not in (sheets if len(sheets) > 1 else [None, *sheets]):
                 raise DataError(f"{path}: name its sheet: data.sheet is one of {', '.join(map(repr, sheets))}")
-            frame = book.parse(sheet or sheets[0], dtype=object, keep_default_na=False)
+            frame = pd.read_excel(book, sheet_name=sheet or sheets[0], dtype=object, keep_default_na=False)
     except EsmNeuronError:
         raise
     except Exception as error:  # zip, XML and the package's own errors

@@ -149,7 +149,8 @@ def has_labels(source: str, cfg: DataConfig) -> bool:
         _, values = next(read_records(file, columns, cfg.sheet), (0, []))
     except DataError:
         return False
-    keys = not _is_table(file)  # a record of these has no key that is empty
+    # what has a header of its own for each record shows a column only by its value; a .txt may be FASTA
+    keys = not _is_table(file) or suffix_of(file) == ".txt"
     return name is not None or not keys or any(v for v, c in zip(values, columns, strict=True) if c.name == "label")
 
 

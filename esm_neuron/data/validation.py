@@ -289,6 +289,10 @@ class Checker:
                 self.counts.update(stripped=1, stripped_characters=len(whole) - len(sequence))
                 self._reject(line, name, f"the sequence {_bad_message(bad_residues(whole))}", "stripped")
         bad = bad_residues(sequence)
+        if not sequence:
+            self.problems.add(
+                line, f"the sequence of {quote(name)} is {quote(whole)}: nothing is left of it; remove it"
+            )
         if bad is None:
             return sequence
         if choice in ("strict", "strip"):

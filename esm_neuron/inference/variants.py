@@ -275,7 +275,7 @@ class VariantTable:
             wild_type = self.wild_type or ""
             variant = parse_variant(text, wild_type, self.first)
             return Row(text, variant, mutated(wild_type, variant), measured)
-        sequence = text.upper()
+        sequence = text.upper().rstrip("*")
         bad = bad_residues(sequence)
         if bad is not None:
             where = f"{bad.character!r} at residue {bad.position}"

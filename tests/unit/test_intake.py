@@ -675,6 +675,49 @@ def test_saved_datasets_of_splits_and_of_tokens(tmp_path: Path) -> None:
         load(tmp_path / "m")
 
 
+def test_workbooks(tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl")
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        {"id": [name for name, _, _ in ROWS], "sequence": [s for _, s, _ in ROWS], "label": [0, 1, 2] * 2}
+    )
+    with pd.ExcelWriter(tmp_path / "a.xlsx") as book:
+        frame.to_excel(book, sheet_name="one", index=False)
+        frame.assign(label=frame["label"] + 0.5).to_excel(book, sheet_name="two", index=False)
+    assert load(tmp_path / "a.xlsx", sheet="one").labels == ("0", "1", "2")
+    assert load(tmp_path / "a.xlsx", "regression", sheet="two").train.labels.tolist() == [0.5, 1.5, 2.5] * 2
+    for sheet in (None, "three"):
+        with pytest.raises(DataError, match="name its sheet: data.sheet is one of 'one', 'two'"):
+            load(tmp_path / "a.xlsx", sheet=sheet)
+
+
+def test_a_workbook_without_its_reader_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"save the sheet as CSV \(UTF-8\), or install openpyxl"):
+        load(tmp_path / "a.xlsx")
+
+
+def test_proteins_with_labels_of_their_own_can_be_held_out(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.tsv", [f"GO:{i};GO:{i + 1};common" for i in range(0, 80, 2)])
+    splits = load(path, "multi_label", valid_fraction=0.2)
+    assert splits.valid is not None and len(splits.valid) == 8
+
+
+@pytest.mark.parametrize("text", ["123", "---", "1 2 3", "..", "- 1 -"])
+def test_nothing_is_left_of_what_is_stripped(tmp_path: Path, text: str) -> None:
+    path = table(tmp_path / "a.tsv", ["A", "B", "A"], [text, protein(1), protein(2)])
+    with pytest.raises(DataError, match="nothing is left of it|stands for none"):
+        load(path, on_bad_residue="strip")
+
+
+def test_a_fasta_without_labels_is_checked_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "a.fasta"):
+        assert cli.main(["data", "check", str(write(tmp_path / name, f">a\n{protein(1)}\n"))]) == 0
+        assert "labels:" not in capsys.readouterr().out
+
+
 # A cure that is offered is a cure
 
 
