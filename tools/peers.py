@@ -72,12 +72,14 @@ def outcomes(folder: Path, python: str) -> dict[str, dict[str, dict[str, str]]]:
     return found
 
 
+COLUMNS = {"tests": 6, "passed": 8, "as control": 12, "refused": 9, "known": 7, "skipped": 9, "beyond": 8}
+"""Heading of the table -> its width. `tests` are those that were not skipped, `skipped` those for a class of ours alone."""
+
+
 def compare(found: dict[str, dict[str, dict[str, str]]]) -> int:
     """Print a table and each failure beyond the control's; return how many there are."""
     beyond = 0
-    print(
-        f"{'suite':<14}{'model':<11}{'tests':>6}{'passed':>8}{'as control':>12}{'refused':>9}{'known':>7}{'skipped':>9}{'beyond':>8}"
-    )
+    print(f"{'suite':<14}{'model':<11}" + "".join(f"{head:>{width}}" for head, width in COLUMNS.items()))
     for suite, models in sorted(found.items()):
         control = models["control"]
         for model, tests in models.items():
@@ -88,11 +90,12 @@ def compare(found: dict[str, dict[str, dict[str, str]]]) -> int:
             rest = failed.keys() - shared - refused - known
             skipped = control.keys() - tests.keys()
             counts = (len(tests), len(tests) - len(failed), *map(len, (shared, refused, known, skipped, rest)))
-            columns = (f"{count:>{width}}" for count, width in zip(counts, (6, 8, 12, 9, 7, 9, 8), strict=True))
-            print(f"{suite:<14}{model:<11}{''.join(columns)}")
-            for name in sorted(known | rest | skipped):
-                why = "skipped here alone" if name in skipped else KNOWN.get(name) or " ".join(failed[name].split())
-                print(f"  {name}: {why[:200]}")
+            shown = (f"{count:>{width}}" for count, width in zip(counts, COLUMNS.values(), strict=True))
+            print(f"{suite:<14}{model:<11}{''.join(shown)}")
+            if skipped:
+                print(f"  skipped: {', '.join(sorted(skipped))}")
+            for name in sorted(known | rest):
+                print(f"  {name}: {KNOWN.get(name) or ' '.join(failed[name].split())[:200]}")
             beyond += len(rest)
     return beyond
 
