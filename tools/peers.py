@@ -73,7 +73,7 @@ def outcomes(folder: Path, python: str) -> dict[str, dict[str, dict[str, str]]]:
 
 
 COLUMNS = {"tests": 6, "passed": 8, "as control": 12, "refused": 9, "known": 7, "skipped": 9, "beyond": 8}
-"""Heading of the table -> its width. `tests` are those that were not skipped, `skipped` those for a class of ours alone."""
+"""Heading of the table -> its width. `tests` were not skipped; `skipped` were for a class of ours alone."""
 
 
 def compare(found: dict[str, dict[str, dict[str, str]]]) -> int:
