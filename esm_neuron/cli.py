@@ -369,6 +369,9 @@ def make_parser(name: str) -> CommandParser:
 
 def call(name: str, words: Sequence[str]) -> int:
     """Run a command with the words after its name; return the exit code."""
+    words = [
+        re.sub(r"^(--[\w.-]+=)?~(?=/|$)", lambda found: (found[1] or "") + os.path.expanduser("~"), w) for w in words
+    ]
     for word in words:
         sound = not any("\ud800" <= character <= "\udfff" for character in word)
         require(sound, f"{word} is not of this locale's encoding; rename the file, or set LC_ALL=C.UTF-8")
@@ -429,6 +432,10 @@ def show_failure(failed: threading.ExceptHookArgs) -> None:
         show_traceback(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
+SMALLER = "lower data.pack_tokens, data.max_segments, loop.packs_per_device or adapter.r, or free memory"
+"""The cure where memory does not suffice."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code of the process. A known error is one line."""
     if argv is None:  # run as a program: a traceback may quote a URL with a secret
@@ -456,8 +463,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"esm-neuron: error: {error.object[:100]!r} has no place in {error.encoding}; set LC_ALL=C.UTF-8")
         return 2
     except MemoryError as error:
-        cure = "lower data.pack_tokens, loop.packs_per_device or adapter.r, or free memory"
-        log(f"esm-neuron: error: out of memory ({error}); {cure}")
+        log(f"esm-neuron: error: out of memory ({error}); {SMALLER}")
+        return 2
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
+            raise
+        log(f"esm-neuron: error: out of memory ({str(error).partition(chr(10))[0]}); {SMALLER}")
         return 2
     except OSError as error:  # a disk that is full, a folder that cannot be written
         log(f"esm-neuron: error: {error}; free space, or fix the path or its permissions")

@@ -322,25 +322,32 @@ def note_output(path: Path) -> None:
         note(path.parent, [path.name], "outputs")
 
 
-def check_apart(option: str, target: Path, inputs: Mapping[str, Path | str | None], inside: bool = True) -> None:
-    """Raise ConfigError where an output is one of the inputs, by this name, a link or another spelling.
+def check_apart(
+    option: str, target: Path, inputs: Mapping[str, Iterable[str]], model: str | Path | None = None
+) -> None:
+    """Raise ConfigError where an output is one of the inputs, or in one, by this name, a link or another spelling.
 
-    Each of `inputs` is named by its option. If `inside`, an output in a folder that is one, such as a run, must have a
-    name of its own there, or that of an earlier output.
+    Each of `inputs` is named by its option. In the folder of a `model` an output must have a name of its own, or that
+    of an earlier output.
     """
     place = target.resolve()
-    for name, given in inputs.items():
-        if given is None or not os.path.exists(given):
-            continue
-        source = Path(given).resolve()
-        same = place == source or (target.exists() and os.path.samefile(target, source))
-        if inside and source.is_dir() and source in place.parents:
-            new = not os.path.lexists(target) and place.suffix != ".safetensors" and place.name not in _ledger(source)
-            same = place.parent != source or not (new or place.name in _ledger(source, "outputs"))
-        if same:
-            raise ConfigError(
-                f"{option} {target} would replace what {name} {given} names or holds; name another output"
-            )
+    for name, files in {**inputs, "--model": [] if model is None else [str(model)]}.items():
+        for file in filter(os.path.exists, files):
+            source = Path(file).resolve()
+            same = source == place or (target.exists() and os.path.samefile(target, source))
+            if source in place.parents and source.is_dir():
+                same = name != "--model" or place.parent != source or not _is_free(target)
+            if same:
+                raise ConfigError(
+                    f"{option} {target} would replace what {name} {file} names or holds; name another output"
+                )
+
+
+def _is_free(path: Path) -> bool:
+    """Return whether a file in the folder of a model is an earlier output, or is neither there nor a run's own."""
+    if path.name in _ledger(path.parent, "outputs"):
+        return True
+    return not (os.path.lexists(path) or path.suffix == ".safetensors" or path.name in _ledger(path.parent))
 
 
 def flock(lock: IO[str], operation: int, what: str) -> None:

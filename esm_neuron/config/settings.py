@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -220,6 +221,10 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
     except (argparse.ArgumentError, *_NOT_YAML) as error:
         raise ConfigError(_explain(_one_line(error))) from error
     cfg = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    # as `model.name`, in a file as in a flag: a folder of the name `~` is never meant
+    places = ("train", "valid", "test", "cache")
+    home: dict[str, Any] = {name: os.path.expanduser(getattr(cfg.data, name) or "") or None for name in places}
+    cfg = replace(cfg, output=os.path.expanduser(cfg.output), data=replace(cfg.data, **home))
     for name in _nothing("", plain(cfg), plain(TrainConfig())):
         raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
     return cfg

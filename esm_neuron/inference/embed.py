@@ -96,7 +96,7 @@ def embed(
         pooling: the mean over residues, the state of <cls>, or one vector per residue, in the protein's own
             numbering (NaN for residues that were cut off). Windows are averaged.
     """
-    check_target(target, SUFFIXES, {"--model": model, "--input": source})
+    check_target(target, SUFFIXES, model, {"--input": source}, settings)
     spec = find_model(model, backend, settings, "embed")
     task = Embedding(pooling)
     shape = as_arrays if target.suffix.lower() == SAFETENSORS else as_table

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import BackendName, require
+from esm_neuron.config import BackendName
 from esm_neuron.config.deferred import module
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
-from esm_neuron.files import check_apart, finite, note_output, write_json
+from esm_neuron.files import finite, note_output, write_json
 from esm_neuron.inference.load import build_trained, find_trained
 from esm_neuron.inference.predict import write_rejected
+from esm_neuron.inference.stream import check_output
 
 if TYPE_CHECKING:
     from esm_neuron.training import evaluation
@@ -44,10 +44,7 @@ def evaluate(
         overrides: words that overrule the model's settings, such as `--data.label_column class`.
     """
     if target is not None:
-        require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
-        check_apart("--output", target, {"--model": model, "--input": source})
-        check_apart("--output: its", rejected_path(target), {"--input": source})
-        check_rejected(rejected_path(target))
+        check_output(target, model, {"--input": source}, overrides)
     cfg, task = find_trained(model, backend_name, overrides, "evaluate")
     labels = None if task.label_kind is None else task.label_kind.of(cfg.task, cfg.data)
     inputs = InputChunks(source, cfg.data, labels)

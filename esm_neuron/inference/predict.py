@@ -63,7 +63,7 @@ def predict(
         resume: use the shards that a killed command left beside `target`.
         log: called with lines about what was read, left out or cut.
     """
-    check_target(target, JOIN, {"--model": model, "--input": source})
+    check_target(target, JOIN, model, {"--input": source}, settings)
     cfg, task = find_trained(model, backend, settings, "predict")
 
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:

@@ -192,7 +192,7 @@ def score(
         `method`, `rows`, and where a score column is named `n` (rows with a value), `spearman` and `spearman_ci`
         between it and the method's value, the pseudo-perplexity negated.
     """
-    check_target(target, JOIN, {"--model": model, "--input": source, "--wild-type": wild_type})
+    check_target(target, JOIN, model, {"--input": source, "--wild-type": wild_type}, settings)
     spec, columns = _language_model(model, backend, settings), columns or VariantColumns()
     compare = method != "pseudo-perplexity"
     if wild_type is None and (compare or columns.sequence is None):

@@ -30,7 +30,7 @@ from esm_neuron.config import require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.loader import prefetch
 from esm_neuron.data.parquet import open_table, read_table
-from esm_neuron.data.records import RESIDUE_JOINER
+from esm_neuron.data.records import RESIDUE_JOINER, files_of
 from esm_neuron.data.validation import check_rejected, rejected_path
 from esm_neuron.distributed import main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
@@ -383,19 +383,32 @@ JOIN: dict[str, Callable[[Sequence[Path], Path], int]] = {
 """Suffix of a table -> function of (shards, target) that writes it and returns its rows."""
 
 
-def check_target(target: Path, suffixes: Iterable[str], inputs: Mapping[str, Path | str | None]) -> None:
+def check_target(
+    target: Path, suffixes: Iterable[str], model: str | Path, inputs: Mapping[str, Path | None], words: Sequence[str]
+) -> None:
     """Raise ConfigError unless the suffix of `target` is one of `suffixes`, and writing it replaces nothing of others.
 
-    That is its file, its shards and its list of rejected records; `inputs` by their options.
+    That is its file, its shards and its list of rejected records. `inputs` are sources of records by their options,
+    `words` settings, which may name a file.
     """
     require(
         target.suffix.lower() in suffixes,
         f"--output {target}: unknown format {target.suffix!r}; name the file with one of {' '.join(suffixes)}",
     )
-    require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
-    check_apart("--output", target, inputs)
-    check_apart("--output: its", rejected_path(target), inputs, inside=False)
+    check_output(target, model, inputs, words)
     check_shards(target)
+
+
+def check_output(target: Path, model: str | Path, inputs: Mapping[str, Path | None], words: Sequence[str]) -> None:
+    """Check of an output what `check_target` does, but for its suffix and shards."""
+    require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
+    files = {option: [name for name, _ in files_of(str(path))] for option, path in inputs.items() if path is not None}
+    follows = zip(words, [*words[1:], ""], strict=False)
+    files["--config"] = [
+        word.partition("=")[2] or next_ for word, next_ in follows if word.partition("=")[0] == "--config"
+    ]
+    check_apart("--output", target, files, model)
+    check_apart("--output: its", rejected_path(target), files)
     check_rejected(rejected_path(target))
 
 

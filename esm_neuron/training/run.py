@@ -19,7 +19,8 @@ from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import validate
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader, TrainLoader
-from esm_neuron.data.splits import Splits, check_files, load_splits
+from esm_neuron.data.records import files_of
+from esm_neuron.data.splits import Splits, check_files, data_files, load_splits
 from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
@@ -276,10 +277,15 @@ def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
 
         def claim() -> None:
             held.enter_context(claimed(out))
+            sources = {f"data.{split}": path for split, path in data_files(cfg.data).items()}
+            inputs = {setting: [file for file, _ in files_of(path)] for setting, path in sources.items()}
+            if out.resolve() in Path(cfg.model.name).resolve().parents:
+                inputs["model.name"] = [cfg.model.name]
             for name in (*FILES, ADAPTER, MODEL, BASE):
-                given = {f"data.{split}": getattr(cfg.data, split) for split in ("train", "valid", "test")}
-                check_apart("output:", out / name, {**given, "model.name": cfg.model.name}, inside=False)
-            check_ours(out, (*FILES, ADAPTER, MODEL, BASE))
+                check_apart("output:", out / name, inputs)
+            # a run whose ledger was left behind is known by its checkpoints
+            begun = cfg.checkpoint.resume == "auto" and checkpoint.steps(out / "checkpoints")
+            check_ours(out, (*(() if begun else FILES), ADAPTER, MODEL, BASE))
             if (out / "checkpoints").is_symlink():  # two runs with one folder of checkpoints would prune each other's
                 held.enter_context(claimed((out / "checkpoints").resolve()))
             used = checkpoint.steps(out / "checkpoints") or (out / RESULT).exists()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from esm_neuron.config import TrainConfig
+from esm_neuron.redact import shown
 
 EXIT_HUNG = 70
 """Exit code of a process that its watchdog has ended (EX_SOFTWARE of sysexits.h)."""
@@ -66,14 +67,14 @@ class Watchdog:
     def _end(self) -> None:
         reason = (
             f"esm-neuron: error: {self._what} has taken more than {self._allowed:g} s (loop.watchdog); the stacks of "
-            f"all threads are in {self._file}; nothing is saved from here on, go on with --checkpoint.resume auto\n"
+            f"all threads are in {self._file}; nothing is saved from here on, go on with --checkpoint.resume auto"
         )
         try:
             # Whatever the writes below wait for, this timer ends the process; where no thread can be started, which may
             # be why it hangs, faulthandler's own does.
             with contextlib.suppress(RuntimeError):
                 threading.Timer(PATIENCE, os._exit, (EXIT_HUNG,)).start()
-            text = reason.encode() + _stacks()
+            text = f"{shown(reason)}\n".encode() + _stacks()
             with contextlib.suppress(OSError):
                 blocking = os.get_blocking(2)
                 os.set_blocking(2, False)  # it may be a full pipe that nobody reads

@@ -178,7 +178,7 @@ def test_an_adapter_names_its_base_and_its_sum(run: Callable[..., Run]) -> None:
     folder = run("cls").out
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     reference = json.loads((folder / "adapter" / "base_reference.json").read_text())
-    assert config["base_model_name_or_path"] == reference["name"] == str(folder / "base")
+    assert config["base_model_name_or_path"] == str(folder / "base") and reference["name"] == "tiny"
     assert config["r"], config["lora_alpha"] == (4, 8)
     assert config["inference_mode"] is True
     assert len(reference["sha256"]) == 64
@@ -332,8 +332,3 @@ def test_an_adapter_of_other_values_is_refused(run: Callable[..., Run], tmp_path
     with pytest.raises(CheckpointError, match=rf"adapter_model.safetensors: {re.escape(name)} (is torch|holds NaN)"):
         export(out, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-
-
-def test_an_adapter_does_not_tell_where_its_base_lay(run: Callable[..., Run]) -> None:
-    finished = run("mean")
-    assert json.loads((finished.out / "adapter" / "base_reference.json").read_text())["name"] == "tiny"

@@ -236,14 +236,16 @@ def test_an_output_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(
         ConfigError, match=r"--output .* would replace what --(input data\.csv|model run) names or holds"
     ):
-        check_apart("--output", targets[way], {"--none": None, "--model": "run", "--input": source})
-    check_apart("--output", Path("new.csv"), {"--model": "run", "--input": source, "--hub": "owner/name"})
-    check_apart("--output", Path("run/p.csv"), {"--model": "run", "--input": source})
+        check_apart("--output", targets[way], {"--none": [], "--input": ["no.csv", str(source)]}, "run")
+    check_apart("--output", Path("new.csv"), {"--input": [str(source)], "--hub": ["owner/name"]}, "run")
+    with pytest.raises(ConfigError, match="would replace what --input run names or holds"):
+        check_apart("--output", Path("run/new.csv"), {"--input": ["run"]})
+    check_apart("--output", Path("run/p.csv"), {"--input": [str(source)]}, "run")
     Path("run/p.csv").touch()
     with pytest.raises(ConfigError, match="would replace"):
-        check_apart("--output", Path("run/p.csv"), {"--model": "run"})
+        check_apart("--output", Path("run/p.csv"), {}, "run")
     note_output(Path("run/p.csv"))
-    check_apart("--output", Path("run/p.csv"), {"--model": "run"})
+    check_apart("--output", Path("run/p.csv"), {}, "run")
 
 
 @pytest.mark.parametrize(

@@ -370,6 +370,12 @@ def test_an_output_replaces_no_input_and_nothing_of_a_run(
     for output in (source, run_folder / "config.yaml", tmp_path / "link.csv"):
         assert cli.main(words("evaluate", run_folder, source, output)) == 2
         assert "would replace what --" in capsys.readouterr().err
+    (tmp_path / "c.csv").write_text("data: {id_column: id}\n")
+    config = ["--config", str(tmp_path / "c.csv")]
+    assert cli.main([*words("predict", run_folder, source, tmp_path / "c.csv"), *config]) == 2
+    assert "would replace what --config" in capsys.readouterr().err
+    assert cli.main(words("predict", run_folder, tmp_path / "d*.csv", source)) == 2
+    assert "would replace what --input" in capsys.readouterr().err
     assert cli.main(words("predict", run_folder, source, tmp_path / "e.csv")) == 2
     assert "e.csv.rejected.tsv is in the way" in capsys.readouterr().err
     assert cli.main(words("predict", run_folder, tmp_path / "f.csv.rejected.tsv", tmp_path / "f.csv")) == 2

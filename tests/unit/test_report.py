@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.chromium import CHROMIUM, Browser
 from sklearn.metrics import confusion_matrix
@@ -348,3 +350,25 @@ def test_a_browser_fetches_nothing_complains_of_nothing_and_never_scrolls_sidewa
             texts = "[...document.querySelectorAll('figure svg text')]"
             ends = "t.getBoundingClientRect().right <= t.closest('figure').getBoundingClientRect().right"
             assert seen.evaluate(f"{texts}.length > 20 && {texts}.every(t => {ends})"), name
+
+
+def test_a_small_table_of_predictions_cannot_fill_a_memory(spoilt: Path) -> None:
+    """A million times one text of 4,000 letters is a file of kilobytes."""
+    column = pa.array(["x" * 4000]).dictionary_encode().take(pa.array(np.zeros(10**6, np.int8)))
+    path = spoilt / "predictions-test.parquet"
+    pq.write_table(pa.table({"id": column}), path, compression="zstd")
+    assert path.stat().st_size < 500_000
+    with pytest.raises(CheckpointError, match=r"predictions-test.parquet: \d+ bytes of values are packed into"):
+        write_report(spoilt)
+
+
+def test_predictions_that_do_not_fit_the_run_are_a_line(spoilt: Path) -> None:
+    path = spoilt / "predictions-test.parquet"
+    table = pq.read_table(path)
+    for other in (
+        table.drop_columns(["target"]),
+        table.set_column(0, "id", pa.array([None] * len(table))).select(["id"]),
+    ):
+        pq.write_table(other, path)
+        with pytest.raises(CheckpointError, match="its predictions, result.json and config.yaml do not fit each other"):
+            write_report(spoilt)

@@ -304,3 +304,11 @@ def test_every_example_configuration_is_valid(path: Path) -> None:
 
 def test_every_task_has_an_example_configuration() -> None:
     assert {read_config(path).task.name for path in CONFIGS} == set(TASKS)
+
+
+def test_a_home_folder_is_meant_in_files_and_flags(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "output: ~/run\ndata: {train: ~/x.csv, cache: ~/c, label_column: ~x}\nmodel: {name: ~/esm}\n"
+    cfg = parse(["--config", written(folder, text), "--data.valid=~/v.csv"])
+    assert (cfg.output, cfg.data.train, cfg.data.valid) == ("/home/me/run", "/home/me/x.csv", "/home/me/v.csv")
+    assert (cfg.data.cache, cfg.data.test, cfg.data.label_column) == ("/home/me/c", None, "~x")
