@@ -242,6 +242,8 @@ class LabelSets(Labels):
         names = listed(text)
         names = [name.strip() for name in text.split(self.joiner)] if names is None else names
         marks = list(text) if re.fullmatch("[01]{3,}", text) and text not in self.codes else names
+        if all(map(_MARK.fullmatch, marks)):  # numpy writes 0. and pandas 0.0
+            marks = [mark[0] for mark in marks]
         known = one_hot(marks, self.task.labels)
         if known is not None:
             return known
@@ -440,8 +442,9 @@ def other_separator(names: Sequence[str], own: str) -> str | None:
 
 
 _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
-_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
 _WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")
+_MARK = re.compile(r"[01](\.0*)?")
 _DECIMAL_COMMA = re.compile(r"[-+]?[0-9]*,[0-9]+([eE][-+]?[0-9]+)?")
 _THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}")
 

@@ -37,7 +37,7 @@ from esm_neuron.files import parse_json
 BLOCK = 1 << 20
 """Bytes of a text file that are read and decoded at once; less than `LINE_LIMIT`."""
 
-SEPARATORS = ",;\t|"
+SEPARATORS = ",;\t| "
 """What a table may have between its columns."""
 LABEL_LINE = "line3"
 """Name of the column that the third line of a record is, where every record of a FASTA file has one."""
@@ -78,7 +78,9 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
     for start, record in rows:
         if len(record) != len(header):
             quote = f"quote values that hold {delimiter!r}" if delimiter != "\t" else "take tabs out of values"
-            cure = quote if len(record) > len(header) else "fill the row up"
+            torn = delimiter == "\t" and any('"' in value for value in record)
+            few = "a line is a record, also within quotes: write it as CSV" if torn else "fill the row up"
+            cure = quote if len(record) > len(header) else few
             what = f"{len(record)} values in {_row_name(record, columns, picks)}, {len(header)} columns in the header"
             raise DataError(f"{path}:{start}: {what}; {cure}")
         values = [record[pick] for pick in picks]

@@ -33,6 +33,8 @@ _NO_LABEL = ("", "nan", "<na>", "#n/a")
 _NO_LABELS = pa.array(_NO_LABEL, pa.large_string())
 _NOT_WRITTEN = re.compile(r"[-.~*\s\d]")
 """Gaps, blanks, digits, and stops within: what alignments and numbered listings add to sequences."""
+_NUCLEIC = "^[ACGTUN]{30,}$"
+"""A sequence that is hardly a protein's: of 30 random residues, one in 10^17 has these letters alone."""
 _STRUCTURE_STARTS, _STRUCTURE_ENDS = ("ss_pred", "ss_conf", "ss_dssp"), (":secstr", "_secstr")
 """How the names of records begin or end that A3M files (HHsuite) and the PDB's ss.txt have beside proteins."""
 _SPECIAL = {
@@ -61,6 +63,7 @@ class Report:
     stripped: int = 0
     stripped_characters: int = 0
     """Gaps, blanks and digits taken out of the `stripped` proteins."""
+    nucleic: int = 0
     stops: int = 0
     missing: int = 0
     short: int = 0
@@ -89,6 +92,7 @@ class Report:
             "skipped": "skipped for characters that are no residues",
             "replaced": f"with {self.replaced_residues} characters replaced by X",
             "stripped": f"with {self.stripped_characters} gaps, blanks or digits taken out",
+            "nucleic": "WARNING: written in A, C, G, T, U and N alone, as nucleotides are",
             "stops": "with a * taken off their ends",
             "missing": "left out without a sequence or a label (data.on_missing)",
             "short": "left out as shorter than data.min_residues",
@@ -217,6 +221,8 @@ class Checker:
             texts = sequences.to_pylist()
             sequences = pa.array([changed.get(row, text) for row, text in enumerate(texts)], pa.large_string())
         rows = rows.set_column(rows.column_names.index("sequence"), "sequence", pc.ascii_upper(sequences))
+        nucleic = pc.match_substring_regex(rows["sequence"], _NUCLEIC).to_numpy() & kept
+        self.counts.update(nucleic=int(nucleic.sum()))
         kept = self._of_length(rows, kept)
         self.counts.update(rows=len(rows))
         self._used += int(kept.sum())

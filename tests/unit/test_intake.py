@@ -148,6 +148,18 @@ def test_random_residues_are_protein(tmp_path_factory: pytest.TempPathFactory, s
         assert len(load(path).train) == len(sequences)
 
 
+def test_single_nucleotide_sequences_are_told(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.tsv", ["A", "B"] * 5, [*(protein(i, 200) for i in range(9)), dna(1, 90)])
+    assert "1 WARNING: written in A, C, G, T, U and N alone" in load(path).summary()
+    assert "nucleotides" not in load(table(tmp_path / "b.tsv", ["A", "B"], ["GATTACA", protein(1, 90)])).summary()
+
+
+def test_a_record_of_a_tsv_that_spans_lines_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'id\tlabel\tsequence\np1\t"a\nb"\tMKV\np2\tx\tMKL\n')
+    with pytest.raises(DataError, match="a.tsv:2: .*a line is a record, also within quotes: write it as CSV"):
+        load(path)
+
+
 THREE = [
     ("SSSSSOOOOO", "varied"),
     ("HHHHEEECCC", "varied"),
@@ -327,6 +339,8 @@ SETS: list[tuple[list[str], dict[str, Any], list[list[str]]]] = [
     (["[0, 1]", "[1, 1]", "[0, 0]"], {"labels": ("A", "B")}, [["B"], ["A", "B"], []]),
     (["011", "100", "000"], {"labels": ("A", "B", "C")}, [["B", "C"], ["A"], []]),
     (["0;1", "1;1", "1;0"], {"labels": ("A", "B")}, [["B"], ["A", "B"], ["A"]]),
+    (["[0. 1. 1.]", "[1. 0. 0.]", "[0. 0. 0.]"], {"labels": ("A", "B", "C")}, [["B", "C"], ["A"], []]),
+    (["0.0;1.0", "1.0;1.0", "1;0"], {"labels": ("A", "B")}, [["B"], ["A", "B"], ["A"]]),
     (["[0 1 1]", "[1 0 0]", "[0 0 0]"], {"labels": ("A", "B", "C")}, [["B", "C"], ["A"], []]),
     (
         ["Cell membrane; Nucleus", "Nucleus", "Cell wall"],
@@ -495,7 +509,7 @@ HEAD, ROWS = ("id", "sequence", "label"), [(f"p{i}", protein(i), "AB"[i % 2]) fo
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt", ".tab"])
-@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", " "])
 @pytest.mark.parametrize("hint", ["", "sep={}\n"])
 def test_a_table_is_read_by_the_separator_that_it_has(tmp_path: Path, suffix: str, separator: str, hint: str) -> None:
     text = (
