@@ -169,6 +169,9 @@ class Labels:
         lower = Counter(name.lower() for name in labels)
         alike = [name for name in labels if lower[name.lower()] > 1]
         notes += [f"{', '.join(map(quote, alike[:4]))} differ in capital letters alone"] if alike else []
+        tagged = next((name for name in labels if "{ECO:" in name), None)
+        if tagged is not None:
+            notes.append(f"{quote(tagged)} is UniProt's free text; its columns of keywords and GO terms have labels")
         separator = other_separator(labels, "")
         if separator is not None and type(self) is Labels:
             joined = next(name for name in labels if separator in name)

@@ -427,6 +427,8 @@ def test_classes_and_counts_are_told(tmp_path: Path) -> None:
     assert said == "classes: 2 (training proteins): A 1, B 2"
     said = load(table(tmp_path / "a.tsv", ["A;B", "A", "B", "A"])).summary()
     assert "NOTE: 'A;B' is one class; for several labels per protein use task.name=multi_label" in said
+    tagged = ["SUBCELLULAR LOCATION: Nucleus {ECO:0000269}.", "SUBCELLULAR LOCATION: Cytoplasm."]
+    assert "is UniProt's free text" in load(table(tmp_path / "a.tsv", tagged)).summary()
     assert "differ in capital letters alone" in load(table(tmp_path / "a.tsv", ["a", "A", "a"])).summary()
     said = load(table(tmp_path / "a.tsv", ["1", "2.5", "3"]), "regression").summary()
     assert said.endswith("values: 3 in training, 1 to 3, mean 2.16667")
