@@ -65,6 +65,8 @@ class InputChunks:
             # problem.
             if len(rows) and not checker.problems.total:
                 yield table
+        if labels is not None:
+            labels.conclude(checker.problems)
         checker.finish()
         if not checker.counts["rows"] and filtered:
             shown = {source: sorted(there)[:SHOWN] for source, there in values.items()}

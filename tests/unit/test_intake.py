@@ -422,6 +422,14 @@ def test_commas_that_may_be_thousands_are_refused(tmp_path: Path, labels: list[s
         load(table(tmp_path / "a.tsv", labels), "regression")
 
 
+def test_an_evaluation_refuses_such_commas_too(tmp_path: Path) -> None:
+    labels = task_class("regression").label_kind
+    assert labels is not None
+    path = table(tmp_path / "a.tsv", ["1,234", "5,678"])
+    with pytest.raises(DataError, match="has a comma, it may be one of thousands"):
+        InputChunks(path, DataConfig(), labels.of(TaskConfig(name="regression"), DataConfig())).read()
+
+
 def test_classes_and_counts_are_told(tmp_path: Path) -> None:
     said = load(table(tmp_path / "a.tsv", ["B", "A", "B"])).summary().splitlines()[-1]
     assert said == "classes: 2 (training proteins): A 1, B 2"
