@@ -70,13 +70,18 @@ class Splits:
 
 def check_files(cfg: DataConfig, labels: type[Labels] | None) -> None:
     """Raise DataError where a file of a run is missing or lacks a column; reads no more than its first record."""
-    check_settings(cfg)
+    check_settings(cfg, labels)
     for split, source in data_files(cfg).items():
         check_columns(source, _file_config(cfg, split), None if labels is None else labels.joiner)
 
 
-def check_settings(cfg: DataConfig) -> None:
+def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
     """Raise ConfigError where settings of the data contradict each other, or one would have no effect."""
+    require(
+        cfg.mask_column is None or (labels is not None and labels.per_residue),
+        f"data.mask_column={cfg.mask_column} is for labels of residues; leave it out, or use "
+        "task.name=residue_classification",
+    )
     names = [value for of in cfg.split_values for value in of]
     require(
         len(set(names)) == len(names) and len(cfg.split_names) == 3,
@@ -122,7 +127,7 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
         ConfigError: settings contradict each other, or the cache folder cannot be written.
     """
     require(cfg.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
-    check_settings(cfg.data)
+    check_settings(cfg.data, labels)
     if cfg.data.cache is None:
         splits = _make(cfg, labels, None)
     else:

@@ -824,6 +824,7 @@ def test_settings_of_data_that_have_no_effect_are_refused(tmp_path: Path) -> Non
     path = table(tmp_path / "a.tsv", ["A", "B"] * 5)
     for fields, said in (
         ({"split_names": ("a", "b", "c")}, "data.split_names without data.split_column has no effect"),
+        ({"mask_column": "x"}, "data.mask_column=x is for labels of residues; leave it out, or use task.name=residue"),
         ({"fold": "1"}, "data.fold without data.split_column has no effect"),
         ({"valid": str(path), "valid_fraction": 0.3}, "has no effect beside data.valid"),
         ({"split_column": "label", "fold": "A", "test": "x"}, "says what is tested on; leave out"),
