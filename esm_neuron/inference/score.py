@@ -189,8 +189,8 @@ def score(
         first_residue: number that the table gives to its first residue.
 
     Returns:
-        `method`, `rows`, and where a score column is named `n` (rows with a value), `spearman` and `spearman_ci`
-        between it and the method's value, the pseudo-perplexity negated.
+        `method`, `rows`, `left_out` where some rows cannot be scored, and where a score column is named `n` (rows with
+        a value), `spearman` and `spearman_ci` between it and the method's value, the pseudo-perplexity negated.
     """
     check_target(target, JOIN, model, {"--input": source, "--wild-type": wild_type}, settings)
     spec, columns = _language_model(model, backend, settings), columns or VariantColumns()
@@ -227,7 +227,7 @@ def score(
         rows = stream(backend_, target, scanned, identity, table, score_piece, resume, log)
         write_rejected(backend_, target, rejected, log)
     compared = _correlation(target, method) if columns.score and backend_.topology.is_main else {}
-    return {"method": method, "rows": rows, **compared}
+    return {"method": method, "rows": rows, **({"left_out": len(rejected)} if rejected else {}), **compared}
 
 
 def _language_model(model: str, backend: BackendName | None, settings: Sequence[str]) -> ModelSpec:

@@ -203,7 +203,14 @@ def test_every_bad_variant_is_named_with_its_place(plain: Path, wild: Path, tmp_
     )
     rejected = (tmp_path / "out.csv.rejected.tsv").read_text().splitlines()
     assert len(rejected) == 9 and "A42G" in rejected[1] and "outside 1 to 40" in rejected[1]
-    assert found == {"method": "masked-marginal", "rows": 2, "n": 1, "spearman": None, "spearman_ci": None}
+    assert found == {
+        "method": "masked-marginal",
+        "rows": 2,
+        "left_out": 8,
+        "n": 1,
+        "spearman": None,
+        "spearman_ci": None,
+    }
     table.write_text("variant,value\nK2A,high\n")
     with pytest.raises(DataError, match=r":2: column 'value' has 'high', which is not a number"):
         score(str(plain), table, tmp_path / "o.csv", wild_type=wild, columns=VariantColumns(score="value"))

@@ -1,0 +1,217 @@
+"""Labels as people write them: read for certain, or refused with the way to write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.intake import load, sets, table, write
+from helpers.rows import read_rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esm_neuron.config import DataConfig, TaskConfig
+from esm_neuron.data.inputs import InputChunks
+from esm_neuron.data.labels import in_order, listed
+from esm_neuron.errors import DataError
+from esm_neuron.tasks import task_class
+
+CLASSES: list[tuple[list[str], list[str]]] = [
+    (["10", "9", "2", "1", "10", "9"], ["1", "2", "9", "10"]),
+    (["-1", "1", "0", "-1", "1", "0"], ["-1", "0", "1"]),
+    (["2.0", "10.0", "1.0", "2.0"], ["1.0", "2.0", "10.0"]),
+    (["1.10", "1.9", "1.2", "1.9"], ["1.10", "1.2", "1.9"]),  # EC numbers are text
+    (["EC:10", "EC:9", "EC:10"], ["EC:10", "EC:9"]),
+    (["True", "False", "True"], ["False", "True"]),
+    (["['a']", "['b']", "['a']"], ["a", "b"]),
+    (["[1]", "[0]", "[1]"], ["0", "1"]),
+    (["[2Fe-2S]", "[4Fe-4S]", "[2Fe-2S]"], ["[2Fe-2S]", "[4Fe-4S]"]),
+    (["NA", "None", "NA"], ["NA", "None"]),
+    (["a b", "a", "a b"], ["a", "a b"]),
+]
+
+
+@pytest.mark.parametrize(("labels", "classes"), CLASSES)
+def test_classes_and_their_order(tmp_path: Path, labels: list[str], classes: list[str]) -> None:
+    assert load(table(tmp_path / "a.tsv", labels)).labels == tuple(classes)
+
+
+@given(st.lists(st.integers(-(10**6), 10**6), min_size=2, max_size=30, unique=True))
+def test_whole_numbers_are_in_their_order(numbers: list[int]) -> None:
+    assert in_order(map(str, numbers)) == [str(number) for number in sorted(numbers)]
+
+
+@given(st.lists(st.text("abc xyz", min_size=1).map(str.strip).filter(bool), min_size=1, max_size=6))
+def test_lists_are_read_as_python_and_json_write_them(entries: list[str]) -> None:
+    import json
+
+    assert listed(repr(entries)) == entries
+    assert listed(json.dumps(entries)) == entries
+    assert listed(repr(list(range(len(entries) + 1)))) == [str(i) for i in range(len(entries) + 1)]
+
+
+@pytest.mark.parametrize("ones", [["True", "true"], ["1", "1.0"], ["FALSE", "False"], ["0", "0.0"]])
+def test_one_class_written_in_two_ways_is_refused(tmp_path: Path, ones: list[str]) -> None:
+    with pytest.raises(DataError, match="which are the same; write them alike, or name both in task.labels"):
+        load(table(tmp_path / "a.tsv", ["x", *ones, "x"]))
+
+
+def test_a_class_is_known_in_the_other_writing(tmp_path: Path) -> None:
+    train = table(tmp_path / "a.tsv", ["True", "False"] * 2)
+    test = table(tmp_path / "b.tsv", ["true", "FALSE"])
+    splits = load(train, test=str(test))
+    assert splits.test is not None and splits.test.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [f"{i * 0.37:.3f}" for i in range(60)],
+        [str(i) for i in range(60)],
+        [f"{i}.5" for i in range(20)] * 2,
+        [f"1e-{i}" for i in range(1, 30)],
+        [f"-{i}.25" for i in range(40)],
+    ],
+)
+def test_values_are_no_classes(tmp_path: Path, labels: list[str]) -> None:
+    path = table(tmp_path / "a.tsv", labels)
+    with pytest.raises(
+        DataError, match=rf"has {len(set(labels))} classes in {len(labels)} training proteins, .*task.name=regression"
+    ):
+        load(path)
+    assert len(load(path, "regression").train) == len(labels)
+
+
+SETS: list[tuple[list[str], dict[str, Any], list[list[str]]]] = [
+    (["A;B", "A", "B"], {}, [["A", "B"], ["A"], ["B"]]),
+    (["['A', 'B']", "['A']", "['B']"], {}, [["A", "B"], ["A"], ["B"]]),
+    (['["A", "B"]', "[]", '["B"]'], {}, [["A", "B"], [], ["B"]]),
+    (["[A, B]", "[A, C]", "[]"], {}, [["A", "B"], ["A", "C"], []]),
+    (["A,B", "A", "B"], {"label_separator": ","}, [["A", "B"], ["A"], ["B"]]),
+    (["A|B", "A", "B"], {"label_separator": "|"}, [["A", "B"], ["A"], ["B"]]),
+    (["[0, 1]", "[1, 1]", "[0, 0]"], {"labels": ("A", "B")}, [["B"], ["A", "B"], []]),
+    (["011", "100", "000"], {"labels": ("A", "B", "C")}, [["B", "C"], ["A"], []]),
+    (["0;1", "1;1", "1;0"], {"labels": ("A", "B")}, [["B"], ["A", "B"], ["A"]]),
+    (["[0. 1. 1.]", "[1. 0. 0.]", "[0. 0. 0.]"], {"labels": ("A", "B", "C")}, [["B", "C"], ["A"], []]),
+    (["0.0;1.0", "1.0;1.0", "1;0"], {"labels": ("A", "B")}, [["B"], ["A", "B"], ["A"]]),
+    (["[0 1 1]", "[1 0 0]", "[0 0 0]"], {"labels": ("A", "B", "C")}, [["B", "C"], ["A"], []]),
+    (
+        ["Cell membrane; Nucleus", "Nucleus", "Cell wall"],
+        {},
+        [["Cell membrane", "Nucleus"], ["Nucleus"], ["Cell wall"]],
+    ),
+    (["[0, 2]", "[1]", "[0, 1]"], {}, [["0", "2"], ["1"], ["0", "1"]]),
+]
+
+
+@pytest.mark.parametrize(("labels", "how", "expected"), SETS)
+def test_several_labels(tmp_path: Path, labels: list[str], how: dict[str, Any], expected: list[list[str]]) -> None:
+    assert sets(load(table(tmp_path / "a.tsv", labels), "multi_label", **how)) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["0,1", "0", "1"], r"'0,1' is one label, .*data.label_separator=','"),
+        (["A|B", "B|C", "C|A"], r"data.label_separator='\|'"),
+        (["A/B", "A", "B"], "data.label_separator='/'"),
+        (["A,B;C", "A", "B"], "data.label_separator=','"),
+        (["[0, 0, 1]", "[1, 0, 0]", "[0, 1, 0]"], r"0 or 1 for each of 3 classes; name these in their order"),
+        (["001", "100", "010"], r"0 or 1 for each of 3 classes; name these in their order"),
+        (["0;0;1", "1;0;0", "0;1;0"], r"0 or 1 for each of 3 classes"),
+        (["", "A", "B"], r"is empty; give a label or remove the record, or leave such out: data.on_missing=skip"),
+    ],
+)
+def test_labels_that_could_be_read_wrongly_are_refused(tmp_path: Path, labels: list[str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        load(table(tmp_path / "a.tsv", labels), "multi_label")
+
+
+def test_a_comma_in_names_separates_nothing(tmp_path: Path) -> None:
+    names = ["Membrane, peripheral", "Nucleus, matrix", "Cytoplasm"]
+    assert load(table(tmp_path / "a.tsv", names), "multi_label").labels == tuple(sorted(names))
+
+
+@pytest.mark.parametrize(
+    ("label", "how", "entries"),
+    [
+        ("[0, 1, 1, 0]", {}, "0110"),
+        ("[0 1 1 0]", {}, "0110"),
+        ("0,1,1,0", {}, "0110"),
+        ("0 1 1 0", {}, "0110"),
+        ("0110", {}, "0110"),
+        ("['0', '1', '1', '0']", {}, "0110"),
+        ("(0, 1, 1, 0)", {}, "0110"),
+        ("0;1;1;0", {"label_separator": ";"}, "0110"),
+        ("[0,1,1,0]", {}, "0110"),
+        ("((..", {"ignore": ()}, "((.."),
+    ],
+)
+def test_labels_of_residues(tmp_path: Path, label: str, how: dict[str, Any], entries: str) -> None:
+    splits = load(table(tmp_path / "a.tsv", [label], ["MKVL"]), "residue_classification", **how)
+    assert [splits.labels[code] for code in splits.train.labels[1:-1]] == list(entries)
+    assert len(splits.labels) == len(set(entries))
+
+
+@pytest.mark.parametrize(
+    ("labels", "values"),
+    [
+        (["0,5", "1,25", "3"], [0.5, 1.25, 3]),
+        (["-0,5", "1,2e3", "3,0"], [-0.5, 1200, 3]),
+        (["0.5", "1e-3", "-2"], [0.5, 0.001, -2]),
+        (["1,234", "0,5", "2"], [1.234, 0.5, 2]),
+        ([",5", "1,5", "2"], [0.5, 1.5, 2]),
+    ],
+)
+def test_decimal_commas(tmp_path: Path, labels: list[str], values: list[float]) -> None:
+    assert load(table(tmp_path / "a.tsv", labels), "regression").train.labels.tolist() == values
+
+
+@pytest.mark.parametrize(
+    "labels", [["1,234", "5,678", "9"], ["1,5", "2.5", "3"], ["1,234.5", "2", "3"], ["1.234,5", "2", "3"]]
+)
+def test_commas_that_may_be_thousands_are_refused(tmp_path: Path, labels: list[str]) -> None:
+    with pytest.raises(DataError, match=r"has a comma, .*write 1234.5 everywhere|is no finite number"):
+        load(table(tmp_path / "a.tsv", labels), "regression")
+
+
+def test_an_evaluation_refuses_such_commas_too(tmp_path: Path) -> None:
+    labels = task_class("regression").label_kind
+    assert labels is not None
+    path = table(tmp_path / "a.tsv", ["1,234", "5,678"])
+    with pytest.raises(DataError, match="has a comma, it may be one of thousands"):
+        InputChunks(path, DataConfig(), labels.of(TaskConfig(name="regression"), DataConfig())).read()
+
+
+def test_classes_and_counts_are_told(tmp_path: Path) -> None:
+    said = load(table(tmp_path / "a.tsv", ["B", "A", "B"])).summary().splitlines()[-1]
+    assert said == "classes: 2 (training proteins): A 1, B 2"
+    said = load(table(tmp_path / "a.tsv", ["A;B", "A", "B", "A"])).summary()
+    assert "NOTE: 'A;B' is one class; for several labels per protein use task.name=multi_label" in said
+    tagged = ["SUBCELLULAR LOCATION: Nucleus {ECO:0000269}.", "SUBCELLULAR LOCATION: Cytoplasm."]
+    assert "is UniProt's free text" in load(table(tmp_path / "a.tsv", tagged)).summary()
+    assert "differ in capital letters alone" in load(table(tmp_path / "a.tsv", ["a", "A", "a"])).summary()
+    said = load(table(tmp_path / "a.tsv", ["1", "2.5", "3"]), "regression").summary()
+    assert said.endswith("values: 3 in training, 1 to 3, mean 2.16667")
+
+
+@pytest.mark.parametrize(
+    ("header", "column", "value"),
+    [
+        (">P label=Cell membrane split=train", "label", "Cell membrane"),
+        (">sp|P1|X Protein OS=Mus musculus OX=10090 GN=Abc PE=1 SV=2", "OS", "Mus musculus"),
+        (">sp|P1|X Protein OS=Mus musculus OX=10090 GN=Abc PE=1 SV=2", "OX", "10090"),
+        (">sp|P1|X Protein OS=Mus musculus OX=10090 GN=Abc PE=1 SV=2", "SV", "2"),
+        ('>P label="Cell membrane" split=train', "label", "Cell membrane"),
+        ('>P note="label=a" label=b', "label", "b"),
+        (">P label=a=b x=1", "label", "a=b"),
+        (">P label= x=1", "label", ""),
+        (">101m_A mol:protein length:154  MYOGLOBIN", "mol", "protein"),
+        (">P1|EUKARYA|NO_SP|0", "part2", "EUKARYA"),
+        (">AF:AF-Q5-F1 Name UA=Q5 OS=Homo sapiens", "OS", "Homo sapiens"),
+    ],
+)
+def test_values_in_headers(tmp_path: Path, header: str, column: str, value: str) -> None:
+    path = write(tmp_path / "a.fa", f"{header}\nMKV\n>{'Q|x|y|z'} {column}=other\nMKV\n")
+    assert read_rows(path, DataConfig(label_column=column), True)["label"].to_pylist()[0] == value
