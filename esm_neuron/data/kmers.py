@@ -1,0 +1,153 @@
+"""Find pairs of proteins that may be homologs, by k-mers that both have, in time and memory linear in the residues.
+
+The idea is linclust's (Steinegger & Soding 2018, Nat Commun 9:2542): a k-mer names a few proteins that have it, its
+centres, and every other protein that has it is compared with those alone. Residues that often replace each other count
+as one (linclust's 13 groups). All k-mers choose their centres by one random order of the proteins, so that the k-mers
+of a family name the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from esm_neuron.data.alignment import COVERAGE, OTHER, Pairs, Proteins
+from esm_neuron.data.tokenizer import RESIDUES
+
+GROUPS = ("A", "ST", "C", "DN", "EQ", "FY", "G", "H", "IV", "KR", "LM", "P", "W")
+"""Residues that count as one; others (X, B, Z, U, O) end a k-mer."""
+NAMES = 60_000_000
+"""Most centres that all k-mers of the queries name; with more, each names fewer, and then fewer k-mers are used."""
+BLOCK = 1 << 21
+"""Centres looked at at once."""
+
+_NO_GROUP = len(GROUPS)
+_GROUP = np.array([next((g for g, of in enumerate(GROUPS) if r in of), _NO_GROUP) for r in RESIDUES[: OTHER + 1]])
+_POSITION = 16
+"""Bits of a k-mer's position. Later ones of a longer protein are passed over."""
+_DIAGONAL = 18
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """How proteins of some lengths are compared."""
+
+    shortest: int
+    longest: int
+    k: int
+    """Residues of a k-mer."""
+    least: int
+    """Fewest k-mers that a pair shares."""
+    candidates: int
+    """Most targets that a query is compared with: those that share the most k-mers."""
+
+
+SEEDS = (Seeds(4, 38, 4, 1, 32), Seeds(30, 1 << 62, 6, 2, 3))
+"""Lengths overlap so that a protein has all its partners in one of them. 99.7 % of the homologs of scl2205 are among
+the candidates."""
+
+
+def candidates(queries: Proteins, targets: Proteins, seeds: Seeds) -> Iterator[tuple[Pairs, np.ndarray]]:
+    """Give the pairs of some queries at a time, each query's in one part, and int64 [pairs]: a pair's rank, from 0.
+
+    Two proteins are a pair if their lengths allow COVERAGE of both. Where queries and targets are the same object,
+    each pair is given once.
+    """
+    whole = max(int(queries.bounds[-1]), int(targets.bounds[-1]))
+    share = min(1.0, NAMES / 2 / max(1, whole))
+    order = np.random.default_rng(0).permutation(len(targets))
+    codes, turn, position = _by_code(targets, _kmers(targets, seeds, share), order)
+    distinct, start, having = np.unique(codes, return_index=True, return_counts=True)
+    if not len(distinct):
+        return
+    kmer = _kmers(queries, seeds, share)
+    found = np.searchsorted(distinct, kmer.code).clip(max=len(distinct) - 1)
+    known = distinct[found] == kmer.code
+    query, place, found = kmer.owner[known], kmer.position[known], found[known]
+    most = int(np.clip(NAMES // max(1, len(found)), 2, 16))
+    names = np.minimum(having[found], most)
+    total = np.concatenate([[0], np.cumsum(names)])
+    ends = np.append(np.flatnonzero(np.diff(query)) + 1, len(query))  # a query's k-mers stay together
+    done = 0
+    while done < len(query):
+        last = np.searchsorted(total[ends], total[done] + BLOCK, side="right") - 1
+        end = int(ends[max(last, np.searchsorted(ends, done, side="right"))])
+        part = np.repeat(np.arange(done, end), names[done:end])
+        within = np.arange(len(part)) - np.repeat(total[done:end] - total[done], names[done:end])
+        centre = start[found[part]] + within
+        mine, turns = query[part], turn[centre]
+        if queries is targets:  # of two that a k-mer names, the later one is compared with the earlier one
+            later = np.argsort(order)[mine] > turns
+            mine, turns, part, centre = mine[later], turns[later], part[later], centre[later]
+        yield _pairs(queries, targets, seeds, mine, order[turns], place[part] - position[centre])
+        done = end
+
+
+def _pairs(
+    queries: Proteins, targets: Proteins, seeds: Seeds, query: np.ndarray, target: np.ndarray, diagonal: np.ndarray
+) -> tuple[Pairs, np.ndarray]:
+    """Return the best pairs of each query, on the diagonals with the most k-mers, and their ranks."""
+    a, b = queries.lengths[query], targets.lengths[target]
+    keep = np.minimum(a, b) >= COVERAGE * np.maximum(a, b)
+    first, n, half = int(query.min(initial=0)), len(targets), 1 << (_DIAGONAL - 1)
+    key = np.sort((((query[keep] - first) * n + target[keep]) << _DIAGONAL) + diagonal[keep] + half)
+    begin = np.flatnonzero(np.diff(key, prepend=-1))
+    shared = np.diff(np.append(begin, len(key)))
+    pair, line = key[begin] >> _DIAGONAL, key[begin] & (2 * half - 1)
+    begin = np.flatnonzero(np.diff(pair, prepend=-1))
+    if not len(begin):
+        return Pairs(*np.zeros((3, 0), np.int64)), np.zeros(0, np.int64)
+    longest = np.maximum.reduceat((shared << _DIAGONAL) + line, begin)
+    shared, pair = np.add.reduceat(shared, begin), pair[begin]
+    kept = shared >= seeds.least
+    shared, pair, line = shared[kept], pair[kept], longest[kept] & (2 * half - 1)
+    order = np.lexsort((-shared, pair // n))
+    owner = pair[order] // n
+    begin = np.flatnonzero(np.diff(owner, prepend=-1))
+    rank = np.arange(len(owner)) - np.repeat(begin, np.diff(np.append(begin, len(owner))))
+    best = order[rank < seeds.candidates]
+    return Pairs(pair[best] // n + first, pair[best] % n, line[best] - half), rank[rank < seeds.candidates]
+
+
+@dataclass(frozen=True)
+class _Kmers:
+    """Distinct k-mers of each protein, in the order of the proteins; int64 each."""
+
+    code: np.ndarray
+    owner: np.ndarray
+    position: np.ndarray
+
+
+def _kmers(proteins: Proteins, seeds: Seeds, share: float) -> _Kmers:
+    """Return a fixed `share` of all k-mers, where a protein has them first."""
+    groups = _GROUP[proteins.residues]
+    ends = max(0, len(groups) - seeds.k + 1)
+    code, inside = np.zeros(ends, dtype=np.int64), np.ones(ends, dtype=bool)
+    for shift in range(seeds.k):
+        part = groups[shift : shift + ends]
+        code = code * len(GROUPS) + part
+        inside &= part != _NO_GROUP
+    lengths = proteins.lengths
+    fits = (lengths >= seeds.shortest) & (lengths <= seeds.longest)
+    owner = np.repeat(np.arange(len(proteins)), lengths)[:ends]
+    position = np.arange(ends) - proteins.bounds[owner]
+    inside &= fits[owner] & (position <= lengths[owner] - seeds.k) & (position < 1 << _POSITION)
+    if share < 1:
+        inside &= (code.astype(np.uint64) * _SPREAD >> np.uint64(44)) < np.uint64(share * (1 << 20))
+    possible = len(GROUPS) ** seeds.k
+    # one number per k-mer: a plain sort brings equal ones together, the first position in front
+    key = np.sort(((owner[inside] * possible + code[inside]) << _POSITION) + position[inside])
+    key = key[np.diff(key >> _POSITION, prepend=-1) > 0]
+    own = key >> _POSITION
+    return _Kmers(own % possible, own // possible, key & ((1 << _POSITION) - 1))
+
+
+def _by_code(proteins: Proteins, kmers: _Kmers, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return code, turn of the protein in `order`, and position of k-mers, sorted by the code, then by the turn."""
+    turn = np.argsort(order)
+    key = np.sort(((kmers.code * len(proteins) + turn[kmers.owner]) << _POSITION) + kmers.position)
+    own = key >> _POSITION
+    return own // len(proteins), own % len(proteins), key & ((1 << _POSITION) - 1)
