@@ -7,7 +7,8 @@ least 90 % over 40 %, without gaps. Chance is judged in two ways:
 - Equal residues of a diagonal: at most exp(-n KL(share || p)) of pairs with n facing residues, Chernoff's bound of the
   binomial distribution; p is how often residues of these two compositions are equal. It holds at every length.
 - A score with gaps: K m n exp(-lambda S), with the constants of BLOSUM62 at 11 for a gap and 1 for each residue more
-  (Altschul & Gish 1996, Methods Enzymol 266:460); m is the query's length, n the residues of all targets.
+  (Altschul & Gish 1996, Methods Enzymol 266:460); m is the query's length, n the residues of all targets. Lambda is
+  smaller where both proteins are rich in the same residues.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ CHANCE = 0.01
 """Most targets that chance may give a query."""
 EXPECT = 1e-3
 """The same, of an alignment with gaps: MMseqs2's."""
+USUAL = 0.06
+"""How often two residues are equal by chance where compositions are as usual."""
 SEGMENT = 42
 """Least score of the best stretch of a diagonal for which gaps are tried. On scl2205 96 % of homologs have it."""
 
@@ -37,7 +40,7 @@ OTHER = 20
 """Number of a residue that is no standard amino acid, and matches nothing."""
 _OUTSIDE = 21
 _GAP, _MORE = 11, 1
-_LAMBDA, _K = 0.267, 0.041
+_LAMBDA, _K, _LAMBDA_UNGAPPED = 0.267, 0.041, 0.318
 _CELLS = 1 << 18
 """Cells that are computed at once: they stay in a processor's cache."""
 _START, _MATCH, _SCORE = 14, 28, 42
@@ -115,6 +118,17 @@ class Pairs:
         return len(self.query)
 
 
+def shortest_judged(targets: int) -> int:
+    """Return from how many residues on an exact copy is more than chance among so many targets.
+
+    A shorter protein may have a homolog that nothing tells from chance.
+    """
+    length = 1
+    while length * np.log(1 / USUAL) < np.log(targets * 2 * length / CHANCE):
+        length += 1
+    return length
+
+
 class Judge:
     """Say which pairs of `queries` and `targets` are homologs."""
 
@@ -135,12 +149,35 @@ class Judge:
         return homologs
 
     def _beyond_chance(self, pairs: Pairs, facing: np.ndarray, equal: np.ndarray) -> np.ndarray:
-        one, other = (self._composition[id(proteins)] for proteins in (self._queries, self._targets))
-        alike = np.einsum("pr,pr->p", one[pairs.query], other[pairs.target]).clip(0.01, 0.99)
+        alike = self._alike(pairs)
         share = np.minimum(equal / np.maximum(facing, 1), 1 - 1e-9)
         divergence = share * np.log(np.maximum(share, 1e-9) / alike) + (1 - share) * np.log((1 - share) / (1 - alike))
         diagonals = self._queries.lengths[pairs.query] + self._targets.lengths[pairs.target]
         return (share > alike) & (facing * divergence >= np.log(len(self._targets) * diagonals / CHANCE))
+
+    def _alike(self, pairs: Pairs) -> np.ndarray:
+        """Return how often a residue of one and a residue of the other are equal, float32 [pairs]."""
+        one, other = (self._composition[id(proteins)] for proteins in (self._queries, self._targets))
+        return np.asarray(np.einsum("pr,pr->p", one[pairs.query], other[pairs.target])).clip(0.01, 0.99)
+
+    def _scale(self, pairs: Pairs) -> np.ndarray:
+        """Return lambda, float64 [pairs]: smaller the more residues of the two compositions score well by chance.
+
+        Without gaps it solves sum(p e^(lambda s)) = 1 over the scores s that the compositions make with probability p
+        (Karlin & Altschul 1990, PNAS 87:2264); with gaps it is taken to change in proportion, as BLAST does (Schaffer
+        et al. 2001, Nucleic Acids Res 29:2994).
+        """
+        one, other = (self._composition[id(proteins)] for proteins in (self._queries, self._targets))
+        known = SCORES[:OTHER, :OTHER]
+        values = np.unique(known)
+        chances = [((one[pairs.query] @ (known == value)) * other[pairs.target]).sum(axis=1) for value in values]
+        chance = np.stack(chances, axis=1).astype(np.float64)
+        low, high = np.zeros((len(pairs), 1)), np.ones((len(pairs), 1))
+        for _ in range(20):
+            middle = (low + high) / 2
+            above = (chance * np.exp(middle * values)).sum(axis=1, keepdims=True) > 1
+            low, high = np.where(above, low, middle), np.where(above, middle, high)
+        return np.asarray(_LAMBDA * low[:, 0] / _LAMBDA_UNGAPPED).clip(max=_LAMBDA)
 
     def _ungapped(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return each diagonal's residues that face each other, those of them that are equal, and its best score."""
@@ -169,14 +206,16 @@ class Judge:
         for some in _batches(2 * half + 1):
             for _, cells in _band(self._queries, self._targets, pairs[some], int(half[some].max()), packed=False):
                 score[some] = np.maximum(score[some], cells.max(axis=1))
-        expected = _K * a * float(len(self._targets.residues)) * np.exp(-_LAMBDA * score)
+        expected = _K * a * float(len(self._targets.residues)) * np.exp(-self._scale(pairs) * score)
         homologs = expected <= EXPECT
         found = np.flatnonzero(homologs)  # few: only these are looked at again, for where they begin and end
         for some in (found[of] for of in _batches((2 * half + 1)[found])):
             equal, rows, columns = _best(self._queries, self._targets, pairs[some], int(half[some].max()))
             length = np.maximum(rows, columns)
+            # an alignment brings equal residues together, the more of them the more both have of the same kinds
+            identity = IDENTITY + (self._alike(pairs[some]) - USUAL).clip(0)
             homologs[some] = (
-                (equal >= IDENTITY * length)
+                (equal >= identity * length)
                 & (rows >= COVERAGE * a[some])
                 & (columns >= COVERAGE * b[some])
                 & self._beyond_chance(pairs[some], length, equal)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from esm_neuron.config import DataConfig
 from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
 from esm_neuron.data.filters import passes
-from esm_neuron.data.homology import MOST, Method, find_homologs
+from esm_neuron.data.homology import MOST, Method, find_homologs, too_short
 from esm_neuron.data.labels import Labels, flatten
 from esm_neuron.data.sources import read_chunks
 from esm_neuron.data.tokenizer import UNK, VOCABULARY, encode_many
@@ -32,6 +32,8 @@ class Leak:
     """Proteins with a sequence that is in training too."""
     homologs: int | None
     """Proteins with a homolog in training; None: not looked for (by choice, or in more than `homology.MOST`)."""
+    too_short: int = 0
+    """Proteins without one that are too short to tell homologs from chance."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Check:
             lines.append("splits: " + ", ".join(f"{name} {count}" for name, count in self.splits.items()))
         for name, leak in self.leaks.items():
             has_homolog = f"{leak.homologs} with a homolog there"
+            if leak.too_short:
+                has_homolog += f", {leak.too_short} too short to tell homologs from chance"
             if leak.homologs is None:
                 many = f" ({self.proteins} proteins are more than {MOST})" if self.proteins > MOST else ""
                 has_homolog = f"homologs not looked for{many}"
@@ -159,13 +163,16 @@ def _leaks(
     training = splits == train
     if not training.any() or training.all():
         return {}
-    has_homolog = np.zeros(len(splits), dtype=bool)
+    has_homolog, short = np.zeros((2, len(splits)), dtype=bool)
     if method is not None:
         held_out, train_table = select_records(table, ~training)[0], select_records(table, training)[0]
         has_homolog[~training] = find_homologs(held_out, train_table, method)
+        if method == "kmer":
+            short[~training] = too_short(held_out, train_table) & ~has_homolog[~training]
     found = {}
     for name in dict.fromkeys(splits[~training].tolist()):
         own = splits == name
         copies = int(np.isin(sequences[own], sequences[training]).sum())
-        found[name] = Leak(int(own.sum()), copies, int(has_homolog[own].sum()) if method is not None else None)
+        homologs = int(has_homolog[own].sum()) if method is not None else None
+        found[name] = Leak(int(own.sum()), copies, homologs, int(short[own].sum()))
     return found

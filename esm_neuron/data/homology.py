@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from esm_neuron.config.deferred import module
-from esm_neuron.data.alignment import COVERAGE, IDENTITY, Judge, Proteins
+from esm_neuron.data.alignment import COVERAGE, IDENTITY, Judge, Proteins, shortest_judged
 from esm_neuron.data.dataset import ExampleTable, join_tables
 from esm_neuron.data.kmers import SEEDS, candidates
 from esm_neuron.data.tokenizer import decode
@@ -50,6 +50,11 @@ def find_homologs(held_out: ExampleTable, train: ExampleTable, method: Method) -
                 tried = pairs[(rank == number) & ~has_homolog[pairs.query]]
                 has_homolog[tried.query[judge(tried)]] = True
     return has_homolog
+
+
+def too_short(held_out: ExampleTable, train: ExampleTable) -> np.ndarray:
+    """Return which proteins of `held_out`, bool [records], are too short to tell homologs from chance; copies are."""
+    return Proteins.of(held_out).lengths < shortest_judged(len(train.ids))
 
 
 def homolog_rows(train: ExampleTable, held_out: Mapping[str, ExampleTable], method: Method) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ of a family name the same ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,12 +23,15 @@ NAMES = 60_000_000
 """Most centres that all k-mers of the queries name; with more, each names fewer, and then fewer k-mers are used."""
 BLOCK = 1 << 21
 """Centres looked at at once."""
+PIECE = 1 << 23
+"""Residues whose k-mers are made at once."""
 
 _NO_GROUP = len(GROUPS)
 _GROUP = np.array([next((g for g, of in enumerate(GROUPS) if r in of), _NO_GROUP) for r in RESIDUES[: OTHER + 1]])
 _POSITION = 16
 """Bits of a k-mer's position. Later ones of a longer protein are passed over."""
 _DIAGONAL = 18
+_NOTHING = np.zeros(0, dtype=np.int64)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -123,26 +127,34 @@ class _Kmers:
 
 def _kmers(proteins: Proteins, seeds: Seeds, share: float) -> _Kmers:
     """Return a fixed `share` of all k-mers, where a protein has them first."""
-    groups = _GROUP[proteins.residues]
+    pieces = np.searchsorted(proteins.bounds, np.arange(0, proteins.bounds[-1], PIECE), side="right") - 1
+    ends = np.append(np.unique(pieces), len(proteins)).tolist()
+    key = np.concatenate([_keys(proteins, i, j, seeds, share) for i, j in itertools.pairwise(ends)] or [_NOTHING])
+    possible = len(GROUPS) ** seeds.k
+    own = key >> _POSITION
+    return _Kmers(own % possible, own // possible, key & ((1 << _POSITION) - 1))
+
+
+def _keys(proteins: Proteins, first: int, last: int, seeds: Seeds, share: float) -> np.ndarray:
+    """Return the k-mers of proteins `first` to `last` - 1: protein, code and position in one number, sorted."""
+    bounds = proteins.bounds[first : last + 1]
+    groups, lengths = _GROUP[proteins.residues[bounds[0] : bounds[-1]]], np.diff(bounds)
     ends = max(0, len(groups) - seeds.k + 1)
     code, inside = np.zeros(ends, dtype=np.int64), np.ones(ends, dtype=bool)
     for shift in range(seeds.k):
         part = groups[shift : shift + ends]
         code = code * len(GROUPS) + part
         inside &= part != _NO_GROUP
-    lengths = proteins.lengths
+    owner = np.repeat(np.arange(len(lengths)), lengths)[:ends]
+    position = np.arange(ends) - (bounds - bounds[0])[owner]
     fits = (lengths >= seeds.shortest) & (lengths <= seeds.longest)
-    owner = np.repeat(np.arange(len(proteins)), lengths)[:ends]
-    position = np.arange(ends) - proteins.bounds[owner]
     inside &= fits[owner] & (position <= lengths[owner] - seeds.k) & (position < 1 << _POSITION)
     if share < 1:
         inside &= (code.astype(np.uint64) * _SPREAD >> np.uint64(44)) < np.uint64(share * (1 << 20))
-    possible = len(GROUPS) ** seeds.k
-    # one number per k-mer: a plain sort brings equal ones together, the first position in front
-    key = np.sort(((owner[inside] * possible + code[inside]) << _POSITION) + position[inside])
-    key = key[np.diff(key >> _POSITION, prepend=-1) > 0]
-    own = key >> _POSITION
-    return _Kmers(own % possible, own // possible, key & ((1 << _POSITION) - 1))
+    # a plain sort brings equal k-mers of a protein together, the first position in front
+    own = (owner[inside] + first) * len(GROUPS) ** seeds.k + code[inside]
+    key = np.sort((own << _POSITION) + position[inside])
+    return np.asarray(key[np.diff(key >> _POSITION, prepend=-1) > 0])
 
 
 def _by_code(proteins: Proteins, kmers: _Kmers, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

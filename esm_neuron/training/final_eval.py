@@ -15,7 +15,7 @@ import numpy as np
 
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.dataset import ExampleTable, select_records
-from esm_neuron.data.homology import MOST, homolog_rows
+from esm_neuron.data.homology import MOST, homolog_rows, too_short
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.distributed import from_main_rank, main_rank_only
 from esm_neuron.metrics import Value
@@ -41,7 +41,9 @@ def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -
         return {}
     found = homolog_rows(tables["train"], held_out, method)
     for split, has in found.items():
-        log(f"{split} split: {has.sum()} of {len(has)} proteins have a homolog in training (by {method})")
+        short = int((too_short(held_out[split], tables["train"]) & ~has).sum()) if method == "kmer" else 0
+        unknown = f"; {short} are too short to tell homologs from chance" if short else ""
+        log(f"{split} split: {has.sum()} of {len(has)} proteins have a homolog in training (by {method}){unknown}")
     return found
 
 

@@ -41,7 +41,7 @@ def test_check_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["lengths"] == dict.fromkeys(("min", "q1", "median", "q3", "max"), 120)
     assert sum(found["alphabet"].values()) == 600
     assert (found["labels"], found["splits"]) == ({"in": 3, "out": 2}, {"test": 3, "train": 2})
-    assert found["leaks"] == {"test": {"rows": 3, "in_train": 1, "homologs": 2}}
+    assert found["leaks"] == {"test": {"rows": 3, "in_train": 1, "homologs": 2, "too_short": 0}}
     assert (found["faults"], found["first_faults"]) == (0, [])
     assert cli.main(words) == 0
     text = capsys.readouterr().out

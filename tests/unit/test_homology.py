@@ -6,11 +6,17 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from esm_neuron.data.dataset import ExampleTable
-from esm_neuron.data.homology import find_clusters, find_homologs
+from esm_neuron.config import DataConfig
+from esm_neuron.data import alignment
+from esm_neuron.data.alignment import Pairs, Proteins
+from esm_neuron.data.dataset import ExampleTable, chunk_table
+from esm_neuron.data.homology import find_clusters, find_homologs, too_short
+from esm_neuron.data.tokenizer import RESIDUES as RESIDUES_OF
 from esm_neuron.data.tokenizer import encode_many
+from esm_neuron.data.validation import Problems
 from esm_neuron.errors import DataError
 
 RESIDUES = list("ACDEFGHIKLMNPQRSTVWY")
@@ -25,23 +31,23 @@ def mutated(sequence: str, rng: np.random.Generator, kept: float) -> str:
     return "".join(rng.choice(RESIDUES) if c else s for s, c in zip(sequence, change, strict=True))
 
 
-def table(sequences: list[str], pieces: int = 1) -> ExampleTable:
-    """Each sequence as one example, or as so many windows."""
-    cut = [s[i * len(s) // pieces : (i + 1) * len(s) // pieces] for s in sequences for i in range(pieces)]
-    tokens, offsets = encode_many(cut)
-    record = np.repeat(np.arange(len(sequences)), pieces)
-    return ExampleTable(
-        tokens, offsets, record, np.ones(len(cut), np.float32), np.empty(0), [str(i) for i in range(len(sequences))]
-    )
+def table(sequences: list[str], window: int | None = None) -> ExampleTable:
+    """Each sequence as one example, or as windows of so many residues that share 20, as `data.long_sequences` cuts."""
+    if window is None:
+        return ExampleTable.of(*encode_many(sequences))
+    cfg = DataConfig(max_residues=window, window_overlap=20, long_sequences="window")
+    text = pa.large_string()
+    rows = pa.table({"id": pa.array(map(str, range(len(sequences))), text), "sequence": pa.array(sequences, text)})
+    return chunk_table(rows, cfg, None, Problems("test"))[0]
 
 
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_homologues_are_found_and_random_proteins_are_not(pieces: int) -> None:
+@pytest.mark.parametrize("window", [None, 120])
+def test_homologues_are_found_and_random_proteins_are_not(window: int | None) -> None:
     rng = np.random.default_rng(0)
     train = [protein(rng) for _ in range(200)]
     homologs = [mutated(sequence, rng, 0.75) for sequence in train[:50]]
     strangers = [protein(rng) for _ in range(200)]
-    found = find_homologs(table(homologs + strangers, pieces), table(train, pieces), "kmer")
+    found = find_homologs(table(homologs + strangers, window), table(train, window), "kmer")
     assert found[:50].mean() > 0.9
     assert not found[50:].any()
 
@@ -68,6 +74,99 @@ def test_residues_that_two_windows_share_count_once() -> None:
     assert find_homologs(windows(copy), windows(sequence), "kmer").tolist() == [True]
     assert find_homologs(windows(sequence), windows(copy), "kmer").tolist() == [True]
     assert find_homologs(windows(sequence[:300]), windows(sequence), "kmer").tolist() == [False]
+
+
+@pytest.mark.parametrize("bias", [0.5, 2.0])
+@pytest.mark.parametrize("length", [8, 13, 21, 34, 100, 300, 1000])
+def test_chance_makes_no_homologs_at_any_length(length: int, bias: float) -> None:
+    rng = np.random.default_rng(length)
+    biased = rng.dirichlet(np.full(20, bias), 400)  # each protein has a composition of its own
+    train = ["".join(rng.choice(RESIDUES, length, p=share)) for share in biased] + [protein(rng, length)] * 2
+    shuffled = ["".join(rng.permutation(list(sequence))) for sequence in train[:300]]
+    strangers = [protein(rng, length) for _ in range(300)]
+    assert find_homologs(table(shuffled + strangers), table(train), "kmer").mean() <= 0.01
+
+
+@pytest.mark.parametrize("changes", [0, 1, 2])
+def test_short_proteins_of_few_substitutions_are_homologs(changes: int) -> None:
+    rng = np.random.default_rng(changes)
+    train = [protein(rng, 21) for _ in range(3000)]
+    copies = []
+    for sequence in train[:200]:
+        residues = list(sequence)
+        for place in rng.choice(21, changes, replace=False).tolist():
+            residues[place] = "W" if residues[place] != "W" else "P"
+        copies.append("".join(residues))
+    assert find_homologs(table(copies), table(train), "kmer").mean() >= 0.98
+
+
+def test_windows_of_one_protein_are_homologs() -> None:
+    rng = np.random.default_rng(0)
+    whole = protein(rng, 2000)
+    windows = [whole[i : i + 21] for i in range(0, 1900, 7)]
+    assert find_homologs(table(windows[::2]), table(windows[1::2]), "kmer").mean() >= 0.98
+    assert not find_homologs(table([protein(rng, 21) for _ in range(200)]), table(windows), "kmer").any()
+
+
+@pytest.mark.parametrize("sequence", ["MKV", "GAGA", "AAAAAAAAAAAAAAAAAAAAAAAA", "XXAXXAXXAXXAXX"])
+def test_a_copy_is_a_homolog_however_short_or_plain(sequence: str) -> None:
+    rng = np.random.default_rng(0)
+    others = [protein(rng, 30) for _ in range(50)]
+    assert find_homologs(table([sequence, others[0][::-1]]), table([*others, sequence]), "kmer").tolist() == [
+        True,
+        False,
+    ]
+    assert len(set(find_clusters(table([sequence, *others, sequence]), "kmer").tolist())) == 51
+
+
+def test_a_homolog_with_gaps_is_found() -> None:
+    rng = np.random.default_rng(0)
+    train = [protein(rng, 240) for _ in range(100)]
+    gapped = [
+        s[:40] + s[52:110] + protein(rng, 9) + s[110:180] + s[187:] for s in (mutated(s, rng, 0.6) for s in train)
+    ]
+    assert find_homologs(table(gapped), table(train), "kmer").mean() >= 0.85
+
+
+def test_equal_residues_in_a_biased_composition_are_no_homology() -> None:
+    rng = np.random.default_rng(0)
+    rich = ["".join(rng.choice(list("KE"), 60)) for _ in range(200)]
+    assert find_homologs(table(rich[:100]), table(rich[100:]), "kmer").mean() <= 0.05
+
+
+def test_proteins_too_short_to_judge_are_named() -> None:
+    train = table(["MKVAAAC"] * 10_000)
+    assert too_short(table(["MKVAA", "MKVAAACDEF"]), train).tolist() == [True, False]
+
+
+def test_the_alignment_is_that_of_smith_and_waterman() -> None:
+    """Score, equal residues and extent of a gapped alignment against the plain dynamic programme."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        one = protein(rng, 60)
+        other = mutated(one[:25] + one[28:], rng, 0.7)
+        proteins = Proteins.of(table([one])), Proteins.of(table([other]))
+        pair = Pairs(*np.zeros((3, 1), np.int64))
+        best = max(int(cells.max()) for _, cells in alignment._band(*proteins, pair, 70, packed=False))
+        assert best == smith_waterman(one, other)
+        equal, rows, columns = (int(found[0]) for found in alignment._best(*proteins, pair, 70))
+        assert equal <= min(rows, columns) <= 60
+
+
+def smith_waterman(one: str, other: str) -> int:
+    """The best local score with affine gaps, cell by cell (Gotoh 1982, J Mol Biol 162:705)."""
+    score = {(a, b): int(alignment.SCORES[RESIDUES_OF.index(a), RESIDUES_OF.index(b)]) for a in one for b in other}
+    n = len(other) + 1
+    before, down, best = [0] * n, [-(10**6)] * n, 0
+    for a in one:
+        now, across = [0] * n, -(10**6)
+        for j in range(1, n):
+            down[j] = max(before[j] - 11, down[j] - 1)
+            across = max(now[j - 1] - 11, across - 1)
+            now[j] = max(0, before[j - 1] + score[a, other[j - 1]], down[j], across)
+            best = max(best, now[j])
+        before = now
+    return best
 
 
 def test_variants_of_one_protein_are_homologs_though_every_kmer_is_common() -> None:
