@@ -1,8 +1,8 @@
 """How well homologs are found at every length, and what it costs: the tables of docs/dev/homologs.md.
 
 python benchmarks/homologs.py                       # by length, on made proteins whose truth is known
-python benchmarks/homologs.py --tsv scl2205.tsv.gz  # against MMseqs2's homologs: columns sequence, split, leaky, cluster30
-python benchmarks/homologs.py --scale 10000 100000  # seconds and memory to cluster families and variants of one protein
+python benchmarks/homologs.py --tsv scl2205.tsv.gz  # against MMseqs2: columns sequence, split, leaky
+python benchmarks/homologs.py --scale 10000 100000  # seconds and memory to cluster families, and variants of a protein
 
 Proteins are made of residues by their frequency in UniProt. Processor seconds are counted, for other jobs may run.
 """
@@ -16,7 +16,6 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from esm_neuron.data.tokenizer import encode_many
 
 LETTERS = np.array(list("ACDEFGHIKLMNPQRSTVWY"))
 FREQUENCY = np.array([
-    8.26, 1.39, 5.46, 6.72, 3.87, 7.07, 2.28, 5.91, 5.80, 9.65, 2.41, 4.06, 4.74, 3.93, 5.53, 6.64, 5.36, 6.86, 1.10, 2.92
+    8.26, 1.39, 5.46, 6.72, 3.87, 7.07, 2.28, 5.91, 5.80, 9.65,
+    2.41, 4.06, 4.74, 3.93, 5.53, 6.64, 5.36, 6.86, 1.10, 2.92,
 ])  # fmt: skip
 """Percent of residues in Swiss-Prot, release 2023_01."""
 LENGTHS = (8, 12, 16, 21, 30, 40, 60, 100, 200, 300, 500, 1000)
@@ -65,24 +65,27 @@ def table_of(sequences: list[str]) -> ExampleTable:
     return ExampleTable.of(*encode_many(sequences))
 
 
+def kinds_of(rng: np.random.Generator, own: list[str]) -> dict[str, list[str]]:
+    """Return queries made from some targets, by what was done to them."""
+    after = [made(rng, len(sequence)) for sequence in own]
+    return {
+        "random": after,
+        "shuffled": ["".join(rng.permutation(list(sequence))) for sequence in own],
+        **{f"{number} changed": [mutated(rng, sequence, number) for sequence in own] for number in (1, 2)},
+        "moved by a third": [(s + more)[len(s) // 3 :][: len(s)] for s, more in zip(own, after, strict=True)],
+        **{f"{percent} %": [related(rng, sequence, percent / 100) for sequence in own] for percent in (70, 50, 40)},
+    }
+
+
 def by_length(lengths: list[int]) -> list[dict[str, Any]]:
     """Return the share of queries with a homolog among TARGETS proteins, by length and by what the queries are."""
     rows = []
     for length in lengths:
         rng = np.random.default_rng(length)
         targets = [made(rng, length) for _ in range(TARGETS)]
-        own = targets[:QUERIES]
-        kinds: dict[str, Callable[[str], str]] = {
-            "random": lambda sequence: made(rng, len(sequence)),
-            "shuffled": lambda sequence: "".join(rng.permutation(list(sequence))),
-            "1 substitution": lambda sequence: mutated(rng, sequence, 1),
-            "2 substitutions": lambda sequence: mutated(rng, sequence, 2),
-            "window moved by a third": lambda sequence: (sequence + made(rng, length))[length // 3 :][:length],
-            **{f"{share} %": lambda s, share=share: related(rng, s, share / 100) for share in (70, 50, 40)},
-        }
-        found = {"length": length}
-        for kind, make in kinds.items():
-            found[kind] = float(find_homologs(table_of([make(s) for s in own]), table_of(targets), "kmer").mean())
+        table, found = table_of(targets), {"length": float(length)}
+        for kind, queries in kinds_of(rng, targets[:QUERIES]).items():
+            found[kind] = float(find_homologs(table_of(queries), table, "kmer").mean())
         rows.append(found)
         print(json.dumps(found), file=sys.stderr)
     return rows
@@ -95,7 +98,8 @@ def agreement(path: Path) -> dict[str, float]:
     train, held = ([row for row in rows if (row["split"] == "train") is wanted] for wanted in (True, False))
     leaky = np.array([row["leaky"].lower() == "true" for row in held])
     began = time.process_time()
-    found = find_homologs(*(table_of([row["sequence"] for row in part]) for part in (held, train)), "kmer")
+    queries, targets = (table_of([row["sequence"] for row in part]) for part in (held, train))
+    found = find_homologs(queries, targets, "kmer")
     seconds = time.process_time() - began
     numbers: dict[str, float] = {
         "seconds": round(seconds, 1),

@@ -19,7 +19,7 @@ from esm_neuron.data.tokenizer import RESIDUES
 
 GROUPS = ("A", "ST", "C", "DN", "EQ", "FY", "G", "H", "IV", "KR", "LM", "P", "W")
 """Residues that count as one; others (X, B, Z, U, O) end a k-mer."""
-NAMES = 60_000_000
+NAMES = 30_000_000
 """Most centres that all k-mers of the queries name; with more, each names fewer, and then fewer k-mers are used."""
 BLOCK = 1 << 21
 """Centres looked at at once."""
@@ -63,16 +63,18 @@ def candidates(queries: Proteins, targets: Proteins, seeds: Seeds) -> Iterator[t
     whole = max(int(queries.bounds[-1]), int(targets.bounds[-1]))
     share = min(1.0, NAMES / 2 / max(1, whole))
     order = np.random.default_rng(0).permutation(len(targets))
-    codes, turn, position = _by_code(targets, _kmers(targets, seeds, share), order)
-    distinct, start, having = np.unique(codes, return_index=True, return_counts=True)
-    if not len(distinct):
+    named = _kmers(targets, seeds, share)
+    kmer = named if queries is targets else _kmers(queries, seeds, share)
+    codes, turn, position = _by_code(named, order)
+    start = np.flatnonzero(np.diff(codes, prepend=-1))
+    if not len(start):
         return
-    kmer = _kmers(queries, seeds, share)
+    distinct, having = codes[start], np.diff(np.append(start, len(codes)))
     found = np.searchsorted(distinct, kmer.code).clip(max=len(distinct) - 1)
     known = distinct[found] == kmer.code
     query, place, found = kmer.owner[known], kmer.position[known], found[known]
     most = int(np.clip(NAMES // max(1, len(found)), 2, 16))
-    names = np.minimum(having[found], most)
+    names, place_of = np.minimum(having[found], most), np.argsort(order)
     total = np.concatenate([[0], np.cumsum(names)])
     ends = np.append(np.flatnonzero(np.diff(query)) + 1, len(query))  # a query's k-mers stay together
     done = 0
@@ -84,7 +86,7 @@ def candidates(queries: Proteins, targets: Proteins, seeds: Seeds) -> Iterator[t
         centre = start[found[part]] + within
         mine, turns = query[part], turn[centre]
         if queries is targets:  # of two that a k-mer names, the later one is compared with the earlier one
-            later = np.argsort(order)[mine] > turns
+            later = place_of[mine] > turns
             mine, turns, part, centre = mine[later], turns[later], part[later], centre[later]
         yield _pairs(queries, targets, seeds, mine, order[turns], place[part] - position[centre])
         done = end
@@ -97,7 +99,8 @@ def _pairs(
     a, b = queries.lengths[query], targets.lengths[target]
     keep = np.minimum(a, b) >= COVERAGE * np.maximum(a, b)
     first, n, half = int(query.min(initial=0)), len(targets), 1 << (_DIAGONAL - 1)
-    key = np.sort((((query[keep] - first) * n + target[keep]) << _DIAGONAL) + diagonal[keep] + half)
+    own = query[keep].astype(np.int64) - first
+    key = np.sort(((own * n + target[keep]) << _DIAGONAL) + diagonal[keep] + half)
     begin = np.flatnonzero(np.diff(key, prepend=-1))
     shared = np.diff(np.append(begin, len(key)))
     pair, line = key[begin] >> _DIAGONAL, key[begin] & (2 * half - 1)
@@ -118,7 +121,7 @@ def _pairs(
 
 @dataclass(frozen=True)
 class _Kmers:
-    """Distinct k-mers of each protein, in the order of the proteins; int64 each."""
+    """Distinct k-mers of each protein, in the order of the proteins; int32 each."""
 
     code: np.ndarray
     owner: np.ndarray
@@ -132,7 +135,8 @@ def _kmers(proteins: Proteins, seeds: Seeds, share: float) -> _Kmers:
     key = np.concatenate([_keys(proteins, i, j, seeds, share) for i, j in itertools.pairwise(ends)] or [_NOTHING])
     possible = len(GROUPS) ** seeds.k
     own = key >> _POSITION
-    return _Kmers(own % possible, own // possible, key & ((1 << _POSITION) - 1))
+    place = key & ((1 << _POSITION) - 1)
+    return _Kmers((own % possible).astype(np.int32), (own // possible).astype(np.int32), place.astype(np.int32))
 
 
 def _keys(proteins: Proteins, first: int, last: int, seeds: Seeds, share: float) -> np.ndarray:
@@ -157,9 +161,10 @@ def _keys(proteins: Proteins, first: int, last: int, seeds: Seeds, share: float)
     return np.asarray(key[np.diff(key >> _POSITION, prepend=-1) > 0])
 
 
-def _by_code(proteins: Proteins, kmers: _Kmers, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_code(kmers: _Kmers, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return code, turn of the protein in `order`, and position of k-mers, sorted by the code, then by the turn."""
-    turn = np.argsort(order)
-    key = np.sort(((kmers.code * len(proteins) + turn[kmers.owner]) << _POSITION) + kmers.position)
-    own = key >> _POSITION
-    return own // len(proteins), own % len(proteins), key & ((1 << _POSITION) - 1)
+    key = kmers.code.astype(np.int64) * len(order) + np.argsort(order)[kmers.owner]
+    key = np.sort((key << _POSITION) + kmers.position)
+    position, own = (key & ((1 << _POSITION) - 1)).astype(np.int32), key >> _POSITION
+    code = own // len(order)
+    return code.astype(np.int32), (own - code * len(order)).astype(np.int32), position
