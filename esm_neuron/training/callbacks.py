@@ -194,20 +194,34 @@ class EarlyStopping:
     greater_is_better: bool
     """True for a metric that should rise (MCC), False for one that should fall (loss)."""
     best: float | None = None
+    best_loss: float | None = None
+    """The validation loss beside `best`: among equal values the lowest loss is the best, and is progress."""
     best_step: int | None = None
+    ties: int = 0
+    """Validations with the value `best`, but for the first."""
     bad: int = 0
     """Validations since the best one."""
 
-    def update(self, value: float | None, step: int) -> bool:
+    def update(self, value: float | None, step: int, loss: float | None = None) -> bool:
         """Take in a validation; return whether it is the best so far. An undefined value (None, NaN) never is."""
-        if value is None or math.isnan(value) or not self._better(value):
+        if value is not None and value == self.best:
+            self.ties += 1
+        if value is None or math.isnan(value) or not self._better(value, loss):
             self.bad += 1
             return False
-        self.best, self.best_step, self.bad = value, step, 0
+        self.ties = self.ties if value == self.best else 0
+        self.best, self.best_loss, self.best_step, self.bad = value, loss, step, 0
         return True
 
-    def _better(self, value: float) -> bool:
+    def _better(self, value: float, loss: float | None) -> bool:
+        if value == self.best:
+            return loss is not None and self.best_loss is not None and loss < self.best_loss
         return self.best is None or (value > self.best if self.greater_is_better else value < self.best)
+
+    def forget(self) -> None:
+        """Know no best validation any more: its checkpoint is gone."""
+        self.best = self.best_loss = self.best_step = None
+        self.ties = 0
 
     @property
     def stop(self) -> bool:
@@ -215,16 +229,22 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, valid JSON."""
-        return {"best": self.best, "best_step": self.best_step, "bad": self.bad}
+        return {name: getattr(self, name) for name in _STOPPER}
 
     def load_state_dict(self, state: MetricsLine) -> None:
         """Go on from `state`; patience and direction stay those of the present config."""
-        best, best_step, bad = (state.get(name) for name in ("best", "best_step", "bad"))
-        sound = (best is None) == (best_step is None) and isinstance(best, (int, float, NoneType))
-        if not (sound and isinstance(best_step, (int, NoneType)) and isinstance(bad, int)):
+        sound = all(isinstance(state.get(name), kinds) for name, kinds in _STOPPER.items())
+        if not sound or (state.get("best") is None) != (state.get("best_step") is None):
             raise CheckpointError("state.json: no valid `stopper`; delete the checkpoint's folder")
-        self.best, self.best_step, self.bad = best, best_step, bad
+        for name in _STOPPER:
+            setattr(self, name, state[name])
 
+
+_STOPPER: dict[str, Any] = {
+    "best": (int, float, NoneType), "best_loss": (int, float, NoneType), "best_step": (int, NoneType),
+    "ties": int, "bad": int,
+}  # fmt: skip
+"""What a checkpoint has of early stopping -> its types."""
 
 FORMATS = {"lr": ".1e", "grad_norm": ".2f", "residues_per_second": ".0f"}
 """How a value is printed on the console; other floats get 4 decimals."""

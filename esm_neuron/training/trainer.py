@@ -157,8 +157,11 @@ class Trainer:
         step = self.state.step
         with self.monitors.validation(step, self.valid_loader):
             metrics = self.evaluate(self.valid_loader)
-            watched = metrics[self.task.metric]
-            self.early_stopping.update(watched if isinstance(watched, (int, float)) else None, step)
+            watched, loss = (
+                value if isinstance(value, (int, float)) else None
+                for value in (metrics[self.task.metric], metrics.get("loss"))
+            )
+            self.early_stopping.update(watched, step, loss)
             self._tell(lambda callback: callback.on_eval(step, {"split": "valid", **metrics}))
 
     def evaluate(self, loader: EvalLoader) -> dict[str, Value]:
@@ -184,7 +187,7 @@ class Trainer:
         self.monitors.resume(state)
         over = self.early_stopping.stop or state.step == self.total_steps
         if self.checkpoints.set_aside_unusable(state.step, self.early_stopping.best_step, over):
-            self.early_stopping.best = self.early_stopping.best_step = None
+            self.early_stopping.forget()
         return state.step
 
     def compile(self, held_out: Sequence[EvalLoader]) -> None:

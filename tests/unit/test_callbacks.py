@@ -177,9 +177,20 @@ def test_early_stopping_keeps_the_best_and_stops_after_its_patience() -> None:
     assert not falling.stop
 
 
+def test_among_equal_validations_the_lowest_loss_is_the_best_and_is_progress() -> None:
+    """As macro-F1 stays at 0 while the loss falls: before, the least trained weights were kept and the run stopped."""
+    stopping = EarlyStopping(patience=2, greater_is_better=True)
+    losses = [0.58, 0.55, 0.51, 0.53, 0.50]
+    assert [stopping.update(0.0, 10 * i, loss) for i, loss in enumerate(losses)] == [True, True, True, False, True]
+    assert (stopping.best_step, stopping.ties, stopping.stop) == (40, 4, False)
+    assert stopping.update(0.1, 50, 0.9)
+    assert not stopping.update(0.0, 60, 0.1)
+    assert (stopping.best_step, stopping.ties) == (50, 0)
+
+
 def test_early_stopping_goes_on_where_a_checkpoint_left_it() -> None:
     before = EarlyStopping(patience=2, greater_is_better=True)
-    before.update(0.5, 10)
+    before.update(0.5, 10, 1.25)
     before.update(0.4, 20)
     after = EarlyStopping(patience=2, greater_is_better=True)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
@@ -191,9 +202,10 @@ def test_early_stopping_goes_on_where_a_checkpoint_left_it() -> None:
     "state",
     [
         {},
-        {"best": 1.0, "best_step": None, "bad": 0},
-        {"best": "1", "best_step": 2, "bad": 0},
-        {"best": 1.0, "best_step": "../x", "bad": 0},
+        {"best": 1.0, "best_loss": 1.0, "best_step": None, "ties": 0, "bad": 0},
+        {"best": "1", "best_loss": 1.0, "best_step": 2, "ties": 0, "bad": 0},
+        {"best": 1.0, "best_loss": 1.0, "best_step": "../x", "ties": 0, "bad": 0},
+        {"best": 1.0, "best_loss": [1.0], "best_step": 2, "ties": 0, "bad": 0},
     ],
 )
 def test_a_state_that_is_none_of_early_stopping_is_refused(state: dict[str, object]) -> None:

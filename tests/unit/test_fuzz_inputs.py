@@ -153,7 +153,7 @@ def test_flags_are_right_or_refused(folder: Path, words: list[tuple[str, str]]) 
 def saved(folder: Path) -> tuple[Path, Snapshot]:
     generator = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(3, 4, generator=generator), "b": torch.ones(2).bfloat16()}
-    state = TrainState(7, 100, 1.5, {"best": 0.5, "best_step": 7, "bad": 0}, {"seed": 1})
+    state = TrainState(7, 100, 1.5, {"best": 0.5, "best_loss": 0.7, "best_step": 7, "ties": 0, "bad": 0}, {"seed": 1})
     snapshot = Snapshot(state, weights, {"a/exp_avg": torch.zeros(3, 4)})
     return checkpoint.save(folder / "whole", snapshot), snapshot
 
