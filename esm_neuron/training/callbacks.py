@@ -218,6 +218,13 @@ class EarlyStopping:
             return loss is not None and self.best_loss is not None and loss < self.best_loss
         return self.best is None or (value > self.best if self.greater_is_better else value < self.best)
 
+    def remarks(self, metric: str) -> list[str]:
+        """Return what a user should know of the choice."""
+        if not self.ties:
+            return []
+        tied = f"{self.ties + 1} validations have the best {metric}, {self.best:.4f}"
+        return [f"{tied}; step {self.best_step} has the lowest loss of them"]
+
     def forget(self) -> None:
         """Know no best validation any more: its checkpoint is gone."""
         self.best = self.best_loss = self.best_step = None

@@ -188,13 +188,9 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     """Write the best weights, then evaluate them and write the result: a failing evaluation loses no training."""
     trainer, loaders = job.trainer, job.loaders
     cfg, backend, state = trainer.cfg, trainer.backend, trainer.state
-    stopping = trainer.early_stopping
-    chosen, weights = trainer.checkpoints.load_best(stopping.best_step, state.step)
-    if stopping.ties:
-        log(
-            f"{stopping.ties + 1} validations have the best {trainer.task.metric}, {stopping.best:.4f}; "
-            f"step {chosen} has the lowest loss of them"
-        )
+    chosen, weights = trainer.checkpoints.load_best(trainer.early_stopping.best_step, state.step)
+    for line in trainer.early_stopping.remarks(trainer.task.metric):
+        log(line)
     out = Path(cfg.output)
     written = main_rank_only(backend, lambda: results.write_results(cfg, trainer.task, job.built, weights))
     try:

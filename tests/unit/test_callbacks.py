@@ -183,6 +183,9 @@ def test_among_equal_validations_the_lowest_loss_is_the_best_and_is_progress() -
     losses = [0.58, 0.55, 0.51, 0.53, 0.50]
     assert [stopping.update(0.0, 10 * i, loss) for i, loss in enumerate(losses)] == [True, True, True, False, True]
     assert (stopping.best_step, stopping.ties, stopping.stop) == (40, 4, False)
+    assert stopping.remarks("macro_f1") == [
+        "5 validations have the best macro_f1, 0.0000; step 40 has the lowest loss of them"
+    ]
     assert stopping.update(0.1, 50, 0.9)
     assert not stopping.update(0.0, 60, 0.1)
     assert (stopping.best_step, stopping.ties) == (50, 0)
