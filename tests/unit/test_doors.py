@@ -15,7 +15,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "json.load": (),
     "yaml.": ("config/settings.py",),
     "pq.": ("data/parquet.py",),
-    "pd.read_": ("inference/stream.py",),  # what has just been written
+    "pd.read_": ("data/parquet.py", "inference/stream.py"),  # workbooks; what has just been written
     "load_from_disk": ("data/parquet.py",),
     "safe_open": ("models/adapter_folder.py", "models/hf_folder.py"),  # the former names and shapes, without torch
     "load_file": (),
