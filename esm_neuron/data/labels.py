@@ -271,7 +271,8 @@ class LabelSets(Labels):
             problems.add(
                 None,
                 f"column {self.column!r}: {quote(joined)} is one label, since labels are separated by {self.joiner!r}, "
-                f"but its parts are labels too; name the separator: data.label_separator={separator!r}",
+                f"but its parts are labels too; name the separator, data.label_separator={separator!r}, or the classes "
+                "in task.labels",
             )
 
     def strata(self, rows: pa.Table) -> np.ndarray:

@@ -41,6 +41,8 @@ SEPARATORS = ",;\t| "
 """What a table may have between its columns."""
 LABEL_LINE = "line3"
 """Name of the column that the third line of a record is, where every record of a FASTA file has one."""
+MOST_PHRASES, LEAST_PHRASES = 1000, 20
+"""Most values of several words that are kept, and how many, for each first word, look like labels with free text."""
 _SAMPLE = 50
 """Records that show whether a FASTA file has such lines."""
 
@@ -197,6 +199,7 @@ def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     wanted = [column for column in columns if column.name not in ("id", "sequence")]
     keys = {column.source for column in wanted}
     seen = Seen(wanted)
+    phrases: dict[str, set[str]] = {key: set() for key in keys}  # values of several words, the first MOST_PHRASES
     records = _fasta_records(path)
     sample = list(islice(records, _SAMPLE))
     labelled = _has_label_lines([body for _, _, body in sample])
@@ -206,9 +209,19 @@ def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
         if labelled:
             body, fields[LABEL_LINE] = _two_lines(path, start, body)
         seen.add(fields)
+        for key, several in phrases.items():
+            if " " in (value := fields.get(key, "")) and len(several) < MOST_PHRASES:
+                several.add(value)
         special = {"id": name, "sequence": "".join(body.split())}
         yield start, [special.get(column.name, fields.get(column.source, "")) for column in columns]
     seen.check(path)
+    for key, several in phrases.items():
+        first = {value.split(" ")[0] for value in several}
+        if len(several) >= LEAST_PHRASES and len(first) <= len(several) / LEAST_PHRASES:
+            raise DataError(
+                f"{path}: {key}= has {len(several)} values of several words that begin with {len(first)} words, as "
+                f'{min(several)[:60]!r}; write {key}="two words" with quotes, so that text behind it is told apart'
+            )
 
 
 def _has_label_lines(bodies: Sequence[str]) -> bool:

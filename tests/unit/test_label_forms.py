@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.intake import load, sets, table, write
+from helpers.intake import load, protein, sets, table, write
 from helpers.rows import read_rows
 from hypothesis import given
 from hypothesis import strategies as st
@@ -215,3 +215,21 @@ def test_classes_and_counts_are_told(tmp_path: Path) -> None:
 def test_values_in_headers(tmp_path: Path, header: str, column: str, value: str) -> None:
     path = write(tmp_path / "a.fa", f"{header}\nMKV\n>{'Q|x|y|z'} {column}=other\nMKV\n")
     assert read_rows(path, DataConfig(label_column=column), True)["label"].to_pylist()[0] == value
+
+
+def test_text_behind_labels_in_headers_is_named(tmp_path: Path) -> None:
+    rows = [f">P{i} label={'AB'[i % 2]} kinase number {i}\n{protein(i)}\n" for i in range(60)]
+    with pytest.raises(DataError, match=r"label= has 60 values of several words that begin with 2 words, .*with quotes"):
+        load(write(tmp_path / "a.fasta", "".join(rows)))
+    quoted = [row.replace("label=A", 'label="A"').replace("label=B", 'label="B"') for row in rows]
+    assert load(write(tmp_path / "b.fasta", "".join(quoted))).labels == ("A", "B")
+    species = [f">P{i} OS=Genus{i % 30} species{i}\n{protein(i)}\n" for i in range(60)]
+    assert len(load(write(tmp_path / "c.fasta", "".join(species)), label_column="OS").labels) == 60
+
+
+def test_classes_with_the_marks_of_separators_can_be_named(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.tsv", ["Lysosome/Vacuole", "Lysosome", "Vacuole"])
+    with pytest.raises(DataError, match="or the classes in task.labels"):
+        load(path, "multi_label")
+    names = ("Lysosome", "Lysosome/Vacuole", "Vacuole")
+    assert sets(load(path, "multi_label", labels=names)) == [[names[1]], [names[0]], [names[2]]]
