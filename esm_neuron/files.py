@@ -330,10 +330,10 @@ def check_apart(
     Each of `inputs` is named by its option. In the folder of a `model` an output must have a name of its own, or that
     of an earlier output.
     """
-    place = target.resolve()
+    place = Path(os.path.realpath(target))  # `resolve` raises where links go round
     for name, files in {**inputs, "--model": [] if model is None else [str(model)]}.items():
         for file in filter(os.path.exists, files):
-            source = Path(file).resolve()
+            source = Path(os.path.realpath(file))
             same = source == place or (target.exists() and os.path.samefile(target, source))
             if source in place.parents and source.is_dir():
                 same = name != "--model" or place.parent != source or not _is_free(target)

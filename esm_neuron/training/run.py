@@ -281,7 +281,7 @@ def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
             held.enter_context(claimed(out))
             sources = {f"data.{split}": path for split, path in data_files(cfg.data).items()}
             inputs = {setting: [file for file, _ in files_of(path)] for setting, path in sources.items()}
-            if out.resolve() in Path(cfg.model.name).resolve().parents:
+            if Path(os.path.realpath(out)) in Path(os.path.realpath(cfg.model.name)).parents:
                 inputs["model.name"] = [cfg.model.name]
             for name in (*FILES, ADAPTER, MODEL, BASE):
                 check_apart("output:", out / name, inputs)
