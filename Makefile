@@ -42,7 +42,7 @@ TRN1_TESTS := tests/xla $(patsubst %,tests/unit/test_%.py,checkpoint compat conv
 
 .PHONY: help install install-trn1 demo test test-current test-trn1-lane lint type format clean \
 	test-nxd test-peers test-gpu test-trn1 rehearse-trn1 test-launchers test-hub fuzz audit soak faults long-run \
-	pages parity results bench bench-speed bench-smoke bench-gpu lock dist release-check
+	pages parity results bench bench-speed bench-smoke bench-gpu gpu-day lock dist release-check
 
 ##@ Daily
 help: ## list the targets
@@ -169,6 +169,9 @@ bench-smoke: $(VENV)/.installed ## whether the benchmarks run: two or three step
 		--max-steps 3 --output runs/bench-smoke
 	$(BIN)/python benchmarks/packed_accuracy.py --shape tiny --seeds 1 --steps 2 --every 1 --folder runs/bench-smoke \
 		--output runs/bench-smoke
+
+gpu-day: $(VENV)/.installed ## all that a CUDA GPU can show in 45 minutes, with tables; SMOKE=--smoke tries it on the CPU
+	$(BIN)/python benchmarks/gpu_day.py $(SMOKE)
 
 bench-gpu: $(VENV)/.installed ## 650M on a CUDA GPU (BENCH_BATCH=4 if it has 24 GB): full, LoRA, QLoRA; speed, MFU, peak memory
 	@# all three, though a setting fails: HF's widest batches do not fit every GPU. 10 proteins are 8 of our rows of 512.

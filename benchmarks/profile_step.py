@@ -1,7 +1,8 @@
-"""Show where the time of a training step goes on the CPU: `python benchmarks/profile_step.py`.
+"""Show where the time of a training step goes: `python benchmarks/profile_step.py`, `--backend cuda` on a GPU.
 
 Trains as `throughput.py` does, ours alone, and records steps after a warm-up with torch's profiler. An operation's
-own time counts, without that of the operations it calls; the rest is Python, and waiting for the next batch.
+own time counts, on a GPU that of its kernels, without that of the operations it calls; the rest is Python, and waiting
+for the next batch.
 Prints the shares by kind and writes them, with the 25 longest operations and the machine, to `results/profile-*.json`.
 """
 
@@ -24,7 +25,7 @@ import torch
 from contestants import HERE, OURS, Contestant, ours, write_rows
 from machine import load, machine
 
-from esm_neuron.backends.cpu import CpuBackend
+from esm_neuron.backends.eager import EagerBackend
 from esm_neuron.cli import main as train
 from esm_neuron.training.trainer import Trainer
 
@@ -63,15 +64,21 @@ def in_update(event: FunctionEvent) -> bool:
 def profile(args: argparse.Namespace) -> dict[str, Any]:
     """Return shares of the time of the recorded steps."""
     torch.set_num_threads(args.threads)
-    step, update = Trainer.train_step, CpuBackend.step
-    recorder, clock = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), [0.0]
+    step, update, on_gpu = Trainer.train_step, EagerBackend.step, args.backend == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    recorder = torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])])
+    clock = [0.0]
 
     def recorded(self: Trainer, data: Any) -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
         if self.state.step == args.warmup:
             recorder.start()
             clock[0] = -time.perf_counter()
         step(self, data)
         if self.state.step == args.max_steps:
+            if on_gpu:
+                torch.cuda.synchronize()
             clock[0] += time.perf_counter()
             recorder.stop()
 
@@ -79,22 +86,24 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
         with torch.profiler.record_function(UPDATE):
             return update(*given)
 
-    Trainer.train_step, CpuBackend.step = recorded, named_update  # type: ignore[method-assign]
+    Trainer.train_step, EagerBackend.step = recorded, named_update  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         packs_per_step = write_rows(args, Path(name))
-        words = ours(Contestant(OURS, "fp32", args.adapters[0]), args, Path(name), packs_per_step)
+        words = ours(Contestant(OURS, args.precision[0], args.adapters[0]), args, Path(name), packs_per_step)
         if code := train(["train", *words]):
             sys.exit(code)
-    kinds, operations = Counter[str](), Counter[str]()
+    shares, operations = Counter[str](), Counter[str]()
     for event in recorder.events() or ():
-        operations[event.name] += event.self_cpu_time_total / 1e6
-        kinds[UPDATE if in_update(event) else kind_of(event.name)] += event.self_cpu_time_total / 1e6
-    kinds[BETWEEN] = clock[0] - kinds.total()
+        if event.device_type == torch.autograd.DeviceType.CPU:  # a kernel's time is that of who started it
+            spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+            operations[event.name] += spent
+            shares[UPDATE if in_update(event) else kind_of(event.name)] += spent
+    shares[BETWEEN] = clock[0] - shares.total()
     return {
         "steps": args.max_steps - args.warmup,
         "packs_per_step": packs_per_step,
         "seconds": clock[0],
-        "kinds": {kind: spent / clock[0] for kind, spent in kinds.most_common()},
+        "kinds": {kind: spent / clock[0] for kind, spent in shares.most_common()},
         "longest": {operation: spent / clock[0] for operation, spent in operations.most_common(LONGEST)},
     }
 
@@ -104,9 +113,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="esm2_t6_8M")
     parser.add_argument("--adapter", choices=("none", "lora"), default="lora")
+    parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     own = parser.parse_args()
-    words = ["--shape", own.shape, "--adapters", own.adapter, "--precision", "fp32", "--rows", "64", "--max-steps", "6"]
+    words = ["--shape", own.shape, "--adapters", own.adapter, "--backend", own.backend, "--precision", own.precision]
+    words += ["--rows", "64", "--max-steps", "6"]
     args = throughput.arguments(words)
     before = load()
     record = {"machine": machine(), "load_before": before, "settings": throughput.settings_of(args), **profile(args)}
