@@ -29,7 +29,7 @@ from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, 
 from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.threads import set_threads
 from esm_neuron.errors import ConfigError, EsmNeuronError
-from esm_neuron.redact import Lines, RedactedRecord, RedactingFormatter, shown
+from esm_neuron.redact import Lines, RedactedRecord, RedactingFormatter, redact, shown
 from esm_neuron.training.signals import EXIT_STOPPED
 
 Trained = Annotated[str, "output folder of a training run, or a folder with a trained model by transformers or PEFT"]
@@ -217,7 +217,7 @@ def plan(
         lines.append(cost.render(estimates, price_list, asked, market))
         if price_list.instances[asked].kind == "neuron":
             lines += cost.explain_trn1(cfg, made, shape, price_list, estimates, asked, market)
-    show(as_json(values) if json_ else Lines("\n".join(lines)))
+    show(as_json(values) if json_ else Lines.of(lines))
     return 0
 
 
@@ -421,7 +421,8 @@ def _usage() -> str:
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show a traceback without secrets, as `sys.excepthook`."""
-    log(Lines.of("".join(traceback.format_exception(kind, error, trace)).rstrip().split("\n")))
+    text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+    log(Lines.of(redact(text).split("\n")))  # whole: a key has several lines
 
 
 def show_failure(failed: threading.ExceptHookArgs) -> None:

@@ -49,7 +49,7 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise ValueError("not a regular file")
     with path.open("rb") as file:
-        content = file.read(limit + 1)
+        content = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(content) > limit:
         raise ValueError(f"more than {limit} bytes")
     return content
@@ -264,6 +264,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         aside.rename(path)
         fsync(path.parent)
     finally:
+        if os.path.lexists(old) and not os.path.lexists(path):  # the second rename failed: what was there comes back
+            old.rename(path)
         for left in (aside, old):
             with contextlib.suppress(OSError):
                 remove(left)
@@ -282,12 +284,12 @@ def _files(folder: Path) -> Iterator[Path]:
 def check_ours(folder: Path, names: Iterable[str]) -> None:
     """Raise ConfigError where `folder` has one of `names` and we did not write it: we are about to replace it.
 
-    Ours is what the ledger of the folder names, a folder with a manifest, and an empty folder.
+    Ours is what the ledger of the folder names, a folder whose manifest lists its files, and an empty folder.
     """
     ledger = None
     for name in names:
         path = folder / name
-        if not os.path.lexists(path) or (path.is_dir() and (path / MANIFEST).is_file()):
+        if not os.path.lexists(path) or _is_listed(path):
             continue
         if ledger is None:
             ledger = _ledger(folder)
@@ -299,10 +301,25 @@ def check_ours(folder: Path, names: Iterable[str]) -> None:
                 )
 
 
+_HASH = re.compile("[0-9a-f]{32}")
+
+
+def _is_listed(folder: Path) -> bool:
+    """Return whether a folder has a manifest of ours that names all of its files, or a name that only we give."""
+    if _HASH.fullmatch(folder.name) and (folder / MANIFEST).is_file():  # cached data, whose manifest may be damaged
+        return True
+    try:
+        said = read_json(folder / MANIFEST, {})
+    except (OSError, ValueError):
+        return False
+    listed = {*said, *(said.get("files") or ()), MANIFEST} if isinstance(said.get("files", {}), dict) else {MANIFEST}
+    return all(file.relative_to(folder).as_posix() in listed for file in _files(folder))
+
+
 def _ledger(folder: Path, kind: str = "wrote") -> set[str]:
     try:
         return set(read_json(folder / LEDGER, {"wrote": [str], "outputs": [str]})[kind])
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return set()
 
 

@@ -106,4 +106,4 @@ class RedactingFormatter(logging.Formatter):
     """Format log lines as `shown` does, their tracebacks included."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return Lines.of(super().format(record).split("\n"))
+        return Lines.of(redact(super().format(record)).split("\n"))  # whole: a key has several lines

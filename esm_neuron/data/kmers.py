@@ -98,9 +98,9 @@ def _pairs(
     """Return the best pairs of each query, on the diagonals with the most k-mers, and their ranks."""
     a, b = queries.lengths[query], targets.lengths[target]
     keep = np.minimum(a, b) >= COVERAGE * np.maximum(a, b)
-    first, n, half = int(query.min(initial=0)), len(targets), 1 << (_DIAGONAL - 1)
-    own = query[keep].astype(np.int64) - first
-    key = np.sort(((own * n + target[keep]) << _DIAGONAL) + diagonal[keep] + half)
+    owners, place = np.unique(query[keep], return_inverse=True)  # few of many: the key below has room for these alone
+    n, half = len(targets), 1 << (_DIAGONAL - 1)
+    key = np.sort(((place.astype(np.int64) * n + target[keep]) << _DIAGONAL) + diagonal[keep] + half)
     begin = np.flatnonzero(np.diff(key, prepend=-1))
     shared = np.diff(np.append(begin, len(key)))
     pair, line = key[begin] >> _DIAGONAL, key[begin] & (2 * half - 1)
@@ -116,7 +116,9 @@ def _pairs(
     begin = np.flatnonzero(np.diff(owner, prepend=-1))
     rank = np.arange(len(owner)) - np.repeat(begin, np.diff(np.append(begin, len(owner))))
     best = order[rank < seeds.candidates]
-    return Pairs(pair[best] // n + first, pair[best] % n, line[best] - half), rank[rank < seeds.candidates]
+    return Pairs(owners[pair[best] // n].astype(np.int64), pair[best] % n, line[best] - half), rank[
+        rank < seeds.candidates
+    ]
 
 
 @dataclass(frozen=True)

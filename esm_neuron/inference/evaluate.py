@@ -45,6 +45,7 @@ def evaluate(
     """
     if target is not None:
         check_output(target, model, {"--input": source}, overrides)
+        target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the work
     cfg, task = find_trained(model, backend_name, overrides, "evaluate")
     labels = None if task.label_kind is None else task.label_kind.of(cfg.task, cfg.data)
     inputs = InputChunks(source, cfg.data, labels)

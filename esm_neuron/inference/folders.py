@@ -52,7 +52,7 @@ def find_head(model: ModelConfig) -> Head:
     released: dict[str, Any] = {"architectures": ["EsmForMaskedLM"]}
     said = released if home is None else _read_config(home)
     for name, shape in tensor_shapes(folder).items():
-        if last := _LAST_LAYER.fullmatch(name):
+        if shape and (last := _LAST_LAYER.fullmatch(name)):
             labels = _labels(home or folder, said) if said.get("id2label") is not None else ()
             regression = last[2] == "regressor" or shape[0] == 1
             return Head(

@@ -402,6 +402,7 @@ def check_target(
 def check_output(target: Path, model: str | Path, inputs: Mapping[str, Path | None], words: Sequence[str]) -> None:
     """Check of an output what `check_target` does, but for its suffix and shards."""
     require(not target.is_dir(), f"--output {target}: this is a folder; name a file in it")
+    require(not target.exists() or target.is_file(), f"--output {target}: this is no file, but a device or a pipe")
     files = {option: [name for name, _ in files_of(str(path))] for option, path in inputs.items() if path is not None}
     follows = zip(words, [*words[1:], ""], strict=False)
     files["--config"] = [

@@ -45,7 +45,7 @@ _NO_EFFECT = {
 """Fields that decide how an adapter is trained or found, which the names and shapes of its tensors say as well."""
 _INITIAL = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to draw an adapter's first values that leave the base as it is; PiSSA and others take something out of it."""
-_PATTERN = re.compile(r"[\w.^$|\\\[\]?-]*(?:[*+][\w.^$|\\\[\]?-]*){0,3}")
+_PATTERN = re.compile(r"[\w.^$|\\\[\]-]*(?:[*+?][\w.^$|\\\[\]-]*){0,3}")
 """Names of layers as PEFT takes them, regular expressions, without groups: one from elsewhere could match forever."""
 
 

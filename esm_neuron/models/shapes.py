@@ -191,8 +191,9 @@ def known_shape(model: str) -> EsmShape | None:
     by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
     if model in by_name or not Path(model).is_dir():
         return by_name.get(model)
-    if is_adapter(Path(model)):
-        return known_shape(read_adapter_folder(Path(model)).base or "")
+    if is_adapter(Path(model)) and not (Path(model) / "config.json").is_file():
+        base = read_adapter_folder(Path(model)).base or ""
+        return None if is_adapter(Path(base)) and not (Path(base) / "config.json").is_file() else known_shape(base)
     from esm_neuron.models.weights import read_config  # imports torch, which the names do without
 
     return EsmShape.of(read_config(Path(model)))

@@ -331,6 +331,8 @@ def set_aside(folder: Path) -> None:
 
 def prune(root: Path, keep: int, best: int | None) -> None:
     """Delete all checkpoints but the `keep` newest and the one of step `best`, and what killed processes left."""
+    for folder in root.glob(".step-*.tmp"):
+        remove(folder)
     old = [step_folder(root, step) for step in steps(root)[:-keep] if step != best]
     for folder in old:
         if (folder / MANIFEST).is_file():  # what has none is no checkpoint, whatever its name

@@ -281,8 +281,9 @@ def _claimed_output(cfg: TrainConfig, backend: Backend) -> Iterator[None]:
             held.enter_context(claimed(out))
             sources = {f"data.{split}": path for split, path in data_files(cfg.data).items()}
             inputs = {setting: [file for file, _ in files_of(path)] for setting, path in sources.items()}
-            if Path(os.path.realpath(out)) in Path(os.path.realpath(cfg.model.name)).parents:
-                inputs["model.name"] = [cfg.model.name]
+            for setting, name in (("model.name", cfg.model.name), ("model.base", cfg.model.base)):
+                if name is not None and Path(os.path.realpath(out)) in Path(os.path.realpath(name)).parents:
+                    inputs[setting] = [name]
             for name in (*FILES, ADAPTER, MODEL, BASE):
                 check_apart("output:", out / name, inputs)
             # a run whose ledger was left behind is known by its checkpoints

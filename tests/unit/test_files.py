@@ -292,3 +292,37 @@ def test_a_full_disk_is_an_error_of_the_file_system(tmp_path: Path) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def test_a_folder_comes_back_where_its_replacement_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two renames fails, as with EIO: before, both the old folder and the new one were removed."""
+    folder = tmp_path / "adapter"
+    with new_folder(folder) as aside:
+        (aside / "weights").write_text("old")
+    note(tmp_path, ["adapter/weights"])
+    rename, seen = Path.rename, list[Path]()
+
+    def failing(self: Path, target: Path) -> Path:
+        seen.append(target)
+        if target == folder and len(seen) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"), new_folder(folder) as aside:
+        (aside / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_a_folder_with_any_manifest_is_not_ours(tmp_path: Path) -> None:
+    theirs = tmp_path / "model"
+    theirs.mkdir()
+    (theirs / "manifest.json").write_text('{"name": "my web application"}')
+    (theirs / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"thesis.txt is in the way|manifest.json is in the way"):
+        check_ours(tmp_path, ["model"])
+    (theirs / "manifest.json").write_text('{"files": {"thesis.txt": {}}}')
+    check_ours(tmp_path, ["model"])
