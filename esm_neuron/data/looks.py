@@ -5,9 +5,12 @@ One record cannot tell: GATTACA is a peptide, NAN is one, and HHH is a tail of h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 MISSING = frozenset(
     ("nan", "none", "null", "na", "n/a", "#n/a", "<na>", "nil", "#value!", "#ref!", "-", "--", ".", "?", "missing")
@@ -21,6 +24,80 @@ SAMPLE = 1 << 20
 """Most letters of a chunk of rows that are counted."""
 _PEPTIDE = 4
 """Residues of a peptide so short that NAN may be one of its kind."""
+
+
+_STRUCTURES = frozenset("HECLBGITSP-~")
+"""Letters of secondary structures in 3 and 8 states."""
+_FEW = 8
+"""Most letters of a line of labels."""
+_LEAST_STRUCTURE = 15
+ALL = 10_000
+"""Records of a FASTA file that are all looked at for labels; of later ones it is every 16th."""
+
+
+def is_structure(text: str) -> bool:
+    """Return whether a text is a secondary structure: of H, E and C two or more, and most letters stand in runs."""
+    text = text.upper()
+    if len(text) < _LEAST_STRUCTURE or len(set(text) & set("HEC")) < 2 or not set(text) <= _STRUCTURES:
+        return False
+    return sum(a == b for a, b in pairwise(text)) >= len(text) / 2
+
+
+_CODES = "ALA|ARG|ASN|ASP|CYS|GLN|GLU|GLY|HIS|ILE|LEU|LYS|MET|PHE|PRO|SER|THR|TRP|TYR|VAL"
+_ROWS = (
+    (
+        r"^(?:[A-Z#][a-z#]){5,}$",
+        "has a small letter behind each capital, as SaProt writes structures among residues; keep the capitals alone",
+    ),
+    (rf"(?i)^(?:(?:{_CODES})[\s-]*){{3,}}$", "is written in codes of three letters; write MKA for MetLysAla"),
+    (
+        rf"(?i)^[{''.join(_STRUCTURES - {'-'})}-]{{{_LEAST_STRUCTURE},}}$",
+        "is a secondary structure; remove such records",
+    ),
+)
+"""What a sequence looks like -> what to say; no protein of so many residues looks so by chance."""
+
+
+def strange_rows(sequences: pa.ChunkedArray) -> Iterator[tuple[int, str]]:
+    """Give the number of each sequence that is of another kind of text for certain, and what to say of it."""
+    for pattern, what in _ROWS:
+        for row in np.flatnonzero(pc.match_substring_regex(sequences, pattern).to_numpy()).tolist():
+            if "structure;" not in what or is_structure(sequences[row].as_py()):
+                yield row, what
+
+
+class LabelLines:
+    """Tell records of a FASTA file that have labels below the residues, as SignalP's third line, in the sequence."""
+
+    def __init__(self) -> None:
+        self._seen = self._records = self._labelled = self._certain = self._first = 0
+
+    def add(self, start: int, body: str) -> None:
+        """Look at the lines of a record whose header is in line `start`."""
+        self._seen += 1
+        if self._seen > ALL and self._seen % 16:  # a corpus need not wait for each of its records
+            return
+        self._records += 1
+        lines = body.split()
+        alike = [line for line in lines[1:] if len(line) == len(lines[0])]  # labels are wrapped as the residues are
+        found = False
+        for line in alike[:1] + alike[-1:]:
+            if (few := len(set(line))) <= _FEW:
+                certain = is_structure(line)
+                self._certain += certain
+                found = found or certain or few <= len(set(lines[0])) // 2
+        if found:
+            self._labelled += 1
+            self._first = self._first or start
+
+    def found(self, path: str) -> str | None:
+        """Return what to say of the file where its sequences hold labels; None where they do not."""
+        if not self._certain and self._labelled * 2 <= self._records:
+            return None
+        return (
+            f"{path}:{self._first}: below the residues of {self._labelled} of {self._records} records stand lines of "
+            "labels, of few letters; remove them, or give each record one line of residues and one of labels"
+        )
 
 
 class Looks:

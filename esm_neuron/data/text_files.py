@@ -18,6 +18,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
+from esm_neuron.data.looks import LabelLines
 from esm_neuron.data.records import (
     LINE_LIMIT,
     NUMBERED,
@@ -47,6 +48,7 @@ _SAMPLE = 50
 """Records that show whether a FASTA file has such lines."""
 
 _FIELD = re.compile(r'(?:^|\s)([^\s="]+)=(?:"([^"]*)"(?=\s|$)|((?:(?!\s[^\s="]+=).)*))')
+_PIR = re.compile(r"[A-Z][A-Z0-9];")
 _NAME_PART = re.compile(r"part([0-9]{1,3})")
 _HINT = re.compile(r'"?sep=(.)"?')
 
@@ -203,17 +205,25 @@ def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     records = _fasta_records(path)
     sample = list(islice(records, _SAMPLE))
     labelled = _has_label_lines([body for _, _, body in sample])
+    below = LabelLines()
     for start, header, body in chain(sample, records):
+        if _PIR.match(header) and body.rstrip().endswith("*"):
+            cure = "write '>' and the name alone, and remove the line of description below it"
+            raise DataError(f"{path}:{start}: {header[:60]!r} begins a record of the format PIR; {cure}")
         name = header.split(maxsplit=1)[0]
         fields = _header_fields(path, start, header, keys) if keys else {}
         if labelled:
             body, fields[LABEL_LINE] = _two_lines(path, start, body)
+        else:
+            below.add(start, body)
         seen.add(fields)
         for key, several in phrases.items():
             if " " in (value := fields.get(key, "")) and len(several) < MOST_PHRASES:
                 several.add(value)
         special = {"id": name, "sequence": "".join(body.split())}
         yield start, [special.get(column.name, fields.get(column.source, "")) for column in columns]
+    if (what := below.found(path)) is not None:
+        raise DataError(what)
     seen.check(path)
     for key, several in phrases.items():
         first = {value.split(" ")[0] for value in several}

@@ -169,6 +169,70 @@ def test_a_record_unlike_the_others_is_named(tmp_path: Path) -> None:
         read_rows(path, DataConfig(), False)
 
 
+HEC = ("HHHHEEECCC" * 9)[:40]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        lambda i: [protein(i), HEC] if i % 8 else [protein(i)],  # 35 of 40
+        lambda i: [protein(i), HEC] if i > 3 else [protein(i)],  # from the fifth on
+        lambda i: [protein(i), HEC, "BBEEBEBBEE" * 4],
+        lambda i: [protein(i, 60)[:40], protein(i, 60)[40:], HEC, HEC[:20]],
+        lambda i: [protein(i), "SSSSSOOOOO" * 4] if i % 3 else [protein(i)],
+        lambda i: [protein(i), HEC] if i == 37 else [protein(i)],
+        lambda i: [protein(i), "--HHHHEEE-" * 4, "0123456789" * 4],
+    ],
+)
+def test_labels_below_residues_are_never_appended(tmp_path: Path, lines: Any) -> None:
+    path = write(tmp_path / "a.fa", "".join("\n".join([f">P{i}", *lines(i), ""]) for i in range(40)))
+    for mode in ("strict", "strip"):
+        with pytest.raises(DataError, match=r"a.fa:\d+: below the residues of \d+ of 40 records stand lines of labels"):
+            read_rows(path, DataConfig(on_bad_residue=mode), False)
+
+
+def test_repeats_in_wrapped_sequences_are_no_labels(tmp_path: Path) -> None:
+    for lines in (["GGGGS" * 4] * 2, ["A" * 20] * 3, [protein(1, 10), protein(2, 10)], [protein(3, 5)] * 2):
+        path = write(tmp_path / "a.fa", "".join("\n".join([f">P{i}", *lines, protein(i, 3), ""]) for i in range(9)))
+        assert set(read_rows(path, DataConfig(), False)["sequence"].to_pylist()[:1]) == {"".join(lines) + protein(0, 3)}
+
+
+def test_pir_is_refused_with_its_cure(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.fa", f">P1;p0\nA DESCRIPTION\n{protein(1)}*\n>P1;p1\nANY\n{protein(2)}\n*\n")
+    with pytest.raises(DataError, match=r"a.fa:1: 'P1;p0' begins a record of the format PIR; write '>' and the name"):
+        read_rows(path, DataConfig(), False)
+    write(path, f">p0\n{protein(1)}*\n>p1\n{protein(2)}\n*\n")
+    assert len(InputChunks(path, DataConfig()).read()) == 2
+
+
+@pytest.mark.parametrize("mode", ["strict", "skip", "replace", "strip"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (HEC, "is a secondary structure"),
+        (HEC.lower(), "is a secondary structure"),
+        ("--HHHHHHTTTEEEEESSS--", "is a secondary structure"),
+        ("METLYSALA", "codes of three letters"),
+        ("MetLysAlaValGly", "codes of three letters"),
+        ("Met-Lys-Ala-Val-Gly", "codes of three letters"),
+        ("met lys ala val gly", "codes of three letters"),
+        ("MdEvVpKlAa", "small letter behind each capital"),
+        ("M#EvVpK#Aa", "small letter behind each capital"),
+    ],
+)
+def test_a_text_of_another_kind_is_named(tmp_path: Path, text: str, said: str, mode: str) -> None:
+    path = table(tmp_path / "a.tsv", ["A", "B"] * 2, [protein(1), text, protein(2), protein(3)])
+    with pytest.raises(DataError, match=rf"a.tsv:3: the sequence of 'p1' .*{said}"):
+        load(path, on_bad_residue=mode)
+    with pytest.raises(DataError, match=said):
+        InputChunks(path, DataConfig(on_bad_residue=mode)).read()
+
+
+@pytest.mark.parametrize("text", ["HHHHHH", "METLYS", "HEC", "MKvLaA", "CHCHCHECECHCHCECHC", "ALAGLY", "H" * 30])
+def test_a_tail_or_a_short_peptide_passes(tmp_path: Path, text: str) -> None:
+    assert len(load(table(tmp_path / "a.tsv", ["A", "B"], [protein(1), text])).train) == 2
+
+
 @pytest.mark.parametrize("name", ["101M:A:secstr", "ss_pred", "ss_conf", "ss_dssp", "1abc_A_secstr"])
 def test_structures_beside_proteins_are_named(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "a.fa", f">101M:A:sequence\n{protein(1)}\n>{name}\n{'HHHHEEEE' * 5}\n")
