@@ -14,7 +14,7 @@ from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
 from esm_neuron.data.filters import passes
 from esm_neuron.data.homology import MOST, Method, find_homologs, too_short
 from esm_neuron.data.labels import Labels, flatten
-from esm_neuron.data.sources import read_chunks
+from esm_neuron.data.sources import check_sheet, read_chunks
 from esm_neuron.data.tokenizer import UNK, VOCABULARY, encode_many
 from esm_neuron.data.validation import Checker, Report, conflicting, text_hashes
 from esm_neuron.redact import Lines
@@ -106,6 +106,7 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, me
     With a split column, its value `train` names the training proteins. `labels` reads the label column and
     `method` finds homologs; None: they are not looked at. Raise DataError where the file itself cannot be read.
     """
+    check_sheet([path], cfg.sheet)
     checker, writer = Checker(cfg, path), TableWriter()
     splits: list[str] = []
     hashes: list[np.ndarray] = []
@@ -129,6 +130,7 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, me
     if labels is not None:
         labels.conclude(checker.problems)
     checker.conclude()
+    checker.check_left(read)
     table = writer.table()
     sequences, residues = np.concatenate(hashes), table.lengths - 2
     letters = np.bincount(table.tokens, minlength=len(VOCABULARY))[UNK + 1 :]  # residues follow the specials

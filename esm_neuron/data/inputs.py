@@ -14,7 +14,7 @@ from esm_neuron.config import DataConfig
 from esm_neuron.data.dataset import ExampleTable, chunk_table, join_tables
 from esm_neuron.data.filters import passes
 from esm_neuron.data.labels import Labels
-from esm_neuron.data.sources import check_columns, filter_column, read_chunks
+from esm_neuron.data.sources import check_columns, check_sheet, filter_column, read_chunks
 from esm_neuron.data.validation import Checker, Rejected, Report
 from esm_neuron.errors import DataError
 
@@ -43,6 +43,7 @@ class InputChunks:
 
     def check(self) -> None:
         """Raise DataError where the file is missing or lacks a column; reads no more than its first record."""
+        check_sheet([self._path], self._cfg.sheet)
         check_columns(self._path, self._cfg, None if self._labels is None else self._labels.joiner)
 
     def __iter__(self) -> Iterator[ExampleTable]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from esm_neuron.config import DataConfig
+from esm_neuron.config import DataConfig, require
 from esm_neuron.data.parquet import read_dataset, read_hub, read_parquet, read_workbook
 from esm_neuron.data.records import (
     DELIMITED,
@@ -139,6 +139,14 @@ def check_columns(source: str | Path, cfg: DataConfig, joiner: str | None = None
     for file, name in files_of(str(source)):
         if not is_hub(file) and not os.path.isdir(file):
             next(read_records(file, _columns(cfg, None if name else joiner), cfg.sheet), None)
+
+
+def check_sheet(sources: Iterable[str], sheet: str | None) -> None:
+    """Raise ConfigError where `data.sheet` names a sheet and none of the sources has a workbook."""
+    require(
+        sheet is None or any(suffix_of(file) == ".xlsx" for source in sources for file, _ in files_of(source)),
+        f"data.sheet={sheet} names a sheet of an Excel workbook, and no file is one (.xlsx); leave it out",
+    )
 
 
 def has_labels(source: str, cfg: DataConfig) -> bool:

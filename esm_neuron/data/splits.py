@@ -21,7 +21,7 @@ from esm_neuron.data.filters import SPLITS, filter_key, passes, split_of, truth
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import file_and_number, files_of, is_hub, row_unit
 from esm_neuron.data.sampling import homolog_clusters, sample_clusters, sample_rows
-from esm_neuron.data.sources import CHUNK_ROWS, check_columns, filter_column, read_chunks
+from esm_neuron.data.sources import CHUNK_ROWS, check_columns, check_sheet, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
 from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
 from esm_neuron.errors import DataError
@@ -71,6 +71,7 @@ class Splits:
 def check_files(cfg: DataConfig, labels: type[Labels] | None) -> None:
     """Raise DataError where a file of a run is missing or lacks a column; reads no more than its first record."""
     check_settings(cfg, labels)
+    check_sheet(data_files(cfg).values(), cfg.sheet)
     for split, source in data_files(cfg).items():
         check_columns(source, _file_config(cfg, split), None if labels is None else labels.joiner)
 
@@ -227,6 +228,7 @@ class _File:
         self._named: set[str] = set()  # splits of the rows that pass `keep`
         self._usable: set[str] = set()  # splits of the rows that pass `keep_heldout` as well
         self._unknown: dict[str, tuple[int, int]] = {}  # value that names no split -> how many rows, the first of them
+        self._folds: dict[str, None] = {}  # values of the split column, in order
         self._kept = pa.table({})
         self._seen = np.empty(0, dtype=np.uint64)  # hashes of the values of `unique_column` so far, sorted
         self._left = own.max_rows if (own := self.cfg).max_rows is not None and split == "train" else None
@@ -308,6 +310,7 @@ class _File:
     def _splits_by_name(self, rows: pa.Table) -> np.ndarray:
         """Return int8 [rows]: the place in SPLITS of each row's split, -1 for a value that names none."""
         known = {value: split_of(value, self.cfg) for value in rows["split"].unique().to_pylist()}
+        self._folds.update(dict.fromkeys(known))
         names = pa.array(list(known), pa.large_string())
         split = np.array(list(known.values()), np.int8)[pc.index_in(rows["split"], value_set=names).to_numpy()]
         strange = rows.filter(pa.array(split == -1))
@@ -332,6 +335,13 @@ class _File:
                 f"{self.source}: column {self.cfg.split_column!r} has {len(self._unknown)} values that are not in "
                 f"data.split_names={self.cfg.split_names}: {shown}; name the splits there, or one in "
                 "data.fold, or filter the records with data.keep"
+            )
+        if self.cfg.fold is not None and self._folds and not any(split_of(f, self.cfg) == 2 for f in self._folds):
+            folds = sorted(map(quote, self._folds))
+            shown = ", ".join(folds[:_SHOWN]) + (", ..." if len(folds) > _SHOWN else "")
+            raise DataError(
+                f"{self.source}: column {self.cfg.split_column!r} (data.split_column) has no fold "
+                f"{str(self.cfg.fold)!r} (data.fold), but {shown}; name one of these"
             )
         for name in sorted(self._named - self._usable):
             raise DataError(f"{self.source}: data.keep_heldout leaves no {name} proteins; allow more values")

@@ -336,10 +336,18 @@ class Checker:
         """Raise DataError, after the last chunk, where a row cannot be used or none is left."""
         self.conclude()
         self.problems.raise_any()
-        if self.counts["rows"] and not self._used:
-            report = Report(name=self._source, **self.counts).summary()
-            cure = "is it protein?" if self.counts["skipped"] == self.counts["rows"] else "change what is left out"
-            raise DataError(f"{report}: none is left; {cure}")
+        self.check_left(self.counts["rows"])
+
+    def check_left(self, read: int) -> None:
+        """Raise DataError where none of `read` rows is left."""
+        if not read or self._used:
+            return
+        self.problems.raise_any()
+        if not self.counts["rows"]:
+            raise DataError(f"{self._source}: data.keep leaves no records; use values that are there")
+        report = Report(name=self._source, **self.counts).summary()
+        cure = "is it protein?" if self.counts["skipped"] == self.counts["rows"] else "change what is left out"
+        raise DataError(f"{report}: none is left; {cure}")
 
 
 class _Ids:

@@ -143,7 +143,8 @@ def overruled(cfg: TrainConfig, words: Sequence[str], command: str) -> TrainConf
 
     What chose the run's proteins from its own files says nothing about another file: it is left out.
     """
-    own = replace(cfg.data, keep={}, keep_heldout={}, split_column=None, valid_column=None, fold=None, min_residues=1)
+    chosen: dict[str, Any] = {"keep": {}, "keep_heldout": {}, "split_column": None, "valid_column": None}
+    own = replace(cfg.data, **chosen, fold=None, sheet=None, min_residues=1)
     return settings.override(replace(cfg, data=own), words, MAY_CHANGE[command], command)
 
 

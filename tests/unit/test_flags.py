@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from helpers.intake import load, protein, table, write
+
 from esm_neuron import cli
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
 from esm_neuron.config.settings import known_keys, override
+from esm_neuron.data.check import check_file
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.labels import LabelSets
+from esm_neuron.data.splits import check_files
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.inference.load import MAY_CHANGE
+from esm_neuron.inference.load import MAY_CHANGE, overruled
 
 COMMANDS = ("predict", "embed", "evaluate", "score")
 
@@ -124,3 +128,44 @@ def test_each_setting_of_an_input_is_shown_to_act() -> None:
 def test_data_check_refuses_what_it_does_not_look_at(tmp_path: Path, flag: str) -> None:
     (tmp_path / "a.csv").write_text("id,sequence\na,MKV\n")
     assert cli.main(["data", "check", str(tmp_path / "a.csv"), flag]) == 2
+
+
+def test_a_sheet_of_what_is_no_workbook_is_refused(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.tsv", ["A", "B"] * 5)
+    for check in (
+        lambda: check_files(DataConfig(train=str(path), sheet="X"), None),
+        lambda: InputChunks(path, DataConfig(sheet="X")).check(),
+        lambda: check_file(str(path), DataConfig(sheet="X"), None, "train", None),
+    ):
+        with pytest.raises(ConfigError, match=r"data.sheet=X names a sheet .*no file is one \(.xlsx\); leave it out"):
+            check()
+    run = TrainConfig(data=DataConfig(train="a.xlsx", sheet="X"))  # the sheet is that of the training file
+    assert overruled(run, [], "predict").data.sheet is None
+
+
+@pytest.mark.parametrize("fold", ["7", "0.5", "test", ""])
+def test_a_fold_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, fold: str) -> None:
+    rows = "".join(f"p{i},{protein(i)},{'AB'[i % 2]},{i % 3}\n" for i in range(9))
+    path = write(tmp_path / "a.csv", "id,sequence,label,fold\n" + rows)
+    with pytest.raises(DataError, match=rf"no fold '{fold}' \(data.fold\), but '0', '1', '2'; name one of these$"):
+        load(path, split_column="fold", fold=fold)
+    assert len(load(path, split_column="fold", fold=2.0).train) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.on_bad_residue", "skip"], "3 skipped for characters that are no residues: none is left; is it"),
+        (["--data.min_residues", "5000"], "3 left out as shorter than data.min_residues: none is left; change"),
+        (["--data.keep", "{label: [C]}"], "data.keep leaves no records; use values that are there"),
+    ],
+)
+def test_data_check_says_where_nothing_is_left(
+    tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = table(
+        tmp_path / "a.tsv", ["A", "B", "A"], ["MKJ", "MJK", "JJM"] if "skip" in words else ["MKV", "MVK", "VVM"]
+    )
+    assert cli.main(["data", "check", str(path), *words]) != 0
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
