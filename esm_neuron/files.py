@@ -102,10 +102,16 @@ def misfit(value: Any, form: Any, name: str = "the value") -> str:
     if not isinstance(form, type):
         fits = bool(form(value))
     elif isinstance(value, (bool, int, float)) and form is not object:
-        fits = type(value) is form and abs(value) < 2.0**63
+        fits = type(value) is form and (math.isfinite(value) if form is float else abs(value) < 2.0**63)
     else:
         fits = isinstance(value, form)
     return "" if fits else f"{name} is {str(value)[:60]!r}"
+
+
+def count_lines(path: Path) -> int:
+    """Return the line breaks in a file of any size."""
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain, pairwise
@@ -270,17 +271,22 @@ def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = N
     if importlib.util.find_spec("openpyxl") is None:
         raise DataError(f"{path}: save the sheet as CSV (UTF-8), or install openpyxl: pip install 'esm-neuron[excel]'")
     try:
+        with zipfile.ZipFile(path) as parts:
+            check_expansion(path, path, sum(part.file_size for part in parts.infolist()), "of sheets are packed into")
         with pd.ExcelFile(path, engine="openpyxl") as book:
             sheets = [str(name) for name in book.sheet_names]
             if sheet not in (sheets if len(sheets) > 1 else [None, *sheets]):
                 raise DataError(f"{path}: name its sheet: data.sheet is one of {', '.join(map(repr, sheets))}")
-            frame = pd.read_excel(book, sheet_name=sheet or sheets[0], dtype=object, keep_default_na=False)
+            # pandas would rename the second of two equal headers
+            rows = pd.read_excel(book, sheet_name=sheet or sheets[0], dtype=object, keep_default_na=False, header=None)
     except EsmNeuronError:
         raise
     except Exception as error:  # zip, XML and the package's own errors
         raise DataError(f"{path}: no sound workbook ({_why(error)}); save the sheet as CSV (UTF-8)") from None
-    picks = pick_columns(path, [str(name).strip() for name in frame.columns], columns)
-    values = [[_cell(value) for value in frame.iloc[:, pick]] for pick in picks if pick >= 0]
+    if rows.empty:
+        raise DataError(f"{path}: the sheet is empty; name another one (data.sheet)")
+    picks = pick_columns(path, [str(name).strip() for name in rows.iloc[0]], columns)
+    values = [[_cell(value) for value in rows.iloc[1:, pick]] for pick in picks if pick >= 0]
     yield from _records(path, columns, picks, iter([values]))
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from esm_neuron import __version__
 from esm_neuron.config import AdapterConfig, settings
 from esm_neuron.errors import CheckpointError
-from esm_neuron.files import check_ours, new_folder, note, read_bytes, write_bytes, write_text
+from esm_neuron.files import check_ours, count_lines, new_folder, note, write_bytes, write_text
 from esm_neuron.metrics.text import Shown, clean_of, counted, leak_text, show, shown, verdict
 from esm_neuron.reports import charts
 from esm_neuron.reports.charts import COLOURS, Chart
@@ -134,7 +134,7 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
         more_classes=len(per_class) - len(frequent),
         worst=found.worst if found is not None else [],
         settings=settings.dump(cfg),
-        rejected=read_bytes(rejected).count(b"\n") - 1 if rejected.is_file() else 0,
+        rejected=count_lines(rejected) - 1 if rejected.is_file() else 0,
         colours=COLOURS,
         version=__version__,
     )

@@ -253,6 +253,7 @@ def test_an_output_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     [
         ({"a": 1, "b": {"x": 1.5}, "c": ["t"]}, ""),
         ({"a": 1, "b": {}, "c": [], "d": None, "more": [{}]}, ""),
+        ({"a": 1, "b": {"x": 1e300}, "c": []}, ""),
         ([], "the value is no JSON object"),
         ({"b": {}, "c": []}, "the value has no a"),
         ({"a": True, "b": {}, "c": []}, "the value.a is 'True'"),

@@ -7,6 +7,7 @@ docs/dev/intake-log.md has the kinds.
 from __future__ import annotations
 
 import random
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -525,7 +526,6 @@ def test_saved_datasets_of_splits_and_of_tokens(tmp_path: Path) -> None:
 
 
 def test_workbooks(tmp_path: Path) -> None:
-    pytest.importorskip("openpyxl")
     import pandas as pd
 
     frame = pd.DataFrame(
@@ -539,6 +539,21 @@ def test_workbooks(tmp_path: Path) -> None:
     for sheet in (None, "three"):
         with pytest.raises(DataError, match="name its sheet: data.sheet is one of 'one', 'two'"):
             load(tmp_path / "a.xlsx", sheet=sheet)
+
+
+def test_a_workbook_with_two_columns_of_one_name_or_unpacked_without_end_is_refused(tmp_path: Path) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in (("id", "sequence", "label", "label"), *((name, text, "a", "b") for name, text, _ in ROWS)):
+        book.active.append(row)
+    book.save(tmp_path / "twice.xlsx")
+    with pytest.raises(DataError, match="label"):
+        load(tmp_path / "twice.xlsx")
+    with zipfile.ZipFile(tmp_path / "bomb.xlsx", "w", zipfile.ZIP_DEFLATED) as parts:
+        parts.writestr("xl/worksheets/sheet1.xml", b" " * (1 << 28))
+    with pytest.raises(DataError, match="of sheets are packed into"):
+        load(tmp_path / "bomb.xlsx")
 
 
 def test_a_workbook_without_its_reader_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
