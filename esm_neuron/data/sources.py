@@ -87,7 +87,12 @@ def read_chunks(path: str | Path, cfg: DataConfig, joiner: str | None = None) ->
 
 def _finished(source: str, cfg: DataConfig, lines: list[int], values: dict[str, list[str]], done: int) -> pa.Table:
     """Return collected rows as a table: ids numbered where the file has none, `done` rows came before; one label."""
-    if values["id"][0] == NUMBERED:
+    numbered = values["id"].count(NUMBERED)
+    if 0 < numbered < len(lines):
+        raise DataError(
+            f"{source}: some of the files have ids and others none; read them apart, or give all of them ids"
+        )
+    if numbered:
         values["id"] = [str(done + i) for i in range(1, len(lines) + 1)]
     if _class_column(0) in values:
         columns = [values.pop(_class_column(i)) for i in range(len(cfg.label_columns))]
@@ -120,7 +125,8 @@ def _labels_of(source: str, lines: Sequence[int], classes: Sequence[str], column
             where = place(source, lines[column.index(strange)])
             raise DataError(f"{where}: column {name!r} (data.label_column) has {strange[:60]!r}; write 1 or 0 there")
         marks.append([known[value] for value in column])
-    return [json.dumps([n for n, mark in zip(classes, row, strict=True) if mark]) for row in zip(*marks, strict=True)]
+    rows = ([name for name, mark in zip(classes, row, strict=True) if mark] for row in zip(*marks, strict=True))
+    return [json.dumps(names, ensure_ascii=False) for names in rows]
 
 
 _MARKS = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -328,6 +328,7 @@ def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Record]:
         if not seen.names and fields:  # the first object shows how the keys are written
             picked = [_as_written(column, list(fields)) for column in columns]
             seen = Seen([column for column in picked if column.source != NUMBERED])
+        _check_numbered(path, number, columns, picked, fields)
         seen.add(fields)
         values = [
             NUMBERED if column.source == NUMBERED else text(fields.get(column.source), path, number, column)
@@ -337,6 +338,14 @@ def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     if not seen.names:
         raise DataError(f"{path}: the file is empty; give one with a JSON object a line")
     seen.check(path)
+
+
+def _check_numbered(
+    path: str, number: int, columns: Sequence[Column], picked: Sequence[Column], fields: Mapping[str, Any]
+) -> None:
+    for asked, column in zip(columns, picked, strict=True):
+        if column.source == NUMBERED and asked.source in fields:
+            raise DataError(f"{path}:{number}: has {asked.source!r}, and the first object has none; give it to all")
 
 
 def _as_written(column: Column, keys: Sequence[str]) -> Column:

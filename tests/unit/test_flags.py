@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from helpers.intake import load, protein, table, write
 
 from esm_neuron import cli

@@ -6,6 +6,7 @@ docs/dev/intake-log.md has the kinds.
 
 from __future__ import annotations
 
+import json
 import random
 import zipfile
 from dataclasses import replace
@@ -691,3 +692,32 @@ def test_one_hot_needs_known_labels() -> None:
     assert one_hot(["0", "1"], ("A", "B", "C")) is None
     assert one_hot(["0", "1"], ("0", "1")) is None
     assert one_hot(["0", "1"], ("A", "B")) == ["B"]
+
+
+def test_files_with_ids_and_without_them_are_not_one_split(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    rows = [f"{protein(number, 40)},{'ab'[number % 2]}" for number in range(8)]
+    (tmp_path / "f/a.csv").write_text("\n".join(["sequence,label", *rows[:4]]) + "\n")
+    (tmp_path / "f/b.csv").write_text(
+        "\n".join(["id,sequence,label", *(f"x{i},{r}" for i, r in enumerate(rows[4:]))]) + "\n"
+    )
+    with pytest.raises(DataError, match="some of the files have ids and others none"):
+        load(tmp_path / "f")
+
+
+def test_an_id_that_only_the_first_object_lacks_is_not_thrown_away(tmp_path: Path) -> None:
+    objects = [{"sequence": protein(number, 40), "label": "ab"[number % 2]} for number in range(6)]
+    for number, each in enumerate(objects[1:]):
+        each["id"] = f"x{number}"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, objects)) + "\n")
+    with pytest.raises(DataError, match="a.jsonl:2: has 'id', and the first object has none"):
+        load(tmp_path / "a.jsonl")
+
+
+def test_classes_of_columns_keep_their_letters(tmp_path: Path) -> None:
+    rows = [f"p{n},{protein(n, 40)},{n % 2},{1 - n % 2}" for n in range(8)]
+    (tmp_path / "a.csv").write_text("\n".join(["id,sequence,β-barrel,αhelix", *rows]) + "\n")
+    assert set(load(tmp_path / "a.csv", "multi_label", label_column="[β-barrel, αhelix]").labels) == {
+        "β-barrel",
+        "αhelix",
+    }
