@@ -143,8 +143,8 @@ class DataConfig:
     """How validation and test proteins with a homolog in training are found: by k-mers, by MMseqs2 if it is installed,
     or not at all. They are counted, and metrics are also given without them."""
     on_bad_residue: Literal["strict", "skip", "replace", "strip"] = "strict"
-    """What to do with a character outside the ESM alphabet: stop, leave the protein out, write X, or take gaps, blanks
-    and digits out and stop at others. All but the first are counted. A `*` at the very end is always taken off."""
+    """What to do with a character outside the ESM alphabet: stop, leave the protein out, write X, or take gaps, blanks,
+    digits and `*` out and stop at others. All but the first are counted. A `*` at the very end is always taken off."""
     on_missing: Literal["strict", "skip"] = "strict"
     """What to do with a protein that has no sequence or no label: stop, or leave it out and count it."""
     cache: str | None = None

@@ -13,9 +13,46 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 MISSING = frozenset(
-    ("nan", "none", "null", "na", "n/a", "#n/a", "<na>", "nil", "#value!", "#ref!", "-", "--", ".", "?", "missing")
+    (
+        *(
+            "nan",
+            "none",
+            "null",
+            "na",
+            "n/a",
+            "n.a.",
+            "#n/a",
+            "<na>",
+            "nil",
+            "#value!",
+            "#ref!",
+            "#name?",
+            "-",
+            "--",
+            ".",
+        ),
+        *(
+            "?",
+            "??",
+            "???",
+            "nd",
+            "n.d.",
+            "n/d",
+            "tbd",
+            "tba",
+            "todo",
+            "true",
+            "false",
+            "missing",
+            "unknown",
+            "undefined",
+        ),
+        *("deleted", "removed", "withdrawn", "obsolete", "deprecated", "pending", "empty", "blank", "absent", "error"),
+        *("failed", "unavailable", "unassigned", "not available", "not found", "no data", "no sequence", "redacted"),
+        *("see note", "in progress", "not determined", "to be determined", "merged", "demerged", "invalid", "void"),
+    )
 )
-"""What programs write where a value is missing, in small letters."""
+"""What programs and people write where a value is missing, in small letters."""
 LONGEST = max(map(len, MISSING))
 """Characters of the longest of them."""
 LEAST_LETTERS = 50
@@ -109,13 +146,14 @@ class Looks:
         """Characters of all sequences so far."""
         self._rows = 0
         self._words = 0
+        self._small = 0
         self._peptides = {True: 0, False: 0}  # short sequences that are no word of MISSING, in capitals or not
 
     def missing(self, rows: int, short: Iterable[str]) -> list[bool]:
         """Return which of the short sequences of the next `rows` rows stand for nothing.
 
         `short` are those of 1 to LONGEST characters. `nan` and `None` always do, among capitals; NAN does unless the
-        file is one of short peptides.
+        file is one of short peptides, and so do other words of up to four letters.
         """
         texts = list(short)
         words = [text.lower() in MISSING for text in texts]
@@ -124,10 +162,17 @@ class Looks:
         for text, word in zip(texts, words, strict=True):
             if not word and len(text) <= _PEPTIDE:
                 self._peptides[text.isupper()] += 1
+            self._small += not word and text.isalpha() and not text.isupper()
         least = max(self._words, self._rows / 100)
         alike = {upper: count > least for upper, count in self._peptides.items()}
         return [
-            word and not (text.isalpha() and (text.isupper() or text.islower()) and alike[text.isupper()])
+            word
+            and not (
+                len(text) <= _PEPTIDE
+                and text.isalpha()
+                and (text.isupper() or text.islower())
+                and alike[text.isupper()]
+            )
             for text, word in zip(texts, words, strict=True)
         ]
 
@@ -137,6 +182,11 @@ class Looks:
             return
         self.letters += len(residues)
         self._letters += np.bincount(np.frombuffer(residues[:SAMPLE], dtype=np.uint8), minlength=256)
+
+    def words(self) -> int:
+        """Return how many short sequences in small letters stand among capitals, as words do that MISSING lacks."""
+        capitals = int(self._letters[ord("A") : ord("Z") + 1].sum())
+        return self._small if capitals > 0.8 * self._letters.sum() else 0
 
     def foreign(self) -> str | None:
         """Return what the file holds instead of proteins, with the cure; None where it may well hold proteins."""

@@ -99,7 +99,8 @@ def _finished(source: str, cfg: DataConfig, lines: list[int], values: dict[str, 
         values["label"] = _labels_of(source, lines, cfg.label_columns, columns)
     if "mask" in values and "label" in values:
         values["label"] = _unmasked(source, lines, values["label"], values.pop("mask"))
-    return make_rows({"line": lines, **values})
+    rows = make_rows({"line": lines, **values})
+    return rows.replace_schema_metadata({NUMBERED: ""}) if numbered else rows
 
 
 def _unmasked(source: str, lines: Sequence[int], labels: Sequence[str], masks: Sequence[str]) -> list[str]:

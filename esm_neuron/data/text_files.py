@@ -79,6 +79,7 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
         if delimiter == "\t"
         else _quoted_rows(path, lines, delimiter, len(header), residues)
     )
+    names = {name.lower() for name in header}
     for start, record in rows:
         if len(record) != len(header):
             quote = f"quote values that hold {delimiter!r}" if delimiter != "\t" else "take tabs out of values"
@@ -88,6 +89,11 @@ def read_delimited(path: str, columns: Sequence[Column], *, delimiter: str) -> I
             what = f"{len(record)} values in {_row_name(record, columns, picks)}, {len(header)} columns in the header"
             raise DataError(f"{path}:{start}: {what}; {cure}")
         values = [record[pick] for pick in picks]
+        # Rare: only a row that begins or ends so is looked at as a whole.
+        maybe = values[0].strip().lower() in names or values[-1].strip().lower() in names
+        if maybe and all(record[pick].strip("\ufeff ").lower() in names for pick in picks if pick >= 0):
+            what = "the header stands here again, as in files that were put together; remove this line"
+            raise DataError(f"{path}:{start}: {what}")
         if numbered is not None:
             values[numbered] = NUMBERED
         yield start, values

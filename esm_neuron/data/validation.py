@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.looks import LEAST_LETTERS, LONGEST, Looks, strange_rows
-from esm_neuron.data.records import file_and_number, place, row_unit
+from esm_neuron.data.records import NUMBERED, file_and_number, place, row_unit
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
 from esm_neuron.errors import ConfigError, DataError
@@ -33,6 +33,7 @@ _NO_LABEL = ("", "nan", "<na>", "#n/a")
 _NO_LABELS = pa.array(_NO_LABEL, pa.large_string())
 _NOT_WRITTEN = re.compile(r"[-.~*\s\d]")
 """Gaps, blanks, digits, and stops within: what alignments and numbered listings add to sequences."""
+_QUOTES = re.compile("[\"'`´“”‘’„«»]")
 _NUCLEIC = "^[ACGTUN]{30,}$"
 """A sequence that is hardly a protein's: of 30 random residues, one in 10^17 has these letters alone."""
 _STRUCTURE_STARTS, _STRUCTURE_ENDS = ("ss_pred", "ss_conf", "ss_dssp"), (":secstr", "_secstr")
@@ -42,6 +43,8 @@ _SPECIAL = {
     "*": " (a stop codon)",
     "-": " (a gap)",
     ".": " (a gap)",
+    '"': " (a quote)",
+    "'": " (a quote)",
     "J": " (leucine or isoleucine)",
 }
 
@@ -62,8 +65,11 @@ class Report:
     """Characters replaced by X."""
     stripped: int = 0
     stripped_characters: int = 0
-    """Gaps, blanks and digits taken out of the `stripped` proteins."""
+    """Gaps, blanks, digits and stops taken out of the `stripped` proteins."""
     nucleic: int = 0
+    unknown: int = 0
+    words: int = 0
+    numbered: int = 0
     stops: int = 0
     missing: int = 0
     short: int = 0
@@ -91,8 +97,11 @@ class Report:
             "filtered_heldout": "left out by data.keep_heldout",
             "skipped": "skipped for characters that are no residues",
             "replaced": f"with {self.replaced_residues} characters replaced by X",
-            "stripped": f"with {self.stripped_characters} gaps, blanks or digits taken out",
+            "stripped": f"with {self.stripped_characters} gaps, blanks, digits or stops taken out",
             "nucleic": "WARNING: written in A, C, G, T, U and N alone, as nucleotides are",
+            "unknown": "WARNING: of X alone",
+            "words": "WARNING: short and in small letters among capitals, as words are",
+            "numbered": "named by their number: there is no id column (data.id_column)",
             "stops": "with a * taken off their ends",
             "missing": "left out without a sequence or a label (data.on_missing)",
             "short": "left out as shorter than data.min_residues",
@@ -225,7 +234,9 @@ class Checker:
             sequences = pa.array([changed.get(row, text) for row, text in enumerate(texts)], pa.large_string())
         rows = rows.set_column(rows.column_names.index("sequence"), "sequence", pc.ascii_upper(sequences))
         nucleic = pc.match_substring_regex(rows["sequence"], _NUCLEIC).to_numpy() & kept
-        self.counts.update(nucleic=int(nucleic.sum()))
+        unknown = pc.match_substring_regex(rows["sequence"], "^X+$").to_numpy() & kept
+        numbered = len(rows) if NUMBERED.encode() in (rows.schema.metadata or {}) else 0
+        self.counts.update(nucleic=int(nucleic.sum()), unknown=int(unknown.sum()), numbered=numbered)
         kept = self._of_length(rows, kept)
         self.counts.update(rows=len(rows))
         self._used += int(kept.sum())
@@ -298,13 +309,14 @@ class Checker:
                 self.counts.update(stripped=1, stripped_characters=len(whole) - len(sequence))
                 self._reject(line, name, f"the sequence {_bad_message(bad_residues(whole))}", "stripped")
         bad = bad_residues(sequence)
+        quoted = _QUOTES.search(sequence) is not None  # of a table that was written otherwise: the rest may be torn
         if not sequence:
             self.problems.add(
                 line, f"the sequence of {quote(name)} is {quote(whole)}: nothing is left of it; remove it"
             )
         if bad is None:
             return sequence
-        if choice in ("strict", "strip"):
+        if choice in ("strict", "strip") or (quoted and choice == "replace"):
             self.problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {_bad_cure(sequence, choice)}")
             return replace_bad_residues(sequence)
         self._reject(
@@ -321,6 +333,7 @@ class Checker:
 
     def conclude(self) -> None:
         """Note, after the last chunk, what only the file as a whole shows."""
+        self.counts.update(words=self._looks.words())
         foreign = self._looks.foreign()
         if foreign is not None:
             self.problems.add(None, foreign)
@@ -329,7 +342,7 @@ class Checker:
             self.problems.add(
                 None,
                 f"{replaced} of {letters} characters would be replaced by X: too many to be residues; take gaps, "
-                "blanks and digits out with data.on_bad_residue=strip, or correct the sequences",
+                "blanks, digits and stops out with data.on_bad_residue=strip, or correct the sequences",
             )
 
     def finish(self) -> None:
@@ -430,8 +443,13 @@ def conflicting(own: np.ndarray, sequences: np.ndarray, labels: np.ndarray) -> i
 
 def _bad_cure(sequence: str, choice: str) -> str:
     """Return what helps against a character that is no residue, of what does help."""
+    if _QUOTES.search(sequence):
+        return (
+            'take the quotes out: in a CSV only a " directly behind the separator, without a blank, begins a quoted '
+            "value; or use data.on_bad_residue=skip (leave the record out)"
+        )
     stripped = bad_residues(_NOT_WRITTEN.sub("", sequence)) is None
-    strip = ", strip (take gaps, blanks and digits out)" if stripped and choice == "strict" else ""
+    strip = ", strip (take gaps, blanks, digits and stops out)" if stripped and choice == "strict" else ""
     return f"correct it, or use data.on_bad_residue=skip (leave the record out){strip} or replace (write X)"
 
 

@@ -33,7 +33,32 @@ from esm_neuron.tasks import task_class
 
 # Text that is not a sequence
 
-NOTHING = ["", "nan", "NaN", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "<NA>", "NAN", "-", "."]
+NOTHING = [
+    "",
+    "unknown",
+    "Deleted",
+    "PENDING",
+    "undefined",
+    "OBSOLETE",
+    "EMPTY",
+    "TRUE",
+    "TBD",
+    "not available",
+    "nan",
+    "NaN",
+    "None",
+    "none",
+    "null",
+    "NULL",
+    "NA",
+    "N/A",
+    "n/a",
+    "#N/A",
+    "<NA>",
+    "NAN",
+    "-",
+    ".",
+]
 
 
 @pytest.mark.parametrize("mode", ["strict", "skip", "replace", "strip"])
@@ -233,6 +258,50 @@ def test_a_text_of_another_kind_is_named(tmp_path: Path, text: str, said: str, m
 @pytest.mark.parametrize("text", ["HHHHHH", "METLYS", "HEC", "MKvLaA", "CHCHCHECECHCHCECHC", "ALAGLY", "H" * 30])
 def test_a_tail_or_a_short_peptide_passes(tmp_path: Path, text: str) -> None:
     assert len(load(table(tmp_path / "a.tsv", ["A", "B"], [protein(1), text])).train) == 2
+
+
+def test_words_and_unknown_residues_are_told(tmp_path: Path) -> None:
+    rows = [protein(i) for i in range(6)]
+    path = table(tmp_path / "a.tsv", ["A", "B"] * 4, [*rows, "private", "XXXXXX"])
+    said = load(path).summary()
+    assert "1 WARNING: of X alone" in said and "1 WARNING: short and in small letters among capitals" in said
+    small = table(tmp_path / "b.tsv", ["A", "B"] * 4, [row.lower() for row in [*rows, "mkv", "mkl"]])
+    assert "WARNING" not in load(small).summary()
+
+
+@pytest.mark.parametrize(
+    "again", ["id,sequence,label", "label,id,sequence", "ID, Sequence, Label", "\ufeffid,sequence,label"]
+)
+def test_a_second_header_within_a_table_is_named(tmp_path: Path, again: str) -> None:
+    text = f"id,sequence,label\np0,{protein(0)},A\n{again}\np1,{protein(1)},B\n"
+    for suffix, written in ((".csv", text), (".tsv", text.replace(",", "\t"))):
+        with pytest.raises(DataError, match=rf"a{suffix}:3: the header stands here again.*remove this line$"):
+            load(write(tmp_path / f"a{suffix}", written))
+        assert len(load(write(tmp_path / "b.csv", text.replace(f"A\n{again}\n", "A\n"))).train) == 2
+
+
+@pytest.mark.parametrize("cell", [' "{}"', "'{}'", " '{}'", "“{}”", '"""{}"""', "{}'"])
+@pytest.mark.parametrize("mode", ["strict", "replace", "strip"])
+def test_quotes_are_no_residues_in_any_mode(tmp_path: Path, cell: str, mode: str) -> None:
+    text = "id,sequence,label\n" + "".join(f"p{i},{cell.format(protein(i))},{'AB'[i % 2]}\n" for i in range(4))
+    with pytest.raises(DataError, match="take the quotes out: .* without a blank, begins a quoted value") as caught:
+        load(write(tmp_path / "a.csv", text), on_bad_residue=mode)
+    assert "replace" not in str(caught.value)
+    path = write(tmp_path / "a.csv", text.replace(cell.format(protein(0)), f'"{protein(0)}"'))
+    with pytest.raises(DataError, match="3 problems"):  # the cure is one
+        load(path, on_bad_residue=mode)
+
+
+def test_ids_are_known_by_their_usual_names_or_told_to_be_numbers(tmp_path: Path) -> None:
+    rows = "".join(f"P{i},{protein(i)},{'AB'[i % 2]}\n" for i in range(4))
+    for name in ("Accession", "accession", "Entry", "Identifier"):
+        splits = load(write(tmp_path / "a.csv", f"{name},sequence,label\n{rows}"))
+        assert list(splits.train.ids) == ["P0", "P1", "P2", "P3"] and "number" not in splits.summary()
+    path = write(tmp_path / "a.csv", f"Protein,sequence,label\n{rows}")
+    assert "4 named by their number: there is no id column (data.id_column)" in load(path).summary()
+    chunks = InputChunks(path, DataConfig())
+    chunks.read()
+    assert "4 named by their number" in chunks.report.summary()
 
 
 @pytest.mark.parametrize("name", ["101M:A:secstr", "ss_pred", "ss_conf", "ss_dssp", "1abc_A_secstr"])
