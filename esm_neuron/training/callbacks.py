@@ -240,6 +240,7 @@ class EarlyStopping:
 
     def load_state_dict(self, state: MetricsLine) -> None:
         """Go on from `state`; patience and direction stay those of the present config."""
+        state = {"best": None, "best_loss": None, "best_step": None, "ties": 0, **state}  # older ones lack some
         sound = all(isinstance(state.get(name), kinds) for name, kinds in _STOPPER.items())
         if not sound or (state.get("best") is None) != (state.get("best_step") is None):
             raise CheckpointError("state.json: no valid `stopper`; delete the checkpoint's folder")

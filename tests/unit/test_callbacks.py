@@ -201,6 +201,13 @@ def test_early_stopping_goes_on_where_a_checkpoint_left_it() -> None:
     assert [before.stop, after.update(0.1, 30), after.stop, after.best_step] == [False, False, True, 10]
 
 
+def test_a_checkpoint_that_knew_no_losses_is_gone_on_from() -> None:
+    stopping = EarlyStopping(patience=2, greater_is_better=True)
+    stopping.load_state_dict({"best": 0.5, "best_step": 10, "bad": 1})
+    assert not stopping.update(0.5, 20, 0.1)
+    assert (stopping.best_step, stopping.bad) == (10, 2)
+
+
 @pytest.mark.parametrize(
     "state",
     [
