@@ -139,10 +139,11 @@ def fsync(path: Path) -> None:
 
 @cache
 def _here() -> str:
-    """Return a short name of this machine and its processes' numbering, which a container has of its own."""
+    """Return a short name of this machine since it booted, and of its processes' numbering, which a container has."""
+    parts = [os.uname().nodename]  # many hosts are called localhost
     with contextlib.suppress(OSError):
-        return hashlib.sha256(f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:6]
-    return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:6]
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:6]
 
 
 def _aside(path: Path) -> Path:

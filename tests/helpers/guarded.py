@@ -52,7 +52,7 @@ def stand_ins(folder: Path, *names: str) -> dict[str, str]:
         info = folder / f"{name}-99.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
-    return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path[:0]]), "STAND_IN_CALLS": str(folder / "calls.txt")}
+    return {"PYTHONPATH": str(folder), "STAND_IN_CALLS": str(folder / "calls.txt")}
 
 
 def main() -> None:
