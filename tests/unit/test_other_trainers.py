@@ -16,6 +16,7 @@ from helpers.finished import logits_of
 from helpers.toys import Toy
 from helpers.trainers import CLASSES, KINDS, SEQUENCES, adapted, answers, base, by_trainer, fasta, fit, moved, small
 from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 from esm_neuron.backends import create_backend
-from esm_neuron.errors import EsmNeuronError
+from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.inference.embed import embed
 from esm_neuron.inference.evaluate import evaluate
 from esm_neuron.inference.export import export
@@ -36,6 +37,7 @@ from esm_neuron.inference.load import build_trained, find_trained
 from esm_neuron.inference.predict import predict
 from esm_neuron.inference.score import score
 from esm_neuron.inference.serving import load
+from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_folder
 from esm_neuron.training import run
 
 TASKS = {"single": "sequence_classification", "multi": "multi_label", "regression": "regression",
@@ -375,3 +377,18 @@ def test_a_run_folder_is_no_start_but_its_export_is(toy: Toy, tmp_path: Path) ->
         toy("again", model={"name": str(tmp_path / "exported"), "init": "pretrained"}, loop={"max_steps": 1}), str
     )
     assert equal(ours(tmp_path / "exported"), ours(Path(cfg.output)))
+
+
+def test_names_of_layers_that_would_be_compared_forever_are_refused(tmp_path: Path) -> None:
+    said = {"peft_type": "LORA", "base_model_name_or_path": "mini", "rank_pattern": {"a?" * 30 + "a" * 30: 4}}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match="rank_pattern is .* which is not read"):
+        read_adapter_folder(tmp_path)
+
+
+def test_an_adapter_with_a_head_of_no_dimension_is_refused_in_a_line(tmp_path: Path) -> None:
+    said = {"peft_type": "LORA", "base_model_name_or_path": "mini", "task_type": "SEQ_CLS"}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(said))
+    save_file({"base_model.model.classifier.out_proj.weight": torch.zeros(())}, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(EsmNeuronError):
+        predict(str(tmp_path), fasta(tmp_path / "in.fasta"), tmp_path / "out.parquet")
