@@ -108,7 +108,12 @@ CASES = (
     Malformed("line ends of old Macs", "x.csv", HEAD + "P1,MKV,in\rP2,MKV,in\n", train),
     Malformed("gzip data by another name", "x.csv", gzip.compress(GOOD.encode(), mtime=0), train),
     Malformed("plain text named .gz", "x.csv.gz", GOOD.encode(), train),
-    Malformed("gzip data cut short", "x.csv.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:-9], train),
+    Malformed(
+        "gzip data cut short",
+        "x.csv.gz",
+        gzip.compress((GOOD + GOOD.partition("\n")[2] * 98).encode(), mtime=0)[:-9],
+        train,
+    ),
     Malformed(
         "a bomb: a gigabyte of one letter in a megabyte",
         "x.fasta.gz",

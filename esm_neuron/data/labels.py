@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
-from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, to_number
+from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, Decimals, to_number
 from esm_neuron.data.validation import Problems, is_missing, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
 
@@ -345,27 +345,18 @@ class Numbers(Labels):
 
     def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
         super().__init__(task, column, separator)
-        self._marks = {".": "", ",": ""}  # decimal mark -> a value with it
-        self._grouped = True  # whether every comma could be one of thousands
+        self._numbers = Decimals()
 
     def _entries(self, text: str, length: int) -> list[Any]:
-        value = to_number(text)
-        if "." in text:
-            self._marks["."] = text
-        elif _DECIMAL_COMMA.fullmatch(text):
-            self._marks[","] = text
-            self._grouped = self._grouped and _THOUSANDS.fullmatch(text) is not None
-            value = to_number(text.replace(",", "."))
+        value = self._numbers.read(text)
         if not math.isfinite(value):
             raise ValueError(f"{quote(text)} is no finite number; correct it or remove the record")
         return [value]
 
     def conclude(self, problems: Problems) -> None:
         """Note a comma that is a decimal mark in one place and may be another thing elsewhere."""
-        point, comma = self._marks["."], self._marks[","]
-        if comma and (point or self._grouped):
-            other = f"{quote(point)} has a point" if point else "it may be one of thousands"
-            problems.add(None, f"column {self.column!r}: {quote(comma)} has a comma, {other}; write 1234.5 everywhere")
+        if (doubt := self._numbers.doubt()) is not None:
+            problems.add(None, f"column {self.column!r}: {doubt}")
 
     def describe(self, train: pa.Table) -> str:
         """Return one line about the training values."""
@@ -449,8 +440,6 @@ _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
 _WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")
 _MARK = re.compile(r"[01](\.0*)?")
-_DECIMAL_COMMA = re.compile(r"[-+]?[0-9]*,[0-9]+([eE][-+]?[0-9]+)?")
-_THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}")
 
 
 def flatten(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import difflib
 import glob
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -256,6 +257,38 @@ def to_number(text: str) -> float:
         return float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         return math.nan
+
+
+class Decimals:
+    """Read the numbers of a column, with a point or a comma as decimal mark."""
+
+    def __init__(self) -> None:
+        self._marks = {".": "", ",": ""}  # decimal mark -> a value with it
+        self._grouped = True  # whether every comma could be one of thousands
+
+    def read(self, text: str) -> float:
+        """Return the number that a text is, NaN where it is none."""
+        if "." in text:
+            self._marks["."] = text
+        elif _DECIMAL_COMMA.fullmatch(text):
+            self._marks[","] = text
+            self._grouped = self._grouped and _THOUSANDS.fullmatch(text) is not None
+            return to_number(text.replace(",", "."))
+        return to_number(text)
+
+    def doubt(self) -> str | None:
+        """Return, after the last number, what to say where a comma may be no decimal mark."""
+        point, comma = self._marks["."], self._marks[","]
+        if not comma or not (point or self._grouped):
+            return None
+        other = f"{comma[:60]!r} has a comma, " + (
+            f"{point[:60]!r} has a point" if point else "it may be one of thousands"
+        )
+        return f"{other}; write 1234.5 everywhere"
+
+
+_DECIMAL_COMMA = re.compile(r"[-+]?[0-9]*,[0-9]+([eE][-+]?[0-9]+)?")
+_THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}")
 
 
 def _joined(values: Sequence[object], source: str, number: int, column: Column) -> str:

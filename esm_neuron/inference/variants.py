@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from esm_neuron.config import DataConfig, require
-from esm_neuron.data.records import Column, to_number
+from esm_neuron.data.records import Column, Decimals
 from esm_neuron.data.sources import CHUNK_ROWS, read_records
 from esm_neuron.data.tokenizer import AMINO_ACIDS, VOCABULARY, bad_residues
 from esm_neuron.data.validation import Problems, Rejected, quote
@@ -206,6 +206,7 @@ class VariantTable:
     unmeasured: int = 0
     rejected: list[Rejected] = field(default_factory=list)
     """The rows that the last reading left out."""
+    _decimals: Decimals = field(default_factory=Decimals, repr=False)
 
     def __post_init__(self) -> None:
         require(
@@ -240,7 +241,7 @@ class VariantTable:
 
     def _usable(self) -> Iterator[Row]:
         problems, numbering = Problems(str(self.path)), Numbering(self.wild_type or "")
-        self.rows, self.unmeasured, self.rejected = 0, 0, []
+        self.rows, self.unmeasured, self.rejected, self._decimals = 0, 0, [], Decimals()
         for line, values in read_records(self.path, self.columns.wanted()):
             self.rows += 1
             if self.columns.what == "variant":
@@ -262,6 +263,8 @@ class VariantTable:
         better = numbering.better(self.first)
         if better is not None:  # the rows that fit by chance are no result
             raise DataError(f"{self.path}: {better}")
+        if (doubt := self._decimals.doubt()) is not None:
+            problems.add(None, f"column {self.columns.score!r}: {doubt}")
         problems.raise_any()
         if self.rows == len(self.rejected):
             raise DataError(
@@ -287,7 +290,7 @@ class VariantTable:
     def _number(self, text: str) -> float:
         if text == "" or text.lower() in ("nan", "na"):
             return math.nan
-        value = to_number(text)
+        value = self._decimals.read(text)
         if not math.isfinite(value):
             raise ValueError(f"column {self.columns.score!r} has {quote(text)}, which is not a number; correct it")
         return value

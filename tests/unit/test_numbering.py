@@ -128,3 +128,24 @@ def test_proteingym_by_its_own_columns(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main([*words.split(), "--variant-column", "mutant"]) == 2
     said = capsys.readouterr().err
     assert "'J' (leucine or isoleucine) at residue 21" in said and "on_bad_residue" not in said
+
+
+def measured(path: Path, values: list[str], mode: str = "strict") -> list[float]:
+    texts = names(1, len(values))
+    path.write_text("mutant;DMS_score\n" + "".join(f"{t};{v}\n" for t, v in zip(texts, values, strict=True)))
+    columns = VariantColumns("mutant", score="DMS_score")
+    cfg = DataConfig(on_bad_residue=mode)  # type: ignore[arg-type]
+    table = VariantTable(path, columns, cfg, WILD, 1, True, 10**9, lambda row, seen: 1)
+    for _ in range(2):  # it is read more than once
+        found = [row.measured for piece in table() for row in piece.content]
+    return found
+
+
+@pytest.mark.parametrize("mode", ["strict", "skip"])
+def test_measured_values_have_decimal_commas_as_in_training(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "a.csv"
+    assert measured(path, ["0,42", "-1,5", "3", "1e2", "2,5e-1"], mode) == [0.42, -1.5, 3, 100, 0.25]
+    assert measured(path, ["1.234", "0.5"], mode) == [1.234, 0.5]
+    for values, said in ((["0,42", "1.5"], "'0,42' has a comma, '1.5' has a point"), (["1,234", "2"], "of thousands")):
+        with pytest.raises(DataError, match=rf"a.csv: column 'DMS_score': .*{said}; write 1234.5 everywhere$"):
+            measured(path, values, mode)
