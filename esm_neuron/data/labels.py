@@ -55,10 +55,14 @@ class Labels:
 
     def split(self, text: str, length: int) -> list[str]:
         """Return the class names in a label of a protein of `length` residues; a ValueError says what is wrong."""
-        names = listed(text)
-        if names is None or (names and not (text[1] in "'\"" or all(map(_NUMBER.fullmatch, names)))):
-            return [text]  # such as the class [2Fe-2S]
-        names = one_hot(names, self.task.labels) or names
+        if text in self.codes and text in (self.task.labels or ()):
+            return [text]
+        names = marked(text)
+        if names is None:
+            names, marks = listed(text), vector(text)
+            if marks is None and (names is None or (names and not _quoted(text))):
+                return [text]  # such as the class [2Fe-2S]
+            names = (marks and one_hot(marks, self.task.labels)) or names or marks or []
         if len(names) != 1:
             raise ValueError(f"{quote(text)} is a list of {len(names)} labels; use task.name=multi_label, or keep one")
         return names
@@ -241,16 +245,24 @@ class Labels:
 class LabelSets(Labels):
     """Any number of classes per protein, joined by `;`; none at all is written `[]`."""
 
+    def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
+        super().__init__(task, column, separator)
+        self._pair: str | None = None  # a label that is a 0 and a 1, while all are; '' once another was there
+
     def split(self, text: str, length: int) -> list[str]:
+        names = marked(text)
+        if names is not None:
+            self._pair = ""
+            return names
         names = listed(text)
         names = [name.strip() for name in text.split(self.joiner)] if names is None else names
-        marks = list(text) if re.fullmatch("[01]{3,}", text) and text not in self.codes else names
-        if all(map(_MARK.fullmatch, marks)):  # numpy writes 0. and pandas 0.0
-            marks = [mark[0] for mark in marks]
-        known = one_hot(marks, self.task.labels)
+        marks = list(text) if re.fullmatch("[01]{3,}", text) and text not in self.codes else vector(text, self.joiner)
+        known = one_hot(marks or names, self.task.labels)
         if known is not None:
             return known
-        if set(marks) <= {"0", "1"} and len(marks) > max(1, len(set(marks))):
+        # Of two classes, `0;1` may be both of the classes 0 and 1, or a mark for each: all rows tell.
+        self._pair = text if marks and sorted(marks) == ["0", "1"] and self._pair != "" else ""
+        if marks and len(marks) > len(set(marks)):
             what = f"label {quote(text)} is 0 or 1 for each of {len(marks)} classes"
             raise ValueError(f"{what}; name these in their order: task.labels=[...]")
         if "" in names:
@@ -265,6 +277,10 @@ class LabelSets(Labels):
         return sorted(super()._entries(text, length))  # so that `A;B` and `B;A` are equal
 
     def conclude(self, problems: Problems) -> None:
+        if self._pair and self.task.labels is None:
+            what = f"column {self.column!r}: every label, as {quote(self._pair)}, is 0 or 1 for each of 2 classes"
+            problems.add(None, f"{what}; name these in their order: task.labels=[...]")
+            return
         separator = other_separator(list(self.codes), self.joiner)
         if separator is not None and self.task.labels is None:
             joined = next(name for name in self.codes if separator in name)
@@ -312,8 +328,8 @@ class ResidueLabels(Labels):
     per_residue = True
 
     def split(self, text: str, length: int) -> list[str]:
-        found = listed(text)
-        if found is not None and len(text) != length:
+        found = listed(text) if len(text) != length else None
+        if found is not None:
             names = found
         elif self.joiner in text:
             names = [name.strip() for name in text.split(self.joiner)]
@@ -391,7 +407,9 @@ class Numbers(Labels):
 
 
 def listed(text: str) -> list[str] | None:
-    """Return the entries of a label written as a list, `[0, 1]`, `['a', 'b']`, `[0 1]`; None for other text."""
+    """Return the entries of a label written as a list, `[0, 1]`, `['a', 'b']`, `array([0 1])`; None for other text."""
+    array = _ARRAY.fullmatch(text)
+    text = text if array is None else array[1]
     if len(text) < 2 or text[0] + text[-1] not in ("[]", "()", "{}"):
         return None
     inner = text[1:-1].strip()
@@ -400,6 +418,37 @@ def listed(text: str) -> list[str] | None:
         return quoted
     bare = [part.strip() for part in inner.rstrip(",").split(",")] if "," in inner else inner.split()
     return None if len(bare) == 1 and not _NUMBER.fullmatch(bare[0]) else bare  # [2Fe-2S] is a name
+
+
+def marked(text: str) -> list[str] | None:
+    """Return the labels with 1 or true in `{'a': 1, 'b': 0}`; None for other text. Raise ValueError on other values."""
+    if not (text.startswith("{") and text.endswith("}") and ":" in text):
+        return None
+    pairs = list(_PAIR.finditer(text[1:-1]))
+    values = [pair["value"].lower() for pair in pairs]
+    if "".join(pair[0] for pair in pairs) == text[1:-1] and all(map(_MARK.fullmatch, values)):
+        names = [pair["one"] or pair["two"] or pair["bare"] for pair in pairs]
+        return [name for name, value in zip(names, values, strict=True) if value[0] in "1t"]
+    if not _MAPPING.match(text):
+        return None  # such as {ECO:0000269}
+    raise ValueError(f"{quote(text)} is a mapping in braces; write 1 or 0 behind each label, or the list of its labels")
+
+
+def vector(text: str, joiner: str = ",") -> list[str] | None:
+    """Return 0 or 1 for each mark of a label of two or more, such as `0 1`, `[0. 1.]` or `True, False`, else None."""
+    marks = listed(text)
+    if marks is None:
+        marks = [mark.strip() for mark in text.split(joiner)]
+        marks = re.split(r"\s*,\s*|\s+", text.strip()) if len(marks) == 1 else marks
+    if len(marks) < 2 or not all(_MARK.fullmatch(mark.lower()) for mark in marks):
+        return None
+    return ["1" if mark[0] in "1tT" else "0" for mark in marks]
+
+
+def _quoted(text: str) -> bool:
+    """Return whether what stands in the brackets of a list are quoted names or numbers, not the name of one class."""
+    names = listed(text) or []
+    return bool(_QUOTED.search(text)) or all(map(_NUMBER.fullmatch, names))
 
 
 def one_hot(marks: Sequence[str], labels: Sequence[str] | None) -> list[str] | None:
@@ -424,7 +473,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def other_separator(names: Sequence[str], own: str) -> str | None:
     """Return what separates labels besides `own`, judged by the names: their parts are, or are in, other names too."""
-    for separator in ",|;/":
+    for separator in (*",|;/&+\\", "||", "//", " and ", " or "):
         joined = [name for name in names if separator in name]
         if not joined or separator == own:
             continue
@@ -439,7 +488,11 @@ def other_separator(names: Sequence[str], own: str) -> str | None:
 _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
 _WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")
-_MARK = re.compile(r"[01](\.0*)?")
+_MARK = re.compile(r"[01](\.0*)?|true|false")
+_ARRAY = re.compile(r"(?:\w+\.)?(?:array|tensor)\(\s*(\[.*\])\s*(?:,\s*dtype=.*)?\)")
+_KEY = r"""\s*(?:'(?P<one>[^']*)'|"(?P<two>[^"]*)"|(?P<bare>[^\s'":,{}][^'":,{}]*?))\s*:"""
+_PAIR = re.compile(_KEY + r"""\s*(?P<value>[^\s,{}:'"]+)\s*(?:,|$)""")
+_MAPPING = re.compile(r"""\{\s*(?:'[^']*'\s*:|"[^"]*"\s*:|[^\s'":,{}][^'":,{}]*:\s)""")
 
 
 def flatten(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:

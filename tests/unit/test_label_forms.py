@@ -233,3 +233,68 @@ def test_classes_with_the_marks_of_separators_can_be_named(tmp_path: Path) -> No
         load(path, "multi_label")
     names = ("Lysosome", "Lysosome/Vacuole", "Vacuole")
     assert sets(load(path, "multi_label", labels=names)) == [[names[1]], [names[0]], [names[2]]]
+
+
+def cells(path: Path, labels: list[str]) -> Path:
+    """A TSV with these labels, each four times."""
+    return table(path, labels * 4)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["{'a': 1, 'b': 0}", "{'a': 0, 'b': 1}", "{'a': 0, 'b': 0}"],
+        ['{"a":1,"b":0}', '{"a":0,"b":1}', '{"a":0,"b":0}'],
+        ["{a: true, b: false}", "{a: false, b: true}", "{a: false, b: false}"],
+        ["{'a': True, 'b': False}", "{'a': 0.0, 'b': 1.0}", "{}"],
+    ],
+)
+def test_a_mapping_has_the_labels_whose_value_is_1(tmp_path: Path, labels: list[str]) -> None:
+    assert sets(load(cells(tmp_path / "a.tsv", labels), "multi_label")) == [["a"], ["b"], []] * 4
+    assert load(cells(tmp_path / "b.tsv", labels[:2])).labels == ("a", "b")  # one class per protein
+
+
+@pytest.mark.parametrize("label", ["{'a': 0.7, 'b': 0.3}", "{'labels': ['a', 'b']}", "{a: x}", "{'a': None}"])
+@pytest.mark.parametrize("task", ["multi_label", "sequence_classification"])
+def test_a_mapping_to_other_values_is_refused(tmp_path: Path, label: str, task: str) -> None:
+    with pytest.raises(DataError, match="is a mapping in braces; write 1 or 0 behind each label, or the list"):
+        load(cells(tmp_path / "a.tsv", [label, "a", "b"]), task)
+    assert load(cells(tmp_path / "b.tsv", ["{ECO:0000269}", "a"])).labels == ("a", "{ECO:0000269}")
+
+
+VECTORS = [
+    ("[0 1]", "[1 0]"), ("(0, 1)", "(1, 0)"), ("[0. 1.]", "[1. 0.]"), ("array([0, 1])", "array([1, 0])"),
+    ("0 1", "1 0"), ("0,1", "1,0"), ("0;1", "1;0"),
+    ("[False, True]", "[True, False]"), ("tensor([0., 1.])", "tensor([1., 0.])"),
+    ("np.array([0, 1], dtype=int8)", "np.array([1, 0], dtype=int8)"), ("0.0 1.0", "1.0  0.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", VECTORS)
+def test_marks_of_two_classes_need_their_names(tmp_path: Path, labels: tuple[str, str]) -> None:
+    path = cells(tmp_path / "a.tsv", list(labels))
+    with pytest.raises(DataError, match=r"is 0 or 1 for each of 2 classes; name these in their order: task.labels="):
+        load(path, "multi_label")
+    assert sets(load(path, "multi_label", labels=("a", "b"))) == [["b"], ["a"]] * 4
+
+
+@pytest.mark.parametrize("label", ["0 1 0", "0,1,0", "0, 1, 0", "array([0, 1, 0])", "False True False", "0.0 1.0 0.0"])
+def test_marks_of_three_classes_need_their_names(tmp_path: Path, label: str) -> None:
+    path = cells(tmp_path / "a.tsv", [label, label.replace("0", "1", 1).replace("False", "True", 1)])
+    with pytest.raises(DataError, match=r"0 or 1 for each of 3 classes; name these"):
+        load(path, "multi_label")
+    assert sets(load(path, "multi_label", labels=("a", "b", "c"))) == [["b"], ["a", "b"]] * 4
+    with pytest.raises(DataError, match="is a list of 3 labels"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("between", "named"),
+    [("||", "||"), (" & ", "&"), (" and ", " and "), ("+", "+"), (" or ", " or "), (" // ", "//"), ("\\", "\\")],
+)
+def test_other_separators_are_named_and_cure(tmp_path: Path, between: str, named: str) -> None:
+    path = cells(tmp_path / "a.tsv", [f"cell{between}wall", "cell", "wall"])
+    with pytest.raises(DataError) as caught:
+        load(path, "multi_label")
+    assert f"data.label_separator={named!r}" in str(caught.value)
+    assert sets(load(path, "multi_label", label_separator=named)) == [["cell", "wall"], ["cell"], ["wall"]] * 4
