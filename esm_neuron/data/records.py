@@ -60,7 +60,7 @@ Reader = Callable[[str, Sequence[Column]], Iterator[Record]]
 """Gives the records of a source in its order, holding no more than a few of them; raises DataError where it cannot."""
 
 
-ALSO = {"id": ("entry", "acc", "accession", "identifier", "seq_id", "sequence_id"), "sequence": ("input_ids",)}
+ALSO = {"id": ("entry", "acc", "accession", "identifier", "seq_id", "sequence_id", "#id"), "sequence": ("input_ids",)}
 """Column of the rows -> what files call it too, where its setting was left alone."""
 NUMBERED = "\0"
 """Id of every record of a table that has no column of ids: a zero byte, which no value has; a mark of such rows too."""

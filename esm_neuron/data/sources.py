@@ -241,11 +241,22 @@ def _reader(source: str, sheet: str | None = None) -> Reader:
     if source.lower().endswith(".gz") and suffix in TABLES:
         raise DataError(f"{source}: such files are compressed within; unpack it, or name it {suffix} if it is plain")
     if suffix not in FORMATS:
-        cure = f"name the file with one of {' '.join(FORMATS)}, text plain or .gz"
+        cure = _HINTS.get(suffix, f"name the file with one of {' '.join(FORMATS)}, text plain or .gz")
         raise DataError(f"{source}: unknown format {suffix!r}; {cure}")
     return partial(read_workbook, sheet=sheet) if suffix == ".xlsx" else FORMATS[suffix]
 
 
+_HINTS = {
+    **dict.fromkeys((".a3m", ".a2m"), "name it .fasta, and take gaps out with data.on_bad_residue=strip"),
+    **dict.fromkeys((".aln", ".sto", ".phy"), "save it as .fasta, and take gaps out with data.on_bad_residue=strip"),
+    **dict.fromkeys((".fastq", ".fq", ".fna", ".ffn"), "translate the nucleotides into proteins, saved as .fasta"),
+    **dict.fromkeys((".pir", ".nbrf", ".gb", ".gbk", ".embl", ".dat", ".xml"), "save the proteins as .fasta"),
+    **dict.fromkeys((".pdb", ".ent", ".cif"), "save the sequences of the structure as .fasta"),
+    **dict.fromkeys((".xls", ".ods"), "save the sheet as .csv or .xlsx"),
+    **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz"), "unpack it"),
+    ".json": "write one object a line, and name it .jsonl",
+}
+"""Suffix of a file that is not read -> what to make of it."""
 FORMATS: dict[str, Reader] = {
     **{suffix: partial(read_delimited, delimiter=delimiter) for suffix, delimiter in DELIMITED.items()},
     **dict.fromkeys(FASTA, read_fasta),

@@ -114,6 +114,12 @@ def _header(path: str, number: int, line: str, delimiter: str, columns: Sequence
         except DataError:
             continue
         return separator, headers[separator]
+    if line.startswith("#"):
+        what = "the line begins with '#', as a comment does"
+        raise DataError(f"{path}:{number}: {what}; remove it, or the '#' where it is the header")
+    whole = headers[delimiter][0] if len(headers[delimiter]) == 1 and line.startswith('"') else ""
+    if any(separator in whole for separator in SEPARATORS):
+        raise DataError(f"{path}:{number}: the line is quoted as a whole; take the quotes around the lines out")
     best = max(headers, key=lambda separator: len(headers[separator]))
     if len(headers[best]) > 1 and len(headers[delimiter]) == 1:
         shown = {"\t": "tabs"}.get(best, repr(best))
