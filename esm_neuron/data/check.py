@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
@@ -113,7 +114,8 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, me
     label_hashes: list[np.ndarray] = []
     names: Counter[str] = Counter()
     values: list[np.ndarray] = []
-    read = 0
+    learned: Counter[str] = Counter()  # classes of the training proteins
+    read = training = 0
     for rows in read_chunks(path, cfg, None if labels is None else labels.joiner):
         read += len(rows)
         clean = checker(rows.filter(pa.array(passes(rows, cfg.keep))))
@@ -124,11 +126,18 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, me
             names.update(labels.count(encoded))
             if labels.numeric:
                 values.append(flatten(encoded)[0])
+            if cfg.split_column is not None:
+                encoded = encoded.filter(pc.equal(encoded["split"], train))
+            learned.update(labels.count(encoded))
+            training += len(encoded)
         splits += columns.get("split", [])
         hashes.append(text_hashes(columns["sequence"]))
         writer.add(ExampleTable.of(*encode_many(columns["sequence"])))
     if labels is not None:
         labels.conclude(checker.problems)
+        fault = labels.fault(learned, training) if training else None
+        if fault is not None and not checker.problems.total:
+            checker.problems.add(None, fault)
     checker.conclude()
     checker.check_left(read)
     table = writer.table()

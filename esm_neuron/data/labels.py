@@ -36,7 +36,7 @@ BINS = 10  # quantiles of a regression's values that a sample of rows is spread 
 class Labels:
     """One class per protein; subclasses read other labels."""
 
-    joiner: str = LIST_JOINER  # what stands between the entries of a label that is a list
+    joiner: str = ""  # what stands between the entries of a label that is a list; '': one is written as JSON, `["a"]`
     entry: ClassVar[pa.DataType] = pa.int16()  # type of one entry of an encoded label: a code, or a value
     per_residue: ClassVar[bool] = False  # whether a label has one entry per residue
     numeric: ClassVar[bool] = False  # whether labels are values instead of classes
@@ -44,7 +44,7 @@ class Labels:
     def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
         self.task = task  # with its class names where they are known: configured, or those of a finished run
         self.column = column  # the label column's name in the file, for messages
-        self.joiner = separator or type(self).joiner
+        self.joiner = separator or type(self).joiner if type(self).joiner else ""
         self.codes = {name: code for code, name in enumerate(dict.fromkeys(task.labels or ()))}  # as they appear
         self.ignored = set(task.ignore) if self.per_residue else set()  # names that stand for an unknown label
 
@@ -126,29 +126,31 @@ class Labels:
     def learn_classes(self, train: Iterable[pa.Table], source: str) -> None:
         """Name the classes in `self.task`: the configured ones, or the sorted ones of the training rows."""
         chunks = list(train)
-        present = np.unique(np.concatenate([np.unique(flatten(rows)[0]) for rows in chunks]))
-        names = list(self.codes)
-        found = in_order({names[code] for code in present} - self.ignored)
-        if self.task.labels is None:
-            self._check_classes(found, sum(map(len, chunks)), source)
-        labels = self.task.labels if self.task.labels is not None else tuple(found)
+        names = {name for rows in chunks for name in self.count(rows)}
+        fault = self.fault(names, sum(map(len, chunks)))
+        if fault is not None:
+            raise DataError(f"{source}: {fault}")
+        labels = self.task.labels if self.task.labels is not None else tuple(in_order(names - self.ignored))
         require(len(set(labels)) == len(labels), f"task.labels={labels} has a name twice; name each class once")
-        if len(found) < 2:
-            what = f"one class only, {quote(found[0])}," if found else "no class"
-            raise DataError(
-                f"{source}: column {self.column!r} has {what} in the training proteins; two are needed, check "
-                "data.label_column and data.keep"
-            )
         self.task = replace(self.task, labels=labels)
 
-    def _check_classes(self, names: Sequence[str], proteins: int, source: str) -> None:
-        """Raise DataError where the classes of so many training proteins are values, or one class written twice."""
-        what = f"{source}: column {self.column!r}"
+    def fault(self, names: Iterable[str], proteins: int) -> str | None:
+        """Return why the classes of so many training proteins cannot be learned; None where they can.
+
+        They are values, one class written twice, or fewer than two.
+        """
+        names, what = in_order(set(names) - self.ignored), f"column {self.column!r}"
+        if len(names) < 2:
+            found = f"one class only, {quote(names[0])}," if names else "no class"
+            cure = "two are needed, check data.label_column and data.keep"
+            return f"{what} has {found} in the training proteins; {cure}"
+        if self.task.labels is not None:
+            return None
         values = [to_number(name) for name in names]
         if len(names) > MOST_LEVELS and all(map(math.isfinite, values)):
             broken = not all(map(float.is_integer, values))
             if len(names) > proteins / (5 if broken else 2):
-                raise DataError(
+                return (
                     f"{what} has {len(names)} classes in {proteins} training proteins, all of them numbers; if they "
                     "are measured values use task.name=regression, else name the classes in task.labels"
                 )
@@ -156,10 +158,11 @@ class Labels:
         for name in names:
             other = first.setdefault(same(name), name)
             if other != name:
-                raise DataError(
+                return (
                     f"{what} has the classes {quote(other)} and {quote(name)}, which are the same; write them alike, "
                     "or name both in task.labels"
                 )
+        return None
 
     def describe(self, train: pa.Table) -> str:
         """Return one line with the classes of the training rows and how often each is there, and what looks wrong."""
@@ -244,6 +247,8 @@ class Labels:
 
 class LabelSets(Labels):
     """Any number of classes per protein, joined by `;`; none at all is written `[]`."""
+
+    joiner = LIST_JOINER
 
     def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
         super().__init__(task, column, separator)
@@ -356,6 +361,8 @@ class ResidueLabels(Labels):
 class Numbers(Labels):
     """A value per protein."""
 
+    joiner = LIST_JOINER
+
     entry = pa.float64()
     numeric = True
 
@@ -387,6 +394,9 @@ class Numbers(Labels):
         # the quantile that each value is in
         values = flatten(rows)[0]
         return np.searchsorted(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]), values)
+
+    def fault(self, names: Iterable[str], proteins: int) -> str | None:
+        return None
 
     def learn_classes(self, train: Iterable[pa.Table], source: str) -> None:
         """Do nothing: values have no classes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 import math
 import os
 import re
@@ -49,7 +50,7 @@ class Column:
     """In the file."""
     setting: str
     joiner: str | None = None
-    """Written between the entries of a list; None: a list is refused."""
+    """Written between the entries of a list; '': it is written as JSON; None: a list is refused."""
     default: bool = False
     """Whether the setting was left alone: the file may then write the name in other letters, see `ALSO`."""
 
@@ -293,7 +294,9 @@ _THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2},[0-9]{3}")
 
 def _joined(values: Sequence[object], source: str, number: int, column: Column) -> str:
     entries = [text(value, source, number, Column(column.name, column.source, column.setting)) for value in values]
-    joiner = column.joiner or ""
+    joiner = column.joiner
+    if not joiner:
+        return json.dumps(entries, ensure_ascii=False)
     for entry in entries:
         if not entry or joiner in entry:
             what = f"holds {joiner!r}, which joins the entries of a list" if entry else "is empty"

@@ -298,3 +298,47 @@ def test_other_separators_are_named_and_cure(tmp_path: Path, between: str, named
         load(path, "multi_label")
     assert f"data.label_separator={named!r}" in str(caught.value)
     assert sets(load(path, "multi_label", label_separator=named)) == [["cell", "wall"], ["cell"], ["wall"]] * 4
+
+
+LISTS = [[0, 1], [1, 0], ["a", "b"], [True, False]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_list_in_a_column_of_one_class_is_refused_as_its_text_is(tmp_path: Path, kind: str) -> None:
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def file(labels: list[Any]) -> Path:
+        rows = [{"id": f"p{i}", "sequence": protein(i), "label": label} for i, label in enumerate(labels)]
+        path = tmp_path / f"a.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+            return path
+        return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    for label in LISTS:
+        with pytest.raises(DataError, match=r"is a list of 2 labels; use task.name=multi_label, or keep one"):
+            load(file([label, label[::-1]] * 4))
+    assert load(file([["a;1"], ["b"]])).labels == ("a;1", "b")
+    assert sets(load(file([["a", "b"], ["b"]]), "multi_label")) == [["a", "b"], ["b"]]
+    assert load(file([[0.5], [1.5]]), "regression").train.labels.tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    "labels", [[f"{i * 0.37:.3f}" for i in range(39)], ["True", "true"] * 3, ["01", "1", "x"], ["A", "A"], ["1", "1.0"]]
+)
+def test_data_check_finds_what_train_refuses(tmp_path: Path, labels: list[str], capsys: Any) -> None:
+    from esm_neuron import cli
+
+    path = table(tmp_path / "a.tsv", labels)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert cli.main(["data", "check", str(path), "--homologs", "off"]) == 1
+    assert f"faults: 1\n  {caught.value}" in capsys.readouterr().out
+    # a held-out class does not count: training has one
+    split = path.read_text().replace("label", "label\tsplit").splitlines()
+    rows = [split[0], *(f"{row}\ttrain" for row in split[1:]), f"q\t{protein(99)}\tOther\ttest"]
+    write(path, "\n".join(rows) + "\n")
+    assert cli.main(["data", "check", str(path), "--split-column", "split", "--homologs", "off"]) == 1
