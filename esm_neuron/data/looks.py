@@ -6,7 +6,7 @@ One record cannot tell: GATTACA is a peptide, NAN is one, and HHH is a tail of h
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -81,26 +81,21 @@ def is_structure(text: str) -> bool:
 
 
 _CODES = "ALA|ARG|ASN|ASP|CYS|GLN|GLU|GLY|HIS|ILE|LEU|LYS|MET|PHE|PRO|SER|THR|TRP|TYR|VAL"
+_CODED = "is written in codes of three letters; write MKA for MetLysAla"
+_LEAST_CODED = 9
+_STRUCTURE = "is a secondary structure; remove such records"
 _ROWS = (
     (
         r"^(?:[A-Z#][a-z#]){5,}$",
         "has a small letter behind each capital, as SaProt writes structures among residues; keep the capitals alone",
     ),
-    (rf"(?i)^(?:(?:{_CODES})[\s-]*){{3,}}$", "is written in codes of three letters; write MKA for MetLysAla"),
+    (rf"(?i)^(?:(?:{_CODES})[\s-]*)+$", _CODED),
     (
         rf"(?i)^[{''.join(_STRUCTURES - {'-'})}-]{{{_LEAST_STRUCTURE},}}$",
-        "is a secondary structure; remove such records",
+        _STRUCTURE,
     ),
 )
 """What a sequence looks like -> what to say; no protein of so many residues looks so by chance."""
-
-
-def strange_rows(sequences: pa.ChunkedArray) -> Iterator[tuple[int, str]]:
-    """Give the number of each sequence that is of another kind of text for certain, and what to say of it."""
-    for pattern, what in _ROWS:
-        for row in np.flatnonzero(pc.match_substring_regex(sequences, pattern).to_numpy()).tolist():
-            if "structure;" not in what or is_structure(sequences[row].as_py()):
-                yield row, what
 
 
 class LabelLines:
@@ -116,13 +111,17 @@ class LabelLines:
             return
         self._records += 1
         lines = body.split()
-        alike = [line for line in lines[1:] if len(line) == len(lines[0])]  # labels are wrapped as the residues are
+        if len(lines) < 2:
+            return
+        text, ends = "".join(lines), set(accumulate(map(len, lines)))
         found = False
-        for line in alike[:1] + alike[-1:]:
-            if (few := len(set(line))) <= _FEW:
-                certain = is_structure(line)
+        for parts in (2, 3):  # one line of labels, or two; each may be wrapped as it likes
+            size = len(text) // parts
+            if len(text) % parts == 0 and size in ends:
+                residues, labels = text[:size], text[size : 2 * size]
+                certain = is_structure(labels)
                 self._certain += certain
-                found = found or certain or few <= len(set(lines[0])) // 2
+                found = found or certain or len(set(labels)) <= min(_FEW, len(set(residues)) // 2)
         if found:
             self._labelled += 1
             self._first = self._first or start
@@ -146,7 +145,7 @@ class Looks:
         """Characters of all sequences so far."""
         self._rows = 0
         self._words = 0
-        self._small = 0
+        self._small = self._coded = 0
         self._peptides = {True: 0, False: 0}  # short sequences that are no word of MISSING, in capitals or not
 
     def missing(self, rows: int, short: Iterable[str]) -> list[bool]:
@@ -183,6 +182,16 @@ class Looks:
         self.letters += len(residues)
         self._letters += np.bincount(np.frombuffer(residues[:SAMPLE], dtype=np.uint8), minlength=256)
 
+    def strange(self, sequences: pa.ChunkedArray) -> Iterator[tuple[int, str]]:
+        """Give the row of each sequence that is of another kind of text for certain, and what to say of it."""
+        for pattern, what in _ROWS:
+            for row in np.flatnonzero(pc.match_substring_regex(sequences, pattern).to_numpy()).tolist():
+                text = sequences[row].as_py()
+                if what == _CODED and len(text) < _LEAST_CODED:
+                    self._coded += 1  # ALA is a peptide, and so is METLYS
+                elif what != _STRUCTURE or is_structure(text):
+                    yield row, what
+
     def words(self) -> int:
         """Return how many short sequences in small letters stand among capitals, as words do that MISSING lacks."""
         capitals = int(self._letters[ord("A") : ord("Z") + 1].sum())
@@ -192,6 +201,8 @@ class Looks:
         """Return what the file holds instead of proteins, with the cure; None where it may well hold proteins."""
         letters = {chr(i): int(self._letters[i] + self._letters[i + 32]) for i in range(ord("A"), ord("Z") + 1)}
         total = sum(letters.values())
+        if self._coded > max(_FEW, self._rows / 2):
+            return f"most sequences are short, and each {_CODED}"
         if total < LEAST_LETTERS:
             return None
         share = {letter: count / total for letter, count in letters.items()}

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.looks import LEAST_LETTERS, LONGEST, Looks, strange_rows
+from esm_neuron.data.looks import LEAST_LETTERS, LONGEST, Looks
 from esm_neuron.data.records import NUMBERED, file_and_number, place, row_unit
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
@@ -216,7 +216,7 @@ class Checker:
         residues, bounds = sequence_bytes(rows)
         self._looks.count(residues)
         missing = self._missing(rows, np.diff(bounds))
-        for row, what in strange_rows(rows["sequence"]):
+        for row, what in self._looks.strange(rows["sequence"]):
             name = quote(rows["id"][row].as_py())
             self.problems.add(rows["line"][row].as_py(), f"the sequence of {name} {what}")
         # Whole columns tell which rows could be at fault; only these are looked at one by one.

@@ -24,6 +24,8 @@ HEC = ("HHHHEEECCC" * 9)[:40]
         lambda i: [protein(i), HEC, "BBEEBEBBEE" * 4],
         lambda i: [protein(i, 60)[:40], protein(i, 60)[40:], HEC, HEC[:20]],
         lambda i: [protein(i), "SSSSSOOOOO" * 4] if i % 3 else [protein(i)],
+        lambda i: [protein(i, 100)[:60], protein(i, 100)[60:], "SSSSSOOOOO" * 10],
+        lambda i: [protein(i, 100), "SSSSSOOOOO" * 6, "SSSSSOOOOO" * 4],
         lambda i: [protein(i), HEC] if i == 37 else [protein(i)],
         lambda i: [protein(i), "--HHHHEEE-" * 4, "0123456789" * 4],
     ],
@@ -129,3 +131,10 @@ def test_ids_are_known_by_their_usual_names_or_told_to_be_numbers(tmp_path: Path
 def test_other_formats_are_named_with_what_to_do(tmp_path: Path, suffix: str, said: str) -> None:
     with pytest.raises(DataError, match=f"unknown format .*; .*{said}"):
         InputChunks(write(tmp_path / f"a{suffix}", "x"), DataConfig()).check()
+
+
+def test_a_column_of_short_codes_of_three_letters_is_refused(tmp_path: Path) -> None:
+    codes = ["METLYS", "AlaGly", "VALTHR", "GLYGLY", "PRO", "CYS"]
+    path = table(tmp_path / "a.tsv", ["A", "B"] * 10, [codes[i % 6] for i in range(19)] + ["MKV"])
+    with pytest.raises(DataError, match="a.tsv: most sequences are short, and each is written in codes of three lett"):
+        load(path)
