@@ -108,7 +108,8 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, me
     `method` finds homologs; None: they are not looked at. Raise DataError where the file itself cannot be read.
     """
     check_sheet([path], cfg.sheet)
-    checker, writer = Checker(cfg, path), TableWriter()
+    nothing = () if labels is None else (labels.nothing,)
+    checker, writer = Checker(cfg, path, *nothing), TableWriter()
     splits: list[str] = []
     hashes: list[np.ndarray] = []
     label_hashes: list[np.ndarray] = []

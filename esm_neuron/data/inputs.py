@@ -48,7 +48,8 @@ class InputChunks:
 
     def __iter__(self) -> Iterator[ExampleTable]:
         """Give a table per chunk; `record` counts from 0 in each of them."""
-        checker, cuts, labels = Checker(self._cfg, self._path), Counter[str](), self._labels
+        cuts, labels = Counter[str](), self._labels
+        checker = Checker(self._cfg, self._path, *(() if labels is None else (labels.nothing,)))
         self.rejected, filtered = checker.rejected, 0
         values = {source: set[str]() for source in self._filters}
         for read in self._chunks():

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, Decimals, to_number
-from esm_neuron.data.validation import Problems, is_missing, mixed, quote
+from esm_neuron.data.validation import NO_LABEL, NO_RESIDUE_LABELS, Problems, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
 
 UNKNOWN = -1  # class index of a residue without a known label: weight 0
@@ -46,6 +46,8 @@ class Labels:
         self.column = column  # the label column's name in the file, for messages
         self.joiner = separator or type(self).joiner if type(self).joiner else ""
         self.codes = {name: code for code, name in enumerate(dict.fromkeys(task.labels or ()))}  # as they appear
+        # what stands for no label, in small letters, unless it is named as a class
+        self.nothing = (NO_RESIDUE_LABELS if self.per_residue else NO_LABEL) - {n.lower() for n in task.labels or ()}
         self.ignored = set(task.ignore) if self.per_residue else set()  # names that stand for an unknown label
 
     @classmethod
@@ -77,7 +79,7 @@ class Labels:
         lengths = pc.utf8_length(rows["sequence"]).to_pylist()
         for row, (text, length) in enumerate(zip(rows["label"].to_pylist(), lengths, strict=True)):
             try:
-                found.append(None if is_missing(text) else self._entries(text, length))
+                found.append(None if text.lower() in self.nothing else self._entries(text, length))
             except ValueError as error:
                 self._add(problems, rows, row, str(error))
                 found.append(None)

@@ -12,41 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-MISSING = frozenset(
+BLANK = frozenset(
     (
-        *(
-            "nan",
-            "none",
-            "null",
-            "na",
-            "n/a",
-            "n.a.",
-            "#n/a",
-            "<na>",
-            "nil",
-            "#value!",
-            "#ref!",
-            "#name?",
-            "-",
-            "--",
-            ".",
-        ),
-        *(
-            "?",
-            "??",
-            "???",
-            "nd",
-            "n.d.",
-            "n/d",
-            "tbd",
-            "tba",
-            "todo",
-            "true",
-            "false",
-            "missing",
-            "unknown",
-            "undefined",
-        ),
+        *("nan", "none", "null", "na", "n/a", "n.a.", "#n/a", "<na>", "nil", "#value!", "#ref!", "#name?"),
+        *("-", "--", ".", "?"),
+    )
+)
+"""What programs write where a value is missing, in small letters: nothing of it is a name."""
+MISSING = BLANK | frozenset(
+    (
+        *("??", "???", "nd", "n.d.", "n/d", "tbd", "tba", "todo", "true", "false", "missing", "unknown", "undefined"),
         *("deleted", "removed", "withdrawn", "obsolete", "deprecated", "pending", "empty", "blank", "absent", "error"),
         *("failed", "unavailable", "unassigned", "not available", "not found", "no data", "no sequence", "redacted"),
         *("see note", "in progress", "not determined", "to be determined", "merged", "demerged", "invalid", "void"),

@@ -30,7 +30,7 @@ from esm_neuron.redact import Lines
 
 _SHOWN = 10
 """Values of a column that an error shows."""
-_CACHE_VERSION = 6
+_CACHE_VERSION = 7
 """Version of what `_save` writes: another number makes every cached folder anew."""
 _UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", *SPLITS}
 _UNCACHED_TASK = {
@@ -222,7 +222,7 @@ class _File:
     def __init__(self, cfg: DataConfig, split: str, source: str, labels: Labels | None) -> None:
         self.split, self.source, self._labels = split, source, labels
         self.cfg = _file_config(cfg, split)
-        self.checker = Checker(self.cfg, source)
+        self.checker = Checker(self.cfg, source, *(() if labels is None else (labels.nothing,)))
         self.values: dict[str, set[str]] = {}  # filtered column -> its values that are allowed, and its first _SHOWN
         self._counts: Counter[str] = Counter()
         self._named: set[str] = set()  # splits of the rows that pass `keep`

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.looks import LEAST_LETTERS, LONGEST, Looks
+from esm_neuron.data.looks import BLANK, LEAST_LETTERS, LONGEST, Looks
 from esm_neuron.data.records import NUMBERED, file_and_number, place, row_unit
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
@@ -29,8 +29,10 @@ MOST_LISTED = 20
 
 MOST_REPLACED = 0.2
 """Largest share of all characters that data.on_bad_residue=replace writes X for."""
-_NO_LABEL = ("", "nan", "<na>", "#n/a")
-_NO_LABELS = pa.array(_NO_LABEL, pa.large_string())
+NO_RESIDUE_LABELS = frozenset(("", "nan", "<na>", "#n/a"))
+"""What stands for no labels of residues, in small letters: `-` and NA can be those of one residue or two."""
+NO_LABEL = BLANK | {""}
+"""What stands for no label of a protein, in small letters."""
 _NOT_WRITTEN = re.compile(r"[-.~*\s\d]")
 """Gaps, blanks, digits, and stops within: what alignments and numbered listings add to sequences."""
 _QUOTES = re.compile("[\"'`´“”‘’„«»]")
@@ -195,8 +197,8 @@ class Checker:
     a label, `cfg.min_residues` about short ones; every other fault is an error in any case.
     """
 
-    def __init__(self, cfg: DataConfig, source: str) -> None:
-        self._cfg, self._source = cfg, source
+    def __init__(self, cfg: DataConfig, source: str, nothing: frozenset[str] = NO_LABEL) -> None:
+        self._cfg, self._source, self._nothing = cfg, source, nothing  # the last: what stands for no label
         self.problems = Problems(source)
         """What is wrong with the rows so far, in the order of the file."""
         self._ids, self._looks = _Ids(), Looks()
@@ -220,7 +222,7 @@ class Checker:
             name = quote(rows["id"][row].as_py())
             self.problems.add(rows["line"][row].as_py(), f"the sequence of {name} {what}")
         # Whole columns tell which rows could be at fault; only these are looked at one by one.
-        for row in np.flatnonzero(_suspects(rows, first, missing, residues, bounds)).tolist():
+        for row in np.flatnonzero(_suspects(rows, first, missing, self._nothing, residues, bounds)).tolist():
             values = [rows[name][row].as_py() for name in columns]
             sequence = self._check(int(first[row]), bool(missing[row]), *values)
             if sequence is None:
@@ -286,8 +288,12 @@ class Checker:
         if name.startswith(_STRUCTURE_STARTS) or name.endswith(_STRUCTURE_ENDS):
             self.problems.add(line, f"{quote(name)} is a structure, not a protein; remove such records")
         lacks = []
-        if label is not None and is_missing(label):
-            lacks.append((f"column {self._cfg.label_column!r} of {quote(name)} is empty", "give a label"))
+        if label is not None and label.lower() in self._nothing:
+            word = label and f"{quote(label)}, which stands for none"
+            cure = "give a label" + (
+                ", or name it with the other classes in task.labels where it is one," if word else ""
+            )
+            lacks.append((f"column {self._cfg.label_column!r} of {quote(name)} is {word or 'empty'}", cure))
         if missing:
             what = f"{quote(sequence)}, which stands for none" if sequence else "empty"
             lacks.append((f"the sequence of {quote(name)} is {what}", "give it residues"))
@@ -387,26 +393,29 @@ class _Ids:
 
 
 def _suspects(
-    rows: pa.Table, first: np.ndarray, missing: np.ndarray, residues: memoryview, bounds: np.ndarray
+    rows: pa.Table,
+    first: np.ndarray,
+    missing: np.ndarray,
+    nothing: frozenset[str],
+    residues: memoryview,
+    bounds: np.ndarray,
 ) -> np.ndarray:
     """Return which rows may have a fault, bool [rows]; `first` is the line in which the id of each was first used.
 
-    `missing` says which have no sequence; `residues` and `bounds` are `sequence_bytes` of the rows.
+    `missing` says which have no sequence, `nothing` what stands for no label.
+    `residues` and `bounds` are `sequence_bytes` of the rows.
     """
     found = (first != rows["line"].to_numpy()) | missing | (pc.equal(rows["id"], "").to_numpy())
     for match, patterns in ((pc.starts_with, _STRUCTURE_STARTS), (pc.ends_with, _STRUCTURE_ENDS)):
         for pattern in patterns:
             found |= match(rows["id"], pattern).to_numpy()
     if "label" in rows.column_names:
-        found |= pc.is_in(pc.utf8_lower(rows["label"]), value_set=_NO_LABELS).to_numpy()
+        found |= pc.is_in(
+            pc.utf8_lower(rows["label"]), value_set=pa.array(sorted(nothing), pa.large_string())
+        ).to_numpy()
     # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
     found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
     return np.asarray(found)
-
-
-def is_missing(value: str) -> bool:
-    """Return whether a label stands for nothing: '', NaN, `<NA>` or Excel's `#N/A`. NA and None can be labels."""
-    return value.lower() in _NO_LABEL
 
 
 def row_place(source: str, number: int, seen_from: int) -> str:

@@ -27,7 +27,6 @@ CLASSES: list[tuple[list[str], list[str]]] = [
     (["['a']", "['b']", "['a']"], ["a", "b"]),
     (["[1]", "[0]", "[1]"], ["0", "1"]),
     (["[2Fe-2S]", "[4Fe-4S]", "[2Fe-2S]"], ["[2Fe-2S]", "[4Fe-4S]"]),
-    (["NA", "None", "NA"], ["NA", "None"]),
     (["a b", "a", "a b"], ["a", "a b"]),
 ]
 
@@ -342,3 +341,25 @@ def test_data_check_finds_what_train_refuses(tmp_path: Path, labels: list[str], 
     rows = [split[0], *(f"{row}\ttrain" for row in split[1:]), f"q\t{protein(99)}\tOther\ttest"]
     write(path, "\n".join(rows) + "\n")
     assert cli.main(["data", "check", str(path), "--split-column", "split", "--homologs", "off"]) == 1
+
+
+WORDS = ["NA", "None", "NULL", "N/A", "-", "nan", "#N/A", "<NA>", "NaN", "none", "n/a", "?"]
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "multi_label", "regression"])
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_for_nothing_is_no_label(tmp_path: Path, word: str, task: str) -> None:
+    path = table(tmp_path / "a.tsv", ["1", "2", word, "1"])
+    with pytest.raises(DataError, match=r"a.tsv:4: .*'p2' is '.*', which stands for none; .*data.on_missing=skip$"):
+        load(path, task)
+    splits = load(path, task, on_missing="skip")
+    assert list(splits.train.ids) == ["p0", "p1", "p3"]
+    assert "1 left out without a sequence or a label" in splits.summary()
+    if task == "sequence_classification":  # the other cure
+        assert load(path, labels=("1", "2", word)).train.labels.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("word", ["NA", "--", "N-", "??"])
+def test_words_for_nothing_are_labels_of_residues(tmp_path: Path, word: str) -> None:
+    path = table(tmp_path / "a.tsv", [word, "AN"], ["MK", "LV"])
+    assert set(load(path, "residue_classification", ignore=()).labels) == {*word, *"AN"}
