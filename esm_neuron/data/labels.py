@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -161,7 +162,7 @@ class Labels:
             other = first.setdefault(same(name), name)
             if other != name:
                 return (
-                    f"{what} has the classes {quote(other)} and {quote(name)}, which are the same; write them alike, "
+                    f"{what} has the classes {other[:60]!a} and {name[:60]!a}, which are the same; write them alike, "
                     "or name both in task.labels"
                 )
         return None
@@ -471,7 +472,10 @@ def one_hot(marks: Sequence[str], labels: Sequence[str] | None) -> list[str] | N
 
 
 def same(name: str) -> str | int:
-    """Return what a class name says: True, TRUE and true are one, and so are 1 and 1.0."""
+    """Return what a class name says: True and true are one, 1 and 1.0, and what looks alike (blanks, accents)."""
+    if not name.isascii():  # a letter and its accent, or characters of no width
+        name = unicodedata.normalize("NFC", "".join(c for c in name if unicodedata.category(c) != "Cf"))
+    name = " ".join(name.split())
     if name.lower() in ("true", "false"):
         return name.lower()
     return int(float(name)) if _WHOLE.fullmatch(name) else name

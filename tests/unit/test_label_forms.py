@@ -50,7 +50,10 @@ def test_lists_are_read_as_python_and_json_write_them(entries: list[str]) -> Non
     assert listed(repr(list(range(len(entries) + 1)))) == [str(i) for i in range(len(entries) + 1)]
 
 
-@pytest.mark.parametrize("ones", [["True", "true"], ["1", "1.0"], ["FALSE", "False"], ["0", "0.0"]])
+ALIKE = [["Caf\u00e9", "Cafe\u0301"], ["cell wall", "cell\u00a0wall"], ["wall", "wall\u200b"], ["a  b", "a b"]]
+
+
+@pytest.mark.parametrize("ones", [["True", "true"], ["1", "1.0"], ["FALSE", "False"], ["0", "0.0"], *ALIKE])
 def test_one_class_written_in_two_ways_is_refused(tmp_path: Path, ones: list[str]) -> None:
     with pytest.raises(DataError, match="which are the same; write them alike, or name both in task.labels"):
         load(table(tmp_path / "a.tsv", ["x", *ones, "x"]))
