@@ -61,8 +61,8 @@ def test_skip_leaves_rows_out_and_counts_them() -> None:
 def test_replace_writes_x_and_counts() -> None:
     rows, report = check(["m*K-", "MKV", "J"], on_bad_residue="replace")
     assert rows["sequence"].to_pylist() == ["MXKX", "MKV", "X"]
-    assert report == Report(name="x.csv", rows=3, replaced=2, replaced_residues=3)
-    assert report.summary() == "x.csv: 3 proteins; 2 with 3 characters replaced by X"
+    assert report == Report(name="x.csv", rows=3, replaced=2, replaced_residues=3, unknown=1)
+    assert report.summary() == "x.csv: 3 proteins; 2 with 3 characters replaced by X; 1 WARNING: of X alone"
 
 
 @pytest.mark.parametrize("mode", ["strict", "skip", "replace"])
