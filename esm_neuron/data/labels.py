@@ -9,6 +9,7 @@ too, see `listed`, `one_hot` and `same`; what cannot be read for certain is refu
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 import unicodedata
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
-from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, Decimals, to_number
+from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, UNKNOWN_RESIDUE, Decimals, to_number
 from esm_neuron.data.validation import NO_LABEL, NO_RESIDUE_LABELS, Problems, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
 
@@ -54,7 +55,10 @@ class Labels:
     @classmethod
     def of(cls, task: TaskConfig, data: DataConfig) -> Labels:
         """Return the reader of the label column that `data` names."""
-        return cls(task, data.label_column, data.label_separator)
+        labels = cls(task, data.label_column, data.label_separator)
+        if data.mask_column is not None:  # what a mask hides is never a class
+            labels.ignored.add(UNKNOWN_RESIDUE)
+        return labels
 
     def split(self, text: str, length: int) -> list[str]:
         """Return the class names in a label of a protein of `length` residues; a ValueError says what is wrong."""
@@ -426,11 +430,25 @@ def listed(text: str) -> list[str] | None:
     if len(text) < 2 or text[0] + text[-1] not in ("[]", "()", "{}"):
         return None
     inner = text[1:-1].strip()
-    quoted = [one or other for one, other in _QUOTED.findall(inner)]
-    if quoted:
-        return quoted
+    quoted = [match[0] for match in _QUOTED.finditer(inner)]
+    if quoted and not _QUOTED.sub("", inner).strip(", \n"):
+        return [_unquoted(entry) for entry in quoted]
+    if set(inner) & set("()[]{}"):
+        return None  # such as `(R)-lipoate;NAD(+)`
     bare = [part.strip() for part in inner.rstrip(",").split(",")] if "," in inner else inner.split()
-    return None if len(bare) == 1 and not _NUMBER.fullmatch(bare[0]) else bare  # [2Fe-2S] is a name
+    if all(map(_NUMBER.fullmatch, bare)):
+        return bare
+    if quoted and text[0] == "[":
+        raise ValueError(f"{quote(text)} is a list with and without quotes; write all of its entries in them")
+    return bare if text[0] == "[" and len(bare) > 1 else None  # [2Fe-2S] and (cell wall) are names
+
+
+def _unquoted(entry: str) -> str:
+    """Return what a string in quotes stands for, as Python and JSON write it."""
+    try:
+        return str(ast.literal_eval(entry))
+    except (SyntaxError, ValueError):
+        return entry[1:-1]
 
 
 def marked(text: str) -> list[str] | None:
@@ -501,7 +519,7 @@ def other_separator(names: Sequence[str], own: str) -> str | None:
     return None
 
 
-_QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
 _WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")
 _MARK = re.compile(r"[01](\.0*)?|true|false")

@@ -63,6 +63,8 @@ Reader = Callable[[str, Sequence[Column]], Iterator[Record]]
 
 ALSO = {"id": ("entry", "acc", "accession", "identifier", "seq_id", "sequence_id", "#id"), "sequence": ("input_ids",)}
 """Column of the rows -> what files call it too, where its setting was left alone."""
+UNKNOWN_RESIDUE = "?"
+"""Label of a residue that a mask hides; one of the default `task.ignore`."""
 NUMBERED = "\0"
 """Id of every record of a table that has no column of ids: a zero byte, which no value has; a mark of such rows too."""
 _FILE_SHIFT = 40

@@ -25,6 +25,7 @@ from esm_neuron.data.records import (
     NUMBERED,
     RESIDUE_JOINER,
     TABLES,
+    UNKNOWN_RESIDUE,
     Column,
     Reader,
     Record,
@@ -107,6 +108,8 @@ def _unmasked(source: str, lines: Sequence[int], labels: Sequence[str], masks: S
     """Return the labels of residues with UNKNOWN_RESIDUE wherever the mask is 0."""
     found = []
     for line, label, mask in zip(lines, labels, masks, strict=True):
+        if label[:1] in ("[", "(", "{"):
+            raise DataError(f"{place(source, line)}: labels in brackets beside a mask; write them without")
         names = label.split(RESIDUE_JOINER) if RESIDUE_JOINER in label else list(label)
         if mask and (len(mask) != len(names) or set(mask) - {"0", "1"}):
             what = f"the mask (data.mask_column) {mask[:60]!r} is not 0 or 1 for each of {len(names)} labels"
@@ -220,8 +223,6 @@ def _columns(cfg: DataConfig, joiner: str | None) -> list[Column]:
     ]
 
 
-UNKNOWN_RESIDUE = "?"
-"""Label of a residue that a mask hides; one of the default `task.ignore`."""
 _NAMED = {"mask": "mask_column", "split": "split_column", "valid": "valid_column", "unique": "unique_column"}
 """Column of the rows -> the setting that names it in the file, if any does."""
 

@@ -366,3 +366,27 @@ def test_a_word_for_nothing_is_no_label(tmp_path: Path, word: str, task: str) ->
 def test_words_for_nothing_are_labels_of_residues(tmp_path: Path, word: str) -> None:
     path = table(tmp_path / "a.tsv", [word, "AN"], ["MK", "LV"])
     assert set(load(path, "residue_classification", ignore=()).labels) == {*word, *"AN"}
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("(R)-lipoate;heme b;NAD(+)", None),
+        ("[2Fe-2S];NAD binding;[4Fe-4S]", None),
+        ("(cell wall)", None),
+        ("(5'-3')", None),
+        (r"['5\'-end', 'b']", ["5'-end", "b"]),
+        (r'["\u03b2-barrel", "b"]', ["β-barrel", "b"]),
+        ("['a' 'b']", ["a", "b"]),
+        ("[β-barrel, b]", ["β-barrel", "b"]),
+        ("(0, 1)", ["0", "1"]),
+    ],
+)
+def test_names_with_brackets_are_no_lists_and_quotes_are_read_whole(text: str, entries: list[str] | None) -> None:
+    assert listed(text) == entries
+
+
+@pytest.mark.parametrize("text", ["['nucleus', cytosol]", "['a', nan]", "['a', None]"])
+def test_a_list_half_in_quotes_loses_no_entry(text: str) -> None:
+    with pytest.raises(ValueError, match="is a list with and without quotes"):
+        listed(text)
