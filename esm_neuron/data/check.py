@@ -17,7 +17,7 @@ from esm_neuron.data.homology import MOST, Method, find_homologs, too_short
 from esm_neuron.data.labels import Labels, flatten
 from esm_neuron.data.sources import check_sheet, read_chunks
 from esm_neuron.data.tokenizer import UNK, VOCABULARY, encode_many
-from esm_neuron.data.validation import Checker, Report, conflicting, text_hashes
+from esm_neuron.data.validation import Checker, Problems, Report, conflicting, text_hashes
 from esm_neuron.redact import Lines
 
 SHOWN = 20
@@ -101,6 +101,35 @@ class Check:
         return Lines.of([*lines, *(f"  {fault}" for fault in self.first_faults)])
 
 
+class _SeenLabels:
+    """The labels of a file, row by row; the training proteins' are judged as `train` does."""
+
+    def __init__(self, labels: Labels, split_column: str | None, train: str) -> None:
+        self.labels, self._split_column, self._train = labels, split_column, train
+        self.hashes: list[np.ndarray] = []
+        self.values: list[np.ndarray] = []
+        self.names: Counter[str] = Counter()
+        self._learned: Counter[str] = Counter()  # classes of the training proteins
+        self._training = 0
+
+    def add(self, clean: pa.Table, problems: Problems) -> None:
+        labels, encoded = self.labels, self.labels.encode(clean, problems)
+        self.hashes.append(labels.hashes(encoded))
+        self.names.update(labels.count(encoded))
+        if labels.numeric:
+            self.values.append(flatten(encoded)[0])
+        if self._split_column is not None:
+            encoded = encoded.filter(pc.equal(encoded["split"], self._train))
+        self._learned.update(labels.count(encoded))
+        self._training += len(encoded)
+
+    def conclude(self, problems: Problems) -> None:
+        self.labels.conclude(problems)
+        fault = self.labels.fault(self._learned, self._training) if self._training else None
+        if fault is not None and not problems.total:
+            problems.add(None, fault)
+
+
 def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, method: Method | None) -> Check:
     """Read a whole file and return what it holds; bad records are counted, not raised.
 
@@ -112,33 +141,19 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, me
     checker, writer = Checker(cfg, path, *nothing), TableWriter()
     splits: list[str] = []
     hashes: list[np.ndarray] = []
-    label_hashes: list[np.ndarray] = []
-    names: Counter[str] = Counter()
-    values: list[np.ndarray] = []
-    learned: Counter[str] = Counter()  # classes of the training proteins
-    read = training = 0
+    seen = None if labels is None else _SeenLabels(labels, cfg.split_column, train)
+    read = 0
     for rows in read_chunks(path, cfg, None if labels is None else labels.joiner):
         read += len(rows)
         clean = checker(rows.filter(pa.array(passes(rows, cfg.keep))))
         columns = clean.to_pydict()
-        if labels is not None:
-            encoded = labels.encode(clean, checker.problems)
-            label_hashes.append(labels.hashes(encoded))
-            names.update(labels.count(encoded))
-            if labels.numeric:
-                values.append(flatten(encoded)[0])
-            if cfg.split_column is not None:
-                encoded = encoded.filter(pc.equal(encoded["split"], train))
-            learned.update(labels.count(encoded))
-            training += len(encoded)
+        if seen is not None:
+            seen.add(clean, checker.problems)
         splits += columns.get("split", [])
         hashes.append(text_hashes(columns["sequence"]))
         writer.add(ExampleTable.of(*encode_many(columns["sequence"])))
-    if labels is not None:
-        labels.conclude(checker.problems)
-        fault = labels.fault(learned, training) if training else None
-        if fault is not None and not checker.problems.total:
-            checker.problems.add(None, fault)
+    if seen is not None:
+        seen.conclude(checker.problems)
     checker.conclude()
     checker.check_left(read)
     table = writer.table()
@@ -153,9 +168,9 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, me
         lengths={name: int(value) for name, value in _quartiles(residues).items()},
         alphabet={VOCABULARY[UNK + 1 + i]: int(letters[i]) for i in order},
         repeated=len(sequences) - len(np.unique(sequences)),
-        conflicting=conflicting(sequences, sequences, np.concatenate(label_hashes)) if labels is not None else 0,
-        labels=None if labels is None or labels.numeric else dict(names.most_common()),
-        values=_quartiles(np.concatenate(values)) if any(map(len, values)) else None,
+        conflicting=conflicting(sequences, sequences, np.concatenate(seen.hashes)) if seen is not None else 0,
+        labels=None if seen is None or seen.labels.numeric else dict(seen.names.most_common()),
+        values=_quartiles(np.concatenate(seen.values)) if seen is not None and any(map(len, seen.values)) else None,
         splits=dict(Counter(splits).most_common()) if cfg.split_column is not None else None,
         leaks=_leaks(table, sequences, np.array(splits), train, method if len(table) <= MOST else None),
         changed=Report(name="", **{**checker.counts, "rows": 0}).summary().partition("; ")[2],
