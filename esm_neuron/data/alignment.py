@@ -34,7 +34,7 @@ EXPECT = 1e-3
 USUAL = 0.06
 """How often two residues are equal by chance where compositions are as usual."""
 SEGMENT = 42
-"""Least score of the best stretch of a diagonal for which gaps are tried. On scl2205 96 % of homologs have it."""
+"""Least score of the best stretch of a diagonal for which gaps are tried. See `kmers.SEEDS`."""
 
 OTHER = 20
 """Number of a residue that is no standard amino acid, and matches nothing."""

@@ -50,8 +50,8 @@ class Seeds:
 
 
 SEEDS = (Seeds(4, 38, 4, 1, 32), Seeds(30, 1 << 62, 6, 2, 3))
-"""Lengths overlap so that a protein has all its partners in one of them. 99.7 % of the homologs of scl2205 are among
-the candidates."""
+"""Lengths overlap so that a protein has all its partners in one of them. Three candidates and `alignment.SEGMENT` were
+chosen on scl2205: with them 94 % of the validation proteins' homologs are aligned, and 97 % of the test proteins'."""
 
 
 def candidates(queries: Proteins, targets: Proteins, seeds: Seeds) -> Iterator[tuple[Pairs, np.ndarray]]:

@@ -63,6 +63,8 @@ Reader = Callable[[str, Sequence[Column]], Iterator[Record]]
 
 ALSO = {"id": ("entry", "acc", "accession", "identifier", "seq_id", "sequence_id", "#id"), "sequence": ("input_ids",)}
 """Column of the rows -> what files call it too, where its setting was left alone."""
+MARKS = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
+"""What a mark of a table says, in small letters."""
 UNKNOWN_RESIDUE = "?"
 """Label of a residue that a mask hides; one of the default `task.ignore`."""
 NUMBERED = "\0"
@@ -179,10 +181,6 @@ class Seen:
     def __init__(self, columns: Sequence[Column]) -> None:
         self.names: dict[str, None] = {}  # the first keys, in order, for messages
         self._missing = {column.source: column for column in columns}
-
-    def forgive(self, column: Column) -> None:
-        """Do not miss this column."""
-        self._missing.pop(column.source, None)
 
     def add(self, keys: Iterable[str]) -> None:
         for key in keys:

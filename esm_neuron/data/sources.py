@@ -22,6 +22,7 @@ from esm_neuron.data.records import (
     FASTA,
     JSONL,
     LIST_JOINER,
+    MARKS,
     NUMBERED,
     RESIDUE_JOINER,
     TABLES,
@@ -123,7 +124,7 @@ def _labels_of(source: str, lines: Sequence[int], classes: Sequence[str], column
     """Return for each row the list of the classes whose column is 1, as JSON."""
     marks = []
     for name, column in zip(classes, columns, strict=True):
-        known = {value: _MARKS.get(value.lower()) for value in set(column)}
+        known = {value: MARKS.get(value.lower()) for value in set(column)}
         strange = next((value for value, mark in known.items() if mark is None), None)
         if strange is not None:
             where = place(source, lines[column.index(strange)])
@@ -131,9 +132,6 @@ def _labels_of(source: str, lines: Sequence[int], classes: Sequence[str], column
         marks.append([known[value] for value in column])
     rows = ([name for name, mark in zip(classes, row, strict=True) if mark] for row in zip(*marks, strict=True))
     return [json.dumps(names, ensure_ascii=False) for names in rows]
-
-
-_MARKS = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
 
 
 def read_records(source: str | Path, columns: Sequence[Column], sheet: str | None = None) -> Iterator[Record]:
