@@ -335,9 +335,17 @@ def note(folder: Path, names: Iterable[str], kind: str = "wrote") -> None:
 
     What a command was told to write there (`--output`) is of the `kind` outputs, and may be replaced by another one.
     """
-    known = {each: _ledger(folder, each) for each in ("wrote", "outputs")}
-    known[kind] |= set(names)
-    write_json(folder / LEDGER, {each: sorted(found) for each, found in known.items()})
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Of two commands that end together, each would write what it has read and lose what the other notes. The ledger
+        # is replaced, so the folder is locked. Where that cannot be (NFS), there are few commands at the same moment.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        known = {each: _ledger(folder, each) for each in ("wrote", "outputs")}
+        known[kind] |= set(names)
+        write_json(folder / LEDGER, {each: sorted(found) for each, found in known.items()})
+    finally:
+        os.close(handle)
 
 
 def note_output(path: Path) -> None:

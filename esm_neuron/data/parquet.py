@@ -30,7 +30,7 @@ from esm_neuron.data.records import (
     pick_columns,
     text,
 )
-from esm_neuron.errors import DataError, EsmNeuronError
+from esm_neuron.errors import DataError, EsmNeuronError, first_line
 from esm_neuron.files import new_file, read_json
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
             batches = file.iter_batches(rows, columns=list(dict.fromkeys(names)))
             yield from _records(path, columns, picks, _lists(path, batches, names))
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
-        raise DataError(f"{path}: no sound Parquet file ({_why(error)}); write it anew, or copy it again") from None
+        raise _unsound(path, "Parquet file", error) from None
 
 
 def read_table(path: Path) -> pa.Table:
@@ -85,7 +85,7 @@ def read_table(path: Path) -> pa.Table:
                 parts.append(pa.RecordBatch.from_arrays(list(map(_plain, batch.columns)), schema=schema))
         return pa.Table.from_batches(parts, schema)
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
-        raise DataError(f"{path}: no sound Parquet file ({_why(error)})") from None
+        raise _unsound(path, "Parquet file", error) from None
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -165,8 +165,8 @@ def _characters(column: pa.Array) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def _why(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+def _unsound(path: str | Path, what: str, error: Exception, cure: str = "save it anew, or copy it again") -> DataError:
+    return DataError(f"{path}: no sound {what} ({first_line(error)}); {cure}")
 
 
 def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
@@ -183,7 +183,7 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
         state = read_json(path / "state.json")
         files = [entry["filename"] for key in ("_data_files", "_indices_data_files") for entry in state.get(key) or ()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{folder}: no sound saved dataset ({_why(error)}); save it anew, or copy it again") from None
+        raise _unsound(folder, "saved dataset", error) from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
             state_file = path / "state.json"
@@ -193,7 +193,7 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
     except EsmNeuronError:
         raise
     except Exception as error:  # the package's reader raises whatever its JSON and Arrow parsers raise
-        raise DataError(f"{folder}: no sound saved dataset ({_why(error)}); save it anew, or copy it again") from None
+        raise _unsound(folder, "saved dataset", error) from None
 
 
 def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
@@ -224,7 +224,7 @@ def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
         dataset = builder.as_dataset(split=found["split"])
     except Exception as error:  # connections, names, formats: the package has no common kind of error
         cure = "check owner, name, revision, split and network, or save it to a folder and name that"
-        raise DataError(f"{source}: cannot be read from the hub ({_why(error)}); {cure}") from None
+        raise DataError(f"{source}: cannot be read from the hub ({first_line(error)}); {cure}") from None
     yield from _dataset_records(source, dataset, columns)
 
 
@@ -282,7 +282,7 @@ def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = N
     except EsmNeuronError:
         raise
     except Exception as error:  # zip, XML and the package's own errors
-        raise DataError(f"{path}: no sound workbook ({_why(error)}); save the sheet as CSV (UTF-8)") from None
+        raise _unsound(path, "workbook", error, "save the sheet as CSV (UTF-8)") from None
     if rows.empty:
         raise DataError(f"{path}: the sheet is empty; name another one (data.sheet)")
     picks = pick_columns(path, [str(name).strip() for name in rows.iloc[0]], columns)

@@ -123,9 +123,8 @@ def row_number(file: int, number: int) -> int:
     return (file << _FILE_SHIFT) + number
 
 
-def file_and_number(source: str, number: int) -> tuple[str, int]:
-    """Return the file that a row of a source is in, and its line or record there."""
-    files = files_of(source)
+def file_and_number(files: Sequence[tuple[str, str | None]], number: int) -> tuple[str, int]:
+    """Return the file that a row of a source is in, of its `files_of`, and its line or record there."""
     return files[number >> _FILE_SHIFT][0], number & ((1 << _FILE_SHIFT) - 1)
 
 
@@ -137,7 +136,7 @@ def row_unit(source: str) -> str:
 
 def place(source: str, number: int) -> str:
     """Return where a row is, as errors begin: `x.csv:3`, or `x.parquet: record 2`."""
-    file, number = file_and_number(source, number)
+    file, number = file_and_number(files_of(source), number)
     return f"{file}:{number}" if row_unit(file) == "line" else f"{file}: record {number}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,21 +24,30 @@ from esm_neuron.data.records import file_and_number, files_of, is_hub, row_unit
 from esm_neuron.data.sampling import homolog_clusters, sample_clusters, sample_rows
 from esm_neuron.data.sources import CHUNK_ROWS, check_columns, check_sheet, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
-from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
+from esm_neuron.data.validation import (
+    Checker,
+    Problems,
+    Rejected,
+    RejectedRows,
+    Report,
+    conflicting,
+    quote,
+    text_hashes,
+)
 from esm_neuron.errors import DataError
-from esm_neuron.files import parse_json, read_bytes, write_json
+from esm_neuron.files import open_new, parse_json, read_bytes, write_json
 from esm_neuron.redact import Lines
 
 _SHOWN = 10
 """Values of a column that an error shows."""
-_CACHE_VERSION = 7
+_CACHE_VERSION = 8
 """Version of what `_save` writes: another number makes every cached folder anew."""
 _UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", *SPLITS}
 _UNCACHED_TASK = {
     "class_weights", "label_smoothing", "focal_gamma", "mask_probability", "target_mean", "target_sd",
 }  # fmt: skip
 """Settings that change nothing in the tables; of the files, the content is what counts."""
-_META = "splits.json"
+_META, _REJECTED = "splits.json", "rejected.jsonl"
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Splits:
     """sha256 (hex) of tokens, weights, labels, ids and class names: equal for equal data. A resumed run compares it."""
     sampled: Mapping[str, tuple[str, ...]]
     """Split -> ids of its proteins where they were sampled from the training rows, to be written with the run."""
-    rejected: tuple[Rejected, ...]
+    rejected: RejectedRows
     """The rows left out or changed for their characters (`data.on_bad_residue`), to be written with the run."""
     task: TaskConfig
     """The task with what the training rows decide, see `labels.resolve`."""
@@ -167,7 +177,7 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
         reports=tuple(reports),
         fingerprint=_fingerprint(tables, names),
         sampled=sampled,
-        rejected=tuple(rejected),
+        rejected=rejected,
         task=cfg.task,
         described=described,
     )
@@ -326,9 +336,10 @@ class _File:
         if self._counts["filtered"] == self._counts["rows"]:
             raise DataError(f"{self.source}: data.keep leaves no records; allow more values")
         if self._unknown:
-            unit = row_unit(files_of(self.source)[0][0])
+            files = files_of(self.source)
+            unit = row_unit(files[0][0])
             shown = ", ".join(
-                f"{quote(value)} ({count} records, first in {unit} {file_and_number(self.source, first)[1]})"
+                f"{quote(value)} ({count} records, first in {unit} {file_and_number(files, first)[1]})"
                 for value, (count, first) in list(self._unknown.items())[:5]
             )
             raise DataError(
@@ -359,7 +370,7 @@ class _File:
 
 def read_parts(
     cfg: DataConfig, labels: Labels | None, folder: Path | None
-) -> tuple[dict[str, Part], list[Report], list[Rejected]]:
+) -> tuple[dict[str, Part], list[Report], RejectedRows]:
     """Return the checked rows of each split that has any, a report per file, and the rows left out or changed.
 
     The text of each label is replaced by its codes. Rows are kept as files in `folder`, or in memory where it is None.
@@ -385,7 +396,7 @@ def read_parts(
             f"{cfg.train}: no record has {cfg.split_names[0]!r} in column {cfg.split_column!r} "
             "(data.split_column); set data.split_names to the values for training, validation and test"
         )
-    return parts, reports, [row for file in files for row in file.checker.rejected]
+    return parts, reports, RejectedRows(row for file in files for row in file.checker.rejected)
 
 
 def data_files(cfg: DataConfig) -> dict[str, str]:
@@ -451,10 +462,11 @@ def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:
         "reports": [asdict(report) for report in splits.reports],
         "fingerprint": splits.fingerprint,
         "sampled": splits.sampled,
-        "rejected": [asdict(row) for row in splits.rejected],
         "described": splits.described,
     }
     write_json(folder / _META, meta)
+    with open_new(folder / _REJECTED) as file:
+        file.writelines(json.dumps(row) + "\n" for row in splits.rejected)
 
 
 def _load(folder: Path, cfg: TrainConfig) -> Splits:
@@ -463,6 +475,9 @@ def _load(folder: Path, cfg: TrainConfig) -> Splits:
     # The same content may have another path today: reports and rejected records name the files of this configuration.
     now = dict(zip(meta["files"], data_files(cfg.data).values(), strict=True))
     tables = {name: open_table(folder / name) for name in meta["splits"]}
+    with (folder / _REJECTED).open(encoding="utf-8") as file:
+        rows = (Rejected(*parse_json(line)) for line in file)
+        rejected = RejectedRows(row._replace(file=now.get(row.file, row.file)) for row in rows)
     return Splits(
         train=tables["train"],
         valid=tables.get("valid"),
@@ -471,7 +486,7 @@ def _load(folder: Path, cfg: TrainConfig) -> Splits:
         reports=tuple(Report(**{**one, "name": now.get(one["name"], one["name"])}) for one in meta["reports"]),
         fingerprint=meta["fingerprint"],
         sampled={name: tuple(ids) for name, ids in meta["sampled"].items()},
-        rejected=tuple(Rejected(**{**row, "file": now.get(row["file"], row["file"])}) for row in meta["rejected"]),
+        rejected=rejected,
         task=cfg.task,
         described=meta["described"],
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
+import json
 import os
 import re
+import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +20,17 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.looks import BLANK, LEAST_LETTERS, LONGEST, Looks
-from esm_neuron.data.records import NUMBERED, file_and_number, place, row_unit
+from esm_neuron.data.records import NUMBERED, file_and_number, files_of, place, row_unit
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.files import write_text
+from esm_neuron.files import new_file, open_new, parse_json
 from esm_neuron.redact import Lines
 
 MOST_LISTED = 20
 """Problems that an error lists; the rest is counted."""
+_BLOCK = 1024
+"""Rejected records that are packed together: about 20 bytes each."""
 
 MOST_REPLACED = 0.2
 """Largest share of all characters that data.on_bad_residue=replace writes X for."""
@@ -146,8 +151,7 @@ class Problems:
             raise DataError(Lines.of([f"{self.source}: {self.total} problems ({which}):", *self.first], "  "))
 
 
-@dataclass(frozen=True)
-class Rejected:
+class Rejected(NamedTuple):
     """A record that was left out or changed, and why."""
 
     file: str
@@ -159,7 +163,31 @@ class Rejected:
     """`left out` or `replaced by X`."""
 
 
-_HEADER = "\t".join(field.name for field in fields(Rejected)) + "\n"
+_HEADER = "\t".join(Rejected._fields) + "\n"
+
+
+class RejectedRows:
+    """Records left out or changed, in their order and packed: a corpus in which none is sound fills no memory."""
+
+    def __init__(self, rows: Iterable[Rejected] = ()) -> None:
+        self._packed: list[bytes] = []  # blocks of `_BLOCK` rows
+        self._last: list[Rejected] = []
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: Rejected) -> None:
+        self._last.append(row)
+        if len(self._last) == _BLOCK:
+            self._packed.append(zlib.compress(json.dumps(self._last).encode(), 1))
+            self._last = []
+
+    def __len__(self) -> int:
+        return len(self._packed) * _BLOCK + len(self._last)
+
+    def __iter__(self) -> Iterator[Rejected]:
+        for block in self._packed:
+            yield from (Rejected(*row) for row in parse_json(zlib.decompress(block)))
+        yield from self._last
 
 
 def rejected_path(target: Path) -> Path:
@@ -179,15 +207,15 @@ def check_rejected(path: Path) -> None:
         )
 
 
-def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:
+def save_rejected(path: Path, rows: RejectedRows) -> None:
     """Write a tab-separated file of records left out or changed; if there are none, remove that of an earlier run."""
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")  # quotes values that hold tabs or newlines
-    writer.writerows([[field.name for field in fields(Rejected)], *map(astuple, rows)])
-    if rows:
-        write_text(path, text.getvalue())
-    else:
+    if not rows:
         path.unlink(missing_ok=True)
+        return
+    with new_file(path) as aside, open_new(aside) as file:
+        file.write(_HEADER)
+        # quotes values that hold tabs or newlines
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
 
 
 class Checker:
@@ -205,7 +233,7 @@ class Checker:
         self.counts: Counter[str] = Counter(rows=0, skipped=0)
         """Counts of the rows so far, by their names in a `Report`."""
         self._used = 0
-        self.rejected: list[Rejected] = []
+        self.rejected = RejectedRows()
         """The rows left out or changed so far, in the order of the file."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -283,7 +311,7 @@ class Checker:
         if not name:
             self.problems.add(line, "the id is empty; give every record a name")
         elif first != line:
-            where = row_place(self._source, first, line)
+            where = row_place(self._files, first, line)
             self.problems.add(line, f"id {quote(name)} was used in {where} already; make ids unique")
         if name.startswith(_STRUCTURE_STARTS) or name.endswith(_STRUCTURE_ENDS):
             self.problems.add(line, f"{quote(name)} is a structure, not a protein; remove such records")
@@ -334,8 +362,12 @@ class Checker:
         self.counts.update(replaced=1, replaced_residues=bad.count)
         return replace_bad_residues(sequence)
 
+    @cached_property
+    def _files(self) -> Sequence[tuple[str, str | None]]:
+        return files_of(self._source)  # once: a pattern is looked up in folders
+
     def _reject(self, line: int, name: str, reason: str, action: str) -> None:
-        self.rejected.append(Rejected(*file_and_number(self._source, line), name, reason, action))
+        self.rejected.append(Rejected(*file_and_number(self._files, line), name, reason, action))
 
     def conclude(self) -> None:
         """Note, after the last chunk, what only the file as a whole shows."""
@@ -418,9 +450,9 @@ def _suspects(
     return np.asarray(found)
 
 
-def row_place(source: str, number: int, seen_from: int) -> str:
+def row_place(files: Sequence[tuple[str, str | None]], number: int, seen_from: int) -> str:
     """Return where a row is, for a message about another one: `line 4`, or with its file where that is another."""
-    (file, at), (other, _) = file_and_number(source, number), file_and_number(source, seen_from)
+    (file, at), (other, _) = file_and_number(files, number), file_and_number(files, seen_from)
     return f"{row_unit(file)} {at}" + ("" if file == other else f" of {file}")
 
 

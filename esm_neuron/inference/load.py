@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_neuron import __version__
-from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
+from esm_neuron.config import (
+    COMPARED_BY_CONTENT,
+    AdapterConfig,
+    BackendName,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    require,
+    settings,
+)
 from esm_neuron.config.backends import spec_of
 from esm_neuron.config.deferred import module
 from esm_neuron.distributed import is_alone
@@ -52,11 +61,6 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
 }
 """Command -> the settings of a finished run that it may overrule: those that act there."""
 
-NOT_IN_IDENTITY = {
-    "train", "valid", "test", "keep", "keep_heldout", "split_column", "split_names", "valid_fraction", "cache",
-}  # fmt: skip
-"""Fields of `data` on which no prediction depends."""
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -76,7 +80,8 @@ class ModelSpec:
         """Return what decides a prediction besides the input, in JSON's types: weights, settings, and `more`."""
         cfg, adapter = self.cfg, Path(self.cfg.output) / ADAPTER / ADAPTER_WEIGHTS
         adapted = self.task is not None and cfg.adapter.kind in ("lora", "qlora")
-        data = {name: value for name, value in settings.plain(cfg.data).items() if name not in NOT_IN_IDENTITY}
+        others = {*COMPARED_BY_CONTENT, "cache", "homologs"}
+        data = {name: value for name, value in settings.plain(cfg.data).items() if name not in others}
         sections = {"adapter": settings.plain(cfg.adapter), "task": settings.plain(cfg.task), "data": data}
         return {
             "version": __version__,

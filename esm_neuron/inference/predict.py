@@ -17,7 +17,7 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.data.validation import Rejected, rejected_path, save_rejected
+from esm_neuron.data.validation import RejectedRows, rejected_path, save_rejected
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.inference.load import ModelSpec, find_trained
 from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 BATCHES = 32
 """About how many batches a piece fills; its last one is half empty on average, which costs 1/64 of the work."""
+MOST_RESIDUES = 100_000
+"""Most residues of a protein of which each has a prediction or a vector, so that memory holds them; the longest known
+protein (titin) has 35,000."""
 
 
 def predict(
@@ -92,7 +95,7 @@ def predict_file(
     model and settings; a piece fills about `batches` batches.
     """
     cfg = spec.cfg
-    inputs = InputChunks(source, cfg.data)
+    inputs = InputChunks(source, cfg.data, most=MOST_RESIDUES if task.predictions_per_token else None)
     if is_alone():
         inputs.check()
     with opened_backend(cfg) as backend:
@@ -103,7 +106,7 @@ def predict_file(
             return table_pieces(inputs, tokens)
 
         scanned = scan(backend, pieces)
-        rejected = tuple(inputs.rejected)
+        rejected = inputs.rejected
         log(inputs.report.summary())
         built = raise_on_any_rank(backend, lambda: spec.load(task, backend))
         evaluator = evaluation.Evaluator(network(built), task, backend)
@@ -117,7 +120,7 @@ def predict_file(
         return written
 
 
-def write_rejected(backend: Backend, target: Path, rows: Sequence[Rejected], log: Callable[[str], None]) -> None:
+def write_rejected(backend: Backend, target: Path, rows: RejectedRows, log: Callable[[str], None]) -> None:
     """Write the records that were left out or changed beside `target`; if there are none, remove an older file."""
     path = rejected_path(target)
     main_rank_only(backend, lambda: save_rejected(path, rows))

@@ -213,7 +213,7 @@ def score(
         scanned = scan(backend_, table)
         log = log if backend_.topology.is_main else log_nothing
         log(table.summary())
-        rejected = tuple(table.rejected)
+        rejected = table.rejected
         task = Likelihood(TaskConfig(name="masked_lm"))
         built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
         evaluator = evaluation.Evaluator(built.model, task, backend_)

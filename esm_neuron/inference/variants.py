@@ -14,7 +14,7 @@ from esm_neuron.config import DataConfig, require
 from esm_neuron.data.records import Column, Decimals
 from esm_neuron.data.sources import CHUNK_ROWS, read_records
 from esm_neuron.data.tokenizer import AMINO_ACIDS, VOCABULARY, bad_residues
-from esm_neuron.data.validation import Problems, Rejected, quote
+from esm_neuron.data.validation import Problems, Rejected, RejectedRows, quote
 from esm_neuron.errors import DataError
 from esm_neuron.inference.stream import Piece
 
@@ -204,7 +204,7 @@ class VariantTable:
     """Returns the tokens that the model gets for a row, given the sites of earlier rows of its piece."""
     rows: int = 0
     unmeasured: int = 0
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: RejectedRows = field(default_factory=RejectedRows)
     """The rows that the last reading left out."""
     _decimals: Decimals = field(default_factory=Decimals, repr=False)
 
@@ -241,7 +241,7 @@ class VariantTable:
 
     def _usable(self) -> Iterator[Row]:
         problems, numbering = Problems(str(self.path)), Numbering(self.wild_type or "")
-        self.rows, self.unmeasured, self.rejected, self._decimals = 0, 0, [], Decimals()
+        self.rows, self.unmeasured, self.rejected, self._decimals = 0, 0, RejectedRows(), Decimals()
         for line, values in read_records(self.path, self.columns.wanted()):
             self.rows += 1
             if self.columns.what == "variant":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config import COMPARED_BY_CONTENT, TrainConfig, settings
 from esm_neuron.config.backends import named
 from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import validate
@@ -66,12 +66,12 @@ logger = logging.getLogger(__name__)
 
 FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how it runs, not what it computes."""
-FREE_FIELDS = {
-    "data.train", "data.valid", "data.test", "data.cache", "data.homologs", "model.gradient_checkpointing",
+FREE_FIELDS = {f"data.{name}" for name in COMPARED_BY_CONTENT} | {
+    "data.cache", "data.homologs", "model.gradient_checkpointing",
     "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
     "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog", "loop.watchdog_slow", "loop.tracing", "loop.optlevel",
 }  # fmt: skip
-"""Single fields of the same kind; the data itself is compared by its fingerprint."""
+"""Single fields of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -305,10 +305,12 @@ def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
     values: dict[str, Any] = {"data": fingerprint, "base": base}
 
     def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and not prefix.startswith("data.keep"):
+        if prefix in FREE_FIELDS:
+            return
+        if isinstance(value, Mapping):
             for key, item in value.items():
                 flatten(f"{prefix}.{key}" if prefix else key, item)
-        elif prefix not in FREE_FIELDS:
+        else:
             values[prefix] = list(value) if isinstance(value, tuple) else value
 
     flatten("", {key: value for key, value in asdict(cfg).items() if key not in FREE})

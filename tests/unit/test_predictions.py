@@ -220,6 +220,21 @@ def test_residues_that_are_cut_off_keep_their_place_and_have_no_embedding(
     assert np.isnan(np.delete(found["long"], shown, axis=0)).all()
 
 
+def test_a_protein_of_which_no_memory_holds_each_residue_is_refused_before_work(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "MKVLAAGIVG" * 10_001
+    (tmp_path / "giant.fasta").write_text(f">short\nMKVL\n>giant\n{long}\n")
+    call = words("embed", plain, tmp_path / "giant.fasta", tmp_path / "e.parquet", "--pooling", "residue")
+    assert cli.main(call) == 2
+    said = capsys.readouterr().err
+    assert "giant.fasta:3: the sequence of 'giant' has 100010 residues" in said and "is for up to 100000" in said
+    assert cli.main([*call, "--data.long_sequences", "skip"]) == 0  # as it says
+    assert pd.read_parquet(tmp_path / "e.parquet")["id"].tolist() == ["short"]
+    assert cli.main(call[:-2]) == 0  # one vector for all residues takes no memory
+    capsys.readouterr()
+
+
 def test_a_run_embeds_with_its_adapter(trained: TrainConfig, tmp_path: Path) -> None:
     source = Path(str(trained.data.test))
     embed(trained.output, source, tmp_path / "run.parquet")
