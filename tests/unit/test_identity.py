@@ -1,4 +1,4 @@
-"""What a resumed run may change: what chooses the proteins, as long as the same ones are chosen; nothing that computes."""
+"""What a resumed run may change: what chooses proteins, as long as it chooses the same; nothing that computes."""
 
 from __future__ import annotations
 

@@ -132,9 +132,8 @@ def test_chunks_are_given_and_problems_raised_after_the_last() -> None:
 def test_rejected_records_are_kept_packed_and_written_as_they_were(tmp_path: Path) -> None:
     """850 bytes each, the million of a corpus would fill the memory."""
     odd = ["tab\there", 'quo"te', "line\nbreak", "\u00e9\U0001f9ec", ""]
-    made = [
-        Rejected("x.csv", i, odd[i % 5] + str(i), "the sequence has '-' at residue 3", "left out") for i in range(5000)
-    ]
+    why = "the sequence has '-' at residue 3"
+    made = [Rejected("x.csv", i, odd[i % 5] + str(i), why, "left out") for i in range(5000)]
     tracemalloc.start()
     rows = RejectedRows()
     for row in made:
