@@ -119,10 +119,15 @@ def sha256(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise OSError(0, "not a regular file", str(path))
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+        return digest_of(file)
+
+
+def digest_of(file: IO[bytes]) -> str:
+    """Return the SHA-256 of what is left to read of an open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 # --- writing

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
+from esm_neuron.data.looks import NO_LABEL, NO_RESIDUE_LABELS
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, UNKNOWN_RESIDUE, Decimals, to_number
-from esm_neuron.data.validation import NO_LABEL, NO_RESIDUE_LABELS, Problems, mixed, quote
+from esm_neuron.data.validation import Problems, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
 
 UNKNOWN = -1  # class index of a residue without a known label: weight 0
@@ -65,6 +66,7 @@ class Labels:
         if text in self.codes and text in (self.task.labels or ()):
             return [text]
         names = marked(text)
+        names = locations(text) if names is None else names
         if names is None:
             names, marks = listed(text), vector(text)
             if marks is None and (names is None or (names and not _quoted(text))):
@@ -263,6 +265,7 @@ class LabelSets(Labels):
 
     def split(self, text: str, length: int) -> list[str]:
         names = marked(text)
+        names = locations(text) if names is None else names
         if names is not None:
             self._pair = ""
             return names
@@ -451,6 +454,20 @@ def _unquoted(entry: str) -> str:
         return entry[1:-1]
 
 
+def locations(text: str) -> list[str] | None:
+    """Return the locations in UniProt's free text, `SUBCELLULAR LOCATION: Nucleus {ECO:0000269}; ...`; else None.
+
+    Evidence, isoforms, topologies (behind `;`) and notes are left out. https://www.uniprot.org/help/subcellular_location
+    """
+    if not text.startswith(_LOCATION):
+        return None
+    found: dict[str, None] = {}
+    for block in text.split(_LOCATION)[1:]:
+        plain = re.sub(r"\s*\{ECO:[^{}]*\}|\[[^\[\]]*\]:", "", block).partition("Note=")[0]
+        found |= dict.fromkeys(place.partition(";")[0].strip() for place in re.split(r"\.(?:\s|$)", plain))
+    return [name for name in found if name]
+
+
 def marked(text: str) -> list[str] | None:
     """Return the labels with 1 or true in `{'a': 1, 'b': 0}`; None for other text. Raise ValueError on other values."""
     if not (text.startswith("{") and text.endswith("}") and ":" in text):
@@ -519,6 +536,7 @@ def other_separator(names: Sequence[str], own: str) -> str | None:
     return None
 
 
+_LOCATION = "SUBCELLULAR LOCATION:"
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
 _WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")

@@ -19,6 +19,10 @@ BLANK = frozenset(
     )
 )
 """What programs write where a value is missing, in small letters: nothing of it is a name."""
+NO_LABEL = BLANK | {""}
+"""What stands for no label of a protein and for no measured value, in small letters."""
+NO_RESIDUE_LABELS = frozenset(("", "nan", "<na>", "#n/a"))
+"""What stands for no labels of residues, in small letters: `-` and NA can be those of one residue or two."""
 MISSING = BLANK | frozenset(
     (
         *("??", "???", "nd", "n.d.", "n/d", "tbd", "tba", "todo", "true", "false", "missing", "unknown", "undefined"),

@@ -30,6 +30,7 @@ from esm_neuron.data.records import (
     pick_columns,
     text,
 )
+from esm_neuron.data.remote import is_remote
 from esm_neuron.errors import DataError, EsmNeuronError, first_line
 from esm_neuron.files import new_file, read_json
 
@@ -53,7 +54,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     """Give the records of a Parquet file."""
-    check_regular(path)
+    _check_here(path)
     try:
         with pq.ParquetFile(path) as file:
             header = file.schema_arrow.names
@@ -67,6 +68,12 @@ def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
             yield from _records(path, columns, picks, _lists(path, batches, names))
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
         raise _unsound(path, "Parquet file", error) from None
+
+
+def _check_here(path: str) -> None:
+    check_regular(path)
+    if is_remote(path):
+        raise DataError(f"{path}: such a file is read from its end; download it and name that")
 
 
 def read_table(path: Path) -> pa.Table:
@@ -267,7 +274,7 @@ def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = N
 
     A whole number is text without a point, as Excel shows it.
     """
-    check_regular(path)
+    _check_here(path)
     if importlib.util.find_spec("openpyxl") is None:
         raise DataError(f"{path}: save the sheet as CSV (UTF-8), or install openpyxl: pip install 'esm-neuron[excel]'")
     try:

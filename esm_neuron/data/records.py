@@ -15,6 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NoReturn
 
+from esm_neuron.data.remote import is_remote, name_of
 from esm_neuron.data.tokenizer import residues_of
 from esm_neuron.errors import DataError
 
@@ -30,11 +31,11 @@ and a file that is made to fill memory or disk to a thousandth."""
 EXPANSION_FROM = 1 << 26
 """Bytes from which `EXPANSION_LIMIT` holds."""
 TABLES = (".parquet", ".pq", ".xlsx")
-"""Suffixes of files whose rows are records, not lines."""
+"""Suffixes of tables whose rows are records, not lines."""
 DELIMITED = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 """Suffix of a table in text -> what is between its columns, as a rule."""
-FASTA, JSONL = (".fasta", ".fa", ".faa", ".fas"), (".jsonl", ".ndjson")
-SUFFIXES = (*DELIMITED, *FASTA, *JSONL, *TABLES)
+FASTA, JSONL, JSON = (".fasta", ".fa", ".faa", ".fas"), (".jsonl", ".ndjson"), ".json"
+SUFFIXES = (*DELIMITED, *FASTA, *JSONL, JSON, *TABLES)
 """Suffixes of all files that are read, before .gz."""
 _COMPARED = 1000
 """Most columns, and longest name, that are compared with a name that is not there."""
@@ -84,7 +85,7 @@ def files_of(source: str) -> tuple[tuple[str, str | None], ...]:
     A source is one file, dataset or folder of `Dataset.save_to_disk`; a folder of files with one of SUFFIXES; a
     pattern with `*`; a list `[a.csv, b.csv]`; or a file per class, `{name: a.fasta, other: b.fasta}`.
     """
-    if is_hub(source) or os.path.isfile(source):
+    if is_hub(source) or is_remote(source) or os.path.isfile(source):
         return ((source, None),)
     inner = [part.strip(" '\"") for part in source[1:-1].split(",")]
     if source.startswith("[") and source.endswith("]"):
@@ -114,7 +115,7 @@ def files_of(source: str) -> tuple[tuple[str, str | None], ...]:
 
 def suffix_of(name: str) -> str:
     """Return a file's suffix in small letters, without .gz."""
-    path = Path(name)
+    path = Path(name_of(name))
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
@@ -129,8 +130,8 @@ def file_and_number(files: Sequence[tuple[str, str | None]], number: int) -> tup
 
 
 def row_unit(source: str) -> str:
-    """Return what the number of a row counts: `line` in text, `record` in Parquet files, workbooks and datasets."""
-    table = is_hub(source) or Path(source).suffix.lower() in TABLES or os.path.isdir(source)
+    """Return what the number of a row counts: `line` in text, `record` in JSON lists, tables and datasets."""
+    table = is_hub(source) or suffix_of(source) in (JSON, *TABLES) or os.path.isdir(source)
     return "record" if table else "line"
 
 
@@ -141,7 +142,9 @@ def place(source: str, number: int) -> str:
 
 
 def check_regular(path: str) -> None:
-    """Raise DataError unless `path` is a file that can be read, and read again."""
+    """Raise DataError unless `path` is a file that can be read, and read again; of an address its reader tells."""
+    if is_remote(path):
+        return
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -156,6 +159,8 @@ def check_regular(path: str) -> None:
 
 def check_expansion(path: str, where: str, size: int, what: str) -> None:
     """Raise DataError where a file holds more bytes than proteins do that are packed into its size."""
+    if is_remote(path):  # its size is not known, and no more of it is held than a line
+        return
     packed = os.stat(path).st_size
     if size > max(EXPANSION_FROM, packed * EXPANSION_LIMIT):
         raise DataError(

@@ -20,6 +20,7 @@ from esm_neuron.data.parquet import read_dataset, read_hub, read_parquet, read_w
 from esm_neuron.data.records import (
     DELIMITED,
     FASTA,
+    JSON,
     JSONL,
     LIST_JOINER,
     MARKS,
@@ -36,7 +37,7 @@ from esm_neuron.data.records import (
     row_number,
     suffix_of,
 )
-from esm_neuron.data.text_files import read_delimited, read_fasta, read_jsonl
+from esm_neuron.data.text_files import read_delimited, read_fasta, read_json_list, read_jsonl
 from esm_neuron.errors import DataError
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 16_384, 1 << 24
@@ -253,13 +254,13 @@ _HINTS = {
     **dict.fromkeys((".pdb", ".ent", ".cif"), "save the sequences of the structure as .fasta"),
     **dict.fromkeys((".xls", ".ods"), "save the sheet as .csv or .xlsx"),
     **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz"), "unpack it"),
-    ".json": "write one object a line, and name it .jsonl",
 }
 """Suffix of a file that is not read -> what to make of it."""
 FORMATS: dict[str, Reader] = {
     **{suffix: partial(read_delimited, delimiter=delimiter) for suffix, delimiter in DELIMITED.items()},
     **dict.fromkeys(FASTA, read_fasta),
     **dict.fromkeys(JSONL, read_jsonl),
+    JSON: read_json_list,
     **dict.fromkeys(TABLES, read_parquet),
     ".xlsx": read_workbook,
 }

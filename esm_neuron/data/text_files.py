@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -28,9 +28,11 @@ from esm_neuron.data.records import (
     check_expansion,
     check_regular,
     pick_columns,
+    place,
     suffix_of,
     text,
 )
+from esm_neuron.data.remote import is_remote, name_of, open_remote
 from esm_neuron.data.tokenizer import bad_residues
 from esm_neuron.errors import DataError
 from esm_neuron.files import parse_json
@@ -38,6 +40,8 @@ from esm_neuron.files import parse_json
 BLOCK = 1 << 20
 """Bytes of a text file that are read and decoded at once; less than `LINE_LIMIT`."""
 
+JSON_MOST = 1 << 28
+"""Most bytes of a JSON list."""
 SEPARATORS = ",;\t| "
 """What a table may have between its columns."""
 LABEL_LINE = "line3"
@@ -332,11 +336,31 @@ def _header_fields(path: str, line: int, header: str, wanted: Collection[str]) -
 
 def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Record]:
     """Give the records of a file with a JSON object per line; a key that an object lacks is ''."""
+    lines = ((number, line) for number, line in zip(count(1), read_lines(path)) if line.strip())
+    cure = "write one object a line"
+    return _read_objects(path, columns, ((number, _parsed(f"{path}:{number}", line, cure)) for number, line in lines))
+
+
+def read_json_list(path: str, columns: Sequence[Column]) -> Iterator[Record]:
+    """Give the records of a file that is a JSON list of objects, as TAPE's; it is held as a whole."""
+    blocks: list[str] = []
+    for _, block in read_blocks(path):
+        blocks.append(block)
+        if len(blocks) * BLOCK > JSON_MOST:
+            raise DataError(f"{path}: more than {JSON_MOST} bytes of JSON; write one object a line, and name it .jsonl")
+    found = _parsed(path, "".join(blocks), "correct it")
+    if not isinstance(found, list):
+        keys = f" with {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) else ""
+        what = f"a {type(found).__name__}{keys}, not a list of objects"
+        raise DataError(f"{path}: {what}; write [{{...}}, ...], or one object a line in a .jsonl")
+    yield from _read_objects(path, columns, enumerate(found, start=1))
+
+
+def _read_objects(path: str, columns: Sequence[Column], objects: Iterable[tuple[int, Any]]) -> Iterator[Record]:
     seen, picked = Seen(columns), list(columns)
-    for number, line in zip(count(1), read_lines(path)):
-        if not line.strip():
-            continue
-        fields = _json_object(path, number, line)
+    for number, fields in objects:
+        if not isinstance(fields, dict):
+            raise DataError(f"{place(path, number)}: a {type(fields).__name__}, not an object; write {{...}} for each")
         if not seen.names and fields:  # the first object shows how the keys are written
             picked = [_as_written(column, list(fields)) for column in columns]
             seen = Seen([column for column in picked if column.source != NUMBERED])
@@ -348,7 +372,7 @@ def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Record]:
         ]
         yield number, values
     if not seen.names:
-        raise DataError(f"{path}: the file is empty; give one with a JSON object a line")
+        raise DataError(f"{path}: the file is empty; give one with a JSON object for each record")
     seen.check(path)
 
 
@@ -357,7 +381,9 @@ def _check_numbered(
 ) -> None:
     for asked, column in zip(columns, picked, strict=True):
         if column.source == NUMBERED and asked.source in fields:
-            raise DataError(f"{path}:{number}: has {asked.source!r}, and the first object has none; give it to all")
+            raise DataError(
+                f"{place(path, number)}: has {asked.source!r}, and the first object has none; give it to all"
+            )
 
 
 def _as_written(column: Column, keys: Sequence[str]) -> Column:
@@ -369,24 +395,21 @@ def _as_written(column: Column, keys: Sequence[str]) -> Column:
     return replace(column, source=NUMBERED if pick < 0 else keys[pick])
 
 
-def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
+def _parsed(where: str, text: str, cure: str) -> Any:
     # Python's json would keep the last of two equal keys without a word.
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
             name = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"{path}:{number}: the object has key {name[:60]!r} twice; keep one")
+            raise DataError(f"{where}: the object has key {name[:60]!r} twice; keep one")
         return dict(pairs)
 
     try:
-        value = parse_json(line, object_pairs_hook=unique)
+        return parse_json(text, object_pairs_hook=unique)
     except ValueError as error:
         what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         at = f" at position {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}:{number}: no sound JSON ({what}{at}); write one object a line") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}:{number}: a {type(value).__name__}, not an object; write {{...}} in every line")
-    return value
+        raise DataError(f"{where}: no sound JSON ({what}{at}); {cure}") from None
 
 
 def read_lines(path: str) -> Iterator[str]:
@@ -445,10 +468,12 @@ def _check_beginning(path: str, piece: bytes) -> None:
 
 
 def _open(name: str) -> io.BufferedReader | gzip.GzipFile:
-    path = Path(name)
+    path, packed = Path(name), name_of(name).lower().endswith(".gz")
     check_regular(name)
     try:
-        return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+        if is_remote(name):
+            return gzip.GzipFile(fileobj=open_remote(name)) if packed else open_remote(name)
+        return gzip.open(path, "rb") if packed else path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be opened: {error.strerror}; check the file and its permissions") from None
 
@@ -465,7 +490,8 @@ def _read(path: str, number: int, file: io.BufferedReader | gzip.GzipFile) -> by
     except zlib.error as error:
         raise DataError(f"{path}:{number}: damaged gzip data ({error}); copy the file again") from None
     except OSError as error:
-        raise DataError(f"{path}:{number}: cannot be read: {error.strerror}; check the disk") from None
+        cure = "check the network, or download the file and name that" if is_remote(path) else "check the disk"
+        raise DataError(f"{path}:{number}: cannot be read: {error.strerror or error}; {cure}") from None
 
 
 def _check_line(path: str, number: int, length: int) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.looks import BLANK, LEAST_LETTERS, LONGEST, Looks
+from esm_neuron.data.looks import LEAST_LETTERS, LONGEST, NO_LABEL, Looks
 from esm_neuron.data.records import NUMBERED, file_and_number, files_of, place, row_unit
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
@@ -34,10 +34,6 @@ _BLOCK = 1024
 
 MOST_REPLACED = 0.2
 """Largest share of all characters that data.on_bad_residue=replace writes X for."""
-NO_RESIDUE_LABELS = frozenset(("", "nan", "<na>", "#n/a"))
-"""What stands for no labels of residues, in small letters: `-` and NA can be those of one residue or two."""
-NO_LABEL = BLANK | {""}
-"""What stands for no label of a protein, in small letters."""
 _NOT_WRITTEN = re.compile(r"[-.~*\s\d]")
 """Gaps, blanks, digits, and stops within: what alignments and numbered listings add to sequences."""
 _QUOTES = re.compile("[\"'`´“”‘’„«»]")

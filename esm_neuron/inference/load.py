@@ -161,6 +161,7 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     found = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
     cure = "let its training finish (--checkpoint.resume auto)"
     require(bool(found), f"--model {folder}: no adapter and no model there; {cure}")
+    _check_classes(folder, cfg.task.labels)
     # the folder's own weights, where it has the whole model or carries the base of its adapter
     carries = any((folder / BASE).glob("model*.safetensors"))
     own = MODEL if found == [MODEL] else BASE if carries else None
@@ -175,6 +176,22 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
         )
         cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))
     return cfg, create_task(cfg.task, cfg.task.labels or ())
+
+
+def _check_classes(folder: Path, labels: Sequence[str] | None) -> None:
+    """Raise CheckpointError where config.yaml has other classes than the weights, or another order of them."""
+    path = folder / ADAPTER / REFERENCE
+    if not path.is_file():
+        path = folder / MODEL / "config.json"
+    said = read_json(path, {"labels?": [str], "id2label?": {"*": str}}, CheckpointError, "train it again")
+    names = said.get("id2label", {})
+    trained = said.get("labels", [names[key] for key in sorted(names, key=lambda key: (len(key), key))])
+    if labels and trained and list(labels) != trained:
+        at = next((i for i, pair in enumerate(zip(labels, trained, strict=False)) if pair[0] != pair[1]), len(labels))
+        raise CheckpointError(
+            f"{folder / CONFIG}: task.labels are not the classes of the weights in their order, which {path} has (the "
+            f"first difference is in place {at + 1}); put them back"
+        )
 
 
 def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:

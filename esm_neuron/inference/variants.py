@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from esm_neuron.config import DataConfig, require
+from esm_neuron.data.looks import NO_LABEL
 from esm_neuron.data.records import Column, Decimals
 from esm_neuron.data.sources import CHUNK_ROWS, read_records
 from esm_neuron.data.tokenizer import AMINO_ACIDS, VOCABULARY, bad_residues
@@ -288,7 +289,7 @@ class VariantTable:
         return Row(text, difference(sequence, self.wild_type or "") if self.compare else (), sequence, measured)
 
     def _number(self, text: str) -> float:
-        if text == "" or text.lower() in ("nan", "na"):
+        if text.lower() in NO_LABEL:
             return math.nan
         value = self._decimals.read(text)
         if not math.isfinite(value):

@@ -132,5 +132,5 @@ def _write_weights(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[
         lora.save_pretrained(str(aside))
         # the folder of the base is told by its place beside the adapter, not by where this machine had it
         named = replace(reference, name=cfg.model.name) if is_carried(cfg.model) else reference
-        write_json(aside / REFERENCE, asdict(named))
+        write_json(aside / REFERENCE, {**asdict(named), "labels": list(cfg.task.labels or ())})
     return Written(out / ADAPTER, reference, "adapter")

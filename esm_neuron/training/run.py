@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,7 @@ class _Job:
         loaders = Loaders.of(cfg, splits, task, backend)
         same = identity(cfg, splits.fingerprint, from_main_rank(backend, lambda: built.source.reference.sha256))
         trainer = loop.Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out.get("valid"), [], same)
-        for line in _notes(trainer):
+        for line in (*_idle(cfg, splits), *_notes(trainer)):
             log(line)
         return cls(splits, built, loaders, trainer)
 
@@ -245,6 +246,31 @@ def _notes(trainer: Trainer) -> Iterator[str]:
     if warmup >= steps:
         yield f"NOTE: optim.warmup_steps={warmup} of {steps} steps: the learning rate never reaches optim.lr"
     yield from trainer.backend.notes()
+
+
+def _idle(cfg: TrainConfig, splits: Splits) -> Iterator[str]:
+    """Yield a note about each setting that was changed and does nothing beside the others."""
+    data, default = cfg.data, TrainConfig()
+    given = {f"data.{split}_fraction": split not in splits.sampled for split in ("valid", "test")}
+    idle = {
+        "data.window_overlap": (data.long_sequences != "window", f"data.long_sequences is {data.long_sequences}"),
+        "data.max_segments": (not data.packing, "data.packing is false"),
+        "data.sample": (not splits.sampled, "no proteins are sampled"),
+        **{name: (is_given, "files or a column give these proteins") for name, is_given in given.items()},
+        "optim.min_lr_ratio": (cfg.optim.schedule == "constant", "optim.schedule is constant"),
+        "loop.epochs": (cfg.loop.max_steps is not None, "loop.max_steps is given"),
+        "loop.watchdog_slow": (cfg.loop.watchdog == 0, "loop.watchdog is 0"),
+        **{
+            f"adapter.{name}": (cfg.adapter.kind not in ("lora", "qlora"), f"adapter.kind is {cfg.adapter.kind}")
+            for name in vars(cfg.adapter)
+            if name not in ("kind", "quantization")
+        },
+        "adapter.quantization": (cfg.adapter.kind != "qlora", f"adapter.kind is {cfg.adapter.kind}"),
+    }
+    for name, (is_idle, why) in idle.items():
+        value = attrgetter(name)(cfg)
+        if is_idle and value not in (attrgetter(name)(default), 0):
+            yield f"NOTE: {name}={value} has no effect: {why}"
 
 
 @dataclass(frozen=True)
