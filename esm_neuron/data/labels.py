@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
-from esm_neuron.data.looks import NO_LABEL, NO_RESIDUE_LABELS
+from esm_neuron.data.looks import LOCATION, NO_LABEL, NO_RESIDUE_LABELS, is_nothing
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, UNKNOWN_RESIDUE, Decimals, to_number
 from esm_neuron.data.validation import Problems, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
@@ -86,7 +86,7 @@ class Labels:
         lengths = pc.utf8_length(rows["sequence"]).to_pylist()
         for row, (text, length) in enumerate(zip(rows["label"].to_pylist(), lengths, strict=True)):
             try:
-                found.append(None if text.lower() in self.nothing else self._entries(text, length))
+                found.append(None if is_nothing(text, self.nothing) else self._entries(text, length))
             except ValueError as error:
                 self._add(problems, rows, row, str(error))
                 found.append(None)
@@ -459,13 +459,16 @@ def locations(text: str) -> list[str] | None:
 
     Evidence, isoforms, topologies (behind `;`) and notes are left out. https://www.uniprot.org/help/subcellular_location
     """
-    if not text.startswith(_LOCATION):
+    if not text.startswith(LOCATION):
         return None
     found: dict[str, None] = {}
-    for block in text.split(_LOCATION)[1:]:
+    for block in text.split(LOCATION)[1:]:
         plain = re.sub(r"\s*\{ECO:[^{}]*\}|\[[^\[\]]*\]:", "", block).partition("Note=")[0]
         found |= dict.fromkeys(place.partition(";")[0].strip() for place in re.split(r"\.(?:\s|$)", plain))
-    return [name for name in found if name]
+    found.pop("", None)
+    if not found:
+        raise ValueError(f"{quote(text)} names no location; remove the record")
+    return list(found)
 
 
 def marked(text: str) -> list[str] | None:
@@ -536,7 +539,6 @@ def other_separator(names: Sequence[str], own: str) -> str | None:
     return None
 
 
-_LOCATION = "SUBCELLULAR LOCATION:"
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
 _WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")

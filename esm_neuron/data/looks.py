@@ -32,6 +32,8 @@ MISSING = BLANK | frozenset(
     )
 )
 """What programs and people write where a value is missing, in small letters."""
+LOCATION = "SUBCELLULAR LOCATION:"
+"""How UniProt's free text about locations begins."""
 LONGEST = max(map(len, MISSING))
 """Characters of the longest of them."""
 LEAST_LETTERS = 50
@@ -75,6 +77,11 @@ _ROWS = (
     ),
 )
 """What a sequence looks like -> what to say; no protein of so many residues looks so by chance."""
+
+
+def is_nothing(label: str, nothing: frozenset[str]) -> bool:
+    """Return whether a label is one of `nothing`, in small letters, or UniProt's note without a location."""
+    return label.lower() in nothing or label.startswith(f"{LOCATION} Note=")
 
 
 class LabelLines:

@@ -244,6 +244,8 @@ def text(value: object, source: str, number: int, column: Column) -> str:
         return format(value.normalize(), "f") if value.is_finite() else ""
     if isinstance(value, (list, tuple)) and column.joiner is not None:
         return _joined(value, source, number, column) if value else "[]"
+    if isinstance(value, (list, tuple)) and column.name == "mask" and set(value) <= {0, 1}:
+        return "".join(str(int(entry)) for entry in value)
     if isinstance(value, (list, tuple)) and column.name == "sequence":
         try:
             return residues_of(value)

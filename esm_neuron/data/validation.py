@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.looks import LEAST_LETTERS, LONGEST, NO_LABEL, Looks
+from esm_neuron.data.looks import LEAST_LETTERS, LOCATION, LONGEST, NO_LABEL, Looks, is_nothing
 from esm_neuron.data.records import NUMBERED, file_and_number, files_of, place, row_unit
 from esm_neuron.data.sources import sequence_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
@@ -312,7 +312,7 @@ class Checker:
         if name.startswith(_STRUCTURE_STARTS) or name.endswith(_STRUCTURE_ENDS):
             self.problems.add(line, f"{quote(name)} is a structure, not a protein; remove such records")
         lacks = []
-        if label is not None and label.lower() in self._nothing:
+        if label is not None and is_nothing(label, self._nothing):
             word = label and f"{quote(label)}, which stands for none"
             cure = "give a label" + (
                 ", or name it with the other classes in task.labels where it is one," if word else ""
@@ -441,6 +441,7 @@ def _suspects(
         found |= pc.is_in(
             pc.utf8_lower(rows["label"]), value_set=pa.array(sorted(nothing), pa.large_string())
         ).to_numpy()
+        found |= pc.starts_with(rows["label"], LOCATION).to_numpy()
     # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
     found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
     return np.asarray(found)

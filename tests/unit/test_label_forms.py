@@ -390,3 +390,46 @@ def test_names_with_brackets_are_no_lists_and_quotes_are_read_whole(text: str, e
 def test_a_list_half_in_quotes_loses_no_entry(text: str) -> None:
     with pytest.raises(ValueError, match="is a list with and without quotes"):
         listed(text)
+
+
+LOCATIONS = {
+    "SUBCELLULAR LOCATION: Nucleus.": ["Nucleus"],
+    "SUBCELLULAR LOCATION: Nucleus": ["Nucleus"],
+    "SUBCELLULAR LOCATION: Cell membrane {ECO:0000269|PubMed:1}; Multi-pass membrane protein {ECO:0000255}.": [
+        "Cell membrane"
+    ],
+    "SUBCELLULAR LOCATION: Cytoplasm, cytoskeleton {ECO:0000250}. Nucleus {ECO:0000305, ECO:1}. Note=In G1. Also P1.": [
+        "Cytoplasm, cytoskeleton",
+        "Nucleus",
+    ],
+    "SUBCELLULAR LOCATION: [Isoform 1]: Nucleus {ECO:1}. SUBCELLULAR LOCATION: [Isoform 2]: Nucleus. Secreted.": [
+        "Nucleus",
+        "Secreted",
+    ],
+}
+
+
+@pytest.mark.parametrize("text", LOCATIONS)
+def test_uniprots_locations_are_labels(tmp_path: Path, text: str) -> None:
+    for name in ("multi_label", "sequence_classification"):
+        rows = [text, "SUBCELLULAR LOCATION: Golgi apparatus {ECO:0000250}.", "SUBCELLULAR LOCATION: Nucleus."] * 2
+        path = table(tmp_path / "a.tsv", rows)
+        if name == "multi_label":
+            assert [sorted(labels) for labels in sets(load(path, name))[:2]] == [LOCATIONS[text], ["Golgi apparatus"]]
+        elif len(LOCATIONS[text]) > 1:
+            with pytest.raises(DataError, match="is a list of 2 labels; use task.name=multi_label, or keep one"):
+                load(path, name)
+        else:
+            assert set(load(path, name).labels) == {LOCATIONS[text][0], "Golgi apparatus", "Nucleus"}
+
+
+def test_a_note_alone_is_no_location(tmp_path: Path) -> None:
+    """It is a missing label, not one of a protein that is nowhere."""
+    for name in ("multi_label", "sequence_classification"):
+        path = table(tmp_path / "a.tsv", ["SUBCELLULAR LOCATION: Note=Not known.", "a", "b"])
+        with pytest.raises(DataError, match="'SUBCELLULAR LOCATION: Note=Not known.', which stands for none; give"):
+            load(path, name)
+        assert list(load(path, name, on_missing="skip").train.ids) == ["p1", "p2"]
+        path = table(tmp_path / "b.tsv", ["SUBCELLULAR LOCATION: [Isoform 1]: Note=Not known.", "a", "b"])
+        with pytest.raises(DataError, match="names no location; remove the record"):
+            load(path, name)
