@@ -23,7 +23,7 @@ from esm_neuron.config.backends import spec_of
 from esm_neuron.config.deferred import module
 from esm_neuron.distributed import is_alone
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.files import NOTHING, read_json, sha256
+from esm_neuron.files import NOTHING, NUMBER, read_json, sha256
 from esm_neuron.inference.folders import find_head, task_config
 from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from esm_neuron.models.shapes import in_folder, locate
@@ -228,8 +228,27 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     unknown = sorted(set(saved) - set(names))
     if unknown:
         raise CheckpointError(f"{folder}: {len(unknown)} tensors do not fit the model, the first is {unknown[0]}")
+    _check_reference(folder, built)
     backend.load_weights(built.model, {names[key]: value for key, value in saved.items()})
     return built
+
+
+def _check_reference(folder: Path, built: Built) -> None:
+    """Raise CheckpointError where the adapter or its base's config.json is not as it was when the run ended."""
+    path = folder / REFERENCE
+    said = read_json(path, {"adapter?": str, "config?": {"*": (*NUMBER, bool)}}, CheckpointError, "copy the run again")
+    for name, value in said.get("config", {}).items():
+        now = getattr(built.config, name, None)
+        if now != value:
+            raise CheckpointError(
+                f"{folder}: was trained on a base with {name} {value!r} in its config.json, which has {now!r} now; give "
+                "the base as it was"
+            )
+    if said.get("adapter") not in (None, sha256(folder / ADAPTER_WEIGHTS)):
+        raise CheckpointError(
+            f"{folder / ADAPTER_WEIGHTS}: is not what training wrote; copy the run again, or, if you changed it on "
+            f"purpose, take `adapter` out of {path}"
+        )
 
 
 DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern")

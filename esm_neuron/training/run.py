@@ -153,7 +153,7 @@ class _Job:
         loaders = Loaders.of(cfg, splits, task, backend)
         same = identity(cfg, splits.fingerprint, from_main_rank(backend, lambda: built.source.reference.sha256))
         trainer = loop.Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out.get("valid"), [], same)
-        for line in (*_idle(cfg, splits), *_notes(trainer)):
+        for line in (*idle(cfg, splits), *_notes(trainer)):
             log(line)
         return cls(splits, built, loaders, trainer)
 
@@ -248,7 +248,7 @@ def _notes(trainer: Trainer) -> Iterator[str]:
     yield from trainer.backend.notes()
 
 
-def _idle(cfg: TrainConfig, splits: Splits) -> Iterator[str]:
+def idle(cfg: TrainConfig, splits: Splits) -> Iterator[str]:
     """Yield a note about each setting that was changed and does nothing beside the others."""
     data, default = cfg.data, TrainConfig()
     given = {f"data.{split}_fraction": split not in splits.sampled for split in ("valid", "test")}
