@@ -98,12 +98,18 @@ class Labels:
         return rows.set_column(rows.column_names.index("label"), "label", pa.array(found, pa.list_(self.entry)))
 
     def _entries(self, text: str, length: int) -> list[Any]:
-        names = self.split(text, length)
+        names = list(map(self._bare, self.split(text, length)))
         for name in dict.fromkeys(names):  # not a set, whose order differs between processes
             if len(name) > LONGEST_NAME:
                 raise ValueError(f"a label has more than {LONGEST_NAME} characters; check data.label_column")
             self.codes.setdefault(name, len(self.codes))
         return list(map(self.codes.__getitem__, names))
+
+    def _bare(self, name: str) -> str:
+        """Return a class name without the quotes around it, unless the class is called so."""
+        inner = name[1:-1].strip()
+        quoted = inner and name[0] == name[-1] and name[0] in "'\"" and name[0] not in inner
+        return inner if quoted and name not in (self.task.labels or ()) else name
 
     def conclude(self, problems: Problems) -> None:
         """Note, after the last row, what only the column as a whole shows."""
@@ -182,9 +188,12 @@ class Labels:
         line = f"classes: {len(labels)} (training {unit}): {shown}{more}"
         rare = sum(counts[name] < 2 for name in labels)
         notes = [f"{rare} of {len(labels)} classes have at most one training protein"] if 2 * rare > len(labels) else []
-        lower = Counter(name.lower() for name in labels)
-        alike = [name for name in labels if lower[name.lower()] > 1]
-        notes += [f"{', '.join(map(quote, alike[:4]))} differ in capital letters alone"] if alike else []
+        plain = Counter(map(_plain, labels))
+        alike = [name for name in labels if plain[_plain(name)] > 1]
+        what = "differ in capital letters, blanks or marks alone"
+        notes += [f"{', '.join(map(quote, alike[:4]))} {what}"] if alike else []
+        date = next(filter(_DATE.fullmatch, labels), None)
+        notes += [f"{quote(date)} is a date, which spreadsheets make of names such as SEPT2"] if date else []
         tagged = next((name for name in labels if "{ECO:" in name), None)
         if tagged is not None:
             notes.append(f"{quote(tagged)} is UniProt's free text; its columns of keywords and GO terms have labels")
@@ -270,7 +279,8 @@ class LabelSets(Labels):
             self._pair = ""
             return names
         names = listed(text)
-        names = [name.strip() for name in text.split(self.joiner)] if names is None else names
+        if names is None:  # UniProt writes `PF00069;PF00130;`
+            names = [name.strip() for name in text.removesuffix(self.joiner).split(self.joiner)]
         marks = list(text) if re.fullmatch("[01]{3,}", text) and text not in self.codes else vector(text, self.joiner)
         known = one_hot(marks or names, self.task.labels)
         if known is not None:
@@ -381,7 +391,8 @@ class Numbers(Labels):
         self._numbers = Decimals()
 
     def _entries(self, text: str, length: int) -> list[Any]:
-        value = self._numbers.read(text)
+        names = listed(text)
+        value = self._numbers.read(names[0] if names and len(names) == 1 else text)
         if not math.isfinite(value):
             raise ValueError(f"{quote(text)} is no finite number; correct it or remove the record")
         return [value]
@@ -512,11 +523,16 @@ def one_hot(marks: Sequence[str], labels: Sequence[str] | None) -> list[str] | N
 def same(name: str) -> str | int:
     """Return what a class name says: True and true are one, 1 and 1.0, and what looks alike (blanks, accents)."""
     if not name.isascii():  # a letter and its accent, or characters of no width
-        name = unicodedata.normalize("NFC", "".join(c for c in name if unicodedata.category(c) != "Cf"))
+        name = unicodedata.normalize("NFKC", "".join(c for c in name if unicodedata.category(c) != "Cf"))
     name = " ".join(name.split())
     if name.lower() in ("true", "false"):
         return name.lower()
     return int(float(name)) if _WHOLE.fullmatch(name) else name
+
+
+def _plain(name: str) -> str:
+    """Return what names have in common that a careless writer takes for one."""
+    return re.sub(r"[\s_-]+", " ", name.lower()).strip(" .,;:")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -541,6 +557,7 @@ def other_separator(names: Sequence[str], own: str) -> str | None:
 
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
+_DATE = re.compile(r"[0-9]{1,2}-(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)")
 _WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")
 _MARK = re.compile(r"[01](\.0*)?|true|false")
 _ARRAY = re.compile(r"(?:\w+\.)?(?:array|tensor)\(\s*(\[.*\])\s*(?:,\s*dtype=.*)?\)")

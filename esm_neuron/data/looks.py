@@ -15,7 +15,16 @@ import pyarrow.compute as pc
 BLANK = frozenset(
     (
         *("nan", "none", "null", "na", "n/a", "n.a.", "#n/a", "<na>", "nil", "#value!", "#ref!", "#name?"),
-        *("-", "--", ".", "?"),
+        *(
+            "-",
+            "--",
+            ".",
+            "?",
+            "\u2013",
+            "\u2014",
+            "\u2212",
+            "\u2026",
+        ),  # also dashes and dots as word processors write them
     )
 )
 """What programs write where a value is missing, in small letters: nothing of it is a name."""
@@ -49,6 +58,7 @@ _STRUCTURES = frozenset("HECLBGITSP-~")
 _FEW = 8
 """Most letters of a line of labels."""
 _LEAST_STRUCTURE = 15
+_LEAST_LINE = 20
 ALL = 10_000
 """Records of a FASTA file that are all looked at for labels; of later ones it is every 16th."""
 
@@ -108,6 +118,9 @@ class LabelLines:
                 certain = is_structure(labels)
                 self._certain += certain
                 found = found or certain or len(set(labels)) <= min(_FEW, len(set(residues)) // 2)
+        # lines of labels that are shorter or longer than the residues; a line of a wrapped protein has more letters
+        few = min(_FEW, len(set(lines[0])) // 2)
+        found = found or any(len(line) >= _LEAST_LINE and len(set(line)) <= few for line in lines[1:])
         if found:
             self._labelled += 1
             self._first = self._first or start

@@ -348,7 +348,7 @@ def read_json_list(path: str, columns: Sequence[Column]) -> Iterator[Record]:
         blocks.append(block)
         if len(blocks) * BLOCK > JSON_MOST:
             raise DataError(f"{path}: more than {JSON_MOST} bytes of JSON; write one object a line, and name it .jsonl")
-    found = _parsed(path, "".join(blocks), "correct it")
+    found = _parsed(path, "".join(blocks), "correct it, or name it .jsonl if each line is an object")
     if not isinstance(found, list):
         keys = f" with {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) else ""
         what = f"a {type(found).__name__}{keys}, not a list of objects"
@@ -454,6 +454,11 @@ _BEGINNINGS = {
     b"\xff\xfe": "this is UTF-16 text; save the file as UTF-8",
     b"\xfe\xff": "this is UTF-16 text; save the file as UTF-8",
     b"\x1f\x8b": "this is gzip data; name the file .gz",
+    b"BZh": "this is bzip2 data; unpack it",
+    b"\xfd7zXZ": "this is xz data; unpack it",
+    b"\x28\xb5\x2f\xfd": "this is zstd data; unpack it",
+    b"SQLite format 3": "this is an SQLite database; export the table as CSV",
+    b"%PDF": "this is a PDF; save its table as CSV",
     b"<!DOCTYPE": "this is a web page; download the file that it shows",
     b"<html": "this is a web page; download the file that it shows",
     b"version https://git-lfs": "this is a pointer of Git LFS; get the file itself by git lfs pull",

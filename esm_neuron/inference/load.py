@@ -241,7 +241,7 @@ def _check_reference(folder: Path, built: Built) -> None:
         now = getattr(built.config, name, None)
         if now != value:
             raise CheckpointError(
-                f"{folder}: was trained on a base with {name} {value!r} in its config.json, which has {now!r} now; give "
+                f"{folder}: was trained on a base whose config.json had {name} {value!r}, and it has {now!r} now; give "
                 "the base as it was"
             )
     if said.get("adapter") not in (None, sha256(folder / ADAPTER_WEIGHTS)):
