@@ -191,7 +191,7 @@ def test_classes_and_counts_are_told(tmp_path: Path) -> None:
     assert said == "classes: 2 (training proteins): A 1, B 2"
     said = load(table(tmp_path / "a.tsv", ["A;B", "A", "B", "A"])).summary()
     assert "NOTE: 'A;B' is one class; for several labels per protein use task.name=multi_label" in said
-    tagged = ["SUBCELLULAR LOCATION: Nucleus {ECO:0000269}.", "SUBCELLULAR LOCATION: Cytoplasm."]
+    tagged = ["TISSUE SPECIFICITY: Liver {ECO:0000269}.", "TISSUE SPECIFICITY: Heart."]
     assert "is UniProt's free text" in load(table(tmp_path / "a.tsv", tagged)).summary()
     assert (
         "differ in capital letters, blanks or marks alone" in load(table(tmp_path / "a.tsv", ["a", "A", "a"])).summary()
