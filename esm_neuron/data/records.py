@@ -103,14 +103,32 @@ def files_of(source: str) -> tuple[tuple[str, str | None], ...]:
             )
         return tuple((path, None) for path in found)
     if os.path.isdir(source) and not {"dataset_info.json", "dataset_dict.json"} & set(os.listdir(source)):
-        kinds = {suffix_of(name) for name in os.listdir(source) if suffix_of(name) in SUFFIXES and name[0] != "."}
-        if len(kinds) > 1:
-            raise DataError(
-                f"{source}: the folder has files of {' and '.join(sorted(kinds))}; name one kind, as {source}/*.csv"
-            )
-        names = sorted(name for name in os.listdir(source) if suffix_of(name) in kinds and name[0] != ".")
-        return tuple((os.path.join(source, name), None) for name in names) or ((source, None),)
+        return tuple((file, None) for file in _files_in(source)) or ((source, None),)
     return ((source, None),)
+
+
+def _files_in(folder: str) -> list[str]:
+    """Return the files of a folder that are one table: of one kind, of one split, and none in folders below it."""
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
+    files = [name for name in names if suffix_of(name) in SUFFIXES and suffix_of(name) != JSON]
+    kinds = sorted({suffix_of(name) for name in files})
+    if len(kinds) > 1:
+        raise DataError(f"{folder}: the folder has files of {' and '.join(kinds)}; name one kind, as {folder}/*.csv")
+    splits = {found[1].lower()[:3].replace("dev", "val"): name for name in files if (found := _OF_A_SPLIT.search(name))}
+    if len(splits) > 1:
+        shown, pattern = " and ".join(splits.values()), f"{folder}/*{kinds[0]}"
+        raise DataError(
+            f"{folder}: the folder has {shown}, of different splits; name each, or all of them as {pattern}"
+        )
+    below = (os.path.join(folder, name) for name in names if kinds and os.path.isdir(os.path.join(folder, name)))
+    for inner in below:
+        if more := next((name for name in os.listdir(inner) if suffix_of(name) == kinds[0]), None):
+            raise DataError(f"{inner}/{more}: stands in a folder below {folder}; name all as {folder}/**/*{kinds[0]}")
+    return [os.path.join(folder, name) for name in files]
+
+
+_OF_A_SPLIT = re.compile(r"(?:^|[._-])(train|val|dev|test)(?:ing|id|idation)?(?=[._-])", re.IGNORECASE)
+"""What a file's name says about its split."""
 
 
 def suffix_of(name: str) -> str:

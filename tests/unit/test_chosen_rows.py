@@ -168,3 +168,47 @@ def test_an_id_that_only_the_first_object_lacks_is_not_thrown_away(tmp_path: Pat
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, objects)) + "\n")
     with pytest.raises(DataError, match="a.jsonl:2: has 'id', and the first object has none"):
         load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["train.csv", "test.csv"], "the folder has test.csv and train.csv, of different splits; name each, or all"),
+        (["x_train.csv", "x_val.csv"], "of different splits"),
+        (["train-00000-of-00002.csv", "train-00001-of-00002.csv", "dev.csv"], "of different splits"),
+        (["a.csv", "b/c.csv"], "b/c.csv: stands in a folder below .*; name all as .*/\\*\\*/\\*.csv"),
+        (["training.csv", "b.csv", "validated.csv"], ""),
+        (["train-0.csv", "train-1.csv", "metadata.json", "b/readme.md"], ""),
+        (["val.csv", "dev.csv"], ""),
+        (["contest.csv", "trainable.csv", "latest.csv"], ""),
+    ],
+)
+def test_a_folder_is_one_split(tmp_path: Path, names: list[str], said: str) -> None:
+    """Test proteins beside the training ones are not trained on without a word, and none below is left out."""
+    tables = [name for name in names if name.endswith(".csv")]
+    for i, name in enumerate(names):
+        path = tmp_path / "d" / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(
+            f"id,sequence,label\np{i},{protein(i)},a\nq{i},{protein(i + 50)},b\n" if name in tables else "{}"
+        )
+    if said:
+        with pytest.raises(DataError, match=said):
+            load(tmp_path / "d")
+        assert len(load(tmp_path / "d" / "**" / "*.csv").train.ids) == 2 * len(tables)  # as it says
+    else:
+        assert len(load(tmp_path / "d").train.ids) == 2 * len(tables)
+
+
+@pytest.mark.parametrize("ids", [[0, 5, 6, 2, 0, 7, 8, 2], [5, 2, 6], [0, 5, 1, 6, 2], [0, 5, 6, 2, 2, 7]])
+def test_tokens_of_two_proteins_are_not_one(tmp_path: Path, ids: list[int]) -> None:
+    columns = {"id": ["a", "b"], "input_ids": [[0, 5, 6, 7, 2, 1], ids], "label": ["x", "y"]}
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "d")
+    with pytest.raises(DataError, match="record 2: column 'sequence': a special token stands behind residue [12]"):
+        load(tmp_path / "d")
+
+
+def test_tokens_padded_at_either_side_are_a_protein(tmp_path: Path) -> None:
+    columns = {"id": ["a", "b"], "input_ids": [[1, 1, 0, 5, 6, 2], [0, 7, 8, 2, 1, 1]], "label": ["x", "y"]}
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "d")
+    assert (load(tmp_path / "d").train.lengths - 2).tolist() == [2, 2]
