@@ -194,6 +194,8 @@ def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
     by_lower = {name.lower(): name for name in there[:_COMPARED] if len(name) <= _COMPARED}
     near = difflib.get_close_matches(column.source.lower(), by_lower, n=1)
     cure = f"did you mean {by_lower[near[0]]!r}?" if near else "name one of these or add it"
+    if column.source.startswith("[") and column.name == "sequence":
+        cure = "pairs of chains are not read: join them in a column of their own, or give each a record"
     raise DataError(f"{source}: no column {column.source!r} ({column.setting}); the file has {shown or 'none'}; {cure}")
 
 

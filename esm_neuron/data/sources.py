@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from esm_neuron.config import DataConfig, require
-from esm_neuron.data.parquet import read_dataset, read_hub, read_parquet, read_workbook
+from esm_neuron.data.parquet import LMDB, read_dataset, read_hub, read_parquet, read_workbook
 from esm_neuron.data.records import (
     DELIMITED,
     FASTA,
@@ -253,6 +253,7 @@ _HINTS = {
     **dict.fromkeys((".pir", ".nbrf", ".gb", ".gbk", ".embl", ".dat", ".xml"), "save the proteins as .fasta"),
     **dict.fromkeys((".pdb", ".ent", ".cif"), "save the sequences of the structure as .fasta"),
     **dict.fromkeys((".xls", ".ods"), "save the sheet as .csv or .xlsx"),
+    **dict.fromkeys((".lmdb", ".mdb"), LMDB),
     **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz"), "unpack it"),
 }
 """Suffix of a file that is not read -> what to make of it."""
