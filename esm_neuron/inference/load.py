@@ -213,7 +213,12 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     Raise CheckpointError where the adapter is damaged, or the base weights are not those it was trained on.
     """
     if cfg.adapter.kind not in ("lora", "qlora"):
-        return build.build_model(cfg, task, backend, trained=True)
+        built = build.build_model(cfg, task, backend, trained=True)
+        path = Path(cfg.model.name) / REFERENCE
+        said = read_json(path, {"sha256?": str}, CheckpointError, _AGAIN) if path.is_file() else {}
+        if said.get("sha256") not in (None, built.source.reference.sha256):
+            raise CheckpointError(f"{path.parent}: {_NOT_OURS} `sha256` out of {path}")
+        return built
     built = build.build_model(cfg, task, backend)
     folder = Path(cfg.output) / ADAPTER
     reference = read_reference(folder)
@@ -233,10 +238,14 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     return built
 
 
+_AGAIN = "copy the run again"
+_NOT_OURS = f"is not what training wrote; {_AGAIN}, or, if you changed it on purpose, take"
+
+
 def _check_reference(folder: Path, built: Built) -> None:
     """Raise CheckpointError where the adapter or its base's config.json is not as it was when the run ended."""
     path = folder / REFERENCE
-    said = read_json(path, {"adapter?": str, "config?": {"*": (*NUMBER, bool)}}, CheckpointError, "copy the run again")
+    said = read_json(path, {"adapter?": str, "config?": {"*": (*NUMBER, bool)}}, CheckpointError, _AGAIN)
     for name, value in said.get("config", {}).items():
         now = getattr(built.config, name, None)
         if now != value:
@@ -245,10 +254,7 @@ def _check_reference(folder: Path, built: Built) -> None:
                 "the base as it was"
             )
     if said.get("adapter") not in (None, sha256(folder / ADAPTER_WEIGHTS)):
-        raise CheckpointError(
-            f"{folder / ADAPTER_WEIGHTS}: is not what training wrote; copy the run again, or, if you changed it on "
-            f"purpose, take `adapter` out of {path}"
-        )
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: {_NOT_OURS} `adapter` out of {path}")
 
 
 DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern")

@@ -109,6 +109,9 @@ def _write_weights(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[
             for name, value in trained.items():
                 model.get_parameter(name).copy_(value)
         write_model(model, config, out / MODEL)
+        written = open_weights(in_folder(cfg.model, (out / MODEL).resolve()), cfg.seed)[1].reference
+        write_json(out / MODEL / REFERENCE, {"sha256": written.sha256})
+        note(out, [f"{MODEL}/{REFERENCE}"])
         return Written(out / MODEL, reference, "model")
     if is_carried(cfg.model):
         model, config = plain_model(cfg, task)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from helpers.finished import LABELS, finish
+from safetensors.torch import load_file, save_file
 
 from esm_neuron import cli
+from esm_neuron.backends import create_backend
 from esm_neuron.errors import CheckpointError
-from esm_neuron.inference.load import read_run
+from esm_neuron.inference.load import build_trained, read_run
 
 
 @pytest.mark.parametrize(
@@ -49,3 +52,39 @@ def test_a_run_of_an_earlier_version_has_no_list_of_classes(tmp_path: Path) -> N
     reference = tmp_path / "run" / "adapter" / "base_reference.json"
     reference.write_text(reference.read_text().replace('"labels"', '"others"'))
     assert read_run(tmp_path / "run")[0].task.labels == LABELS
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_weights_that_were_changed_since_are_refused(
+    tmp_path: Path, adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(tmp_path / "run", "mean", adapter)
+    place, key = ("adapter", "adapter") if adapter == "lora" else ("model", "sha256")
+    folder = tmp_path / "run" / place
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    name = min(tensors)
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, path, {"format": "pt"})
+    (tmp_path / "in.csv").write_text("id,sequence\np,MKV\n")
+    words = ["predict", "--model", str(tmp_path / "run"), "--input", str(tmp_path / "in.csv")]
+    assert cli.main([*words, "--output", str(tmp_path / "out.csv")]) == 2
+    assert f"take `{key}` out of" in capsys.readouterr().err
+    reference = folder / "base_reference.json"
+    said = json.loads(reference.read_text())
+    del said[key]  # as it says
+    reference.write_text(json.dumps(said))
+    assert cli.main([*words, "--output", str(tmp_path / "out.csv")]) == 0
+
+
+@pytest.mark.parametrize("field", ["num_attention_heads", "layer_norm_eps", "token_dropout"])
+def test_a_base_of_another_configuration_is_refused(tmp_path: Path, field: str) -> None:
+    """Its weights are the same and fit, and it computes another thing."""
+    finish(tmp_path / "run", "mean", "lora")
+    path = tmp_path / "run" / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config[field] = {"num_attention_heads": 1, "layer_norm_eps": 0.1, "token_dropout": False}[field]
+    path.write_text(json.dumps(config))
+    cfg, task = read_run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=f"was trained on a base whose config.json had {field} "):
+        build_trained(cfg, task, create_backend(cfg))
