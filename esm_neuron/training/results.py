@@ -135,7 +135,7 @@ def _write_weights(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[
         lora.save_pretrained(str(aside))
         # the folder of the base is told by its place beside the adapter, not by where this machine had it
         named = replace(reference, name=cfg.model.name) if is_carried(cfg.model) else reference
-        config = {name: getattr(built.config, name) for name in DECIDING}
-        own = {"labels": list(cfg.task.labels or ()), "adapter": sha256(aside / ADAPTER_WEIGHTS), "config": config}
+        deciding = {name: getattr(built.config, name) for name in DECIDING}
+        own = {"labels": list(cfg.task.labels or ()), "adapter": sha256(aside / ADAPTER_WEIGHTS), "config": deciding}
         write_json(aside / REFERENCE, {**asdict(named), **own})
     return Written(out / ADAPTER, reference, "adapter")
