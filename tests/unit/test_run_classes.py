@@ -88,3 +88,9 @@ def test_a_base_of_another_configuration_is_refused(tmp_path: Path, field: str) 
     cfg, task = read_run(tmp_path / "run")
     with pytest.raises(CheckpointError, match=f"was trained on a base whose config.json had {field} "):
         build_trained(cfg, task, create_backend(cfg))
+
+
+def test_metrics_are_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", "--model", "run", "--input", "in.csv", "--output", str(tmp_path / "m.csv")]
+    assert cli.main(words) == 2
+    assert "metrics are JSON; name a .json file" in capsys.readouterr().err
