@@ -14,28 +14,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 os.environ.setdefault("USE_TORCH_XLA", "0")  # accelerate, under peft, would import torch_xla: half a minute
 
 from esm_neuron.config import TrainConfig, settings
-from esm_neuron.data.dataset import select_records
-from esm_neuron.data.records import LIST_JOINER
+from esm_neuron.data.dataset import ExampleTable, select_records
+from esm_neuron.data.families import independent_units
 from esm_neuron.data.splits import load_splits
-from esm_neuron.metrics.bootstrap import Curve, bootstrap, interval
-from esm_neuron.metrics.classification import confusion_scores
-from esm_neuron.metrics.regression import correlations, ranks
-from esm_neuron.metrics.text import NAMES, counted, number, show
-from esm_neuron.run_dir import RESULT, as_table, read_finished
+from esm_neuron.metrics import Scores
+from esm_neuron.metrics.text import NAMES, counted, drawn_over, show
+from esm_neuron.metrics.verdict import alarms, signed, verdict
+from esm_neuron.run_dir import RESULT, read_finished
 from esm_neuron.tasks import create_task, task_class
+from esm_neuron.tasks.base import Task
 from esm_neuron.training import run
 
 HERE = Path(__file__).parent
@@ -43,9 +44,6 @@ CONFIGS, SAVED, PAGE = HERE.parent / "configs", HERE / "results" / "tasks.json",
 INITS = ("pretrained", "random")
 SHOWN = ("model", "chosen_step", "adapter", "parameters", "train")
 """What the page shows of a run."""
-
-Metric = Callable[[np.ndarray], np.ndarray]
-"""From multiplicities [k, proteins] to a metric per resample [k]."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +55,22 @@ class Experiment:
     title: str
     metrics: tuple[str, ...]
     """Metrics that are compared; the first one decides."""
-    baseline: str
-    """What has to be beaten besides the newly initialized network."""
     all_related: str = ""
     """Why there are no clean proteins, if there are none."""
 
 
 EXPERIMENTS = (
-    Experiment("demo", "Cytoplasm or membrane (scl2205, 2 classes)", ("mcc", "accuracy"), "composition"),
-    Experiment("classes", "Subcellular location (scl2205, 13 classes)", ("mcc", "accuracy"), "composition"),
+    Experiment("demo", "Cytoplasm or membrane (scl2205, 2 classes)", ("mcc", "accuracy")),
+    Experiment("classes", "Subcellular location (scl2205, 13 classes)", ("mcc", "accuracy")),
     Experiment(
-        "multi_label", "All locations of a protein (scl2205, multi-label)", ("macro_f1", "auroc"), "composition",
+        "multi_label", "All locations of a protein (scl2205, multi-label)", ("macro_f1", "auroc"),
     ),
-    Experiment("residues", "Disordered residues (AA_LDR)", ("mcc", "accuracy"), "window"),
+    Experiment("residues", "Disordered residues (AA_LDR)", ("mcc", "accuracy")),
     Experiment(
-        "regression", "Nucleation of amyloid-beta variants (Seuma et al. 2021)", ("spearman",), "composition",
+        "regression", "Nucleation of amyloid-beta variants (Seuma et al. 2021)", ("spearman",),
         "all rows are variants of one protein",
     ),
-    Experiment("masked_lm", "Hidden residues (scl2205)", ("perplexity",), "unigram"),
+    Experiment("masked_lm", "Hidden residues (scl2205)", ("perplexity",)),
 )  # fmt: skip
 
 
@@ -102,34 +98,39 @@ def train(cfg: TrainConfig) -> None:
 
 
 def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
-    """Return the metrics of both runs and the baselines, of all test proteins and the clean ones, and differences."""
+    """Return the metrics of both runs and the baselines, of all test proteins and the clean ones, and verdicts."""
     cfg = configured(experiment, "pretrained", data, runs)
     finished = {init: read_finished(runs / f"{experiment.name}-{init}") for init in INITS}
-    predictions = {init: one.predictions["test"].to_pandas() for init, one in finished.items()}
-    has_homolog = predictions["pretrained"]["has_homolog"].to_numpy(dtype=bool)
-    cfg = replace(cfg, data=replace(cfg.data, max_residues=100_000, pack_tokens=100_002, long_sequences="refuse"))
+    kept = {init: one.predictions["test"] for init, one in finished.items()}
+    has_homolog = kept["pretrained"]["has_homolog"].to_numpy().astype(bool)
+    if cfg.task.name != "masked_lm":  # where the residues that are hidden depend on how sequences are cut
+        cfg = replace(cfg, data=replace(cfg.data, max_residues=100_000, pack_tokens=100_002, long_sequences="refuse"))
     splits = load_splits(cfg, task_class(cfg.task.name).label_kind)
-    assert splits.test is not None and list(splits.test.ids) == predictions["pretrained"]["id"].tolist()
-    task, labels = create_task(splits.task, splits.labels), splits.labels
-    clean = has_homolog.any() and not has_homolog.all()
-    metrics = {
-        init: {"all": one.result["test"], "clean": one.result["clean"].get("test")} for init, one in finished.items()
-    }
+    assert splits.test is not None and list(splits.test.ids) == kept["pretrained"]["id"].to_pylist()
+    task, table = create_task(splits.task, splits.labels), splits.test
+    units = independent_units(table, "kmer")
+    parts = {"all": np.ones(len(has_homolog), dtype=bool)}
+    if has_homolog.any() and not has_homolog.all():
+        parts["clean"] = ~has_homolog
+    predictions = {init: as_predictions(task, table, one) for init, one in kept.items()}
+    seconds = {}
     for baseline in task.baselines(splits.train):
-        own = baseline.predict(splits.test)
-        _, examples, tokens = selected = select_records(splits.test, ~has_homolog)
-        part = [values[tokens if task.predictions_per_token else examples] for values in own]
-        metrics[baseline.name] = {
-            "all": task.metrics(splits.test, own, intervals=True),
-            "clean": task.metrics(selected[0], part, intervals=True) if clean else None,
+        begin = perf_counter()
+        predictions[baseline.name] = baseline.predict(table)
+        seconds[baseline.name] = perf_counter() - begin
+    scores: dict[str, dict[str, Scores]] = {}
+    for name, keep in parts.items():
+        part, examples, tokens = select_records(table, keep)
+        index = tokens if task.predictions_per_token else examples
+        own = None if units is None else units[keep]
+        scores[name] = {
+            model: task.metrics(part, [values[index] for values in found], True, own)
+            for model, found in predictions.items()
         }
-        if baseline.name == experiment.baseline:
-            predictions[baseline.name] = as_table(task, splits.test, own).to_pandas()
-    differences = {
-        other: {metric: paired(cfg.task.name, metric, labels, predictions["pretrained"], predictions[other])
-                for metric in experiment.metrics}
-        for other in ("random", experiment.baseline)
-    }  # fmt: skip
+    metrics = {model: {name: scores[name][model] if name in scores else None for name in ("all", "clean")}
+               for model in predictions}  # fmt: skip
+    for init, one in finished.items():  # of the cut sequences, which the network saw: all metrics, not those compared
+        metrics[init] = {"all": one.result["test"], "clean": one.result["clean"].get("test")}
     first = finished["pretrained"]
     return {
         "task": cfg.task.name,
@@ -138,85 +139,49 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
         "training": first.result["data"]["train"],
         "runs": {init: {key: one.result[key] for key in SHOWN} for init, one in finished.items()},
         "metrics": metrics,
-        "differences": differences,
-        "silent": [name for name, made in predictions.items() if "label" in made and (made["label"] == "").all()],
+        "seconds": seconds,
+        "verdicts": {name: {metric: judged(of, metric) for metric in experiment.metrics}
+                     for name, of in scores.items()},
+        "alarms": {init: alarms(scores["all"][init]) for init in INITS},
     }  # fmt: skip
 
 
-def paired(task: str, metric: str, labels: tuple[str, ...], one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
-    """Return the difference of a metric between two sets of predictions, scored on the same resamples of proteins."""
-    a, b = (scorer(task, metric, labels, predictions) for predictions in (one, other))
-    drawn = bootstrap(len(one), lambda counts: {"difference": a(counts) - b(counts)}, width=len(one) * 4)
-    once = np.ones((1, len(one)))
-    return {"difference": float((a(once) - b(once))[0]), "difference_ci": interval(drawn["difference"])}
+def judged(scores: Mapping[str, Scores], metric: str) -> dict[str, Any]:
+    """Return the verdict on `mini` beside the network without its weights, and beside the baselines."""
+    lower = metric in LOWER_IS_BETTER
+    others = {name: of for name, of in scores.items() if name not in INITS}
+    return {
+        "random": verdict(scores["pretrained"], {"newly initialized": scores["random"]}, metric, not lower),
+        "baselines": verdict(scores["pretrained"], others, metric, not lower),
+    }
 
 
-def scorer(
-    task: str, metric: str, labels: tuple[str, ...], predictions: pd.DataFrame
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the function from how often each protein was drawn to `metric` of these predictions."""
-    if task in ("sequence_classification", "residue_classification"):
-        cells = confusion_cells(labels, predictions, task == "residue_classification")
-        return lambda counts: confusion_scores((counts @ cells).reshape(-1, len(labels), len(labels)))[metric]
-    if task == "multi_label" and metric == "auroc":
-        everyone = np.arange(len(predictions))
-        curves = [
-            Curve.of(
-                predictions[f"p_{label}"].to_numpy(),
-                has_label(predictions["target"], label),
-                everyone,
-                len(predictions),
-            )
-            for label in labels
-        ]
-        return lambda counts: np.asarray(np.mean([curve.areas(counts)[0] for curve in curves], axis=0))
-    if task == "multi_label":
-        target, predicted = (
-            np.stack([has_label(predictions[name], label) for label in labels], axis=1).astype(float)
-            for name in ("target", "label")
-        )
-        return lambda counts: macro_f1(counts @ (target * predicted), counts @ (target + predicted))
-    if task == "regression":
-        x, y = predictions["value"].to_numpy(float), predictions["target"].to_numpy(float)
-        return lambda counts: correlations(counts, ranks(counts, x), ranks(counts, y))
-    hidden = predictions["hidden"].to_numpy(float)
-    loss = np.where(hidden > 0, predictions["loss"], 0.0) * hidden
-    return lambda counts: np.exp((counts @ loss) / (counts @ hidden))
+def as_predictions(task: Task, table: ExampleTable, kept: pa.Table) -> list[np.ndarray]:
+    """Return the predictions of whole proteins that a run kept, in the form that `task.metrics` takes.
 
-
-def has_label(texts: pd.Series, label: str) -> np.ndarray:
-    """Return whether `label` is among those that each text joins, bool [proteins]."""
-    return np.array([label in text.split(LIST_JOINER) for text in texts])
-
-
-def confusion_cells(labels: tuple[str, ...], predictions: pd.DataFrame, per_residue: bool) -> np.ndarray:
-    """Return how often each pair of target and prediction occurs in a protein, float64 [proteins, C * C]."""
-    place = {label: i for i, label in enumerate(labels)}
-    cells = np.zeros((len(predictions), len(labels) ** 2))
-    for row, (target, predicted) in enumerate(
-        zip(predictions["target"], predictions["labels" if per_residue else "label"], strict=True)
-    ):
-        for pair in zip(target, predicted, strict=True) if per_residue else [(target, predicted)]:
-            if pair[0] is not None:
-                cells[row, place[pair[0]] * len(labels) + place[pair[1]]] += 1
-    return cells
-
-
-def macro_f1(right: np.ndarray, marked: np.ndarray) -> np.ndarray:
-    """Return macro-F1 [k] from sums over proteins [k, C]; a class neither present nor predicted counts 0."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(marked > 0, 2 * right / marked, 0.0).mean(1))
+    A protein's windows are one in what is kept, so each of its examples in `table` gets what the protein got; of hidden
+    residues, which add up, its first example gets all.
+    """
+    if task.cfg.name == "masked_lm":
+        hidden = kept["hidden"].to_numpy().astype(float)
+        loss = np.where(hidden > 0, np.nan_to_num(kept["loss"].to_numpy()), 0.0) * hidden
+        first = np.diff(table.record, prepend=-1) != 0
+        return [np.where(first, values[table.record], 0.0) for values in (loss, hidden, 0 * hidden)]
+    if task.cfg.name == "regression":
+        return [kept["value"].to_numpy()[table.record]]
+    if task.cfg.name == "residue_classification":
+        slot, _ = table.residue_slots()
+        flat = [kept[f"p_{label}"].combine_chunks().flatten().to_numpy(zero_copy_only=False) for label in task.labels]
+        p = np.stack(flat, axis=1)[np.maximum(slot, 0)]
+        return [np.log(np.maximum(p, LEAST))]
+    p = np.stack([kept[f"p_{label}"].to_numpy() for label in task.labels], axis=1)[table.record]
+    log_p = np.log(np.maximum(p, LEAST))
+    return [log_p if task.cfg.name == "sequence_classification" else log_p - np.log(np.maximum(1 - p, LEAST))]
 
 
 LOWER_IS_BETTER = {"loss", "rmse", "mae", "perplexity"}
-
-
-def verdict(metric: str, difference: Mapping[str, Any]) -> str:
-    """Return `better`, `worse`, or `undecided` if the interval of the difference contains 0."""
-    low, high = difference["difference_ci"]
-    if low <= 0 <= high:
-        return "undecided"
-    return "better" if (difference["difference"] < 0) == (metric in LOWER_IS_BETTER) else "worse"
+LEAST = 1e-30
+"""Least probability that a logarithm is taken of."""
 
 
 def page(saved: Mapping[str, Any]) -> str:
@@ -225,15 +190,17 @@ def page(saved: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    found = [(experiment, saved[experiment.name]) for experiment in EXPERIMENTS if experiment.name in saved]
+    # one that was saved before there were verdicts has figures of another measure
+    known = [experiment for experiment in EXPERIMENTS if "verdicts" in saved.get(experiment.name, {})]
+    found = [(experiment, saved[experiment.name]) for experiment in known]
     return environment.get_template("results.md.jinja").render(
         found=found,
         names=NAMES,
         show=show,
-        number=number,
+        signed=signed,
+        drawn_over=drawn_over,
         counted=lambda found, task: counted(found, task_class(task).unit),
-        verdict=verdict,
-        missing=[experiment.title for experiment in EXPERIMENTS if experiment.name not in saved],
+        missing=[experiment.title for experiment in EXPERIMENTS if experiment not in known],
     )
 
 

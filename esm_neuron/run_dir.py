@@ -47,7 +47,14 @@ LOG_LIMIT = 1 << 30
 """Largest log in bytes that is read: a line of each step of ten million."""
 
 _VALUE = (*NUMBER, NOTHING, lambda value: isinstance(value, list) and len(value) == 2 and not misfit(value, [NUMBER]))
-_SCORES = {"n": int, "n_records?": int, "per_class?": {"*": {"n": int, "*": _VALUE}}, "*": _VALUE}
+_SCORES = {
+    **dict.fromkeys(("n", "n_records?", "n_clusters?"), int),
+    **dict.fromkeys(("auprc_of?", "only_answer?"), str),
+    "per_class?": {"*": {"n": int, "*": _VALUE}},
+    "*": _VALUE,
+}  # fmt: skip
+_DIFFERENCE = {"difference": NUMBER, "difference_ci": _VALUE, "verdict": str}
+_VERDICT = {**dict.fromkeys(("metric", "best", "verdict", "text"), str), "against": {"*": _DIFFERENCE}}
 _RESULT = {
     **dict.fromkeys(("task", "metric", "model", "init", "backend", "adapter"), str),
     "parameters": {"trainable": int, "total": int},
@@ -61,6 +68,8 @@ _RESULT = {
     "leaks?": {"*": {"method": str, "proteins": int, "homologs": int}},
     "clean?": {"*": _SCORES},
     **{key: {"*": {"*": _SCORES}} for key in ("baselines?", "clean_baselines?")},
+    **{key: {"*": _VERDICT} for key in ("verdicts?", "clean_verdicts?")},
+    "alarms?": {"*": [str]},
 }  # fmt: skip
 """The form of result.json, see `files.misfit`."""
 

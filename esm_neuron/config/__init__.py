@@ -69,16 +69,18 @@ class TaskConfig:
     """Share of the target probability spread evenly over the classes, 0 to 1."""
     focal_gamma: float = 0.0
     """Focal loss (arXiv:1708.02002): a class's loss is multiplied by (1 - its probability)^gamma; 0: cross entropy."""
-    ignore: tuple[str, ...] = ("-", "?", ".")
+    ignore: tuple[str, ...] | None = None
     """residue_classification: labels of residues about which nothing is known; they are counted, and neither learned
-    nor scored."""
+    nor scored. None: `?`, `.` and `-`, but where more than a tenth of the residues have `-`, which many files write for
+    a class (coil, no signal), that is an error: name them, with `-` or without."""
     target_mean: float | None = None
     """regression: what is subtracted from values before training; None: the mean of the training proteins. Predictions
     and metrics are in the values' own unit."""
     target_sd: float | None = None
     """regression: what values are divided by; None: the standard deviation of the training proteins."""
     mask_probability: float = 0.15
-    """masked_lm: share of residues chosen as targets; 80 % become <mask>, 10 % a random residue, 10 % stay."""
+    """masked_lm: share of residues chosen as targets; in training 80 % become <mask>, 10 % a random
+    residue, 10 % stay, and in evaluation all become <mask>."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ class Judge:
         """Return bool [pairs]."""
         a, b = self._queries.lengths[pairs.query], self._targets.lengths[pairs.target]
         longer = np.maximum(a, b)
-        facing, equal, segment = self._ungapped(pairs)
+        facing, equal, segment = self.ungapped(pairs)
         homologs = (equal >= IDENTITY * facing) & (facing >= COVERAGE * longer)
         homologs |= (equal >= WINDOW_IDENTITY * facing) & (facing >= WINDOW_COVERAGE * longer)
         homologs &= self._beyond_chance(pairs, facing, equal)
@@ -179,7 +179,7 @@ class Judge:
             low, high = np.where(above, low, middle), np.where(above, middle, high)
         return np.asarray(_LAMBDA * low[:, 0] / _LAMBDA_UNGAPPED).clip(max=_LAMBDA)
 
-    def _ungapped(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def ungapped(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return each diagonal's residues that face each other, those of them that are equal, and its best score."""
         first, second = np.maximum(pairs.diagonal, 0), np.maximum(-pairs.diagonal, 0)
         facing = np.minimum(

@@ -329,7 +329,11 @@ class TargetMaker(Protocol):
     per_token: ClassVar[bool]
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Return input, label and weight of one example."""
+        """Return input, label and weight of one example in training."""
+        ...
+
+    def evaluation_target(self, table: ExampleTable, example: int) -> Target:
+        """Return the same in an evaluation, by its tokens alone."""
         ...
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -33,6 +33,9 @@ MOST_CLASSES = np.iinfo(np.int16).max  # codes and class indices are int16
 LONGEST_NAME = 1000  # characters of a class name; a longer one is another column's content
 MOST_LEVELS = 10  # classes that are numbers and yet no measured values, for certain
 SHOWN_CLASSES = 20  # classes that are named with their counts before training
+GAP = "-"  # of a residue: a class in many files, and no label in others
+IGNORED = (GAP, "?", ".")  # labels of residues that are unknown where `task.ignore` is not given
+MOST_GAPS = 0.1  # share of training residues with GAP from which it may be a class
 BINS = 10  # quantiles of a regression's values that a sample of rows is spread over
 
 
@@ -51,7 +54,9 @@ class Labels:
         self.codes = {name: code for code, name in enumerate(dict.fromkeys(task.labels or ()))}  # as they appear
         # what stands for no label, in small letters, unless it is named as a class
         self.nothing = (NO_RESIDUE_LABELS if self.per_residue else NO_LABEL) - {n.lower() for n in task.labels or ()}
-        self.ignored = set(task.ignore) if self.per_residue else set()  # names that stand for an unknown label
+        # names that stand for an unknown label; what is named as a class is none
+        known = set(task.labels or ()) if task.ignore is None else set()
+        self.ignored = set(IGNORED if task.ignore is None else task.ignore) - known if self.per_residue else set()
 
     @classmethod
     def of(cls, task: TaskConfig, data: DataConfig) -> Labels:
@@ -141,20 +146,22 @@ class Labels:
     def learn_classes(self, train: Iterable[pa.Table], source: str) -> None:
         """Name the classes in `self.task`: the configured ones, or the sorted ones of the training rows."""
         chunks = list(train)
-        names = {name for rows in chunks for name in self.count(rows)}
+        names: Counter[str] = Counter()
+        for rows in chunks:
+            names.update(self.count(rows))
         fault = self.fault(names, sum(map(len, chunks)))
         if fault is not None:
             raise DataError(f"{source}: {fault}")
-        labels = self.task.labels if self.task.labels is not None else tuple(in_order(names - self.ignored))
+        labels = self.task.labels if self.task.labels is not None else tuple(in_order(set(names) - self.ignored))
         require(len(set(labels)) == len(labels), f"task.labels={labels} has a name twice; name each class once")
         self.task = replace(self.task, labels=labels)
 
-    def fault(self, names: Iterable[str], proteins: int) -> str | None:
+    def fault(self, counts: Mapping[str, int], proteins: int) -> str | None:
         """Return why the classes of so many training proteins cannot be learned; None where they can.
 
-        They are values, one class written twice, or fewer than two.
+        They are values, one class written twice, or fewer than two; `counts` has how often each is there.
         """
-        names, what = in_order(set(names) - self.ignored), f"column {self.column!r}"
+        names, what = in_order(set(counts) - self.ignored), f"column {self.column!r}"
         if len(names) < 2:
             found = f"one class only, {quote(names[0])}," if names else "no class"
             cure = "two are needed, check data.label_column and data.keep"
@@ -373,6 +380,16 @@ class ResidueLabels(Labels):
     def strata(self, rows: pa.Table) -> np.ndarray:
         return np.zeros(len(rows), dtype=np.int64)
 
+    def fault(self, counts: Mapping[str, int], proteins: int) -> str | None:
+        share = counts.get(GAP, 0) / max(1, sum(counts.values()))
+        if self.task.ignore is None and GAP in self.ignored and share > MOST_GAPS and set(counts) - self.ignored:
+            return (
+                f"column {self.column!r} has {GAP!r} for {share:.0%} of the training residues: a class such as coil, "
+                "or a label that is not known? Say task.ignore=[?, .] if it is a class, or task.ignore=[-, ?, .] to "
+                "leave these residues out"
+            )
+        return super().fault(counts, proteins)
+
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
         """Return int16 [residues of all rows]: class indices, `UNKNOWN` for a label in `task.ignore`."""
         return self._classes(rows, *flatten(rows), problems)
@@ -416,7 +433,7 @@ class Numbers(Labels):
         values = flatten(rows)[0]
         return np.searchsorted(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]), values)
 
-    def fault(self, names: Iterable[str], proteins: int) -> str | None:
+    def fault(self, counts: Mapping[str, int], proteins: int) -> str | None:
         return None
 
     def learn_classes(self, train: Iterable[pa.Table], source: str) -> None:

@@ -114,10 +114,10 @@ class _Loader:
             members[p, : len(pack)] = pack
             end = 0
             for s, example in enumerate(pack.tolist()):
-                # A protein is evaluated alike whatever shares its file, shard or request, so that its randomness is
-                # seeded by what it is and not by where it stands.
-                name = self.table.content(example) if epoch == _EVALUATION else example
-                target = self._task.example_target(self.table, example, _rng(self._cfg.seed, epoch, name))
+                if epoch == _EVALUATION:
+                    target = self._task.evaluation_target(self.table, example)
+                else:
+                    target = self._task.example_target(self.table, example, _rng(self._cfg.seed, epoch, example))
                 start, end = end, end + len(target.tokens)
                 input_ids[p, start:end] = target.tokens
                 segment_ids[p, start:end] = s
@@ -183,7 +183,8 @@ class EvalLoader(_Loader):
     """Give one rank's batches that together, over all ranks, hold every example exactly once.
 
     Every rank gives the same number of batches, filled up with packs of weight 0. The plan depends on the seed and the
-    table alone, an example's randomness on the seed and its tokens. Can be iterated any number of times.
+    table alone, an example on its tokens alone: a protein is evaluated alike whatever shares its file, shard or
+    request. Can be iterated any number of times.
     """
 
     def _prepare(self) -> None:

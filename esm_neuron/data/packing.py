@@ -86,8 +86,10 @@ def plan_epoch(
 ) -> EpochPlan:
     """Plan packs that together hold every example once; `lengths`, int [examples], counts tokens with specials.
 
-    `rng` decides which examples of a length take which place, and the order within a pack and of the packs. The number
-    of packs depends on the length histogram alone. Raise DataError where an example fits no pack, or there is none.
+    `rng` decides which examples of a length take which place, and the order within a pack and of the packs. The packs
+    of a step have about as many examples as those of any other: a step's loss is a mean over its examples, so that one
+    in a step of few would count for more. The number of packs depends on the length histogram alone. Raise DataError
+    where an example fits no pack, or there is none.
     """
     _check_lengths(lengths, pack_tokens)
     counts = np.bincount(lengths)
@@ -102,7 +104,7 @@ def plan_epoch(
         next_of[length] += number
         return order[start : start + number]
 
-    return EpochPlan(pack_tokens, packs_per_step, *_fill(recipes, draw, rng, order.dtype))
+    return EpochPlan(pack_tokens, packs_per_step, *_fill(recipes, draw, rng, order.dtype, packs_per_step))
 
 
 def pack_histogram(counts: np.ndarray, pack_tokens: int, max_segments: int) -> list[Recipe]:
@@ -175,16 +177,37 @@ def _shuffled_by_length(lengths: np.ndarray, counts: np.ndarray, rng: np.random.
     return order
 
 
+def _dealt(segments: np.ndarray, packs_per_step: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the packs in the order of an epoch; `segments`, int [packs], says how many examples each holds.
+
+    Each whole step gets one pack of every stratum: those with the fewest examples, with the next few, ..., each drawn
+    at random. The packs that make no whole step are drawn from all, and come last.
+    """
+    shuffled = rng.permutation(np.arange(len(segments), dtype=segments.dtype))
+    rest = len(segments) % packs_per_step
+    whole = shuffled[rest:]
+    strata = whole[np.argsort(segments[whole], kind="stable")].reshape(packs_per_step, -1)
+    steps = rng.permuted(rng.permuted(strata, axis=1).T, axis=1)
+    return np.concatenate([steps.ravel(), shuffled[:rest]])
+
+
 def _fill(
-    recipes: Sequence[Recipe], draw: Callable[[int, int], np.ndarray], rng: np.random.Generator, index: np.dtype
+    recipes: Sequence[Recipe],
+    draw: Callable[[int, int], np.ndarray],
+    rng: np.random.Generator,
+    index: np.dtype,
+    packs_per_step: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw an example for each place of each recipe, shuffle within packs, and put the packs in random order."""
-    total = sum(recipe.packs for recipe in recipes)
-    # Recipes come longest first: in their own order, an epoch would begin with the long proteins.
-    place = rng.permutation(np.arange(total, dtype=index))
-    offsets = np.zeros(total + 1, np.int64)
-    # Write how many segments each pack holds to the pack's random place, then sum them up to offsets.
-    offsets[1:][place] = np.repeat([r.segments for r in recipes], [r.packs for r in recipes])
+    """Draw an example for each place of each recipe, shuffle within packs, and put the packs in the order of `_dealt`.
+
+    Recipes come longest first: in their own order, an epoch would begin with the long proteins.
+    """
+    segments = np.repeat(np.array([r.segments for r in recipes], index), [r.packs for r in recipes])
+    place = np.empty(len(segments), index)
+    place[_dealt(segments, packs_per_step, rng)] = np.arange(len(segments), dtype=index)
+    offsets = np.zeros(len(segments) + 1, np.int64)
+    # Write how many segments each pack holds to the pack's place, then sum them up to offsets.
+    offsets[1:][place] = segments
     np.cumsum(offsets, out=offsets)
     members = np.empty(offsets[-1], index)
     done = 0

@@ -67,7 +67,7 @@ ALSO = {"id": ("entry", "acc", "accession", "identifier", "seq_id", "sequence_id
 MARKS = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
 """What a mark of a table says, in small letters."""
 UNKNOWN_RESIDUE = "?"
-"""Label of a residue that a mask hides; one of the default `task.ignore`."""
+"""Label of a residue that a mask hides; one that `task.ignore` has by default."""
 NUMBERED = "\0"
 """Id of every record of a table that has no column of ids: a zero byte, which no value has; a mark of such rows too."""
 _FILE_SHIFT = 40

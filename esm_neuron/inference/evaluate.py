@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, require
 from esm_neuron.config.deferred import module
+from esm_neuron.data.families import independent_units
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
+from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.files import finite, note_output, write_json
 from esm_neuron.inference.load import build_trained, find_trained
 from esm_neuron.inference.predict import write_rejected
 from esm_neuron.inference.stream import check_output
+from esm_neuron.metrics.verdict import alarms
 
 if TYPE_CHECKING:
     from esm_neuron.training import evaluation
@@ -62,7 +64,11 @@ def evaluate(
         built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-        values = finite(evaluation.Evaluator(built.model, task, backend).evaluate(loader, intervals=True))
+        predictions = evaluation.Evaluator(built.model, task, backend).collect(loader)
+        units = from_main_rank(backend, lambda: independent_units(table, cfg.data.homologs))
+        values = finite(task.metrics(table, predictions, True, units))
+        for line in alarms(values):
+            log(line)
         if target is not None:
             main_rank_only(backend, lambda: write_json(target, values))
             main_rank_only(backend, lambda: note_output(target))

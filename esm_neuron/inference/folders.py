@@ -134,8 +134,6 @@ def task_config(head: Head, given: TaskConfig, model: str, command: str) -> Task
     if "labels" in used:
         found = replace(found, labels=given.labels or head.labels)
         _check_labels(found, head, given, model, command)
-    if "ignore" in used:  # what the head has a class for is no missing label
-        found = replace(found, ignore=tuple(name for name in found.ignore if name not in (found.labels or ())))
     task = replace(found, **{**changed, "name": found.name})
     check_task(task)
     return task

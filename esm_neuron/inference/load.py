@@ -55,7 +55,15 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
     "predict": (*_INPUT, *_PACKING, *_COMPUTING),
     "load": (*_INPUT, *_PACKING, *_COMPUTING),
     "embed": (*_INPUT, *_PACKING, *_COMPUTING),
-    "evaluate": (*_INPUT, "data.label_column", "data.label_separator", "data.mask_column", *_PACKING, *_COMPUTING),
+    "evaluate": (
+        *_INPUT,
+        "data.label_column",
+        "data.label_separator",
+        "data.mask_column",
+        "data.homologs",
+        *_PACKING,
+        *_COMPUTING,
+    ),
     "export": (),
     "score": ("data.id_column", "data.sequence_column", *_PACKING, *_COMPUTING),  # columns of the wild type's file
 }

@@ -27,6 +27,7 @@ from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, TaskConfig, TrainConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.data.families import enough
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.tokenizer import MASK, decode, encode_many
 from esm_neuron.distributed import is_alone, log_nothing, raise_on_any_rank
@@ -59,7 +60,7 @@ class Likelihood(MaskedLM):
 
     predictions_per_token = True
 
-    def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
+    def evaluation_target(self, table: ExampleTable, example: int) -> Target:
         """Return the sequence as it is, masks included."""
         tokens = table.sequence(example)
         return Target(tokens, tokens.astype(np.int64), np.zeros(len(tokens), np.float32))
@@ -226,7 +227,7 @@ def score(
         identity = spec.identity(built, command="score", **settings_)
         rows = stream(backend_, target, scanned, identity, table, score_piece, resume, log)
         write_rejected(backend_, target, rejected, log)
-    compared = _correlation(target, method) if columns.score and backend_.topology.is_main else {}
+    compared = _correlation(target, method, columns) if columns.score and backend_.topology.is_main else {}
     return {"method": method, "rows": rows, **({"left_out": len(rejected)} if rejected else {}), **compared}
 
 
@@ -287,8 +288,15 @@ def _column(method: Method) -> str:
     return method.replace("-", "_")
 
 
-def _correlation(target: Path, method: Method) -> dict[str, Any]:
-    """Return the rank correlation of what was written with what was measured, over the rows that have both."""
-    frame = read_back(target, ["measured", _column(method)]).dropna()
+def _correlation(target: Path, method: Method, columns: VariantColumns) -> dict[str, Any]:
+    """Return the rank correlation of what was written with what was measured, over the rows that have both.
+
+    Its interval draws the first positions of named variants, whose effects are alike.
+    """
+    numbers = ["measured", _column(method)]
+    frame = read_back(target, [columns.what, *numbers]).dropna(subset=numbers)
     sign = -1.0 if method == "pseudo-perplexity" else 1.0
-    return rank_correlation(sign * frame[_column(method)].to_numpy(), frame["measured"].to_numpy())
+    units = None
+    if columns.what == "variant":
+        units = enough(frame["variant"].str.extract(r"(\d+)")[0].fillna("0").astype(np.int64).to_numpy())
+    return rank_correlation(sign * frame[_column(method)].to_numpy(), frame["measured"].to_numpy(), units)

@@ -30,6 +30,10 @@ WARNED = 0.1
 WILD_TYPE = "WT"
 """Name of the protein without a substitution."""
 
+_NO_WILD = (
+    "the wild type has {} there, which is no amino acid and hardly ever likely, so that every substitution would seem "
+    "to gain; give --wild-type with the real residue, or remove the row"
+)
 _BETWEEN = re.compile(r"\s*[:;,/+]\s*")
 _SUBSTITUTION = re.compile(r"([A-Za-z])([0-9]{1,9})([A-Za-z*=])")
 
@@ -82,6 +86,8 @@ def _substitution(text: str, wild_type: str, first: int) -> Substitution:
             f"{quote(text)}: the wild type has {there} at residue {number}, not {wild}; "
             "correct it, --wild-type or --first-residue"
         )
+    if wild not in STANDARD:
+        raise ValueError(f"{quote(text)}: {_NO_WILD.format(wild)}")
     if mutant == "*":
         raise ValueError(f"{quote(text)}: a stop codon has no likelihood in the model; remove the row")
     if mutant == "=" or mutant == wild:
@@ -131,6 +137,8 @@ def difference(sequence: str, wild_type: str) -> Variant:
     pairs = enumerate(zip(wild_type, sequence, strict=True))
     found = tuple(Substitution(i, wild, mutant) for i, (wild, mutant) in pairs if wild != mutant)
     for each in found:
+        if each.wild not in STANDARD:
+            raise ValueError(f"residue {each.index + 1}: {_NO_WILD.format(each.wild)}")
         if each.mutant not in STANDARD:
             raise ValueError(
                 f"{each.mutant!r} at residue {each.index + 1} is not one of the 20 amino acids; correct it"

@@ -42,7 +42,9 @@ def group_means(
     drawn = bootstrap(len(found), metrics, groups)
     rows, total, weighed = np.bincount(group, minlength=groups), values.sum(0), weights.sum(0)
     return [
-        Group(int(rows[g]), float(total[g] / weighed[g]), interval(drawn[str(g)])) if weighed[g] > 0 else None
+        Group(int(rows[g]), float(total[g] / weighed[g]), interval(drawn[str(g)], None, len(found)))
+        if weighed[g] > 0
+        else None
         for g in range(groups)
     ]
 

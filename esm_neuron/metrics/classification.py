@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from esm_neuron.config.deferred import module
-from esm_neuron.metrics.bootstrap import MOST_CURVES, Curve, Value, bootstrap, class_intervals, with_intervals
+from esm_neuron.metrics.bootstrap import (
+    MOST_CURVES,
+    Curve,
+    Scores,
+    Value,
+    bootstrap,
+    class_intervals,
+    numbered,
+    with_intervals,
+)
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -27,33 +36,61 @@ def classification_metrics(
     names: Sequence[str],
     intervals: bool = False,
     protein: np.ndarray | None = None,
-) -> dict[str, Value]:
-    """Return n (rows), n_records (proteins, where rows are residues) and NAMES.
+    units: np.ndarray | None = None,
+) -> Scores:
+    """Return n (rows), n_records (proteins, where rows are residues), NAMES, and what is to be known of them.
 
     A row is a protein, or a residue of `protein` (int64 [n]). `probabilities` are float64 [n, C], `labels` int64 [n]
-    class indices, `loss` float64 [n] in nats. With `intervals` also `<name>_ci`, over proteins, and `per_class`: n, F1,
-    AUROC and AUPRC of each class; of more than MOST_CURVES classes n and F1 alone, of those that occur.
+    class indices, `loss` float64 [n] in nats. With `intervals` also `<name>_ci`, over proteins, or over the clusters
+    `units` (int64 [proteins]; n_clusters says how many, where fewer than proteins), and `per_class`: n, F1, AUROC and
+    AUPRC of each class; of more than MOST_CURVES classes n and F1 alone, of those that occur.
 
-    Of two classes, AUROC and AUPRC are those of class 1; of more, the mean over classes of one against the rest,
-    undefined when a class is absent. Balanced accuracy averages over the classes present, macro-F1 over those present
-    or predicted.
+    Of two classes AUPRC is that of the rarer one, which `auprc_of` names, and AUROC is that of either; of more, both
+    are means over classes of one against the rest, undefined when a class is absent. Balanced accuracy averages over
+    the classes present, macro-F1 over those present or predicted. `only_answer` is there where every row is predicted
+    to be of one class, and not all are.
     """
     predicted = probabilities.argmax(1) if len(labels) else labels
     values: dict[str, Value] = {"n": len(labels)}
     if protein is not None:
         values["n_records"] = len(np.unique(protein))
     values.update(classification_scores(probabilities, labels, loss))
+    if values["auprc"] is not None and len(names) == 2:
+        values["auprc_of"] = names[rarer(labels)]
+    if len(labels) and (predicted == predicted[0]).all() and (labels != labels[0]).any():
+        values["only_answer"] = names[predicted[0]]
     if not intervals:
-        return values
-    classes, few = len(names), len(names) <= MOST_CURVES
-    found, unit = np.unique(np.arange(len(labels)) if protein is None else protein, return_inverse=True)
-    cells = Cells.of(labels, predicted, unit, len(found))
-    losses, sizes = np.bincount(unit, loss, len(found)), np.bincount(unit, minlength=len(found))
-    curves = [Curve.of(probabilities[:, c], labels == c, unit, len(found)) for c in range(classes)] if few else []
+        return Scores(values)
+    of_rows = units if protein is None or units is None else units[protein]
+    size, unit = numbered(protein if of_rows is None else of_rows, len(labels))
+    if size < int(values.get("n_records", len(labels))):  # type: ignore[arg-type]
+        values["n_clusters"] = size
+    cells = Cells.of(labels, predicted, unit, size)
+    drawn = _drawn(probabilities, labels, loss, cells, unit)
+    found = with_intervals(values, drawn, size)
+    if len(names) <= MOST_CURVES:
+        each = [binary_scores(p, labels == c, predicted == c) for c, p in enumerate(probabilities.T)]
+        found["per_class"] = class_intervals(names, each, drawn, size)
+        return found
+    right, target, marked = cells.sums(np.ones((1, size)))
+    f1 = _f1(right, target, marked)[0]
+    own = {names[c]: {"n": int(target[0, i]), "f1": float(f1[i])} for i, c in enumerate(cells.classes.tolist())}
+    found["per_class"] = own
+    return found
+
+
+def _drawn(
+    probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray, cells: Cells, unit: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the metrics of every resample of the units, of which each row is one, int64 [n]."""
+    classes, size = probabilities.shape[1], cells.counts.shape[0]
+    few = classes <= MOST_CURVES
+    losses, rows = np.bincount(unit, loss, size), np.bincount(unit, minlength=size)
+    curves = [Curve.of(p, labels == c, unit, size) for c, p in enumerate(probabilities.T)] if few else []
 
     def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
         sums = cells.sums(counts)
-        drawn = {"loss": counts @ losses / (counts @ sizes), **class_scores(*sums)}
+        drawn = {"loss": counts @ losses / (counts @ rows), **class_scores(*sums)}
         if not few:
             return drawn
         f1 = np.full((len(counts), classes), np.nan)
@@ -61,21 +98,18 @@ def classification_metrics(
         for c, curve in enumerate(curves):
             drawn[f"f1/{c}"] = f1[:, c]
             drawn[f"auroc/{c}"], drawn[f"auprc/{c}"] = curve.areas(counts)
-        shown = [1] if classes == 2 else range(classes)
+        shown = [rarer(labels)] if classes == 2 else range(classes)
         for name in ("auroc", "auprc"):
             drawn[name] = np.mean([drawn[f"{name}/{c}"] for c in shown], axis=0)
         return drawn
 
     width = max((curve.thresholds for curve in curves), default=0)
-    drawn = bootstrap(len(found), metrics, max(width, cells.counts.shape[1], 3 * len(cells.classes)))
-    values = with_intervals(values, drawn)
-    if few:
-        per_class = [binary_scores(probabilities[:, c], labels == c, predicted == c) for c in range(classes)]
-        return {**values, "per_class": class_intervals(names, per_class, drawn)}
-    right, target, marked = cells.sums(np.ones((1, len(found))))
-    f1 = _f1(right, target, marked)[0]
-    own = {names[c]: {"n": int(target[0, i]), "f1": float(f1[i])} for i, c in enumerate(cells.classes.tolist())}
-    return {**values, "per_class": own}
+    return bootstrap(size, metrics, max(width, cells.counts.shape[1], 3 * len(cells.classes)))
+
+
+def rarer(labels: np.ndarray) -> int:
+    """Return the class, 0 or 1, that fewer of the labels int64 [n] are of; 1 where both are as frequent."""
+    return int(2 * (labels == 1).sum() <= len(labels))
 
 
 @dataclass(frozen=True)
@@ -125,7 +159,7 @@ def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: n
         values["mcc"] = float(scores["mcc"][0])
     classes = probabilities.shape[1]
     if len(present) == classes:
-        shown = [1] if classes == 2 else range(classes)
+        shown = [rarer(labels)] if classes == 2 else range(classes)
         each = [(labels == c, probabilities[:, c]) for c in shown]
         values["auroc"] = float(np.mean([sk.roc_auc_score(target, column) for target, column in each]))
         values["auprc"] = float(np.mean([sk.average_precision_score(target, column) for target, column in each]))

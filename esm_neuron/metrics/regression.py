@@ -5,24 +5,30 @@ from __future__ import annotations
 import numpy as np
 
 from esm_neuron.config.deferred import module
-from esm_neuron.metrics.bootstrap import Value, bootstrap, with_intervals
+from esm_neuron.metrics.bootstrap import Scores, Value, bootstrap, numbered, with_intervals
 
 stats = module("scipy.stats")
+CONSTANT = 0.01  # standard deviation of predictions, as a share of the targets', below which they are all alike
 NAMES = ("loss", "spearman", "pearson", "rmse", "mae", "r2")
 
 
 def regression_metrics(
-    predicted: np.ndarray, target: np.ndarray, scale: float = 1.0, intervals: bool = False
-) -> dict[str, Value]:
+    predicted: np.ndarray,
+    target: np.ndarray,
+    scale: float = 1.0,
+    intervals: bool = False,
+    units: np.ndarray | None = None,
+) -> Scores:
     """Return n, loss (mean squared error over scale^2), spearman, pearson (both undefined where the targets or the
     predictions, float64 [n], are all equal), rmse, mae (in the values' unit) and r2 = 1 - MSE / variance.
 
-    With `intervals` also `<name>_ci`, over proteins.
+    With `intervals` also `<name>_ci`, over proteins or over the clusters `units` (int64 [n]; their number is
+    n_clusters). `only_answer` is there where the predictions vary by less than CONSTANT of what the targets do.
     """
     n = len(target)
     values: dict[str, Value] = {"n": n, **dict.fromkeys(NAMES)}
     if not n:
-        return with_intervals(values, {}) if intervals else values
+        return with_intervals(values, {}, 0) if intervals else Scores(values)
     error = predicted - target
     mse = float(np.mean(error**2))
     values.update(loss=mse / scale**2, rmse=mse**0.5, mae=float(np.abs(error).mean()))
@@ -31,14 +37,21 @@ def regression_metrics(
         if np.ptp(predicted) > 0:
             values["spearman"] = float(stats.spearmanr(predicted, target).statistic)
             values["pearson"] = float(stats.pearsonr(predicted, target).statistic)
+        if predicted.std() < CONSTANT * target.std():
+            values["only_answer"] = f"{predicted.mean():.6g}"
     if not intervals:
-        return values
+        return Scores(values)
+    size, unit = numbered(units, n)
+    if size < n:
+        values["n_clusters"] = size
     # centred first: the sums below would cancel where a mean is large against its spread
     x, y = predicted - predicted.mean(), target - target.mean()
 
-    def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
-        squares, absolute = counts @ error**2 / n, counts @ np.abs(error) / n
-        variance = counts @ y**2 / n - (counts @ y / n) ** 2
+    def metrics(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        counts = drawn[:, unit]  # ranks need the rows
+        rows = counts.sum(1)
+        squares, absolute = counts @ error**2 / rows, counts @ np.abs(error) / rows
+        variance = counts @ y**2 / rows - (counts @ y / rows) ** 2
         with np.errstate(invalid="ignore", divide="ignore"):
             r2 = np.where(variance > 0, 1 - squares / variance, np.nan)
         return {
@@ -50,7 +63,7 @@ def regression_metrics(
             "r2": r2,
         }
 
-    return with_intervals(values, bootstrap(n, metrics))
+    return with_intervals(values, bootstrap(size, metrics, n), size)
 
 
 def correlations(counts: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -74,8 +87,10 @@ def ranks(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.asarray((last - (drawn - 1) / 2)[:, group])
 
 
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> dict[str, Value]:
+def rank_correlation(one: np.ndarray, other: np.ndarray, units: np.ndarray | None = None) -> Scores:
     """Return `n`, `spearman` (by scipy; ties share their mean rank) and `spearman_ci`, 95 % over resampled rows.
+
+    With the clusters `units`, int64 [n], these are drawn, and n_clusters says how many there are.
 
     It is None below two different values of `one` or `other`, float64 [n] each.
     """
@@ -83,7 +98,12 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> dict[str, Value]:
     defined = n > 1 and np.ptp(one) > 0 and np.ptp(other) > 0
     values: dict[str, Value] = {"n": n, "spearman": float(stats.spearmanr(one, other).statistic) if defined else None}
 
-    def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
+    size, unit = numbered(units, n)
+    if size < n:
+        values["n_clusters"] = size
+
+    def metrics(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        counts = drawn[:, unit]
         return {"spearman": correlations(counts, ranks(counts, one), ranks(counts, other))}
 
-    return with_intervals(values, bootstrap(n, metrics))
+    return with_intervals(values, bootstrap(size, metrics, n), size)

@@ -27,10 +27,12 @@ class Shown:
     key: str
     value: float | None
     interval: tuple[float, float] | None
+    of: str = ""
+    """The class that it is the metric of, where it is of one of several."""
 
     @property
     def name(self) -> str:
-        return name_of(self.key)
+        return name_of(self.key) + (f" of {self.of}" if self.of else "")
 
     @property
     def text(self) -> str:
@@ -52,7 +54,8 @@ def shown(metrics: Mapping[str, Any]) -> list[Shown]:
 
 def show(metrics: Mapping[str, Any], name: str) -> Shown:
     bounds = metrics.get(f"{name}_ci")
-    return Shown(name, metrics.get(name), None if bounds is None else (bounds[0], bounds[1]))
+    of = str(metrics.get(f"{name}_of", ""))
+    return Shown(name, metrics.get(name), None if bounds is None else (bounds[0], bounds[1]), of)
 
 
 def counted(metrics: Mapping[str, Any], unit: str) -> str:
@@ -60,6 +63,12 @@ def counted(metrics: Mapping[str, Any], unit: str) -> str:
     proteins = metrics.get("n_records", metrics["n"])
     of_proteins = f"{proteins:,} protein{'' if proteins == 1 else 's'}"
     return f"{metrics['n']:,} {unit} of {of_proteins}" if "n_records" in metrics else of_proteins
+
+
+def drawn_over(metrics: Mapping[str, Any]) -> str:
+    """Say what the intervals of an evaluation are drawn over: `proteins`, or `1,843 clusters of proteins`."""
+    clusters = metrics.get("n_clusters")
+    return "proteins" if clusters is None else f"{clusters:,} clusters of proteins (families, or mutated positions)"
 
 
 def clean_of(result: Mapping[str, Any], split: str) -> str:
@@ -74,24 +83,3 @@ def leak_text(result: Mapping[str, Any], split: str) -> str:
         return f"Homologs of {split} proteins in training were not looked for."
     has_homolog = f"{leak['homologs']:,} of {leak['proteins']:,} {split} proteins"
     return f"{has_homolog} have a homolog in training (by {leak['method']})."
-
-
-def verdict(
-    metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]], metric: str, greater_is_better: bool
-) -> str:
-    """Say whether a model is better than the best baseline by `metric`; empty where that cannot be said.
-
-    Overlapping intervals leave it undecided; both are of the same proteins, so a paired test may still decide.
-    """
-    known = {name: show(values, metric) for name, values in baselines.items() if values.get(metric) is not None}
-    own, sign = show(metrics, metric), 1 if greater_is_better else -1
-    if not known or own.value is None:
-        return ""
-    name, other = max(known.items(), key=lambda item: sign * (item[1].value or 0.0))
-    better = sign * (own.value - (other.value or 0.0)) > 0
-    apart = own.interval and other.interval and (
-        own.interval[0] > other.interval[1] or own.interval[1] < other.interval[0]
-    )  # fmt: skip
-    said = "Better than" if better else "Not better than"
-    doubt = "; the difference is undecided, since the intervals overlap" if own.interval and other.interval else ""
-    return f"{said} the {name} baseline by {own.name}: {own.text} against {other.text}{'' if apart else doubt}."

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from esm_neuron import __version__
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.records import is_hub
-from esm_neuron.metrics.text import clean_of, counted, leak_text, show, shown, verdict
+from esm_neuron.metrics.text import clean_of, counted, drawn_over, leak_text, show, shown
 from esm_neuron.models.hf_folder import BaseReference
 from esm_neuron.reports.html import environment, trained_text
 from esm_neuron.tasks import task_class
@@ -58,7 +58,10 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
         clean_of=clean_of(result, split) if clean else "",
         leaks=leak_text(result, split) if metrics else "",
         split=split,
-        verdict=verdict(metrics, baselines, result["metric"], task.greater_is_better),
+        verdict=(result.get("verdicts") or {}).get(split, {}).get("text", ""),
+        clean_verdict=(result.get("clean_verdicts") or {}).get(split, {}).get("text", ""),
+        alarms=(result.get("alarms") or {}).get(split, []),
+        drawn_over=drawn_over(metrics) if metrics else "",
         licence=_licence(cfg),
         version=__version__,
         name=name,

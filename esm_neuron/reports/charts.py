@@ -18,12 +18,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from esm_neuron.metrics.calibration import Group, group_means, reliability
-from esm_neuron.metrics.text import Shown, name_of, show
+from esm_neuron.metrics.text import Shown, drawn_over, name_of, show
 from esm_neuron.tasks.view import Confidence, Confusion, View
 
 SIZE = (4.7, 3.0)  # of a plain chart in inches
 MOST_CLASSES = 30  # with a bar each; of more, the most frequent
 MOST_CELLS = 14  # classes of a confusion matrix that has its numbers written in the cells
+MOST_BASELINES = 3  # beside the model; of more, the best by its metric
 MOST_POINTS = 5_000  # of a scatter plot: more would make a page of many megabytes
 LENGTH_BINS, LEAST_RECORDS = 8, 10  # most bins of length, and about how many records each has at least
 
@@ -67,7 +68,7 @@ def metric_curve(log: Sequence[Mapping[str, Any]], chosen: int, metric: str) -> 
 
 
 def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Chart:
-    """Draw the model beside its baselines, one row per metric."""
+    """Draw the model beside at most MOST_BASELINES baselines, one row per metric."""
     models = {"this model": metrics, **baselines}
     colours = [ACCENT, *[SECOND, THIRD, MUTED][: len(baselines)]]
 
@@ -77,12 +78,15 @@ def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, 
             places = np.arange(len(names)) + (m - (len(models) - 1) / 2) * 0.22
             points = [(place, show(values, name)) for place, name in zip(places, names, strict=True)]
             _dots(axes, [(place, point) for place, point in points if point.value is not None], colour, model)
-        axes.set_yticks(range(len(names)), [name_of(name) for name in names])
+        axes.set_yticks(range(len(names)), [show(metrics, name).name for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=min(len(models), 3))
 
-    caption = "This model and the baselines on the same proteins, with 95 % bootstrap intervals over proteins."
+    caption = (
+        f"This model and its best baselines on the same proteins, with 95 % bootstrap intervals over "
+        f"{drawn_over(metrics)}."
+    )
     return draw("comparison", "Beside baselines", caption, (SIZE[0], 1.1 + 0.42 * len(names)), paint)
 
 

@@ -15,7 +15,7 @@ from esm_neuron import __version__
 from esm_neuron.config import AdapterConfig, settings
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import check_ours, count_lines, new_folder, note, write_bytes, write_text
-from esm_neuron.metrics.text import Shown, clean_of, counted, leak_text, show, shown, verdict
+from esm_neuron.metrics.text import Shown, clean_of, counted, drawn_over, leak_text, show, shown
 from esm_neuron.reports import charts
 from esm_neuron.reports.charts import COLOURS, Chart
 from esm_neuron.run_dir import CONFIG, REJECTED, REPORT, RESULT, Finished, read_finished
@@ -80,7 +80,7 @@ def _charts(finished: Finished, task: Task, split: str | None, found: View | Non
     metrics, baselines = result[split], _baselines(finished, split)
     compared = [name for name in _order(metrics, result["metric"]) if name in task.compared]
     if baselines and compared:
-        yield charts.comparison(metrics, baselines, compared)
+        yield charts.comparison(metrics, _best(baselines, task), compared)
     if metrics.get("per_class"):
         yield charts.class_bars(metrics["per_class"], task.unit)
     if found is None:
@@ -94,6 +94,14 @@ def _charts(finished: Finished, task: Task, split: str | None, found: View | Non
         yield charts.spread(found.spread)
     reliability = None if found.confidence is None else charts.calibration(found.confidence, found.several)
     yield from (chart for chart in (reliability, charts.length_chart(found)) if chart is not None)
+
+
+def _best(baselines: dict[str, dict[str, Any]], task: Task) -> dict[str, dict[str, Any]]:
+    """Return the baselines that a chart has room for: the best by the task's metric, in their order."""
+    sign = 1 if task.greater_is_better else -1
+    known = {name: values for name, values in baselines.items() if values.get(task.metric) is not None}
+    best = sorted(known, key=lambda name: sign * known[name][task.metric], reverse=True)[: charts.MOST_BASELINES]
+    return {name: values for name, values in baselines.items() if name in best}
 
 
 def _order(metrics: dict[str, Any], metric: str) -> list[str]:
@@ -123,7 +131,8 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
         split=split and SPLITS[split],
         scored=counted(metrics, task.unit) if split else "",
         tiles=[show(metrics, name) for name in _order(metrics, metric)[:4]],
-        verdict=verdict(metrics, _baselines(finished, split), metric, task.greater_is_better) if split else "",
+        verdict=(result.get("verdicts") or {}).get(split, {}),
+        alarms=(result.get("alarms") or {}).get(split, []),
         leaks=leak_text(result, split) if split else "",
         kept=split in finished.predictions,
         charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
@@ -156,7 +165,8 @@ def _table(task: Task, title: str, metrics: dict[str, Any], baselines: dict[str,
     rows = [(own.name, [show(each, own.key) for each in everyone]) for own in shown(metrics)]
     sampled = [f"{name} on {values['fitted_on']:,} of {values['training']:,}" for name, values in baselines.items()
                if values.get("fitted_on", 0) < values.get("training", 0)]  # fmt: skip
-    note = f"Baselines fitted on a sample of the training set: {', '.join(sampled)}." if sampled else ""
+    note = f"In brackets: 95 % bootstrap intervals over {drawn_over(metrics)}."
+    note += f" Baselines fitted on a sample of the training set: {', '.join(sampled)}." if sampled else ""
     return Table(f"{title}: {counted(metrics, task.unit)}", note, ["this model", *baselines], rows)
 
 

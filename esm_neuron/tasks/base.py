@@ -13,7 +13,7 @@ from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Labels
-from esm_neuron.metrics import Value
+from esm_neuron.metrics import Scores
 from esm_neuron.tasks.baselines import Baseline
 from esm_neuron.tasks.view import View
 
@@ -96,9 +96,13 @@ class Task(ABC):
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """Return what the model sees of one example and what it should predict, here nothing (weight 0).
 
-        `rng` is seeded by (seed, epoch, example), in evaluation by (seed, tokens).
+        `rng` is seeded by (seed, epoch, example).
         """
         return Target(table.sequence(example), np.zeros((), np.int64), np.zeros((), np.float32))
+
+    def evaluation_target(self, table: ExampleTable, example: int) -> Target:
+        """Return the same for an evaluation: a function of the example's tokens, whatever the seed and its table."""
+        return self.example_target(table, example, np.random.default_rng(table.content(example)))
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (sum of weighted losses, sum of weights), scalars: sums, so that passes and ranks add up exactly."""
@@ -110,8 +114,14 @@ class Task(ABC):
         """Return what an evaluation keeps of a batch: float32 [R, S, ...] or [R, L, ...] each, here the logits."""
         return (logits.float(),)
 
-    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """Return how good the predictions for a table with labels are; with `intervals` also 95 % intervals."""
+    def metrics(
+        self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
+    ) -> Scores:
+        """Return how good the predictions for a table with labels are; with `intervals` also 95 % intervals.
+
+        It needs predictions alone, whatever made them: the loop's network, a probe, a baseline. Intervals draw
+        proteins, or the clusters `units` (int64 [records]; see `data.families`).
+        """
         raise NotImplementedError(f"{type(self).__name__} is not evaluated")
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
@@ -145,6 +155,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Return float64 [n, C]: log probabilities of logits [n, C]."""
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
+
+
+def cross_entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Return - log p in nats of what is true: of the probabilities that are shown, so after a mean over windows."""
+    return np.asarray(-np.log(np.maximum(probabilities, np.finfo(np.float64).tiny)))
 
 
 def by_class(labels: Sequence[str], columns: Iterable[Column]) -> dict[str, Column]:

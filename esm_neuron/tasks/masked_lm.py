@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
-from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, VOCABULARY
-from esm_neuron.metrics import Value, masked_lm_metrics
+from esm_neuron.data.tokenizer import AMINO_ACIDS, MASK, VOCABULARY
+from esm_neuron.metrics import Scores, masked_lm_metrics
 from esm_neuron.tasks.base import Column, Predictions, Task, weighted
 from esm_neuron.tasks.baselines import Baseline, unigram_baseline
 from esm_neuron.tasks.view import View, lengths, worst
@@ -29,9 +29,10 @@ else:
 class MaskedLM(Task):
     """Residues hidden from the model, predicted from the rest; BERT's recipe (arXiv:1810.04805), as in ESM-2.
 
-    Of the residues, `mask_probability` are targets; 80 % of these are shown as <mask>, 10 % as a random standard amino
-    acid, 10 % unchanged. <cls> and <eos> are never targets. Every hidden residue counts once; where windows overlap
-    each of them hides its own.
+    Of the 20 amino acids, `mask_probability` are targets; X and other letters are context alone. In training 80 % of
+    the targets are shown as <mask>, 10 % as a random amino acid, 10 % unchanged. In evaluation every target is a
+    <mask>: of one that the model can see, its letter says much that nothing was learned for. Every hidden residue
+    counts once; where windows overlap each of them hides its own.
     """
 
     summary = "masked language modeling"
@@ -55,13 +56,28 @@ class MaskedLM(Task):
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """Return the original token ids, int64 [n], with weight 1 at the chosen residues."""
         original = table.sequence(example)
-        chosen = (rng.random(len(original)) < self.cfg.mask_probability) & (original != CLS) & (original != EOS)
+        chosen = self._chosen(original, rng)
         # As in BERT: of the chosen residues 80 % are masked, 10 % become a random amino acid and 10 % stay as they are.
         fate = rng.random(len(original))
         shown = np.where(chosen & (fate < 0.8), np.uint8(MASK), original)
         random = np.asarray(AMINO_ACIDS, np.uint8)[rng.integers(0, len(AMINO_ACIDS), len(original))]
         shown = np.where(chosen & (fate >= 0.8) & (fate < 0.9), random, shown)
         return Target(shown, original.astype(np.int64), chosen.astype(np.float32))
+
+    def evaluation_target(self, table: ExampleTable, example: int) -> Target:
+        """Return `example_target` with a <mask> in place of every target, the same ones in every evaluation."""
+        original = table.sequence(example)
+        chosen = self._chosen(original, np.random.default_rng(table.content(example)))
+        shown = np.where(chosen, np.uint8(MASK), original)
+        return Target(shown, original.astype(np.int64), chosen.astype(np.float32))
+
+    def _chosen(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return which tokens are targets, bool [n]."""
+        return (rng.random(len(tokens)) < self.cfg.mask_probability) & np.isin(tokens, AMINO_ACIDS)
+
+    def hidden(self, table: ExampleTable) -> np.ndarray:
+        """Return which tokens of a table an evaluation hides, bool [tokens]."""
+        return np.concatenate([self.evaluation_target(table, example).weight > 0 for example in range(len(table))])
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy of the hidden residues, in nats."""
@@ -81,8 +97,10 @@ class MaskedLM(Task):
         per_token = (self._losses(logits, batch) * batch.weights, batch.weights, right * batch.weights)
         return tuple((member @ values.unsqueeze(-1)).squeeze(-1) for values in per_token)
 
-    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        return masked_lm_metrics(self._sums(table, predictions), intervals)
+    def metrics(
+        self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
+    ) -> Scores:
+        return masked_lm_metrics(self._sums(table, predictions), intervals, units)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `hidden` (residues), `loss` (nats per residue) and `perplexity`; NaN where none was hidden."""
@@ -92,7 +110,7 @@ class MaskedLM(Task):
         return {"hidden": hidden.astype(np.int64), "loss": mean, "perplexity": np.exp(mean)}
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        return [unigram_baseline(train)]
+        return [unigram_baseline(train, self.hidden)]
 
     def view(self, table: pa.Table) -> View:
         """Return perplexities, the largest first."""

@@ -10,9 +10,9 @@ import pyarrow as pa
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import LabelSets
 from esm_neuron.data.records import LIST_JOINER
-from esm_neuron.metrics import Value, multi_label_metrics
+from esm_neuron.metrics import Scores, multi_label_metrics
 from esm_neuron.metrics.multi_label import THRESHOLD
-from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, by_class, record_mean
+from esm_neuron.tasks.base import CLASS_SETTINGS, Column, PooledTask, Predictions, by_class, cross_entropy, record_mean
 from esm_neuron.tasks.baselines import Baseline, label_set_baselines
 from esm_neuron.tasks.losses import sigmoid_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_probabilities, lengths, most_frequent, worst
@@ -46,14 +46,16 @@ class MultiLabel(PooledTask):
         weighted = losses * (batch.labels + (~has).float())
         return (weighted.mean(-1) * batch.weights).sum(), batch.weights.sum()
 
-    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """Return `multi_label_metrics`; a record's loss is the mean over windows and classes of the cross entropy."""
+    def metrics(
+        self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
+    ) -> Scores:
+        """Return `multi_label_metrics`; a record's probabilities are the mean over its windows."""
         logits = predictions[0].astype(np.float64)
         targets = table.labels.astype(bool)
-        # - log sigmoid of the logit of what is true, in a form that overflows nowhere
-        losses = np.logaddexp(0, np.where(targets[table.record], -logits, logits)).mean(1)
-        probabilities = record_mean(table, sigmoid(logits))
-        return multi_label_metrics(probabilities, targets, record_mean(table, losses), self.labels, intervals)
+        # both, since 1 - p would lose the digits of a probability near 1
+        probabilities, others = (record_mean(table, sigmoid(x)) for x in (logits, -logits))
+        losses = cross_entropy(np.where(targets, probabilities, others)).mean(1)
+        return multi_label_metrics(probabilities, targets, losses, self.labels, intervals, units)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `label` (those with a probability of at least 1 / 2, joined by `;`; may be empty), and as `p_<class>`
@@ -69,7 +71,7 @@ class MultiLabel(PooledTask):
         return [joiner.join(label for label, is_in in zip(self.labels, row, strict=True) if is_in) for row in chosen]
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        return label_set_baselines(len(self.labels), train)
+        return label_set_baselines(train, self.class_weights)
 
     def view(self, table: pa.Table) -> View:
         """Return wrong labels; the proteins whose probabilities are furthest off come first."""

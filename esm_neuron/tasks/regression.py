@@ -11,7 +11,7 @@ import pyarrow as pa
 from esm_neuron.config import ModelConfig, TaskConfig, require
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Numbers
-from esm_neuron.metrics import Value, regression_metrics
+from esm_neuron.metrics import Scores, regression_metrics
 from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean, weighted
 from esm_neuron.tasks.baselines import Baseline, value_baselines
 from esm_neuron.tasks.view import View, lengths, worst
@@ -67,9 +67,11 @@ class Regression(PooledTask):
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         return (logits.float().squeeze(-1),)
 
-    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
+    def metrics(
+        self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
+    ) -> Scores:
         """Return `regression_metrics`; a record's value is the mean over its windows, and loss is as in training."""
-        return regression_metrics(record_mean(table, predictions[0]), table.labels, self._sd, intervals)
+        return regression_metrics(record_mean(table, predictions[0]), table.labels, self._sd, intervals, units)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         return {"value": record_mean(table, predictions[0])}

@@ -12,8 +12,17 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import ResidueLabels
 from esm_neuron.data.records import RESIDUE_JOINER
-from esm_neuron.metrics import Value, classification_metrics
-from esm_neuron.tasks.base import CLASS_SETTINGS, Column, Predictions, Task, by_class, log_softmax, weighted
+from esm_neuron.metrics import Scores, classification_metrics
+from esm_neuron.tasks.base import (
+    CLASS_SETTINGS,
+    Column,
+    Predictions,
+    Task,
+    by_class,
+    cross_entropy,
+    log_softmax,
+    weighted,
+)
 from esm_neuron.tasks.baselines import Baseline, residue_baselines
 from esm_neuron.tasks.losses import softmax_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, lengths, worst
@@ -82,18 +91,18 @@ class ResidueClassification(Task):
         """Return the sums over residues of w_y x loss and of w_y, with class weights w."""
         return weighted(softmax_losses(logits, batch.labels, self.cfg.label_smoothing, self.cfg.focal_gamma), batch)
 
-    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
+    def metrics(
+        self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
+    ) -> Scores:
         """Return `classification_metrics` over residues with a label, intervals over proteins."""
-        log_probabilities = log_softmax(predictions[0])
         slot, bounds = table.residue_slots()
         label = residue_labels(table, slot, bounds)
-        own = -np.take_along_axis(log_probabilities, np.maximum(table.labels, 0).astype(np.int64)[:, None], axis=1)
         known = label >= 0
-        # A residue counts once, however many windows show it: its probabilities and losses are averaged.
-        probabilities = residue_mean(slot, bounds, np.exp(log_probabilities))[known]
-        loss = residue_mean(slot, bounds, own)[known, 0]
+        # A residue counts once, however many windows show it: its probabilities are averaged.
+        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(predictions[0])))[known]
+        loss = cross_entropy(probabilities[np.arange(len(probabilities)), label[known]])
         protein = np.repeat(np.arange(len(table.ids)), np.diff(bounds))[known]
-        return classification_metrics(probabilities, label[known], loss, self.labels, intervals, protein)
+        return classification_metrics(probabilities, label[known], loss, self.labels, intervals, protein, units)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `labels` (a character per residue; longer names joined by `,`) and as `p_<class>` each class's
@@ -113,7 +122,7 @@ class ResidueClassification(Task):
         return np.split(names[residue_labels(table, slot, bounds)], bounds[1:-1])
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        return residue_baselines(len(self.labels), train)
+        return residue_baselines(train, self.class_weights)
 
     def view(self, table: pa.Table) -> View:
         """Return wrong residues; the proteins with the largest share of them come first."""

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
-from esm_neuron.metrics import Value, classification_metrics
+from esm_neuron.metrics import Scores, classification_metrics
 from esm_neuron.tasks.base import (
     CLASS_SETTINGS,
     Column,
     PooledTask,
     Predictions,
     by_class,
+    cross_entropy,
     log_softmax,
     record_mean,
     weighted,
@@ -47,12 +48,13 @@ class SequenceClassification(PooledTask):
         """Return the sums of w_y x loss and of w_y, with class weights w."""
         return weighted(softmax_losses(logits, batch.labels, self.cfg.label_smoothing, self.cfg.focal_gamma), batch)
 
-    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
-        """Return `classification_metrics`; a record's loss is the mean over its windows of the plain cross entropy."""
-        log_probabilities = log_softmax(predictions[0])
-        loss = -log_probabilities[np.arange(len(table)), table.labels[table.record]]
-        probabilities = record_mean(table, np.exp(log_probabilities))
-        return classification_metrics(probabilities, table.labels, record_mean(table, loss), self.labels, intervals)
+    def metrics(
+        self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
+    ) -> Scores:
+        """Return `classification_metrics`; a record's probabilities are the mean over its windows."""
+        probabilities = record_mean(table, np.exp(log_softmax(predictions[0])))
+        loss = cross_entropy(probabilities[np.arange(len(table.ids)), table.labels])
+        return classification_metrics(probabilities, table.labels, loss, self.labels, intervals, units=units)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `label`, and as `p_<class>` the probability of each class: the mean over windows."""
@@ -64,7 +66,7 @@ class SequenceClassification(PooledTask):
         return [self.labels[label] for label in table.labels]
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        return class_baselines(len(self.labels), train)
+        return class_baselines(train, self.class_weights)
 
     def view(self, table: pa.Table) -> View:
         """Return wrong classes, the most confident ones first."""

@@ -1,31 +1,35 @@
 """The evaluation at the end of a run: metrics of held-out proteins, of the clean ones, and of baselines on the same.
 
 Clean proteins have no homolog in training, as far as `data.homologs` finds them. The model may have memorized what it
-predicts for the others.
+predicts for the others. Intervals and verdicts draw families of homologs, or positions of variants (`data.families`).
+Nothing here asks how the model was trained: predictions come in, metrics and a verdict go out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.dataset import ExampleTable, select_records
+from esm_neuron.data.families import independent_units
 from esm_neuron.data.homology import MOST, homolog_rows, too_short
-from esm_neuron.data.loader import EvalLoader
 from esm_neuron.distributed import from_main_rank, main_rank_only
-from esm_neuron.metrics import Value
+from esm_neuron.metrics import Scores
+from esm_neuron.metrics.verdict import alarms, verdict
 from esm_neuron.run_dir import predictions_name, save_predictions
-from esm_neuron.tasks.baselines import MOST_CLASSES, capped
+from esm_neuron.tasks.base import Predictions, Task
+from esm_neuron.tasks.baselines import MOST_CLASSES, Baseline, capped
 from esm_neuron.training.callbacks import format_record
-from esm_neuron.training.trainer import Trainer
 
 Log = Callable[[str], None]
-Metrics = dict[str, Value]
 Leaks = dict[str, np.ndarray]
 """Split -> bool [records], which held-out proteins have a homolog in training; empty where none was looked for."""
 
@@ -47,56 +51,139 @@ def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -
     return found
 
 
-def score_splits(
-    trainer: Trainer, train: ExampleTable, held_out: Mapping[str, EvalLoader], leaks: Leaks, log: Log
-) -> dict[str, Any]:
-    """Return the metrics of a trained model with intervals, on every rank; its predictions are kept in the output.
+@dataclass(frozen=True)
+class Part:
+    """Proteins of a split that are scored together."""
 
-    These are `valid` and `test` (None for a split without proteins), `clean` by split where its clean proteins are some
-    of it, `leaks`, and `baselines` and `clean_baselines` on the same proteins, by split and by baseline.
+    table: ExampleTable
+    index: slice | np.ndarray
+    """Which of the split's predictions are theirs."""
+    units: np.ndarray | None
+    """int64 [records], see `independent_units`."""
+
+    def score(self, task: Task, predictions: Predictions) -> Scores:
+        """Return the metrics, with intervals, of predictions for the whole split."""
+        return task.metrics(self.table, [values[self.index] for values in predictions], True, self.units)
+
+
+def score_splits(
+    cfg: TrainConfig,
+    task: Task,
+    backend: Backend,
+    train: ExampleTable,
+    held_out: Mapping[str, ExampleTable],
+    predict: Callable[[str], Predictions],
+    leaks: Leaks,
+    log: Log,
+) -> dict[str, Any]:
+    """Return the metrics of a model with intervals, the same on every rank; its predictions are kept in the output.
+
+    Args:
+        cfg: where to write, and what to look for.
+        task: says what predictions mean.
+        backend: the ranks; all of them call this.
+        train: what the baselines are fitted on.
+        held_out: `valid` and `test`, as far as they have proteins.
+        predict: from a split's name to the model's predictions for its table, on every rank. A loop's network, a
+            probe or anything else may have made them.
+        leaks: what `find_leaks` gave.
+        log: takes the lines for the console.
+
+    Returns:
+        `valid` and `test` (None for a split without proteins), `clean` by split where its clean proteins are some of
+        it, `leaks`, `baselines` and `clean_baselines` on the same proteins, by split and by baseline, `verdicts` and
+        `clean_verdicts` by split, and `alarms`: split -> what is wrong.
     """
-    cfg, task, backend = trainer.cfg, trainer.task, trainer.backend
-    metrics: dict[str, Metrics | None] = {"valid": None, "test": None}
-    clean: dict[str, Metrics] = {}
-    clean_tables: dict[str, ExampleTable] = {}
-    for split, loader in held_out.items():
+    whole, clean = _Scored(), _Scored()
+    for split, table in held_out.items():
         path = Path(cfg.output) / predictions_name(split)
-        table, predictions = loader.table, trainer.evaluator.collect(loader)
-        has_homolog = leaks.get(split)
+        predictions, has_homolog = predict(split), leaks.get(split)
         if cfg.log.predictions:
             main_rank_only(backend, partial(save_predictions, path, task, table, predictions, has_homolog))
-        metrics[split] = task.metrics(table, predictions, intervals=True)
+        units = from_main_rank(backend, partial(independent_units, table, cfg.data.homologs))
+        whole.add(split, Part(table, slice(None), units), task, predictions)
         if has_homolog is not None and has_homolog.any() and not has_homolog.all():
-            clean_tables[split], examples, tokens = select_records(table, ~has_homolog)
+            kept, examples, tokens = select_records(table, ~has_homolog)
             index = tokens if task.predictions_per_token else examples
-            clean[split] = task.metrics(clean_tables[split], [values[index] for values in predictions], intervals=True)
-    tables = {split: loader.table for split, loader in held_out.items()}
-    whole, pure = from_main_rank(backend, lambda: _baselines(trainer, train, (tables, clean_tables), log))
+            clean.add(split, Part(kept, index, None if units is None else units[~has_homolog]), task, predictions)
+    beside = from_main_rank(backend, lambda: _beside(cfg, task, train, whole, clean, log))
     method = cfg.data.homologs
     counts = {s: {"method": method, "proteins": len(has), "homologs": int(has.sum())} for s, has in leaks.items()}
-    return {**metrics, "clean": clean, "leaks": counts, "baselines": whole, "clean_baselines": pure}
+    none: dict[str, Scores | None] = {"valid": None, "test": None}
+    return {**none, **whole.own, "clean": clean.own, "leaks": counts, **beside}
 
 
-def _baselines(
-    trainer: Trainer, train: ExampleTable, on: tuple[Mapping[str, ExampleTable], ...], log: Log
-) -> list[dict[str, dict[str, Metrics]]]:
-    """Return for each of `on`: split -> baseline -> its metrics on the proteins that the model was scored on."""
-    if not trainer.cfg.log.baselines or not any(on):
-        return [{} for _ in on]
-    if len(trainer.task.labels) > MOST_CLASSES:
-        log(f"baselines: frequencies alone, since {len(trainer.task.labels)} classes are more than {MOST_CLASSES}")
+class _Scored:
+    """A model and its baselines on the same proteins, by split."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Part] = {}
+        self.own: dict[str, Scores] = {}
+        self.baselines: dict[str, dict[str, Scores]] = {}
+
+    def add(self, split: str, part: Part, task: Task, predictions: Predictions) -> None:
+        self.parts[split] = part
+        self.own[split] = part.score(task, predictions)
+
+    def verdicts(self, task: Task) -> dict[str, dict[str, Any]]:
+        found = {
+            split: verdict(self.own[split], beside, task.metric, task.greater_is_better)
+            for split, beside in self.baselines.items()
+        }
+        return {split: one for split, one in found.items() if one}
+
+
+def _beside(
+    cfg: TrainConfig, task: Task, train: ExampleTable, whole: _Scored, clean: _Scored, log: Log
+) -> dict[str, Any]:
+    """Score the baselines, and say what they and the metrics make of the model."""
+    for baseline in _fitted(cfg, task, train, log):
+        for split, part in whole.parts.items():
+            begin = perf_counter()
+            try:
+                predictions = baseline.predict(part.table)
+            except (ArithmeticError, MemoryError, ValueError) as error:  # of scikit-learn, on data not thought of
+                log(f"WARNING: the {baseline.name} baseline failed ({error}); the model's metrics do not depend on it")
+                break
+            seconds = round(perf_counter() - begin, 3)  # of the first split, with the fit
+            for scored in (whole, clean):
+                if split in scored.parts:
+                    scores = scored.parts[split].score(task, predictions)
+                    scores.update(baseline.size, seconds=seconds)
+                    scored.baselines.setdefault(split, {})[baseline.name] = scores
+            log(f"{split}, {baseline.name} baseline: {format_record(whole.baselines[split][baseline.name])}")
+    verdicts, pure = whole.verdicts(task), clean.verdicts(task)
+    wrong = {split: alarms(scores, verdicts.get(split)) for split, scores in whole.own.items()}
+    for split in whole.own:
+        for name, found in ((split, verdicts), (f"{split} without homologs in training", pure)):
+            if split in found:
+                log(f"{name}: {found[split]['text']}")
+        for line in wrong[split]:
+            log(f"{split}: {line}")
+    return {
+        "baselines": {split: _plain(of) for split, of in whole.baselines.items()},
+        "clean_baselines": {split: _plain(of) for split, of in clean.baselines.items()},
+        "verdicts": verdicts,
+        "clean_verdicts": pure,
+        "alarms": {split: lines for split, lines in wrong.items() if lines},
+    }
+
+
+def _plain(scores: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
+    """Return the metrics without their resamples, which other ranks need not be sent."""
+    return {name: dict(values) for name, values in scores.items()}
+
+
+def _fitted(cfg: TrainConfig, task: Task, train: ExampleTable, log: Log) -> Iterator[Baseline]:
+    if not cfg.log.baselines:
+        return
+    if len(task.labels) > MOST_CLASSES:
+        log(f"baselines: only those without a fit, since {len(task.labels)} classes are more than {MOST_CLASSES}")
     try:
-        fitted = trainer.task.baselines(train)
-        if capped(fitted):
-            log(capped(fitted))
-        found = [
-            {split: {b.name: b.metrics(trainer.task, table) for b in fitted} for split, table in tables.items()}
-            for tables in on
-        ]
-    except (ArithmeticError, MemoryError, ValueError) as error:  # of scikit-learn, on data that we did not think of
+        fitted = task.baselines(train)
+    except (ArithmeticError, MemoryError, ValueError) as error:
         log(f"WARNING: the baselines could not be fitted ({error}); the model's own metrics do not depend on them")
-        return [{} for _ in on]
-    for split, metrics in found[0].items():
-        for name, values in metrics.items():
-            log(f"{split}, {name} baseline: {format_record(values)}")
-    return found
+        return
+    if capped(fitted):
+        log(capped(fitted))
+    yield from fitted

@@ -195,7 +195,7 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     out = Path(cfg.output)
     written = main_rank_only(backend, lambda: results.write_results(cfg, trainer.task, job.built, weights))
     try:
-        scores = final_eval.score_splits(trainer, loaders.train.table, loaders.held_out, leaks, log)
+        scores = _scores(job, leaks, log)
     except BaseException:
         log(f"the trained weights of step {chosen} are in {out}; the evaluation of them has failed, as follows")
         raise
@@ -235,6 +235,18 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
         f"{trainer.checkpoints.folder}"
     )
     return dict(result)
+
+
+def _scores(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, Any]:
+    trainer, loaders = job.trainer, job.loaders
+    held_out = {split: loader.table for split, loader in loaders.held_out.items()}
+
+    def predict(split: str) -> list[np.ndarray]:
+        return trainer.evaluator.collect(loaders.held_out[split])
+
+    return final_eval.score_splits(
+        trainer.cfg, trainer.task, trainer.backend, loaders.train.table, held_out, predict, leaks, log
+    )
 
 
 def _notes(trainer: Trainer) -> Iterator[str]:

@@ -18,7 +18,7 @@ from esm_neuron import cli
 from esm_neuron.config import ModelConfig, settings
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Labels
-from esm_neuron.metrics import Value
+from esm_neuron.metrics import Scores, Value
 from esm_neuron.metrics.bootstrap import bootstrap, with_intervals
 from esm_neuron.tasks import TASKS
 from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean
@@ -63,7 +63,9 @@ class FoldFamily(PooledTask):
         losses = (logits.float() - batch.labels).square().sum(-1)
         return (losses * batch.weights).sum(), batch.weights.sum()
 
-    def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
+    def metrics(
+        self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
+    ) -> Scores:
         scores, rows = record_mean(table, predictions[0]), np.arange(len(table.ids))
         wrong = (scores.argmax(1) != table.labels).astype(float)
         loss = np.square(scores).sum(1) - 2 * scores[rows, table.labels] + 1
@@ -73,9 +75,9 @@ class FoldFamily(PooledTask):
             "share_wrong": float(wrong.mean()),
         }
         if not intervals:
-            return values
+            return Scores(values)
         drawn = bootstrap(len(rows), lambda k: {"loss": k @ loss / len(rows), "share_wrong": k @ wrong / len(rows)})
-        return with_intervals(values, drawn)
+        return with_intervals(values, drawn, len(rows))
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         scores = record_mean(table, predictions[0])

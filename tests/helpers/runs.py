@@ -41,4 +41,4 @@ def assert_same_metrics(found: Mapping[str, Any], expected: Mapping[str, Any], *
         if isinstance(value, Mapping):
             assert_same_metrics(found[name], value, **tolerance)
         else:
-            assert found[name] == pytest.approx(value, **tolerance), name
+            assert found[name] == (value if isinstance(value, str) else pytest.approx(value, **tolerance)), name

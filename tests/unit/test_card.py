@@ -21,6 +21,8 @@ RESULT: dict[str, Any] = {
     "valid": {"n": 396, "mcc": 0.25, "mcc_ci": [0.14, 0.33]},
     "test": {"n": 862, "loss": 0.58, "loss_ci": [0.55, 0.61], "mcc": 0.258, "mcc_ci": [0.189, 0.319]},
     "baselines": {"test": {"majority": {"n": 862, "mcc": 0.0, "mcc_ci": [0.0, 0.0], "loss": 0.66, "loss_ci": None}}},
+    "verdicts": {"test": {"text": "Better than the best baseline, majority, by MCC"}},
+    "alarms": {"test": ["ALARM: it answers *in* everywhere"]},
 }
 
 
@@ -51,9 +53,11 @@ def test_it_tells_data_metrics_intervals_and_where_the_model_loses() -> None:
     assert "| train | proteins.csv | 5,759 | 2,000,000 |" in text and "| test | others.csv | 862 |" in text
     assert "secret" not in text
     assert "862 proteins (test); validation chose the step on 396 proteins (valid)." in text
-    assert "Better than the majority baseline by MCC" in text
-    better = {**RESULT, "baselines": {"test": {"composition": {"mcc": 0.357, "mcc_ci": [0.29, 0.42]}}}}
-    assert "Not better than the composition baseline by MCC" in model_card(config(), better, BASE, "model")
+    assert "Better than the best baseline, majority, by MCC" in text
+    assert "**ALARM: it answers \\*in\\* everywhere**" in text
+    assert "95 % bootstrap intervals over proteins." in text
+    clustered = {**RESULT, "test": {**RESULT["test"], "n_clusters": 700}}
+    assert "intervals over 700 clusters of proteins" in model_card(config(), clustered, BASE, "model")
     assert "c731040f" in text and "1,234 of 56,789" in text and "in, out" in text
 
 
@@ -85,10 +89,12 @@ def test_clean_proteins_have_metrics_of_their_own() -> None:
         "leaks": {"test": {"method": "kmer", "proteins": 862, "homologs": 62}},
         "clean": {"test": {"n": 800, "mcc": 0.2, "mcc_ci": [0.1, 0.3]}},
         "clean_baselines": {"test": {"majority": {"n": 800, "mcc": 0.0, "mcc_ci": None}}},
+        "clean_verdicts": {"test": {"text": "Undecided against majority"}},
     }
     text = model_card(config(), found, BASE, "model")
     assert "On the 800 proteins among these without a homolog in training (by kmer):" in text
     assert "|  | this model | majority |\n|---|---|---|\n| MCC | 0.200 \\[0.100, 0.300\\] | 0.000 |\n" in text
+    assert "Undecided against majority" in text
     assert "62 of 862 test proteins have a homolog in training (by kmer)." in text
     unknown = model_card(config(), RESULT, BASE, "model")
     assert "Homologs of test proteins in training were not looked for." in unknown

@@ -34,10 +34,10 @@ METRICS = {
     "masked_lm": {"perplexity", "accuracy"},
 }
 BASELINES = {
-    "sequence_classification": {"majority", "composition"},
-    "multi_label": {"majority", "composition"},
-    "regression": {"mean", "composition"},
-    "residue_classification": {"majority", "window"},
+    "sequence_classification": {"majority", "composition", "k-mers", "nearest homolog"},
+    "multi_label": {"majority", "composition", "k-mers", "nearest homolog"},
+    "regression": {"mean", "composition", "k-mers", "nearest homolog"},
+    "residue_classification": {"majority", "window", "nearest homolog"},
     "masked_lm": {"unigram"},
 }
 
@@ -72,6 +72,14 @@ def test_a_run_ends_with_metrics_their_intervals_and_baselines_on_the_same_prote
             assert metrics.get("n_records", metrics["n"]) == proteins
             assert METRICS[task] <= set(metrics)
             assert any(line.startswith(f"{split}, {name} baseline: n=") for line in printed[task])
+            assert metrics["seconds"] >= 0
+        verdict = result["verdicts"][split]
+        assert verdict["metric"] == task_class(task).metric and verdict["best"] in BASELINES[task]
+        assert set(verdict["against"]) == {
+            n for n in BASELINES[task] if result["baselines"][split][n][verdict["metric"]] is not None
+        }
+        assert f"{split}: {verdict['text']}" in printed[task]
+        assert all(f"{split}: {alarm}" in printed[task] for alarm in result["alarms"].get(split, []))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -85,6 +93,7 @@ def test_clean_proteins_have_metrics_of_their_own(
     assert result["leaks"]["test"] == {"method": "kmer", "proteins": 21, "homologs": int(has_homolog.sum())}
     found, clean = result["clean"]["test"], (~has_homolog).sum()
     assert found.get("n_records", found["n"]) == clean
+    assert set(result["clean_verdicts"]) == {"valid", "test"} & set(result["clean"])
     for metrics in result["clean_baselines"]["test"].values():
         assert metrics.get("n_records", metrics["n"]) == clean and METRICS[task] <= set(metrics)
     predictions = pd.read_parquet(Path(cfg.output) / "predictions-test.parquet")

@@ -57,6 +57,22 @@ def test_labels_of_residues_lie_along_the_tokens_and_unknown_ones_are_counted(tm
     assert load(tmp_path, "residue_classification", RESIDUES, ignore=("?",)).labels == ("-", "E", "H")
 
 
+def test_a_dash_for_many_residues_is_asked_about(tmp_path: Path) -> None:
+    rows = [("MKVA", "HHE-"), ("ACDEFGHIKL", "HHHHEEEE--")]
+    with pytest.raises(
+        DataError, match=r"x.tsv: column 'label' has '-' for 21% of the training residues: a class"
+    ) as e:
+        load(tmp_path, "residue_classification", rows)
+    assert "task.ignore=[?, .]" in str(e.value) and "task.ignore=[-, ?, .]" in str(e.value)
+    assert load(tmp_path, "residue_classification", rows, ignore=("?", ".")).labels == ("-", "E", "H")
+    assert load(tmp_path, "residue_classification", rows, ignore=("-",)).labels == ("E", "H")
+    named = load(tmp_path, "residue_classification", rows, labels=("H", "E", "-"))
+    assert named.labels == ("H", "E", "-") and 2 in named.train.labels
+    labels = ResidueLabels(TaskConfig(name="residue_classification"), "label")
+    found = check_file(str(tmp_path / "x.tsv"), DataConfig(), labels, "train", None)
+    assert found.faults == 1 and "has '-' for 21%" in found.first_faults[0]
+
+
 def test_residue_labels_may_be_a_list(tmp_path: Path) -> None:
     rows = [(s, ",".join(label)) for s, label in RESIDUES]
     assert (
@@ -202,7 +218,7 @@ def test_balanced_weights_are_scikit_learns_and_read_back_from_the_runs_configur
     (tmp_path / "c.yaml").write_text(settings.dump(cfg))
     assert settings.read_config(tmp_path / "c.yaml") == cfg
     per_residue = load(
-        tmp_path, "residue_classification", [("MKVA", "HHH-"), ("M", "E")], class_weights="balanced"
+        tmp_path, "residue_classification", [("MKVA", "HHH?"), ("M", "E")], class_weights="balanced"
     ).task
     assert per_residue.class_weights == {"E": 2.0, "H": pytest.approx(2 / 3, abs=1e-6)}
     several = load(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from esm_neuron.config import DataConfig, LoopConfig, TrainConfig
-from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, Target
+from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, Target, select_records
 from esm_neuron.data.loader import EvalLoader, TrainLoader, prefetch, total_steps
 from esm_neuron.data.tokenizer import CLS, EOS, MASK, PAD
 from esm_neuron.errors import ConfigError, DataError
@@ -28,6 +28,9 @@ class Label:
         label = table.labels[table.record[example]]
         return Target(table.sequence(example), np.int64(label), table.weight[example])
 
+    def evaluation_target(self, table: ExampleTable, example: int) -> Target:
+        return self.example_target(table, example, np.random.default_rng(0))
+
 
 class Hide:
     """Masked residues, as in masked-language-model training: what is hidden is drawn from `rng`."""
@@ -38,6 +41,9 @@ class Hide:
         tokens = table.sequence(example)
         hidden = rng.random(len(tokens)) < 0.3
         return Target(np.where(hidden, MASK, tokens), tokens.astype(np.int64), hidden.astype(np.float32))
+
+    def evaluation_target(self, table: ExampleTable, example: int) -> Target:
+        return self.example_target(table, example, np.random.default_rng(table.content(example)))
 
 
 def make_table(examples: int = 60, seed: int = 0) -> ExampleTable:
@@ -273,6 +279,15 @@ def test_evaluation_holds_every_example_once_over_all_ranks(dp: int, task: Label
     assert examples_of(every) == list(range(len(table)))
     alone = by_example(list(EvalLoader(table, task, make_config())))
     assert by_example(every) == alone, "the same questions on any number of ranks"
+
+
+def test_evaluation_hides_the_same_whatever_the_seed_and_the_rest_of_the_table() -> None:
+    table = make_table()
+    one, other = (by_example(list(EvalLoader(table, Hide(), replace(make_config(), seed=seed)))) for seed in (1, 2))
+    assert one == other
+    part, _, _ = select_records(table, np.arange(60) % 2 == 1)
+    alone = by_example(list(EvalLoader(part, Hide(), make_config())))
+    assert [alone[i] for i in range(30)] == [one[2 * i + 1] for i in range(30)]
 
 
 def test_evaluation_asks_the_same_every_time() -> None:

@@ -16,6 +16,7 @@ from esm_neuron.metrics import bootstrap, classification, classification_metrics
 from esm_neuron.metrics.bootstrap import MOST_CURVES
 from esm_neuron.reports import write_report
 from esm_neuron.run_dir import ADAPTER, RESULT
+from esm_neuron.tasks import features
 from esm_neuron.tasks.baselines import MOST_CLASSES
 from esm_neuron.tasks.view import MOST_SHOWN, Confusion
 from esm_neuron.training import final_eval, run
@@ -104,7 +105,7 @@ def test_a_run_with_more_classes_than_baselines_can_fit(toy: Toy, tmp_path: Path
     cfg = toy(data=data, loop={"max_steps": 1, "eval_every": 0})
     run.train(cfg, said.append)
     result = json.loads((Path(cfg.output) / RESULT).read_text())
-    assert list(result["baselines"]["valid"]) == ["majority"]
+    assert list(result["baselines"]["valid"]) == ["majority", "nearest homolog"]
     assert any("classes are more than" in line for line in said)
     page = write_report(Path(cfg.output))
     assert page.stat().st_size < 1_000_000
@@ -142,5 +143,18 @@ def test_failing_baselines_are_a_warning(toy: Toy, monkeypatch: pytest.MonkeyPat
     said: list[str] = []
     cfg = toy(loop={"max_steps": 1})
     result = run.train(cfg, said.append).result
-    assert result["test"]["n"] == 20 and result["baselines"] == {}
+    assert result["test"]["n"] == 20 and result["baselines"] == {} == result["verdicts"]
     assert any(line.startswith("WARNING: the baselines could not be fitted (singular)") for line in said)
+
+
+def test_one_baseline_that_fails_leaves_the_others(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("singular")
+
+    monkeypatch.setattr(features, "kmers", fail)
+    said: list[str] = []
+    result = run.train(toy(loop={"max_steps": 1}), said.append).result
+    assert {"majority", "composition", "nearest homolog"} <= result["baselines"]["test"].keys()
+    assert "k-mers" not in result["baselines"]["test"]
+    line = "WARNING: the k-mers baseline failed (singular); the model's metrics do not depend on it"
+    assert said.count(line) == 1

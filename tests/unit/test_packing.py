@@ -103,6 +103,21 @@ def test_order_within_a_pack_and_of_the_packs_is_random() -> None:
     assert 10 <= sum(singles[:50]) <= 40
 
 
+def test_a_long_protein_counts_in_an_epoch_for_what_a_short_one_does() -> None:
+    lengths, packs = protein_lengths(3000, 510), 8
+    weight = np.zeros(len(lengths))
+    for seed in range(10):
+        plan = plan_epoch(lengths, 512, 32, packs, np.random.default_rng(seed))
+        for index in range(len(plan) - 1):  # the last step is a short one
+            members = np.concatenate(plan.step(index))
+            weight[members] += 1 / len(members)  # a step's loss is the mean over its proteins
+    weight /= weight.mean()
+    quartile = np.searchsorted(np.quantile(lengths, [0.25, 0.5, 0.75]), lengths)
+    means = [weight[quartile == q].mean() for q in range(4)]
+    assert max(means) - min(means) < 0.06, means
+    assert weight.std() < 0.15
+
+
 def test_every_pairing_of_equal_lengths_is_as_likely() -> None:
     """Four sequences, two per pack: each of the three pairings comes up in a third of the plans."""
     lengths = np.full(4, 5)

@@ -26,10 +26,11 @@ from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import write_json
 from esm_neuron.metrics.calibration import group_means, reliability
-from esm_neuron.metrics.text import show, verdict
+from esm_neuron.metrics.text import show
+from esm_neuron.metrics.verdict import alarms, verdict
 from esm_neuron.reports import write_report
 from esm_neuron.run_dir import load_predictions, save_predictions
-from esm_neuron.tasks import TASKS, create_task, task_class
+from esm_neuron.tasks import TASKS, create_task
 
 EVIL = "<script>alert(1)</script>"
 LABELS = {"plain": ("alpha", "beta", "gamma"), "evil": (EVIL, "$x_1$ & \"q'", "long " * 20)}
@@ -89,16 +90,22 @@ def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), 
         "train": {"steps": 8, "residues": 9000, "seconds": 3.0, "residues_per_second": 3000.0,
                   "padding_efficiency": 0.99, "graphs": 0},
         "valid": None, "test": None, "baselines": {}, "leaks": {}, "clean": {}, "clean_baselines": {},
+        "verdicts": {}, "alarms": {},
     }  # fmt: skip
     for split, records in (("valid", 12), ("test", 60)):
         if split in splits:
             table = made_table(name, len(labels), records, f"{EVIL}-" if evil else f"{split}-")
             predictions = made_answers(name, table, len(labels))
             save_predictions(out / f"predictions-{split}.parquet", task, table, predictions)
-            result[split] = task.metrics(table, predictions, intervals=True)
+            own = task.metrics(table, predictions, True, np.arange(records) // 2)
+            result[split] = own
             noise = [answer[::-1] if name == "masked_lm" else np.zeros_like(answer) for answer in predictions]
-            worse = {**task.metrics(table, noise, intervals=True), "fitted_on": 40, "training": 50}
+            worse = task.metrics(table, noise, True, np.arange(records) // 2)
+            worse.update(fitted_on=40, training=50)
             result["baselines"][split] = {"majority": worse}
+            if found := verdict(own, {"majority": worse}, task.metric, task.greater_is_better):
+                result["verdicts"][split] = found
+            result["alarms"][split] = [*alarms(own), f"ALARM of {EVIL}"]
             result["leaks"][split] = {"method": "kmer", "proteins": records, "homologs": 0}
             result["data"][split] = {"records": records, "residues": 99}
             if split == "valid":
@@ -184,10 +191,10 @@ def test_a_page_has_what_its_task_has_and_asks_for_nothing(task: str, runs: dict
     assert "majority on 40 of 50" in page.text
     assert "0 of 60 test proteins have a homolog in training (by kmer)." in page.text
     assert "without a homolog" not in page.text
-    assert (
-        verdict(result["test"], result["baselines"]["test"], result["metric"], task_class(task).greater_is_better)
-        in page.text
-    )
+    assert "95 % bootstrap intervals over 30 clusters of proteins" in page.text
+    assert (task == "regression") == (result["verdicts"] == {}), "a constant has no correlation"
+    assert result["verdicts"].get("test", {"text": ""})["text"] in page.text
+    assert result["alarms"]["test"][-1] in page.text
 
 
 def test_clean_rows_have_a_table_of_their_own(spoilt: Path) -> None:
@@ -264,19 +271,15 @@ def test_calibration_error_and_group_means_by_hand() -> None:
     assert reliability(confidence[:0], right[:0], protein[:0]) is None
 
 
-def test_a_verdict_says_where_the_model_loses() -> None:
-    model = {"mcc": 0.2, "mcc_ci": [0.1, 0.3], "loss": 0.5, "loss_ci": [0.4, 0.6]}
-    baselines = {
-        "majority": {"mcc": 0.0, "mcc_ci": [0.0, 0.0], "loss": 0.9, "loss_ci": [0.8, 1.0]},
-        "composition": {"mcc": 0.35, "mcc_ci": [0.28, 0.42], "loss": 0.7, "loss_ci": [0.65, 0.75]},
-    }
-    assert verdict(model, baselines, "mcc", True) == (
-        "Not better than the composition baseline by MCC: 0.200 [0.100, 0.300] against 0.350 [0.280, 0.420]; the "
-        "difference is undecided, since the intervals overlap."
-    )
-    assert verdict(model, baselines, "loss", False).startswith("Better than the composition baseline by loss: 0.500")
-    assert "overlap" not in verdict(model, baselines, "loss", False)
-    assert verdict({**model, "mcc": None}, baselines, "mcc", True) == verdict(model, {}, "mcc", True) == ""
+def test_a_chart_has_room_for_the_best_baselines_alone(spoilt: Path) -> None:
+    result = json.loads((spoilt / "result.json").read_text())
+    (worse,) = result["baselines"]["test"].values()
+    result["baselines"]["test"] = {f"number {i}": {**worse, "mcc": i / 10} for i in range(6)}
+    write_json(spoilt / "result.json", result)
+    page = write_report(spoilt).read_text()
+    chart = page[page.index('id="comparison"') : page.index("</figure>", page.index('id="comparison"'))]
+    assert [f"number {i}" in chart for i in range(6)] == [False, False, False, True, True, True]
+    assert all(f"number {i}" in page for i in range(6)), "the table has all of them"
 
 
 @pytest.mark.parametrize("splits", [(), ("valid",), ("test",)])

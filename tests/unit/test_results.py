@@ -1,18 +1,22 @@
-"""benchmarks/results.py: paired differences are those of the metrics, the page is that of the saved results."""
+"""benchmarks/results.py: what a run has kept gives its metrics again, and every experiment can be run."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pandas as pd
 import pytest
-from sklearn import metrics as sk
 
+from esm_neuron.config import TaskConfig
 from esm_neuron.config.rules import validate
+from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.tokenizer import encode_many
+from esm_neuron.run_dir import as_table
+from esm_neuron.tasks import TASKS, create_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,74 +32,41 @@ def results() -> ModuleType:
     return module
 
 
-def made(task: str, seed: int, n: int = 60) -> pd.DataFrame:
-    """Predictions of a run, right more often than not; the targets are the same for all seeds."""
-    fixed, noise = np.random.default_rng(0), np.random.default_rng(seed)
-    if task == "regression":
-        value = fixed.normal(0, 1, n)
-        return pd.DataFrame({"target": value, "value": value + noise.normal(0, seed, n)})
-    if task == "masked_lm":
-        hidden = fixed.integers(0, 5, n)
-        return pd.DataFrame({"hidden": hidden, "loss": np.where(hidden > 0, noise.gamma(9, 0.3, n), np.nan)})
-    if task == "residue_classification":
-        each = [fixed.choice(["a", "b", None], size) for size in fixed.integers(5, 30, n)]
-        said = [
-            "".join(noise.choice(["a", "b"]) if noise.random() < 0.3 else name or "a" for name in row) for row in each
-        ]
-        return pd.DataFrame({"target": each, "labels": said})
-    words = ["a", "b", "c"] if task == "sequence_classification" else ["a", "a;b", "b;c", "c"]
-    right = fixed.choice(words, n)
-    said = np.where(noise.random(n) < 0.2 * seed, noise.choice(words, n), right)
-    p = {f"p_{c}": np.round([(c in text) + noise.normal(0, seed) for text in right], 1) for c in "abc"}
-    return pd.DataFrame({"target": right, "label": said, **p})
+def table_of(task: str, n: int = 60) -> ExampleTable:
+    """Proteins with labels; the second has a residue that was not kept."""
+    rng = np.random.default_rng(0)
+    tokens, offsets = encode_many(["".join(rng.choice(list("LAGVSERTIDPK"), size)) for size in rng.integers(5, 30, n)])
+    table = ExampleTable.of(tokens, offsets)
+    slot, bounds = table.residue_slots()
+    labels = {
+        "sequence_classification": rng.integers(0, 3, n),
+        "multi_label": (rng.random((n, 3)) < 0.5).astype(np.uint8),
+        "regression": rng.normal(0, 1, n),
+        "residue_classification": np.where(slot < 0, -1, rng.integers(-1, 3, bounds[-1])[slot]).astype(np.int16),
+        "masked_lm": np.empty(0),
+    }
+    return replace(table, labels=labels[task])
 
 
-def expected(task: str, metric: str, predictions: pd.DataFrame) -> float:
-    """The same metric by scikit-learn and pandas."""
-    if metric == "auroc":
-        return float(sk.roc_auc_score(predictions["target"].str.get_dummies(";"), predictions[["p_a", "p_b", "p_c"]]))
-    if task == "regression":
-        return float(predictions["value"].corr(predictions["target"], method="spearman"))
-    if task == "masked_lm":
-        asked = predictions[predictions["hidden"] > 0]
-        return float(np.exp(np.average(asked["loss"], weights=asked["hidden"])))
-    if task == "multi_label":
-        targets, predicted = (predictions[name].str.get_dummies(";") for name in ("target", "label"))
-        return float(sk.f1_score(targets, predicted, average="macro"))
-    if task == "residue_classification":
-        pairs = [(t, s) for row in predictions.itertuples() for t, s in zip(row.target, row.labels, strict=True) if t]
-        return float(sk.matthews_corrcoef(*zip(*pairs, strict=True)))
-    return float(sk.matthews_corrcoef(predictions["target"], predictions["label"]))
-
-
-@pytest.mark.parametrize(
-    ("task", "metric"),
-    [
-        ("sequence_classification", "mcc"),
-        ("multi_label", "macro_f1"),
-        ("multi_label", "auroc"),
-        ("residue_classification", "mcc"),
-        ("regression", "spearman"),
-        ("masked_lm", "perplexity"),
-    ],
-)
-def test_a_difference_is_that_of_the_metrics_and_sampled_in_pairs(results: ModuleType, task: str, metric: str) -> None:
-    one, other = made(task, 1), made(task, 2)
-    labels = ("a", "b") if task == "residue_classification" else ("a", "b", "c")
-    found = results.paired(task, metric, labels, one, other)
-    assert found["difference"] == pytest.approx(expected(task, metric, one) - expected(task, metric, other), abs=1e-9)
-    low, high = found["difference_ci"]
-    assert low < found["difference"] < high
-    drawn = np.random.default_rng(0).integers(0, len(one), len(one))
-    multiplicities = np.bincount(drawn, minlength=len(one))[None].astype(float)
-    again = results.scorer(task, metric, labels, one)(multiplicities)[0]
-    assert again == pytest.approx(expected(task, metric, one.iloc[drawn].reset_index(drop=True)), abs=1e-9)
-    assert results.paired(task, metric, labels, one, one)["difference_ci"] == [0, 0]
-    same = results.verdict(metric, {"difference": 0.1, "difference_ci": [-0.1, 0.3]})
-    assert (same, results.verdict(metric, {"difference": 0.1, "difference_ci": [0.05, 0.3]})) == (
-        "undecided",
-        "worse" if metric == "perplexity" else "better",
-    )
+@pytest.mark.parametrize("name", TASKS)
+def test_kept_predictions_give_the_metrics_and_resamples_of_the_run(results: ModuleType, name: str) -> None:
+    task, table = create_task(TaskConfig(name=name, target_mean=0.0, target_sd=1.0), ("a", "b", "c")), table_of(name)
+    rng = np.random.default_rng(1)
+    classes = (3,) if name.endswith("classification") or name == "multi_label" else ()
+    predictions = [rng.normal(size=(len(table.tokens) if task.predictions_per_token else len(table), *classes))]
+    if name == "masked_lm":
+        hidden = rng.integers(0, 5, len(table)).astype(float)
+        predictions = [hidden * rng.gamma(9, 0.3, len(table)), hidden, hidden // 2]
+    units = np.arange(len(table)) // 2
+    expected = task.metrics(table, predictions, True, units)
+    again = results.as_predictions(task, table, as_table(task, table, predictions))
+    found = task.metrics(table, again, True, units)
+    for metric, value in expected.items():
+        if metric == "per_class" or (name == "masked_lm" and metric.startswith("accuracy")):
+            continue  # of hits in masked LM nothing is kept
+        assert found[metric] == pytest.approx(value, rel=1e-5, abs=1e-7), metric
+    same = "perplexity" if name == "masked_lm" else task.metric
+    np.testing.assert_allclose(found.drawn[same], expected.drawn[same], rtol=1e-5, atol=1e-7)
 
 
 def test_every_experiment_has_a_legal_configuration(results: ModuleType, tmp_path: Path) -> None:

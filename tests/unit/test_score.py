@@ -264,4 +264,25 @@ def test_the_interval_of_a_rank_correlation_is_that_of_scipy_on_drawn_rows() -> 
     assert len(drawn) == RESAMPLES
     found = rank_correlation(one, other)
     assert found["spearman"] == pytest.approx(spearmanr(one, other)[0])
-    assert found["spearman_ci"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
+    assert found.drawn["spearman"] == pytest.approx(drawn)
+    assert found["spearman_ci"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.03)
+    # twenty variants at each site that share its effect are one row each
+    sites = np.repeat(np.arange(40), 20)
+    many = rank_correlation(one[sites], other[sites], sites)
+    assert many["n_clusters"] == 40 and many["spearman_ci"] == pytest.approx(found["spearman_ci"], abs=0.02)
+    low, high = rank_correlation(one[sites], other[sites])["spearman_ci"]
+    assert high - low < 0.4 * (found["spearman_ci"][1] - found["spearman_ci"][0])
+
+
+def test_a_wild_type_residue_that_is_not_known_is_refused(plain: Path, tmp_path: Path) -> None:
+    wild = tmp_path / "wild.fasta"
+    wild.write_text(f">w\n{WILD[:4]}X{WILD[5:]}\n")
+    table = tmp_path / "dms.csv"
+    table.write_text(f"variant\n{WILD[1]}2A\nX5A\n")
+    with pytest.raises(DataError, match=r":3: 'X5A': the wild type has X there, which is no amino acid"):
+        score(str(plain), table, tmp_path / "out.csv", wild_type=wild)
+    table.write_text(f"sequence\n{WILD}\n")
+    with pytest.raises(DataError, match=r":2: residue 5: the wild type has X there"):
+        score(str(plain), table, tmp_path / "out.csv", wild_type=wild, columns=VariantColumns(sequence="sequence"))
+    table.write_text(f"variant\n{WILD[1]}2A\n")
+    assert score(str(plain), table, tmp_path / "out.csv", wild_type=wild)["rows"] == 1, "elsewhere X is context"

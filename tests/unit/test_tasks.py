@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,10 @@ from esm_neuron.build import build_model
 from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, X, encode_many
+from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS, MASK, VOCABULARY, encode_many
 from esm_neuron.errors import ConfigError
 from esm_neuron.metrics import Value
+from esm_neuron.metrics.verdict import compare
 from esm_neuron.tasks import TASKS, create_task
 from esm_neuron.tasks.losses import sigmoid_losses, softmax_losses
 from esm_neuron.tasks.masked_lm import MaskedLM
@@ -28,6 +30,7 @@ from esm_neuron.tasks.sequence import SequenceClassification
 from esm_neuron.training.evaluation import Evaluator
 
 LABELS = ("A", "B", "C")
+W = VOCABULARY.index("W")
 
 
 def one_protein(sequence: str) -> ExampleTable:
@@ -185,8 +188,7 @@ def test_a_class_target_is_the_records_label_and_none_without_labels() -> None:
 
 
 def test_masked_lm_rates_are_those_of_bert() -> None:
-    # X is no standard amino acid, so each of the three fates shows: <mask>, one of the 20, or X still
-    table, task, draws = one_protein("X" * 1000), MaskedLM(TaskConfig(name="masked_lm"), ()), 300
+    table, task, draws = one_protein("W" * 1000), MaskedLM(TaskConfig(name="masked_lm"), ()), 300
     rng = np.random.default_rng(7)
     chosen, shown = [], []
     for _ in range(draws):
@@ -202,12 +204,76 @@ def test_masked_lm_rates_are_those_of_bert() -> None:
     total, residues, seen = sum(chosen), 1000 * draws, np.concatenate(shown)
     within(total, residues, 0.15)
     within((seen == MASK).sum(), total, 0.8)
-    within((seen == X).sum(), total, 0.1)
-    replaced = seen[(seen != MASK) & (seen != X)]
-    within(len(replaced), total, 0.1)
-    assert set(replaced.tolist()) == set(AMINO_ACIDS.tolist())
-    for amino_acid in AMINO_ACIDS:
-        within((replaced == amino_acid).sum(), len(replaced), 1 / 20)
+    within((seen == W).sum(), total, 0.1 + 0.1 / 20)  # left as it is, or W by chance
+    replaced = seen[(seen != MASK) & (seen != W)]
+    within(len(replaced), total, 0.1 * 19 / 20)
+    assert {*replaced.tolist(), W} == set(AMINO_ACIDS.tolist())
+    for amino_acid in set(AMINO_ACIDS.tolist()) - {W}:
+        within((replaced == amino_acid).sum(), len(replaced), 1 / 19)
+
+
+def test_in_evaluation_every_target_is_a_mask_and_no_target_is_an_unknown_residue() -> None:
+    task = MaskedLM(TaskConfig(name="masked_lm", mask_probability=0.5), ())
+    table = one_protein("MKVXLAGXTBREWUZ" * 40)
+    training = task.example_target(table, 0, np.random.default_rng(0))
+    for target in (task.evaluation_target(table, 0), training):
+        asked = target.weight > 0
+        assert 0.3 < asked.mean() < 0.5
+        assert set(table.tokens[asked].tolist()) <= set(AMINO_ACIDS.tolist())
+        assert (target.tokens[~asked] == table.tokens[~asked]).all()
+    asked = task.evaluation_target(table, 0)
+    assert (asked.tokens[asked.weight > 0] == MASK).all()
+    assert (training.tokens[training.weight > 0] != MASK).any()
+    again = MaskedLM(TaskConfig(name="masked_lm", mask_probability=0.5), ()).evaluation_target(table, 0)
+    assert (again.tokens == asked.tokens).all()
+    assert (task.hidden(table) == (asked.weight > 0)).all()
+
+
+UNIGRAM = np.random.default_rng(5).dirichlet(np.full(20, 2.0))
+
+
+def independent_residues(n: int, seed: int) -> ExampleTable:
+    """Proteins whose residues are drawn one by one: nothing but their frequencies can be learned."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("LAGVSERTIDPKQNFYMHWC"))
+    tokens, offsets = encode_many(["".join(rng.choice(letters, 120, p=UNIGRAM)) for _ in range(n)])
+    return ExampleTable.of(tokens, offsets)
+
+
+class Copies(torch.nn.Module):
+    """The best that there is for independent residues: the letter that it sees, else the frequencies."""
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        frequencies = torch.full((33,), -60.0)
+        frequencies[torch.from_numpy(AMINO_ACIDS.astype(int))] = torch.from_numpy(np.log(UNIGRAM)).float()
+        # of what is shown at a target in training, 10 of 10.5 letters are the right ones
+        seen = F.one_hot(input_ids, 33) * 5.3
+        return SimpleNamespace(logits=frequencies + torch.where(input_ids == MASK, 0, 1)[..., None] * seen)
+
+
+def test_on_independent_residues_nothing_beats_the_unigram_and_the_loss_is_that_of_a_hand() -> None:
+    cfg = TrainConfig(
+        model=ModelConfig(name="mini"), task=TaskConfig(name="masked_lm"), adapter=AdapterConfig(kind="none"),
+        data=DataConfig(max_residues=126, pack_tokens=128),
+    )  # fmt: skip
+    task, backend = create_task(cfg.task, ()), create_backend(cfg)
+    table, train = independent_residues(150, 0), independent_residues(300, 1)
+    loader = EvalLoader(table, task, cfg, static_shapes=False)
+    (unigram,) = task.baselines(train)
+    base = task.metrics(table, unigram.predict(table), intervals=True)
+
+    predictions = Evaluator(Copies(), task, backend).collect(loader)
+    own = task.metrics(table, predictions, intervals=True)
+    hidden = task.hidden(table)
+    by_hand = -np.log(UNIGRAM[table.tokens[hidden] - AMINO_ACIDS[0]]).mean()
+    assert own["n"] == base["n"] == hidden.sum()
+    assert own["loss"] == pytest.approx(by_hand, rel=1e-6)
+    found = compare(own, base, "loss", greater_is_better=False)
+    # the true frequencies against those of 36,000 residues: without a visible letter there is no more to gain
+    assert found["difference"] == pytest.approx(0, abs=2e-3) and found["verdict"] == "undecided"
+
+    mini = task.metrics(table, Evaluator(build_model(cfg, task, backend).model, task, backend).collect(loader), True)
+    assert compare(mini, base, "loss", greater_is_better=False)["verdict"] == "worse"
 
 
 def within(count: int, draws: int, rate: float) -> None:
@@ -297,7 +363,8 @@ def test_metrics_and_outputs_do_not_depend_on_how_examples_are_batched(name: str
     assert expected[task.metric] is not None
     for layout in [(True, 64, 3, True), (True, 200, 2, False), (False, 64, 5, True), (True, 1024, 1, True)]:
         found, frame = answered(*layout)
-        assert found == pytest.approx(expected, rel=1e-5)
+        assert found.pop("only_answer", None) == expected.get("only_answer")
+        assert found == pytest.approx({n: v for n, v in expected.items() if n != "only_answer"}, rel=1e-5)
         columns = [frame.explode(list(frame)[1:]) if name == "residue_classification" else frame
                    for frame in (frame, table_of_answers)]  # fmt: skip
         for column in frame:
