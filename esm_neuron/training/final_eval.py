@@ -145,13 +145,14 @@ def _beside(
             except (ArithmeticError, MemoryError, ValueError) as error:  # of scikit-learn, on data not thought of
                 log(f"WARNING: the {baseline.name} baseline failed ({error}); the model's metrics do not depend on it")
                 break
-            seconds = round(perf_counter() - begin, 3)  # of the first split, with the fit
+            seconds = perf_counter() - begin  # with the fit, in the first split; not kept, as it is never the same
             for scored in (whole, clean):
                 if split in scored.parts:
                     scores = scored.parts[split].score(task, predictions)
-                    scores.update(baseline.size, seconds=seconds)
+                    scores.update(baseline.size)
                     scored.baselines.setdefault(split, {})[baseline.name] = scores
-            log(f"{split}, {baseline.name} baseline: {format_record(whole.baselines[split][baseline.name])}")
+            record = format_record(whole.baselines[split][baseline.name])
+            log(f"{split}, {baseline.name} baseline: {record} seconds={seconds:.2f}")
     verdicts, pure = whole.verdicts(task), clean.verdicts(task)
     wrong = {split: alarms(scores, verdicts.get(split)) for split, scores in whole.own.items()}
     for split in whole.own:

@@ -71,8 +71,8 @@ def test_a_run_ends_with_metrics_their_intervals_and_baselines_on_the_same_prote
         for name, metrics in result["baselines"][split].items():
             assert metrics.get("n_records", metrics["n"]) == proteins
             assert METRICS[task] <= set(metrics)
-            assert any(line.startswith(f"{split}, {name} baseline: n=") for line in printed[task])
-            assert metrics["seconds"] >= 0
+            (line,) = (line for line in printed[task] if line.startswith(f"{split}, {name} baseline: n="))
+            assert float(line.rpartition(" seconds=")[2]) >= 0
         verdict = result["verdicts"][split]
         assert verdict["metric"] == task_class(task).metric and verdict["best"] in BASELINES[task]
         assert set(verdict["against"]) == {
