@@ -26,21 +26,21 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
 
 
 LEAST_RATE = 1e-20
-"""Takes the place of a learning rate of 0 at the end of a schedule. AdamW on an XLA device divides by the rate, so at 0
-a weight without gradient would become 0 / 0 (torch 2.8, `capturable`); and XLA compiles a scalar 0 into the graph."""
+"""Takes the place of a learning rate of 0 behind the end of a schedule. AdamW on an XLA device divides by the rate, so
+at 0 a weight without gradient would become 0 / 0 (torch 2.8, `capturable`); and XLA compiles a 0 into the graph."""
 
 
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     """Return the learning rate of optimizer step `step` (from 0) of `total_steps`.
 
-    Warm-up is `lr * (step + 1) / warmup_steps`, so that no step is wasted at rate 0. Then the rate falls from `lr` to
-    `lr * min_lr_ratio` (at least LEAST_RATE) at the last step: along half a cosine (Loshchilov & Hutter 2017, eq. 5),
-    along a line, or not at all.
+    Warm-up is `lr * (step + 1) / warmup_steps`, so that no step is wasted at rate 0. Then the rate falls from `lr`
+    towards `lr * min_lr_ratio` (at least LEAST_RATE), which the step after the last one would have, as in
+    transformers' schedules: along half a cosine (Loshchilov & Hutter 2017, eq. 5), along a line, or not at all.
     """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "constant":
         return cfg.lr
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - 1 - cfg.warmup_steps))
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
     return max(LEAST_RATE, cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
+import torch
 from torch import nn
+from transformers import get_scheduler
 
 from esm_neuron.config import OptimConfig
 from esm_neuron.training.optim import learning_rate, parameter_groups
@@ -26,27 +26,40 @@ def test_the_warm_up_rises_by_equal_steps_and_never_stands_at_zero(schedule: str
 
 
 @pytest.mark.parametrize(
-    ("schedule", "quarter", "middle", "last"),
+    ("schedule", "third", "two_thirds", "end"),
     [
-        # between steps 4 and 24 lie 20: a quarter is step 9, the middle step 14; the floor is 2e-4, the fall 1.8e-3
-        ("cosine", 2e-4 + 1.8e-3 * (1 + math.sqrt(0.5)) / 2, 1.1e-3, 2e-4),
-        ("linear", 2e-4 + 1.8e-3 * 0.75, 1.1e-3, 2e-4),
+        # from step 4 to the one behind the last, 25, are 21: a third is step 11; the floor is 2e-4, the fall 1.8e-3
+        ("cosine", 2e-4 + 1.8e-3 * 0.75, 2e-4 + 1.8e-3 * 0.25, 2e-4),
+        ("linear", 2e-4 + 1.8e-3 * 2 / 3, 2e-4 + 1.8e-3 / 3, 2e-4),
         ("constant", 2e-3, 2e-3, 2e-3),
     ],
 )
-def test_each_schedule_falls_as_it_says(schedule: str, quarter: float, middle: float, last: float) -> None:
-    assert rate(9, schedule) == pytest.approx(quarter)
-    assert rate(14, schedule) == pytest.approx(middle)
-    assert rate(TOTAL - 1, schedule) == pytest.approx(last)
-    assert rate(TOTAL + 10, schedule) == pytest.approx(last)  # steps past the plan stay at the floor
+def test_each_schedule_falls_as_it_says(schedule: str, third: float, two_thirds: float, end: float) -> None:
+    assert rate(11, schedule) == pytest.approx(third)
+    assert rate(18, schedule) == pytest.approx(two_thirds)
+    assert rate(TOTAL, schedule) == pytest.approx(end)
+    assert rate(TOTAL + 10, schedule) == pytest.approx(end)  # steps past the plan stay at the floor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_without_a_floor_the_last_step_ends_at_zero(schedule: str) -> None:
+def test_without_a_floor_the_last_step_still_trains(schedule: str) -> None:
     rates = [rate(step, schedule, floor=0) for step in range(TOTAL)]
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
-    assert all(r > 0 for r in rates[:-1])
+    assert rates[-1] > 1e-3 * PEAK
     assert rates[WARMUP:] == sorted(rates[WARMUP:], reverse=True)
+    assert rate(TOTAL, schedule, floor=0) == 1e-20, "not 0, which XLA's AdamW cannot bear"
+    both = [learning_rate(step, 2, OptimConfig(lr=PEAK, schedule=schedule)) for step in range(2)]
+    assert both == pytest.approx([PEAK, PEAK / 2])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_after_the_warm_up_rates_are_those_of_transformers(schedule: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    theirs = get_scheduler(schedule, optimizer, num_warmup_steps=WARMUP, num_training_steps=TOTAL)
+    for step in range(TOTAL):
+        if step >= WARMUP:
+            assert rate(step, schedule, floor=0) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
 
 
 def test_a_warm_up_longer_than_the_run_only_rises() -> None:
