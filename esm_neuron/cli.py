@@ -78,13 +78,18 @@ def predict(
     model: Trained,
     input: Records,
     output: Table,
+    coverage: Annotated[
+        float | None, "such as 0.9: also the classes (set), or the range (low, high), that hold the truth that often"
+    ] = None,
     backend: Backend = None,
     resume: Resume = False,
 ) -> int:
     """Predict with a trained model for every record of a file. Also --data.* as for train."""
     from esm_neuron.inference.predict import predict as run_prediction
 
-    written = run_prediction(model, input, output, backend=backend, settings=overrides, resume=resume, log=log)
+    written = run_prediction(
+        model, input, output, backend=backend, settings=overrides, resume=resume, coverage=coverage, log=log
+    )
     _on_main(log, f"{written} predictions written to {output}")
     return 0
 

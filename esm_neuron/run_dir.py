@@ -14,6 +14,7 @@ from esm_neuron.config.settings import read_config
 from esm_neuron.data.parquet import read_table, write_table
 from esm_neuron.errors import CheckpointError, DataError
 from esm_neuron.files import NOTHING, NUMBER, misfit, parse_json, read_bytes, read_json
+from esm_neuron.metrics.decisions import Calibration
 
 if TYPE_CHECKING:
     from esm_neuron.data.dataset import ExampleTable
@@ -29,6 +30,7 @@ BASE = "base"  # an adapter's base if it is kept nowhere else
 REFERENCE = "base_reference.json"  # beside an adapter: the weights it was trained on
 DECIDING = ("num_attention_heads", "layer_norm_eps", "token_dropout")  # of a base's config.json, beside its shapes
 REPORT = "report"  # the page of `esm-neuron report` and its charts
+CALIBRATION = "calibration.json"  # how to read the predictions, in the folder of an adapter or a model
 CARD = "README.md"  # model card, in the folder of an adapter or a model
 PASSED_OVER = "passed-over-"  # prefix of a checkpoint that a resumed run could not read
 
@@ -55,6 +57,8 @@ _SCORES = {
 }  # fmt: skip
 _DIFFERENCE = {"difference": NUMBER, "difference_ci": _VALUE, "verdict": str}
 _VERDICT = {**dict.fromkeys(("metric", "best", "verdict", "text"), str), "against": {"*": _DIFFERENCE}}
+_CALIBRATION = {"proteins": int, "temperature": NUMBER, "thresholds": [NUMBER], "scores": [NUMBER]}
+_COVERAGE = {"level": NUMBER, "covered": NUMBER, "covered_ci": _VALUE, "size": NUMBER}
 _RESULT = {
     **dict.fromkeys(("task", "metric", "model", "init", "backend", "adapter"), str),
     "parameters": {"trainable": int, "total": int},
@@ -70,6 +74,8 @@ _RESULT = {
     **{key: {"*": {"*": _SCORES}} for key in ("baselines?", "clean_baselines?")},
     **{key: {"*": _VERDICT} for key in ("verdicts?", "clean_verdicts?")},
     "alarms?": {"*": [str]},
+    "calibration?": (NOTHING, _CALIBRATION),
+    "coverage?": {"*": _COVERAGE},
 }  # fmt: skip
 """The form of result.json, see `files.misfit`."""
 
@@ -109,6 +115,21 @@ def read_result(run: Path) -> dict[str, Any]:
     cure = "its training has not finished; go on with --checkpoint.resume auto"
     require(path.is_file(), f"{run}: no {RESULT} there, {cure}")
     return dict(read_json(path, _RESULT, CheckpointError, "another version may have written it; train again"))
+
+
+def read_calibration(weights: Path, labels: int) -> Calibration:
+    """Read how to read the predictions of a model of `labels` classes; as they are where its folder does not say.
+
+    Raise CheckpointError where the file is damaged.
+    """
+    path = weights / CALIBRATION
+    if not path.is_file():
+        return Calibration()
+    said = read_json(path, _CALIBRATION, CheckpointError, "delete it to read predictions as they are")
+    found = Calibration(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
+    if found.wrong(labels):
+        raise CheckpointError(f"{path}: {found.wrong(labels)}; delete it to read predictions as they are")
+    return found
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

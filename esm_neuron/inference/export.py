@@ -42,4 +42,4 @@ def export(model: str | Path, target: Path, settings: Sequence[str] = ()) -> Non
     run, card = Path(model), ""
     if (run / CONFIG).is_file():
         card = model_card(read_config(run / CONFIG), read_result(run), built.source.reference, "model")
-    write_model(merged(built), built.config, target, card)
+    write_model(merged(built), built.config, target, card, task.calibration)

@@ -27,7 +27,7 @@ from esm_neuron.files import NOTHING, NUMBER, read_json, sha256
 from esm_neuron.inference.folders import find_head, task_config
 from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from esm_neuron.models.shapes import in_folder, locate
-from esm_neuron.run_dir import ADAPTER, BASE, CONFIG, MODEL, REFERENCE
+from esm_neuron.run_dir import ADAPTER, BASE, CONFIG, MODEL, REFERENCE, read_calibration
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
 
@@ -148,7 +148,14 @@ def find_trained(
         model=replace(cfg.model, pooling=head.pooling),
         task=task_config(head, cfg.task, str(name), command),
     )
-    return cfg, create_task(cfg.task, cfg.task.labels or ())
+    return cfg, _task_of(cfg, folder)
+
+
+def _task_of(cfg: TrainConfig, weights: Path) -> Task:
+    """Return the task of a model, which reads predictions as the folder of its weights says."""
+    task = create_task(cfg.task, cfg.task.labels or ())
+    calibration: Task = task.read_by(read_calibration(weights, len(task.labels)))
+    return calibration
 
 
 def overruled(cfg: TrainConfig, words: Sequence[str], command: str) -> TrainConfig:
@@ -183,7 +190,7 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
             "trained on quantized weights, run here on float ones: predictions differ by the quantization error"
         )
         cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))
-    return cfg, create_task(cfg.task, cfg.task.labels or ())
+    return cfg, _task_of(cfg, folder / found[0])
 
 
 def _check_classes(folder: Path, labels: Sequence[str] | None) -> None:

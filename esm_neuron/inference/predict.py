@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import BackendName, TrainConfig
+from esm_neuron.config import BackendName, TrainConfig, require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.inputs import InputChunks
@@ -50,6 +50,7 @@ def predict(
     backend: BackendName | None = None,
     settings: Sequence[str] = (),
     resume: bool = False,
+    coverage: float | None = None,
     log: Callable[[str], None] = logger.info,
 ) -> int:
     """Write the predictions of a trained model for every record of `source`, in its order; return their number.
@@ -64,17 +65,24 @@ def predict(
         backend: where to run; None: where it was trained.
         settings: words that overrule the model's, such as `--data.sequence_column seq`.
         resume: use the shards that a killed command left beside `target`.
+        coverage: also write what holds the truth with this probability, see `Task.covering`.
         log: called with lines about what was read, left out or cut.
     """
     check_target(target, JOIN, model, {"--input": source}, settings)
     cfg, task = find_trained(model, backend, settings, "predict")
+    if coverage is not None:
+        require(task.covers, f"--coverage {coverage}: is for one class or one number per protein, not {task.summary}")
+        task.calibration.radius(coverage)  # raises before the work where it cannot tell
 
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
         columns = task.outputs(table, predictions)
+        if coverage is not None:
+            columns |= task.covering(table, predictions, coverage)
         made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
         return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
 
-    return predict_file(ModelSpec(cfg, task), task, source, target, write, resume, log, {"command": "predict"})
+    options = {"command": "predict", "coverage": coverage, "calibration": task.calibration.digest()}
+    return predict_file(ModelSpec(cfg, task), task, source, target, write, resume, log, options)
 
 
 def predict_file(

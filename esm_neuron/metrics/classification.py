@@ -26,6 +26,7 @@ else:
     sparse = module("scipy.sparse")
 
 sk = module("sklearn.metrics")
+THRESHOLD = 0.5  # probability from which a label is given
 NAMES = ("loss", "accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
 
 
@@ -37,24 +38,26 @@ def classification_metrics(
     intervals: bool = False,
     protein: np.ndarray | None = None,
     units: np.ndarray | None = None,
+    threshold: float = THRESHOLD,
 ) -> Scores:
     """Return n (rows), n_records (proteins, where rows are residues), NAMES, and what is to be known of them.
 
     A row is a protein, or a residue of `protein` (int64 [n]). `probabilities` are float64 [n, C], `labels` int64 [n]
-    class indices, `loss` float64 [n] in nats. With `intervals` also `<name>_ci`, over proteins, or over the clusters
-    `units` (int64 [proteins]; n_clusters says how many, where fewer than proteins), and `per_class`: n, F1, AUROC and
-    AUPRC of each class; of more than MOST_CURVES classes n and F1 alone, of those that occur.
+    class indices, `loss` float64 [n] in nats, and `threshold` is that of `decided`. With `intervals` also `<name>_ci`,
+    over proteins, or over the clusters `units` (int64 [proteins]; n_clusters says how many, where fewer than proteins),
+    and `per_class`: n, F1, AUROC and AUPRC of each class; of more than MOST_CURVES classes n and F1 alone, of those
+    that occur.
 
     Of two classes AUPRC is that of the rarer one, which `auprc_of` names, and AUROC is that of either; of more, both
     are means over classes of one against the rest, undefined when a class is absent. Balanced accuracy averages over
     the classes present, macro-F1 over those present or predicted. `only_answer` is there where every row is predicted
     to be of one class, and not all are.
     """
-    predicted = probabilities.argmax(1) if len(labels) else labels
+    predicted = decided(probabilities, threshold) if len(labels) else labels
     values: dict[str, Value] = {"n": len(labels)}
     if protein is not None:
         values["n_records"] = len(np.unique(protein))
-    values.update(classification_scores(probabilities, labels, loss))
+    values.update(classification_scores(probabilities, labels, loss, predicted))
     if values["auprc"] is not None and len(names) == 2:
         values["auprc_of"] = names[rarer(labels)]
     if len(labels) and (predicted == predicted[0]).all() and (labels != labels[0]).any():
@@ -143,12 +146,24 @@ class Cells:
         return by_class(self.target, right), by_class(self.target, ones), by_class(self.predicted, ones)
 
 
-def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray) -> dict[str, Value]:
-    """Return the point values NAMES: probabilities [n, C], labels [n], loss [n]."""
+def decided(probabilities: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:
+    """Return the likeliest class of each row, int64 [n], of `probabilities` float64 [n, C].
+
+    Of two classes that is the second where its probability is more than `threshold`.
+    """
+    if probabilities.shape[1] == 2 and threshold != THRESHOLD:
+        return (probabilities[:, 1] > threshold).astype(np.int64)
+    return np.asarray(probabilities.argmax(1))
+
+
+def classification_scores(
+    probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray, predicted: np.ndarray
+) -> dict[str, Value]:
+    """Return the point values NAMES: probabilities [n, C], labels [n], loss [n], and the `predicted` classes [n]."""
     values: dict[str, Value] = dict.fromkeys(NAMES)
     if not len(labels):
         return values
-    predicted, present = probabilities.argmax(1), np.unique(labels)
+    present = np.unique(labels)
     values["loss"] = float(loss.mean())
     values["accuracy"] = float(sk.accuracy_score(labels, predicted))
     # Not by scikit-learn, whose confusion matrix is dense; the tests hold both equal.

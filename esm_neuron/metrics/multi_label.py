@@ -18,7 +18,7 @@ from esm_neuron.metrics.bootstrap import (
     numbered,
     with_intervals,
 )
-from esm_neuron.metrics.classification import binary_scores
+from esm_neuron.metrics.classification import THRESHOLD, binary_scores
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -26,7 +26,6 @@ else:
     sparse = module("scipy.sparse")
 
 sk = module("sklearn.metrics")
-THRESHOLD = 0.5  # probability from which a label is predicted
 NAMES = ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
 
 
@@ -37,10 +36,12 @@ def multi_label_metrics(
     names: Sequence[str],
     intervals: bool = False,
     units: np.ndarray | None = None,
+    thresholds: Sequence[float] = (),
 ) -> Scores:
     """Return n (proteins) and NAMES; subset_accuracy is the share of proteins with exactly the right labels.
 
-    `probabilities` are float64 [n, C], `target` bool [n, C], `loss` float64 [n] (nats, the mean over classes). With
+    `probabilities` are float64 [n, C], `target` bool [n, C], `loss` float64 [n] (nats, the mean over classes);
+    a label is given from its probability in `thresholds` on, or THRESHOLD. With
     `intervals` also `<name>_ci`, over proteins or over the clusters `units` (int64 [n]; their number is n_clusters),
     and `per_class`: n (proteins with the label), F1, AUROC and AUPRC of each class; of more than MOST_CURVES classes n
     and F1 alone, of those that occur.
@@ -49,7 +50,7 @@ def multi_label_metrics(
     are means over classes, undefined when a class has rows of one kind only. `only_answer` is there where all proteins
     are predicted to have the same labels, and they have not.
     """
-    predicted, few = probabilities >= THRESHOLD, len(names) <= MOST_CURVES
+    predicted, few = probabilities >= np.array(thresholds or THRESHOLD), len(names) <= MOST_CURVES
     positives = target.sum(0)
     defined_ = bool(len(target)) and bool(((positives > 0) & (positives < len(target))).all())
     wanted = range(len(names)) if few or defined_ else ()

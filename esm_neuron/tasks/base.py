@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,7 +14,9 @@ from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Labels
+from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Scores
+from esm_neuron.metrics.decisions import Calibration
 from esm_neuron.tasks.baselines import Baseline
 from esm_neuron.tasks.view import View
 
@@ -50,6 +53,7 @@ class Task(ABC):
     compared: ClassVar[tuple[str, ...]] = ()  # metrics of one scale, which the report draws beside the baselines'
     per_token: ClassVar[bool] = False  # whether there is one target per token or one per sequence
     predictions_per_token: bool = False  # whether `predictions` are one per token [R, L, ...] or segment [R, S, ...]
+    covers: ClassVar[bool] = False  # whether it has `covering`: a set or a range that holds the truth
     keeps_lm_head: ClassVar[bool] = False  # whether its head is the language model's, which a pretrained ESM-2 has
     hub_task: ClassVar[str | None] = None  # the hub's name for it (`pipeline_tag`); None: the hub has none
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"  # the class of transformers that loads its model
@@ -61,6 +65,7 @@ class Task(ABC):
         self.labels = tuple(labels)  # class names; empty where the task has none
         weights = cfg.class_weights if isinstance(cfg.class_weights, dict) else dict.fromkeys(labels, 1.0)
         self.class_weights = np.array([weights[label] for label in labels], np.float32)
+        self.calibration = Calibration()  # how `metrics` and `outputs` read predictions
 
     # The model
 
@@ -128,6 +133,29 @@ class Task(ABC):
         """Return what is written about each record: column -> one value per record, in the order of `table.ids`."""
         raise NotImplementedError(f"{type(self).__name__} has no table of predictions")
 
+    def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
+        """Return what predictions for a table with labels teach, see `Calibration`; the default learns nothing."""
+        return Calibration()
+
+    def read_by(self: Any, calibration: Calibration) -> Any:
+        """Return a copy of the task that reads predictions by `calibration`."""
+        task = copy(self)
+        task.calibration = calibration
+        return task
+
+    def covering(self, table: ExampleTable, predictions: Predictions, coverage: float) -> dict[str, Column]:
+        """Return the columns of `predict --coverage`, where `covers`: what holds the truth with that probability.
+
+        Raise ConfigError where the calibration cannot tell.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sets or ranges")
+
+    def coverage(
+        self, table: ExampleTable, predictions: Predictions, units: np.ndarray | None = None
+    ) -> dict[str, Any] | None:
+        """Return `coverage_scores` of COVERAGE on a table with labels; None where the calibration cannot tell."""
+        return None
+
     def targets(self, table: ExampleTable) -> Column | None:
         """Return what a table's labels say of each record, in the words of `outputs`; None without labels."""
         return None
@@ -149,6 +177,11 @@ def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
     mean = np.zeros((len(table.ids), *values.shape[1:]))
     np.add.at(mean, table.record, values * share.reshape(-1, *[1] * (values.ndim - 1)))
     return mean
+
+
+def joined(labels: Sequence[str], chosen: np.ndarray, joiner: str = LIST_JOINER) -> list[str]:
+    """Return the names of the classes that are not 0 in each row of [n, C]."""
+    return [joiner.join(label for label, is_in in zip(labels, row, strict=True) if is_in) for row in chosen]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from esm_neuron.config import ModelConfig, TaskConfig, require
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Numbers
 from esm_neuron.metrics import Scores, regression_metrics
+from esm_neuron.metrics.decisions import COVERAGE, Calibration, coverage_scores, kept_scores
 from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean, weighted
 from esm_neuron.tasks.baselines import Baseline, value_baselines
 from esm_neuron.tasks.view import View, lengths, worst
@@ -31,6 +32,7 @@ class Regression(PooledTask):
     label_kind = Numbers
     problem_type = "regression"
     metric = "spearman"
+    covers = True
     compared = ("spearman", "pearson")
 
     def __init__(self, cfg: TaskConfig, labels: Sequence[str]) -> None:
@@ -75,6 +77,27 @@ class Regression(PooledTask):
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         return {"value": record_mean(table, predictions[0])}
+
+    def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
+        """Return absolute errors, for `covering`."""
+        return Calibration(len(table.ids), scores=kept_scores(self._errors(table, predictions)))
+
+    def covering(self, table: ExampleTable, predictions: Predictions, coverage: float) -> dict[str, Column]:
+        """Return `low` and `high`, between which the true value is."""
+        value, radius = record_mean(table, predictions[0]), self.calibration.radius(coverage)
+        return {"low": value - radius, "high": value + radius}
+
+    def coverage(
+        self, table: ExampleTable, predictions: Predictions, units: np.ndarray | None = None
+    ) -> dict[str, Any] | None:
+        if not self.calibration.reaches(COVERAGE):
+            return None
+        errors, radius = self._errors(table, predictions), self.calibration.radius(COVERAGE)
+        return coverage_scores(errors <= radius, np.full(len(errors), 2 * radius), units)
+
+    def _errors(self, table: ExampleTable, predictions: Predictions) -> np.ndarray:
+        """Return float64 [records], in the values' unit."""
+        return np.abs(record_mean(table, predictions[0]) - table.labels)
 
     def targets(self, table: ExampleTable) -> Column:
         return table.labels

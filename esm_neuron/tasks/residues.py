@@ -13,6 +13,8 @@ from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import ResidueLabels
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.metrics import Scores, classification_metrics
+from esm_neuron.metrics.classification import decided
+from esm_neuron.metrics.decisions import Calibration, best_threshold, fit_temperature, mcc
 from esm_neuron.tasks.base import (
     CLASS_SETTINGS,
     Column,
@@ -95,25 +97,64 @@ class ResidueClassification(Task):
         self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
     ) -> Scores:
         """Return `classification_metrics` over residues with a label, intervals over proteins."""
+        probabilities, label, protein = self._known(table, predictions)
+        loss = cross_entropy(probabilities[np.arange(len(probabilities)), label])
+        threshold = self.calibration.threshold
+        return classification_metrics(
+            probabilities, label, loss, self.labels, intervals, protein, units, threshold=threshold
+        )
+
+    def _known(self, table: ExampleTable, predictions: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return of the residues with a label: probabilities float64 [n, C], classes and proteins int64 [n] each.
+
+        A residue counts once, however many windows show it: its probabilities are averaged.
+        """
         slot, bounds = table.residue_slots()
         label = residue_labels(table, slot, bounds)
         known = label >= 0
-        # A residue counts once, however many windows show it: its probabilities are averaged.
-        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(predictions[0])))[known]
-        loss = cross_entropy(probabilities[np.arange(len(probabilities)), label[known]])
         protein = np.repeat(np.arange(len(table.ids)), np.diff(bounds))[known]
-        return classification_metrics(probabilities, label[known], loss, self.labels, intervals, protein, units)
+        return self._probabilities(slot, bounds, predictions)[known], label[known], protein
+
+    def _probabilities(self, slot: np.ndarray, bounds: np.ndarray, predictions: Predictions) -> np.ndarray:
+        """Return float64 [residues of all records, C], see `residue_mean`."""
+        return residue_mean(slot, bounds, np.exp(log_softmax(predictions[0] / self.calibration.temperature)))
+
+    def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
+        """Return a temperature, and of two classes the threshold with the largest MCC."""
+
+        def known(temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return self.read_by(Calibration(temperature=temperature))._known(table, predictions)  # type: ignore[no-any-return]
+
+        def loss(temperature: float) -> float:
+            probabilities, label, _ = known(temperature)
+            return float(cross_entropy(probabilities[np.arange(len(label)), label]).mean())
+
+        # residues of a protein are alike: as many facts as there are proteins
+        temperature = fit_temperature(loss, len(table.ids))
+        probabilities, label, protein = known(temperature)
+        thresholds = ()
+        if len(self.labels) == 2:
+            thresholds = (best_threshold(probabilities[:, 1], label == 1, mcc, protein),)
+        return Calibration(len(table.ids), temperature, thresholds)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `labels` (a character per residue; longer names joined by `,`) and as `p_<class>` each class's
         probabilities, an array per record; `-` and NaN for residues that were cut off."""
         slot, bounds = table.residue_slots()
-        probabilities = residue_mean(slot, bounds, np.exp(log_softmax(predictions[0])))
+        probabilities = self._probabilities(slot, bounds, predictions)
         names = np.array([*self.labels, NO_PREDICTION], dtype=object)
-        predicted = names[np.where(np.isnan(probabilities[:, 0]), -1, probabilities.argmax(1))]
-        joiner = "" if all(len(name) == 1 for name in self.labels) else RESIDUE_JOINER
-        texts = [joiner.join(part) for part in np.split(predicted, bounds[1:-1])]
+        chosen = decided(probabilities, self.calibration.threshold)
+        predicted = names[np.where(np.isnan(probabilities[:, 0]), -1, chosen)]
+        texts = [self._joiner.join(part) for part in np.split(predicted, bounds[1:-1])]
         return {"labels": texts, **by_class(self.labels, [np.split(p, bounds[1:-1]) for p in probabilities.T])}
+
+    @property
+    def _joiner(self) -> str:
+        return "" if all(len(name) == 1 for name in self.labels) else RESIDUE_JOINER
+
+    def _names(self, text: str) -> list[str]:
+        """Return the classes of the residues of one protein, from `labels` of `outputs`."""
+        return text.split(self._joiner) if self._joiner else list(text)
 
     def targets(self, table: ExampleTable) -> Column:
         """Return the class names of each record's residues; None where unknown or cut off."""
@@ -136,7 +177,8 @@ class ResidueClassification(Task):
         protein = np.repeat(np.arange(len(residues)), residues)
         known = ~np.isnan(probabilities[:, 0]) & names.is_valid().to_numpy(zero_copy_only=False)
         probabilities, protein = probabilities[known], protein[known]
-        target, predicted = class_indices(self.labels, names.filter(pa.array(known))), probabilities.argmax(1)
+        answered = pa.array([name for text in table["labels"].to_pylist() for name in self._names(text)], pa.string())
+        target, predicted = (class_indices(self.labels, each.filter(pa.array(known))) for each in (names, answered))
         wrong = np.bincount(protein, predicted != target, len(residues))
         labelled = np.bincount(protein, minlength=len(residues)).astype(float)
         share = wrong / np.maximum(labelled, 1)
@@ -151,7 +193,7 @@ class ResidueClassification(Task):
             error_name="share of wrong residues",
             worst=worst(table, share, describe),
             confusion=Confusion.of(target, predicted, len(self.labels)),
-            confidence=Confidence(probabilities.max(1), predicted == target, protein),
+            confidence=Confidence(probabilities[np.arange(len(predicted)), predicted], predicted == target, protein),
         )
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.metrics import Scores, classification_metrics
+from esm_neuron.metrics.classification import decided
+from esm_neuron.metrics.decisions import (
+    COVERAGE,
+    Calibration,
+    best_threshold,
+    coverage_scores,
+    fit_temperature,
+    kept_scores,
+    mcc,
+)
 from esm_neuron.tasks.base import (
     CLASS_SETTINGS,
     Column,
@@ -16,6 +26,7 @@ from esm_neuron.tasks.base import (
     Predictions,
     by_class,
     cross_entropy,
+    joined,
     log_softmax,
     record_mean,
     weighted,
@@ -34,6 +45,7 @@ class SequenceClassification(PooledTask):
     summary = "one class per protein"
     settings = CLASS_SETTINGS
     metric = "mcc"
+    covers = True
     compared = ("accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
     hub_task = "text-classification"
 
@@ -52,15 +64,56 @@ class SequenceClassification(PooledTask):
         self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
     ) -> Scores:
         """Return `classification_metrics`; a record's probabilities are the mean over its windows."""
-        probabilities = record_mean(table, np.exp(log_softmax(predictions[0])))
-        loss = cross_entropy(probabilities[np.arange(len(table.ids)), table.labels])
-        return classification_metrics(probabilities, table.labels, loss, self.labels, intervals, units=units)
+        probabilities, labels = self._probabilities(table, predictions), table.labels
+        loss = cross_entropy(probabilities[np.arange(len(labels)), labels])
+        threshold = self.calibration.threshold
+        return classification_metrics(
+            probabilities, labels, loss, self.labels, intervals, units=units, threshold=threshold
+        )
+
+    def _probabilities(self, table: ExampleTable, predictions: Predictions) -> np.ndarray:
+        """Return float64 [records, C]."""
+        return record_mean(table, np.exp(log_softmax(predictions[0] / self.calibration.temperature)))
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `label`, and as `p_<class>` the probability of each class: the mean over windows."""
-        probabilities = record_mean(table, np.exp(log_softmax(predictions[0])))
-        predicted = [self.labels[i] for i in probabilities.argmax(1)]
+        probabilities = self._probabilities(table, predictions)
+        predicted = [self.labels[i] for i in decided(probabilities, self.calibration.threshold)]
         return {"label": predicted, **by_class(self.labels, probabilities.T)}
+
+    def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
+        """Return a temperature, of two classes the threshold with the largest MCC, and errors for `covering`."""
+        rows, labels = np.arange(len(table.ids)), table.labels
+
+        def probabilities(temperature: float) -> np.ndarray:
+            return self.read_by(Calibration(temperature=temperature))._probabilities(table, predictions)
+
+        def loss(temperature: float) -> float:
+            return float(cross_entropy(probabilities(temperature)[rows, labels]).mean())
+
+        temperature = fit_temperature(loss, len(rows))
+        found = probabilities(temperature)
+        thresholds = (best_threshold(found[:, 1], labels == 1, mcc),) if len(self.labels) == 2 else ()
+        return Calibration(len(rows), temperature, thresholds, kept_scores(1 - found[rows, labels]))
+
+    def covering(self, table: ExampleTable, predictions: Predictions, coverage: float) -> dict[str, Column]:
+        """Return `set`: the classes, joined by `;`, among which the true one is; the likeliest always."""
+        return {"set": joined(self.labels, self._sets(table, predictions, coverage))}
+
+    def _sets(self, table: ExampleTable, predictions: Predictions, coverage: float) -> np.ndarray:
+        """Return bool [records, C]."""
+        probabilities = self._probabilities(table, predictions)
+        return (1 - probabilities <= self.calibration.radius(coverage)) | (
+            probabilities == probabilities.max(1, keepdims=True)
+        )
+
+    def coverage(
+        self, table: ExampleTable, predictions: Predictions, units: np.ndarray | None = None
+    ) -> dict[str, Any] | None:
+        if not self.calibration.reaches(COVERAGE):
+            return None
+        sets = self._sets(table, predictions, COVERAGE)
+        return coverage_scores(sets[np.arange(len(sets)), table.labels], sets.sum(1), units)
 
     def targets(self, table: ExampleTable) -> Column:
         return [self.labels[label] for label in table.labels]
@@ -71,8 +124,8 @@ class SequenceClassification(PooledTask):
     def view(self, table: pa.Table) -> View:
         """Return wrong classes, the most confident ones first."""
         labels, probabilities = self.labels, class_probabilities(table, self.labels)
-        target, predicted = class_indices(labels, table["target"]), probabilities.argmax(1)
-        confidence, wrong = probabilities.max(1), predicted != target
+        target, predicted = (class_indices(labels, table[name]) for name in ("target", "label"))
+        confidence, wrong = probabilities[np.arange(len(predicted)), predicted], predicted != target
 
         def describe(i: int) -> tuple[str, str, str]:
             return labels[target[i]], labels[predicted[i]], f"probability {confidence[i]:.3f}"

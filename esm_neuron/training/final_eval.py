@@ -8,7 +8,7 @@ Nothing here asks how the model was trained: predictions come in, metrics and a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +23,7 @@ from esm_neuron.data.families import independent_units
 from esm_neuron.data.homology import MOST, homolog_rows, too_short
 from esm_neuron.distributed import from_main_rank, main_rank_only
 from esm_neuron.metrics import Scores
+from esm_neuron.metrics.decisions import Calibration
 from esm_neuron.metrics.verdict import alarms, verdict
 from esm_neuron.run_dir import predictions_name, save_predictions
 from esm_neuron.tasks.base import Predictions, Task
@@ -65,6 +66,10 @@ class Part:
         """Return the metrics, with intervals, of predictions for the whole split."""
         return task.metrics(self.table, [values[self.index] for values in predictions], True, self.units)
 
+    def coverage(self, task: Task, predictions: Predictions) -> dict[str, Any] | None:
+        """Return how often its sets or ranges hold the truth, see `Task.coverage`."""
+        return task.coverage(self.table, [values[self.index] for values in predictions], self.units)
+
 
 def score_splits(
     cfg: TrainConfig,
@@ -92,12 +97,16 @@ def score_splits(
     Returns:
         `valid` and `test` (None for a split without proteins), `clean` by split where its clean proteins are some of
         it, `leaks`, `baselines` and `clean_baselines` on the same proteins, by split and by baseline, `verdicts` and
-        `clean_verdicts` by split, and `alarms`: split -> what is wrong.
+        `clean_verdicts` by split, `alarms`: split -> what is wrong, `calibration` (None without validation proteins;
+        the metrics are of predictions read by it) and `coverage` of the `test` proteins and of the `clean` ones.
     """
     whole, clean = _Scored(), _Scored()
+    found = {split: predict(split) for split in held_out}
+    if "valid" in found:
+        task = task.read_by(from_main_rank(backend, lambda: task.calibrate(held_out["valid"], found["valid"])))
     for split, table in held_out.items():
         path = Path(cfg.output) / predictions_name(split)
-        predictions, has_homolog = predict(split), leaks.get(split)
+        predictions, has_homolog = found[split], leaks.get(split)
         if cfg.log.predictions:
             main_rank_only(backend, partial(save_predictions, path, task, table, predictions, has_homolog))
         units = from_main_rank(backend, partial(independent_units, table, cfg.data.homologs))
@@ -110,7 +119,10 @@ def score_splits(
     method = cfg.data.homologs
     counts = {s: {"method": method, "proteins": len(has), "homologs": int(has.sum())} for s, has in leaks.items()}
     none: dict[str, Scores | None] = {"valid": None, "test": None}
-    return {**none, **whole.own, "clean": clean.own, "leaks": counts, **beside}
+    covered = {"test": whole.coverage.get("test"), "clean": clean.coverage.get("test")}
+    calibration = asdict(task.calibration) if task.calibration.proteins else None
+    own = {"calibration": calibration, "coverage": {name: one for name, one in covered.items() if one}}
+    return {**none, **whole.own, "clean": clean.own, "leaks": counts, **own, **beside}
 
 
 class _Scored:
@@ -119,11 +131,13 @@ class _Scored:
     def __init__(self) -> None:
         self.parts: dict[str, Part] = {}
         self.own: dict[str, Scores] = {}
+        self.coverage: dict[str, dict[str, Any] | None] = {}
         self.baselines: dict[str, dict[str, Scores]] = {}
 
     def add(self, split: str, part: Part, task: Task, predictions: Predictions) -> None:
         self.parts[split] = part
         self.own[split] = part.score(task, predictions)
+        self.coverage[split] = part.coverage(task, predictions)
 
     def verdicts(self, task: Task) -> dict[str, dict[str, Any]]:
         found = {
@@ -138,6 +152,7 @@ def _beside(
 ) -> dict[str, Any]:
     """Score the baselines, and say what they and the metrics make of the model."""
     for baseline in _fitted(cfg, task, train, log):
+        read = task.read_by(Calibration())  # each contestant has thresholds of its own, from the same proteins
         for split, part in whole.parts.items():
             begin = perf_counter()
             try:
@@ -146,9 +161,11 @@ def _beside(
                 log(f"WARNING: the {baseline.name} baseline failed ({error}); the model's metrics do not depend on it")
                 break
             seconds = perf_counter() - begin  # with the fit, in the first split; not kept, as it is never the same
+            if split == "valid":
+                read = task.read_by(task.calibrate(part.table, predictions))
             for scored in (whole, clean):
                 if split in scored.parts:
-                    scores = scored.parts[split].score(task, predictions)
+                    scores = scored.parts[split].score(read, predictions)
                     scores.update(baseline.size)
                     scored.baselines.setdefault(split, {})[baseline.name] = scores
             record = format_record(whole.baselines[split][baseline.name])

@@ -15,6 +15,7 @@ from esm_neuron.compat import EsmConfig, PeftModel, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.files import LEDGER, new_folder, note, save_tensors, sha256, write_json, write_text
+from esm_neuron.metrics.decisions import Calibration
 from esm_neuron.models.adapter_folder import ADAPTER_WEIGHTS
 from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head
@@ -23,7 +24,7 @@ from esm_neuron.models.lora import saved_key
 from esm_neuron.models.shapes import in_folder, is_carried
 from esm_neuron.models.weights import Draw, inverse_frequencies, load_into, open_weights
 from esm_neuron.reports.card import model_card
-from esm_neuron.run_dir import ADAPTER, BASE, CARD, DECIDING, MODEL, REFERENCE
+from esm_neuron.run_dir import ADAPTER, BASE, CALIBRATION, CARD, DECIDING, MODEL, REFERENCE
 from esm_neuron.tasks.base import Task
 
 
@@ -40,8 +41,12 @@ def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:
     return model, config
 
 
-def write_model(model: nn.Module, config: EsmConfig, folder: Path, card: str = "") -> None:
+def write_model(
+    model: nn.Module, config: EsmConfig, folder: Path, card: str = "", calibration: Calibration | None = None
+) -> None:
     """Write a Hugging Face folder: config.json, sharded safetensors, the tokenizer, and `card` as its model card.
+
+    A `calibration` says how `predict` reads its predictions; plain transformers does not know of it.
 
     Plain transformers loads it for `cls` pooling, residue classification and masked LM. Other poolings and regression
     have a model type of their own, known after `import esm_neuron.models.esm2`.
@@ -52,6 +57,8 @@ def write_model(model: nn.Module, config: EsmConfig, folder: Path, card: str = "
         hf_tokenizer().save_pretrained(str(aside))
         if card:
             write_text(aside / CARD, card)
+        if calibration is not None and calibration.proteins:
+            write_json(aside / CALIBRATION, asdict(calibration))
 
 
 def _as_published(state: Mapping[str, Tensor], config: EsmConfig) -> Iterator[tuple[str, Tensor]]:
@@ -81,10 +88,12 @@ class Written:
     reference: BaseReference
     kind: Literal["adapter", "model"]
 
-    def write_card(self, cfg: TrainConfig, result: Mapping[str, Any]) -> None:
-        """Write the model card beside the weights; `result` is what result.json holds."""
+    def describe(self, cfg: TrainConfig, result: Mapping[str, Any]) -> None:
+        """Write the model card and the calibration beside the weights; `result` is what result.json holds."""
         if (self.folder.parent / LEDGER).is_file():
-            note(self.folder.parent, [f"{self.folder.name}/{CARD}"])
+            note(self.folder.parent, [f"{self.folder.name}/{name}" for name in (CARD, CALIBRATION)])
+        if result.get("calibration"):
+            write_json(self.folder / CALIBRATION, result["calibration"])
         write_text(self.folder / CARD, model_card(cfg, result, self.reference, self.kind))
 
 
@@ -97,7 +106,7 @@ def write_results(
     """
     written = _write_weights(cfg, task, built, trained)
     if result is not None:
-        written.write_card(cfg, result)
+        written.describe(cfg, result)
     return written
 
 

@@ -226,7 +226,7 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
 
     def finish() -> None:
         if written is not None:  # on the main rank, as this function is
-            written.write_card(cfg, result)
+            written.describe(cfg, result)
         write_json(out / RESULT, result)
 
     main_rank_only(backend, finish)

@@ -86,7 +86,7 @@ def test_resampled_values_are_scikit_learns_on_the_drawn_rows(classes: int) -> N
     for draw, multiplicity in enumerate(counts.astype(int)):
         assert multiplicity.sum() == 60
         rows = np.repeat(np.arange(60), multiplicity)
-        slow = classification.classification_scores(p[rows], labels[rows], np.zeros(60))
+        slow = classification.classification_scores(p[rows], labels[rows], np.zeros(60), p[rows].argmax(1))
         if classes == 2:  # of the class that is the rarer one of all rows, whatever is drawn
             slow["auprc"] = sk.average_precision_score(labels[rows] == shown[0], p[rows, shown[0]])
         for name, drawn in fast.items():
