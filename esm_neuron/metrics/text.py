@@ -83,3 +83,25 @@ def leak_text(result: Mapping[str, Any], split: str) -> str:
         return f"Homologs of {split} proteins in training were not looked for."
     has_homolog = f"{leak['homologs']:,} of {leak['proteins']:,} {split} proteins"
     return f"{has_homolog} have a homolog in training (by {leak['method']})."
+
+
+def reading_text(result: Mapping[str, Any]) -> str:
+    """Say how the predictions of a run are read, and how often its sets or ranges hold the truth."""
+    calibration = result.get("calibration")
+    if not calibration:
+        return "Probabilities were not calibrated after training, for there were no validation proteins."
+    parts = [f"temperature {number(calibration['temperature'])}"] if calibration["temperature"] != 1 else []
+    if calibration["thresholds"]:
+        parts.append(f"thresholds {', '.join(map(number, calibration['thresholds'][:10]))}")
+    more = ", ..." if len(calibration["thresholds"]) > 10 else ""
+    proteins = f"{calibration['proteins']:,} validation proteins"
+    said = [f"Predictions are read with {' and '.join(parts)}{more}, fitted on {proteins}."] if parts else []
+    shares = []
+    for split, found in (result.get("coverage") or {}).items():
+        of = "test proteins" if split == "test" else "those without a homolog in training"
+        share = Shown("", found["covered"], found["covered_ci"]).text
+        level = found["level"]
+        shares.append(f"{share} of {of} (mean size {number(found['size'])})")
+    if shares:
+        said.append(f"`predict --coverage {level}` holds the truth for {', '.join(shares)}.")
+    return " ".join(said)

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from esm_neuron import __version__
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.records import is_hub
-from esm_neuron.metrics.text import clean_of, counted, drawn_over, leak_text, show, shown
+from esm_neuron.metrics.text import clean_of, counted, drawn_over, leak_text, reading_text, show, shown
 from esm_neuron.models.hf_folder import BaseReference
 from esm_neuron.reports.html import environment, trained_text
 from esm_neuron.tasks import task_class
@@ -61,6 +61,7 @@ def model_card(cfg: TrainConfig, result: Mapping[str, Any], base: BaseReference,
         verdict=(result.get("verdicts") or {}).get(split, {}).get("text", ""),
         clean_verdict=(result.get("clean_verdicts") or {}).get(split, {}).get("text", ""),
         alarms=(result.get("alarms") or {}).get(split, []),
+        reading=reading_text(result),
         drawn_over=drawn_over(metrics) if metrics else "",
         licence=_licence(cfg),
         version=__version__,

@@ -15,7 +15,7 @@ from esm_neuron import __version__
 from esm_neuron.config import AdapterConfig, settings
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import check_ours, count_lines, new_folder, note, write_bytes, write_text
-from esm_neuron.metrics.text import Shown, clean_of, counted, drawn_over, leak_text, show, shown
+from esm_neuron.metrics.text import Shown, clean_of, counted, drawn_over, leak_text, reading_text, show, shown
 from esm_neuron.reports import charts
 from esm_neuron.reports.charts import COLOURS, Chart
 from esm_neuron.run_dir import CONFIG, REJECTED, REPORT, RESULT, Finished, read_finished
@@ -134,6 +134,7 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
         verdict=(result.get("verdicts") or {}).get(split, {}),
         alarms=(result.get("alarms") or {}).get(split, []),
         leaks=leak_text(result, split) if split else "",
+        reading=reading_text(result).replace("`", ""),
         kept=split in finished.predictions,
         charts=[(chart, Markup(chart.svg)) for chart in drawn],  # noqa: S704 - matplotlib has escaped its texts
         tables=list(_tables(finished, task)),
