@@ -89,7 +89,8 @@ def reading_text(result: Mapping[str, Any]) -> str:
     """Say how the predictions of a run are read, and how often its sets or ranges hold the truth."""
     calibration = result.get("calibration")
     if not calibration:
-        return "Probabilities were not calibrated after training, for there were no validation proteins."
+        none = "Probabilities were not calibrated after training: there were no validation proteins."
+        return "" if result.get("valid") else none
     parts = [f"temperature {number(calibration['temperature'])}"] if calibration["temperature"] != 1 else []
     if calibration["thresholds"]:
         parts.append(f"thresholds {', '.join(map(number, calibration['thresholds'][:10]))}")
