@@ -126,7 +126,8 @@ def read_calibration(weights: Path, labels: int) -> Calibration:
     if not path.is_file():
         return Calibration()
     said = read_json(path, _CALIBRATION, CheckpointError, "delete it to read predictions as they are")
-    found = Calibration(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
+    thresholds, scores = tuple(said["thresholds"]), tuple(said["scores"])
+    found = Calibration(said["proteins"], said["temperature"], thresholds, scores)
     if found.wrong(labels):
         raise CheckpointError(f"{path}: {found.wrong(labels)}; delete it to read predictions as they are")
     return found

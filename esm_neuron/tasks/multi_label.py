@@ -81,7 +81,7 @@ class MultiLabel(PooledTask):
         n = len(table.ids)
 
         def scaled(temperature: float) -> MultiLabel:
-            return self.read_by(Calibration(temperature=temperature))  # type: ignore[no-any-return]
+            return self.read_by(Calibration(temperature=temperature))
 
         temperature = fit_temperature(lambda t: float(scaled(t)._losses(table, predictions).mean()), n)
         found, targets = scaled(temperature)._probabilities(table, predictions), table.labels.astype(bool)

@@ -123,7 +123,7 @@ class ResidueClassification(Task):
         """Return a temperature, and of two classes the threshold with the largest MCC."""
 
         def known(temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return self.read_by(Calibration(temperature=temperature))._known(table, predictions)  # type: ignore[no-any-return]
+            return self.read_by(Calibration(temperature=temperature))._known(table, predictions)
 
         def loss(temperature: float) -> float:
             probabilities, label, _ = known(temperature)
@@ -132,7 +132,7 @@ class ResidueClassification(Task):
         # residues of a protein are alike: as many facts as there are proteins
         temperature = fit_temperature(loss, len(table.ids))
         probabilities, label, protein = known(temperature)
-        thresholds = ()
+        thresholds: tuple[float, ...] = ()
         if len(self.labels) == 2:
             thresholds = (best_threshold(probabilities[:, 1], label == 1, mcc, protein),)
         return Calibration(len(table.ids), temperature, thresholds)

@@ -78,7 +78,7 @@ def test_the_temperature_is_where_the_loss_is_least() -> None:
 
 
 @pytest.mark.parametrize(("value", "score"), [(f1, f1_score), (mcc, matthews_corrcoef)])
-def test_a_threshold_is_as_good_as_the_best_on_new_proteins(value: decisions.Value, score: Callable) -> None:  # type: ignore[type-arg]
+def test_a_threshold_is_as_good_as_the_best_on_new_proteins(value: decisions.Value, score: Callable[..., float]) -> None:
     rng = np.random.default_rng(2)
     p = rng.beta(0.4, 3.6, 40_000)  # 10 % positives, probabilities that are true
     target = rng.random(len(p)) < p
@@ -166,7 +166,7 @@ def test_what_cannot_be_told_is_refused(coverage: float, message: str) -> None:
 @pytest.fixture(scope="module")
 def finished(module_toy: Toy) -> TrainConfig:
     cfg = module_toy(optim={"lr": 1e-2}, loop={"max_steps": 4})
-    run.train(cfg, str)
+    run.train(cfg)
     return cfg
 
 
@@ -179,25 +179,25 @@ def test_result_evaluate_predict_and_export_read_alike(finished: TrainConfig, tm
     assert result["coverage"]["test"]["level"] == 0.9
     test = pd.read_parquet(out / "predictions-test.parquet")
     source = Path(str(finished.data.test))
-    found = evaluate(out, source, None, log=str)
+    found = evaluate(out, source, None)
     assert found["loss"] == pytest.approx(result["test"]["loss"], rel=1e-6)
     assert found["mcc"] == pytest.approx(result["test"]["mcc"])
     export(out, tmp_path / "exported")
     for model in (out, tmp_path / "exported"):
-        predict(str(model), source, tmp_path / "p.csv", coverage=0.8, log=str)
+        predict(str(model), source, tmp_path / "p.csv", coverage=0.8)
         made = pd.read_csv(tmp_path / "p.csv")
         assert made["label"].tolist() == test["label"].tolist()
-        names = [name for name in made if name.startswith("p_")]
+        names = [name for name in made if str(name).startswith("p_")]
         np.testing.assert_allclose(made[names], test[names], atol=1e-5)
         assert made["set"].notna().all()
 
 
 def test_another_coverage_is_another_prediction(finished: TrainConfig, tmp_path: Path) -> None:
     """What a killed command left is not gone on with by a command that asks for something else."""
-    source, target = Path(finished.data.train), tmp_path / "p.csv"
-    predict(finished.output, source, target, log=str)
+    source, target = Path(str(finished.data.train)), tmp_path / "p.csv"
+    predict(finished.output, source, target)
     assert "set" not in pd.read_csv(target)
-    predict(finished.output, source, target, coverage=0.5, resume=True, log=str)
+    predict(finished.output, source, target, coverage=0.5, resume=True)
     assert "set" in pd.read_csv(target)
 
 
