@@ -78,7 +78,9 @@ def test_the_temperature_is_where_the_loss_is_least() -> None:
 
 
 @pytest.mark.parametrize(("value", "score"), [(f1, f1_score), (mcc, matthews_corrcoef)])
-def test_a_threshold_is_as_good_as_the_best_on_new_proteins(value: decisions.Value, score: Callable[..., float]) -> None:
+def test_a_threshold_is_as_good_as_the_best_on_new_proteins(
+    value: decisions.Value, score: Callable[..., float]
+) -> None:
     rng = np.random.default_rng(2)
     p = rng.beta(0.4, 3.6, 40_000)  # 10 % positives, probabilities that are true
     target = rng.random(len(p)) < p
