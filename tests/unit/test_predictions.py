@@ -289,7 +289,7 @@ def test_a_killed_command_goes_on_and_loses_no_row(
     config = Path(trained.output) / "config.yaml"
     kept_config = config.read_text()
     config.write_text(kept_config.replace("- alpha\n  - beta", "- beta\n  - alpha"))
-    assert "begun with another task.labels; give" in refused("--resume")
+    assert "config.yaml: task.labels are not the classes of the weights" in refused("--resume")
     config.write_text(kept_config)
     assert cli.main([*command, "--resume"]) == 0
     said = capsys.readouterr().err
@@ -370,7 +370,8 @@ def test_an_output_replaces_no_input_and_nothing_of_a_run(
 ) -> None:
     source, run_folder = tmp_path / "d.csv", Path(trained.output)
     shutil.copy(str(trained.data.test), source)
-    (tmp_path / "link.csv").symlink_to(source)
+    for name in ("link.csv", "link.json"):
+        (tmp_path / name).symlink_to(source)
     (tmp_path / "e.csv.rejected.tsv").write_text("mine\n")
     shutil.copy(source, tmp_path / "f.csv.rejected.tsv")
     before = {path: path.read_bytes() for path in (*tmp_path.iterdir(), *run_folder.rglob("*")) if path.is_file()}
@@ -382,7 +383,7 @@ def test_an_output_replaces_no_input_and_nothing_of_a_run(
     ):
         assert cli.main(words("predict", run_folder, source, output)) == 2
         assert "would replace what --" in capsys.readouterr().err
-    for output in (source, run_folder / "config.yaml", tmp_path / "link.csv"):
+    for output in (run_folder / "result.json", tmp_path / "link.json"):
         assert cli.main(words("evaluate", run_folder, source, output)) == 2
         assert "would replace what --" in capsys.readouterr().err
     (tmp_path / "c.csv").write_text("data: {id_column: id}\n")
