@@ -30,6 +30,7 @@ from esm_neuron.config import TrainConfig, require, settings
 from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.metrics.bootstrap import bootstrap
+from esm_neuron.metrics.classification import confusion_scores
 from esm_neuron.metrics.text import NAMES
 from esm_neuron.run_dir import Finished, read_finished
 from esm_neuron.tasks.base import Task
@@ -99,7 +100,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     labels, data = runs[REFERENCE, 0].cfg.task.labels or (), runs[REFERENCE, 0].cfg.data
     table = pd.read_csv(str(data.train), sep="\t", dtype=str).set_index(data.id_column)
     answered = predictions[REFERENCE, 0]["id"].tolist()
-    cells = {key: results.confusion_cells(labels, one, per_residue=False) for key, one in predictions.items()}
+    cells = {key: confusion_cells(labels, one) for key, one in predictions.items()}
     return compared(cells, labels, args.seeds) | {
         "steps": args.steps,
         "trainable": {kind: runs[kind, 0].result["parameters"]["trainable"] for kind in TITLES},
@@ -139,11 +140,19 @@ def logits(cfg: TrainConfig, task: Task, sequences: Iterable[str]) -> torch.Tens
         return torch.cat([model(input_ids=ids).logits.float() for ids in given])
 
 
+def confusion_cells(labels: Sequence[str], predictions: pd.DataFrame) -> np.ndarray:
+    """Return which pair of target and prediction each protein is, float64 [proteins, C * C]."""
+    place = {label: i for i, label in enumerate(labels)}
+    pairs = zip(predictions["target"], predictions["label"], strict=True)
+    cell = [place[target] * len(labels) + place[predicted] for target, predicted in pairs]
+    return np.eye(len(labels) ** 2)[cell]
+
+
 def compared(cells: Mapping[tuple[str, int], np.ndarray], labels: Sequence[str], seeds: int) -> dict[str, Any]:
     """Return the metrics of every run, and differences from LoRA with their intervals.
 
     Args:
-        cells: (kind, seed) -> float64 [proteins, C * C], see `results.confusion_cells`.
+        cells: (kind, seed) -> float64 [proteins, C * C], see `confusion_cells`.
         labels: the C classes.
         seeds: how many seeds of each kind, from 0.
     """
@@ -151,7 +160,7 @@ def compared(cells: Mapping[tuple[str, int], np.ndarray], labels: Sequence[str],
     def scores(kind: str, counts: np.ndarray, metric: str) -> np.ndarray:
         """Return `metric` of each run of `kind` on each resample, [seeds, k]."""
         shape = (-1, len(labels), len(labels))
-        drawn = [results.confusion_scores((counts @ cells[kind, seed]).reshape(shape))[metric] for seed in range(seeds)]
+        drawn = [confusion_scores((counts @ cells[kind, seed]).reshape(shape))[metric] for seed in range(seeds)]
         return np.stack(drawn)
 
     def apart(kind: str, counts: np.ndarray, metric: str) -> np.ndarray:

@@ -33,6 +33,8 @@ def open_remote(source: str) -> io.BufferedReader:
     from http.client import HTTPException
 
     address = _ADDRESS.sub(r"\1://", source)
+    if "@" in urlsplit(address).netloc:  # urllib reads no password there, and shows it in its error
+        raise DataError(f"{source}: an address with a name or a password in it is not opened; download the file")
     try:
         if address.startswith("s3:"):
             from pyarrow import fs

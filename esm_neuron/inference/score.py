@@ -14,6 +14,7 @@ residues of a variant, x is the wild type:
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -298,5 +299,5 @@ def _correlation(target: Path, method: Method, columns: VariantColumns) -> dict[
     sign = -1.0 if method == "pseudo-perplexity" else 1.0
     units = None
     if columns.what == "variant":
-        units = enough(frame["variant"].str.extract(r"(\d+)")[0].fillna("0").astype(np.int64).to_numpy())
+        units = enough(np.array([int((re.findall(r"\d+", name) or ["0"])[0]) for name in frame["variant"].astype(str)]))
     return rank_correlation(sign * frame[_column(method)].to_numpy(), frame["measured"].to_numpy(), units)

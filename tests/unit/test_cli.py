@@ -298,9 +298,10 @@ def test_export_loads_in_transformers(toy: Toy, tmp_path: Path, call: Callable[.
     assert call("predict", "--model", cfg.output, "--input", cfg.data.test, "--output", tmp_path / "p.csv").code == 0
     expected = pd.read_csv(tmp_path / "p.csv")[["p_alpha", "p_beta"]].to_numpy()
     sequences = list(pd.read_csv(cfg.data.test)["sequence"])
+    temperature = json.loads((folder / "calibration.json").read_text())["temperature"]
     with torch.no_grad():
         for sequence, values in zip(sequences, expected, strict=True):
-            logits = model(**tokenizer(sequence, return_tensors="pt")).logits
+            logits = model(**tokenizer(sequence, return_tensors="pt")).logits / temperature
             assert logits.softmax(-1)[0].numpy() == pytest.approx(values, abs=3e-6)
 
 

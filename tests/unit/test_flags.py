@@ -122,7 +122,8 @@ def test_a_setting_of_an_input_acts(tmp_path: Path, name: str) -> None:
 def test_each_setting_of_an_input_is_shown_to_act() -> None:
     packing = {"data.packing", "data.pack_tokens", "data.max_segments"}  # they decide batches, not predictions
     taken = {name for command in COMMANDS for name in MAY_CHANGE[command] if name.startswith("data.")}
-    assert taken == ACTS.keys() | packing | {"data.sheet", "data.mask_column"}
+    elsewhere = {"data.sheet", "data.mask_column", "data.homologs"}  # a workbook's, residues', and what intervals draw
+    assert taken == ACTS.keys() | packing | elsewhere
 
 
 @pytest.mark.parametrize("flag", ["--data.unique_column=x", "--data.max_rows=3", "--data.fold=1", "--adapter.r=3"])
