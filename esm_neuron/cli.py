@@ -22,6 +22,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -42,13 +43,21 @@ AsJson = Annotated[bool, "print JSON instead of text"]
 
 
 def train(*settings: str) -> int:
-    """Fine-tune a model: --config FILE and --section.field VALUE."""
-    from esm_neuron.config.settings import parse
+    """Train a model: --config FILE and --section.field VALUE. Told of nothing but data and task, fit a probe."""
+    from esm_neuron.config.settings import first_step, parse, says_only_what
+    from esm_neuron.tasks import task_class
 
     cfg = parse(settings)
+    task = task_class(cfg.task.name)
+    if says_only_what(settings) and not task.keeps_lm_head:
+        cfg = parse(first_step(settings, task.pools))
+        _on_main(log, "first a probe, which takes minutes; for another start give --config or --adapter.kind")
     from esm_neuron.training.run import train as run_training
 
     outcome = run_training(cfg, log)
+    if cfg.adapter.kind == "probe":
+        again = f"esm-neuron train --config {cfg.output}/config.yaml --output {cfg.output}-lora"
+        _on_main(log, f"to fine-tune from here: {again} --adapter.kind lora --adapter.init_from {cfg.output}")
     if outcome.stopped_by:
         log(f"stopped by {outcome.stopped_by}; the state is saved, go on with --checkpoint.resume auto")
         return EXIT_STOPPED
@@ -201,18 +210,19 @@ def plan(
     require(devices >= 1, f"--devices {devices} must be at least 1")
     require(nodes >= 1, f"--nodes {nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
-    from esm_neuron.models.shapes import known_shape
+    from esm_neuron.models.shapes import shape_of
     from esm_neuron.planning import cost
     from esm_neuron.planning.plan import make_plan, metrics, render
     from esm_neuron.tasks import check_task, task_class
 
     check_task(cfg.task)
-    made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), devices)
+    with TemporaryDirectory(prefix="esm-neuron-") as spool:  # a plan needs the lengths, and memory no more than these
+        made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind, Path(spool)), devices)
     values, lines = metrics(made), [render(made)]
     if instance is not None:
         price_list = cost.read_prices(prices)
         asked, market = cost.price_of(instance, price_list)
-        shape = known_shape(cfg.model.base or cfg.model.name)
+        shape = shape_of(cfg.model)
         if shape is None:
             raise ConfigError(
                 f"--instance: the shape of {cfg.model.name} is not known; name a local folder or an ESM-2"

@@ -177,6 +177,29 @@ def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
     return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
 
 
+FIRST_STEP = {"adapter.kind": "probe", "model.name": "mini", "model.layers": "auto", "data.test_fraction": "0.1",
+              "data.sample": "clusters"}  # fmt: skip
+"""Settings of `train` where only WHAT is given, and no file of settings: a probe."""
+FIRST_STEP_POOLED = {"model.pooling": "mean+termini"}
+"""Those for tasks with one vector per protein."""
+
+
+WHAT = ("--data.", "--task.", "--log.", "--output", "--backend", "--seed")
+"""Settings that say what is learned and where, and nothing of how."""
+
+
+def says_only_what(argv: Sequence[str]) -> bool:
+    """Return whether the words name a file to learn from, and no model or way of training that they ask for."""
+    names = [word for word in argv if word.startswith("--")]
+    return bool(names) and all(name.startswith(WHAT) for name in names)
+
+
+def first_step(argv: Sequence[str], pools: bool) -> list[str]:
+    """Return the words with those of FIRST_STEP before them, which they overrule."""
+    given = {**FIRST_STEP, **(FIRST_STEP_POOLED if pools else {})}
+    return [*(f"--{name}={value}" for name, value in given.items()), *argv]
+
+
 def read_config(path: Path) -> TrainConfig:
     """Return the configuration saved in a YAML file. Raise ConfigError as `parse` does."""
     return parse(["--config", str(path)])
@@ -225,6 +248,8 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
     places = ("train", "valid", "test", "cache")
     home: dict[str, Any] = {name: os.path.expanduser(getattr(cfg.data, name) or "") or None for name in places}
     cfg = replace(cfg, output=os.path.expanduser(cfg.output), data=replace(cfg.data, **home))
+    if cfg.adapter.init_from is not None:
+        cfg = replace(cfg, adapter=replace(cfg.adapter, init_from=os.path.expanduser(cfg.adapter.init_from)))
     for name in _nothing("", plain(cfg), plain(TrainConfig())):
         raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
     return cfg

@@ -86,6 +86,7 @@ DOORS: dict[str, dict[str, str]] = {
         "launchers/sagemaker/stage.py": "fills a temporary folder",
     },
     "tempfile.": {
+        "data/check.py": "tokens for the search of homologs, mapped",
         "data/homology.py": "for MMseqs2",
         "data/tokenizer.py": "for transformers' tokenizer",
         "launchers/sagemaker/hosting.py": "beside its output",
