@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
+from esm_neuron.data.class_weights import tempered
 from esm_neuron.data.looks import LOCATION, NO_LABEL, NO_RESIDUE_LABELS, is_nothing
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, UNKNOWN_RESIDUE, Decimals, to_number
 from esm_neuron.data.validation import Problems, mixed, quote
@@ -247,6 +248,8 @@ class Labels:
         task, labels = self.task, self.task.labels or ()
         if task.class_weights == "balanced":
             return replace(task, class_weights=self._balanced(train))
+        if task.class_weights == "auto":
+            return replace(task, class_weights=tempered(labels, *self._weigh(train, len(labels))))
         if isinstance(task.class_weights, dict):
             for label in sorted(set(task.class_weights) ^ set(labels)):
                 what = "is no class" if label in task.class_weights else "has no weight"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import COMPARED_BY_CONTENT, TrainConfig, settings
+from esm_neuron.config import COMPARED_BY_CONTENT, ModelConfig, TrainConfig, settings
 from esm_neuron.config.backends import named
 from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import validate
@@ -26,6 +26,7 @@ from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import check_apart, check_ours, claimed, finite, note, write_json, write_text
+from esm_neuron.models import hub
 from esm_neuron.models.adapter_folder import MergedWeights
 from esm_neuron.models.shapes import SHAPES, locate
 from esm_neuron.redact import Lines, escaped
@@ -53,14 +54,15 @@ if TYPE_CHECKING:
     from esm_neuron.backends.base import Backend
     from esm_neuron.build import Built
     from esm_neuron.models import esm2
-    from esm_neuron.training import checkpoint, final_eval, results
+    from esm_neuron.training import checkpoint, final_eval, folds, optim, results
     from esm_neuron.training import trainer as loop
     from esm_neuron.training.final_eval import Leaks
     from esm_neuron.training.trainer import Trainer
 else:  # torch is imported when settings, files and columns have been checked
     torch, build, esm2 = (module(name) for name in ("torch", "esm_neuron.build", "esm_neuron.models.esm2"))
-    checkpoint, final_eval, results, loop = (
-        module(f"esm_neuron.training.{name}") for name in ("checkpoint", "final_eval", "results", "trainer")
+    checkpoint, final_eval, optim, results, loop, folds = (
+        module(f"esm_neuron.training.{name}")
+        for name in ("checkpoint", "final_eval", "optim", "results", "trainer", "folds")
     )
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how it runs, not what it computes."""
 FREE_FIELDS = {f"data.{name}" for name in COMPARED_BY_CONTENT} | {
     "data.cache", "data.homologs", "model.gradient_checkpointing",
-    "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
+    "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.min_evals",
+    "loop.patience",
     "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog", "loop.watchdog_slow", "loop.tracing", "loop.optlevel",
 }  # fmt: skip
 """Single fields of the same kind."""
@@ -97,19 +100,22 @@ def check(cfg: TrainConfig) -> None:
         check_files(cfg.data, task_class(cfg.task.name).label_kind)
 
 
-def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome:
-    """Fine-tune as `cfg` says and write everything under `cfg.output`.
+def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info, watchers: Sequence[Callback] = ()) -> Outcome:
+    """Fine-tune as `cfg` says and write everything under `cfg.output`; with `data.folds`, once per fold.
 
+    `watchers` hear of the run besides its own callbacks.
     Raise EsmNeuronError where settings, data or checkpoints cannot be used; nothing half-written is left.
     """
     check(cfg)
+    if cfg.data.folds is not None and cfg.data.fold is None:
+        return folds.train_folds(cfg, log)
     if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
         raise ConfigError(
             "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
             "use `compile` instead of `train`"
         )
     with opened_backend(cfg) as backend, _claimed_output(cfg, backend):
-        return _train(cfg, backend, log if backend.topology.is_main else log_nothing)
+        return _train(cfg, backend, log if backend.topology.is_main else log_nothing, watchers)
 
 
 def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> int:
@@ -142,6 +148,7 @@ class _Job:
     @classmethod
     def of(cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> _Job:
         """Read the data, build the model, make the trainer."""
+        cfg = replace(cfg, model=from_main_rank(backend, lambda: hub.choose(cfg.model, _earlier_model(cfg), log)))
         splits = raise_on_any_rank(backend, lambda: load_splits(cfg, task_class(cfg.task.name).label_kind))
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
             raise DataError(f"{cfg.data.train}: the ranks read different records; give every node the same files")
@@ -158,7 +165,9 @@ class _Job:
         return cls(splits, built, loaders, trainer)
 
 
-def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Outcome:
+def _train(
+    cfg: TrainConfig, backend: Backend, log: Callable[[str], None], watchers: Sequence[Callback] = ()
+) -> Outcome:
     watchdog = Watchdog.of(cfg, backend.topology.rank)
     with watchdog:
         watchdog.expect("the start of the run (data, weights, checkpoint)", slow=True)
@@ -170,7 +179,7 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
         leaks = from_main_rank(backend, lambda: final_eval.find_leaks(cfg, job.loaders.tables(), log))
         main_rank_only(backend, lambda: _write_settings(cfg, job.splits))
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
-        trainer.callbacks = main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or []
+        trainer.callbacks = main_rank_only(backend, lambda: [*_callbacks(cfg, begin, pending), *watchers]) or []
     result: dict[str, Any] = {}
     try:
         stopped_by = trainer.fit()
@@ -249,14 +258,21 @@ def _scores(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     )
 
 
+def _earlier_model(cfg: TrainConfig) -> ModelConfig | None:
+    """Return the model of the run that this one goes on with; None for a new run."""
+    saved = Path(cfg.output) / CONFIG
+    return settings.read_config(saved).model if cfg.checkpoint.resume == "auto" and saved.is_file() else None
+
+
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Yield a note about each setting that is allowed and rarely meant."""
     cfg = trainer.cfg
     if cfg.loop.patience and trainer.valid_loader is None:
         yield f"NOTE: loop.patience={cfg.loop.patience} never ends training: there are no validation proteins to watch"
-    warmup, steps = cfg.optim.warmup_steps, trainer.total_steps
+    steps = trainer.total_steps
+    warmup = optim.warmup_steps(steps, cfg.optim)
     if warmup >= steps:
-        yield f"NOTE: optim.warmup_steps={warmup} of {steps} steps: the learning rate never reaches optim.lr"
+        yield f"NOTE: warm-up (optim.warmup_steps) takes {warmup} of {steps} steps: the rate never reaches optim.lr"
     yield from trainer.backend.notes()
 
 
@@ -367,8 +383,9 @@ def describe(cfg: TrainConfig, built: Built) -> str:
         )
     elif cfg.model.name in SHAPES:
         lines.append(
-            f"NOTE: {cfg.model.name} is a small network that this project trained, not one of Meta's ESM-2; its model "
-            "card says what it learned from"
+            f"NOTE: {cfg.model.name} is a demonstration network of this project that knows hardly more than "
+            "composition; its metrics show that things work, not what ESM-2 can do; for real work: --model.name "
+            "facebook/esm2_t6_8M_UR50D, or larger"
         )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
     if isinstance(built.source, MergedWeights):
