@@ -265,7 +265,9 @@ class AttentionPooling(nn.Module):
 class PackedForSequenceClassification(EsmPreTrainedModel):
     """One prediction per segment: the encoder, a pooling, and transformers' classification head.
 
-    A regression's predictions are brought to the values' own unit: x `target_sd` + `target_mean` of its configuration.
+    A regression's predictions are in units of `target_sd` from `target_mean`, two numbers of its configuration, where
+    there are segments: float32 has no digits left for values whose mean is a million times their spread. Without
+    segments, as transformers calls it, they are in the values' own unit.
     """
 
     def __init__(self, config: EsmConfig) -> None:
@@ -301,10 +303,10 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
         head = getattr(self, head_name(self.config))
         # transformers' head reads position 0 of a sequence, so each segment becomes a sequence of one position.
         logits = head(pooled.flatten(0, 1).unsqueeze(1).to(head.dense.weight.dtype))
-        if self.config.problem_type == "regression":
-            logits = logits.float() * self.config.target_sd + self.config.target_mean
         if segment_ids is not None:
             return SequenceClassifierOutput(logits=logits.view(*pooled.shape[:2], -1))
+        if self.config.problem_type == "regression":
+            logits = logits.float() * self.config.target_sd + self.config.target_mean
         loss: Any = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
         found = SequenceClassifierOutput(loss=loss, logits=logits)
         return found if return_dict in (None, True) else found.to_tuple()
