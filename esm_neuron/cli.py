@@ -22,6 +22,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -202,7 +203,8 @@ def plan(
     from esm_neuron.tasks import check_task, task_class
 
     check_task(cfg.task)
-    made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), devices)
+    with TemporaryDirectory(prefix="esm-neuron-") as spool:  # a plan needs the lengths, and memory no more than these
+        made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind, Path(spool)), devices)
     values, lines = metrics(made), [render(made)]
     if instance is not None:
         price_list = cost.read_prices(prices)

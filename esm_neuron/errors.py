@@ -29,3 +29,14 @@ class CheckpointError(EsmNeuronError):
     """A checkpoint or weight file is damaged, incomplete or belongs to another run."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text on one line."""
+    return " ".join(str(error).split())
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .")[:200] if lines else type(error).__name__

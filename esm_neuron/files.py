@@ -119,10 +119,15 @@ def sha256(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise OSError(0, "not a regular file", str(path))
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+        return digest_of(file)
+
+
+def digest_of(file: IO[bytes]) -> str:
+    """Return the SHA-256 of what is left to read of an open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 # --- writing
@@ -138,7 +143,7 @@ def fsync(path: Path) -> None:
 
 
 @cache
-def _here() -> str:
+def machine_name() -> str:
     """Return a short name of this machine since it booted, and of its processes' numbering, which a container has."""
     parts = [os.uname().nodename]  # many hosts are called localhost
     with contextlib.suppress(OSError):
@@ -149,7 +154,7 @@ def _here() -> str:
 def _aside(path: Path) -> Path:
     """Return where to write what will be `path`, after removing what killed processes left there."""
     name = path.name if len(os.fsencode(path.name)) < 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    left = re.compile(rf"\.{re.escape(name)}\.{_here()}-(\d+)(-old)?\.tmp")
+    left = re.compile(rf"\.{re.escape(name)}\.{machine_name()}-(\d+)(-old)?\.tmp")
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(path.parent)):
             found = left.fullmatch(entry.name)
@@ -157,7 +162,7 @@ def _aside(path: Path) -> Path:
                 if found[2] and not os.path.lexists(path):  # killed between two renames
                     os.rename(entry.path, path)
                 remove(Path(entry.path))
-    return path.with_name(f".{name}.{_here()}-{os.getpid()}.tmp")
+    return path.with_name(f".{name}.{machine_name()}-{os.getpid()}.tmp")
 
 
 def _runs(process: int) -> bool:
@@ -335,9 +340,17 @@ def note(folder: Path, names: Iterable[str], kind: str = "wrote") -> None:
 
     What a command was told to write there (`--output`) is of the `kind` outputs, and may be replaced by another one.
     """
-    known = {each: _ledger(folder, each) for each in ("wrote", "outputs")}
-    known[kind] |= set(names)
-    write_json(folder / LEDGER, {each: sorted(found) for each, found in known.items()})
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Of two commands that end together, each would write what it has read and lose what the other notes. The ledger
+        # is replaced, so the folder is locked. Where that cannot be (NFS), there are few commands at the same moment.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        known = {each: _ledger(folder, each) for each in ("wrote", "outputs")}
+        known[kind] |= set(names)
+        write_json(folder / LEDGER, {each: sorted(found) for each, found in known.items()})
+    finally:
+        os.close(handle)
 
 
 def note_output(path: Path) -> None:

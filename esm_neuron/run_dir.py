@@ -27,6 +27,7 @@ REJECTED = "rejected.tsv"  # rows left out or changed for their characters
 ADAPTER, MODEL = "adapter", "model"  # a PEFT adapter, or a whole Hugging Face model
 BASE = "base"  # an adapter's base if it is kept nowhere else
 REFERENCE = "base_reference.json"  # beside an adapter: the weights it was trained on
+DECIDING = ("num_attention_heads", "layer_norm_eps", "token_dropout")  # of a base's config.json, beside its shapes
 REPORT = "report"  # the page of `esm-neuron report` and its charts
 CARD = "README.md"  # model card, in the folder of an adapter or a model
 PASSED_OVER = "passed-over-"  # prefix of a checkpoint that a resumed run could not read
@@ -136,7 +137,7 @@ def as_table(
     `has_homolog`, bool [records], says which of them have a homolog among the training rows; None: not known.
     """
     _, bounds = table.residue_slots()
-    targets, outputs = task.targets(table), task.outputs(table, predictions)
+    targets, outputs = task.targets(table), task.kept(table, predictions)
     columns = {
         "id": pa.array(list(table.ids), pa.string()),
         "residues": pa.array(np.diff(bounds), pa.int32()),

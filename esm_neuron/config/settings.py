@@ -22,7 +22,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_loader, set_parsi
 
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.config.rules import check_values
-from esm_neuron.errors import ConfigError
+from esm_neuron.errors import ConfigError, one_line
 from esm_neuron.redact import redact
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ def read_yaml(path: Path, option: str, cure: str) -> dict[Any, Any]:
     except OSError as error:
         raise ConfigError(f"{named}: cannot be read ({error.strerror}); check the path") from error
     except _NOT_YAML as error:
-        raise ConfigError(f"{named}: not valid YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{named}: not valid YAML: {one_line(error)}") from error
     if not isinstance(value, dict):
         held = "nothing" if value is None else type(value).__name__
         raise ConfigError(f"{named}: holds {held}, must be sections of NAME: VALUE; see {cure}")
@@ -169,7 +169,7 @@ def typed(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return cls(**vars(parser.instantiate(parser.parse_object(dict(values)))))
     except (argparse.ArgumentError, *_NOT_YAML) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
@@ -219,7 +219,7 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
         namespace = None if start is None else parser.parse_object(plain(start))
         values = parser.instantiate(parser.parse_args(words, namespace=namespace))
     except (argparse.ArgumentError, *_NOT_YAML) as error:
-        raise ConfigError(_explain(_one_line(error))) from error
+        raise ConfigError(_explain(one_line(error))) from error
     cfg = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     # as `model.name`, in a file as in a flag: a folder of the name `~` is never meant
     places = ("train", "valid", "test", "cache")
@@ -250,10 +250,6 @@ def _nothing(name: str, value: Any, default: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _nothing(name, item, "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 _UNKNOWN = (

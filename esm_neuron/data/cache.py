@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from esm_neuron.data.records import files_of, is_hub
+from esm_neuron.data.remote import is_remote, open_remote
 from esm_neuron.errors import ConfigError
-from esm_neuron.files import MANIFEST, flock, new_folder, open_lock, read_json, sha256, write_json
+from esm_neuron.files import MANIFEST, digest_of, flock, new_folder, open_lock, read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ def content_hash(source: str) -> str:
         if not _COMMIT.search(source):  # the content of a branch or a tag can change
             raise ConfigError(f"{source}: data.cache needs a revision that is a commit hash of 40 hexadecimal digits")
         return source
+    if is_remote(source):
+        with open_remote(source) as file:
+            return digest_of(file)
     files = files_of(source)
     if files != ((source, None),):
         return content_key([[label, content_hash(file)] for file, label in files])

@@ -16,7 +16,7 @@ import pyarrow as pa
 from esm_neuron.config import DataConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.labels import UNKNOWN, Labels
-from esm_neuron.data.sources import sequence_bytes
+from esm_neuron.data.sources import text_bytes
 from esm_neuron.data.tokenizer import encode_residues
 from esm_neuron.data.validation import Problems, quote
 from esm_neuron.files import open_new, read_json, write_json
@@ -80,6 +80,23 @@ class ExampleTable:
     def sequence(self, example: int) -> np.ndarray:
         """Return the tokens of one example, uint8 [n]."""
         return self.tokens[self.offsets[example] : self.offsets[example + 1]]
+
+    def records(self, first: int, last: int) -> ExampleTable:
+        """Return the examples of proteins `first` to `last` - 1 as a table of their own."""
+        low, high = np.searchsorted(self.record, (first, last))
+        offsets, labels = self.offsets[low : high + 1], self.labels
+        if len(labels):  # a protein has at least two tokens, so lengths tell what a label belongs to
+            labels = labels[offsets[0] : offsets[-1]] if len(labels) == len(self.tokens) else labels[first:last]
+        return ExampleTable(
+            tokens=self.tokens[offsets[0] : offsets[-1]],
+            offsets=offsets - offsets[0],
+            record=self.record[low:high] - first,
+            weight=self.weight[low:high],
+            labels=labels,
+            ids=self.ids[first:last],
+            starts=self.starts[low:high],
+            residues=self.residues[first:last],
+        )
 
     def whole_residues(self) -> np.ndarray:
         """Return the residues of each protein before it was cut, int [records]."""
@@ -230,7 +247,7 @@ def chunk_table(
     Faults of the rows go to `problems`; with any, the table is of no use.
     """
     ids = rows["id"].to_pylist()
-    text, bounds = sequence_bytes(rows)
+    text, bounds = text_bytes(rows)
     lengths, limit = np.diff(bounds), cfg.max_residues
     long = np.flatnonzero(lengths > limit)
     if cfg.long_sequences == "refuse":

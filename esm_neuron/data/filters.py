@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
 from esm_neuron.data.labels import same
+from esm_neuron.data.looks import NO_LABEL
 from esm_neuron.data.records import MARKS
 from esm_neuron.data.sources import filter_column
 
@@ -58,4 +59,4 @@ _SPLITS_TOO = (("training",), ("val", "validation", "dev"), ("testing",))
 
 def truth(value: str) -> bool | None:
     """Return whether a value says yes; None where it says neither."""
-    return MARKS.get(value.lower(), False if value.lower() in ("", "nan", "none") else None)
+    return MARKS.get(value.lower(), False if value.lower() in NO_LABEL else None)

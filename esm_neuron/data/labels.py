@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,8 +24,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
+from esm_neuron.data.looks import LOCATION, NO_LABEL, NO_RESIDUE_LABELS, is_nothing
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, UNKNOWN_RESIDUE, Decimals, to_number
-from esm_neuron.data.validation import NO_LABEL, NO_RESIDUE_LABELS, Problems, mixed, quote
+from esm_neuron.data.sources import text_bytes
+from esm_neuron.data.validation import Problems, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
 
 UNKNOWN = -1  # class index of a residue without a known label: weight 0
@@ -32,6 +35,7 @@ MOST_CLASSES = np.iinfo(np.int16).max  # codes and class indices are int16
 LONGEST_NAME = 1000  # characters of a class name; a longer one is another column's content
 MOST_LEVELS = 10  # classes that are numbers and yet no measured values, for certain
 SHOWN_CLASSES = 20  # classes that are named with their counts before training
+_SPACES = "\x1c\x1d\x1e\x1f"  # blanks to str.split beside string.whitespace
 BINS = 10  # quantiles of a regression's values that a sample of rows is spread over
 
 
@@ -65,6 +69,7 @@ class Labels:
         if text in self.codes and text in (self.task.labels or ()):
             return [text]
         names = marked(text)
+        names = locations(text) if names is None else names
         if names is None:
             names, marks = listed(text), vector(text)
             if marks is None and (names is None or (names and not _quoted(text))):
@@ -80,28 +85,54 @@ class Labels:
         A label that is missing becomes null (`Checker` has noted it), and so does one that cannot be read, which is
         noted in `problems`.
         """
-        found: list[list[Any] | None] = []
-        lengths = pc.utf8_length(rows["sequence"]).to_pylist()
-        for row, (text, length) in enumerate(zip(rows["label"].to_pylist(), lengths, strict=True)):
-            try:
-                found.append(None if text.lower() in self.nothing else self._entries(text, length))
-            except ValueError as error:
-                self._add(problems, rows, row, str(error))
-                found.append(None)
+        labels = self._encode_alike(rows)
+        if labels is None:
+            labels = self._encode_each(rows, problems)
         if len(self.codes) > MOST_CLASSES:  # more would not fit int16; ids or sequences would fill the memory
             raise DataError(
                 f"{problems.source}: column {self.column!r} has more than {MOST_CLASSES} classes; is it the right one? "
                 "data.label_column names it, and numbers are for task.name=regression"
             )
-        return rows.set_column(rows.column_names.index("label"), "label", pa.array(found, pa.list_(self.entry)))
+        return rows.set_column(rows.column_names.index("label"), "label", labels)
+
+    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+        """Return all labels' entries, each text read once; None, with nothing learned, where one cannot be read."""
+        texts = rows["label"].combine_chunks().dictionary_encode()
+        known, found = len(self.codes), []
+        try:
+            for text in texts.dictionary.to_pylist():
+                found.append(None if is_nothing(text, self.nothing) else self._entries(text, 0))
+        except ValueError:
+            while len(self.codes) > known:
+                self.codes.popitem()
+            return None
+        return pa.array(found, pa.list_(self.entry)).take(texts.indices)
+
+    def _encode_each(self, rows: pa.Table, problems: Problems) -> pa.Array:
+        """Return each label's entries, null for one that cannot be read, which is noted."""
+        found: list[list[Any] | None] = []
+        lengths = pc.utf8_length(rows["sequence"]).to_pylist()
+        for row, (text, length) in enumerate(zip(rows["label"].to_pylist(), lengths, strict=True)):
+            try:
+                found.append(None if is_nothing(text, self.nothing) else self._entries(text, length))
+            except ValueError as error:
+                self._add(problems, rows, row, str(error))
+                found.append(None)
+        return pa.array(found, pa.list_(self.entry))
 
     def _entries(self, text: str, length: int) -> list[Any]:
-        names = self.split(text, length)
+        names = list(map(self._bare, self.split(text, length)))
         for name in dict.fromkeys(names):  # not a set, whose order differs between processes
             if len(name) > LONGEST_NAME:
                 raise ValueError(f"a label has more than {LONGEST_NAME} characters; check data.label_column")
             self.codes.setdefault(name, len(self.codes))
         return list(map(self.codes.__getitem__, names))
+
+    def _bare(self, name: str) -> str:
+        """Return a class name without the quotes around it, unless the class is called so."""
+        inner = name[1:-1].strip()
+        quoted = inner and name[0] == name[-1] and name[0] in "'\"" and name[0] not in inner
+        return inner if quoted and name not in (self.task.labels or ()) else name
 
     def conclude(self, problems: Problems) -> None:
         """Note, after the last row, what only the column as a whole shows."""
@@ -180,9 +211,12 @@ class Labels:
         line = f"classes: {len(labels)} (training {unit}): {shown}{more}"
         rare = sum(counts[name] < 2 for name in labels)
         notes = [f"{rare} of {len(labels)} classes have at most one training protein"] if 2 * rare > len(labels) else []
-        lower = Counter(name.lower() for name in labels)
-        alike = [name for name in labels if lower[name.lower()] > 1]
-        notes += [f"{', '.join(map(quote, alike[:4]))} differ in capital letters alone"] if alike else []
+        plain = Counter(map(_plain, labels))
+        alike = [name for name in labels if plain[_plain(name)] > 1]
+        what = "differ in capital letters, blanks or marks alone"
+        notes += [f"{', '.join(map(quote, alike[:4]))} {what}"] if alike else []
+        date = next(filter(_DATE.fullmatch, labels), None)
+        notes += [f"{quote(date)} is a date, which spreadsheets make of names such as SEPT2"] if date else []
         tagged = next((name for name in labels if "{ECO:" in name), None)
         if tagged is not None:
             notes.append(f"{quote(tagged)} is UniProt's free text; its columns of keywords and GO terms have labels")
@@ -263,11 +297,13 @@ class LabelSets(Labels):
 
     def split(self, text: str, length: int) -> list[str]:
         names = marked(text)
+        names = locations(text) if names is None else names
         if names is not None:
             self._pair = ""
             return names
         names = listed(text)
-        names = [name.strip() for name in text.split(self.joiner)] if names is None else names
+        if names is None:  # UniProt writes `PF00069;PF00130;`
+            names = [name.strip() for name in text.removesuffix(self.joiner).split(self.joiner)]
         marks = list(text) if re.fullmatch("[01]{3,}", text) and text not in self.codes else vector(text, self.joiner)
         known = one_hot(marks or names, self.task.labels)
         if known is not None:
@@ -287,6 +323,16 @@ class LabelSets(Labels):
 
     def _entries(self, text: str, length: int) -> list[Any]:
         return sorted(super()._entries(text, length))  # so that `A;B` and `B;A` are equal
+
+    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+        pair = self._pair
+        found = super()._encode_alike(rows)
+        if found is None:
+            self._pair = pair
+        elif self._pair:  # the message shows the last one
+            texts = reversed(rows["label"].to_pylist())
+            self._pair = next(text for text in texts if not is_nothing(text, self.nothing))
+        return found
 
     def conclude(self, problems: Problems) -> None:
         if self._pair and self.task.labels is None:
@@ -357,6 +403,22 @@ class ResidueLabels(Labels):
             raise ValueError(f"the label of residue {at} is empty; write one of task.ignore where it is unknown")
         return names
 
+    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+        """Return the codes of labels that are all written as one ASCII character per residue."""
+        (text, ends), (_, bounds) = text_bytes(rows, "label"), text_bytes(rows, "sequence")
+        nothing = pa.array(sorted(self.nothing), pa.large_string())
+        if not np.array_equal(ends, bounds) or pc.any(pc.is_in(pc.utf8_lower(rows["label"]), nothing)).as_py():
+            return None
+        letters = np.frombuffer(text or b"", np.uint8)
+        used, first = np.unique(letters, return_index=True)
+        plain = bytes(used).isascii() and not set(bytes(used).decode()) & {*self.joiner, *string.whitespace, *_SPACES}
+        if not plain:
+            return None
+        code = np.zeros(256, np.int16)
+        for letter in used[np.argsort(first)].tolist():
+            code[letter] = self.codes.setdefault(chr(letter), len(self.codes))
+        return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(code[letters], self.entry))
+
     def strata(self, rows: pa.Table) -> np.ndarray:
         return np.zeros(len(rows), dtype=np.int64)
 
@@ -378,10 +440,25 @@ class Numbers(Labels):
         self._numbers = Decimals()
 
     def _entries(self, text: str, length: int) -> list[Any]:
-        value = self._numbers.read(text)
+        names = listed(text)
+        value = self._numbers.read(names[0] if names and len(names) == 1 else text)
         if not math.isfinite(value):
             raise ValueError(f"{quote(text)} is no finite number; correct it or remove the record")
         return [value]
+
+    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+        """Return the values of labels that are all plain numbers."""
+        texts = rows["label"].combine_chunks()
+        try:
+            values = texts.cast(pa.float64()).to_numpy()
+        except pa.ArrowInvalid:
+            return None
+        if not np.isfinite(values).all():
+            return None
+        points = np.flatnonzero(pc.match_substring(texts, ".").to_numpy(zero_copy_only=False))
+        if len(points):
+            self._numbers.read(texts[int(points[-1])].as_py())  # it remembers the last one
+        return pa.ListArray.from_arrays(pa.array(np.arange(len(values) + 1), pa.int32()), pa.array(values))
 
     def conclude(self, problems: Problems) -> None:
         """Note a comma that is a decimal mark in one place and may be another thing elsewhere."""
@@ -451,6 +528,23 @@ def _unquoted(entry: str) -> str:
         return entry[1:-1]
 
 
+def locations(text: str) -> list[str] | None:
+    """Return the locations in UniProt's free text, `SUBCELLULAR LOCATION: Nucleus {ECO:0000269}; ...`; else None.
+
+    Evidence, isoforms, topologies (behind `;`) and notes are left out. https://www.uniprot.org/help/subcellular_location
+    """
+    if not text.startswith(LOCATION):
+        return None
+    found: dict[str, None] = {}
+    for block in text.split(LOCATION)[1:]:
+        plain = re.sub(r"\s*\{ECO:[^{}]*\}|\[[^\[\]]*\]:", "", block).partition("Note=")[0]
+        found |= dict.fromkeys(place.partition(";")[0].strip() for place in re.split(r"\.(?:\s|$)", plain))
+    found.pop("", None)
+    if not found:
+        raise ValueError(f"{quote(text)} names no location; remove the record")
+    return list(found)
+
+
 def marked(text: str) -> list[str] | None:
     """Return the labels with 1 or true in `{'a': 1, 'b': 0}`; None for other text. Raise ValueError on other values."""
     if not (text.startswith("{") and text.endswith("}") and ":" in text):
@@ -492,11 +586,16 @@ def one_hot(marks: Sequence[str], labels: Sequence[str] | None) -> list[str] | N
 def same(name: str) -> str | int:
     """Return what a class name says: True and true are one, 1 and 1.0, and what looks alike (blanks, accents)."""
     if not name.isascii():  # a letter and its accent, or characters of no width
-        name = unicodedata.normalize("NFC", "".join(c for c in name if unicodedata.category(c) != "Cf"))
+        name = unicodedata.normalize("NFKC", "".join(c for c in name if unicodedata.category(c) != "Cf"))
     name = " ".join(name.split())
     if name.lower() in ("true", "false"):
         return name.lower()
     return int(float(name)) if _WHOLE.fullmatch(name) else name
+
+
+def _plain(name: str) -> str:
+    """Return what names have in common that a careless writer takes for one."""
+    return re.sub(r"[\s_-]+", " ", name.lower()).strip(" .,;:")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -521,6 +620,7 @@ def other_separator(names: Sequence[str], own: str) -> str | None:
 
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
+_DATE = re.compile(r"[0-9]{1,2}-(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)")
 _WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")
 _MARK = re.compile(r"[01](\.0*)?|true|false")
 _ARRAY = re.compile(r"(?:\w+\.)?(?:array|tensor)\(\s*(\[.*\])\s*(?:,\s*dtype=.*)?\)")

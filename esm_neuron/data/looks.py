@@ -15,10 +15,23 @@ import pyarrow.compute as pc
 BLANK = frozenset(
     (
         *("nan", "none", "null", "na", "n/a", "n.a.", "#n/a", "<na>", "nil", "#value!", "#ref!", "#name?"),
-        *("-", "--", ".", "?"),
+        *(
+            "-",
+            "--",
+            ".",
+            "?",
+            "\u2013",
+            "\u2014",
+            "\u2212",
+            "\u2026",
+        ),  # also dashes and dots as word processors write them
     )
 )
 """What programs write where a value is missing, in small letters: nothing of it is a name."""
+NO_LABEL = BLANK | {""}
+"""What stands for no label of a protein and for no measured value, in small letters."""
+NO_RESIDUE_LABELS = frozenset(("", "nan", "<na>", "#n/a"))
+"""What stands for no labels of residues, in small letters: `-` and NA can be those of one residue or two."""
 MISSING = BLANK | frozenset(
     (
         *("??", "???", "nd", "n.d.", "n/d", "tbd", "tba", "todo", "true", "false", "missing", "unknown", "undefined"),
@@ -28,6 +41,8 @@ MISSING = BLANK | frozenset(
     )
 )
 """What programs and people write where a value is missing, in small letters."""
+LOCATION = "SUBCELLULAR LOCATION:"
+"""How UniProt's free text about locations begins."""
 LONGEST = max(map(len, MISSING))
 """Characters of the longest of them."""
 LEAST_LETTERS = 50
@@ -43,6 +58,7 @@ _STRUCTURES = frozenset("HECLBGITSP-~")
 _FEW = 8
 """Most letters of a line of labels."""
 _LEAST_STRUCTURE = 15
+_LEAST_LINE = 20
 ALL = 10_000
 """Records of a FASTA file that are all looked at for labels; of later ones it is every 16th."""
 
@@ -73,17 +89,25 @@ _ROWS = (
 """What a sequence looks like -> what to say; no protein of so many residues looks so by chance."""
 
 
+def is_nothing(label: str, nothing: frozenset[str]) -> bool:
+    """Return whether a label is one of `nothing`, in small letters, or UniProt's note without a location."""
+    return label.lower() in nothing or label.startswith(f"{LOCATION} Note=")
+
+
 class LabelLines:
     """Tell records of a FASTA file that have labels below the residues, as SignalP's third line, in the sequence."""
 
     def __init__(self) -> None:
         self._seen = self._records = self._labelled = self._certain = self._first = 0
 
-    def add(self, start: int, body: str) -> None:
+    def due(self, records: int) -> np.ndarray:
+        """Return which of the next records are to be looked at, counted from 0."""
+        number = self._seen + np.arange(1, records + 1)
+        self._seen += records
+        return np.flatnonzero((number <= ALL) | (number % 16 == 0))  # a corpus need not wait for each of its records
+
+    def look(self, start: int, body: str) -> None:
         """Look at the lines of a record whose header is in line `start`."""
-        self._seen += 1
-        if self._seen > ALL and self._seen % 16:  # a corpus need not wait for each of its records
-            return
         self._records += 1
         lines = body.split()
         if len(lines) < 2:
@@ -97,6 +121,9 @@ class LabelLines:
                 certain = is_structure(labels)
                 self._certain += certain
                 found = found or certain or len(set(labels)) <= min(_FEW, len(set(residues)) // 2)
+        # lines of labels that are shorter or longer than the residues; a line of a wrapped protein has more letters
+        few = min(_FEW, len(set(lines[0])) // 2)
+        found = found or any(len(line) >= _LEAST_LINE and len(set(line)) <= few for line in lines[1:])
         if found:
             self._labelled += 1
             self._first = self._first or start
@@ -155,7 +182,7 @@ class Looks:
         if not len(residues):
             return
         self.letters += len(residues)
-        self._letters += np.bincount(np.frombuffer(residues[:SAMPLE], dtype=np.uint8), minlength=256)
+        self._letters += count_letters(residues[:SAMPLE])
 
     def strange(self, sequences: pa.ChunkedArray) -> Iterator[tuple[int, str]]:
         """Give the row of each sequence that is of another kind of text for certain, and what to say of it."""
@@ -193,3 +220,11 @@ class Looks:
                 "the letters are those of secondary structures (H, E, C), not of residues; name the column of residues"
             )
         return None
+
+
+def count_letters(text: memoryview | bytes) -> np.ndarray:
+    """Return how often each byte is in some text, int64 [256]."""
+    letters = np.frombuffer(text, dtype=np.uint8) if len(text) else np.empty(0, np.uint8)
+    # in parts, since numpy makes int64 of what it counts
+    parts = (letters[start : start + SAMPLE] for start in range(0, len(letters), SAMPLE))
+    return np.sum([np.bincount(part, minlength=256) for part in parts] or [np.zeros(256)], axis=0, dtype=np.int64)

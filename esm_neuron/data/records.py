@@ -15,6 +15,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+import pyarrow as pa
+
+from esm_neuron.data.remote import is_remote, name_of
 from esm_neuron.data.tokenizer import residues_of
 from esm_neuron.errors import DataError
 
@@ -22,6 +26,8 @@ LIST_JOINER = ";"
 """Between the labels of a protein that has several."""
 RESIDUE_JOINER = ","
 """Between the labels of a protein that has one per residue."""
+BLOCK_RECORDS, BLOCK_CHARACTERS = 4096, 1 << 22
+"""Most records, and about the most characters, that are collected one by one."""
 LINE_LIMIT = 1 << 24
 """Longest line in bytes, with its newline, and longest record in characters. No known protein has a hundredth of it."""
 EXPANSION_LIMIT = 500
@@ -30,11 +36,11 @@ and a file that is made to fill memory or disk to a thousandth."""
 EXPANSION_FROM = 1 << 26
 """Bytes from which `EXPANSION_LIMIT` holds."""
 TABLES = (".parquet", ".pq", ".xlsx")
-"""Suffixes of files whose rows are records, not lines."""
+"""Suffixes of tables whose rows are records, not lines."""
 DELIMITED = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 """Suffix of a table in text -> what is between its columns, as a rule."""
-FASTA, JSONL = (".fasta", ".fa", ".faa", ".fas"), (".jsonl", ".ndjson")
-SUFFIXES = (*DELIMITED, *FASTA, *JSONL, *TABLES)
+FASTA, JSONL, JSON = (".fasta", ".fa", ".faa", ".fas"), (".jsonl", ".ndjson"), ".json"
+SUFFIXES = (*DELIMITED, *FASTA, *JSONL, JSON, *TABLES)
 """Suffixes of all files that are read, before .gz."""
 _COMPARED = 1000
 """Most columns, and longest name, that are compared with a name that is not there."""
@@ -57,7 +63,9 @@ class Column:
 
 Record = tuple[int, list[str]]
 """The line or the number of a record, from 1, and its values in the order of the columns."""
-Reader = Callable[[str, Sequence[Column]], Iterator[Record]]
+Block = tuple[np.ndarray, list[pa.Array]]
+"""Some records: int64 [records] their lines or numbers, and their values, large_string [records] per column."""
+Reader = Callable[[str, Sequence[Column]], Iterator[Block]]
 """Gives the records of a source in its order, holding no more than a few of them; raises DataError where it cannot."""
 
 
@@ -73,6 +81,37 @@ _FILE_SHIFT = 40
 """A row's number holds the place of its file in these upper bits, where a source is several files."""
 
 
+def in_blocks(records: Iterator[Record], columns: int) -> Iterator[Block]:
+    """Collect records with so many columns into blocks; those before a fault are given, then it is raised."""
+    fault: DataError | None = None
+    ended = False
+    while not ended:
+        lines: list[int] = []
+        values: list[list[str]] = [[] for _ in range(columns)]
+        characters = 0
+        try:
+            while len(lines) < BLOCK_RECORDS and characters < BLOCK_CHARACTERS and not ended:
+                line, record = next(records, (0, None))
+                if record is None:
+                    ended = True
+                    break
+                lines.append(line)
+                for value, column in zip(record, values, strict=True):
+                    column.append(value)
+                    characters += len(value)
+        except DataError as error:
+            fault, ended = error, True
+        if lines:
+            yield np.array(lines, np.int64), [pa.array(column, pa.large_string()) for column in values]
+    if fault is not None:
+        raise fault
+
+
+def numbered(records: int) -> pa.Array:
+    """Return the ids of records that have none."""
+    return pa.repeat(pa.scalar(NUMBERED, pa.large_string()), records)
+
+
 def is_hub(source: str) -> bool:
     """Return whether a source is a dataset of the Hugging Face hub (pathlib makes `hf:/` of `hf://`)."""
     return source.startswith("hf:/")
@@ -84,7 +123,7 @@ def files_of(source: str) -> tuple[tuple[str, str | None], ...]:
     A source is one file, dataset or folder of `Dataset.save_to_disk`; a folder of files with one of SUFFIXES; a
     pattern with `*`; a list `[a.csv, b.csv]`; or a file per class, `{name: a.fasta, other: b.fasta}`.
     """
-    if is_hub(source) or os.path.isfile(source):
+    if is_hub(source) or is_remote(source) or os.path.isfile(source):
         return ((source, None),)
     inner = [part.strip(" '\"") for part in source[1:-1].split(",")]
     if source.startswith("[") and source.endswith("]"):
@@ -102,19 +141,37 @@ def files_of(source: str) -> tuple[tuple[str, str | None], ...]:
             )
         return tuple((path, None) for path in found)
     if os.path.isdir(source) and not {"dataset_info.json", "dataset_dict.json"} & set(os.listdir(source)):
-        kinds = {suffix_of(name) for name in os.listdir(source) if suffix_of(name) in SUFFIXES and name[0] != "."}
-        if len(kinds) > 1:
-            raise DataError(
-                f"{source}: the folder has files of {' and '.join(sorted(kinds))}; name one kind, as {source}/*.csv"
-            )
-        names = sorted(name for name in os.listdir(source) if suffix_of(name) in kinds and name[0] != ".")
-        return tuple((os.path.join(source, name), None) for name in names) or ((source, None),)
+        return tuple((file, None) for file in _files_in(source)) or ((source, None),)
     return ((source, None),)
+
+
+def _files_in(folder: str) -> list[str]:
+    """Return the files of a folder that are one table: of one kind, of one split, and none in folders below it."""
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
+    files = [name for name in names if suffix_of(name) in SUFFIXES and suffix_of(name) != JSON]
+    kinds = sorted({suffix_of(name) for name in files})
+    if len(kinds) > 1:
+        raise DataError(f"{folder}: the folder has files of {' and '.join(kinds)}; name one kind, as {folder}/*.csv")
+    splits = {found[1].lower()[:3].replace("dev", "val"): name for name in files if (found := _OF_A_SPLIT.search(name))}
+    if len(splits) > 1:
+        shown, pattern = " and ".join(splits.values()), f"{folder}/*{kinds[0]}"
+        raise DataError(
+            f"{folder}: the folder has {shown}, of different splits; name each, or all of them as {pattern}"
+        )
+    below = (os.path.join(folder, name) for name in names if kinds and os.path.isdir(os.path.join(folder, name)))
+    for inner in below:
+        if more := next((name for name in os.listdir(inner) if suffix_of(name) == kinds[0]), None):
+            raise DataError(f"{inner}/{more}: stands in a folder below {folder}; name all as {folder}/**/*{kinds[0]}")
+    return [os.path.join(folder, name) for name in files]
+
+
+_OF_A_SPLIT = re.compile(r"(?:^|[._-])(train|val|dev|test)(?:ing|id|idation)?(?=[._-])", re.IGNORECASE)
+"""What a file's name says about its split."""
 
 
 def suffix_of(name: str) -> str:
     """Return a file's suffix in small letters, without .gz."""
-    path = Path(name)
+    path = Path(name_of(name))
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
@@ -123,26 +180,27 @@ def row_number(file: int, number: int) -> int:
     return (file << _FILE_SHIFT) + number
 
 
-def file_and_number(source: str, number: int) -> tuple[str, int]:
-    """Return the file that a row of a source is in, and its line or record there."""
-    files = files_of(source)
+def file_and_number(files: Sequence[tuple[str, str | None]], number: int) -> tuple[str, int]:
+    """Return the file that a row of a source is in, of its `files_of`, and its line or record there."""
     return files[number >> _FILE_SHIFT][0], number & ((1 << _FILE_SHIFT) - 1)
 
 
 def row_unit(source: str) -> str:
-    """Return what the number of a row counts: `line` in text, `record` in Parquet files, workbooks and datasets."""
-    table = is_hub(source) or Path(source).suffix.lower() in TABLES or os.path.isdir(source)
+    """Return what the number of a row counts: `line` in text, `record` in JSON lists, tables and datasets."""
+    table = is_hub(source) or suffix_of(source) in (JSON, *TABLES) or os.path.isdir(source)
     return "record" if table else "line"
 
 
 def place(source: str, number: int) -> str:
     """Return where a row is, as errors begin: `x.csv:3`, or `x.parquet: record 2`."""
-    file, number = file_and_number(source, number)
+    file, number = file_and_number(files_of(source), number)
     return f"{file}:{number}" if row_unit(file) == "line" else f"{file}: record {number}"
 
 
 def check_regular(path: str) -> None:
-    """Raise DataError unless `path` is a file that can be read, and read again."""
+    """Raise DataError unless `path` is a file that can be read, and read again; of an address its reader tells."""
+    if is_remote(path):
+        return
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -157,6 +215,8 @@ def check_regular(path: str) -> None:
 
 def check_expansion(path: str, where: str, size: int, what: str) -> None:
     """Raise DataError where a file holds more bytes than proteins do that are packed into its size."""
+    if is_remote(path):  # its size is not known, and no more of it is held than a line
+        return
     packed = os.stat(path).st_size
     if size > max(EXPANSION_FROM, packed * EXPANSION_LIMIT):
         raise DataError(
@@ -172,6 +232,8 @@ def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
     by_lower = {name.lower(): name for name in there[:_COMPARED] if len(name) <= _COMPARED}
     near = difflib.get_close_matches(column.source.lower(), by_lower, n=1)
     cure = f"did you mean {by_lower[near[0]]!r}?" if near else "name one of these or add it"
+    if column.source.startswith("[") and column.name == "sequence":
+        cure = "pairs of chains are not read: join them in a column of their own, or give each a record"
     raise DataError(f"{source}: no column {column.source!r} ({column.setting}); the file has {shown or 'none'}; {cure}")
 
 
@@ -240,6 +302,8 @@ def text(value: object, source: str, number: int, column: Column) -> str:
         return format(value.normalize(), "f") if value.is_finite() else ""
     if isinstance(value, (list, tuple)) and column.joiner is not None:
         return _joined(value, source, number, column) if value else "[]"
+    if isinstance(value, (list, tuple)) and column.name == "mask" and set(value) <= {0, 1}:
+        return "".join(str(int(entry)) for entry in value)
     if isinstance(value, (list, tuple)) and column.name == "sequence":
         try:
             return residues_of(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,21 +24,30 @@ from esm_neuron.data.records import file_and_number, files_of, is_hub, row_unit
 from esm_neuron.data.sampling import homolog_clusters, sample_clusters, sample_rows
 from esm_neuron.data.sources import CHUNK_ROWS, check_columns, check_sheet, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
-from esm_neuron.data.validation import Checker, Problems, Rejected, Report, conflicting, quote, text_hashes
+from esm_neuron.data.validation import (
+    Checker,
+    Problems,
+    Rejected,
+    RejectedRows,
+    Report,
+    conflicting,
+    quote,
+    text_hashes,
+)
 from esm_neuron.errors import DataError
-from esm_neuron.files import parse_json, read_bytes, write_json
+from esm_neuron.files import open_new, parse_json, read_bytes, write_json
 from esm_neuron.redact import Lines
 
 _SHOWN = 10
 """Values of a column that an error shows."""
-_CACHE_VERSION = 7
+_CACHE_VERSION = 8
 """Version of what `_save` writes: another number makes every cached folder anew."""
 _UNCACHED_DATA = {"cache", "homologs", "packing", "pack_tokens", "max_segments", *SPLITS}
 _UNCACHED_TASK = {
     "class_weights", "label_smoothing", "focal_gamma", "mask_probability", "target_mean", "target_sd",
 }  # fmt: skip
 """Settings that change nothing in the tables; of the files, the content is what counts."""
-_META = "splits.json"
+_META, _REJECTED = "splits.json", "rejected.jsonl"
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Splits:
     """sha256 (hex) of tokens, weights, labels, ids and class names: equal for equal data. A resumed run compares it."""
     sampled: Mapping[str, tuple[str, ...]]
     """Split -> ids of its proteins where they were sampled from the training rows, to be written with the run."""
-    rejected: tuple[Rejected, ...]
+    rejected: RejectedRows
     """The rows left out or changed for their characters (`data.on_bad_residue`), to be written with the run."""
     task: TaskConfig
     """The task with what the training rows decide, see `labels.resolve`."""
@@ -113,7 +123,7 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
         )
 
 
-def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
+def load_splits(cfg: TrainConfig, labels: type[Labels] | None, spool: Path | None = None) -> Splits:
     """Read, check and tokenize the data of a run, with labels of the task's kind, or with none.
 
     Order: rows are read; `data.keep` and `data.keep_heldout` filter them; ids, sequences and labels of the rest are
@@ -121,7 +131,8 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
     rows that pass `data.keep_heldout`); long sequences are cut.
 
     With `data.cache` all this is done once for the same files and settings, on any number of processes, and the tables
-    are files mapped into memory; the result is the same with and without.
+    are files mapped into memory; without it they are files in `spool`, an empty folder, or in memory where that is
+    None. The result is the same, and `open_splits` opens such files.
 
     Raises:
         DataError: a file or a row cannot be used, training does not know a label, or a split has no rows.
@@ -129,12 +140,26 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
     """
     require(cfg.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
     check_settings(cfg.data, labels)
-    if cfg.data.cache is None:
-        splits = _make(cfg, labels, None)
-    else:
+    folder = make_splits(cfg, labels, spool)
+    return open_splits(cfg, labels, folder) if folder else _resolved(_make(cfg, labels, None), cfg, labels)
+
+
+def make_splits(cfg: TrainConfig, labels: type[Labels] | None, spool: Path | None) -> Path | None:
+    """Return the folder with the tables of a run: in `data.cache` where that is set, else `spool`, which is filled."""
+    if cfg.data.cache is not None:
         key = content_key(_cache_key(cfg, labels is not None))
-        folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, labels, aside), cfg, aside))
-        splits = _load(folder, cfg)
+        return cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, labels, aside), cfg, aside))
+    if spool is not None:
+        _save(_make(cfg, labels, spool), cfg, spool)
+    return spool
+
+
+def open_splits(cfg: TrainConfig, labels: type[Labels] | None, folder: Path) -> Splits:
+    """Return what `make_splits` has put in a folder, mapped."""
+    return _resolved(_load(folder, cfg), cfg, labels)
+
+
+def _resolved(splits: Splits, cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
     if labels is None:
         return splits
     named = replace(cfg.task, labels=splits.labels or None)
@@ -167,7 +192,7 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
         reports=tuple(reports),
         fingerprint=_fingerprint(tables, names),
         sampled=sampled,
-        rejected=tuple(rejected),
+        rejected=rejected,
         task=cfg.task,
         described=described,
     )
@@ -326,9 +351,10 @@ class _File:
         if self._counts["filtered"] == self._counts["rows"]:
             raise DataError(f"{self.source}: data.keep leaves no records; allow more values")
         if self._unknown:
-            unit = row_unit(files_of(self.source)[0][0])
+            files = files_of(self.source)
+            unit = row_unit(files[0][0])
             shown = ", ".join(
-                f"{quote(value)} ({count} records, first in {unit} {file_and_number(self.source, first)[1]})"
+                f"{quote(value)} ({count} records, first in {unit} {file_and_number(files, first)[1]})"
                 for value, (count, first) in list(self._unknown.items())[:5]
             )
             raise DataError(
@@ -359,7 +385,7 @@ class _File:
 
 def read_parts(
     cfg: DataConfig, labels: Labels | None, folder: Path | None
-) -> tuple[dict[str, Part], list[Report], list[Rejected]]:
+) -> tuple[dict[str, Part], list[Report], RejectedRows]:
     """Return the checked rows of each split that has any, a report per file, and the rows left out or changed.
 
     The text of each label is replaced by its codes. Rows are kept as files in `folder`, or in memory where it is None.
@@ -385,7 +411,7 @@ def read_parts(
             f"{cfg.train}: no record has {cfg.split_names[0]!r} in column {cfg.split_column!r} "
             "(data.split_column); set data.split_names to the values for training, validation and test"
         )
-    return parts, reports, [row for file in files for row in file.checker.rejected]
+    return parts, reports, RejectedRows(row for file in files for row in file.checker.rejected)
 
 
 def data_files(cfg: DataConfig) -> dict[str, str]:
@@ -451,10 +477,11 @@ def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:
         "reports": [asdict(report) for report in splits.reports],
         "fingerprint": splits.fingerprint,
         "sampled": splits.sampled,
-        "rejected": [asdict(row) for row in splits.rejected],
         "described": splits.described,
     }
     write_json(folder / _META, meta)
+    with open_new(folder / _REJECTED) as file:
+        file.writelines(json.dumps(row) + "\n" for row in splits.rejected)
 
 
 def _load(folder: Path, cfg: TrainConfig) -> Splits:
@@ -463,6 +490,9 @@ def _load(folder: Path, cfg: TrainConfig) -> Splits:
     # The same content may have another path today: reports and rejected records name the files of this configuration.
     now = dict(zip(meta["files"], data_files(cfg.data).values(), strict=True))
     tables = {name: open_table(folder / name) for name in meta["splits"]}
+    with (folder / _REJECTED).open(encoding="utf-8") as file:
+        rows = (Rejected(*parse_json(line)) for line in file)
+        rejected = RejectedRows(row._replace(file=now.get(row.file, row.file)) for row in rows)
     return Splits(
         train=tables["train"],
         valid=tables.get("valid"),
@@ -471,7 +501,7 @@ def _load(folder: Path, cfg: TrainConfig) -> Splits:
         reports=tuple(Report(**{**one, "name": now.get(one["name"], one["name"])}) for one in meta["reports"]),
         fingerprint=meta["fingerprint"],
         sampled={name: tuple(ids) for name, ids in meta["sampled"].items()},
-        rejected=tuple(Rejected(**{**row, "file": now.get(row["file"], row["file"])}) for row in meta["rejected"]),
+        rejected=rejected,
         task=cfg.task,
         described=meta["described"],
     )

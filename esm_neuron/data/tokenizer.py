@@ -105,15 +105,19 @@ def decode(tokens: np.ndarray) -> str:
 
 
 def residues_of(tokens: Sequence[object]) -> str:
-    """Return the residues of a tokenized protein, <cls>, <eos> and <pad> left out; ValueError for any other list."""
+    """Return the residues of a tokenized protein without <cls>, <eos> and <pad> around; ValueError for other lists."""
     found = []
     for token in tokens:
         if type(token) is not int or not 0 <= token < VOCABULARY.index("<null_1>") or token == UNK:
             raise ValueError(
                 f"{str(token)[:40]!r} is no token of a residue of ESM-2; give its `input_ids`, unmasked, or text"
             )
-        found.append(VOCABULARY[token] if token > UNK else "")
-    return "".join(found)
+        found.append(VOCABULARY[token] if token > UNK else " ")
+    residues = "".join(found).strip()
+    if " " in residues:
+        at = residues.index(" ") + 1
+        raise ValueError(f"a special token stands behind residue {at - 1}, as between two proteins; give one a record")
+    return residues
 
 
 def hf_tokenizer() -> EsmTokenizer:

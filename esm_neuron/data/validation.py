@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import csv
-import io
+import json
 import os
 import re
+import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.looks import BLANK, LEAST_LETTERS, LONGEST, Looks
-from esm_neuron.data.records import NUMBERED, file_and_number, place, row_unit
-from esm_neuron.data.sources import sequence_bytes
+from esm_neuron.data.looks import LEAST_LETTERS, LOCATION, LONGEST, NO_LABEL, Looks, is_nothing
+from esm_neuron.data.records import NUMBERED, file_and_number, files_of, place, row_unit
+from esm_neuron.data.sources import text_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.files import write_text
+from esm_neuron.files import new_file, open_new, parse_json
 from esm_neuron.redact import Lines
 
 MOST_LISTED = 20
 """Problems that an error lists; the rest is counted."""
+_BLOCK = 1024
+"""Rejected records that are packed together: about 20 bytes each."""
 
 MOST_REPLACED = 0.2
 """Largest share of all characters that data.on_bad_residue=replace writes X for."""
-NO_RESIDUE_LABELS = frozenset(("", "nan", "<na>", "#n/a"))
-"""What stands for no labels of residues, in small letters: `-` and NA can be those of one residue or two."""
-NO_LABEL = BLANK | {""}
-"""What stands for no label of a protein, in small letters."""
 _NOT_WRITTEN = re.compile(r"[-.~*\s\d]")
 """Gaps, blanks, digits, and stops within: what alignments and numbered listings add to sequences."""
 _QUOTES = re.compile("[\"'`´“”‘’„«»]")
@@ -146,8 +147,7 @@ class Problems:
             raise DataError(Lines.of([f"{self.source}: {self.total} problems ({which}):", *self.first], "  "))
 
 
-@dataclass(frozen=True)
-class Rejected:
+class Rejected(NamedTuple):
     """A record that was left out or changed, and why."""
 
     file: str
@@ -159,7 +159,31 @@ class Rejected:
     """`left out` or `replaced by X`."""
 
 
-_HEADER = "\t".join(field.name for field in fields(Rejected)) + "\n"
+_HEADER = "\t".join(Rejected._fields) + "\n"
+
+
+class RejectedRows:
+    """Records left out or changed, in their order and packed: a corpus in which none is sound fills no memory."""
+
+    def __init__(self, rows: Iterable[Rejected] = ()) -> None:
+        self._packed: list[bytes] = []  # blocks of `_BLOCK` rows
+        self._last: list[Rejected] = []
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: Rejected) -> None:
+        self._last.append(row)
+        if len(self._last) == _BLOCK:
+            self._packed.append(zlib.compress(json.dumps(self._last).encode(), 1))
+            self._last = []
+
+    def __len__(self) -> int:
+        return len(self._packed) * _BLOCK + len(self._last)
+
+    def __iter__(self) -> Iterator[Rejected]:
+        for block in self._packed:
+            yield from (Rejected(*row) for row in parse_json(zlib.decompress(block)))
+        yield from self._last
 
 
 def rejected_path(target: Path) -> Path:
@@ -179,15 +203,15 @@ def check_rejected(path: Path) -> None:
         )
 
 
-def save_rejected(path: Path, rows: Sequence[Rejected]) -> None:
+def save_rejected(path: Path, rows: RejectedRows) -> None:
     """Write a tab-separated file of records left out or changed; if there are none, remove that of an earlier run."""
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")  # quotes values that hold tabs or newlines
-    writer.writerows([[field.name for field in fields(Rejected)], *map(astuple, rows)])
-    if rows:
-        write_text(path, text.getvalue())
-    else:
+    if not rows:
         path.unlink(missing_ok=True)
+        return
+    with new_file(path) as aside, open_new(aside) as file:
+        file.write(_HEADER)
+        # quotes values that hold tabs or newlines
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
 
 
 class Checker:
@@ -205,7 +229,7 @@ class Checker:
         self.counts: Counter[str] = Counter(rows=0, skipped=0)
         """Counts of the rows so far, by their names in a `Report`."""
         self._used = 0
-        self.rejected: list[Rejected] = []
+        self.rejected = RejectedRows()
         """The rows left out or changed so far, in the order of the file."""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -215,7 +239,7 @@ class Checker:
         changed: dict[int, str] = {}
         columns = [name for name in ("line", "id", "sequence", "label") if name in rows.column_names]
         first = self._ids.first_lines(rows["id"].to_pylist(), rows["line"].to_numpy())
-        residues, bounds = sequence_bytes(rows)
+        residues, bounds = text_bytes(rows)
         self._looks.count(residues)
         missing = self._missing(rows, np.diff(bounds))
         for row, what in self._looks.strange(rows["sequence"]):
@@ -283,12 +307,12 @@ class Checker:
         if not name:
             self.problems.add(line, "the id is empty; give every record a name")
         elif first != line:
-            where = row_place(self._source, first, line)
+            where = row_place(self._files, first, line)
             self.problems.add(line, f"id {quote(name)} was used in {where} already; make ids unique")
         if name.startswith(_STRUCTURE_STARTS) or name.endswith(_STRUCTURE_ENDS):
             self.problems.add(line, f"{quote(name)} is a structure, not a protein; remove such records")
         lacks = []
-        if label is not None and label.lower() in self._nothing:
+        if label is not None and is_nothing(label, self._nothing):
             word = label and f"{quote(label)}, which stands for none"
             cure = "give a label" + (
                 ", or name it with the other classes in task.labels where it is one," if word else ""
@@ -334,8 +358,12 @@ class Checker:
         self.counts.update(replaced=1, replaced_residues=bad.count)
         return replace_bad_residues(sequence)
 
+    @cached_property
+    def _files(self) -> Sequence[tuple[str, str | None]]:
+        return files_of(self._source)  # once: a pattern is looked up in folders
+
     def _reject(self, line: int, name: str, reason: str, action: str) -> None:
-        self.rejected.append(Rejected(*file_and_number(self._source, line), name, reason, action))
+        self.rejected.append(Rejected(*file_and_number(self._files, line), name, reason, action))
 
     def conclude(self) -> None:
         """Note, after the last chunk, what only the file as a whole shows."""
@@ -403,7 +431,7 @@ def _suspects(
     """Return which rows may have a fault, bool [rows]; `first` is the line in which the id of each was first used.
 
     `missing` says which have no sequence, `nothing` what stands for no label.
-    `residues` and `bounds` are `sequence_bytes` of the rows.
+    `residues` and `bounds` are `text_bytes` of the rows.
     """
     found = (first != rows["line"].to_numpy()) | missing | (pc.equal(rows["id"], "").to_numpy())
     for match, patterns in ((pc.starts_with, _STRUCTURE_STARTS), (pc.ends_with, _STRUCTURE_ENDS)):
@@ -413,14 +441,15 @@ def _suspects(
         found |= pc.is_in(
             pc.utf8_lower(rows["label"]), value_set=pa.array(sorted(nothing), pa.large_string())
         ).to_numpy()
+        found |= pc.starts_with(rows["label"], LOCATION).to_numpy()
     # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
     found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
     return np.asarray(found)
 
 
-def row_place(source: str, number: int, seen_from: int) -> str:
+def row_place(files: Sequence[tuple[str, str | None]], number: int, seen_from: int) -> str:
     """Return where a row is, for a message about another one: `line 4`, or with its file where that is another."""
-    (file, at), (other, _) = file_and_number(source, number), file_and_number(source, seen_from)
+    (file, at), (other, _) = file_and_number(files, number), file_and_number(files, seen_from)
     return f"{row_unit(file)} {at}" + ("" if file == other else f" of {file}")
 
 
@@ -444,10 +473,14 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 def conflicting(own: np.ndarray, sequences: np.ndarray, labels: np.ndarray) -> int:
     """Count the rows of `own` whose sequence has more than one label among `sequences` and `labels`; all are hashes."""
-    # A sequence in more than one distinct pair has labels that conflict.
-    pairs = np.unique(np.stack([sequences, labels], axis=1), axis=0)
-    different, times = np.unique(pairs[:, 0], return_counts=True)
-    return int(np.isin(own, different[times > 1]).sum())
+    order = np.argsort(sequences)
+    sequences = sequences[order]
+    starts = np.flatnonzero(np.diff(sequences, prepend=~sequences[:1]))  # of the rows of each sequence
+    if not len(starts):
+        return 0
+    labels = labels[order]
+    several = np.minimum.reduceat(labels, starts) != np.maximum.reduceat(labels, starts)
+    return int(np.isin(own, sequences[starts[several]]).sum())
 
 
 def _bad_cure(sequence: str, choice: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import DataError
 from esm_neuron.inference.load import find_model
 from esm_neuron.inference.predict import BATCHES, predict_file
-from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
+from esm_neuron.inference.spool import Spool
+from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_header, check_target
 from esm_neuron.tasks.base import Task, record_mean
 from esm_neuron.tasks.residues import residue_mean
 
@@ -30,6 +32,7 @@ else:
 Pooling = Literal["mean", "cls", "residue"]
 SUFFIXES = (".parquet", SAFETENSORS)
 RESERVED = "__metadata__"  # by the safetensors format
+SURELY = 200_000  # so many arrays have their names and places in a header of safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +110,22 @@ def embed(
     def network(built: Built) -> esm2.Embedder:
         return esm2.Embedder(built.model, pooling)
 
+    def check(spool: Spool[ExampleTable], built: Built) -> None:
+        if shape is as_arrays and (records := sum(spool.scanned.rows)) > SURELY:
+            check_header(target, records, header_size(spool, built.model.config.hidden_size, pooling))
+
     options = {"command": "embed", "pooling": pooling, "format": target.suffix.lower()}
     batches = 8 if pooling == "residue" else BATCHES
-    return predict_file(spec, task, source, target, write, resume, log, options, network, batches)
+    return predict_file(spec, task, source, target, write, resume, log, options, network, batches, check)
+
+
+def header_size(spool: Spool[ExampleTable], width: int, pooling: Pooling) -> int:
+    """Return the bytes of a safetensors header with an array of this width, float32, for each record."""
+    size, end = 2, 0
+    for number in range(len(spool.scanned.rows)):
+        table = spool[number]
+        for name, residues in zip(table.ids, table.whole_residues().tolist(), strict=True):
+            shape = f"{residues},{width}" if pooling == "residue" else f"{width}"
+            begin, end = end, end + 4 * width * (residues if pooling == "residue" else 1)
+            size += len(f'{json.dumps(name)}:{{"dtype":"F32","shape":[{shape}],"data_offsets":[{begin},{end}]}},')
+    return size

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import BackendName
+from esm_neuron.config import BackendName, require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
@@ -44,6 +44,10 @@ def evaluate(
         overrides: words that overrule the model's settings, such as `--data.label_column class`.
     """
     if target is not None:
+        require(
+            target.suffix.lower() == ".json",
+            f"--output {target}: metrics are JSON; name a .json file (`predict` writes tables)",
+        )
         check_output(target, model, {"--input": source}, overrides)
         target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the work
     cfg, task = find_trained(model, backend_name, overrides, "evaluate")

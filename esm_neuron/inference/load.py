@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_neuron import __version__
-from esm_neuron.config import AdapterConfig, BackendName, ModelConfig, ParallelConfig, TrainConfig, require, settings
+from esm_neuron.config import (
+    COMPARED_BY_CONTENT,
+    AdapterConfig,
+    BackendName,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    require,
+    settings,
+)
 from esm_neuron.config.backends import spec_of
 from esm_neuron.config.deferred import module
 from esm_neuron.distributed import is_alone
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.files import NOTHING, read_json, sha256
+from esm_neuron.files import NOTHING, NUMBER, read_json, sha256
 from esm_neuron.inference.folders import find_head, task_config
 from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from esm_neuron.models.shapes import in_folder, locate
@@ -52,11 +61,6 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
 }
 """Command -> the settings of a finished run that it may overrule: those that act there."""
 
-NOT_IN_IDENTITY = {
-    "train", "valid", "test", "keep", "keep_heldout", "split_column", "split_names", "valid_fraction", "cache",
-}  # fmt: skip
-"""Fields of `data` on which no prediction depends."""
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -76,7 +80,8 @@ class ModelSpec:
         """Return what decides a prediction besides the input, in JSON's types: weights, settings, and `more`."""
         cfg, adapter = self.cfg, Path(self.cfg.output) / ADAPTER / ADAPTER_WEIGHTS
         adapted = self.task is not None and cfg.adapter.kind in ("lora", "qlora")
-        data = {name: value for name, value in settings.plain(cfg.data).items() if name not in NOT_IN_IDENTITY}
+        others = {*COMPARED_BY_CONTENT, "cache", "homologs"}
+        data = {name: value for name, value in settings.plain(cfg.data).items() if name not in others}
         sections = {"adapter": settings.plain(cfg.adapter), "task": settings.plain(cfg.task), "data": data}
         return {
             "version": __version__,
@@ -156,6 +161,7 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     found = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
     cure = "let its training finish (--checkpoint.resume auto)"
     require(bool(found), f"--model {folder}: no adapter and no model there; {cure}")
+    _check_classes(folder, cfg.task.labels)
     # the folder's own weights, where it has the whole model or carries the base of its adapter
     carries = any((folder / BASE).glob("model*.safetensors"))
     own = MODEL if found == [MODEL] else BASE if carries else None
@@ -170,6 +176,22 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
         )
         cfg = replace(cfg, adapter=replace(cfg.adapter, kind="lora"))
     return cfg, create_task(cfg.task, cfg.task.labels or ())
+
+
+def _check_classes(folder: Path, labels: Sequence[str] | None) -> None:
+    """Raise CheckpointError where config.yaml has other classes than the weights, or another order of them."""
+    path = folder / ADAPTER / REFERENCE
+    if not path.is_file():
+        path = folder / MODEL / "config.json"
+    said = read_json(path, {"labels?": [str], "id2label?": {"*": str}}, CheckpointError, "train it again")
+    names = said.get("id2label", {})
+    trained = said.get("labels", [names[key] for key in sorted(names, key=lambda key: (len(key), key))])
+    if labels and trained and list(labels) != trained:
+        at = next((i for i, pair in enumerate(zip(labels, trained, strict=False)) if pair[0] != pair[1]), len(labels))
+        raise CheckpointError(
+            f"{folder / CONFIG}: task.labels are not the classes of the weights in their order, which {path} has (the "
+            f"first difference is in place {at + 1}); put them back"
+        )
 
 
 def move_to(backend: BackendName, cfg: TrainConfig) -> TrainConfig:
@@ -206,8 +228,27 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     unknown = sorted(set(saved) - set(names))
     if unknown:
         raise CheckpointError(f"{folder}: {len(unknown)} tensors do not fit the model, the first is {unknown[0]}")
+    _check_reference(folder, built)
     backend.load_weights(built.model, {names[key]: value for key, value in saved.items()})
     return built
+
+
+def _check_reference(folder: Path, built: Built) -> None:
+    """Raise CheckpointError where the adapter or its base's config.json is not as it was when the run ended."""
+    path = folder / REFERENCE
+    said = read_json(path, {"adapter?": str, "config?": {"*": (*NUMBER, bool)}}, CheckpointError, "copy the run again")
+    for name, value in said.get("config", {}).items():
+        now = getattr(built.config, name, None)
+        if now != value:
+            raise CheckpointError(
+                f"{folder}: was trained on a base whose config.json had {name} {value!r}, and it has {now!r} now; give "
+                "the base as it was"
+            )
+    if said.get("adapter") not in (None, sha256(folder / ADAPTER_WEIGHTS)):
+        raise CheckpointError(
+            f"{folder / ADAPTER_WEIGHTS}: is not what training wrote; copy the run again, or, if you changed it on "
+            f"purpose, take `adapter` out of {path}"
+        )
 
 
 DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern")

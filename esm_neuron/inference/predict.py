@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from esm_neuron import __version__
 from esm_neuron.backends import opened_backend
 from esm_neuron.config import BackendName, TrainConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
-from esm_neuron.data.validation import Rejected, rejected_path, save_rejected
+from esm_neuron.data.validation import RejectedRows, rejected_path, save_rejected
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.inference.load import ModelSpec, find_trained
-from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
+from esm_neuron.inference.spool import Piece, Spool, stamp_of
+from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, spooled, stream
 from esm_neuron.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -37,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 BATCHES = 32
 """About how many batches a piece fills; its last one is half empty on average, which costs 1/64 of the work."""
+MOST_RESIDUES = 100_000
+"""Most residues of a protein of which each has a prediction or a vector, so that memory holds them; the longest known
+protein (titin) has 35,000."""
 
 
 def predict(
@@ -85,39 +91,80 @@ def predict_file(
     options: Mapping[str, Any],
     network: Callable[[Built], nn.Module] = lambda built: built.model,
     batches: int = BATCHES,
+    check: Callable[[Spool[ExampleTable], Built], None] = lambda spool, built: None,
 ) -> int:
     """Write `target` with the predictions for every record of `source`; return the number of records.
 
     `write` makes rows of records and their predictions; `options`, in JSON's types, decide the predictions besides
-    model and settings; a piece fills about `batches` batches.
+    model and settings; a piece fills about `batches` batches. `check` raises, before anything is predicted, where the
+    input does not suit the output.
     """
     cfg = spec.cfg
-    inputs = InputChunks(source, cfg.data)
+    inputs = InputChunks(source, cfg.data, most=MOST_RESIDUES if task.predictions_per_token else None)
     if is_alone():
         inputs.check()
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
         tokens = piece_tokens(cfg, backend, batches)
 
-        def pieces() -> Iterator[Piece[ExampleTable]]:
-            return table_pieces(inputs, tokens)
+        with spooled(backend, target, TableSource(inputs, tokens), resume) as spool:
+            log(spool.scanned.summary)
+            built = raise_on_any_rank(backend, lambda: spec.load(task, backend))
+            main_rank_only(backend, lambda: check(spool, built))
+            evaluator = evaluation.Evaluator(network(built), task, backend)
 
-        scanned = scan(backend, pieces)
-        rejected = tuple(inputs.rejected)
-        log(inputs.report.summary())
-        built = raise_on_any_rank(backend, lambda: spec.load(task, backend))
-        evaluator = evaluation.Evaluator(network(built), task, backend)
+            def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
+                return write(table, predict_table(evaluator, cfg, table, advance))
 
-        def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
-            return write(table, predict_table(evaluator, cfg, table, advance))
-
-        identity = spec.identity(built, piece_tokens=tokens, **options)
-        written = stream(backend, target, scanned, identity, pieces, predict_piece, resume, log)
-        write_rejected(backend, target, rejected, log)
-        return written
+            identity = spec.identity(built, piece_tokens=tokens, **options)
+            written = stream(backend, target, spool, identity, predict_piece, log)
+            write_rejected(backend, target, spool.scanned.rejected, log)
+            return written
 
 
-def write_rejected(backend: Backend, target: Path, rows: Sequence[Rejected], log: Callable[[str], None]) -> None:
+class TableSource:
+    """A file of proteins as an input of `spooled`: pieces with at most `tokens` tokens."""
+
+    def __init__(self, inputs: InputChunks, tokens: int) -> None:
+        self._inputs, self._tokens = inputs, tokens
+
+    @property
+    def rejected(self) -> RejectedRows:
+        return self._inputs.rejected
+
+    def __call__(self) -> Iterator[Piece[ExampleTable]]:
+        return table_pieces(self._inputs, self._tokens)
+
+    def summary(self) -> str:
+        return self._inputs.report.summary()
+
+    def stamp(self) -> str | None:
+        return stamp_of(self._inputs.path, [__version__, asdict(self._inputs.cfg), self._inputs.most, self._tokens])
+
+    def pack(self, content: ExampleTable) -> pa.RecordBatch:
+        """Return one row, with a list for each array of the table."""
+        arrays = {name: pa.array(getattr(content, name).reshape(-1)) for name in _SPOOLED}
+        arrays["ids"] = pa.array(list(content.ids), pa.large_string())
+        return pa.RecordBatch.from_pydict(
+            {
+                name: pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
+                for name, values in arrays.items()
+            }
+        )
+
+    def unpack(self, batch: pa.RecordBatch) -> ExampleTable:
+        arrays = {name: batch[name][0].values.to_numpy() for name in _SPOOLED}
+        ids = batch["ids"][0].values.to_pylist()
+        return ExampleTable(**{**arrays, "starts": arrays["starts"].reshape(-1, 2)}, labels=np.empty(0), ids=ids)
+
+    def digest(self, content: ExampleTable) -> bytes:
+        return _digest(content)
+
+
+_SPOOLED = ("tokens", "offsets", "record", "weight", "starts", "residues")
+
+
+def write_rejected(backend: Backend, target: Path, rows: RejectedRows, log: Callable[[str], None]) -> None:
     """Write the records that were left out or changed beside `target`; if there are none, remove an older file."""
     path = rejected_path(target)
     main_rank_only(backend, lambda: save_rejected(path, rows))
@@ -150,25 +197,9 @@ def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[
         while first < len(table.ids):
             begin = ends[first - 1] if first else 0
             last = max(first + 1, int(np.searchsorted(ends, begin + tokens, side="right")))
-            part = _records(table, first, last)
+            part = table.records(first, last)
             yield Piece(part, len(part.tokens), _digest(part), len(part.ids))
             first = last
-
-
-def _records(table: ExampleTable, first: int, last: int) -> ExampleTable:
-    """Return the examples of records `first` to `last` - 1 as a table of their own."""
-    low, high = np.searchsorted(table.record, (first, last))
-    offsets = table.offsets[low : high + 1]
-    return ExampleTable(
-        tokens=table.tokens[offsets[0] : offsets[-1]],
-        offsets=offsets - offsets[0],
-        record=table.record[low:high] - first,
-        weight=table.weight[low:high],
-        labels=table.labels[:0],
-        ids=table.ids[first:last],
-        starts=table.starts[low:high],
-        residues=table.residues[first:last],
-    )
 
 
 def _digest(table: ExampleTable) -> bytes:

@@ -34,7 +34,7 @@ from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.inference.folders import LANGUAGE, find_head
 from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.predict import piece_tokens, predict_table, write_rejected
-from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, scan, stream
+from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, spooled, stream
 from esm_neuron.inference.variants import Row, Variant, VariantColumns, VariantTable
 from esm_neuron.metrics.regression import rank_correlation
 from esm_neuron.models.adapter_folder import is_adapter
@@ -50,6 +50,9 @@ else:
     F, evaluation = module("torch.nn.functional"), module("esm_neuron.training.evaluation")
 
 Method = Literal["wild-type-marginal", "masked-marginal", "single-site-marginal", "pseudo-perplexity"]
+
+MOST_SETS = 200_000
+"""Sets of sites whose log probabilities are kept for later pieces: about 100 MB."""
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +118,8 @@ class Scorer:
         self._wild = encode_many([wild_type or ""])[0]
         self._known: np.ndarray | None = None
         self._sites: dict[int, np.ndarray] = {}
+        # Sites of the variants so far -> log probabilities: another piece may have them too, and is not to ask again.
+        self._sets: dict[tuple[int, ...], np.ndarray] = {}
 
     def __call__(self, rows: Sequence[Row], run_model: RunModel) -> list[float]:
         """Return one value per row."""
@@ -131,9 +136,13 @@ class Scorer:
         return {sites: self._known[list(sites)] for sites in map(sites_of, variants)}
 
     def _by_masked(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
-        wanted = [sites for sites in dict.fromkeys(map(sites_of, variants)) if sites]
+        wanted = [sites for sites in dict.fromkeys(map(sites_of, variants)) if sites and sites not in self._sets]
         predictions = run_model([masked(self._wild, sites) for sites in wanted]) if wanted else []
-        return dict(zip(wanted, predictions, strict=True))
+        self._sets.update(zip(wanted, predictions, strict=True))
+        needed = {sites: self._sets[sites] for sites in map(sites_of, variants) if sites}
+        while len(self._sets) > MOST_SETS:
+            self._sets.pop(next(iter(self._sets)))
+        return needed
 
     def _by_site(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
         wanted = dict.fromkeys(site for variant in variants for site in sites_of(variant) if site not in self._sites)
@@ -151,7 +160,7 @@ class Scorer:
         return found
 
     def cost(self, row: Row, seen: set[tuple[int, ...]]) -> int:
-        """Return how many tokens the model gets for a row, given the sites of earlier rows of its piece."""
+        """Return how many tokens the model gets for a row, given the sites of all earlier rows."""
         length = len(row.sequence)
         if self.method == "pseudo-perplexity":
             return length * (length + 2)
@@ -210,22 +219,22 @@ def score(
             tokens = max(tokens, len(protein) * (len(protein) + 2))
         scorer = Scorer(method, protein)
         table = VariantTable(source, columns, cfg.data, protein, first_residue, compare, tokens, scorer.cost)
-        scanned = scan(backend_, table)
         log = log if backend_.topology.is_main else log_nothing
-        log(table.summary())
-        rejected = tuple(table.rejected)
-        task = Likelihood(TaskConfig(name="masked_lm"))
-        built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
-        evaluator = evaluation.Evaluator(built.model, task, backend_)
+        with spooled(backend_, target, table, resume) as spool:
+            rejected = spool.scanned.rejected
+            log(spool.scanned.summary)
+            task = Likelihood(TaskConfig(name="masked_lm"))
+            built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
+            evaluator = evaluation.Evaluator(built.model, task, backend_)
 
-        def score_piece(rows: list[Row], advance: Advance) -> Predictions:
-            ask = partial(_log_probabilities, evaluator, cfg, advance=advance)
-            return _rows(columns, method, rows, scorer(rows, ask))
+            def score_piece(rows: list[Row], advance: Advance) -> Predictions:
+                ask = partial(_log_probabilities, evaluator, cfg, tokens, advance=advance)
+                return _rows(columns, method, rows, scorer(rows, ask))
 
-        settings_ = {"method": method, "wild_type": protein, "first_residue": first_residue, "piece_tokens": tokens}
-        identity = spec.identity(built, command="score", **settings_)
-        rows = stream(backend_, target, scanned, identity, table, score_piece, resume, log)
-        write_rejected(backend_, target, rejected, log)
+            settings_ = {"method": method, "wild_type": protein, "first_residue": first_residue, "piece_tokens": tokens}
+            identity = spec.identity(built, command="score", **settings_)
+            rows = stream(backend_, target, spool, identity, score_piece, log)
+            write_rejected(backend_, target, rejected, log)
     compared = _correlation(target, method) if columns.score and backend_.topology.is_main else {}
     return {"method": method, "rows": rows, **({"left_out": len(rejected)} if rejected else {}), **compared}
 
@@ -245,13 +254,21 @@ def _language_model(model: str, backend: BackendName | None, settings: Sequence[
 
 
 def _log_probabilities(
-    evaluator: Evaluator, cfg: TrainConfig, queries: Sequence[Query], *, advance: Advance
+    evaluator: Evaluator, cfg: TrainConfig, tokens: int, queries: Sequence[Query], *, advance: Advance
 ) -> list[np.ndarray]:
-    """Return [sites, 33] per query: the log probability of each token at the sites that it asks about."""
-    table = query_table(queries)
-    (log_p,) = predict_table(evaluator, cfg, table, advance)
-    starts = table.offsets[:-1] + 1  # after <cls>
-    return [log_p[start + query.sites] for start, query in zip(starts, queries, strict=True)]
+    """Return [sites, 33] per query: the log probability of each token at the sites that it asks about.
+
+    The model gets as many queries at once as have `tokens` tokens, or one.
+    """
+    found: list[np.ndarray] = []
+    while len(found) < len(queries):
+        sizes = np.cumsum([len(query.tokens) for query in queries[len(found) :]])
+        some = queries[len(found) :][: max(1, int(np.searchsorted(sizes, tokens, side="right")))]
+        table = query_table(some)
+        (log_p,) = predict_table(evaluator, cfg, table, advance)
+        starts = table.offsets[:-1] + 1  # after <cls>
+        found += [log_p[start + query.sites] for start, query in zip(starts, some, strict=True)]
+    return found
 
 
 def _protein(path: Path, cfg: TrainConfig) -> str:

@@ -7,16 +7,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+
+from esm_neuron import __version__
 from esm_neuron.config import DataConfig, require
+from esm_neuron.data.looks import NO_LABEL
 from esm_neuron.data.records import Column, Decimals
 from esm_neuron.data.sources import CHUNK_ROWS, read_records
 from esm_neuron.data.tokenizer import AMINO_ACIDS, VOCABULARY, bad_residues
-from esm_neuron.data.validation import Problems, Rejected, quote
+from esm_neuron.data.validation import Problems, Rejected, RejectedRows, quote
 from esm_neuron.errors import DataError
-from esm_neuron.inference.stream import Piece
+from esm_neuron.inference.spool import Piece, stamp_of
 
 STANDARD = frozenset(VOCABULARY[token] for token in AMINO_ACIDS)
 """The 20 amino acids."""
@@ -186,7 +190,7 @@ class Row:
 
 @dataclass
 class VariantTable:
-    """The rows of a table in its order, cut into pieces; can be read any number of times."""
+    """The rows of a table in its order, cut into pieces: an input of `spooled`."""
 
     path: Path
     columns: VariantColumns
@@ -201,10 +205,10 @@ class VariantTable:
     tokens: int
     """Most tokens in a piece of several rows, as `cost` counts them."""
     cost: Callable[[Row, set[tuple[int, ...]]], int]
-    """Returns the tokens that the model gets for a row, given the sites of earlier rows of its piece."""
+    """Returns the tokens that the model gets for a row, given the sites of all earlier rows."""
     rows: int = 0
     unmeasured: int = 0
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: RejectedRows = field(default_factory=RejectedRows)
     """The rows that the last reading left out."""
     _decimals: Decimals = field(default_factory=Decimals, repr=False)
 
@@ -231,17 +235,33 @@ class VariantTable:
         for row in self._usable():
             cost = self.cost(row, seen)
             if rows and (tokens + cost > self.tokens or len(rows) == CHUNK_ROWS):
-                yield _piece(rows, tokens)
-                rows, seen, tokens = [], set(), 0
-                cost = self.cost(row, seen)
+                yield self._piece(rows, tokens)
+                rows, tokens = [], 0
             rows.append(row)
             seen.add(tuple(each.index for each in row.variant))
             tokens += cost
-        yield _piece(rows, tokens)
+        yield self._piece(rows, tokens)
+
+    def _piece(self, rows: list[Row], tokens: int) -> Piece[list[Row]]:
+        return Piece(rows, tokens, self.digest(rows), len(rows))
+
+    def stamp(self) -> str | None:
+        settings = [asdict(self.columns), asdict(self.cfg), self.wild_type, self.first, self.compare, self.tokens]
+        return stamp_of(str(self.path), [__version__, *settings])
+
+    def pack(self, content: list[Row]) -> pa.RecordBatch:
+        texts = pa.array([row.text for row in content], pa.large_string())
+        return pa.RecordBatch.from_pydict({"text": texts, "measured": pa.array([row.measured for row in content])})
+
+    def unpack(self, batch: pa.RecordBatch) -> list[Row]:
+        return list(map(self._row, batch["text"].to_pylist(), batch["measured"].to_pylist()))
+
+    def digest(self, content: list[Row]) -> bytes:
+        return hashlib.sha256(repr(content).encode()).digest()
 
     def _usable(self) -> Iterator[Row]:
         problems, numbering = Problems(str(self.path)), Numbering(self.wild_type or "")
-        self.rows, self.unmeasured, self.rejected, self._decimals = 0, 0, [], Decimals()
+        self.rows, self.unmeasured, self.rejected, self._decimals = 0, 0, RejectedRows(), Decimals()
         for line, values in read_records(self.path, self.columns.wanted()):
             self.rows += 1
             if self.columns.what == "variant":
@@ -288,13 +308,9 @@ class VariantTable:
         return Row(text, difference(sequence, self.wild_type or "") if self.compare else (), sequence, measured)
 
     def _number(self, text: str) -> float:
-        if text == "" or text.lower() in ("nan", "na"):
+        if text.lower() in NO_LABEL:
             return math.nan
         value = self._decimals.read(text)
         if not math.isfinite(value):
             raise ValueError(f"column {self.columns.score!r} has {quote(text)}, which is not a number; correct it")
         return value
-
-
-def _piece(rows: list[Row], tokens: int) -> Piece[list[Row]]:
-    return Piece(rows, tokens, hashlib.sha256(repr(rows).encode()).digest(), len(rows))

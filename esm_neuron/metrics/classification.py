@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from esm_neuron.config.deferred import module
-from esm_neuron.metrics.bootstrap import MOST_CURVES, Curve, Value, bootstrap, class_intervals, with_intervals
+from esm_neuron.metrics.bootstrap import (
+    MOST_CURVES,
+    Curve,
+    Value,
+    bootstrap,
+    class_areas,
+    class_intervals,
+    with_intervals,
+)
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -42,7 +50,7 @@ def classification_metrics(
     values: dict[str, Value] = {"n": len(labels)}
     if protein is not None:
         values["n_records"] = len(np.unique(protein))
-    values.update(classification_scores(probabilities, labels, loss))
+    values.update(classification_scores(probabilities, labels, loss, predicted))
     if not intervals:
         return values
     classes, few = len(names), len(names) <= MOST_CURVES
@@ -109,12 +117,14 @@ class Cells:
         return by_class(self.target, right), by_class(self.target, ones), by_class(self.predicted, ones)
 
 
-def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray) -> dict[str, Value]:
-    """Return the point values NAMES: probabilities [n, C], labels [n], loss [n]."""
+def classification_scores(
+    probabilities: np.ndarray, labels: np.ndarray, loss: np.ndarray, predicted: np.ndarray
+) -> dict[str, Value]:
+    """Return the point values NAMES: probabilities [n, C], labels, loss and predicted classes [n]."""
     values: dict[str, Value] = dict.fromkeys(NAMES)
     if not len(labels):
         return values
-    predicted, present = probabilities.argmax(1), np.unique(labels)
+    present = np.unique(labels)
     values["loss"] = float(loss.mean())
     values["accuracy"] = float(sk.accuracy_score(labels, predicted))
     # Not by scikit-learn, whose confusion matrix is dense; the tests hold both equal.
@@ -124,7 +134,10 @@ def classification_scores(probabilities: np.ndarray, labels: np.ndarray, loss: n
     if len(present) > 1:
         values["mcc"] = float(scores["mcc"][0])
     classes = probabilities.shape[1]
-    if len(present) == classes:
+    if len(present) == classes > MOST_CURVES:
+        rows = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+        values["auroc"], values["auprc"] = map(float, class_areas(probabilities, rows).mean(0))
+    elif len(present) == classes:
         shown = [1] if classes == 2 else range(classes)
         each = [(labels == c, probabilities[:, c]) for c in shown]
         values["auroc"] = float(np.mean([sk.roc_auc_score(target, column) for target, column in each]))

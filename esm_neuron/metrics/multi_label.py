@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from esm_neuron.config.deferred import module
-from esm_neuron.metrics.bootstrap import MOST_CURVES, Curve, Value, bootstrap, class_intervals, with_intervals
+from esm_neuron.metrics.bootstrap import (
+    CELLS,
+    MOST_CURVES,
+    Curve,
+    Value,
+    bootstrap,
+    class_areas,
+    class_intervals,
+    with_intervals,
+)
 from esm_neuron.metrics.classification import binary_scores
 
 if TYPE_CHECKING:
@@ -16,7 +25,6 @@ if TYPE_CHECKING:
 else:
     sparse = module("scipy.sparse")
 
-sk = module("sklearn.metrics")
 THRESHOLD = 0.5  # probability from which a label is predicted
 NAMES = ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
 
@@ -33,28 +41,22 @@ def multi_label_metrics(
     F1 of a class that is neither present nor predicted is 0 in the macro average, as in scikit-learn; AUROC and AUPRC
     are means over classes, undefined when a class has rows of one kind only.
     """
-    predicted, few = probabilities >= THRESHOLD, len(names) <= MOST_CURVES
-    positives = target.sum(0)
-    defined_ = bool(len(target)) and bool(((positives > 0) & (positives < len(target))).all())
-    wanted = range(len(names)) if few or defined_ else ()
-    per_class = [binary_scores(probabilities[:, c], target[:, c], predicted[:, c]) for c in wanted]
-    values: dict[str, Value] = {"n": len(target), **dict.fromkeys(NAMES)}
-    if len(target):
-        values["loss"] = float(loss.mean())
-        values["subset_accuracy"] = float(sk.accuracy_score(target, predicted))
-        values["macro_f1"] = float(sk.f1_score(target, predicted, average="macro", zero_division=0))
-        values["micro_f1"] = float(sk.f1_score(target, predicted, average="micro", zero_division=0))
-        for name in ("auroc", "auprc"):
-            each = [scores[name] for scores in per_class]
-            defined = [value for value in each if isinstance(value, float)]
-            values[name] = float(np.mean(defined)) if len(defined) == len(names) else None
+    few, n, everyone = len(names) <= MOST_CURVES, len(target), np.arange(len(target))
+    wanted, predicted = _sparse(target, lambda part: part), _sparse(probabilities, lambda part: part >= THRESHOLD)
+    right, marked = wanted.multiply(predicted).tocsr(), wanted + predicted
+    exact = ((wanted != predicted).getnnz(axis=1) == 0).astype(float)
+    positives, both, either = (np.asarray(x.sum(0)).ravel() for x in (wanted, 2 * right, marked))
+    values: dict[str, Value] = {"n": n, **dict.fromkeys(NAMES)}
+    if n:
+        values["loss"], values["subset_accuracy"] = float(loss.mean()), float(exact.mean())
+        values["macro_f1"] = float((both / np.maximum(either, 1)).mean())
+        values["micro_f1"] = float(both.sum() / max(either.sum(), 1))
+        if ((positives > 0) & (positives < n)).all():
+            by_class = wanted.tocsc()
+            areas = class_areas(probabilities, np.split(by_class.indices, by_class.indptr[1:-1]))
+            values["auroc"], values["auprc"] = map(float, areas.mean(0))
     if not intervals:
         return values
-    n, everyone = len(target), np.arange(len(target))
-    right, marked = (
-        sparse.csr_matrix(x, dtype=float) for x in (target & predicted, target.astype(np.int8) + predicted)
-    )
-    exact = (target == predicted).all(1).astype(float)
     curves = [Curve.of(probabilities[:, c], target[:, c], everyone, n) for c in range(len(names))] if few else []
 
     def metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -75,8 +77,15 @@ def multi_label_metrics(
     drawn = bootstrap(n, metrics, max((curve.thresholds for curve in curves), default=3 * len(names)))
     values = with_intervals(values, drawn)
     if few:
+        per_class = [binary_scores(p, t, p >= THRESHOLD) for p, t in zip(probabilities.T, target.T, strict=True)]
         return {**values, "per_class": class_intervals(names, per_class, drawn)}
-    both, either = right.sum(0).A1 * 2, marked.sum(0).A1
     occurs = np.flatnonzero(either).tolist()
     own = {names[c]: {"n": int(positives[c]), "f1": float(both[c] / either[c])} for c in occurs}
     return {**values, "per_class": own}
+
+
+def _sparse(matrix: np.ndarray, chosen: Callable[[np.ndarray], np.ndarray]) -> sparse.csr_matrix:
+    """Return where a matrix [n, C], which may be mapped, is chosen, as float64 ones; some rows at a time."""
+    step = max(1, CELLS // max(matrix.shape[1], 1))
+    parts = [sparse.csr_matrix(chosen(matrix[at : at + step]), dtype=float) for at in range(0, len(matrix), step)]
+    return sparse.vstack(parts, "csr") if parts else sparse.csr_matrix(matrix.shape)

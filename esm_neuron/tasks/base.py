@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -31,6 +32,8 @@ Predictions = Sequence[np.ndarray]
 [tokens of the table, ...] for a task that predicts each token."""
 Column = np.ndarray | list[str] | list[np.ndarray]
 """One value per record: numbers [records], texts, or an array for each record."""
+CELLS = 1 << 25
+"""Logits that are scored at once: 256 MB of float64."""
 CLASS_SETTINGS = ("labels", "class_weights", "label_smoothing", "focal_gamma")
 
 
@@ -118,6 +121,10 @@ class Task(ABC):
         """Return what is written about each record: column -> one value per record, in the order of `table.ids`."""
         raise NotImplementedError(f"{type(self).__name__} has no table of predictions")
 
+    def kept(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
+        """Return what a run keeps of held-out proteins for its report: `outputs`, or of thousands of classes less."""
+        return self.outputs(table, predictions)
+
     def targets(self, table: ExampleTable) -> Column | None:
         """Return what a table's labels say of each record, in the words of `outputs`; None without labels."""
         return None
@@ -139,6 +146,30 @@ def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
     mean = np.zeros((len(table.ids), *values.shape[1:]))
     np.add.at(mean, table.record, values * share.reshape(-1, *[1] * (values.ndim - 1)))
     return mean
+
+
+def score_records(
+    table: ExampleTable, logits: np.ndarray, score: Callable[[ExampleTable, np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `score` makes of a table and its logits [examples, C]: probabilities [records, C], losses [records].
+
+    More than CELLS logits are scored some records at a time, and the probabilities, float32, lie in a file.
+    """
+    if logits.size <= CELLS:
+        return score(table, logits)
+    records, step = len(table.ids), max(1, CELLS // logits.shape[1])
+    probabilities, losses = scratch((records, logits.shape[1])), np.empty(records)
+    for first in range(0, records, step):
+        low, high = np.searchsorted(table.record, (first, first + step))
+        part = slice(first, first + step)
+        probabilities[part], losses[part] = score(table.records(first, first + step), logits[low:high])
+    return probabilities, losses
+
+
+def scratch(shape: tuple[int, ...]) -> np.ndarray:
+    """Return a float32 array in a temporary file, which is gone when nothing uses it any more."""
+    with tempfile.TemporaryFile(prefix="esm-neuron-") as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.metrics import Value, classification_metrics
+from esm_neuron.metrics.bootstrap import MOST_CURVES
 from esm_neuron.tasks.base import (
     CLASS_SETTINGS,
     Column,
@@ -17,6 +18,7 @@ from esm_neuron.tasks.base import (
     by_class,
     log_softmax,
     record_mean,
+    score_records,
     weighted,
 )
 from esm_neuron.tasks.baselines import Baseline, class_baselines
@@ -49,16 +51,31 @@ class SequenceClassification(PooledTask):
 
     def metrics(self, table: ExampleTable, predictions: Predictions, intervals: bool = False) -> dict[str, Value]:
         """Return `classification_metrics`; a record's loss is the mean over its windows of the plain cross entropy."""
-        log_probabilities = log_softmax(predictions[0])
-        loss = -log_probabilities[np.arange(len(table)), table.labels[table.record]]
-        probabilities = record_mean(table, np.exp(log_probabilities))
-        return classification_metrics(probabilities, table.labels, record_mean(table, loss), self.labels, intervals)
+
+        def score(part: ExampleTable, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            log_probabilities = log_softmax(logits)
+            loss = -log_probabilities[np.arange(len(part)), part.labels[part.record]]
+            return record_mean(part, np.exp(log_probabilities)), record_mean(part, loss)
+
+        probabilities, losses = score_records(table, predictions[0], score)
+        return classification_metrics(probabilities, table.labels, losses, self.labels, intervals)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `label`, and as `p_<class>` the probability of each class: the mean over windows."""
         probabilities = record_mean(table, np.exp(log_softmax(predictions[0])))
         predicted = [self.labels[i] for i in probabilities.argmax(1)]
         return {"label": predicted, **by_class(self.labels, probabilities.T)}
+
+    def kept(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
+        """Return `outputs`; of more than MOST_CURVES classes `label` and its `probability` alone."""
+        if len(self.labels) <= MOST_CURVES:
+            return self.outputs(table, predictions)
+
+        def score(part: ExampleTable, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return record_mean(part, np.exp(log_softmax(logits))), np.zeros(len(part.ids))
+
+        probabilities, _ = score_records(table, predictions[0], score)
+        return {"label": [self.labels[i] for i in probabilities.argmax(1)], "probability": probabilities.max(1)}
 
     def targets(self, table: ExampleTable) -> Column:
         return [self.labels[label] for label in table.labels]
@@ -68,9 +85,10 @@ class SequenceClassification(PooledTask):
 
     def view(self, table: pa.Table) -> View:
         """Return wrong classes, the most confident ones first."""
-        labels, probabilities = self.labels, class_probabilities(table, self.labels)
-        target, predicted = class_indices(labels, table["target"]), probabilities.argmax(1)
-        confidence, wrong = probabilities.max(1), predicted != target
+        labels, few = self.labels, "probability" not in table.column_names
+        target, predicted = (class_indices(labels, table[name]) for name in ("target", "label"))
+        confidence = class_probabilities(table, labels).max(1) if few else table["probability"].to_numpy()
+        wrong = predicted != target
 
         def describe(i: int) -> tuple[str, str, str]:
             return labels[target[i]], labels[predicted[i]], f"probability {confidence[i]:.3f}"

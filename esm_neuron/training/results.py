@@ -14,7 +14,7 @@ from esm_neuron.build import Built, model_config
 from esm_neuron.compat import EsmConfig, PeftModel, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
-from esm_neuron.files import LEDGER, new_folder, note, save_tensors, write_json, write_text
+from esm_neuron.files import LEDGER, new_folder, note, save_tensors, sha256, write_json, write_text
 from esm_neuron.models.adapter_folder import ADAPTER_WEIGHTS
 from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head
@@ -23,7 +23,7 @@ from esm_neuron.models.lora import saved_key
 from esm_neuron.models.shapes import in_folder, is_carried
 from esm_neuron.models.weights import Draw, inverse_frequencies, load_into, open_weights
 from esm_neuron.reports.card import model_card
-from esm_neuron.run_dir import ADAPTER, BASE, CARD, MODEL, REFERENCE
+from esm_neuron.run_dir import ADAPTER, BASE, CARD, DECIDING, MODEL, REFERENCE
 from esm_neuron.tasks.base import Task
 
 
@@ -132,5 +132,7 @@ def _write_weights(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[
         lora.save_pretrained(str(aside))
         # the folder of the base is told by its place beside the adapter, not by where this machine had it
         named = replace(reference, name=cfg.model.name) if is_carried(cfg.model) else reference
-        write_json(aside / REFERENCE, asdict(named))
+        config = {name: getattr(built.config, name) for name in DECIDING}
+        own = {"labels": list(cfg.task.labels or ()), "adapter": sha256(aside / ADAPTER_WEIGHTS), "config": config}
+        write_json(aside / REFERENCE, {**asdict(named), **own})
     return Written(out / ADAPTER, reference, "adapter")

@@ -7,24 +7,27 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config import COMPARED_BY_CONTENT, TrainConfig, settings
 from esm_neuron.config.backends import named
 from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import validate
 from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.loader import EvalLoader, TrainLoader
 from esm_neuron.data.records import files_of
-from esm_neuron.data.splits import Splits, check_files, data_files, load_splits
+from esm_neuron.data.splits import Splits, check_files, data_files, load_splits, make_splits, open_splits
 from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.files import check_apart, check_ours, claimed, finite, note, write_json, write_text
+from esm_neuron.files import check_apart, check_ours, claimed, finite, machine_name, note, write_json, write_text
 from esm_neuron.models.adapter_folder import MergedWeights
 from esm_neuron.models.shapes import SHAPES, locate
 from esm_neuron.redact import Lines, escaped
@@ -66,12 +69,12 @@ logger = logging.getLogger(__name__)
 
 FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how it runs, not what it computes."""
-FREE_FIELDS = {
-    "data.train", "data.valid", "data.test", "data.cache", "data.homologs", "model.gradient_checkpointing",
+FREE_FIELDS = {f"data.{name}" for name in COMPARED_BY_CONTENT} | {
+    "data.cache", "data.homologs", "model.gradient_checkpointing",
     "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
     "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog", "loop.watchdog_slow", "loop.tracing", "loop.optlevel",
 }  # fmt: skip
-"""Single fields of the same kind; the data itself is compared by its fingerprint."""
+"""Single fields of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class _Job:
     @classmethod
     def of(cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> _Job:
         """Read the data, build the model, make the trainer."""
-        splits = raise_on_any_rank(backend, lambda: load_splits(cfg, task_class(cfg.task.name).label_kind))
+        splits = shared_splits(cfg, task_class(cfg.task.name).label_kind, backend)
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
             raise DataError(f"{cfg.data.train}: the ranks read different records; give every node the same files")
         log(splits.summary())
@@ -152,9 +155,29 @@ class _Job:
         loaders = Loaders.of(cfg, splits, task, backend)
         same = identity(cfg, splits.fingerprint, from_main_rank(backend, lambda: built.source.reference.sha256))
         trainer = loop.Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out.get("valid"), [], same)
-        for line in _notes(trainer):
+        for line in (*idle(cfg, splits), *_notes(trainer)):
             log(line)
         return cls(splits, built, loaders, trainer)
+
+
+def shared_splits(cfg: TrainConfig, labels: type[Labels] | None, backend: Backend) -> Splits:
+    """Return `load_splits`, read by one rank of each node into files that the others there map.
+
+    Without `data.cache` the files are temporary: they have no name any more when all have opened them.
+    """
+    nodes = backend.gather_host(machine_name())
+    first = nodes.index(machine_name()) == backend.topology.rank
+    if nodes.count(machine_name()) == 1:
+        return raise_on_any_rank(backend, lambda: load_splits(cfg, labels))
+    with ExitStack() as held:
+
+        def make() -> Path | None:
+            spool = None if cfg.data.cache else Path(held.enter_context(TemporaryDirectory(prefix="esm-neuron-")))
+            return make_splits(cfg, labels, spool)
+
+        made = raise_on_any_rank(backend, lambda: make() if first else None)
+        folder = backend.gather_host(made)[nodes.index(machine_name())]
+        return raise_on_any_rank(backend, lambda: open_splits(cfg, labels, folder))
 
 
 def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Outcome:
@@ -247,6 +270,31 @@ def _notes(trainer: Trainer) -> Iterator[str]:
     yield from trainer.backend.notes()
 
 
+def idle(cfg: TrainConfig, splits: Splits) -> Iterator[str]:
+    """Yield a note about each setting that was changed and does nothing beside the others."""
+    data, default = cfg.data, TrainConfig()
+    given = {f"data.{split}_fraction": split not in splits.sampled for split in ("valid", "test")}
+    idle = {
+        "data.window_overlap": (data.long_sequences != "window", f"data.long_sequences is {data.long_sequences}"),
+        "data.max_segments": (not data.packing, "data.packing is false"),
+        "data.sample": (not splits.sampled, "no proteins are sampled"),
+        **{name: (is_given, "files or a column give these proteins") for name, is_given in given.items()},
+        "optim.min_lr_ratio": (cfg.optim.schedule == "constant", "optim.schedule is constant"),
+        "loop.epochs": (cfg.loop.max_steps is not None, "loop.max_steps is given"),
+        "loop.watchdog_slow": (cfg.loop.watchdog == 0, "loop.watchdog is 0"),
+        **{
+            f"adapter.{name}": (cfg.adapter.kind not in ("lora", "qlora"), f"adapter.kind is {cfg.adapter.kind}")
+            for name in vars(cfg.adapter)
+            if name not in ("kind", "quantization")
+        },
+        "adapter.quantization": (cfg.adapter.kind != "qlora", f"adapter.kind is {cfg.adapter.kind}"),
+    }
+    for name, (is_idle, why) in idle.items():
+        value = attrgetter(name)(cfg)
+        if is_idle and value not in (attrgetter(name)(default), 0):
+            yield f"NOTE: {name}={value} has no effect: {why}"
+
+
 @dataclass(frozen=True)
 class Loaders:
     """Batches of each split."""
@@ -305,10 +353,12 @@ def identity(cfg: TrainConfig, fingerprint: str, base: str) -> dict[str, Any]:
     values: dict[str, Any] = {"data": fingerprint, "base": base}
 
     def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and not prefix.startswith("data.keep"):
+        if prefix in FREE_FIELDS:
+            return
+        if isinstance(value, Mapping):
             for key, item in value.items():
                 flatten(f"{prefix}.{key}" if prefix else key, item)
-        elif prefix not in FREE_FIELDS:
+        else:
             values[prefix] = list(value) if isinstance(value, tuple) else value
 
     flatten("", {key: value for key, value in asdict(cfg).items() if key not in FREE})

@@ -22,7 +22,7 @@ from stage import HERE, copy_package, requirements
 from esm_neuron.cli import CommandParser
 from esm_neuron.config import AdapterConfig, BackendName, require, settings
 from esm_neuron.errors import EsmNeuronError
-from esm_neuron.files import write_text
+from esm_neuron.files import new_file, write_text
 from esm_neuron.inference.export import export
 from esm_neuron.inference.load import move_to
 from esm_neuron.redact import shown
@@ -51,14 +51,11 @@ def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
 def pack(run: Path, target: Path, backend: BackendName) -> None:
     """Write the archive that SageMaker's CreateModel takes."""
     require(not target.exists(), f"--output {target}: exists already; name a new file")
-    with tempfile.TemporaryDirectory(dir=target.resolve().parent) as work:
-        folder, aside = Path(work) / "model", Path(work) / "model.tar.gz"
-        folder.mkdir()
-        lay_out(run, folder, backend)
+    with tempfile.TemporaryDirectory(dir=target.resolve().parent) as work, new_file(target) as aside:
+        lay_out(run, Path(work), backend)
         with tarfile.open(aside, "w:gz") as archive:
-            for path in sorted(folder.iterdir()):
+            for path in sorted(Path(work).iterdir()):
                 archive.add(path, path.name)
-        aside.replace(target)
 
 
 def main(argv: Sequence[str]) -> int:

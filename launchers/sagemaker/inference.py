@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esm_neuron.errors import DataError
+from esm_neuron.files import parse_json
 from esm_neuron.inference.serving import Predictor, load
 
 Records = list[tuple[str, str]]
@@ -39,11 +40,11 @@ def input_fn(body: str | bytes, content_type: str) -> Records:
     if kind != "application/json":
         raise DataError(f"content type {content_type!r}; send application/json, or FASTA as text/plain")
     try:
-        request = json.loads(text)
+        request = parse_json(text)
         if "sequences" in request:
             return [(str(number), _sequence(value)) for number, value in enumerate(_list(request["sequences"]))]
         return [(str(record["id"]), _sequence(record["sequence"])) for record in _list(request["records"])]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         form = '{"records": [{"id": "P1", "sequence": "MKT"}]} or {"sequences": ["MKT"]}'
         raise DataError(f"request is not {form}: {error!r}") from error
 

@@ -17,7 +17,7 @@ from sagemaker.inputs import TrainingInput
 from sagemaker.pytorch import PyTorch
 from stage import stage
 
-from esm_neuron.errors import ConfigError, TrainingError
+from esm_neuron.errors import ConfigError, TrainingError, one_line
 
 REQUEST = "provide-client-params.sagemaker.CreateTrainingJob"
 """The event of botocore that holds the request before it is sent."""
@@ -70,15 +70,11 @@ def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
         started.fit(channels(job, session), job_name=job.name, wait=wait, logs="All" if wait else None)
     except (Boto3Error, BotoCoreError, ClientError) as error:
         cure = "check your keys, the bucket, the job's name, and your permissions (docs/sagemaker.md)"
-        raise ConfigError(f"AWS took no job {job.name} in {job.region}: {_one_line(error)}; {cure}") from error
+        raise ConfigError(f"AWS took no job {job.name} in {job.region}: {one_line(error)}; {cure}") from error
     except UnexpectedStatusException as error:
         cure = f"fix it and go on with --checkpoints {job.checkpoint_uri}"
-        raise TrainingError(f"{job.name} ended as {error.actual_status}: {_one_line(error)}; {cure}") from error
+        raise TrainingError(f"{job.name} ended as {error.actual_status}: {one_line(error)}; {cure}") from error
     return sent[0]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def estimator(job: Job, folder: Path, session: sagemaker.Session) -> PyTorch:

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 
 import esm_neuron
 from esm_neuron.errors import ConfigError
+from esm_neuron.files import write_text
 
 HERE = Path(__file__).parent
 PACKAGE = Path(esm_neuron.__file__).parent
@@ -26,7 +27,7 @@ def stage(folder: Path, config: Path, kind: str, baked: bool) -> Path:
     shutil.copy2(config, folder / config.name)
     if not baked:
         copy_package(folder)
-        (folder / "requirements.txt").write_text("\n".join(requirements(EXTRAS[kind])) + "\n", encoding="utf-8")
+        write_text(folder / "requirements.txt", "\n".join(requirements(EXTRAS[kind])) + "\n")
     return folder
 
 

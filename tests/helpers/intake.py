@@ -46,3 +46,7 @@ def named(splits: Splits) -> list[str]:
 def sets(splits: Splits) -> list[list[str]]:
     """The labels of each training protein."""
     return [[name for name, has in zip(splits.labels, row, strict=True) if has] for row in splits.train.labels]
+
+
+HEAD, ROWS = ("id", "sequence", "label"), [(f"p{i}", protein(i), "AB"[i % 2]) for i in range(6)]
+"""A table of six proteins: its columns and its rows."""

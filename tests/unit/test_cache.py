@@ -59,8 +59,8 @@ def equal(a: Splits, b: Splits) -> bool:
         )
 
     tables = all(same(getattr(a, name), getattr(b, name)) for name in ("train", "valid", "test"))
-    others = ("labels", "reports", "fingerprint", "sampled", "rejected", "task")
-    return tables and all(getattr(a, name) == getattr(b, name) for name in others)
+    others = ("labels", "reports", "fingerprint", "sampled", "task")
+    return tables and list(a.rejected) == list(b.rejected) and all(getattr(a, n) == getattr(b, n) for n in others)
 
 
 @pytest.fixture

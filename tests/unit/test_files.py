@@ -327,3 +327,22 @@ def test_a_folder_with_any_manifest_is_not_ours(tmp_path: Path) -> None:
         check_ours(tmp_path, ["model"])
     (theirs / "manifest.json").write_text('{"files": {"thesis.txt": {}}}')
     check_ours(tmp_path, ["model"])
+
+
+def test_two_commands_that_note_at_the_same_moment_lose_nothing(tmp_path: Path) -> None:
+    """Each reads the ledger, adds its own names and writes it: not one between another's reading and writing."""
+    note(tmp_path, ["first"])
+
+    def child(number: int) -> None:
+        for i in range(25):
+            note(tmp_path, [f"{number}-{i}"], "outputs" if i % 2 else "wrote")
+
+    processes = [FORK.Process(target=child, args=(number,)) for number in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    found = read_json(tmp_path / LEDGER)
+    assert set(found["wrote"]) == {"first", *(f"{number}-{i}" for number in range(6) for i in range(0, 25, 2))}
+    assert set(found["outputs"]) == {f"{number}-{i}" for number in range(6) for i in range(1, 25, 2)}

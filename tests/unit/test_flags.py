@@ -10,13 +10,15 @@ from helpers.intake import load, protein, table, write
 
 from esm_neuron import cli
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
-from esm_neuron.config.settings import known_keys, override
+from esm_neuron.config.settings import known_keys, override, parse
 from esm_neuron.data.check import check_file
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.labels import LabelSets
-from esm_neuron.data.splits import check_files
+from esm_neuron.data.splits import check_files, load_splits
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.inference.load import MAY_CHANGE, overruled
+from esm_neuron.tasks import task_class
+from esm_neuron.training.run import idle
 
 COMMANDS = ("predict", "embed", "evaluate", "score")
 
@@ -168,3 +170,34 @@ def test_data_check_says_where_nothing_is_left(
     assert cli.main(["data", "check", str(path), *words]) != 0
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+IDLE = {
+    "--data.window_overlap 7": ("data.window_overlap=7 has no effect: data.long_sequences is crop", True),
+    "--data.window_overlap 7 --data.long_sequences window": ("", False),
+    "--data.max_segments 4 --data.packing false": ("data.max_segments=4 has no effect: data.packing is false", True),
+    "--data.max_segments 4": ("", False),
+    "--data.sample clusters --data.split_column part": ("data.sample=clusters has no effect: no proteins", True),
+    "--data.sample clusters": ("", False),
+    "--data.valid_fraction 0.3 --data.split_column part": ("data.valid_fraction=0.3 has no effect: files or", True),
+    "--data.valid_fraction 0.3": ("", False),
+    "--data.test_fraction 0.3 --data.split_column part": ("data.test_fraction=0.3 has no effect: files or", True),
+    "--adapter.r 4 --adapter.kind none": ("adapter.r=4 has no effect: adapter.kind is none", True),
+    "--adapter.r 4": ("", False),
+    "--adapter.quantization int8": ("adapter.quantization=int8 has no effect: adapter.kind is lora", True),
+    "--optim.min_lr_ratio 0.1 --optim.schedule constant": ("optim.min_lr_ratio=0.1 has no effect: optim.", True),
+    "--loop.epochs 3 --loop.max_steps 2": ("loop.epochs=3.0 has no effect: loop.max_steps is given", True),
+    "--loop.watchdog_slow 5": ("loop.watchdog_slow=5 has no effect: loop.watchdog is 0", True),
+    "": ("", False),
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_a_setting_of_a_run_that_does_nothing_beside_the_others_is_told(tmp_path: Path, words: str) -> None:
+    parts = [("train", "train", "train", "valid", "test")[i % 5] for i in range(40)]
+    rows = [f"p{i},{protein(i)},{'ab'[i // 5 % 2]},{part}" for i, part in enumerate(parts)]
+    path = write(tmp_path / "a.csv", "\n".join(["id,sequence,label,part", *rows]) + "\n")
+    cfg = parse(["--data.train", str(path), *words.split()])
+    found = [*idle(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind))]
+    said, told = IDLE[words]
+    assert [line.startswith(f"NOTE: {said}") for line in found] == [True] * told, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shlex
@@ -72,6 +73,13 @@ def proteingym() -> str:
 
 
 FOLDS = [f"{'AB'[i // 5]},{i % 5}" for i in range(10)]
+UNIPROT_LOCATIONS = (
+    "SUBCELLULAR LOCATION: Cell membrane {ECO:0000269|PubMed:1}; Single-pass type I membrane protein {ECO:0000255}.",
+    "",
+    "SUBCELLULAR LOCATION: Nucleus {ECO:0000250|UniProtKB:P1, ECO:0000305}. Cytoplasm, cytoskeleton {ECO:0000250}. "
+    "Note=Moves to the nucleus. Stays there {ECO:0000250}.",
+    "SUBCELLULAR LOCATION: [Isoform 1]: Nucleus. SUBCELLULAR LOCATION: [Isoform 2]: Cell membrane.",
+)
 KEYWORDS, SPECIES = ("Membrane;Transport", "", "Membrane", "Transport"), ("Homo sapiens", "Mus musculus")
 
 
@@ -108,6 +116,16 @@ FILES: dict[str, Callable[[], str]] = {
         "name,aa_seq,label", *(f'p{i},{protein(i, 6)},"[1, 0, {i % 2}, 0, 0, 1]"' for i in range(6))
     ),
     "tape.csv": lambda: lines("primary,log_fluorescence", *(f"{protein(i)},{i / 3}" for i in range(20))),
+    "tape.json": lambda: json.dumps(
+        [{"primary": protein(i), "log_fluorescence": [i / 3], "num_mutations": 2, "id": str(i)} for i in range(20)]
+    ),
+    "ss.json": lambda: json.dumps(
+        [{"primary": protein(i), "ss3": [0, 1, 2] * 15, "valid_mask": [True] * 44 + [False]} for i in range(6)],
+        indent=1,
+    ),
+    "locations.tsv": lambda: table(
+        "Entry\tSubcellular location [CC]\tSequence", "P{0}\t{2}\t{1}", range(12), *UNIPROT_LOCATIONS
+    ),
     "pdb_seqres.txt": lambda: lines(
         ">101m_A mol:protein length:45  MYOGLOBIN",
         protein(0),
@@ -164,6 +182,9 @@ EXPECTED: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "UniProt's TSV, rows without the label left out": ((8, 1, 0), ("Membrane", "Transport")),
     "VenusFactory: `aa_seq`, labels such as `[1, 0, 1]`": ((5, 1, 0), ("0", "1")),
     "TAPE and PEER as CSV: `primary, log_fluorescence`": ((18, 2, 0), ()),
+    "TAPE's JSON, a number per protein": ((18, 2, 0), ()),
+    "TAPE's JSON, a class per residue, some of them masked": ((5, 1, 0), ("0", "1", "2")),
+    "UniProt's TSV, its locations in free text": ((8, 1, 0), ("Cell membrane", "Cytoplasm, cytoskeleton", "Nucleus")),
     "AlphaFold DB's FASTA, labels in its headers": ((5, 1, 0), ("Homo sapiens", "Mus musculus")),
     "a spreadsheet's CSV: `;`, decimal commas": ((18, 2, 0), ()),
     "folds 0 to 4, tested on 4": ((14, 2, 4), ("A", "B")),

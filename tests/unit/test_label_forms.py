@@ -191,9 +191,11 @@ def test_classes_and_counts_are_told(tmp_path: Path) -> None:
     assert said == "classes: 2 (training proteins): A 1, B 2"
     said = load(table(tmp_path / "a.tsv", ["A;B", "A", "B", "A"])).summary()
     assert "NOTE: 'A;B' is one class; for several labels per protein use task.name=multi_label" in said
-    tagged = ["SUBCELLULAR LOCATION: Nucleus {ECO:0000269}.", "SUBCELLULAR LOCATION: Cytoplasm."]
+    tagged = ["TISSUE SPECIFICITY: Liver {ECO:0000269}.", "TISSUE SPECIFICITY: Heart."]
     assert "is UniProt's free text" in load(table(tmp_path / "a.tsv", tagged)).summary()
-    assert "differ in capital letters alone" in load(table(tmp_path / "a.tsv", ["a", "A", "a"])).summary()
+    assert (
+        "differ in capital letters, blanks or marks alone" in load(table(tmp_path / "a.tsv", ["a", "A", "a"])).summary()
+    )
     said = load(table(tmp_path / "a.tsv", ["1", "2.5", "3"]), "regression").summary()
     assert said.endswith("values: 3 in training, 1 to 3, mean 2.16667")
 
@@ -390,3 +392,106 @@ def test_names_with_brackets_are_no_lists_and_quotes_are_read_whole(text: str, e
 def test_a_list_half_in_quotes_loses_no_entry(text: str) -> None:
     with pytest.raises(ValueError, match="is a list with and without quotes"):
         listed(text)
+
+
+LOCATIONS = {
+    "SUBCELLULAR LOCATION: Nucleus.": ["Nucleus"],
+    "SUBCELLULAR LOCATION: Nucleus": ["Nucleus"],
+    "SUBCELLULAR LOCATION: Cell membrane {ECO:0000269|PubMed:1}; Multi-pass membrane protein {ECO:0000255}.": [
+        "Cell membrane"
+    ],
+    "SUBCELLULAR LOCATION: Cytoplasm, cytoskeleton {ECO:0000250}. Nucleus {ECO:0000305, ECO:1}. Note=In G1. Also P1.": [
+        "Cytoplasm, cytoskeleton",
+        "Nucleus",
+    ],
+    "SUBCELLULAR LOCATION: [Isoform 1]: Nucleus {ECO:1}. SUBCELLULAR LOCATION: [Isoform 2]: Nucleus. Secreted.": [
+        "Nucleus",
+        "Secreted",
+    ],
+}
+
+
+@pytest.mark.parametrize("text", LOCATIONS)
+def test_uniprots_locations_are_labels(tmp_path: Path, text: str) -> None:
+    for name in ("multi_label", "sequence_classification"):
+        rows = [text, "SUBCELLULAR LOCATION: Golgi apparatus {ECO:0000250}.", "SUBCELLULAR LOCATION: Nucleus."] * 2
+        path = table(tmp_path / "a.tsv", rows)
+        if name == "multi_label":
+            assert [sorted(labels) for labels in sets(load(path, name))[:2]] == [LOCATIONS[text], ["Golgi apparatus"]]
+        elif len(LOCATIONS[text]) > 1:
+            with pytest.raises(DataError, match="is a list of 2 labels; use task.name=multi_label, or keep one"):
+                load(path, name)
+        else:
+            assert set(load(path, name).labels) == {LOCATIONS[text][0], "Golgi apparatus", "Nucleus"}
+
+
+def test_a_note_alone_is_no_location(tmp_path: Path) -> None:
+    """It is a missing label, not one of a protein that is nowhere."""
+    for name in ("multi_label", "sequence_classification"):
+        path = table(tmp_path / "a.tsv", ["SUBCELLULAR LOCATION: Note=Not known.", "a", "b"])
+        with pytest.raises(DataError, match="'SUBCELLULAR LOCATION: Note=Not known.', which stands for none; give"):
+            load(path, name)
+        assert list(load(path, name, on_missing="skip").train.ids) == ["p1", "p2"]
+        path = table(tmp_path / "b.tsv", ["SUBCELLULAR LOCATION: [Isoform 1]: Note=Not known.", "a", "b"])
+        with pytest.raises(DataError, match="names no location; remove the record"):
+            load(path, name)
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+@pytest.mark.parametrize("of", [lambda i: True, lambda i: i % 3 == 0])
+def test_quotes_around_a_name_are_no_part_of_it(tmp_path: Path, quote: str, of: Any) -> None:
+    rows = [f"p{i},{protein(i)}, {quote * of(i)}{'ab'[i % 2]}{quote * of(i)}\n" for i in range(8)]
+    path = write(tmp_path / "a.csv", "".join(["id,sequence,label\n", *rows]))
+    assert load(path).labels == ("a", "b")
+    assert sets(load(path, "multi_label")) == [["a"], ["b"]] * 4
+    named = ("b", f"{quote}a{quote}")  # as it is where it is asked for
+    rows = [row.replace(f"{quote}b{quote}", "b").replace(",  a", f", {quote}a{quote}") for row in rows]
+    both = write(tmp_path / "b.csv", f"id,sequence,label\np,{protein(1)}, {quote}a{quote}\nq,{protein(2)}, b\n")
+    assert load(both, labels=named).labels == named
+
+
+@pytest.mark.parametrize("name", ["5'-3'", "'", "''", "a'", "'a'b'", '"', "d'Or"])
+def test_other_quotes_are_part_of_a_name(tmp_path: Path, name: str) -> None:
+    assert name in load(table(tmp_path / "a.tsv", [name, "x", "y"])).labels
+
+
+def test_a_separator_behind_the_last_label_is_no_label(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.tsv", ["PF1;PF2;", "PF1;", "PF2", "PF3;"])
+    assert sets(load(path, "multi_label")) == [["PF1", "PF2"], ["PF1"], ["PF2"], ["PF3"]]
+    with pytest.raises(DataError, match="has an empty part"):
+        load(table(tmp_path / "b.tsv", ["PF1;;", "PF2"]), "multi_label")
+
+
+def test_a_list_of_one_number_is_that_number(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.tsv", ["[1.5]", "[2]", "3", "[-4.0]"])
+    assert load(path, "regression").train.labels.tolist() == [1.5, 2, 3, -4]
+    with pytest.raises(DataError, match=r"'\[1.5, 2\]' is no finite number"):
+        load(table(tmp_path / "b.tsv", ["[1.5, 2]", "[2]"]), "regression")
+
+
+@pytest.mark.parametrize("dash", ["-", "\u2013", "\u2014", "\u2212", "\u2026"])
+def test_a_dash_is_no_class(tmp_path: Path, dash: str) -> None:
+    path = table(tmp_path / "a.tsv", [dash, "x", "y"])
+    with pytest.raises(DataError, match="which stands for none"):
+        load(path)
+    assert load(path, on_missing="skip").labels == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["Membrane.", "Membrane", "x"], "'Membrane', 'Membrane.' differ in capital letters, blanks or marks alone"),
+        (["cell_wall", "Cell wall", "x"], "'Cell wall', 'cell_wall' differ in capital letters, blanks or marks alone"),
+        (["2-Sep", "SEPT3", "x"], "'2-Sep' is a date, which spreadsheets make of names such as SEPT2"),
+        (["1.1.1.1", "11.1.1", "111.1"], ""),
+        (["5'-3'", "3'-5'", "53"], ""),
+    ],
+)
+def test_names_that_a_hand_or_a_spreadsheet_has_changed_are_told(tmp_path: Path, names: list[str], said: str) -> None:
+    notes = [line for line in load(table(tmp_path / "a.tsv", names * 3)).described.split("\n") if "NOTE" in line]
+    assert notes == ([f"NOTE: {said}"] if said else [])
+
+
+def test_letters_of_full_width_are_the_same_class(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="which are the same; write them alike"):
+        load(table(tmp_path / "a.tsv", ["\uff21", "A", "B"]))

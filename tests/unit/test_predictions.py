@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -23,16 +24,19 @@ from transformers import EsmForMaskedLM, EsmModel
 from esm_neuron import cli
 from esm_neuron.backends import create_backend
 from esm_neuron.config import DataConfig, TrainConfig
+from esm_neuron.data import text_files
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import CheckpointError, ConfigError, DataError, TrainingError
+from esm_neuron.inference import embed as embedding
 from esm_neuron.inference import predict as records
-from esm_neuron.inference import stream
+from esm_neuron.inference import spool, stream
 from esm_neuron.inference.embed import embed
 from esm_neuron.inference.export import export
 from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.inference.predict import predict
-from esm_neuron.inference.stream import InputScan, Shards
+from esm_neuron.inference.spool import InputScan
+from esm_neuron.inference.stream import Shards
 from esm_neuron.models.shapes import SHAPES, esm_config
 from esm_neuron.training import run
 
@@ -218,6 +222,21 @@ def test_residues_that_are_cut_off_keep_their_place_and_have_no_embedding(
     assert found["long"].shape == (22, short.shape[1]) and np.abs(found["short"] - short).max() < 2e-6
     assert np.abs(found["long"][shown] - cut).max() < 2e-6
     assert np.isnan(np.delete(found["long"], shown, axis=0)).all()
+
+
+def test_a_protein_of_which_no_memory_holds_each_residue_is_refused_before_work(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "MKVLAAGIVG" * 10_001
+    (tmp_path / "giant.fasta").write_text(f">short\nMKVL\n>giant\n{long}\n")
+    call = words("embed", plain, tmp_path / "giant.fasta", tmp_path / "e.parquet", "--pooling", "residue")
+    assert cli.main(call) == 2
+    said = capsys.readouterr().err
+    assert "giant.fasta:3: the sequence of 'giant' has 100010 residues" in said and "is for up to 100000" in said
+    assert cli.main([*call, "--data.long_sequences", "skip"]) == 0  # as it says
+    assert pd.read_parquet(tmp_path / "e.parquet")["id"].tolist() == ["short"]
+    assert cli.main(call[:-2]) == 0  # one vector for all residues takes no memory
+    capsys.readouterr()
 
 
 def test_a_run_embeds_with_its_adapter(trained: TrainConfig, tmp_path: Path) -> None:
@@ -465,26 +484,87 @@ def test_what_cannot_be_predicted_is_one_line(trained: TrainConfig, plain: Path,
     assert not list(tmp_path.glob("[xy].*[!s]"))
 
 
-def test_an_input_that_changes_while_it_is_read_is_refused(
+def test_an_input_that_changes_after_it_was_read_changes_nothing(
     plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = proteins("p.csv", 5)
+    embed(str(plain), source, tmp_path / "whole.parquet")
 
     def scan(*given: Any) -> Any:
-        survey = stream.scan(*given)
+        survey = spool.scan(*given)
         source.write_text(source.read_text().replace("A", "G"))
         return survey
 
-    monkeypatch.setattr(records, "scan", scan)
-    with pytest.raises(DataError, match="the input has changed while it was read"):
-        embed(str(plain), source, tmp_path / "x.parquet")
-    assert not (tmp_path / "x.parquet").exists()
+    monkeypatch.setattr(stream, "scan", scan)
+    embed(str(plain), source, tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_an_input_is_read_once_and_not_at_all_on_resume(
+    plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def open_(name: str) -> Any:
+        opened.append(name)
+        return was(name)
+
+    was = text_files._open
+    monkeypatch.setattr(text_files, "_open", open_)
+    monkeypatch.setattr(InputChunks, "check", lambda _: None)  # which reads its beginning
+    source, target = proteins("p.csv", 130, seed=4), tmp_path / "out.parquet"
+    embed(str(plain), source, tmp_path / "whole.parquet", settings=SMALL)
+    assert opened == [str(source)]
+    shards = unfinished(plain, source, target, monkeypatch)
+    shards[1].unlink()
+    opened.clear()
+    said: list[str] = []
+    assert embed(str(plain), source, target, settings=SMALL, resume=True, log=said.append) == 130
+    assert not opened and "130 proteins" in said[0]
+    assert target.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_spool_that_was_changed_is_not_used(
+    plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = proteins("p.csv", 130, seed=4), tmp_path / "out.parquet"
+    embed(str(plain), source, tmp_path / "whole.parquet", settings=SMALL)
+    shards = unfinished(plain, source, target, monkeypatch)
+    file = shards[0].with_name(spool.SPOOL)
+    content = file.read_bytes()
+    at = content.index(str(pd.read_csv(source)["id"][100]).encode())
+    file.write_bytes(content[:at] + b"x" + content[at + 1 :])
+    for shard in shards:
+        shard.unlink()
+    with pytest.raises(DataError, match=r"input.arrow: was changed since it was written; start again with --resume"):
+        embed(str(plain), source, target, settings=SMALL, resume=True)
+    assert embed(str(plain), source, target, settings=SMALL, resume=True) == 130
+    assert target.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_more_names_than_a_safetensors_header_holds_are_refused_before_the_work(
+    plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = proteins("p.csv", 60)
+    sizes: list[int] = []
+    monkeypatch.setattr(embedding, "SURELY", 10)
+    monkeypatch.setattr(embedding, "check_header", lambda *given: sizes.append(given[-1]))
+    for pooling in ("mean", "residue"):
+        embed(str(plain), source, tmp_path / "x.safetensors", pooling)  # type: ignore[arg-type]
+        (length,) = struct.unpack("<Q", (tmp_path / "x.safetensors").read_bytes()[:8])
+        assert 0 <= length - sizes[-1] < 9, "but for the blanks at its end"
+    monkeypatch.undo()
+    monkeypatch.setattr(embedding, "SURELY", 10)
+    monkeypatch.setattr(stream, "HEADER_LIMIT", 1000)
+    monkeypatch.setattr(records, "predict_table", None)
+    with pytest.raises(ConfigError, match=r"60 arrays need a header of \d+ bytes, safetensors allows 1000; name a"):
+        embed(str(plain), source, tmp_path / "y.safetensors")
 
 
 def test_lists_of_a_residue_each_become_text_in_a_csv_file(tmp_path: Path) -> None:
-    made = Shards(tmp_path / "out.csv", {}, InputScan((1, 1), (1, 1), (b"a", b"b"), "ab"))
+    made = Shards(tmp_path / "out.csv", {}, InputScan((1, 1), (1, 1), (b"a", b"b")))
     made.folder.mkdir()
-    made.begin(resume=False)
+    made.begin()
     made.write(0, pa.table({"id": ["a"], "values": pa.array([np.linspace(0, 1, 2001)]), "n": [1]}))
     made.write(1, pa.table({"id": ["b"], "values": pa.array([np.array([0.5])]), "n": [2]}))
     assert made.join() == 2

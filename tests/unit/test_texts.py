@@ -138,3 +138,61 @@ def test_a_column_of_short_codes_of_three_letters_is_refused(tmp_path: Path) -> 
     path = table(tmp_path / "a.tsv", ["A", "B"] * 10, [codes[i % 6] for i in range(19)] + ["MKV"])
     with pytest.raises(DataError, match="a.tsv: most sequences are short, and each is written in codes of three lett"):
         load(path)
+
+
+UNEQUAL = {
+    "all of them shorter": lambda i: [protein(i, 60), "HEC" * 19],
+    "lowercase": lambda i: [protein(i, 60), "i" * 20 + "M" * 20 + "o" * 15],
+    "longer": lambda i: [protein(i, 60), "I" * 20 + "M" * 20 + "O" * 25],
+    "digits": lambda i: [protein(i, 60), "01" * 25],
+    "wrapped otherwise": lambda i: [protein(i, 60)[:30], protein(i, 60)[30:], "H" * 10 + "E" * 20, "C" * 28],
+    "most of them": lambda i: [protein(i, 60), "S" * 20 + "O" * 37] if i % 5 else [protein(i, 60)],
+}
+
+
+@pytest.mark.parametrize("kind", UNEQUAL)
+def test_label_lines_of_another_length_are_never_residues(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "a.fa", "".join("\n".join([f">P{i}", *UNEQUAL[kind](i), ""]) for i in range(10)))
+    for mode in ("strict", "strip"):
+        with pytest.raises(DataError, match="of 10 records stand lines of labels, of few letters"):
+            InputChunks(path, DataConfig(on_bad_residue=mode)).read()
+
+
+@pytest.mark.parametrize("width", [20, 25, 60, 80])
+def test_wrapped_proteins_have_no_label_lines(tmp_path: Path, width: int) -> None:
+    """Among them some of few letters, as collagen and silk are."""
+    proteins = [protein(i, 300) if i % 3 else "GPP" * 100 if i % 2 else "GAGAGS" * 50 for i in range(40)]
+    text = "".join(
+        f">P{i}\n" + "".join(s[k : k + width] + "\n" for k in range(0, 300, width)) for i, s in enumerate(proteins)
+    )
+    path = write(tmp_path / "a.fa", text)
+    assert read_rows(path, DataConfig(), False)["sequence"].to_pylist() == proteins
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"BZh91AY", "bzip2 data; unpack it"),
+        (b"\xfd7zXZ\0", "xz data; unpack it"),
+        (b"\x28\xb5\x2f\xfdxx", "zstd data; unpack it"),
+        (b"SQLite format 3\0", "an SQLite database; export the table"),
+        (b"%PDF-1.4", "a PDF; save its table as CSV"),
+    ],
+)
+def test_other_files_under_the_name_of_text_are_named(tmp_path: Path, content: bytes, said: str) -> None:
+    for name in ("a.csv", "a.fasta", "a.json"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}:1: this is {said}"):
+            InputChunks(tmp_path / name, DataConfig()).read()
+
+
+def test_pairs_of_chains_and_lmdb_are_told_what_to_do(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "id,heavy,light\np,MKV,MKL\n")
+    with pytest.raises(DataError, match="pairs of chains are not read: join them in a column of their own"):
+        InputChunks(path, DataConfig(sequence_column="[heavy, light]")).read()
+    (tmp_path / "x.lmdb").mkdir()
+    (tmp_path / "x.lmdb" / "data.mdb").write_bytes(b"x")
+    (tmp_path / "y.lmdb").write_bytes(b"x")
+    for name in ("x.lmdb", "y.lmdb"):
+        with pytest.raises(DataError, match="hold pickles, which can run code; take TAPE's JSON, or write it as CSV"):
+            InputChunks(tmp_path / name, DataConfig()).read()

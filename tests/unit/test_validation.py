@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from helpers.rows import check_rows
 
 from esm_neuron.config import DataConfig
+from esm_neuron.data import validation
+from esm_neuron.data.records import files_of, row_number
 from esm_neuron.data.sources import make_rows
-from esm_neuron.data.validation import Checker, Rejected, Report
+from esm_neuron.data.validation import Checker, Rejected, RejectedRows, Report, save_rejected
 from esm_neuron.errors import DataError
 
 
@@ -118,8 +122,44 @@ def test_chunks_are_given_and_problems_raised_after_the_last() -> None:
     assert [chunk["id"].to_pylist() for chunk in given] == [["a"], [], [], ["d"]]
     assert Report(name="x.parquet", **checker.counts) == Report(name="x.parquet", rows=4, skipped=2)
     reason = "the sequence has '-' (a gap) at residue 3, outside the ESM alphabet"
-    assert checker.rejected[1] == Rejected("x.parquet", 3, "c", reason, "left out")
+    assert list(checker.rejected)[1] == Rejected("x.parquet", 3, "c", reason, "left out")
     strict = Checker(DataConfig(), "x.parquet")
     assert [strict(rows.slice(i, 1))["id"].to_pylist() for i in (0, 1, 3)] == [["a"], ["b"], ["d"]]
     with pytest.raises(DataError, match="^x.parquet: record 2: the sequence of 'b' has"):
         strict.finish()
+
+
+def test_rejected_records_are_kept_packed_and_written_as_they_were(tmp_path: Path) -> None:
+    """850 bytes each, the million of a corpus would fill the memory."""
+    odd = ["tab\there", 'quo"te', "line\nbreak", "\u00e9\U0001f9ec", ""]
+    why = "the sequence has '-' at residue 3"
+    made = [Rejected("x.csv", i, odd[i % 5] + str(i), why, "left out") for i in range(5000)]
+    tracemalloc.start()
+    rows = RejectedRows()
+    for row in made:
+        rows.append(row)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert list(rows) == made == list(RejectedRows(iter(rows))) and len(rows) == 5000
+    assert size < 40 * len(rows)
+    save_rejected(tmp_path / "r.tsv", rows)
+    written = (tmp_path / "r.tsv").read_text()
+    assert written.startswith(f'file\tline\tid\treason\taction\nx.csv\t0\t"tab\there0"\t{why}\tleft out\n')
+    save_rejected(tmp_path / "r.tsv", RejectedRows())
+    assert not (tmp_path / "r.tsv").exists()
+
+
+def test_the_files_of_a_source_are_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern is looked up in its folder, which takes long where there are many: not for each rejected record."""
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text("id,sequence\n")
+    asked: list[str] = []
+    monkeypatch.setattr(validation, "files_of", lambda source: asked.append(source) or files_of(source))
+    lines = [row_number(i % 2, i) for i in range(200)]
+    rows = make_rows({"line": lines, "id": [str(i) for i in range(200)], "sequence": ["M-K"] * 200})
+    checker = Checker(DataConfig(on_bad_residue="skip"), str(tmp_path / "*.csv"))
+    checker(rows)
+    assert [(Path(row.file).name, row.line) for row in checker.rejected] == [
+        ("ab"[i % 2] + ".csv", i) for i in range(200)
+    ]
+    assert len(asked) == 1
