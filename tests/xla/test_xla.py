@@ -95,7 +95,7 @@ def test_one_graph_for_a_pass_one_for_the_update_one_for_evaluation(said: dict[s
 def test_the_schedule_of_the_counted_run_rises_and_ends_near_zero(said: dict[str, Any]) -> None:
     rates = said["xla"]["rates"]
     assert rates[0] < rates[1] < rates[2] == max(rates) and len(set(rates)) > 15
-    assert rates[-1] < 1e-9
+    assert 0 < rates[-1] == min(rates) < max(rates) / 50, "the last step trains, a little"
 
 
 def test_passes_do_not_change_the_arithmetic(said: dict[str, Any]) -> None:
