@@ -14,7 +14,7 @@ from esm_neuron.config.settings import read_config
 from esm_neuron.data.parquet import read_table, write_table
 from esm_neuron.errors import CheckpointError, DataError
 from esm_neuron.files import NOTHING, NUMBER, misfit, parse_json, read_bytes, read_json
-from esm_neuron.metrics.decisions import Calibration
+from esm_neuron.metrics.calibration import Calibration
 
 if TYPE_CHECKING:
     from esm_neuron.data.dataset import ExampleTable

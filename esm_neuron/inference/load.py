@@ -154,8 +154,7 @@ def find_trained(
 def _task_of(cfg: TrainConfig, weights: Path) -> Task:
     """Return the task of a model, which reads predictions as the folder of its weights says."""
     task = create_task(cfg.task, cfg.task.labels or ())
-    calibration: Task = task.read_by(read_calibration(weights, len(task.labels)))
-    return calibration
+    return task.read_by(read_calibration(weights, len(task.labels)))
 
 
 def overruled(cfg: TrainConfig, words: Sequence[str], command: str) -> TrainConfig:

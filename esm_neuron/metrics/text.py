@@ -97,12 +97,13 @@ def reading_text(result: Mapping[str, Any]) -> str:
     more = ", ..." if len(calibration["thresholds"]) > 10 else ""
     proteins = f"{calibration['proteins']:,} validation proteins"
     said = [f"Predictions are read with {' and '.join(parts)}{more}, fitted on {proteins}."] if parts else []
-    shares = []
-    for split, found in (result.get("coverage") or {}).items():
-        of = "test proteins" if split == "test" else "those without a homolog in training"
-        share = Shown("", found["covered"], found["covered_ci"]).text
-        level = found["level"]
-        shares.append(f"{share} of {of} (mean size {number(found['size'])})")
-    if shares:
-        said.append(f"`predict --coverage {level}` holds the truth for {', '.join(shares)}.")
+    names = {"test": "test proteins", "clean": "those without a homolog in training"}
+    covered = result.get("coverage") or {}
+    shares = [
+        f"{Shown('', found['covered'], found['covered_ci']).text} of {names.get(part, part)} "
+        f"(mean size {number(found['size'])})"
+        for part, found in covered.items()
+    ]
+    for found in list(covered.values())[:1]:  # all are of one level
+        said.append(f"`predict --coverage {found['level']}` holds the truth for {', '.join(shares)}.")
     return " ".join(said)

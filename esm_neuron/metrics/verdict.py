@@ -116,11 +116,3 @@ def alarms(scores: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) 
 
 def _ranks(scores: Mapping[str, Any]) -> bool:
     return any(name in scores for name in CHANCE)
-
-
-def judged(
-    own: Mapping[str, Scores], baselines: Mapping[str, Mapping[str, Scores]], metric: str, greater_is_better: bool
-) -> dict[str, dict[str, Any]]:
-    """Return `verdict` by split, for the splits that have one."""
-    found = {split: verdict(own[split], of, metric, greater_is_better) for split, of in baselines.items()}
-    return {split: one for split, one in found.items() if one}

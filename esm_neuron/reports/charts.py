@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from esm_neuron.metrics.calibration import Group, group_means, reliability
+from esm_neuron.metrics.reliability import Group, group_means, reliability
 from esm_neuron.metrics.text import Shown, drawn_over, name_of, show
 from esm_neuron.tasks.view import Confidence, Confusion, View
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Scores
-from esm_neuron.metrics.decisions import Calibration
+from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.tasks.baselines import Baseline
 from esm_neuron.tasks.view import View
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 else:  # labels, metrics and views need no torch
     esm2, compat = module("esm_neuron.models.esm2"), module("esm_neuron.compat")
 
+Own = TypeVar("Own", bound="Task")
 Predictions = Sequence[np.ndarray]
 """What `evaluation.collect` found for every example of a table, in the table's order: arrays [examples, ...], or
 [tokens of the table, ...] for a task that predicts each token."""
@@ -137,7 +138,7 @@ class Task(ABC):
         """Return what predictions for a table with labels teach, see `Calibration`; the default learns nothing."""
         return Calibration()
 
-    def read_by(self: Any, calibration: Calibration) -> Any:
+    def read_by(self: Own, calibration: Calibration) -> Own:
         """Return a copy of the task that reads predictions by `calibration`."""
         task = copy(self)
         task.calibration = calibration

@@ -12,8 +12,8 @@ from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import LabelSets
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Scores, multi_label_metrics
+from esm_neuron.metrics.calibration import Calibration, best_threshold, f1, fit_temperature
 from esm_neuron.metrics.classification import THRESHOLD
-from esm_neuron.metrics.decisions import Calibration, best_threshold, f1, fit_temperature
 from esm_neuron.tasks.base import (
     CLASS_SETTINGS,
     Column,

@@ -12,7 +12,7 @@ from esm_neuron.config import ModelConfig, TaskConfig, require
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Numbers
 from esm_neuron.metrics import Scores, regression_metrics
-from esm_neuron.metrics.decisions import COVERAGE, Calibration, coverage_scores, kept_scores
+from esm_neuron.metrics.calibration import COVERAGE, Calibration, coverage_scores, kept_scores
 from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean, weighted
 from esm_neuron.tasks.baselines import Baseline, value_baselines
 from esm_neuron.tasks.view import View, lengths, worst

@@ -13,8 +13,8 @@ from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import ResidueLabels
 from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.metrics import Scores, classification_metrics
+from esm_neuron.metrics.calibration import Calibration, best_threshold, fit_temperature, mcc
 from esm_neuron.metrics.classification import decided
-from esm_neuron.metrics.decisions import Calibration, best_threshold, fit_temperature, mcc
 from esm_neuron.tasks.base import (
     CLASS_SETTINGS,
     Column,

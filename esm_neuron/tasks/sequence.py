@@ -9,8 +9,7 @@ import pyarrow as pa
 
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.metrics import Scores, classification_metrics
-from esm_neuron.metrics.classification import decided
-from esm_neuron.metrics.decisions import (
+from esm_neuron.metrics.calibration import (
     COVERAGE,
     Calibration,
     best_threshold,
@@ -19,6 +18,7 @@ from esm_neuron.metrics.decisions import (
     kept_scores,
     mcc,
 )
+from esm_neuron.metrics.classification import decided
 from esm_neuron.tasks.base import (
     CLASS_SETTINGS,
     Column,

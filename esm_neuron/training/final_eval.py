@@ -23,7 +23,7 @@ from esm_neuron.data.families import independent_units
 from esm_neuron.data.homology import MOST, homolog_rows, too_short
 from esm_neuron.distributed import from_main_rank, main_rank_only
 from esm_neuron.metrics import Scores
-from esm_neuron.metrics.decisions import Calibration
+from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.metrics.verdict import alarms, verdict
 from esm_neuron.run_dir import predictions_name, save_predictions
 from esm_neuron.tasks.base import Predictions, Task

@@ -15,7 +15,7 @@ from esm_neuron.compat import EsmConfig, PeftModel, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.files import LEDGER, new_folder, note, save_tensors, sha256, write_json, write_text
-from esm_neuron.metrics.decisions import Calibration
+from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.models.adapter_folder import ADAPTER_WEIGHTS
 from esm_neuron.models.esm2 import PooledEsmConfig
 from esm_neuron.models.heads import with_head

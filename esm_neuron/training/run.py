@@ -264,7 +264,7 @@ def idle(cfg: TrainConfig, splits: Splits) -> Iterator[str]:
     """Yield a note about each setting that was changed and does nothing beside the others."""
     data, default = cfg.data, TrainConfig()
     given = {f"data.{split}_fraction": split not in splits.sampled for split in ("valid", "test")}
-    idle = {
+    beside = {
         "data.window_overlap": (data.long_sequences != "window", f"data.long_sequences is {data.long_sequences}"),
         "data.max_segments": (not data.packing, "data.packing is false"),
         "data.sample": (not splits.sampled, "no proteins are sampled"),
@@ -279,7 +279,7 @@ def idle(cfg: TrainConfig, splits: Splits) -> Iterator[str]:
         },
         "adapter.quantization": (cfg.adapter.kind != "qlora", f"adapter.kind is {cfg.adapter.kind}"),
     }
-    for name, (is_idle, why) in idle.items():
+    for name, (is_idle, why) in beside.items():
         value = attrgetter(name)(cfg)
         if is_idle and value not in (attrgetter(name)(default), 0):
             yield f"NOTE: {name}={value} has no effect: {why}"

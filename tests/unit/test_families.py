@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
+from esm_neuron.config import TrainConfig
 from esm_neuron.data.alignment import Proteins
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.families import independent_units, mutated_positions
 from esm_neuron.data.nearest import find_nearest
 from esm_neuron.data.tokenizer import encode_many
+from esm_neuron.inference.evaluate import evaluate
+from esm_neuron.training import run
 
 LETTERS = np.array(list("LAGVSERTIDPKQNFYMHWC"))
 
@@ -107,3 +114,21 @@ def test_the_nearest_of_other_lengths_is_the_relative() -> None:
     assert found.target.tolist() == [*range(20), -1]
     assert (found.diagonal[:20] == -3).all(), "three residues were cut off"
     assert ((found.identity[:20] > 0.7) & (found.identity[:20] < 0.95)).all() and found.identity[20] == 0
+
+
+def test_evaluate_draws_families_or_single_proteins_as_it_is_told(
+    toy: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    cfg = toy(loop={"max_steps": 1}, log={"baselines": False})
+    run.train(cfg, str)
+    rng = np.random.default_rng(3)
+    ancestors = [protein(rng, 60) for _ in range(12)]
+    sequences = [changed(rng, ancestors[i // 3], 0.1) for i in range(36)]
+    rows = {"id": [f"p{i}" for i in range(36)], "sequence": sequences, "label": ["alpha", "beta"] * 18}
+    pd.DataFrame(rows).to_csv(tmp_path / "families.csv", index=False)
+    drawn = {
+        how: evaluate(cfg.output, tmp_path / "families.csv", None, overrides=[f"--data.homologs={how}"])
+        for how in ("kmer", "off")
+    }
+    assert drawn["kmer"]["n_clusters"] == 12 and "n_clusters" not in drawn["off"]
+    assert drawn["kmer"]["loss"] == drawn["off"]["loss"] and drawn["kmer"]["loss_ci"] != drawn["off"]["loss_ci"]

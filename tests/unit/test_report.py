@@ -25,7 +25,7 @@ from esm_neuron.config.settings import dump
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import write_json
-from esm_neuron.metrics.calibration import group_means, reliability
+from esm_neuron.metrics.reliability import group_means, reliability
 from esm_neuron.metrics.text import show
 from esm_neuron.metrics.verdict import alarms, verdict
 from esm_neuron.reports import write_report

@@ -19,8 +19,8 @@ from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.inference.evaluate import evaluate
 from esm_neuron.inference.export import export
 from esm_neuron.inference.predict import predict
-from esm_neuron.metrics import decisions
-from esm_neuron.metrics.decisions import Calibration, best_threshold, f1, fit_temperature, kept_scores, mcc
+from esm_neuron.metrics import calibration
+from esm_neuron.metrics.calibration import Calibration, best_threshold, f1, fit_temperature, kept_scores, mcc
 from esm_neuron.run_dir import read_calibration
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
@@ -79,7 +79,7 @@ def test_the_temperature_is_where_the_loss_is_least() -> None:
 
 @pytest.mark.parametrize(("value", "score"), [(f1, f1_score), (mcc, matthews_corrcoef)])
 def test_a_threshold_is_as_good_as_the_best_on_new_proteins(
-    value: decisions.Value, score: Callable[..., float]
+    value: calibration.Value, score: Callable[..., float]
 ) -> None:
     rng = np.random.default_rng(2)
     p = rng.beta(0.4, 3.6, 40_000)  # 10 % positives, probabilities that are true
@@ -145,11 +145,11 @@ def test_ranges_hold_the_truth_as_often_as_was_asked_for() -> None:
 def test_of_many_proteins_a_part_of_the_errors_is_kept_on_the_safe_side() -> None:
     errors = np.random.default_rng(0).random(12_345)
     kept = kept_scores(errors)
-    assert len(kept) == decisions.KEPT and kept[-1] == errors.max()
+    assert len(kept) == calibration.KEPT and kept[-1] == errors.max()
     every = Calibration(len(errors), scores=tuple(np.sort(errors).tolist()))
     some = Calibration(len(errors), scores=kept)
     for coverage in (0.01, 0.5, 0.9, 0.999):
-        assert 0 <= some.radius(coverage) - every.radius(coverage) < 2 / decisions.KEPT
+        assert 0 <= some.radius(coverage) - every.radius(coverage) < 2 / calibration.KEPT
 
 
 @pytest.mark.parametrize(
