@@ -33,14 +33,14 @@ def open_remote(source: str) -> io.BufferedReader:
     from http.client import HTTPException
 
     address = _ADDRESS.sub(r"\1://", source)
-    if "@" in urlsplit(address).netloc:  # urllib reads no password there, and shows it in its error
-        raise DataError(f"{source}: an address with a name or a password in it is not opened; download the file")
     try:
         if address.startswith("s3:"):
             from pyarrow import fs
 
             system, path = fs.FileSystem.from_uri(address)
             return io.BufferedReader(system.open_input_file(path))
+        if "@" in urlsplit(address).netloc:  # urllib reads no password there, and shows it in its error
+            raise DataError(f"{source}: an address with a name or a password in it is not opened; download the file")
         from urllib.request import urlopen
 
         return io.BufferedReader(_Whole(urlopen(address, timeout=SECONDS)))  # noqa: S310 - the scheme is known
