@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -172,6 +173,44 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
 """Command -> what is damaged, and its words."""
 
 
+OUTPUTS = {
+    "evaluate": "m.json", "predict": "p.csv", "embed a run": "r.parquet", "export": "exported",
+    "embed": "e.safetensors", "score": "s.csv", "resume": "e.parquet",
+}  # fmt: skip
+"""Command -> what it writes."""
+DECIDES = {
+    "run": re.compile(r"run/config\.yaml"),
+    **dict.fromkeys(("model", "flat"), re.compile(r"\w+/(config\.json|model.*\.safetensors.*|x|manifest\.json|1.*)")),
+    "e.parquet.shards": re.compile("never"),
+}
+"""What is damaged -> the files in it that decide a result and are the user's to change; of a run its settings alone."""
+
+
+def content(root: Path) -> dict[str, bytes]:
+    """Name -> bytes of each regular file below `root`, or of the one that it is."""
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root.parent).as_posix(): path.read_bytes() for path in files}
+
+
+@cache
+def expected(whole: Path, command: str) -> dict[str, bytes]:
+    """What a command writes when nothing is damaged."""
+    place = whole.parent / f"expected {command}"
+    shutil.copytree(whole, place, symlinks=True)
+    assert run_in(place, COMMANDS[command][1])[0] == 0
+    return content(place / OUTPUTS[command])
+
+
+def run_in(place: Path, words: str) -> tuple[int, str]:
+    """The exit code of a command in a folder, and what it said."""
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        return quietly(lambda: cli.main(words.split()))
+    finally:
+        os.chdir(before)
+
+
 def quietly(act: Callable[[], int]) -> tuple[int, str]:
     """The exit code of `act` and what it said."""
     said = io.StringIO()
@@ -199,14 +238,11 @@ def test_a_damaged_folder_is_used_rightly_or_refused_in_a_line(folder: Path, com
     place, (damaged, words) = folder / "case", COMMANDS[command]
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(whole, place)
+    if command in OUTPUTS:
+        wanted = expected(whole, command)
     for name in damaged:
         damage(place / name, rng)
-    before = os.getcwd()
-    os.chdir(place)
-    try:
-        code, said = quietly(lambda: cli.main(words.split()))
-    finally:
-        os.chdir(before)
+    code, said = run_in(place, words)
     lines = [line for line in said.splitlines() if line.startswith("esm-neuron: error: ")]
     assert code in (0, 1, 2) and len(lines) == (code != 0), said
     assert "out of memory" not in said and "Traceback" not in said and "\x1b" not in said
@@ -215,11 +251,15 @@ def test_a_damaged_folder_is_used_rightly_or_refused_in_a_line(folder: Path, com
         assert not any(
             (place / name).exists() for name in ("m.json", "p.csv", "r.parquet", "exported", "e.safetensors")
         )
-    if command == "resume" and not code:
-        expected = whole / "expected.parquet"
-        if not expected.exists():
-            embed(str(whole / "flat"), whole / "in.csv", expected)
-        assert (place / "e.parquet").read_bytes() == expected.read_bytes()
+    elif command in OUTPUTS and content(place / OUTPUTS[command]) != wanted:
+        (name,) = damaged
+        assert any(DECIDES[name].fullmatch(file) for file in changed(whole / name, place / name)), said
+
+
+def changed(whole: Path, damaged: Path) -> set[str]:
+    """The names of the files that differ."""
+    before, after = content(whole), content(damaged)
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
 if sys.platform != "linux":
