@@ -7,7 +7,6 @@ imported inside the functions, so that `--help` and a wrong flag are answered at
 from __future__ import annotations
 
 import contextlib
-import difflib
 import gc
 import inspect
 import json
@@ -18,15 +17,15 @@ import signal
 import sys
 import threading
 import traceback
-from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import TracebackType
+from typing import Annotated, Literal
 
 from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.config.backends import BACKENDS
+from esm_neuron.config.flags import RENAMED, command_parser, help_of, instead
 from esm_neuron.config.threads import set_threads
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import Lines, RedactedRecord, RedactingFormatter, redact, shown
@@ -42,7 +41,12 @@ AsJson = Annotated[bool, "print JSON instead of text"]
 
 
 def train(*settings: str) -> int:
-    """Fine-tune a model: --config FILE and --section.field VALUE."""
+    """Fine-tune an ESM-2 on proteins with labels; write weights, metrics and predictions to --output.
+
+    Examples:
+      esm-neuron train my.csv --label location --model facebook/esm2_t12_35M_UR50D --output runs/mine
+      esm-neuron train --config configs/start.yaml --data my.csv --lr 3e-4 --epochs 5 --output runs/mine
+    """
     from esm_neuron.config.settings import parse
 
     cfg = parse(settings)
@@ -65,7 +69,12 @@ def evaluate(
     output: Annotated[Path | None, "JSON file; printed as well"] = None,
     backend: Backend = None,
 ) -> int:
-    """Print the metrics of a trained model on a labelled file, as JSON. Also --data.* as for train."""
+    """Print the metrics of a trained model on a labelled file, as JSON.
+
+    Examples:
+      esm-neuron evaluate --model runs/mine --input heldout.csv
+      esm-neuron evaluate --model runs/mine --input heldout.tsv --label location --output metrics.json
+    """
     from esm_neuron.inference.evaluate import evaluate as run_evaluation
 
     found = run_evaluation(model, input, output, backend, log, overrides)
@@ -84,7 +93,12 @@ def predict(
     backend: Backend = None,
     resume: Resume = False,
 ) -> int:
-    """Predict with a trained model for every record of a file. Also --data.* as for train."""
+    """Predict with a trained model for every record of a file.
+
+    Examples:
+      esm-neuron predict --model runs/mine --input new.fasta --output predictions.csv
+      esm-neuron predict --model runs/mine --input new.csv --output p.parquet --sequence_column seq --coverage 0.9
+    """
     from esm_neuron.inference.predict import predict as run_prediction
 
     written = run_prediction(
@@ -106,7 +120,12 @@ def embed(
     backend: Backend = None,
     resume: Resume = False,
 ) -> int:
-    """Embed every record of a file with a pretrained or a trained model. Also --data.* as for train."""
+    """Embed every record of a file with a pretrained or a trained model.
+
+    Examples:
+      esm-neuron embed --model facebook/esm2_t33_650M_UR50D --input new.fasta --output means.parquet
+      esm-neuron embed --model runs/mine --input new.fasta --output residues.safetensors --pooling residue
+    """
     from esm_neuron.inference.embed import embed as run_embedding
 
     written = run_embedding(model, input, output, pooling, backend=backend, settings=overrides, resume=resume, log=log)
@@ -132,7 +151,12 @@ def score(
     backend: Backend = None,
     resume: Resume = False,
 ) -> int:
-    """Score every variant of a table without training, by the language-model head. Also --data.* as for train."""
+    """Score every variant of a table without training, by the language-model head.
+
+    Examples:
+      esm-neuron score --model facebook/esm2_t33_650M_UR50D --input v.csv --wild_type w.fasta --output scored.csv
+      esm-neuron score --model mini --input dms.csv --sequence_column mutated --score_column fitness --output s.csv
+    """
     from esm_neuron.inference.score import score as run_scoring
     from esm_neuron.inference.variants import VariantColumns
 
@@ -156,7 +180,12 @@ def score(
 
 
 def report(run: Annotated[Path, "output folder of a training run; the page is written to its report/"]) -> int:
-    """Write a finished run as one HTML page, with its charts as PNG: curves, metrics, calibration, errors."""
+    """Write a finished run as one HTML page, with its charts as PNG: curves, metrics, calibration, errors.
+
+    Examples:
+      esm-neuron report runs/mine
+      esm-neuron report runs/mine && xdg-open runs/mine/report/index.html
+    """
     from esm_neuron.reports import write_report
 
     log(f"report written to {write_report(run)}")
@@ -164,7 +193,12 @@ def report(run: Annotated[Path, "output folder of a training run; the page is wr
 
 
 def export(*overrides: str, model: Trained, output: Annotated[Path, "folder to write"]) -> int:
-    """Merge an adapter into its base and write a Hugging Face folder, of a run with a model card."""
+    """Merge an adapter into its base and write a Hugging Face folder, of a run with a model card.
+
+    Examples:
+      esm-neuron export --model runs/mine --output merged
+      esm-neuron export --model some/peft-adapter --output merged --base facebook/esm2_t12_35M_UR50D
+    """
     from esm_neuron.inference.export import export as run_export
 
     run_export(model, output, overrides)
@@ -176,7 +210,12 @@ def convert(
     source: Annotated[Path, "folder with pytorch_model*.bin and config.json"],
     target: Annotated[Path, "folder to write"],
 ) -> int:
-    """Turn a folder of PyTorch pickle shards into sharded safetensors."""
+    """Turn a folder of PyTorch pickle shards into sharded safetensors.
+
+    Examples:
+      hf download facebook/esm2_t36_3B_UR50D --local-dir pickles && esm-neuron convert pickles safetensors
+      esm-neuron train my.csv --model safetensors --output runs/mine
+    """
     from esm_neuron.models.convert import convert as run_conversion
 
     run_conversion(source, target)
@@ -192,7 +231,12 @@ def plan(
     prices: Annotated[Path | None, "price list; default: the one of this package, which is dated"] = None,
     json_: AsJson = False,
 ) -> int:
-    """Show packs, graphs, memory, time and dollars of a run before it starts: --config FILE and flags as for train."""
+    """Show packs, graphs, memory, time and dollars of a run before it starts.
+
+    Examples:
+      esm-neuron plan my.csv --model facebook/esm2_t33_650M_UR50D
+      esm-neuron plan --config configs/localization_650m_trn1.yaml --instance ml.trn1.32xlarge
+    """
     from esm_neuron.config import rules
     from esm_neuron.config.settings import parse
 
@@ -227,10 +271,11 @@ def plan(
 
 
 def compile_(*settings: str) -> int:
-    """Compile the graphs of a run ahead of it, on xla or neuron: --config FILE and flags as for train.
+    """Compile the graphs of a run ahead of it, on xla or neuron, with the flags of the training to come.
 
-    On Trainium: neuron_parallel_compile torchrun --nproc_per_node N -m esm_neuron.cli compile --config FILE, with the
-    flags of the training to come.
+    Examples:
+      esm-neuron compile --config configs/demo.yaml --backend xla
+      neuron_parallel_compile torchrun --nproc_per_node 32 -m esm_neuron.cli compile --config run.yaml
     """
     from esm_neuron.config.settings import parse
 
@@ -249,7 +294,12 @@ def doctor(
     config: Annotated[Path | None, "YAML of a run, which decides the variables that are set"] = None,
     json_: AsJson = False,
 ) -> int:
-    """Show what is installed, which devices there are, and what each backend lacks."""
+    """Show what this machine can run, what is installed, and what each backend lacks.
+
+    Examples:
+      esm-neuron doctor
+      esm-neuron doctor --backend neuron --config run.yaml
+    """
     from esm_neuron.planning.doctor import examine, render
 
     cfg = TrainConfig(backend=backend or TrainConfig.backend)
@@ -265,36 +315,28 @@ def doctor(
 def data_check(
     file: Annotated[str, "as data.train: FASTA, CSV, TSV, JSONL, Parquet, several of them, a saved dataset, hf://..."],
     *settings: str,
-    id_column: Annotated[str | None, "column with the record's name"] = None,
-    sequence_column: Annotated[str | None, "column with the sequence"] = None,
-    label_column: Annotated[str | None, "default: label, where the file has it"] = None,
-    task: Annotated[
-        str | None, "task that the labels are for: one per protein, several joined by `;`, a number, or one per residue"
-    ] = None,
-    split_column: Annotated[str | None, "checked if it is given"] = None,
     train: Annotated[str, "value of the split column for training records"] = "train",
     homologs: Annotated[Literal["kmer", "mmseqs", "off"], "how homologs in training are found"] = "kmer",
     json_: AsJson = False,
 ) -> int:
     """Show lengths, alphabet, repeats, labels, conflicts, leaks and faults of a file; exit with 1 if it has faults.
 
-    Also --config FILE, --data.* and --task.* as for train.
+    Examples:
+      esm-neuron data check my.csv
+      esm-neuron data check my.tsv --label location --split_column set --sequence_column seq
     """
-    from esm_neuron.config.settings import override
+    from esm_neuron.config.settings import in_full, override
 
-    own = {"id_column": id_column, "sequence_column": sequence_column, "label_column": label_column}
-    words = [f"--data.{name}={value}" for name, value in own.items() if value is not None]
-    words += [f"--data.split_column={split_column}"] if split_column is not None else []
-    words += [f"--task.name={task}"] if task is not None else []
-    cfg = override(TrainConfig(), [*settings, *words], ("config", *CHECKED), "data check")
+    cfg = override(TrainConfig(), settings, ("config", *CHECKED), "data check")
     from esm_neuron.data.check import check_file
     from esm_neuron.data.sources import has_labels
     from esm_neuron.tasks import check_task, task_class
 
     check_task(cfg.task)
     kind = task_class(cfg.task.name).label_kind
-    asked = cfg.data.label_column != DataConfig.label_column or label_column is not None or cfg.task != TaskConfig()
-    require(kind is not None or not label_column, f"--task {cfg.task.name} reads no labels; leave out --label_column")
+    label_given = any(word.startswith("--data.label_column") for word in in_full(settings))
+    asked = cfg.data.label_column != DataConfig.label_column or label_given or cfg.task != TaskConfig()
+    require(kind is not None or not label_given, f"--task {cfg.task.name} reads no labels; leave out --label_column")
     labels = kind.of(cfg.task, cfg.data) if kind and (asked or has_labels(file, cfg.data)) else None
     found = check_file(file, cfg.data, labels, train, None if homologs == "off" else homologs)
     show(as_json(asdict(found)) if json_ else found.render())
@@ -317,59 +359,11 @@ COMMANDS: dict[str, Callable[..., int]] = {
 run, `*overrides` those that may change for a trained model."""
 
 
-_RENAMED = {"data get": "python examples/datasets/get.py", "--relatives": "--homologs"}
-"""Earlier name of a command or of a flag -> its name today."""
+def _taken(name: str) -> Sequence[str]:
+    """Return the settings that a command takes, a section by its name and a point; of a run it is none of them."""
+    from esm_neuron.inference.load import MAY_CHANGE
 
-
-def _instead(unknown: str, known: Iterable[str]) -> str:
-    """Return what an error about an unknown word suggests: its new name, or the nearest known one."""
-    if unknown in _RENAMED:
-        return f"its name is {_RENAMED[unknown]} now; "
-    near = difflib.get_close_matches(unknown, known, n=1)
-    return f"did you mean {near[0]}? " if near else ""
-
-
-class CommandParser(ArgumentParser):
-    """A parser that raises what argparse would print and exit with."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        hint = _instead(unknown[1], self._option_string_actions) if unknown else ""
-        raise ConfigError(f"{message}; {hint}see {self.prog} --help")
-
-
-def make_parser(name: str) -> CommandParser:
-    """Return the parser of a command, with an argument for each parameter of its function."""
-    command = COMMANDS[name]
-    parameters, hints = inspect.signature(command).parameters, get_type_hints(command, include_extras=True)
-    parser = CommandParser(
-        prog=f"esm-neuron {name}",
-        description=inspect.getdoc(command),
-        allow_abbrev=False,
-        add_help="settings" not in parameters,
-    )
-    for key, parameter in parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            continue
-        kind, told = get_args(hints[key])
-        kind = get_args(kind)[0] if get_origin(kind) in (Union, UnionType) else kind  # of `KIND | None`
-        options: dict[str, Any] = {"help": told}
-        if kind is bool:
-            options["action"] = "store_true"
-        elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        else:
-            options["type"] = kind
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            parser.add_argument(key, **options)
-            continue
-        if parameter.default is parameter.empty:
-            options["required"] = True
-        elif parameter.default not in (None, False):
-            options |= {"default": parameter.default, "help": f"{told}; default: %(default)s"}
-        flag = f"--{key.rstrip('_')}"
-        parser.add_argument(*dict.fromkeys([flag.replace("_", "-"), flag]), dest=key, **options)
-    return parser
+    return CHECKED if name == "data check" else (*MAY_CHANGE[name], "model.base", "model.revision", "task.")
 
 
 def call(name: str, words: Sequence[str]) -> int:
@@ -380,14 +374,16 @@ def call(name: str, words: Sequence[str]) -> int:
     for word in words:
         sound = not any("\ud800" <= character <= "\udfff" for character in word)
         require(sound, f"{word} is not of this locale's encoding; rename the file, or set LC_ALL=C.UTF-8")
-    command, parser = COMMANDS[name], make_parser(name)
-    parameters = inspect.signature(command).parameters
+    command = COMMANDS[name]
+    told = help_of(name, command, words, lambda: _taken(name))
+    if told is not None:
+        sys.stdout.write(told)
+        return 0
+    parser, parameters = command_parser(name, command), inspect.signature(command).parameters
     if "settings" not in parameters and "overrides" not in parameters:
         return command(**vars(parser.parse_args(words)))
     args, rest = parser.parse_known_args(words)
-    if len(parameters) > 1 and {"-h", "--help"} & set(rest):
-        parser.print_help()  # the command's own flags; then the settings' help follows
-    if any(word.partition("=")[0] in _RENAMED for word in rest):
+    if any(word.partition("=")[0] in RENAMED for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     named = vars(args)
     first = [named.pop(key) for key, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
@@ -498,7 +494,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        cure = f"{_instead(name, COMMANDS)}the commands are {', '.join(COMMANDS)}"
+        cure = f"{instead(name, COMMANDS)}the commands are {', '.join(COMMANDS)}"
         log(f"esm-neuron: error: unknown command {name!r}; {cure}")
         return 2
     logging.setLogRecordFactory(RedactedRecord)  # libraries have loggers and handlers of their own

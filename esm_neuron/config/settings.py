@@ -58,6 +58,15 @@ _ELSEWHERE = {
 }
 """What other trainers call a setting -> its name here."""
 
+SHORT = {
+    "model": "model.name",
+    "task": "task.name",
+    "adapter": "adapter.kind",
+    "data": "data.train",
+    "label": "data.label_column",
+}
+"""Short name of a setting -> its name. Short is also the last part of a name that no other setting ends with: `lr`."""
+
 # PyYAML raises, besides its own error, whatever int, float and dict raise at values such as `!!int x`.
 _NOT_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
@@ -173,8 +182,36 @@ def typed(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
-    """Return the configuration that `argv` describes, or raise ConfigError; `--resume` means `--checkpoint.resume`."""
-    return _parsed([re.sub(r"^--resume(?==|$)", "--checkpoint.resume", word) for word in argv], command)
+    """Return the configuration that `argv` describes, or raise ConfigError.
+
+    A first word that is no flag is `data.train`; a flag may have a short name, see `full_name`.
+    """
+    named = ["--data.train", *argv] if argv and not argv[0].startswith("-") else argv
+    return _parsed(in_full(named), command)
+
+
+def in_full(words: Sequence[str]) -> list[str]:
+    """Return words of a command line with the flags of settings by their whole names."""
+    parts = [word.partition("=") for word in words]
+    return [
+        f"--{full_name(flag[2:])}{equals}{value}" if flag.startswith("--") else word
+        for word, (flag, equals, value) in zip(words, parts, strict=True)
+    ]
+
+
+def full_name(name: str) -> str:
+    """Return the whole name of a setting, `optim.lr`, that is called `lr`, `optim_lr` or `optim-lr`.
+
+    Raise ConfigError where several settings have the short name; a name that none has is returned as it is.
+    """
+    plain, known = name.replace("-", "_"), list(known_keys())
+    if plain in known:
+        return plain
+    ends = [SHORT[plain]] if plain in SHORT else [
+        key for key in known if plain in (key.rpartition(".")[2], key.replace(".", "_"))
+    ]  # fmt: skip
+    require(len(ends) < 2, f"{name} may be {' or '.join(ends)}; write which one")
+    return ends[0] if ends else name
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -196,11 +233,12 @@ def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], comm
     def refuse(name: str) -> NoReturn:
         raise ConfigError(f"{name}: `{command}` has no use for this setting, only for {shown}")
 
-    for word in argv:
+    words = in_full(argv)
+    for word in words:
         name = word[2:].partition("=")[0]
         if word.startswith("--") and name in set(known_keys()) and not may(name):
             refuse(word)
-    changed = _parsed(list(argv), command, cfg)
+    changed = _parsed(words, command, cfg)
     for name in known_keys():
         if not may(name) and "config" not in allowed and attrgetter(name)(changed) != attrgetter(name)(cfg):
             refuse(f"--config: {name}")
@@ -214,7 +252,7 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
         name, _, text = word.partition("=")
         _check_section(name, name.removeprefix("--") if word.startswith("--") else None, text)
     parser = make_parser(documented=not {"-h", "--help"}.isdisjoint(words))
-    parser.prog = f"esm-neuron {command}"
+    parser.prog, parser.usage = f"esm-neuron {command}", "%(prog)s [--config FILE] [--SETTING VALUE ...]"
     try:
         namespace = None if start is None else parser.parse_object(plain(start))
         values = parser.instantiate(parser.parse_args(words, namespace=namespace))
@@ -285,6 +323,8 @@ def _suggest(unknown: str) -> str:
     last, keys = unknown.rpartition(".")[2], list(known_keys())
     renamed = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
     near = [table[last] for table in (renamed, _ELSEWHERE) if last in table]
+    lasts = {key.rpartition(".")[2]: key for key in keys}
+    near += [lasts[each] for each in difflib.get_close_matches(unknown, lasts, n=1)]  # of a short name
     near += difflib.get_close_matches(unknown, keys, n=1, cutoff=0.5)
     near += [key for key in keys if key.rpartition(".")[2] == last]
     return f"did you mean {near[0]}?" if near else "see esm-neuron train --help"

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from stage import HERE, copy_package, requirements
 
-from esm_neuron.cli import CommandParser
 from esm_neuron.config import AdapterConfig, BackendName, require, settings
+from esm_neuron.config.flags import CommandParser
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.files import new_file, write_text
 from esm_neuron.inference.export import export

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, EsmF
 from esm_neuron import cli
 from esm_neuron.backends.eager import EagerBackend
 from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config.flags import FIRST, command_parser
 from esm_neuron.files import claimed
 from esm_neuron.models.hf_folder import SafetensorsFolder
 from esm_neuron.models.shapes import SHAPES, esm_config
@@ -166,6 +169,31 @@ def test_usage_and_version(call: Callable[..., Said]) -> None:
     shown = call("--help")
     assert shown.code == 0 and all(name in shown.out for name in cli.COMMANDS)
     assert call("--version").out.strip()
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_a_screen_with_two_examples(call: Callable[..., Said], command: str) -> None:
+    said = call(*command.split(), "--help")
+    lines = said.out.splitlines()
+    assert said.code == 0 and len(lines) <= 42 and max(map(len, lines)) <= 120
+    assert lines[0].startswith(f"usage: esm-neuron {command}") and f"esm-neuron {command}" in said.out
+    examples = lines[lines.index("examples:") + 1 :]
+    assert sum(line.startswith("  ") for line in examples) == 2
+    taken = inspect.signature(cli.COMMANDS[command]).parameters
+    whole = call(*command.split(), "--help", "all").out
+    if {"settings", "overrides"} & set(taken):
+        assert f"esm-neuron {command} --help all" in said.out and whole.startswith(said.out.rstrip())
+        assert len(whole.splitlines()) > len(lines) + 20
+    else:
+        assert whole == said.out
+
+
+def test_the_settings_in_the_help_are_flags_of_training() -> None:
+    for key in (key for group in FIRST.values() for key in group):
+        assert key in set(settings.known_keys())
+    shown = command_parser("train", cli.train, documented=True).format_help()
+    for flag in re.findall(r"^  --([\w.]+)", shown, re.MULTILINE):
+        assert settings.full_name(flag) in set(settings.known_keys())
 
 
 def test_the_module_is_a_command_that_ends_with_the_code() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import fields, is_dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TrainConfig, settings
 from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.rules import check_values, validate
-from esm_neuron.config.settings import dump, known_keys, make_parser, parse, read_config
+from esm_neuron.config.settings import SHORT, dump, full_name, known_keys, make_parser, parse, read_config
 from esm_neuron.errors import ConfigError
 from esm_neuron.planning import cost
 from esm_neuron.tasks import TASKS
@@ -125,9 +126,9 @@ def test_an_unknown_key_in_a_file_is_named_with_the_nearest(folder: Path, text: 
     [
         ("--optim.weight_deca", "optim.weight_decay"),
         ("--adapter.rank_", "adapter.r"),
-        ("--lr", "optim.lr"),
+        ("--lrr", "optim.lr"),
         ("--loop.epoch", "loop.epochs"),
-        ("--max_residues", "data.max_residues"),
+        ("--max_residue", "data.max_residues"),
         ("--optim.learning_rate", "optim.lr"),
         ("--batch_size", "loop.packs_per_step"),
     ],
@@ -278,9 +279,41 @@ def test_known_keys_are_all_fields() -> None:
     assert len(keys) == len(set(keys)) == counted + len(fields(TrainConfig)) - len(sections)
 
 
-@pytest.mark.parametrize("words", [["--resume", "auto"], ["--resume=auto"]])
-def test_resume_has_a_short_form(words: list[str]) -> None:
-    assert parse(words).checkpoint.resume == "auto"
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("--resume auto", "checkpoint.resume", "auto"),
+        ("--resume=auto", "checkpoint.resume", "auto"),
+        ("--lr 3e-4", "optim.lr", 3e-4),
+        ("--label loc", "data.label_column", "loc"),
+        ("--label-column=loc", "data.label_column", "loc"),
+        ("--data.label-column loc", "data.label_column", "loc"),
+        ("--model mini", "model.name", "mini"),
+        ("--adapter head", "adapter.kind", "head"),
+        ("--adapter_kind head", "adapter.kind", "head"),
+        ("--task regression", "task.name", "regression"),
+        ("--data my.csv", "data.train", "my.csv"),
+        ("my.csv --seed 3", "data.train", "my.csv"),
+    ],
+)
+def test_a_setting_has_a_short_form(words: str, key: str, value: object) -> None:
+    assert attrgetter(key)(parse(words.split())) == value
+
+
+def test_short_names_that_several_settings_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^kind may be adapter.kind or optim.kind; write which one$"):
+        parse(["--kind", "lora"])
+    with pytest.raises(ConfigError, match=r"^unknown setting lrr; did you mean optim.lr\?$"):
+        parse(["--lrr", "1"])
+
+
+def test_every_short_name_leads_to_the_setting_that_ends_so() -> None:
+    for key in known_keys():
+        last = key.rpartition(".")[2]
+        ends = [other for other in known_keys() if other.rpartition(".")[2] == last]
+        assert full_name(key) == key and full_name(key.replace(".", "_")) == key
+        if len(ends) == 1 and last not in SHORT:
+            assert full_name(last) == key
 
 
 def test_print_config_prints_a_file_that_reads_back(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
