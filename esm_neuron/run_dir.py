@@ -168,7 +168,7 @@ def as_table(
     `has_homolog`, bool [records], says which of them have a homolog among the training rows; None: not known.
     """
     _, bounds = table.residue_slots()
-    targets, outputs = task.targets(table), task.outputs(table, predictions)
+    targets, outputs = task.targets(table), task.kept(table, predictions)
     columns = {
         "id": pa.array(list(table.ids), pa.string()),
         "residues": pa.array(np.diff(bounds), pa.int32()),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from esm_neuron.config.deferred import module
 from esm_neuron.metrics.bootstrap import (
+    CELLS,
     MOST_CURVES,
     Curve,
     Scores,
     Value,
     bootstrap,
+    class_areas,
     class_intervals,
     numbered,
     with_intervals,
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 else:
     sparse = module("scipy.sparse")
 
-sk = module("sklearn.metrics")
 NAMES = ("loss", "subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
 
 
@@ -50,44 +51,60 @@ def multi_label_metrics(
     are means over classes, undefined when a class has rows of one kind only. `only_answer` is there where all proteins
     are predicted to have the same labels, and they have not.
     """
-    predicted, few = probabilities >= np.array(thresholds or THRESHOLD), len(names) <= MOST_CURVES
-    positives = target.sum(0)
-    defined_ = bool(len(target)) and bool(((positives > 0) & (positives < len(target))).all())
-    wanted = range(len(names)) if few or defined_ else ()
-    per_class = [binary_scores(probabilities[:, c], target[:, c], predicted[:, c]) for c in wanted]
-    values: dict[str, Value] = {"n": len(target), **dict.fromkeys(NAMES)}
-    if len(target):
-        values["loss"] = float(loss.mean())
-        values["subset_accuracy"] = float(sk.accuracy_score(target, predicted))
-        values["macro_f1"] = float(sk.f1_score(target, predicted, average="macro", zero_division=0))
-        values["micro_f1"] = float(sk.f1_score(target, predicted, average="micro", zero_division=0))
-        for name in ("auroc", "auprc"):
-            each = [scores[name] for scores in per_class]
-            defined = [value for value in each if isinstance(value, float)]
-            values[name] = float(np.mean(defined)) if len(defined) == len(names) else None
-    if len(target) and (predicted == predicted[0]).all() and (target != target[0]).any():
-        values["only_answer"] = ", ".join(names[c] for c in np.flatnonzero(predicted[0]).tolist()) or "no label"
+    few, n, cut = len(names) <= MOST_CURVES, len(target), np.array(thresholds or THRESHOLD)
+    wanted, predicted = _ones(target, lambda part: part), _ones(probabilities, lambda part: part >= cut)
+    right, marked = wanted.multiply(predicted).tocsr(), (wanted + predicted).tocsr()
+    exact = np.diff((wanted != predicted).indptr) == 0
+    positives, both, either = (np.asarray(x.sum(0)).ravel() for x in (wanted, 2 * right, marked))
+    values: dict[str, Value] = {"n": n, **dict.fromkeys(NAMES)}
+    if n:
+        values |= {"loss": float(loss.mean()), "subset_accuracy": float(exact.mean())}
+        values |= {"macro_f1": float((both / np.maximum(either, 1)).mean())}
+        values |= {"micro_f1": float(both.sum() / max(either.sum(), 1)), **_mean_areas(probabilities, wanted)}
+    if n and _alike(predicted) and not _alike(wanted):
+        values["only_answer"] = ", ".join(names[c] for c in predicted[0].indices.tolist()) or "no label"
     if not intervals:
         return Scores(values)
-    size, unit = numbered(units, len(target))
-    if size < len(target):
+    size, unit = numbered(units, n)
+    if size < n:
         values["n_clusters"] = size
     of_unit = sparse.csr_matrix((np.ones(len(unit)), (unit, np.arange(len(unit)))), shape=(size, len(unit)))
-    exact = (target == predicted).all(1).astype(float)
-    sums = np.stack([of_unit @ x for x in (np.ones(len(target)), loss, exact)])
-    right, marked = (
-        of_unit @ sparse.csr_matrix(x, dtype=float) for x in (target & predicted, target.astype(np.int8) + predicted)
-    )
+    sums = np.stack([of_unit @ x for x in (np.ones(n), loss, exact.astype(float))])
     curves = [Curve.of(p, has, unit, size) for p, has in zip(probabilities.T, target.T, strict=True)] if few else []
-    drawn = _drawn(sums, right, marked, curves)
+    drawn = _drawn(sums, of_unit @ right, of_unit @ marked, curves)
     found = with_intervals(values, drawn, size)
     if few:
+        per_class = [binary_scores(p, has, p >= at) for p, has, at in _classes(probabilities, target, cut)]
         found["per_class"] = class_intervals(names, per_class, drawn, size)
         return found
-    both, either = (np.asarray(x.sum(0)).ravel() for x in (2 * right, marked))
     occurs = np.flatnonzero(either).tolist()
     found["per_class"] = {names[c]: {"n": int(positives[c]), "f1": float(both[c] / either[c])} for c in occurs}
     return found
+
+
+def _mean_areas(probabilities: np.ndarray, wanted: sparse.csr_matrix) -> dict[str, Value]:
+    """Return the means over classes of AUROC and AUPRC; none where a class has rows of one kind only."""
+    columns = wanted.tocsc()
+    areas = class_areas(probabilities, np.split(columns.indices, columns.indptr[1:-1]))
+    return {} if np.isnan(areas).any() else {"auroc": float(areas[:, 0].mean()), "auprc": float(areas[:, 1].mean())}
+
+
+def _classes(probabilities: np.ndarray, target: np.ndarray, cut: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Give the probabilities [n], the truth [n] and the threshold of each class."""
+    return zip(probabilities.T, target.T, np.broadcast_to(cut, probabilities.shape[1]), strict=True)
+
+
+def _ones(matrix: np.ndarray, chosen: Callable[[np.ndarray], np.ndarray]) -> sparse.csr_matrix:
+    """Return float64 [n, C]: 1 where a matrix [n, C], which may be mapped from a file, is chosen."""
+    step = max(1, CELLS // max(matrix.shape[1], 1))
+    parts = [sparse.csr_matrix(chosen(matrix[at : at + step]), dtype=float) for at in range(0, len(matrix), step)]
+    return sparse.vstack(parts, "csr") if parts else sparse.csr_matrix(matrix.shape)
+
+
+def _alike(matrix: sparse.csr_matrix) -> bool:
+    """Return whether all rows of ones are the same."""
+    counts = np.asarray(matrix.sum(0)).ravel()
+    return bool(((counts == 0) | (counts == matrix.shape[0])).all())
 
 
 def _drawn(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 
 from esm_neuron.config import ModelConfig, TaskConfig
 from esm_neuron.config.deferred import module
-from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.data.dataset import Batch, ExampleTable, Target, select_records
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Scores
@@ -33,6 +35,8 @@ Own = TypeVar("Own", bound="Task")
 Predictions = Sequence[np.ndarray]
 """What `evaluation.collect` found for every example of a table, in the table's order: arrays [examples, ...], or
 [tokens of the table, ...] for a task that predicts each token."""
+CELLS = 1 << 25
+"""Values of predictions that are held at once as float64: 256 MB."""
 Column = np.ndarray | list[str] | list[np.ndarray]
 """One value per record: numbers [records], texts, or an array for each record."""
 CLASS_SETTINGS = ("labels", "class_weights", "label_smoothing", "focal_gamma")
@@ -134,6 +138,10 @@ class Task(ABC):
         """Return what is written about each record: column -> one value per record, in the order of `table.ids`."""
         raise NotImplementedError(f"{type(self).__name__} has no table of predictions")
 
+    def kept(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
+        """Return what a run keeps of held-out records for its report: `outputs`, or less of hundreds of classes."""
+        return self.outputs(table, predictions)
+
     def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
         """Return what predictions for a table with labels teach, see `Calibration`; the default learns nothing."""
         return Calibration()
@@ -170,19 +178,51 @@ class Task(ABC):
         return None
 
 
-def record_mean(table: ExampleTable, values: np.ndarray) -> np.ndarray:
-    """Return float64 [records, ...]: the mean of `values` [examples, ...] over the windows of each record."""
+def record_mean(
+    table: ExampleTable, values: np.ndarray, of: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> np.ndarray:
+    """Return [records, ...]: the mean over the windows of each record of what `of` makes of `values` [examples, ...].
+
+    It is float64; of more than CELLS values float32 in a file, which is gone when nothing uses it any more. `of` gets
+    at most CELLS values at once.
+    """
     # the window weights are float32 and sum to 1 only nearly
     total = np.bincount(table.record, table.weight.astype(np.float64), len(table.ids))
-    share = table.weight / total[table.record]
-    mean = np.zeros((len(table.ids), *values.shape[1:]))
-    np.add.at(mean, table.record, values * share.reshape(-1, *[1] * (values.ndim - 1)))
+    share = (table.weight / total[table.record]).reshape(-1, *[1] * (values.ndim - 1))
+    mean = _zeros((len(table.ids), *values.shape[1:]))
+    for part in pieces(values):
+        if len(values) == len(mean):  # one window each
+            mean[table.record[part]] = of(values[part])
+        else:
+            np.add.at(mean, table.record[part], of(values[part]) * share[part])
     return mean
+
+
+def pieces(values: np.ndarray) -> Iterator[slice]:
+    """Give the rows of an array in pieces of at most CELLS values, or of one row."""
+    step = max(1, CELLS // max(1, values[:1].size))
+    return (slice(first, first + step) for first in range(0, len(values), step))
+
+
+def thinned(table: ExampleTable, predictions: Predictions) -> tuple[ExampleTable, Predictions]:
+    """Return a table and its predictions, or every k-th record of them, so that these are at most CELLS values."""
+    every = math.ceil(predictions[0].size / CELLS)
+    if every <= 1:
+        return table, predictions
+    kept, examples, _ = select_records(table, np.arange(len(table.ids)) % every == 0)
+    return kept, [values[examples] for values in predictions]
+
+
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    if math.prod(shape) <= CELLS:
+        return np.zeros(shape)
+    with tempfile.TemporaryFile(prefix="esm-neuron-") as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def joined(labels: Sequence[str], chosen: np.ndarray, joiner: str = LIST_JOINER) -> list[str]:
     """Return the names of the classes that are not 0 in each row of [n, C]."""
-    return [joiner.join(label for label, is_in in zip(labels, row, strict=True) if is_in) for row in chosen]
+    return [joiner.join(labels[c] for c in np.flatnonzero(row).tolist()) for row in chosen]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

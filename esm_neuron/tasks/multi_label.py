@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import LabelSets
 from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.metrics import Scores, multi_label_metrics
+from esm_neuron.metrics.bootstrap import MOST_CURVES
 from esm_neuron.metrics.calibration import Calibration, best_threshold, f1, fit_temperature
 from esm_neuron.metrics.classification import THRESHOLD
 from esm_neuron.tasks.base import (
@@ -22,14 +24,19 @@ from esm_neuron.tasks.base import (
     by_class,
     cross_entropy,
     joined,
+    pieces,
     record_mean,
+    thinned,
 )
 from esm_neuron.tasks.baselines import Baseline, label_set_baselines
 from esm_neuron.tasks.losses import sigmoid_losses
 from esm_neuron.tasks.view import Confidence, Confusion, View, class_probabilities, lengths, most_frequent, worst
 
 if TYPE_CHECKING:
+    from scipy import sparse, special
     from torch import Tensor
+else:
+    sparse, special = module("scipy.sparse"), module("scipy.special")
 
 
 class MultiLabel(PooledTask):
@@ -61,23 +68,38 @@ class MultiLabel(PooledTask):
         self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
     ) -> Scores:
         """Return `multi_label_metrics`; a record's probabilities are the mean over its windows."""
-        targets, thresholds = table.labels.astype(bool), self.calibration.thresholds
+        targets, thresholds = table.labels.view(bool), self.calibration.thresholds
         probabilities = self._probabilities(table, predictions)
         losses = self._losses(table, predictions)
         return multi_label_metrics(probabilities, targets, losses, self.labels, intervals, units, thresholds)
 
     def _probabilities(self, table: ExampleTable, predictions: Predictions, sign: int = 1) -> np.ndarray:
         """Return float64 [records, C]: that a protein has a label, or with a `sign` of -1 that it has not."""
-        return record_mean(table, sigmoid(predictions[0].astype(np.float64) * sign / self.calibration.temperature))
+        scale = sign / self.calibration.temperature
+        return record_mean(table, predictions[0], lambda logits: sigmoid(logits.astype(np.float64) * scale))
 
     def _losses(self, table: ExampleTable, predictions: Predictions) -> np.ndarray:
         """Return float64 [records], nats, the mean over classes."""
         # both, since 1 - p would lose the digits of a probability near 1
-        both = (self._probabilities(table, predictions, sign) for sign in (1, -1))
-        return np.asarray(cross_entropy(np.where(table.labels.astype(bool), *both)).mean(1))
+        has, has_not = (self._probabilities(table, predictions, sign) for sign in (1, -1))
+        losses = [
+            cross_entropy(np.where(table.labels[rows] > 0, has[rows], has_not[rows])).mean(1) for rows in pieces(has)
+        ]
+        return np.concatenate(losses) if losses else np.empty(0)
+
+    def kept(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
+        """Return `outputs`; of more than MOST_CURVES classes `label` and the `probabilities` of these labels alone."""
+        if len(self.labels) <= MOST_CURVES:
+            return self.outputs(table, predictions)
+        probabilities = self._probabilities(table, predictions)
+        thresholds = np.array(self.calibration.thresholds or THRESHOLD)
+        own = [row[row >= thresholds].astype(np.float32) for row in probabilities]
+        label = [LIST_JOINER.join(self.labels[c] for c in np.flatnonzero(row >= thresholds)) for row in probabilities]
+        return {"label": label, "probabilities": own}
 
     def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
         """Return a temperature, and for each label the threshold with the largest F1."""
+        table, predictions = thinned(table, predictions)
         n = len(table.ids)
 
         def scaled(temperature: float) -> MultiLabel:
@@ -103,16 +125,15 @@ class MultiLabel(PooledTask):
 
     def view(self, table: pa.Table) -> View:
         """Return wrong labels; the proteins whose probabilities are furthest off come first."""
-        labels, probabilities = self.labels, class_probabilities(table, self.labels)
+        labels = self.labels
         target, predicted = (self._having(table[name].to_pylist()) for name in ("target", "label"))
-        wrong = (target != predicted).sum(1)
-        score = np.where(wrong > 0, np.abs(probabilities - target).sum(1), 0.0)
-        protein = np.repeat(np.arange(len(target)), len(labels))
-        totals = target.sum(0).astype(float)
+        wrong = np.diff((target != predicted).indptr)
+        totals = np.asarray(target.sum(0)).ravel()
         shown = most_frequent(totals)
+        confidence, score = self._confidence(table, target, predicted)
 
         def describe(i: int) -> tuple[str, str, str]:
-            own, found = (text or "none" for text in joined(labels, np.stack([target[i], predicted[i]]), ", "))
+            own, found = (table[name][i].as_py().replace(LIST_JOINER, ", ") or "none" for name in ("target", "label"))
             return own, found, f"{wrong[i]} of {len(labels)} wrong"
 
         return View(
@@ -120,18 +141,35 @@ class MultiLabel(PooledTask):
             error=wrong / len(labels),
             weight=np.ones(len(wrong)),
             error_name="share of wrong labels",
-            worst=worst(table, score, describe),
-            confusion=Confusion(target[:, shown].T.astype(float) @ predicted[:, shown], totals[shown], shown),
-            confidence=Confidence(probabilities.ravel(), target.ravel(), protein),
+            worst=worst(table, np.where(wrong > 0, score, 0.0), describe),
+            confusion=Confusion((target[:, shown].T @ predicted[:, shown]).toarray(), totals[shown], shown),
+            confidence=confidence,
             several=True,
         )
 
-    def _having(self, texts: Sequence[str]) -> np.ndarray:
-        """Return bool [n, C]: which labels are in each of the texts of `joined`."""
-        own = [set(text.split(LIST_JOINER)) for text in texts]
-        return np.array([[label in has for label in self.labels] for has in own], bool).reshape(-1, len(self.labels))
+    def _confidence(
+        self, table: pa.Table, target: sparse.csr_matrix, predicted: sparse.csr_matrix
+    ) -> tuple[Confidence, np.ndarray]:
+        """Return what is known of each label, and how far off a protein's probabilities are, float64 [n]."""
+        if "probabilities" in table.column_names:  # of the given labels alone, see `kept`
+            given = table["probabilities"].combine_chunks().flatten().to_numpy()
+            protein, right = predicted.nonzero()[0], np.asarray(target[predicted.nonzero()]).ravel() > 0
+            return Confidence(given, right, protein), np.diff((target != predicted).indptr).astype(float)
+        probabilities, has = class_probabilities(table, self.labels), target.toarray() > 0
+        protein = np.repeat(np.arange(len(has)), len(self.labels))
+        return Confidence(probabilities.ravel(), has.ravel(), protein), np.abs(probabilities - has).sum(1)
+
+    def _having(self, texts: Sequence[str]) -> sparse.csr_matrix:
+        """Return float64 [n, C]: 1 for each label in the texts of `joined`."""
+        place = {label: c for c, label in enumerate(self.labels)}
+        own = [sorted(place[name] for name in text.split(LIST_JOINER) if name in place) for text in texts]
+        row, column = (
+            np.repeat(np.arange(len(own)), list(map(len, own))),
+            np.array([c for has in own for c in has], int),
+        )
+        return sparse.csr_matrix((np.ones(len(row)), (row, column)), shape=(len(own), len(self.labels)))
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Return 1 / (1 + exp(-logits)), in a form that overflows nowhere."""
-    return np.asarray(np.exp(-np.logaddexp(0, -logits)))
+    return np.asarray(special.expit(logits))

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.metrics import Scores, classification_metrics
+from esm_neuron.metrics.bootstrap import MOST_CURVES
 from esm_neuron.metrics.calibration import (
     COVERAGE,
     Calibration,
@@ -28,7 +29,9 @@ from esm_neuron.tasks.base import (
     cross_entropy,
     joined,
     log_softmax,
+    pieces,
     record_mean,
+    thinned,
     weighted,
 )
 from esm_neuron.tasks.baselines import Baseline, class_baselines
@@ -73,7 +76,8 @@ class SequenceClassification(PooledTask):
 
     def _probabilities(self, table: ExampleTable, predictions: Predictions) -> np.ndarray:
         """Return float64 [records, C]."""
-        return record_mean(table, np.exp(log_softmax(predictions[0] / self.calibration.temperature)))
+        temperature = self.calibration.temperature
+        return record_mean(table, predictions[0], lambda logits: np.exp(log_softmax(logits / temperature)))
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `label`, and as `p_<class>` the probability of each class: the mean over windows."""
@@ -81,8 +85,18 @@ class SequenceClassification(PooledTask):
         predicted = [self.labels[i] for i in decided(probabilities, self.calibration.threshold)]
         return {"label": predicted, **by_class(self.labels, probabilities.T)}
 
+    def kept(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
+        """Return `outputs`; of more than MOST_CURVES classes `label` and its `probability` alone."""
+        if len(self.labels) <= MOST_CURVES:
+            return self.outputs(table, predictions)
+        probabilities = self._probabilities(table, predictions)
+        predicted = probabilities.argmax(1)
+        chosen = probabilities[np.arange(len(predicted)), predicted]
+        return {"label": [self.labels[c] for c in predicted.tolist()], "probability": np.asarray(chosen, np.float32)}
+
     def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
         """Return a temperature, of two classes the threshold with the largest MCC, and errors for `covering`."""
+        table, predictions = thinned(table, predictions)
         rows, labels = np.arange(len(table.ids)), table.labels
 
         def probabilities(temperature: float) -> np.ndarray:
@@ -103,9 +117,11 @@ class SequenceClassification(PooledTask):
     def _sets(self, table: ExampleTable, predictions: Predictions, coverage: float) -> np.ndarray:
         """Return bool [records, C]."""
         probabilities = self._probabilities(table, predictions)
-        return (1 - probabilities <= self.calibration.radius(coverage)) | (
-            probabilities == probabilities.max(1, keepdims=True)
-        )
+        sets, radius = np.empty(probabilities.shape, bool), self.calibration.radius(coverage)
+        for rows in pieces(probabilities):
+            p = probabilities[rows]
+            sets[rows] = (1 - p <= radius) | (p == p.max(1, keepdims=True))
+        return sets
 
     def coverage(
         self, table: ExampleTable, predictions: Predictions, units: np.ndarray | None = None
@@ -123,9 +139,13 @@ class SequenceClassification(PooledTask):
 
     def view(self, table: pa.Table) -> View:
         """Return wrong classes, the most confident ones first."""
-        labels, probabilities = self.labels, class_probabilities(table, self.labels)
+        labels = self.labels
         target, predicted = (class_indices(labels, table[name]) for name in ("target", "label"))
-        confidence, wrong = probabilities[np.arange(len(predicted)), predicted], predicted != target
+        if "probability" in table.column_names:  # of hundreds of classes, see `kept`
+            confidence = table["probability"].to_numpy()
+        else:
+            confidence = class_probabilities(table, labels)[np.arange(len(predicted)), predicted]
+        wrong = predicted != target
 
         def describe(i: int) -> tuple[str, str, str]:
             return labels[target[i]], labels[predicted[i]], f"probability {confidence[i]:.3f}"

@@ -11,13 +11,18 @@ import pytest
 import sklearn.metrics as sk
 from helpers.toys import Toy
 
+from esm_neuron.config import TaskConfig
+from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import TrainingError
 from esm_neuron.metrics import bootstrap, classification, classification_metrics, multi_label_metrics
 from esm_neuron.metrics.bootstrap import MOST_CURVES
+from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.reports import write_report
-from esm_neuron.run_dir import ADAPTER, RESULT
-from esm_neuron.tasks import features
+from esm_neuron.run_dir import ADAPTER, RESULT, as_table
+from esm_neuron.tasks import base, features
 from esm_neuron.tasks.baselines import MOST_CLASSES
+from esm_neuron.tasks.multi_label import MultiLabel
+from esm_neuron.tasks.sequence import SequenceClassification
 from esm_neuron.tasks.view import MOST_SHOWN, Confusion
 from esm_neuron.training import final_eval, run
 
@@ -68,6 +73,49 @@ def test_labels_by_the_hundred_have_the_metrics_of_scikit_learn() -> None:
     low, high = found["micro_f1_ci"]  # type: ignore[misc]
     assert low <= found["micro_f1"] <= high  # type: ignore[operator]
     assert found["per_class"]["c3"]["n"] == target[:, 3].sum()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("ties", [3, 10**6])
+def test_areas_of_each_class_are_scikit_learns(ties: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "SORTED", 500)  # some classes at a time
+    rng = np.random.default_rng(ties)
+    scores, labels = rng.integers(0, ties, (90, 12)) / ties, rng.integers(0, 11, 90)
+    found = bootstrap.class_areas(scores, [np.flatnonzero(labels == c) for c in range(12)])
+    for c in range(11):
+        expected = [measure(labels == c, scores[:, c]) for measure in (sk.roc_auc_score, sk.average_precision_score)]
+        assert found[c] == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(found[11]).all()
+
+
+@pytest.mark.parametrize("kind", [SequenceClassification, MultiLabel])
+def test_predictions_read_in_pieces_are_the_same(
+    kind: type[SequenceClassification | MultiLabel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    classes, records = [f"c{i}" for i in range(MOST_CURVES + 20)], 40
+    record = np.sort(np.concatenate([np.arange(records), rng.integers(0, records, 25)]))  # some have several windows
+    weight = (1 / np.bincount(record)[record]).astype(np.float32)
+    logits = [rng.normal(0, 3, (len(record), len(classes))).astype(np.float32)]
+    labels = rng.integers(0, len(classes), records)
+    if kind is MultiLabel:
+        labels = (rng.random((records, len(classes))) < 0.05).astype(np.uint8)
+    offsets = np.arange(len(record) + 1) * 3
+    ids, starts, residues = [str(i) for i in range(40)], np.zeros((len(record), 2), np.int32), np.ones(40, np.int32)
+    table = ExampleTable(np.zeros(offsets[-1], np.uint8), offsets, record, weight, labels, ids, starts, residues)
+    task = kind(TaskConfig(), classes).read_by(Calibration(40, 1.5, (), (0.2,) * 40))
+    whole = task.metrics(table, logits, True), task.outputs(table, logits), task.kept(table, logits)
+    monkeypatch.setattr(base, "CELLS", 1000)
+    parts = task.metrics(table, logits, True), task.outputs(table, logits), task.kept(table, logits)
+    assert parts[0].pop("per_class") == whole[0].pop("per_class")
+    for name, value in parts[0].items():  # probabilities are float32 there
+        assert value == whole[0][name] if value is None else value == pytest.approx(whole[0][name], rel=1e-5), name
+    for some, all_of_them in zip(parts[1:], whole[1:], strict=True):
+        assert some["label"] == all_of_them["label"]
+    assert set(parts[2]) == {"label", "probability" if kind is SequenceClassification else "probabilities"}
+    kept = task.view(as_table(task, table, logits))
+    assert kept is not None and kept.confidence is not None
+    assert kept.confidence.probability.max() == pytest.approx(max(max(c) for n, c in whole[1].items() if n != "label"))
+    assert task.calibrate(table, logits).proteins == 5  # every eighth of 40
 
 
 def test_memory_follows_rows_and_classes_not_their_squares() -> None:
