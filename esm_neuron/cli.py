@@ -246,7 +246,7 @@ def plan(
     require(nodes >= 1, f"--nodes {nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
     from esm_neuron.models.shapes import known_shape
-    from esm_neuron.planning import cost
+    from esm_neuron.planning import cost, instances
     from esm_neuron.planning.plan import make_plan, metrics, render
     from esm_neuron.tasks import check_task, task_class
 
@@ -254,8 +254,8 @@ def plan(
     made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), devices)
     values, lines = metrics(made), [render(made)]
     if instance is not None:
-        price_list = cost.read_prices(prices)
-        asked, market = cost.price_of(instance, price_list)
+        price_list = instances.read_prices(prices)
+        asked, market = instances.price_of(instance, price_list)
         shape = known_shape(cfg.model.base or cfg.model.name)
         if shape is None:
             raise ConfigError(

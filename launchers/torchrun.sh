@@ -36,6 +36,8 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
   [[ ${SLURM_NTASKS:-$nodes} == "$nodes" ]] ||
     die "$SLURM_NTASKS Slurm tasks on $nodes nodes; start one a node: srun --ntasks-per-node=1"
   if ((nodes > 1)); then
+    [[ -n ${SLURM_PROCID:-} || -n ${NODE_RANK:-} ]] || # a shell of salloc is one node of the job
+      die "$nodes nodes are allocated and this shell runs on one; start all: srun --ntasks-per-node=1 launchers/torchrun.sh"
     address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   fi
 elif [[ -n ${OMPI_COMM_WORLD_SIZE:-} ]]; then
@@ -68,8 +70,12 @@ if command -v neuron-ls >/dev/null; then
   processes=$cores
 elif [[ -e /dev/neuron0 && -z ${NPROC_PER_NODE:-} ]]; then
   die "/dev/neuron0 is here and neuron-ls is not in PATH, so the NeuronCores cannot be counted; add /opt/aws/neuron/bin"
-elif command -v nvidia-smi >/dev/null; then
-  processes=$(nvidia-smi --list-gpus | wc -l)
+elif [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+  processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) # GPUs or MIG slices: what the processes will see
+elif [[ -z ${NPROC_PER_NODE:-} ]] && command -v nvidia-smi >/dev/null; then
+  gpus=$(nvidia-smi --list-gpus 2>&1) ||
+    die "nvidia-smi fails: ${gpus%%$'\n'*}; check the driver, or set NPROC_PER_NODE"
+  processes=$(grep -c '^GPU ' <<<"$gpus" || true) # lines of MIG slices begin with spaces
 fi
 processes=${NPROC_PER_NODE:-$processes}
 [[ $processes =~ ^[1-9][0-9]*$ ]] || die "$processes devices found; check the driver, or set NPROC_PER_NODE"

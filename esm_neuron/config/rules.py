@@ -9,6 +9,7 @@ from operator import attrgetter
 
 from esm_neuron.config import LoopConfig, TrainConfig, require
 from esm_neuron.config.backends import BACKENDS, named
+from esm_neuron.errors import ConfigError
 from esm_neuron.redact import redact
 
 MOST = 1 << 40
@@ -145,3 +146,17 @@ def _texts(name: str, value: object) -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _texts(name, item)
+
+
+def accumulated_passes(cfg: TrainConfig, dp: int) -> int:
+    """Return the forward passes in an optimizer step of each of `dp` devices; raise ConfigError where they differ."""
+    packs, per_device = cfg.loop.packs_per_step, cfg.loop.packs_per_device
+    unit = per_device * dp
+    if packs % unit:
+        below, above = packs // unit * unit, (packs // unit + 1) * unit
+        cure = f"{below} or {above}" if below else f"{above}, or fewer packs per device"
+        raise ConfigError(
+            f"loop.packs_per_step={packs} is not a multiple of {unit} (loop.packs_per_device={per_device} on {dp} "
+            f"data-parallel ranks); use loop.packs_per_step={cure}"
+        )
+    return packs // unit

@@ -17,10 +17,10 @@ import numpy as np
 
 from esm_neuron.config import TrainConfig
 from esm_neuron.config.deferred import module
+from esm_neuron.config.rules import accumulated_passes
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, TargetMaker
 from esm_neuron.data.packing import EpochPlan, plan_epoch
 from esm_neuron.data.tokenizer import PAD
-from esm_neuron.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -241,20 +241,6 @@ def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
 def total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:
     """Return the optimizer steps of a run: `max_steps`, or else those of `epochs` passes, at least 1."""
     return max_steps if max_steps is not None else max(1, math.ceil(epochs * steps_per_epoch))
-
-
-def accumulated_passes(cfg: TrainConfig, dp: int) -> int:
-    """Return the forward passes in an optimizer step of each of `dp` devices; raise ConfigError where they differ."""
-    packs, per_device = cfg.loop.packs_per_step, cfg.loop.packs_per_device
-    unit = per_device * dp
-    if packs % unit:
-        below, above = packs // unit * unit, (packs // unit + 1) * unit
-        cure = f"{below} or {above}" if below else f"{above}, or fewer packs per device"
-        raise ConfigError(
-            f"loop.packs_per_step={packs} is not a multiple of {unit} (loop.packs_per_device={per_device} on {dp} "
-            f"data-parallel ranks); use loop.packs_per_step={cure}"
-        )
-    return packs // unit
 
 
 def _segments(cfg: TrainConfig) -> int:

@@ -9,68 +9,20 @@ and data of devices come from instances.yaml, or a file like it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Literal
 
 from esm_neuron.backends.topology import NEURON_TP, legal_tp
 from esm_neuron.config import TrainConfig, require
-from esm_neuron.config.rules import check_backend
-from esm_neuron.config.settings import read_yaml, typed
-from esm_neuron.data.loader import accumulated_passes
+from esm_neuron.config.rules import accumulated_passes, check_backend
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import EsmShape
 from esm_neuron.models.tensor_parallel import in_block
+from esm_neuron.planning.instances import Instance, PriceList
 from esm_neuron.planning.memory import predict_memory
 from esm_neuron.planning.plan import RunPlan, halve
 from esm_neuron.planning.trn1 import host_seconds, instructions, softmax_seconds
 from esm_neuron.redact import Lines
 
 GIB = 2**30
-EXAMPLE = "esm_neuron/planning/instances.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Instance:
-    """A machine to rent."""
-
-    kind: Literal["neuron", "gpu"]
-    device: str
-    devices: int
-    """Accelerators (NeuronCores, GPUs) per machine."""
-    gib: float
-    """Memory per device, GiB."""
-    peak: dict[str, float]
-    """Precision -> dense matrix products per device, TFLOP/s."""
-    memory: float
-    """Bandwidth of a device's memory, GB/s."""
-    link: float
-    """Bandwidth of a device to its peers in the machine, GB/s."""
-    network: float | None
-    """Bandwidth of the machine to others, Gbit/s; None: it cannot train with others."""
-    prices: dict[str, float | None]
-    """Market (`ec2`, `sagemaker`) -> dollars per hour on demand; None: not known."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assumptions:
-    """Assumptions behind an estimate; instances.yaml says what they mean."""
-
-    utilisation: float
-    spot_share: float
-    compile_minutes: tuple[float, float]
-    """From, to."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriceList:
-    """The content of a price list."""
-
-    date: str
-    region: str
-    assumptions: Assumptions
-    instances: dict[str, Instance]
-    """Name without `ml.` -> instance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,21 +53,6 @@ class Estimate:
     spot_dollars: float | None = None
 
 
-@lru_cache
-def read_prices(path: Path | None = None) -> PriceList:
-    """Read a price list, by default the one of this package. Raise ConfigError where it cannot be used."""
-    values = read_yaml(Path(__file__).with_name("instances.yaml") if path is None else path, "--prices", EXAMPLE)
-    try:
-        return PriceList(
-            date=str(values["date"]),
-            region=str(values["region"]),
-            assumptions=typed(Assumptions, values["assumptions"]),
-            instances={name: typed(Instance, instance) for name, instance in values["instances"].items()},
-        )
-    except (ConfigError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"--prices {path}: {' '.join(str(error).split())}; see {EXAMPLE}") from error
-
-
 def estimates(
     cfg: TrainConfig, plan: RunPlan, shape: EsmShape, prices: PriceList, nodes: int = 1, market: str = "ec2"
 ) -> list[Estimate]:
@@ -142,6 +79,7 @@ def _estimate(
     place = Estimate(instance=name, nodes=nodes, tp=tp, dp=dp, state_gib=held, peak_gib=peak)
     try:
         check_backend(there)
+        instance.check_precision(cfg)
         passes = accumulated_passes(cfg, dp)
         require(
             peak < instance.gib,
@@ -268,10 +206,3 @@ def _row(e: Estimate) -> str:
 
 def _money(dollars: float | None) -> str:
     return "unknown" if dollars is None else f"{dollars:,.2f}"
-
-
-def price_of(name: str, prices: PriceList) -> tuple[str, str]:
-    """Return (instance, market) of a name as a user writes it: with `ml.` it is SageMaker's."""
-    plain, known = name.removeprefix("ml."), ", ".join(prices.instances)
-    require(plain in prices.instances, f"--instance {name}: not in the price list; use {known}, or give --prices FILE")
-    return plain, "sagemaker" if name.startswith("ml.") else "ec2"

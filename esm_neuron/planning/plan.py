@@ -13,7 +13,8 @@ import numpy as np
 
 from esm_neuron.backends.topology import NEURON_CORES, NEURON_TP, legal_tp
 from esm_neuron.config import TrainConfig
-from esm_neuron.data.loader import SPECIALS, accumulated_passes, plan_packs, total_steps
+from esm_neuron.config.rules import accumulated_passes
+from esm_neuron.data.loader import SPECIALS, plan_packs, total_steps
 from esm_neuron.data.splits import Splits
 from esm_neuron.models.shapes import EsmShape, known_shape
 from esm_neuron.planning.memory import Memory, predict_memory

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stage import HERE, copy_package, requirements
+from stage import HERE, copy_package, write_requirements
 
 from esm_neuron.config import AdapterConfig, BackendName, require, settings
 from esm_neuron.config.flags import CommandParser
@@ -44,7 +44,7 @@ def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
     code = folder / "code"
     code.mkdir()
     shutil.copy2(HERE / "inference.py", code)
-    write_text(code / "requirements.txt", "\n".join([TORCH, *requirements("")]) + "\n")
+    write_requirements(code, "", TORCH)
     copy_package(code)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,29 +15,30 @@ import yaml
 from esm_neuron.backends.neuron_env import apply_settings
 from esm_neuron.backends.topology import Topology, legal_tp
 from esm_neuron.config import TrainConfig, require, settings
-from esm_neuron.config.rules import validate
-from esm_neuron.data.loader import accumulated_passes
+from esm_neuron.config.rules import accumulated_passes, validate
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import known_shape
-from esm_neuron.planning.cost import Instance, read_prices
+from esm_neuron.planning.instances import Instance, read_prices
 
 IMAGES = Path(__file__).with_name("images.yaml")
 SPLITS = ("train", "valid", "test")
 DAYS = 24 * 3600
 MOST_RUN = 28 * DAYS
 """Longest run of a job that the service allows, in seconds."""
-MOST_WARM = 3600
+MOST_WARM = 21_600
 """Longest life of a warm pool that the service allows, in seconds."""
+STAGED = "run.yaml"
+"""Name of the config in the source archive, whatever it is called here."""
+PLAIN = re.compile(r"[\w./:@%+=,-]+")
+"""Values that reach the entry point as they are. The toolkit of the pinned image (sagemaker-training 5.1.1) joins the
+words of its command with spaces and gives them to a shell; all other values are written into the staged config."""
 OWN = ("config", "output", "backend", "checkpoint.resume", "data.train", "data.valid", "data.test")
 """Settings that only the launcher and the entry point give."""
 BACKENDS = {"neuron": "neuron", "gpu": "cuda"}
 """Kind of an instance -> the backend that runs on it."""
 
-SDK_HYPERPARAMETERS = (
-    "sagemaker_submit_directory", "sagemaker_program", "sagemaker_container_log_level", "sagemaker_job_name",
-    "sagemaker_region", "sagemaker_torch_distributed_enabled", "sagemaker_instance_type",
-)  # fmt: skip
-"""Hyperparameters that the SDK adds to a job; the service counts them too."""
+TOOLKIT_HYPERPARAMETERS = 7
+"""Hyperparameters that `request.py` adds for the container's toolkit; the service counts them too."""
 
 _NUMBER = r"(-?[0-9.]+(?:e[+-]?[0-9]+)?)"
 TRAIN_METRICS = ("loss", "lr", "grad_norm", "residues_per_second", "graphs")
@@ -67,10 +69,10 @@ class Job:
     """ARN of the execution role."""
     region: str
     """For example us-west-2."""
-    name: str
+    name: str = field(default_factory=lambda: time.strftime("esm-neuron-%Y%m%d-%H%M%S", time.gmtime()))
     """Name of the job, unique in account and region. To go on with an earlier job, see `checkpoints`."""
     instance_count: int = 1
-    """Instances; several need ml.trn1.32xlarge, ml.trn1n.32xlarge or GPU instances."""
+    """Instances; several need ml.trn1.32xlarge, ml.trn1n.32xlarge or GPU instances (small ones by plain TCP)."""
     train: str | None = None
     """Training file, or an s3:// prefix that holds it. None: the file of the config is uploaded."""
     valid: str | None = None
@@ -89,6 +91,12 @@ class Job:
     """Use spare capacity: cheaper, may be interrupted; resumes from the newest checkpoint."""
     max_run: int = DAYS
     """Seconds after which the service stops the job."""
+    max_dollars: float | None = None
+    """Refuse a job that could cost more: instances x `max_run` x price on demand."""
+    prices: Path | None = None
+    """Price list, as for `esm-neuron plan`: other prices, or more instances. None: the one of this package."""
+    retries: int = 3
+    """How often the service starts the job again after an error of its own."""
     max_wait: int | None = None
     """Spot: longest time of waiting and running together, in seconds. None: as `max_run`."""
     keep_alive: int = 0
@@ -104,7 +112,7 @@ class Job:
     security_groups: tuple[str, ...] = ()
     """VPC security groups."""
     volume_kms_key: str | None = None
-    """Refused: all instances here have local NVMe, which is always encrypted and takes no key."""
+    """Key for the EBS volume. Refused where there is local NVMe, which is always encrypted and takes no key."""
     output_kms_key: str | None = None
     """Key for results in S3."""
     encrypt_traffic: bool = False
@@ -129,12 +137,19 @@ class Job:
     @property
     def instance(self) -> Instance:
         """Return the description of the instance."""
-        known = read_prices().instances
+        known = read_prices(self.prices).instances
         plain = self.instance_type.removeprefix("ml.")
         if not self.instance_type.startswith("ml.") or plain not in known:
             names = ", ".join(f"ml.{name}" for name in known)
-            raise ConfigError(f"instance_type={self.instance_type} is not in the price list; it has {names}")
+            cure = f"it has {names}; give --prices FILE with more"
+            raise ConfigError(f"instance_type={self.instance_type} is not in the price list; {cure}")
         return known[plain]
+
+    @property
+    def most_dollars(self) -> float | None:
+        """Return what the job costs if it runs until `max_run` on demand; None if the price is not known."""
+        price = self.instance.prices.get("sagemaker")
+        return None if price is None else self.instance_count * self.max_run / 3600 * price
 
     @cached_property
     def run(self) -> TrainConfig:
@@ -142,22 +157,33 @@ class Job:
         words = ["--config", str(self.config), *self.overrides, "--backend", BACKENDS[self.instance.kind]]
         return settings.parse(words)
 
-    @property
-    def hyperparameters(self) -> dict[str, str]:
-        """Return the flags of the entry point: scalars only, because the container changes anything else."""
+    @cached_property
+    def flags(self) -> dict[str, str]:
+        """Return name -> value of the overrides."""
         words = [part for word in self.overrides for part in word.split("=", 1)]
         require(len(words) % 2 == 0, f"overrides {' '.join(words)}: give each as --section.field value")
-        given = dict(zip(words[::2], words[1::2], strict=True))
-        found = {"config": self.config.name, "backend": BACKENDS[self.instance.kind]}
-        for flag, value in given.items():
-            name = flag.removeprefix("--")
-            require(
-                flag.startswith("--") and name not in OWN, f"override {flag}: the job sets it; see launch.py --help"
-            )
-            scalar = f"override {flag} {value}: only plain values survive a hyperparameter; put it into {self.config}"
-            require(value[:1] not in ("[", "{"), scalar)
+        found: dict[str, str] = {}
+        for flag, value in zip(words[::2], words[1::2], strict=True):
+            require(flag.startswith("--"), f"override {flag}: no flag; give each as --section.field value")
+            name = settings.full_name(flag.removeprefix("--"))
+            require(name not in OWN, f"override {flag}: the job sets it; see launch.py --help")
             found[name] = value
         return found
+
+    @property
+    def hyperparameters(self) -> dict[str, str]:
+        """Return the flags of the entry point: the plain ones (`PLAIN`); the others are in `config_text`."""
+        plain = {name: value for name, value in self.flags.items() if PLAIN.fullmatch(value)}
+        return {"config": STAGED, "backend": BACKENDS[self.instance.kind], **plain}
+
+    @property
+    def config_text(self) -> str:
+        """Return the staged config: the file, or all settings where an override cannot be a hyperparameter."""
+        written = [word for name, value in self.flags.items() if not PLAIN.fullmatch(value) for word in (name, value)]
+        if not written:
+            return self.config.read_text(encoding="utf-8")
+        words = [f"--{word}" if place % 2 == 0 else word for place, word in enumerate(written)]
+        return settings.dump(settings.parse(["--config", str(self.config), *words]))
 
     @property
     def variables(self) -> dict[str, str]:
@@ -180,6 +206,11 @@ class Job:
             return self.image
         known = yaml.safe_load(IMAGES.read_text(encoding="utf-8"))
         require(self.region in known["accounts"], f"region={self.region} is not in {IMAGES.name}; give --image")
+        regions = known["regions"].get(self.instance.kind, [self.region])
+        absent = (
+            f"region={self.region} has no {self.instance.kind} image; use one of {', '.join(regions)}, or give --image"
+        )
+        require(self.region in regions, absent)
         domain = known.get("domains", {}).get(self.region, "amazonaws.com")
         return f"{known['accounts'][self.region]}.dkr.ecr.{self.region}.{domain}/{known[self.instance.kind]}"
 
@@ -190,8 +221,8 @@ class Job:
 
     @property
     def checkpoint_uri(self) -> str:
-        """Return the s3:// prefix of the checkpoints."""
-        return self.checkpoints or f"{self.prefix}/checkpoints"
+        """Return the s3:// prefix of the checkpoints. Without its slash, that of run1 would restore run10's too."""
+        return f"{(self.checkpoints or f'{self.prefix}/checkpoints').rstrip('/')}/"
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -199,6 +230,19 @@ class Job:
         found = {split: getattr(self, split) or getattr(self.run.data, split) for split in SPLITS}
         found["model"] = self.model
         return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def channels(self) -> dict[str, str]:
+        """Return channel -> s3:// URI that the container gets all of; local inputs are uploaded to theirs."""
+        return {
+            name: folder(value) if is_s3(value) else f"{self.prefix}/input/{name}/"
+            for name, value in self.inputs.items()
+        }
+
+    @property
+    def code_uri(self) -> str:
+        """Return the s3:// URI of the source archive."""
+        return f"{self.prefix}/source/sourcedir.tar.gz"
 
     def _check_service(self) -> None:
         instance, kind = self.instance, self.instance_type
@@ -217,9 +261,20 @@ class Job:
         warm = f"keep_alive={self.keep_alive}"
         check(0 <= self.keep_alive <= MOST_WARM, f"{warm} is outside 0 to {MOST_WARM} seconds")
         check(not (self.spot and self.keep_alive), f"{warm}: spot instances have no warm pool; use one of the two")
-        local = f"volume_kms_key: {kind} has local NVMe, which encrypts by itself and takes no key; leave it out"
-        check(self.volume_kms_key is None, local)
-        check(self.volume_gb >= 1, f"volume_gb={self.volume_gb} must be at least 1")
+        if instance.disk is not None:
+            local = f"volume_kms_key: {kind} has local NVMe, which encrypts by itself and takes no key; leave it out"
+            check(self.volume_kms_key is None, local)
+            held = f"volume_gb={self.volume_gb}: {kind} has {instance.disk:g} GB of local NVMe, and no other disk"
+            check(self.volume_gb <= instance.disk, held)
+        check(1 <= self.volume_gb <= 16_384, f"volume_gb={self.volume_gb} is outside 1 to 16384")
+        check(1 <= self.retries <= 30, f"retries={self.retries} is outside 1 to 30")
+        if self.max_dollars is not None:
+            most = self.most_dollars
+            unknown = f"max_dollars={self.max_dollars:g}: the price of {kind} is not known; give it by --prices FILE"
+            check(most is not None, unknown)
+            hours = f"{self.instance_count} x {kind} for {self.max_run / 3600:g} h"
+            over = f"max_dollars={self.max_dollars:g} is below {most or 0:.2f}, the price of {hours}; lower --max-run"
+            check((most or 0) <= self.max_dollars, over)
         if self.compile_only:
             check(instance.kind == "neuron", f"compile_only: only Trainium compiles ahead; train on {kind} at once")
             lost = "compile_only: its graphs would be lost; add --compile-cache s3://bucket/prefix"
@@ -244,14 +299,14 @@ class Job:
             check(self.run.model.init == "random" or self.model is not None, weights)
 
     def _check_limits(self) -> None:
-        encoded = {name: json.dumps(text) for name, text in self.hyperparameters.items()}  # as the SDK sends them
+        encoded = {name: json.dumps(text) for name, text in self.hyperparameters.items()}  # as they are sent
         limits = (
-            ("hyperparameters", encoded, len(SDK_HYPERPARAMETERS), 100, 256, 2500),
+            ("hyperparameters", encoded, TOOLKIT_HYPERPARAMETERS, 100, 256, 2500),
             ("environment", self.variables, 0, 100, 512, 512),
             ("tags", self.tags, 0, 50, 128, 256),
         )
         for what, values, added, most, key, value in limits:
-            count = f"{len(values) + added} of them" + (f", {added} by the SDK" if added else "")
+            count = f"{len(values) + added} of them" + (f", {added} for the container's toolkit" if added else "")
             require(len(values) + added <= most, f"{what}: {count}; the service takes {most}")
             for name, text in values.items():
                 require(1 <= len(name) <= key, f"{what}: {name[:40]}... has {len(name)} characters; at most {key}")
@@ -282,6 +337,7 @@ class Job:
             require(cfg.parallel.tp in legal, f"parallel.tp={cfg.parallel.tp} {cure}")
         if instance.kind == "neuron":
             topology.validate_neuron(instance.devices, instance.devices)
+        instance.check_precision(cfg)
         accumulated_passes(cfg, topology.dp)
         for name, value in self.inputs.items():
             there = is_s3(value) or os.path.exists(value)
@@ -291,3 +347,8 @@ class Job:
 def is_s3(text: str) -> bool:
     """Return whether `text` is the URI of a bucket or of something in it."""
     return re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text) is not None
+
+
+def folder(uri: str) -> str:
+    """Return the URI of a folder with its slash, so that no other prefix begins like it; one of a file as it is."""
+    return uri if uri.endswith("/") or "." in uri.rpartition("/")[2] else f"{uri}/"

@@ -1,29 +1,31 @@
 """Start a training job on SageMaker:
 
     python launchers/sagemaker/launch.py --config configs/localization_650m_trn1.yaml \\
-        --instance-type ml.trn1.32xlarge --role ARN --region us-west-2 --output s3://bucket/esm [--dry-run] [--wait] \\
-        [-- --optim.lr 3e-4 ...]
+        --instance-type ml.trn1.32xlarge --role ARN --region us-west-2 --output s3://bucket/esm \\
+        [--max-dollars 50] [--dry-run] [--wait] [-- --optim.lr 3e-4 ...]
 
-After `--` come flags of `esm-neuron train`. `--dry-run` prints the request that would be sent, and sends nothing.
+After `--` come flags of `esm-neuron train`. `--dry-run` prints the request that would be sent, and sends nothing: it
+needs no account, no SDK and no torch. What the job costs at most is said before it is sent. `jobs.py` follows, stops
+and fetches jobs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
+import money
 from job import Job
 from jsonargparse import ArgumentParser
+from request import create_training_job
 
+from esm_neuron.cli import log
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import redact, shown
 
@@ -40,8 +42,6 @@ def parse(argv: Sequence[str]) -> tuple[Job, argparse.Namespace]:
     how.add_argument("--dry_run", action="store_true")
     how.add_argument("--wait", action="store_true")
     started, words = how.parse_known_args(words)
-    if "--name" not in words and not any(word.startswith("--name=") for word in words):
-        words += ["--name", time.strftime("esm-neuron-%Y%m%d-%H%M%S", time.gmtime())]
     parser = ArgumentParser(prog="launch.py", usage=__doc__, exit_on_error=False)
     parser.add_class_arguments(Job, skip={"overrides"}, instantiate=False)
     parser.add_argument("--dry_run", action="store_true", help="print the request, send nothing")
@@ -58,21 +58,33 @@ def main(argv: Sequence[str]) -> int:
     """Start a job, or print its request; return the exit code."""
     try:
         job, how = parse(argv)
-        with tempfile.TemporaryDirectory() as folder:
-            request = submit(job, Path(folder), dry=how.dry_run, wait=how.wait)
+        for line in money.lines(job):
+            log(line)
+        if how.dry_run:
+            print(redact(json.dumps(create_training_job(job), indent=2)))
+        else:
+            start(job, how.wait)
     except EsmNeuronError as error:
         sys.stderr.write(shown(f"launch.py: error: {error}") + "\n")
         return error.exit_code
-    print(redact(json.dumps(request, indent=2)) if how.dry_run else f"{job.name}: checkpoints in {job.checkpoint_uri}")
     return 0
 
 
-def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
-    """Call `service.submit`; the SDK is imported only here, so that a wrong flag is reported before."""
-    os.environ.setdefault("SAGEMAKER_SUPPRESS_V2_WARNING", "1")
-    from service import submit as send
-
-    return send(job, folder, dry, wait)
+def start(job: Job, wait: bool) -> None:
+    """Send a job, and with `wait` follow its log until it ends."""
+    try:
+        import service
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"starting a job needs {error.name}; pip install -r launchers/sagemaker/requirements.txt"
+        ) from error
+    boto = service.session(job.region)
+    with tempfile.TemporaryDirectory() as folder:
+        service.submit(job, Path(folder), boto)
+    log(f"{job.name} was sent; its checkpoints: {job.checkpoint_uri}")
+    log(f"follow, stop, fetch: python launchers/sagemaker/jobs.py {{logs,stop,fetch}} {job.name} --region {job.region}")
+    if wait:
+        service.follow(job.name, boto, log)
 
 
 if __name__ == "__main__":

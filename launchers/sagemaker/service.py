@@ -1,130 +1,160 @@
-"""Send a checked job to SageMaker: the only file that uses the SDK (version 2, `sagemaker.pytorch.PyTorch`)."""
+"""What AWS is asked for jobs: upload, start, follow, stop, fetch, go on. Needs boto3 alone."""
 
 from __future__ import annotations
 
-import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import boto3
-import sagemaker
 from boto3.exceptions import Boto3Error
-from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import BotoCoreError, ClientError
-from job import Job, is_s3, metric_definitions
-from sagemaker.exceptions import UnexpectedStatusException
-from sagemaker.inputs import TrainingInput
-from sagemaker.pytorch import PyTorch
-from stage import stage
+from job import Job, is_s3
+from request import create_training_job
+from stage import pack, stage
 
 from esm_neuron.errors import ConfigError, TrainingError, one_line
 
-REQUEST = "provide-client-params.sagemaker.CreateTrainingJob"
-"""The event of botocore that holds the request before it is sent."""
-
-SDK_CONFIG = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
-
-
-UPLOAD = b"<InitiateMultipartUploadResult><UploadId>dry-run</UploadId></InitiateMultipartUploadResult>"
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+ENDED = ("Completed", "Failed", "Stopped")
+RUNNING = "InProgress"
+PAUSE = 10.0
+"""Seconds between two looks at a job that is followed."""
 
 
-class Body(io.BytesIO):
-    """The body of a response to a request that was not sent."""
-
-    def stream(self, **_: Any) -> Any:
-        """Yield all of it."""
-        yield self.read()
+def session(region: str | None) -> boto3.Session:
+    """Return a session with the keys of this machine."""
+    return boto3.Session(region_name=region)
 
 
-def respond(request: AWSPreparedRequest, **_: Any) -> AWSResponse:
-    """Return a success for a dry run; where a large upload begins (the source archive), an id for its parts."""
-    body = UPLOAD if request.url.endswith("?uploads") else b""
-    return AWSResponse(request.url, 200, {"ETag": "dry-run"}, Body(body))
-
-
-def submit(job: Job, folder: Path, dry: bool, wait: bool) -> dict[str, Any]:
-    """Upload and start the job through the SDK; return the request as it was sent.
-
-    Args:
-        job: what to start.
-        folder: an empty folder for the source archive.
-        dry: do everything, but respond to every call here instead of sending it; no account is needed.
-        wait: follow the logs until the job ends.
-
-    Raises:
-        ConfigError: AWS refused a call: keys, permissions, the bucket, a quota, a name that was used before.
-        TrainingError: the job did not complete.
-    """
-    keys = {"aws_access_key_id": "dry-run", "aws_secret_access_key": "dry-run"} if dry else {}  # nosec B105
-    boto3.setup_default_session(region_name=job.region, **keys)  # the SDK makes a client of its own from it
-    boto = boto3.Session(region_name=job.region, **keys)
-    sent: list[dict[str, Any]] = []
-    boto.events.register(REQUEST, lambda params, **_: sent.append(dict(params)))
-    if dry:
-        boto.events.register_first("before-send.*", respond)
-    bucket = job.output.removeprefix("s3://").partition("/")[0]
-    # our own config: the SDK's default files would change the request unseen, and the SDK would report each call
-    session = sagemaker.Session(boto_session=boto, default_bucket=bucket, sagemaker_config=SDK_CONFIG)
-    started = estimator(job, folder, session)
+@contextmanager
+def asked(what: str) -> Iterator[None]:
+    """Turn an error of AWS's into one line. Raises ConfigError: keys, permissions, a bucket, a quota, a name."""
     try:
-        started.fit(channels(job, session), job_name=job.name, wait=wait, logs="All" if wait else None)
+        yield
     except (Boto3Error, BotoCoreError, ClientError) as error:
-        cure = "check your keys, the bucket, the job's name, and your permissions (docs/sagemaker.md)"
-        raise ConfigError(f"AWS took no job {job.name} in {job.region}: {one_line(error)}; {cure}") from error
-    except UnexpectedStatusException as error:
-        cure = f"fix it and go on with --checkpoints {job.checkpoint_uri}"
-        raise TrainingError(f"{job.name} ended as {error.actual_status}: {one_line(error)}; {cure}") from error
-    return sent[0]
+        cure = "check your keys, the region, the name, the bucket, and your permissions (docs/sagemaker.md)"
+        raise ConfigError(f"{what}: {one_line(error)}; {cure}") from error
 
 
-def estimator(job: Job, folder: Path, session: sagemaker.Session) -> PyTorch:
-    """Return the SDK's description of the job."""
-    optional: dict[str, Any] = {}
-    if job.spot:
-        optional["max_wait"] = job.max_wait if job.max_wait is not None else job.max_run
-    if job.keep_alive:
-        optional["keep_alive_period_in_seconds"] = job.keep_alive
-    if job.subnets:
-        optional |= {"subnets": list(job.subnets), "security_group_ids": list(job.security_groups)}
-    return PyTorch(
-        entry_point="entry.py",
-        source_dir=str(stage(folder / "source", job.config, job.instance.kind, job.baked)),
-        image_uri=job.image_uri,
-        role=job.role,
-        instance_type=job.instance_type,
-        instance_count=job.instance_count,
-        distribution={"torch_distributed": {"enabled": True}},
-        hyperparameters=job.hyperparameters,
-        environment=job.variables,
-        metric_definitions=metric_definitions(),
-        output_path=job.prefix,
-        code_location=job.output.rstrip("/"),
-        checkpoint_s3_uri=job.checkpoint_uri,
-        use_spot_instances=job.spot,
-        max_run=job.max_run,
-        volume_size=job.volume_gb,
-        output_kms_key=job.output_kms_key,
-        encrypt_inter_container_traffic=job.encrypt_traffic,
-        enable_network_isolation=job.network_isolation,
-        tags=[{"Key": key, "Value": value} for key, value in job.tags.items()] or None,
-        disable_profiler=True,
-        debugger_hook_config=False,
-        sagemaker_session=session,
-        **optional,
-    )
+def submit(job: Job, work: Path, boto: boto3.Session) -> dict[str, Any]:
+    """Upload what a job needs, with `work` for its archive, and start it; return the request as it was sent."""
+    request = create_training_job(job)
+    with asked(f"AWS took no job {job.name} in {job.region}"):
+        upload(job, work, boto)
+        boto.client("sagemaker").create_training_job(**request)
+    return request
 
 
-def channels(job: Job, session: sagemaker.Session) -> dict[str, TrainingInput]:
-    """Return a channel per input, local ones uploaded; every host gets all of it."""
-    bucket, _, key = job.prefix.removeprefix("s3://").partition("/")
-    found = {}
+def upload(job: Job, work: Path, boto: boto3.Session) -> None:
+    """Upload the source archive and the inputs that are local, a file or all files of a folder."""
+    key = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": job.output_kms_key} if job.output_kms_key else {}
+    s3 = boto.client("s3")
+
+    def send(path: Path, uri: str) -> None:
+        bucket, _, name = uri.removeprefix("s3://").partition("/")
+        s3.upload_file(str(path), bucket, name, ExtraArgs=key)
+
+    send(pack(stage(work / "source", job), work / "sourcedir.tar.gz"), job.code_uri)
     for name, value in job.inputs.items():
-        uri = value if is_s3(value) else session.upload_data(value, bucket, f"{key}/input/{name}", **_encryption(job))
-        found[name] = TrainingInput(uri, distribution="FullyReplicated")
+        if not is_s3(value):
+            root = Path(value)
+            for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
+                inside = path.relative_to(root) if root.is_dir() else Path(path.name)
+                send(path, job.channels[name] + inside.as_posix())
+
+
+def describe(name: str, boto: boto3.Session) -> dict[str, Any]:
+    """Return what SageMaker knows of a job."""
+    with asked(f"job {name}"):
+        found: dict[str, Any] = boto.client("sagemaker").describe_training_job(TrainingJobName=name)
     return found
 
 
-def _encryption(job: Job) -> dict[str, Any]:
-    if job.output_kms_key is None:
-        return {}
-    return {"extra_args": {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": job.output_kms_key}}
+def log_lines(name: str, boto: boto3.Session, places: dict[str, str]) -> Iterator[str]:
+    """Yield the lines of a job's log that came since the last call; `places` remembers how far each host was read."""
+    logs = boto.client("logs")
+    try:
+        pages = list(
+            logs.get_paginator("describe_log_streams").paginate(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{name}/")
+        )
+    except logs.exceptions.ResourceNotFoundException:
+        return  # no job of this account has written yet
+    streams = sorted(stream["logStreamName"] for page in pages for stream in page["logStreams"])
+    for stream in streams:
+        host = f"[{stream.partition('/')[2].rpartition('-')[0]}] " if len(streams) > 1 else ""
+        while True:
+            since = {"nextToken": places[stream]} if stream in places else {}
+            page = logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **since)
+            yield from (host + event["message"] for event in page["events"])
+            if places.get(stream) == page["nextForwardToken"]:
+                break
+            places[stream] = page["nextForwardToken"]
+
+
+def follow(name: str, boto: boto3.Session, say: Callable[[str], None], pause: float = PAUSE) -> None:
+    """Say the lines of a job's log as they come, until it ends.
+
+    Raises:
+        TrainingError: the job did not complete.
+    """
+    places: dict[str, str] = {}
+    while True:
+        found = describe(name, boto)  # first, so that what is logged before the end is read after it
+        with asked(f"log of job {name}"):
+            for line in log_lines(name, boto, places):
+                say(line)
+        if found["TrainingJobStatus"] in ENDED:
+            break
+        time.sleep(pause)
+    if found["TrainingJobStatus"] != "Completed":
+        why = " ".join(found.get("FailureReason", found["SecondaryStatus"]).split())
+        cure = f"fix it and go on from its checkpoints: jobs.py resume {name}"
+        raise TrainingError(f"{name} ended as {found['TrainingJobStatus']}: {why}; {cure}")
+
+
+def stop(name: str, boto: boto3.Session) -> None:
+    """Stop a job; it has 120 seconds to end, and keeps its newest checkpoint."""
+    with asked(f"job {name} was not stopped"):
+        boto.client("sagemaker").stop_training_job(TrainingJobName=name)
+
+
+def download(uri: str, target: Path, boto: boto3.Session) -> None:
+    """Download an object of S3 to a file."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with asked(uri):
+        boto.client("s3").download_file(bucket, key, str(target))
+
+
+def objects(prefix: str, boto: boto3.Session) -> list[str]:
+    """Return the s3:// URIs of what is below a prefix."""
+    bucket, _, start = prefix.removeprefix("s3://").partition("/")
+    with asked(prefix):
+        pages = boto.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start)
+        return [f"s3://{bucket}/{one['Key']}" for page in pages for one in page.get("Contents", [])]
+
+
+def resume(name: str, new: str, boto: boto3.Session) -> dict[str, Any]:
+    """Start a job that goes on from the checkpoints of one that has ended, with all else the same; return its request.
+
+    Raises:
+        ConfigError: the job still runs, or has completed.
+    """
+    client, found = boto.client("sagemaker"), describe(name, boto)
+    status = found["TrainingJobStatus"]
+    if status not in ("Failed", "Stopped"):
+        cure = "there is nothing left to do" if status == "Completed" else f"wait, or stop it: jobs.py stop {name}"
+        raise ConfigError(f"resume {name}: its status is {status}; {cure}")
+    known = client.meta.service_model.operation_model("CreateTrainingJob").input_shape.members
+    request = {field: found[field] for field in known if found.get(field)}
+    values: Mapping[str, str] = request["HyperParameters"]
+    request["HyperParameters"] = {**values, "sagemaker_job_name": json.dumps(new)}
+    request["TrainingJobName"] = new
+    with asked(f"AWS took no job {new}"):
+        tags = client.list_tags(ResourceArn=found["TrainingJobArn"])["Tags"]
+        client.create_training_job(**request, **({"Tags": tags} if tags else {}))
+    return request

@@ -24,7 +24,7 @@ from esm_neuron.config.settings import parse, read_config
 from esm_neuron.data.labels import Labels, LabelSets
 from esm_neuron.data.sources import make_rows, read_chunks
 from esm_neuron.data.validation import Problems
-from esm_neuron.planning.cost import read_prices
+from esm_neuron.planning.instances import read_prices
 from helpers.refusals import outcome
 
 MORE = 600 << 20

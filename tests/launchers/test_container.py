@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ import stage
 import torch
 from helpers.processes import wait_for
 from helpers.runs import step_lines
+from job import Job as Described
 from job import metric_definitions
 from safetensors.torch import load_file
 from transformers import EsmForMaskedLM
@@ -135,11 +137,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
         container.end()
 
 
-def staged(cfg: TrainConfig, folder: Path, baked: bool = False) -> Path:
+def staged(cfg: TrainConfig, folder: Path, *overrides: str, **changes: Any) -> Path:
     """A config's source folder, as the launcher stages it for a GPU: its requirements are in this environment."""
-    path = folder / "run.yaml"
+    path = folder / "my run.yaml"
     path.write_text(settings.dump(cfg))
-    return stage.stage(folder / "source", path, "gpu", baked)
+    where = {"output": "s3://bucket/esm", "role": "arn:aws:iam::123456789012:role/r", "region": "us-west-2"}
+    job = Described(config=path, instance_type="ml.g5.2xlarge", overrides=overrides, **where, **changes)
+    with patch.dict(stage.LOCKS, clear=True):  # the lock of this environment
+        return stage.stage(folder / "source", job)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +253,18 @@ def test_a_file_that_cannot_be_used_is_the_reason(long: TrainConfig, job: Job, s
     assert reason.startswith("esm-neuron: error: ") and bad.name in reason and len(reason) <= 1024, reason
 
 
+def test_values_that_a_shell_would_change_reach_the_run(long: TrainConfig, job: Job, tmp_path: Path) -> None:
+    """The toolkit of the pinned image (5.1.1) joins the words of its command and gives them to a shell."""
+    column, data = "Subcellular location [CC]", tmp_path / "train.csv"
+    data.write_text(Path(str(long.data.train)).read_text().replace("label", column, 1))
+    cfg = replace(long, loop=replace(long.loop, max_steps=2), data=replace(long.data, train=str(data)))
+    source = staged(cfg, tmp_path, "--data.label_column", column)
+    (container,) = job("shell", 1, 1)
+    flags = {"config": "run.yaml", "backend": "cpu"}
+    assert container.start(flags, source, {"train": data}).wait(PATIENCE) == 0, container.log[-4000:]
+    assert settings.read_config(container.base / "checkpoints" / "config.yaml").data.label_column == column
+
+
 def test_a_crash_leaves_its_traceback_as_the_reason(long: TrainConfig, job: Job, tmp_path: Path) -> None:
     source = staged(long, tmp_path)
     optim = source / "esm_neuron" / "training" / "optim.py"
@@ -279,7 +296,7 @@ def test_without_a_network_code_data_and_weights_come_by_channels(toy: Toy, job:
     cfg = replace(plain, model=replace(plain.model, name=hub_id), data=replace(plain.data, **named))
     code = tmp_path / "sourcedir.tar.gz"
     with tarfile.open(code, "w:gz") as archive:
-        for path in staged(cfg, tmp_path, baked=True).iterdir():
+        for path in staged(cfg, tmp_path, baked=True, image="esm:1").iterdir():
             archive.add(path, path.name)
     (offline, without) = (job(name, 1, 1)[0] for name in ("offline", "without"))
     inputs = {**files, "model": weights_of, "code": code}

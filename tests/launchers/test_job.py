@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,13 @@ import launch
 import pytest
 import stage
 import yaml
-from job import BACKENDS, SDK_HYPERPARAMETERS, Job, metric_definitions
+from job import BACKENDS, TOOLKIT_HYPERPARAMETERS, Job, metric_definitions
 
 import esm_neuron
 from esm_neuron.backends.neuron_env import SETTINGS
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.errors import ConfigError
-from esm_neuron.planning.cost import read_prices
+from esm_neuron.planning.instances import read_prices
 from esm_neuron.training import run
 from esm_neuron.training.callbacks import format_record
 
@@ -45,9 +46,20 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"max_wait": 90_000}, "max_wait=90000 is for spot jobs; add --spot true"),
         ({"spot": True, "max_run": 7200, "max_wait": 3600}, "max_wait=3600 is below max_run=7200"),
         ({"spot": True, "keep_alive": 600}, "keep_alive=600: spot instances have no warm pool; use one of the two"),
-        ({"keep_alive": 3601}, "keep_alive=3601 is outside 0 to 3600 seconds"),
+        ({"keep_alive": 21_601}, "keep_alive=21601 is outside 0 to 21600 seconds"),
+        ({"retries": 0}, "retries=0 is outside 1 to 30"),
+        (
+            {"max_dollars": 593.0},
+            "max_dollars=593 is below 593.52, the price of 1 x ml.trn1.32xlarge for 24 h; lower --max-run",
+        ),
+        (
+            {"max_dollars": 593.0, "instance_type": "ml.trn1n.32xlarge"},
+            "the price of ml.trn1n.32xlarge is not known; give it by --prices FILE",
+        ),
         ({"volume_kms_key": "key"}, "volume_kms_key: ml.trn1.32xlarge has local NVMe, which encrypts by itself"),
-        ({"volume_gb": 0}, "volume_gb=0 must be at least 1"),
+        ({"volume_gb": 0}, "volume_gb=0 is outside 1 to 16384"),
+        ({"volume_gb": 7601}, "volume_gb=7601: ml.trn1.32xlarge has 7600 GB of local NVMe, and no other disk"),
+        ({"region": "eu-west-2"}, "region=eu-west-2 has no neuron image; use one of ap-northeast-1, "),
         ({"output": "bucket/esm"}, "output=bucket/esm is no S3 URI; it looks like s3://bucket/prefix"),
         ({"checkpoints": "s3://"}, "checkpoints=s3:// is no S3 URI"),
         ({"compile_cache": "/var/cache"}, "compile_cache=/var/cache is no S3 URI"),
@@ -63,7 +75,6 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"environment": {"A": "x" * 513}}, "environment: the value of A has 513 characters; at most 512"),
         ({"environment": {f"V{n}": "" for n in range(101)}}, "environment: 101 of them; the service takes 100"),
         ({"overrides": ("--output", "x")}, "override --output: the job sets it"),
-        ({"overrides": ("--task.labels", "[a, b]")}, "override --task.labels [a, b]: only plain values survive"),
         ({"overrides": ("--optim.rate", "1")}, "unknown setting optim.rate"),
         ({"overrides": ("--parallel.tp", "8")}, "parallel.tp=8 does not cut facebook/esm2_t33_650M_UR50D; use 1, 2, 4"),
         ({"overrides": ("--parallel.tp", "3")}, "tp=3 does not divide the world of 32 processes"),
@@ -104,7 +115,7 @@ def test_hyperparameters_are_counted_with_those_of_the_sdk(
 ) -> None:
     found: dict[str, str] = {}
     monkeypatch.setattr(Job, "hyperparameters", property(lambda job: found))
-    most = 100 - len(SDK_HYPERPARAMETERS)
+    most = 100 - TOOLKIT_HYPERPARAMETERS
     found |= {f"h{n}": "1" for n in range(most)}
     Job(**described())
     found["more"] = "1"
@@ -130,13 +141,28 @@ def test_hyperparameters_are_flags_of_the_entry_point(described: Described) -> N
         "optim.lr": "3e-4",
         "parallel.pad_heads": "true",
     }
+    assert job.config_text == job.config.read_text()
 
 
-def test_the_container_parses_them_to_the_run_that_was_described(described: Described) -> None:
-    job = Job(**described(overrides=("--loop.epochs", "2.5", "--log.tensorboard", "False")))
+SHELLED = ("--data.label_column", "Subcellular location [CC]", "--data.keep", "{kingdom: [Metazoa, 'Viridi; plantae']}")
+"""Values that the pinned container's toolkit gives to a shell unquoted."""
+
+
+@pytest.mark.parametrize("overrides", [("--loop.epochs", "2.5", "--log.tensorboard", "False"), SHELLED])
+def test_the_container_parses_the_run_that_was_described(
+    described: Described, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Its toolkit joins the words with spaces and hands them to a shell, whose words must be ours."""
+    job = Job(**described(overrides=overrides))
     words = [word for name, value in job.hyperparameters.items() if name != "config" for word in (f"--{name}", value)]
-    received = settings.parse(["--config", str(job.config), *words])
-    assert received == replace(job.run, backend="neuron") and received.loop.epochs == 2.5
+    shell = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {' '.join(words)}"], capture_output=True, text=True, check=True
+    )
+    assert shell.stdout.splitlines() == words
+    staged = tmp_path / "run.yaml"
+    staged.write_text(job.config_text)
+    assert settings.parse(["--config", str(staged), *words]) == replace(job.run, backend="neuron")
+    assert dict(zip(overrides[::2], overrides[1::2], strict=True)).keys() == {f"--{name}" for name in job.flags}
 
 
 def test_several_nodes_get_the_librarys_network_variables_also_on_trn1n(described: Described) -> None:
@@ -160,7 +186,8 @@ def test_images_of_all_regions(described: Described) -> None:
     assert all(re.fullmatch(r"\d{12}", account) for account in shipped["accounts"].values())
     china = Job(**described(region="cn-north-1")).image_uri
     assert china == f"727897471807.dkr.ecr.cn-north-1.amazonaws.com.cn/{shipped['neuron']}"
-    assert "sdk2.26.1" in shipped["neuron"] and ":2.8.0-" in shipped["neuron"] and ":2.8.0-" in shipped["gpu"]
+    assert "sdk2.26.1" in shipped["neuron"] and ":2.8.0-" in shipped["neuron"]
+    assert set(shipped["regions"]["neuron"]) < set(shipped["accounts"])
 
 
 def test_metrics_are_read_from_our_own_log_lines(
@@ -194,23 +221,26 @@ def test_a_metric_that_is_no_number_or_negative() -> None:
 
 def test_the_source_folder_is_clean(described: Described, tmp_path: Path) -> None:
     job = Job(**described())
-    folder = stage.stage(tmp_path / "source", job.config, "neuron", baked=False)
+    folder = stage.stage(tmp_path / "source", job)
     held = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     package = Path(esm_neuron.__file__).parent
     ours = {f"esm_neuron/{path.relative_to(package)}" for path in package.rglob("*") if "__pycache__" not in path.parts}
-    assert held == {"entry.py", "run.yaml", "requirements.txt"} | {name for name in ours if "." in Path(name).name}
+    assert held == {"entry.py", "run.yaml", "requirements.txt", "constraints.txt"} | {
+        name for name in ours if "." in Path(name).name
+    }
     assert {"esm_neuron/planning/instances.yaml", "esm_neuron/py.typed"} <= held
-    assert not (stage.stage(tmp_path / "baked", job.config, "neuron", baked=True) / "esm_neuron").exists()
+    assert not (stage.stage(tmp_path / "baked", replace(job, **BAKED)) / "esm_neuron").exists()
 
 
 def test_the_image_keeps_its_torch_and_neuron_packages() -> None:
-    neuron, gpu = stage.requirements("neuron"), stage.requirements("cuda")
-    names = {re.split(r"[^\w-]", line)[0] for line in neuron}
-    assert {"transformers", "peft", "jsonargparse", "optimum-neuron"} <= names
-    assert names.isdisjoint({"torch", "torch_xla", "torch-neuronx", "neuronx-cc", "sagemaker", "pytest"})
-    assert "optimum-neuron==0.4.5" in neuron, "without its neuronx extra, which would replace the image's packages"
-    assert any(line.startswith("bitsandbytes") for line in gpu) and "optimum-neuron==0.4.5" not in gpu
-    assert not any(";" in line for line in [*neuron, *gpu])
+    for kind, extra in (("neuron", "optimum-neuron==0.4.5"), ("gpu", "bitsandbytes")):
+        needed, held = stage.requirements(kind)
+        names, pinned = ({re.split(r"[^\w-]", line)[0] for line in lines} for lines in (needed, held))
+        assert {"transformers", "peft", "jsonargparse"} <= names and any(line.startswith(extra) for line in needed)
+        assert (names | pinned).isdisjoint({"torch", "torch-xla", "torch-neuronx", "neuronx-cc", "protobuf"})
+        assert names.isdisjoint({"sagemaker", "pytest"})
+        assert all("==" in line for line in held) and not any(";" in line for line in needed)
+    assert "boto3" not in {line.partition("==")[0] for line in stage.requirements("neuron")[1]}, "the image's stays"
 
 
 def test_the_words_of_the_command(described: Described) -> None:

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from esm_neuron.config import settings
-from esm_neuron.planning.cost import read_prices
+from esm_neuron.planning.instances import read_prices
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
@@ -80,6 +80,38 @@ def test_pods_ask_for_a_whole_trn1_and_run_the_script_of_this_repository() -> No
         assert container["name"] == "pytorch" and (ROOT / container["command"][0]).exists()
         cfg = settings.parse(container["args"])
         assert cfg.backend == "neuron" and (ROOT / container["args"][1]).exists()
+
+
+def test_nodes_are_found_by_both_names() -> None:
+    """EKS labels them trn1.32xlarge, HyperPod ml.trn1.32xlarge; neither name may leave a pod pending."""
+    for replica in replicas(train()):
+        spec = replica["template"]["spec"]
+        (term,) = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+            "nodeSelectorTerms"
+        ]
+        for kind in ("trn1.32xlarge", "ml.trn1.32xlarge"):
+            assert matches(term, {"node.kubernetes.io/instance-type": kind})
+        healthy = {"sagemaker.amazonaws.com/node-health-status": "Schedulable"}
+        assert matches(term, {"node.kubernetes.io/instance-type": "ml.trn1.32xlarge", **healthy})
+        lost = {"sagemaker.amazonaws.com/node-health-status": "UnschedulablePendingReplacement"}
+        assert not matches(term, {"node.kubernetes.io/instance-type": "ml.trn1.32xlarge", **lost})
+        assert not matches(term, {"node.kubernetes.io/instance-type": "trn1.2xlarge"}) and "nodeSelector" not in spec
+
+
+def matches(term: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Kubernetes' rule: In needs the label with one of the values, NotIn holds without it as well."""
+    return all(
+        (labels.get(one["key"]) in one["values"]) == (one["operator"] == "In") for one in term["matchExpressions"]
+    )
+
+
+def test_the_image_starts_where_its_base_expects_and_pods_where_the_repository_is() -> None:
+    """The base's entrypoint compiles changehostname.c by a name relative to /."""
+    folders = re.findall(r"^WORKDIR (.*)$", (LAUNCHERS / "Dockerfile").read_text(), re.M)
+    assert folders[-1] == "/"
+    for replica in replicas(train()):
+        (container,) = replica["template"]["spec"]["containers"]
+        assert container["workingDir"] == folders[0] and not container["command"][0].startswith("/")
 
 
 def test_the_volume_is_the_one_that_pods_claim() -> None:

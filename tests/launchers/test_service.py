@@ -1,26 +1,31 @@
-"""The SDK against moto: the request that goes out is the one that --dry-run prints, with the archive that was meant."""
+"""Jobs against moto: the SDK's PyTorch and plain boto3 send the request that --dry-run prints; what commands do."""
 
 from __future__ import annotations
 
 import io
 import json
-import socket
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import launch
 import pytest
-from job import SDK_HYPERPARAMETERS, Job, metric_definitions
+from job import TOOLKIT_HYPERPARAMETERS, Job, metric_definitions
+from request import create_training_job
 
-from esm_neuron.errors import ConfigError, TrainingError
+from esm_neuron.errors import ConfigError
 
 pytestmark = pytest.mark.launchers
 boto3 = pytest.importorskip("boto3", reason="make test-launchers installs boto3")
 moto = pytest.importorskip("moto", reason="make test-launchers installs moto")
-service = pytest.importorskip("service", reason="make test-launchers installs sagemaker")
+sdk = pytest.importorskip("sdk", reason="make test-launchers installs boto3")
+jobs = pytest.importorskip("jobs", reason="make test-launchers installs boto3")
+import service  # noqa: E402 - it needs boto3
 
 Described = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[2]
@@ -50,12 +55,28 @@ JOBS: dict[str, dict[str, Any]] = {
 def small_archive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources of one empty file: quick. The archive has a test of its own."""
 
-    def small(folder: Path, *_: Any) -> Path:
+    def small(folder: Path, job: Job) -> Path:
         folder.mkdir(parents=True)
         (folder / "entry.py").touch()
         return folder
 
     monkeypatch.setattr(service, "stage", small)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The requests that leave, as botocore has them; each session of ours tells."""
+    found: list[dict[str, Any]] = []
+    really = service.session
+
+    def session(region: str | None) -> Any:
+        boto = really(region)
+        event = "provide-client-params.sagemaker.CreateTrainingJob"
+        boto.events.register(event, lambda params, **_: found.append(dict(params)))
+        return boto
+
+    monkeypatch.setattr(service, "session", session)
+    return found
 
 
 def make(name: str, described: Described) -> Job:
@@ -64,35 +85,18 @@ def make(name: str, described: Described) -> Job:
     return Job(**{**described(model), **JOBS[name]})
 
 
-def dry(job: Job, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The request of --dry-run, on a machine without keys that cannot open a connection."""
-    with monkeypatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.delenv(name, raising=False)
-
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise AssertionError("a dry run opened a connection")
-
-        patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(socket, "create_connection", refuse)
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "none"))
-        return service.submit(job, folder / "dry", dry=True, wait=False)
-
-
 @pytest.mark.parametrize("name", JOBS)
-def test_the_request_is_the_one_that_was_printed(
-    name: str, described: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, credentials: None
+def test_boto3_and_the_sdk_send_the_request_that_is_printed(
+    name: str, described: Described, tmp_path: Path, account: None, small_archive: None, sent: list[dict[str, Any]]
 ) -> None:
     job = make(name, described)
-    printed = dry(job, tmp_path, monkeypatch)
-    with moto.mock_aws():
-        region = {"LocationConstraint": "us-west-2"}
-        boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
-        sent = service.submit(job, tmp_path / "sent", dry=False, wait=False)
-        known = boto3.client("sagemaker", region_name="us-west-2").describe_training_job(TrainingJobName=job.name)
-    assert sent == printed == json.loads(json.dumps(printed))
-    assert known["TrainingJobName"] == "job-1"
-    expect(name, job, sent)
+    printed = create_training_job(job)
+    service.submit(job, tmp_path / "boto3", service.session(job.region))
+    sdk.estimator(replace(job, name="job-2")).fit(sdk.inputs(replace(job, name="job-2")), job_name="job-2", wait=False)
+    by_sdk = json.loads(json.dumps(sent[1]).replace("job-2", "job-1"))
+    assert sent[0] == printed == json.loads(json.dumps(printed))
+    assert by_sdk == printed
+    expect(name, job, sent[0])
 
 
 def expect(name: str, job: Job, sent: dict[str, Any]) -> None:
@@ -100,16 +104,17 @@ def expect(name: str, job: Job, sent: dict[str, Any]) -> None:
     resources, hyper = sent["ResourceConfig"], {k: json.loads(v) for k, v in sent["HyperParameters"].items()}
     assert resources["InstanceType"] == job.instance_type and resources["InstanceCount"] == job.instance_count
     assert hyper["sagemaker_torch_distributed_enabled"] is True and hyper["sagemaker_program"] == "entry.py"
-    assert hyper["config"] == job.config.name
+    assert hyper["config"] == "run.yaml"
     assert hyper["backend"] == ("cuda" if "g5" in job.instance_type else "neuron")
-    assert set(sent["HyperParameters"]) - set(SDK_HYPERPARAMETERS) == set(job.hyperparameters)
-    assert set(SDK_HYPERPARAMETERS) <= set(sent["HyperParameters"])
+    assert len(set(sent["HyperParameters"]) - set(job.hyperparameters)) == TOOLKIT_HYPERPARAMETERS
     assert sent["AlgorithmSpecification"]["MetricDefinitions"] == metric_definitions()
     assert sent["AlgorithmSpecification"]["TrainingImage"] == job.image_uri
-    assert sent["CheckpointConfig"] == {"S3Uri": job.checkpoints or "s3://bucket/esm/job-1/checkpoints"}
-    assert sent["OutputDataConfig"]["S3OutputPath"] == "s3://bucket/esm/job-1"
+    place = job.checkpoints or "s3://bucket/esm/job-1/checkpoints"
+    assert sent["CheckpointConfig"] == {"S3Uri": f"{place}/"}, "run1/ does not restore run10/"
+    assert sent["OutputDataConfig"]["S3OutputPath"] == "s3://bucket/esm", "SageMaker adds the job's name"
+    assert sent["RetryStrategy"] == {"MaximumRetryAttempts": 3}
     channels = {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in sent["InputDataConfig"]}
-    assert channels["train"] == (job.train or "s3://bucket/esm/job-1/input/train/train.csv")
+    assert channels["train"] == (job.train or "s3://bucket/esm/job-1/input/train/")
     assert ("code" in channels) == (name == "isolated"), "isolated containers get their code as a channel"
     assert sent.get("Environment", {}) == job.variables
     wanted: dict[str, dict[str, Any]] = {
@@ -136,110 +141,222 @@ def expect(name: str, job: Job, sent: dict[str, Any]) -> None:
 
 def test_the_uploaded_archive(described: Described, account: None, tmp_path: Path) -> None:
     job = Job(**described())
-    sent = service.submit(job, tmp_path, dry=False, wait=False)
-    bucket, _, key = (
-        json.loads(sent["HyperParameters"]["sagemaker_submit_directory"]).removeprefix("s3://").partition("/")
-    )
-    body = boto3.client("s3", region_name="us-west-2").get_object(Bucket=bucket, Key=key)["Body"].read()
+    service.submit(job, tmp_path, service.session(job.region))
+    s3 = boto3.client("s3", region_name="us-west-2")
+    body = s3.get_object(Bucket="bucket", Key=job.code_uri.removeprefix("s3://bucket/"))["Body"].read()
     with tarfile.open(fileobj=io.BytesIO(body)) as archive:
         names = {member.name for member in archive if member.isfile()}
         config = archive.extractfile("run.yaml")
         assert config is not None and config.read() == job.config.read_bytes()
     source = {str(path.relative_to(tmp_path / "source")) for path in (tmp_path / "source").rglob("*") if path.is_file()}
-    assert names == source and {"entry.py", "requirements.txt", "esm_neuron/cli.py"} < names
-    data = boto3.client("s3", region_name="us-west-2").get_object(
-        Bucket="bucket", Key="esm/job-1/input/train/train.csv"
-    )
+    assert names == source and {"entry.py", "requirements.txt", "constraints.txt", "esm_neuron/cli.py"} < names
+    data = s3.get_object(Bucket="bucket", Key="esm/job-1/input/train/train.csv")
     assert data["Body"].read() == Path(str(job.run.data.train)).read_bytes()
 
 
-def test_against_a_server_of_its_own(
-    described: Described, tmp_path: Path, credentials: None, monkeypatch: pytest.MonkeyPatch, small_archive: None
-) -> None:
-    """moto over HTTP: what botocore really writes on the wire is taken, and is what was printed, for all jobs."""
+@pytest.fixture
+def server(credentials: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """moto over HTTP, for this process and others: what botocore really writes on the wire."""
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        region = {"LocationConstraint": "us-west-2"}
-        boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
-        client = boto3.client("sagemaker", region_name="us-west-2")
-        for number, name in enumerate(JOBS):
-            folder = tmp_path / str(number)
-            job = replace(make(name, described), name=f"job-{number}")
-            printed = dry(job, folder, monkeypatch)
-            assert service.submit(job, folder / "sent", dry=False, wait=False) == printed, name
-            known = client.describe_training_job(TrainingJobName=job.name)
-            image = known["AlgorithmSpecification"].pop("TrainingImage")
-            assert image == printed["AlgorithmSpecification"]["TrainingImage"]
-            # moto answers with metric definitions of its own
-            kept = {key: value for key, value in known.items() if key in printed and key != "AlgorithmSpecification"}
-            assert {"HyperParameters", "ResourceConfig", "InputDataConfig", "CheckpointConfig"} <= set(kept)
-            assert kept == {key: printed[key] for key in kept}, name
-    finally:
-        server.stop()
+    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    started.start()
+    host, port = started.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    region = {"LocationConstraint": "us-west-2"}
+    boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
+    yield f"http://{host}:{port}"
+    started.stop()
 
 
-def test_the_command_prints_the_request_that_it_sends(
-    described: Described, credentials: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def as_kept(known: dict[str, Any], printed: dict[str, Any]) -> dict[str, Any]:
+    """What moto keeps of a request, for a comparison; it answers with metric definitions of its own."""
+    assert known["AlgorithmSpecification"]["TrainingImage"] == printed["AlgorithmSpecification"]["TrainingImage"]
+    kept = {key: value for key, value in known.items() if key in printed and key != "AlgorithmSpecification"}
+    assert {"HyperParameters", "ResourceConfig", "InputDataConfig", "CheckpointConfig"} <= set(kept)
+    return kept
+
+
+def test_against_a_server_of_its_own(described: Described, tmp_path: Path, server: str, small_archive: None) -> None:
+    client = boto3.client("sagemaker", region_name="us-west-2")
+    for number, name in enumerate(JOBS):
+        job = replace(make(name, described), name=f"job-{number}")
+        printed = service.submit(job, tmp_path / str(number), service.session(job.region))
+        kept = as_kept(client.describe_training_job(TrainingJobName=job.name), printed)
+        assert kept == {key: printed[key] for key in kept}, name
+
+
+def words_of(values: dict[str, Any]) -> list[str]:
+    """A job's flags for the command line."""
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_the_command_prints_json_alone_and_sends_the_same(described: Described, server: str) -> None:
+    words = [*words_of(described()), "--spot", "true", "--tags.team", "proteins"]
+    program = [sys.executable, str(ROOT / "launchers" / "sagemaker" / "launch.py"), *words]
+    dry = subprocess.run(
+        [*program, "--dry-run", "--", "--optim.lr", "3e-4"], capture_output=True, text=True, check=True
+    )
+    printed = json.loads(dry.stdout)
+    assert "cost: at most 593.52 dollars on demand, spot about 237.41: 1 x ml.trn1.32xlarge x 24 h" in dry.stderr
+    done = subprocess.run([*program, "--", "--optim.lr", "3e-4"], capture_output=True, text=True, check=True)
+    assert done.stdout == "" and "job-1 was sent; its checkpoints: s3://bucket/esm/job-1/checkpoints/" in done.stderr
+    assert json.loads(printed["HyperParameters"]["optim.lr"]) == "3e-4"
+    known = boto3.client("sagemaker", region_name="us-west-2").describe_training_job(TrainingJobName="job-1")
+    kept = as_kept(known, printed)
+    assert kept == {key: printed[key] for key in kept}
+
+
+def test_a_dry_run_needs_no_sdk_no_torch_and_no_account(described: Described) -> None:
+    """Nor the rest of the training stack: importing any of it is an error here."""
+    needless = (
+        "torch",
+        "transformers",
+        "peft",
+        "datasets",
+        "pandas",
+        "sklearn",
+        "scipy",
+        "tensorboard",
+        "boto3",
+        "sagemaker",
+    )
+    block = f"import sys; [sys.modules.__setitem__(name, None) for name in {needless}]; sys.path.insert(0, sys.argv[1])"
+    program = f"{block}; import launch; sys.exit(launch.main(sys.argv[2:]))"
+    folder = str(ROOT / "launchers" / "sagemaker")
+    words = [sys.executable, "-c", program, folder, *words_of(described())]
+    done = subprocess.run(
+        [*words, "--dry-run"], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["TrainingJobName"] == "job-1"
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        "starting a job needs boto3; pip install -r launchers/sagemaker/requirements.txt"
+        in done.stderr.splitlines()[-1]
+    )
+
+
+def test_a_job_that_aws_does_not_take_is_one_line(
+    described: Described, account: None, tmp_path: Path, small_archive: None
 ) -> None:
-    values = described()
-    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += ["--spot", "true", "--tags.team", "proteins"]
-    assert launch.main([*words, "--dry-run", "--", "--optim.lr", "3e-4"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    sent: list[dict[str, Any]] = []
-    really = service.submit
-
-    def submit(*how: Any) -> dict[str, Any]:
-        sent.append(really(*how))
-        return sent[0]
-
-    monkeypatch.setattr(service, "submit", submit)
-    with moto.mock_aws():  # only now: it would take the dry run's calls as well
-        region = {"LocationConstraint": "us-west-2"}
-        boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
-        assert launch.main([*words, "--", "--optim.lr", "3e-4"]) == 0
-        known = boto3.client("sagemaker", region_name="us-west-2").describe_training_job(TrainingJobName="job-1")
-    assert "job-1: checkpoints in s3://bucket/esm/job-1/checkpoints" in capsys.readouterr().out
-    assert sent == [printed] and json.loads(printed["HyperParameters"]["optim.lr"]) == "3e-4"
-    assert known["HyperParameters"] == printed["HyperParameters"]
+    refused = "AWS took no job job-1 in us-west-2: .*NoSuchBucket.*; check your keys"
+    with pytest.raises(ConfigError, match=refused) as no:
+        service.submit(Job(**described(output="s3://nobody/esm")), tmp_path / "a", service.session("us-west-2"))
+    assert "\n" not in str(no.value)
 
 
-def test_a_job_that_aws_does_not_take_or_that_fails_is_one_line(
-    described: Described, account: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_archive: None
+def test_the_result_is_fetched_from_where_the_page_says(
+    described: Described, account: None, tmp_path: Path, small_archive: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sagemaker.exceptions import UnexpectedStatusException
+    """moto lays the result where SageMaker does; `fetch` and the page's own command look there."""
+    job = Job(**described())
+    boto = service.session(job.region)
+    service.submit(job, tmp_path / "work", boto)
+    found = service.describe(job.name, boto)
+    uri = found["ModelArtifacts"]["S3ModelArtifacts"]
+    assert uri == "s3://bucket/esm/job-1/output/model.tar.gz"
+    page = (ROOT / "docs" / "sagemaker.md").read_text()
+    assert uri.replace("job-1", "JOB-NAME") in page
+    (tmp_path / "result.json").write_text("{}")
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as packed:
+        packed.add(tmp_path / "result.json", "result.json")
+    boto.client("s3").upload_file(str(tmp_path / "model.tar.gz"), "bucket", "esm/job-1/output/model.tar.gz")
+    boto.client("s3").put_object(Bucket="bucket", Key="esm/job-1/checkpoints/step-1/manifest.json", Body=b"{}")
+    boto.client("s3").put_object(Bucket="bucket", Key="esm/job-10/checkpoints/other", Body=b"")
+    words = ["job-1", "--region", "us-west-2"]
+    assert jobs.main(["fetch", *words, "--output", str(tmp_path / "run")]) == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
+    assert jobs.main(["fetch", *words, "--output", str(tmp_path / "whole"), "--whole"]) == 0
+    whole = [str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert whole == ["step-1/manifest.json"]
+    assert jobs.main(["fetch", *words, "--output", str(tmp_path / "run")]) == 2
+    assert "exists already; name a new folder" in capsys.readouterr().err
+    assert jobs.main(["status", *words]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("job-1: Completed") and f"result: {uri}" in shown
 
-    with pytest.raises(
-        ConfigError, match="AWS took no job job-1 in us-west-2: .*NoSuchBucket.*; check your keys"
-    ) as no:
-        service.submit(Job(**described(output="s3://nobody/esm")), tmp_path / "a", dry=False, wait=False)
 
-    def fit(*_: Any, **__: Any) -> None:
-        raise UnexpectedStatusException("Error for Training job job-1: Failed.\nReason: AlgorithmError", [], "Failed")
+def ended(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """moto's jobs complete at once; this one did not."""
+    from moto.sagemaker.models import FakeTrainingJob
 
-    monkeypatch.setattr(service.PyTorch, "fit", fit)
-    with pytest.raises(TrainingError, match="job-1 ended as Failed: .*AlgorithmError; fix it and go on with") as ended:
-        service.submit(Job(**described()), tmp_path / "b", dry=False, wait=True)
-    assert "\n" not in str(no.value) + str(ended.value)
-    assert str(ended.value).endswith("--checkpoints s3://bucket/esm/job-1/checkpoints")
+    really = FakeTrainingJob.response_object.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(FakeTrainingJob, "response_object", property(lambda self: {**really(self), **changes}))
 
 
-def test_wait_follows_the_logs(described: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
+FAILED = {"TrainingJobStatus": "Failed", "SecondaryStatus": "Failed"}
+FAILED["FailureReason"] = "AlgorithmError:\nesm-neuron: error: x"
 
-    def fit(self: Any, inputs: Any, **how: Any) -> None:
-        calls.append(how)
-        self.sagemaker_session.sagemaker_client.meta.events.emit(service.REQUEST, params={}, model=None, context={})
 
-    monkeypatch.setattr(service.PyTorch, "fit", fit)
-    service.submit(Job(**described()), tmp_path / "a", dry=True, wait=True)
-    service.submit(Job(**described()), tmp_path / "b", dry=True, wait=False)
-    assert [(how["wait"], how["logs"]) for how in calls] == [(True, "All"), (False, None)]
+def test_a_failed_job_is_followed_to_its_reason_and_goes_on_as_a_new_one(
+    described: Described,
+    account: None,
+    tmp_path: Path,
+    small_archive: None,
+    sent: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = Job(**described(tags={"team": "proteins"}))
+    boto = service.session(job.region)
+    service.submit(job, tmp_path / "work", boto)
+    logs = boto.client("logs")
+    logs.create_log_group(logGroupName=service.LOG_GROUP)
+    now = int(datetime.now(timezone.utc).timestamp() * 1000)
+    for host in ("algo-1", "algo-2"):
+        stream = {"logGroupName": service.LOG_GROUP, "logStreamName": f"job-1/{host}-1700000000"}
+        logs.create_log_stream(**stream)
+        logs.put_log_events(**stream, logEvents=[{"timestamp": now, "message": f"step=1/2 on {host}"}])
+    words = ["job-1", "--region", "us-west-2"]
+    assert jobs.main(["resume", *words]) == 2
+    assert "resume job-1: its status is Completed; there is nothing left to do" in capsys.readouterr().err
+    ended(monkeypatch, **FAILED)
+    assert jobs.main(["logs", *words, "--follow"]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["[algo-1] step=1/2 on algo-1", "[algo-2] step=1/2 on algo-2"]
+    reason = "job-1 ended as Failed: AlgorithmError: esm-neuron: error: x; fix it and go on from its checkpoints"
+    assert err.splitlines() == [f"jobs.py: error: {reason}: jobs.py resume job-1"]
+    assert jobs.main(["logs", *words]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert jobs.main(["resume", *words, "--name", "job-2"]) == 0
+    first, again = sent
+    assert again["TrainingJobName"] == "job-2" and again["CheckpointConfig"] == first["CheckpointConfig"]
+    assert again["HyperParameters"] == {**first["HyperParameters"], "sagemaker_job_name": '"job-2"'}
+    dropped = {"RetryStrategy", "Environment", "ProfilerConfig"}  # by moto, of what it describes
+    same = set(first) - dropped - {"TrainingJobName", "HyperParameters", "AlgorithmSpecification"}
+    assert {key: again[key] for key in same} == {key: first[key] for key in same}
+
+
+def test_a_running_job_is_stopped_by_a_command(
+    described: Described, account: None, tmp_path: Path, small_archive: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(**described())
+    service.submit(job, tmp_path / "work", service.session(job.region))
+    asked: list[str] = []
+    monkeypatch.setattr(service, "session", lambda region: FakeSession(asked))
+    assert jobs.main(["stop", "job-1"]) == 0 and asked == ["job-1"]
+
+
+class FakeSession:
+    """moto knows no StopTrainingJob."""
+
+    def __init__(self, asked: list[str]) -> None:
+        self.asked = asked
+
+    def client(self, _: str) -> FakeSession:
+        return self
+
+    def stop_training_job(self, **job: str) -> None:
+        self.asked += job.values()
+
+
+def test_a_job_without_a_name_of_its_own_is_one_line(account: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert jobs.main(["logs", "nobody", "--region", "us-west-2"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("jobs.py: error: job nobody: ")
 
 
 def test_the_accounts_are_the_sdks(described: Described) -> None:
@@ -251,3 +368,5 @@ def test_the_accounts_are_the_sdks(described: Described) -> None:
     from job import IMAGES
 
     assert yaml.safe_load(IMAGES.read_text())["accounts"] == known
+    neuron = config_for_framework("huggingface-neuronx")["training"]["versions"]["4.55.4"]["pytorch2.7.0"]["registries"]
+    assert set(yaml.safe_load(IMAGES.read_text())["regions"]["neuron"]) == set(neuron)

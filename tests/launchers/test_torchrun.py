@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 STANDINS = Path(__file__).with_name("standins")
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node-1,node-2"}
+SLURM |= {"SLURM_PROCID": "1"}
 MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
 KUBERNETES = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "MASTER_ADDR": "loc-master-0", "HOSTNAME": "loc-worker-0"}
 
@@ -136,6 +137,10 @@ def test_compiling_ahead_is_the_same_command_behind_the_compiler() -> None:
         ({**SLURM, "SLURM_NTASKS": "64"}, "64 Slurm tasks on 2 nodes; start one a node: srun --ntasks-per-node=1"),
         ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "start one a node: mpirun --map-by ppr:1:node"),
         ({"PMI_SIZE": "4", "PMI_RANK": "0", "MPI_LOCALNRANKS": "2"}, "start one a node: mpirun -ppn 1"),
+        (
+            {**SLURM, "SLURM_PROCID": "", "SLURM_NODEID": "0"},
+            "2 nodes are allocated and this shell runs on one; start all: srun --ntasks-per-node=1",
+        ),
         ({"NC_COUNT": "0"}, "0 devices found; check the driver, or set NPROC_PER_NODE"),
         ({"NC_COUNT": "none"}, "neuron-ls lists no NeuronCores; check the driver"),
     ],
@@ -144,6 +149,47 @@ def test_what_cannot_work_is_one_line(env: dict[str, str], message: str) -> None
     standins = ("slurm", "neuron") if "NC_COUNT" in env else ("slurm",)
     code, _, _, said = dry(standins=standins, **env)
     assert code == 2 and message in said and said.count("\n") == 1, said
+
+
+def gpus(folder: Path, script: str) -> str:
+    """A PATH with a stand-in for nvidia-smi."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+TWO = "echo 'GPU 0: NVIDIA A100 (UUID: GPU-1)'; echo '  MIG 3g.20gb Device 0: (UUID: MIG-1)'; echo 'GPU 1: NVIDIA A100'"
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "processes"),
+    [
+        (TWO, {}, "2"),
+        (TWO, {"CUDA_VISIBLE_DEVICES": "1"}, "1"),
+        (TWO, {"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2,MIG-3"}, "3"),
+        ("echo broken; exit 9", {"NPROC_PER_NODE": "4"}, "4"),
+    ],
+)
+def test_gpus_are_counted_as_the_processes_see_them(
+    script: str, env: dict[str, str], processes: str, tmp_path: Path
+) -> None:
+    code, command, _, said = dry("--config", "c.yaml", PATH=gpus(tmp_path, script), **env)
+    assert code == 0, said
+    assert where(command)["nproc_per_node"] == processes
+
+
+def test_a_driver_that_fails_is_one_line(tmp_path: Path) -> None:
+    path = gpus(tmp_path, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+    code, _, _, said = dry("--config", "c.yaml", PATH=path)
+    assert code == 2 and said.count("\n") == 1
+    assert "nvidia-smi fails: Failed to initialize NVML: Driver/library version mismatch; check the driver" in said
+
+
+def test_a_job_gets_the_memory_of_its_nodes() -> None:
+    """Without --mem a partition's DefMemPerCPU is all that an exclusive job gets, too."""
+    for name in ("train", "compile"):
+        assert "#SBATCH --mem=0" in (ROOT / "launchers" / "slurm" / f"{name}.sbatch").read_text().splitlines()
 
 
 def test_hyperpod_restarts_the_step(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 
 from esm_neuron.backends.topology import NEURON_CORES
 from esm_neuron.config import settings
-from esm_neuron.config.rules import validate
-from esm_neuron.data.loader import accumulated_passes
+from esm_neuron.config.rules import accumulated_passes, validate
 from esm_neuron.models.shapes import known_shape
 from esm_neuron.planning.memory import predict_memory
 

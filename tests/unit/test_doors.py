@@ -38,12 +38,17 @@ DOORS: dict[str, dict[str, str]] = {
         "models/cpu_attention.py": KERNEL,
         "backends/neuron_env.py": KERNEL,
         "backends/neuron_sdk.py": KERNEL,
-        "launchers/sagemaker/job.py": "the list of images beside it",
+        "launchers/sagemaker/job.py": "the list of images beside it, and a config that was parsed before",
+        "launchers/sagemaker/stage.py": "our own locks and the list of an image's packages",
     },
     ".read_bytes": {},
     "gzip.open": {"data/text_files.py": DOOR},
     "zipfile.": {"data/parquet.py": DOOR, "models/convert.py": "tells the formats of pickles apart"},
-    "tarfile.": {"launchers/sagemaker/hosting.py": "writes an archive, aside"},
+    "tarfile.": {
+        "launchers/sagemaker/hosting.py": "writes an archive, aside",
+        "launchers/sagemaker/jobs.py": "unpacks a job's result by the filter `data`, into what new_folder yields",
+        "launchers/sagemaker/stage.py": "writes an archive in a temporary folder",
+    },
     "pq.": {"data/parquet.py": DOOR},
     "pa.ipc.": {"data/dataset.py": CACHE, "data/splits.py": CACHE},
     "pa.memory_map": {"data/dataset.py": CACHE, "data/splits.py": CACHE},
@@ -89,7 +94,7 @@ DOORS: dict[str, dict[str, str]] = {
         "data/homology.py": "for MMseqs2",
         "data/tokenizer.py": "for transformers' tokenizer",
         "launchers/sagemaker/hosting.py": "beside its output",
-        "launchers/sagemaker/launch.py": "for the SDK",
+        **dict.fromkeys((f"launchers/sagemaker/{name}.py" for name in ("launch", "jobs", "sdk")), "archives"),
     },
     "os.open": {"cli.py": "the device that swallows what nobody reads", "files.py": DOOR},
     # moving and deleting
@@ -106,10 +111,14 @@ DOORS: dict[str, dict[str, str]] = {
     ".unlink": {"files.py": DOOR, "data/splits.py": CACHE, "data/validation.py": "a list that is ours by its header"},
     "os.remove": {},
     # showing
-    "print": {"cli.py": DOOR, "launchers/sagemaker/launch.py": "the request, for people and other programs"},
+    "print": {
+        "cli.py": DOOR,
+        "launchers/sagemaker/launch.py": "the request, for people and other programs",
+        "launchers/sagemaker/jobs.py": "what was asked for, through shown",
+    },
     "sys.stderr.write": {
         "cli.py": DOOR,
-        **dict.fromkeys(("launchers/sagemaker/hosting.py", "launchers/sagemaker/launch.py"), "an error, through shown"),
+        **dict.fromkeys((f"launchers/sagemaker/{n}.py" for n in ("hosting", "launch", "jobs")), "through shown"),
     },
     "sys.stdout.write": {},
 }

@@ -19,7 +19,7 @@ from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.rules import check_values, validate
 from esm_neuron.config.settings import SHORT, dump, full_name, known_keys, make_parser, parse, read_config
 from esm_neuron.errors import ConfigError
-from esm_neuron.planning import cost
+from esm_neuron.planning import instances
 from esm_neuron.tasks import TASKS
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), max_size=12)
@@ -215,10 +215,10 @@ def test_a_number_too_large_for_a_float_is_refused(folder: Path) -> None:
     many = "1" + "0" * 400
     assert "too large" in refusal("--optim.lr", many)
     assert "too large" in refusal("--config", written(folder, f"optim: {{lr: {many}}}"))
-    own = Path(cost.__file__).with_name("instances.yaml").read_text()
+    own = Path(instances.__file__).with_name("instances.yaml").read_text()
     prices = written(folder, own.replace("fp32: 23.75", f"fp32: {many}"))
     with pytest.raises(ConfigError, match="too large"):
-        cost.read_prices(Path(prices))
+        instances.read_prices(Path(prices))
 
 
 @pytest.mark.parametrize(
