@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.flags import RENAMED, command_parser, help_of, instead
-from esm_neuron.config.threads import set_threads
+from esm_neuron.config.threads import prepare
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.redact import Lines, RedactedRecord, RedactingFormatter, redact, shown
 from esm_neuron.training.signals import EXIT_STOPPED
@@ -377,7 +377,7 @@ def call(name: str, words: Sequence[str]) -> int:
     command = COMMANDS[name]
     told = help_of(name, command, words, lambda: _taken(name))
     if told is not None:
-        sys.stdout.write(told)
+        show(Lines(told.rstrip()))
         return 0
     parser, parameters = command_parser(name, command), inspect.signature(command).parameters
     if "settings" not in parameters and "overrides" not in parameters:
@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # run as a program: a traceback may quote a URL with a secret
         sys.excepthook, threading.excepthook = show_traceback, show_failure
         logging.captureWarnings(True)  # warnings become log lines, which are redacted
-        set_threads()
+        prepare()
     for stream in (sys.stdout, sys.stderr):  # a locale may lack what an id or a label has
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -501,10 +501,6 @@ def run(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # accelerate, which peft imports, would import torch_xla wherever it is installed: seconds, and it claims a device
-    os.environ.setdefault("USE_TORCH_XLA", "0")
-    # torch_xla imports torch's inductor, which would start a pool of compiler processes that nobody uses
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     return call(name, rest)
 
 

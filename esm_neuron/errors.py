@@ -8,6 +8,10 @@ class EsmNeuronError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython and notebooks show: one line, whatever frames it passed."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(EsmNeuronError):
     """A setting, a flag or a combination of them cannot work."""

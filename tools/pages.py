@@ -26,6 +26,12 @@ def settings() -> str:
     return settings_page.page()
 
 
+def api() -> str:
+    import api_page
+
+    return api_page.page()
+
+
 def errors() -> str:
     import errors_page
 
@@ -64,6 +70,7 @@ def rooms_picture() -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/settings.md": settings,
+    "docs/api.md": api,
     "docs/errors.md": errors,
     "docs/neuron-environment.md": neuron_environment,
     "docs/results.md": results,

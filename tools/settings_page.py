@@ -11,8 +11,9 @@ from pathlib import Path
 SCHEMA = Path(__file__).resolve().parents[1] / "esm_neuron" / "config" / "__init__.py"
 HEAD = """# Settings
 Made from `esm_neuron/config/__init__.py` by `make pages`. Each setting is a key of the YAML file and a flag:
-`--optim.lr 3e-4`, or `--lr 3e-4` where no other setting ends so. Shorter still are `--data` (`data.train`), `--model` (`model.name`), `--task`
-(`task.name`), `--adapter` (`adapter.kind`) and `--label` (`data.label_column`). `esm-neuron train --print_config` prints all with their values.
+`--optim.lr 3e-4`, or `--lr 3e-4` where no other setting ends so. Shorter still are `--data` (`data.train`), `--model`
+(`model.name`), `--task` (`task.name`), `--adapter` (`adapter.kind`) and `--label` (`data.label_column`).
+`esm-neuron train --print_config` prints them all with their values.
 """
 
 

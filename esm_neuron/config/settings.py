@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -58,6 +59,7 @@ _ELSEWHERE = {
 }
 """What other trainers call a setting -> its name here."""
 
+SECTIONS = {f.name for f in fields(TrainConfig) if isinstance(f.default_factory, type)}
 SHORT = {
     "model": "model.name",
     "task": "task.name",
@@ -190,6 +192,18 @@ def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
     return _parsed(in_full(named), command)
 
 
+def to_words(values: Mapping[str, Any], section: str = "") -> list[str]:
+    """Return settings, by names or by sections, as words of a command line; None leaves one out."""
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and name in SECTIONS:
+            words += to_words(value, f"{name}.")
+        elif value is not None:
+            value = value.item() if hasattr(value, "item") else value  # a number of numpy
+            words.append(f"--{section}{name}={value if isinstance(value, (str, Path)) else json.dumps(plain(value))}")
+    return words
+
+
 def in_full(words: Sequence[str]) -> list[str]:
     """Return words of a command line with the flags of settings by their whole names."""
     parts = [word.partition("=") for word in words]
@@ -270,9 +284,8 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
 
 def _check_section(name: str, key: object, value: object) -> None:
     """Refuse a file named where a section belongs: jsonargparse would read it, without the care of `read_yaml`."""
-    sections = {f.name for f in fields(TrainConfig) if isinstance(f.default_factory, type)}
     require(
-        key not in sections or isinstance(value, dict),
+        key not in SECTIONS or isinstance(value, dict),
         f"{name} is a section: give its settings by name, as --{key}.NAME VALUE or NAME: VALUE under it",
     )
 

@@ -7,6 +7,15 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 
+def prepare() -> None:
+    """Set what libraries read from the environment when they are imported, unless the user has."""
+    set_threads()
+    # accelerate, which peft imports, would import torch_xla wherever it is installed: seconds, and it claims a device
+    os.environ.setdefault("USE_TORCH_XLA", "0")
+    # torch_xla imports torch's inductor, which would start a pool of compiler processes that nobody uses
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
 def set_threads(environ: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
     """Set what OpenMP reads, unless the user has: threads that sleep while they wait, and no more than are allowed.
 

@@ -70,19 +70,31 @@ def predict(
     """
     check_target(target, JOIN, model, {"--input": source}, settings)
     cfg, task = find_trained(model, backend, settings, "predict")
-    if coverage is not None:
-        require(task.covers, f"--coverage {coverage}: is for one class or one number per protein, not {task.summary}")
-        task.calibration.radius(coverage)  # raises before the work where it cannot tell
+    check_coverage(task, coverage)
 
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
-        columns = task.outputs(table, predictions)
-        if coverage is not None:
-            columns |= task.covering(table, predictions, coverage)
-        made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
-        return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
+        return prediction_table(task, table, predictions, coverage)
 
     options = {"command": "predict", "coverage": coverage, "calibration": task.calibration.digest()}
     return predict_file(ModelSpec(cfg, task), task, source, target, write, resume, log, options)
+
+
+def check_coverage(task: Task, coverage: float | None) -> None:
+    """Raise EsmNeuronError, before the work, where sets or ranges of this coverage cannot be told."""
+    if coverage is not None:
+        require(task.covers, f"--coverage {coverage}: is for one class or one number per protein, not {task.summary}")
+        task.calibration.radius(coverage)
+
+
+def prediction_table(
+    task: Task, table: ExampleTable, predictions: Sequence[np.ndarray], coverage: float | None = None
+) -> pa.Table:
+    """Return `id`, `Task.outputs` and, with a `coverage`, `Task.covering` of each record, null for NaN."""
+    columns = task.outputs(table, predictions)
+    if coverage is not None:
+        columns |= task.covering(table, predictions, coverage)
+    made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
+    return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
 
 
 def predict_file(

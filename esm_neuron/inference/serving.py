@@ -18,7 +18,14 @@ from esm_neuron.data.sources import make_rows
 from esm_neuron.errors import DataError
 from esm_neuron.files import finite
 from esm_neuron.inference.load import build_trained, find_trained
-from esm_neuron.inference.predict import predict_table
+from esm_neuron.inference.predict import (
+    MOST_RESIDUES,
+    check_coverage,
+    piece_tokens,
+    predict_table,
+    prediction_table,
+    table_pieces,
+)
 from esm_neuron.training.evaluation import Evaluator
 
 
@@ -38,6 +45,17 @@ class Predictor:
         columns = self.evaluator.task.outputs(table, predict_table(self.evaluator, self.cfg, table))
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
         return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
+
+    def table(self, source: Path, coverage: float | None = None) -> pa.Table:
+        """Return the columns of `esm-neuron predict` for every record of a file, in order."""
+        task, cfg = self.evaluator.task, self.cfg
+        check_coverage(task, coverage)
+        most = MOST_RESIDUES if task.predictions_per_token else None
+        pieces = table_pieces(InputChunks(source, cfg.data, most=most), piece_tokens(cfg, self.evaluator.backend))
+        tables = (piece.content for piece in pieces)
+        return pa.concat_tables(
+            prediction_table(task, each, predict_table(self.evaluator, cfg, each), coverage) for each in tables
+        )
 
 
 class _Request(InputChunks):

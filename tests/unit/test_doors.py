@@ -91,6 +91,7 @@ DOORS: dict[str, dict[str, str]] = {
         "launchers/sagemaker/stage.py": "fills a temporary folder",
     },
     "tempfile.": {
+        "api.py": "for data frames, while a call lasts",
         "data/homology.py": "for MMseqs2",
         "data/tokenizer.py": "for transformers' tokenizer",
         "launchers/sagemaker/hosting.py": "beside its output",
@@ -115,6 +116,7 @@ DOORS: dict[str, dict[str, str]] = {
         "cli.py": DOOR,
         "launchers/sagemaker/launch.py": "the request, for people and other programs",
         "launchers/sagemaker/jobs.py": "what was asked for, through shown",
+        "api.py": "progress in a notebook, through shown",
     },
     "sys.stderr.write": {
         "cli.py": DOOR,
