@@ -15,12 +15,14 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from safetensors import SafetensorError
 
 from esm_neuron.errors import ConfigError
@@ -249,6 +251,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def scratch(shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 zeros that lie in a temporary file, which is gone when nothing uses them any more.
+
+    Raise OSError where the disk has no room for them: later that would be a signal, which ends the process.
+    """
+    with tempfile.TemporaryFile(prefix="esm-neuron-") as file:
+        if hasattr(os, "posix_fallocate"):  # Linux
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 @contextlib.contextmanager

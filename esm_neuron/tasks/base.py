@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
@@ -17,6 +16,7 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target, select_records
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.records import LIST_JOINER
+from esm_neuron.files import scratch
 from esm_neuron.metrics import Scores
 from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.tasks.baselines import Baseline
@@ -189,7 +189,8 @@ def record_mean(
     # the window weights are float32 and sum to 1 only nearly
     total = np.bincount(table.record, table.weight.astype(np.float64), len(table.ids))
     share = (table.weight / total[table.record]).reshape(-1, *[1] * (values.ndim - 1))
-    mean = _zeros((len(table.ids), *values.shape[1:]))
+    shape = (len(table.ids), *values.shape[1:])
+    mean = np.zeros(shape) if math.prod(shape) <= CELLS else scratch(shape)
     for part in pieces(values):
         if len(values) == len(mean):  # one window each
             mean[table.record[part]] = of(values[part])
@@ -211,13 +212,6 @@ def thinned(table: ExampleTable, predictions: Predictions) -> tuple[ExampleTable
         return table, predictions
     kept, examples, _ = select_records(table, np.arange(len(table.ids)) % every == 0)
     return kept, [values[examples] for values in predictions]
-
-
-def _zeros(shape: tuple[int, ...]) -> np.ndarray:
-    if math.prod(shape) <= CELLS:
-        return np.zeros(shape)
-    with tempfile.TemporaryFile(prefix="esm-neuron-") as file:
-        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def joined(labels: Sequence[str], chosen: np.ndarray, joiner: str = LIST_JOINER) -> list[str]:

@@ -52,7 +52,7 @@ DOORS: dict[str, dict[str, str]] = {
     "pq.": {"data/parquet.py": DOOR},
     "pa.ipc.": {"data/dataset.py": CACHE, "data/splits.py": CACHE},
     "pa.memory_map": {"data/dataset.py": CACHE, "data/splits.py": CACHE},
-    "np.memmap": {"data/dataset.py": CACHE},
+    "np.memmap": {"data/dataset.py": CACHE, "files.py": DOOR},
     "np.fromfile": {},
     "np.load": {},
     "np.loadtxt": {},
@@ -91,6 +91,7 @@ DOORS: dict[str, dict[str, str]] = {
         "launchers/sagemaker/stage.py": "fills a temporary folder",
     },
     "tempfile.": {
+        "files.py": DOOR,
         "api.py": "for data frames, while a call lasts",
         "data/homology.py": "for MMseqs2",
         "data/tokenizer.py": "for transformers' tokenizer",
