@@ -53,6 +53,9 @@ else:
 
 Method = Literal["wild-type-marginal", "masked-marginal", "single-site-marginal", "pseudo-perplexity"]
 
+MOST_SETS = 200_000
+"""Sets of sites whose log probabilities are kept for later pieces: about 100 MB."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -117,6 +120,8 @@ class Scorer:
         self._wild = encode_many([wild_type or ""])[0]
         self._known: np.ndarray | None = None
         self._sites: dict[int, np.ndarray] = {}
+        # Sites of the variants so far -> log probabilities: later pieces may have them too, and are not to ask again.
+        self._sets: dict[tuple[int, ...], np.ndarray] = {}
 
     def __call__(self, rows: Sequence[Row], run_model: RunModel) -> list[float]:
         """Return one value per row."""
@@ -133,9 +138,13 @@ class Scorer:
         return {sites: self._known[list(sites)] for sites in map(sites_of, variants)}
 
     def _by_masked(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
-        wanted = [sites for sites in dict.fromkeys(map(sites_of, variants)) if sites]
+        wanted = [sites for sites in dict.fromkeys(map(sites_of, variants)) if sites and sites not in self._sets]
         predictions = run_model([masked(self._wild, sites) for sites in wanted]) if wanted else []
-        return dict(zip(wanted, predictions, strict=True))
+        self._sets.update(zip(wanted, predictions, strict=True))
+        needed = {sites: self._sets[sites] for sites in map(sites_of, variants) if sites}
+        while len(self._sets) > MOST_SETS:
+            self._sets.pop(next(iter(self._sets)))
+        return needed
 
     def _by_site(self, variants: Sequence[Variant], run_model: RunModel) -> dict[tuple[int, ...], np.ndarray]:
         wanted = dict.fromkeys(site for variant in variants for site in sites_of(variant) if site not in self._sites)
@@ -153,7 +162,7 @@ class Scorer:
         return found
 
     def cost(self, row: Row, seen: set[tuple[int, ...]]) -> int:
-        """Return how many tokens the model gets for a row, given the sites of earlier rows of its piece."""
+        """Return how many tokens the model gets for a row, given the sites of all earlier rows."""
         length = len(row.sequence)
         if self.method == "pseudo-perplexity":
             return length * (length + 2)
@@ -221,7 +230,7 @@ def score(
         evaluator = evaluation.Evaluator(built.model, task, backend_)
 
         def score_piece(rows: list[Row], advance: Advance) -> Predictions:
-            ask = partial(_log_probabilities, evaluator, cfg, advance=advance)
+            ask = partial(_log_probabilities, evaluator, cfg, tokens, advance=advance)
             return _rows(columns, method, rows, scorer(rows, ask))
 
         settings_ = {"method": method, "wild_type": protein, "first_residue": first_residue, "piece_tokens": tokens}
@@ -247,13 +256,23 @@ def _language_model(model: str, backend: BackendName | None, settings: Sequence[
 
 
 def _log_probabilities(
-    evaluator: Evaluator, cfg: TrainConfig, queries: Sequence[Query], *, advance: Advance
+    evaluator: Evaluator, cfg: TrainConfig, tokens: int, queries: Sequence[Query], *, advance: Advance
 ) -> list[np.ndarray]:
-    """Return [sites, 33] per query: the log probability of each token at the sites that it asks about."""
-    table = query_table(queries)
-    (log_p,) = predict_table(evaluator, cfg, table, advance)
-    starts = table.offsets[:-1] + 1  # after <cls>
-    return [log_p[start + query.sites] for start, query in zip(starts, queries, strict=True)]
+    """Return [sites, 33] per query: the log probability of each token at the sites that it asks about.
+
+    The model gets as many queries at once as have `tokens` tokens, or one: a resumed file may ask for the sites of
+    many pieces in its first one.
+    """
+    found: list[np.ndarray] = []
+    ends = np.cumsum([len(query.tokens) for query in queries])
+    while len(found) < len(queries):
+        done = ends[len(found) - 1] if found else 0
+        some = queries[len(found) : max(len(found) + 1, int(np.searchsorted(ends, done + tokens, side="right")))]
+        table = query_table(some)
+        (log_p,) = predict_table(evaluator, cfg, table, advance)
+        starts = table.offsets[:-1] + 1  # after <cls>
+        found += [log_p[start + query.sites] for start, query in zip(starts, some, strict=True)]
+    return found
 
 
 def _protein(path: Path, cfg: TrainConfig) -> str:

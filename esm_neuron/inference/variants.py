@@ -241,8 +241,7 @@ class VariantTable:
             cost = self.cost(row, seen)
             if rows and (tokens + cost > self.tokens or len(rows) == CHUNK_ROWS):
                 yield _piece(rows, tokens)
-                rows, seen, tokens = [], set(), 0
-                cost = self.cost(row, seen)
+                rows, tokens = [], 0
             rows.append(row)
             seen.add(tuple(each.index for each in row.variant))
             tokens += cost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -149,3 +150,32 @@ def test_measured_values_have_decimal_commas_as_in_training(tmp_path: Path, mode
     for values, said in ((["0,42", "1.5"], "'0,42' has a comma, '1.5' has a point"), (["1,234", "2"], "of thousands")):
         with pytest.raises(DataError, match=rf"a.csv: column 'DMS_score': .*{said}; write 1234.5 everywhere$"):
             measured(path, values, mode)
+
+
+def test_sites_of_earlier_pieces_are_not_asked_for_again(tmp_path: Path) -> None:
+    wild, rng = "MKTAYIAKQR", np.random.default_rng(0)
+
+    def variant() -> str:
+        places = sorted(rng.choice(10, 2, replace=False).tolist())
+        return ":".join(f"{wild[i]}{i + 1}{'CDEFGH'[int(rng.integers(6))]}" for i in places)
+
+    names = [variant() for _ in range(400)]
+    path = tmp_path / "v.csv"
+    path.write_text("variant\n" + "\n".join(names) + "\n")
+    asked: list[tuple[int, ...]] = []
+
+    def run_model(queries: Any) -> list[np.ndarray]:
+        asked.extend(tuple(query.sites.tolist()) for query in queries)
+        return [values(query) for query in queries]
+
+    def values(query: Query) -> np.ndarray:
+        return np.random.default_rng(query.sites).normal(size=(len(query.sites), 33))
+
+    scorer = Scorer("masked-marginal", wild)
+    pieces = list(VariantTable(path, VariantColumns(), DataConfig(), wild, 1, True, 40, scorer.cost)())
+    scores = [value for piece in pieces for value in scorer(piece.content, run_model)]
+    sets = {tuple(int(part[1:-1]) - 1 for part in name.split(":")) for name in names}
+    assert len(pieces) > 5 and len(asked) == len(set(asked)) == len(sets)
+    whole = [row for piece in pieces for row in piece.content]
+    assert scores == Scorer("masked-marginal", wild)(whole, run_model)
+    assert sum(piece.tokens for piece in pieces) == len(sets) * (len(wild) + 2)
