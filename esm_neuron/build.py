@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esm_neuron.backends.base import Backend
 from esm_neuron.compat import EsmConfig, on_meta
@@ -33,10 +34,17 @@ class Built:
     quantized: bool = False
 
 
-def build_model(cfg: TrainConfig, task: Task, backend: Backend, trained: bool = False) -> Built:
+def build_model(
+    cfg: TrainConfig,
+    task: Task,
+    backend: Backend,
+    trained: bool = False,
+    start: Mapping[str, Tensor] | None = None,
+) -> Built:
     """Build on meta, shard, load slices (and quantize each as it comes), adapt, prepare.
 
-    A `trained` model has its head in its weights, under the names and in the order that the task gives them.
+    A `trained` model has its head in its weights, under the names and in the order that the task gives them. `start`
+    is a head to begin with, by the names of the model.
     """
     pretrained, source = open_weights(cfg.model, cfg.seed)
     config = model_config(cfg, task, pretrained)
@@ -57,7 +65,7 @@ def build_model(cfg: TrainConfig, task: Task, backend: Backend, trained: bool = 
     head = task.head(config)
     draw = Draw(cfg.seed, config.initializer_range)
     new = tuple(f"{part}." for part in head)
-    headed, note = (source, "") if trained else with_head(source, pretrained, model, head)
+    headed, note = (source, "") if trained else with_head(source, pretrained, model, head, start)
     report = load_into(model, headed, draw, lambda name: not trained and name.startswith(new), backend.part)
     if cfg.model.gradient_checkpointing:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=backend.checkpoint_fn())

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Annotated, Literal
 
@@ -43,16 +44,26 @@ AsJson = Annotated[bool, "print JSON instead of text"]
 def train(*settings: str) -> int:
     """Fine-tune an ESM-2 on proteins with labels; write weights, metrics and predictions to --output.
 
+    Told of nothing but data, task and output, it fits a probe, in minutes.
+
     Examples:
       esm-neuron train my.csv --label location --model facebook/esm2_t12_35M_UR50D --output runs/mine
       esm-neuron train --config configs/start.yaml --data my.csv --lr 3e-4 --epochs 5 --output runs/mine
     """
-    from esm_neuron.config.settings import parse
+    from esm_neuron.config.settings import first_step, parse, says_only_what, whole_words
+    from esm_neuron.tasks import task_class
 
-    cfg = parse(settings)
+    cfg, words = parse(settings), whole_words(settings)
+    task = task_class(cfg.task.name)
+    if says_only_what(words) and not task.keeps_lm_head:
+        cfg = parse(first_step(words, task.pools))
+        _on_main(log, "first a probe, which takes minutes; for another start give --config or --adapter.kind")
     from esm_neuron.training.run import train as run_training
 
     outcome = run_training(cfg, log)
+    if cfg.adapter.kind == "probe":
+        again = f"esm-neuron train --config {cfg.output}/config.yaml --output {cfg.output}-lora"
+        _on_main(log, f"to fine-tune from here: {again} --adapter.kind lora --adapter.init_from {cfg.output}")
     if outcome.stopped_by:
         log(f"stopped by {outcome.stopped_by}; the state is saved, go on with --checkpoint.resume auto")
         return EXIT_STOPPED
@@ -245,18 +256,19 @@ def plan(
     require(devices >= 1, f"--devices {devices} must be at least 1")
     require(nodes >= 1, f"--nodes {nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
-    from esm_neuron.models.shapes import known_shape
+    from esm_neuron.models.shapes import shape_of
     from esm_neuron.planning import cost, instances
     from esm_neuron.planning.plan import make_plan, metrics, render
     from esm_neuron.tasks import check_task, task_class
 
     check_task(cfg.task)
-    made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind), devices)
+    with TemporaryDirectory(prefix="esm-neuron-") as spool:  # a plan needs the lengths, and memory no more than these
+        made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind, Path(spool)), devices)
     values, lines = metrics(made), [render(made)]
     if instance is not None:
         price_list = instances.read_prices(prices)
         asked, market = instances.price_of(instance, price_list)
-        shape = known_shape(cfg.model.base or cfg.model.name)
+        shape = shape_of(cfg.model)
         if shape is None:
             raise ConfigError(
                 f"--instance: the shape of {cfg.model.name} is not known; name a local folder or an ESM-2"

@@ -145,7 +145,7 @@ def fsync(path: Path) -> None:
 
 
 @cache
-def _here() -> str:
+def machine_name() -> str:
     """Return a short name of this machine since it booted, and of its processes' numbering, which a container has."""
     parts = [os.uname().nodename]  # many hosts are called localhost
     with contextlib.suppress(OSError):
@@ -156,7 +156,7 @@ def _here() -> str:
 def _aside(path: Path) -> Path:
     """Return where to write what will be `path`, after removing what killed processes left there."""
     name = path.name if len(os.fsencode(path.name)) < 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    left = re.compile(rf"\.{re.escape(name)}\.{_here()}-(\d+)(-old)?\.tmp")
+    left = re.compile(rf"\.{re.escape(name)}\.{machine_name()}-(\d+)(-old)?\.tmp")
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(path.parent)):
             found = left.fullmatch(entry.name)
@@ -164,7 +164,7 @@ def _aside(path: Path) -> Path:
                 if found[2] and not os.path.lexists(path):  # killed between two renames
                     os.rename(entry.path, path)
                 remove(Path(entry.path))
-    return path.with_name(f".{name}.{_here()}-{os.getpid()}.tmp")
+    return path.with_name(f".{name}.{machine_name()}-{os.getpid()}.tmp")
 
 
 def _runs(process: int) -> bool:

@@ -69,6 +69,10 @@ _RESULT = {
         "padding_efficiency": NUMBER,
     },
     **dict.fromkeys(("valid?", "test?"), (NOTHING, _SCORES)),
+    "probe?": {
+        "layers": (int, str), "penalty": NUMBER, "chosen_on": str, "metrics": _SCORES,
+        "tried": {"*": (*NUMBER, NOTHING)}, "proteins": {"*": int}, "seconds": {"*": NUMBER},
+    },
     "leaks?": {"*": {"method": str, "proteins": int, "homologs": int}},
     "clean?": {"*": _SCORES},
     **{key: {"*": {"*": _SCORES}} for key in ("baselines?", "clean_baselines?")},

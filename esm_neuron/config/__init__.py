@@ -6,7 +6,7 @@ reads files and flags; `rules` checks ranges and what a single field cannot know
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from esm_neuron.config.backends import spec_of
@@ -22,6 +22,8 @@ Text = str | int | float | bool
 """A value of a column, which is text; YAML makes numbers of 0 and 1.5, and they are text again in a `DataConfig`."""
 SplitNames = Text | tuple[Text, ...]
 """A value of the split column, or several."""
+EVERY_LAYER = ("mix", "concat")
+"""Values of `model.layers` with which a head reads every layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,22 @@ class ModelConfig:
     the hub and sha256sum show it; of shards, that of their sorted sums, one per line. None: any."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` loads weights; `random` keeps only the shape of `name` and initializes newly from `seed`."""
-    pooling: Literal["mean", "cls", "attention"] = "mean"
-    """How the residues of a protein become one vector: their mean (specials left out), the <cls> position, or a mean
-    with learned weights. `cls` is what transformers' EsmForSequenceClassification does."""
+    layers: int | Literal["all", "mix", "concat", "auto"] = "all"
+    """What the head reads. A number: the encoder is cut off after so many blocks, which saves their work and their
+    memory in training, prediction and export. `all`: every block is kept, and the last one is read. Tasks with one
+    vector per protein can read the pooled states of every layer, the embedding among them: `concat`, side by side, or
+    `mix`, a mean with learned weights (a softmax). `auto`, with adapter.kind=probe: the number, or `concat`, that
+    predicts the validation proteins best, tried on one pass."""
+    pooling: Literal["mean", "cls", "attention", "mean+termini"] = "mean"
+    """How the residues of a protein become one vector: their mean (specials left out), the <cls> position, a mean with
+    learned weights, or three means side by side, over all residues, the first 50 and the last 50 (of what the model is
+    given). `cls` is what transformers' EsmForSequenceClassification does."""
+    composition: bool = False
+    """Give the head of a task with one vector per protein also the shares of the 20 amino acids, over what `pooling`
+    takes means of, and the logarithm of the number of residues."""
+    head: Literal["tanh", "linear"] | None = None
+    """What predicts from the vector of a protein: a linear layer, tanh and a linear layer, as transformers has it; or
+    one linear layer. None: `linear` with adapter.kind=probe, which can fit nothing else, otherwise `tanh`."""
     dropout: float = 0.0
     """Dropout probability of hidden states, attention and classification head (ESM-2 was trained with 0)."""
     gradient_checkpointing: bool = False
@@ -151,7 +166,8 @@ class DataConfig:
     """What to do with a protein that has no sequence or no label: stop, or leave it out and count it."""
     cache: str | None = None
     """Folder that keeps tokenized data by content, as files mapped into memory: made once, shared by runs and
-    processes; needed for files larger than memory. None: every process tokenizes and holds the data in memory."""
+    processes; needed for files larger than memory. It also keeps the pooled states of probes, in `features`. None:
+    every process tokenizes and holds the data in memory, and pooled states are kept in `output`/features."""
     min_residues: int = 1
     """Shortest sequence; shorter ones are left out and counted."""
     max_residues: int = 1022
@@ -211,9 +227,14 @@ What is gone on with, a run or predictions, compares these by a hash and may cha
 class AdapterConfig:
     """Which parameters are trained."""
 
-    kind: Literal["none", "head", "lora", "qlora"] = "lora"
+    kind: Literal["none", "head", "lora", "qlora", "probe"] = "lora"
     """What is trained: everything, the head alone, or low-rank adapters and the head; `qlora` keeps the frozen linears
-    of the blocks quantized, on cpu and cuda."""
+    of the blocks quantized, on cpu and cuda. `probe`: a linear head, fitted at once to what the frozen encoder gives,
+    which needs one forward pass per protein and no optimizer steps; its penalty is chosen on the validation proteins,
+    or without any on five folds of the training proteins by cluster."""
+    init_from: str | None = None
+    """Output folder of a run with adapter.kind `probe` or `head`, of the same task and weights: its head is what
+    training starts from, and its `model.layers`, `pooling`, `composition` and `head` are taken with it."""
     quantization: Quantization = "nf4"
     """qlora: how frozen linears are kept: in 4 bits (NormalFloat with double quantization) or 8."""
     r: int = 8
@@ -374,6 +395,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         spec_of(self.backend)  # refuses one that is not in the table
+        if self.adapter.kind == "probe" and self.model.head is None:
+            object.__setattr__(self, "model", replace(self.model, head="linear"))
 
     @property
     def can_quantize(self) -> bool:

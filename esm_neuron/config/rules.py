@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from operator import attrgetter
 
-from esm_neuron.config import LoopConfig, TrainConfig, require
+from esm_neuron.config import EVERY_LAYER, LoopConfig, TrainConfig, require
 from esm_neuron.config.backends import BACKENDS, named
 from esm_neuron.errors import ConfigError
 from esm_neuron.redact import redact
@@ -34,7 +34,10 @@ RANGES: dict[tuple[float, float], str] = {
 }
 """(Least value, largest value) -> the settings that have this range."""
 
-PLACES = ("output", "model.name", "model.revision", "data.train", "data.valid", "data.test", "data.cache")
+PLACES = (
+    "output", "model.name", "model.revision", "data.train", "data.valid", "data.test", "data.cache",
+    "adapter.init_from",
+)  # fmt: skip
 """Settings that name a place, where a URL can bring a password. The others hold names of columns and classes, which are
 data: they may look like anything, and are saved as they are."""
 
@@ -85,6 +88,41 @@ def check_backend(cfg: TrainConfig) -> None:
     )
 
 
+def check_probe(cfg: TrainConfig) -> None:
+    """Raise ConfigError where what the head reads, or how it is fitted, contradicts itself."""
+    model, probes = cfg.model, cfg.adapter.kind == "probe"
+    layers = model.layers
+    require(not isinstance(layers, int) or 1 <= layers <= 1_000, f"model.layers={layers} is outside 1 to 1000")
+    require(
+        layers != "auto" or probes,
+        "model.layers=auto is chosen by a probe (adapter.kind=probe); give the number that one has chosen, or name its "
+        "run: adapter.init_from",
+    )
+    require(
+        not probes or layers != "mix",
+        "model.layers=mix with adapter.kind=probe: its weights are learned by steps; use concat, which can weigh each "
+        "layer, or auto",
+    )
+    require(
+        model.pooling != "attention" or (not probes and layers not in EVERY_LAYER),
+        f"model.pooling=attention with adapter.kind={cfg.adapter.kind}, model.layers={layers}: its weights are learned "
+        "by steps, for one layer; use mean, mean+termini or cls",
+    )
+    require(
+        not probes or model.head == "linear",
+        f"model.head={model.head} with adapter.kind=probe: only a linear head is fitted at once; use linear",
+    )
+    require(
+        not (probes and cfg.parallel.fsdp),
+        "parallel.fsdp=true with adapter.kind=probe: each GPU holds the frozen encoder; use parallel.fsdp=false, with "
+        "loop.precision=bf16 where memory is short",
+    )
+    require(
+        cfg.adapter.init_from is None or not probes,
+        "adapter.init_from with adapter.kind=probe: a probe starts from nothing; leave it out",
+    )
+
+
 def validate(cfg: TrainConfig) -> None:
     """Raise ConfigError where a configuration to train with has a value out of range, or two that contradict."""
     require(cfg.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
@@ -94,6 +132,7 @@ def validate(cfg: TrainConfig) -> None:
 def check_values(cfg: TrainConfig) -> None:
     """Check what `validate` checks, for a configuration without training data."""
     check_backend(cfg)
+    check_probe(cfg)
     for name, text in _texts("", asdict(cfg)):
         sound = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
         require(sound, f"{name}={text[:60]!r} has a zero byte or half a surrogate pair; remove it")

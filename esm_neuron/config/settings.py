@@ -188,8 +188,12 @@ def parse(argv: Sequence[str], command: str = "train") -> TrainConfig:
 
     A first word that is no flag is `data.train`; a flag may have a short name, see `full_name`.
     """
-    named = ["--data.train", *argv] if argv and not argv[0].startswith("-") else argv
-    return _parsed(in_full(named), command)
+    return _parsed(whole_words(argv), command)
+
+
+def whole_words(argv: Sequence[str]) -> list[str]:
+    """Return the words of `train` with all flags, by their whole names."""
+    return in_full(["--data.train", *argv] if argv and not argv[0].startswith("-") else argv)
 
 
 def to_words(values: Mapping[str, Any], section: str = "") -> list[str]:
@@ -226,6 +230,29 @@ def full_name(name: str) -> str:
     ]  # fmt: skip
     require(len(ends) < 2, f"{name} may be {' or '.join(ends)}; write which one")
     return ends[0] if ends else name
+
+
+FIRST_STEP = {"adapter.kind": "probe", "model.name": "mini", "model.layers": "auto", "data.test_fraction": "0.1",
+              "data.sample": "clusters"}  # fmt: skip
+"""Settings of `train` where only WHAT is given, and no file of settings: a probe."""
+FIRST_STEP_POOLED = {"model.pooling": "mean+termini"}
+"""Those for tasks with one vector per protein."""
+
+
+WHAT = ("--data.", "--task.", "--log.", "--checkpoint.", "--output", "--backend", "--seed")
+"""Settings that say what is learned and where, and nothing of how."""
+
+
+def says_only_what(words: Sequence[str]) -> bool:
+    """Return whether `whole_words` name a file to learn from, and no model or way of training that they ask for."""
+    names = [word for word in words if word.startswith("--")]
+    return bool(names) and all(name.startswith(WHAT) for name in names)
+
+
+def first_step(words: Sequence[str], pools: bool) -> list[str]:
+    """Return `whole_words` with those of FIRST_STEP before them, which they overrule."""
+    given = {**FIRST_STEP, **(FIRST_STEP_POOLED if pools else {})}
+    return [*(f"--{name}={value}" for name, value in given.items()), *words]
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -277,6 +304,8 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
     places = ("train", "valid", "test", "cache")
     home: dict[str, Any] = {name: os.path.expanduser(getattr(cfg.data, name) or "") or None for name in places}
     cfg = replace(cfg, output=os.path.expanduser(cfg.output), data=replace(cfg.data, **home))
+    if cfg.adapter.init_from is not None:
+        cfg = replace(cfg, adapter=replace(cfg.adapter, init_from=os.path.expanduser(cfg.adapter.init_from)))
     for name in _nothing("", plain(cfg), plain(TrainConfig())):
         raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
     return cfg

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +17,9 @@ from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
 from esm_neuron.data.filters import passes
 from esm_neuron.data.homology import MOST, Method, find_homologs, too_short
 from esm_neuron.data.labels import Labels, flatten
-from esm_neuron.data.sources import check_sheet, read_chunks
-from esm_neuron.data.tokenizer import UNK, VOCABULARY, encode_many
+from esm_neuron.data.looks import count_letters
+from esm_neuron.data.sources import check_sheet, read_chunks, text_bytes
+from esm_neuron.data.tokenizer import RESIDUES, encode_residues
 from esm_neuron.data.validation import Checker, Problems, Report, conflicting, text_hashes
 from esm_neuron.redact import Lines
 
@@ -114,7 +117,7 @@ class _SeenLabels:
 
     def add(self, clean: pa.Table, problems: Problems) -> None:
         labels, encoded = self.labels, self.labels.encode(clean, problems)
-        self.hashes.append(labels.hashes(encoded))
+        self.hashes.append((labels.hashes(encoded) >> np.uint64(32)).astype(np.uint32))
         self.names.update(labels.count(encoded))
         if labels.numeric:
             self.values.append(flatten(encoded)[0])
@@ -137,69 +140,114 @@ def check_file(path: str, cfg: DataConfig, labels: Labels | None, train: str, me
     `method` finds homologs; None: they are not looked at. Raise DataError where the file itself cannot be read.
     """
     check_sheet([path], cfg.sheet)
-    nothing = () if labels is None else (labels.nothing,)
-    checker, writer = Checker(cfg, path, *nothing), TableWriter()
-    splits: list[str] = []
-    hashes: list[np.ndarray] = []
-    seen = None if labels is None else _SeenLabels(labels, cfg.split_column, train)
-    read = 0
-    for rows in read_chunks(path, cfg, None if labels is None else labels.joiner):
-        read += len(rows)
-        clean = checker(rows.filter(pa.array(passes(rows, cfg.keep))))
-        columns = clean.to_pydict()
+    with tempfile.TemporaryDirectory(prefix="esm-neuron-") as folder:
+        # Tokens are for the search of homologs alone, and lie in mapped files: memory has counts and hashes.
+        tokens = TableWriter(Path(folder, "file")) if method is not None and cfg.split_column is not None else None
+        return _Look(path, cfg, labels, train).check(method, tokens)
+
+
+class _Look:
+    """What one reading of a file finds."""
+
+    def __init__(self, path: str, cfg: DataConfig, labels: Labels | None, train: str) -> None:
+        self._path, self._cfg, self._train = path, cfg, train
+        self._joiner = None if labels is None else labels.joiner
+        self._checker = Checker(cfg, path, *(() if labels is None else (labels.nothing,)))
+        self._labels = None if labels is None else _SeenLabels(labels, cfg.split_column, train)
+        self._letters = np.zeros(256, np.int64)
+        self._lengths: Counter[int] = Counter()
+        self._hashes: list[np.ndarray] = []
+        self._splits: list[np.ndarray] = []  # places in `_names`
+        self._names: dict[str, int] = {}
+        self._read = 0
+
+    def _add(self, rows: pa.Table, tokens: TableWriter | None) -> None:
+        self._read += len(rows)
+        clean = self._checker(rows.filter(pa.array(passes(rows, self._cfg.keep))))
+        if self._labels is not None:
+            self._labels.add(clean, self._checker.problems)
+        if "split" in clean.column_names:
+            for name in clean["split"].unique().to_pylist():
+                self._names.setdefault(name, len(self._names))
+            places = pc.index_in(clean["split"], pa.array(self._names, pa.large_string())).to_numpy()
+            self._splits.append(places.astype(np.min_scalar_type(len(self._names))))
+        self._hashes.append(text_hashes(clean["sequence"].to_pylist()))
+        text, bounds = text_bytes(clean)
+        sizes, times = np.unique(np.diff(bounds), return_counts=True)
+        self._lengths.update(dict(zip(sizes.tolist(), times.tolist(), strict=True)))
+        self._letters += count_letters(text)
+        if tokens is not None:
+            tokens.add(ExampleTable.of(*encode_residues(bytes(text), np.diff(bounds))))
+
+    def check(self, method: Method | None, tokens: TableWriter | None) -> Check:
+        cfg, checker, seen = self._cfg, self._checker, self._labels
+        for rows in read_chunks(self._path, cfg, self._joiner):
+            self._add(rows, tokens)
         if seen is not None:
-            seen.add(clean, checker.problems)
-        splits += columns.get("split", [])
-        hashes.append(text_hashes(columns["sequence"]))
-        writer.add(ExampleTable.of(*encode_many(columns["sequence"])))
-    if seen is not None:
-        seen.conclude(checker.problems)
-    checker.conclude()
-    checker.check_left(read)
-    table = writer.table()
-    sequences, residues = np.concatenate(hashes), table.lengths - 2
-    letters = np.bincount(table.tokens, minlength=len(VOCABULARY))[UNK + 1 :]  # residues follow the specials
-    order = [i for i in np.argsort(-letters, kind="stable") if letters[i]]
-    return Check(
-        file=path,
-        rows=read,
-        proteins=len(table),
-        residues=int(residues.sum()),
-        lengths={name: int(value) for name, value in _quartiles(residues).items()},
-        alphabet={VOCABULARY[UNK + 1 + i]: int(letters[i]) for i in order},
-        repeated=len(sequences) - len(np.unique(sequences)),
-        conflicting=conflicting(sequences, sequences, np.concatenate(seen.hashes)) if seen is not None else 0,
-        labels=None if seen is None or seen.labels.numeric else dict(seen.names.most_common()),
-        values=_quartiles(np.concatenate(seen.values)) if seen is not None and any(map(len, seen.values)) else None,
-        splits=dict(Counter(splits).most_common()) if cfg.split_column is not None else None,
-        leaks=_leaks(table, sequences, np.array(splits), train, method if len(table) <= MOST else None),
-        changed=Report(name="", **{**checker.counts, "rows": 0}).summary().partition("; ")[2],
-        faults=checker.problems.total,
-        first_faults=tuple(checker.problems.first),
-    )
+            seen.conclude(checker.problems)
+        checker.conclude()
+        checker.check_left(self._read)
+        sequences = np.concatenate(self._hashes)
+        self._hashes.clear()
+        numbers = seen is not None and seen.labels.numeric
+        splits = np.concatenate(self._splits) if self._splits else np.empty(0, np.int8)
+        named = {name: int(count) for name, count in zip(self._names, np.bincount(splits), strict=True)}
+        lengths = np.array(sorted(self._lengths.items())).reshape(-1, 2)
+        return Check(
+            file=self._path,
+            rows=self._read,
+            proteins=len(sequences),
+            residues=int((lengths[:, 0] * lengths[:, 1]).sum()),
+            lengths={name: int(value) for name, value in _counted_quartiles(*lengths.T).items()},
+            alphabet=dict(Counter({r: n for r in RESIDUES if (n := int(self._letters[ord(r)]))}).most_common()),
+            repeated=len(sequences) - len(np.unique(sequences)),
+            conflicting=0 if seen is None else conflicting(sequences, sequences, np.concatenate(seen.hashes)),
+            labels=None if seen is None or numbers else dict(seen.names.most_common()),
+            values=_quartiles(values) if seen and len(values := np.concatenate([[], *seen.values])) else None,
+            splits=dict(Counter(named).most_common()) if cfg.split_column is not None else None,
+            leaks=self._leaks(sequences, splits, method, tokens),
+            changed=Report(name="", **{**checker.counts, "rows": 0}).summary().partition("; ")[2],
+            faults=checker.problems.total,
+            first_faults=tuple(checker.problems.first),
+        )
+
+    def _leaks(
+        self, sequences: np.ndarray, splits: np.ndarray, method: Method | None, tokens: TableWriter | None
+    ) -> dict[str, Leak]:
+        training = splits == self._names.get(self._train, -1)
+        if not training.any() or training.all():
+            return {}
+        has_homolog, short = np.zeros((2, len(splits)), dtype=bool)
+        looked = method is not None and tokens is not None and len(splits) <= MOST
+        if method is not None and tokens is not None and looked:
+            table = tokens.table()
+            held_out, train_table = select_records(table, ~training)[0], select_records(table, training)[0]
+            has_homolog[~training] = find_homologs(held_out, train_table, method)
+            if method == "kmer":
+                short[~training] = too_short(held_out, train_table) & ~has_homolog[~training]
+        found, known = {}, np.sort(sequences[training])
+        there = ~training
+        for name, place in self._names.items():
+            own = there & (splits == place)
+            if own.any():
+                at = np.minimum(np.searchsorted(known, sequences[own]), len(known) - 1)
+                copies = int((known[at] == sequences[own]).sum())
+                homologs = int(has_homolog[own].sum()) if looked else None
+                found[name] = Leak(int(own.sum()), copies, homologs, int(short[own].sum()))
+        return found
 
 
 def _quartiles(values: np.ndarray) -> dict[str, float]:
-    found = np.percentile(values, [0, 25, 50, 75, 100])
+    return _named(np.percentile(values, [0, 25, 50, 75, 100]))
+
+
+def _counted_quartiles(values: np.ndarray, times: np.ndarray) -> dict[str, float]:
+    """Return the quartiles of sorted values, each of which is there so many times."""
+    ends = np.cumsum(times)
+    place = np.array([0, 0.25, 0.5, 0.75, 1]) * (ends[-1] - 1)
+    low, high = (values[np.searchsorted(ends, at.astype(np.int64), side="right")] for at in (place, np.ceil(place)))
+    return _named(low + (high - low) * (place % 1))
+
+
+def _named(found: np.ndarray) -> dict[str, float]:
     return dict(zip(("min", "q1", "median", "q3", "max"), map(float, found), strict=True))
-
-
-def _leaks(
-    table: ExampleTable, sequences: np.ndarray, splits: np.ndarray, train: str, method: Method | None
-) -> dict[str, Leak]:
-    training = splits == train
-    if not training.any() or training.all():
-        return {}
-    has_homolog, short = np.zeros((2, len(splits)), dtype=bool)
-    if method is not None:
-        held_out, train_table = select_records(table, ~training)[0], select_records(table, training)[0]
-        has_homolog[~training] = find_homologs(held_out, train_table, method)
-        if method == "kmer":
-            short[~training] = too_short(held_out, train_table) & ~has_homolog[~training]
-    found = {}
-    for name in dict.fromkeys(splits[~training].tolist()):
-        own = splits == name
-        copies = int(np.isin(sequences[own], sequences[training]).sum())
-        homologs = int(has_homolog[own].sum()) if method is not None else None
-        found[name] = Leak(int(own.sum()), copies, homologs, int(short[own].sum()))
-    return found

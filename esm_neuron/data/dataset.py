@@ -16,7 +16,7 @@ import pyarrow as pa
 from esm_neuron.config import DataConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.labels import UNKNOWN, Labels
-from esm_neuron.data.sources import sequence_bytes
+from esm_neuron.data.sources import text_bytes
 from esm_neuron.data.tokenizer import encode_residues
 from esm_neuron.data.validation import Problems, quote
 from esm_neuron.files import open_new, read_json, write_json
@@ -230,7 +230,7 @@ def chunk_table(
     Faults of the rows go to `problems`; with any, the table is of no use.
     """
     ids = rows["id"].to_pylist()
-    text, bounds = sequence_bytes(rows)
+    text, bounds = text_bytes(rows)
     lengths, limit = np.diff(bounds), cfg.max_residues
     long = np.flatnonzero(lengths > limit)
     if cfg.long_sequences == "refuse":

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.labels import same
+from esm_neuron.data.label_forms import same
 from esm_neuron.data.looks import NO_LABEL
 from esm_neuron.data.records import MARKS
 from esm_neuron.data.sources import filter_column

@@ -4,17 +4,16 @@ A task names its kind of labels (`tasks.Task.label_kind`). Texts are parsed once
 codes in order of appearance. When the training rows have named the classes, codes become class indices.
 
 A list, such as JSON or Parquet have it, arrives as text joined by `Labels.joiner`. People write labels in other ways
-too, see `listed`, `one_hot` and `same`; what cannot be read for certain is refused with the way to write it.
+too, see `label_forms`; what cannot be read for certain is refused with the way to write it.
 """
 
 from __future__ import annotations
 
-import ast
 import math
 import re
-import unicodedata
+import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,8 +22,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
-from esm_neuron.data.looks import LOCATION, NO_LABEL, NO_RESIDUE_LABELS, is_nothing
+from esm_neuron.data.label_forms import (
+    has_quoted,
+    in_order,
+    listed,
+    locations,
+    loosely,
+    marked,
+    one_hot,
+    other_separator,
+    same,
+    vector,
+)
+from esm_neuron.data.looks import NO_LABEL, NO_RESIDUE_LABELS, is_nothing
 from esm_neuron.data.records import LIST_JOINER, RESIDUE_JOINER, UNKNOWN_RESIDUE, Decimals, to_number
+from esm_neuron.data.sources import text_bytes
 from esm_neuron.data.validation import Problems, mixed, quote
 from esm_neuron.errors import ConfigError, DataError
 
@@ -36,6 +48,8 @@ SHOWN_CLASSES = 20  # classes that are named with their counts before training
 GAP = "-"  # of a residue: a class in many files, and no label in others
 IGNORED = (GAP, "?", ".")  # labels of residues that are unknown where `task.ignore` is not given
 MOST_GAPS = 0.1  # share of training residues with GAP from which it may be a class
+_SPACES = "\x1c\x1d\x1e\x1f"  # blanks to str.split beside string.whitespace
+_DATE = re.compile(r"[0-9]{1,2}-(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)")
 BINS = 10  # quantiles of a regression's values that a sample of rows is spread over
 
 
@@ -74,7 +88,7 @@ class Labels:
         names = locations(text) if names is None else names
         if names is None:
             names, marks = listed(text), vector(text)
-            if marks is None and (names is None or (names and not _quoted(text))):
+            if marks is None and (names is None or (names and not has_quoted(text))):
                 return [text]  # such as the class [2Fe-2S]
             names = (marks and one_hot(marks, self.task.labels)) or names or marks or []
         if len(names) != 1:
@@ -87,6 +101,31 @@ class Labels:
         A label that is missing becomes null (`Checker` has noted it), and so does one that cannot be read, which is
         noted in `problems`.
         """
+        labels = self._encode_alike(rows)
+        if labels is None:
+            labels = self._encode_each(rows, problems)
+        if len(self.codes) > MOST_CLASSES:  # more would not fit int16; ids or sequences would fill the memory
+            raise DataError(
+                f"{problems.source}: column {self.column!r} has more than {MOST_CLASSES} classes; is it the right one? "
+                "data.label_column names it, and numbers are for task.name=regression"
+            )
+        return rows.set_column(rows.column_names.index("label"), "label", labels)
+
+    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+        """Return all labels' entries, each text read once; None, with nothing learned, where one cannot be read."""
+        texts = rows["label"].combine_chunks().dictionary_encode()
+        known, found = len(self.codes), []
+        try:
+            for text in texts.dictionary.to_pylist():
+                found.append(None if is_nothing(text, self.nothing) else self._entries(text, 0))
+        except ValueError:
+            while len(self.codes) > known:
+                self.codes.popitem()
+            return None
+        return pa.array(found, pa.list_(self.entry)).take(texts.indices)
+
+    def _encode_each(self, rows: pa.Table, problems: Problems) -> pa.Array:
+        """Return each label's entries, null for one that cannot be read, which is noted."""
         found: list[list[Any] | None] = []
         lengths = pc.utf8_length(rows["sequence"]).to_pylist()
         for row, (text, length) in enumerate(zip(rows["label"].to_pylist(), lengths, strict=True)):
@@ -95,12 +134,7 @@ class Labels:
             except ValueError as error:
                 self._add(problems, rows, row, str(error))
                 found.append(None)
-        if len(self.codes) > MOST_CLASSES:  # more would not fit int16; ids or sequences would fill the memory
-            raise DataError(
-                f"{problems.source}: column {self.column!r} has more than {MOST_CLASSES} classes; is it the right one? "
-                "data.label_column names it, and numbers are for task.name=regression"
-            )
-        return rows.set_column(rows.column_names.index("label"), "label", pa.array(found, pa.list_(self.entry)))
+        return pa.array(found, pa.list_(self.entry))
 
     def _entries(self, text: str, length: int) -> list[Any]:
         names = list(map(self._bare, self.split(text, length)))
@@ -195,8 +229,8 @@ class Labels:
         line = f"classes: {len(labels)} (training {unit}): {shown}{more}"
         rare = sum(counts[name] < 2 for name in labels)
         notes = [f"{rare} of {len(labels)} classes have at most one training protein"] if 2 * rare > len(labels) else []
-        plain = Counter(map(_plain, labels))
-        alike = [name for name in labels if plain[_plain(name)] > 1]
+        plain = Counter(map(loosely, labels))
+        alike = [name for name in labels if plain[loosely(name)] > 1]
         what = "differ in capital letters, blanks or marks alone"
         notes += [f"{', '.join(map(quote, alike[:4]))} {what}"] if alike else []
         date = next(filter(_DATE.fullmatch, labels), None)
@@ -308,6 +342,16 @@ class LabelSets(Labels):
     def _entries(self, text: str, length: int) -> list[Any]:
         return sorted(super()._entries(text, length))  # so that `A;B` and `B;A` are equal
 
+    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+        pair = self._pair
+        found = super()._encode_alike(rows)
+        if found is None:
+            self._pair = pair
+        elif self._pair:  # the message shows the last one
+            texts = reversed(rows["label"].to_pylist())
+            self._pair = next(text for text in texts if not is_nothing(text, self.nothing))
+        return found
+
     def conclude(self, problems: Problems) -> None:
         if self._pair and self.task.labels is None:
             what = f"column {self.column!r}: every label, as {quote(self._pair)}, is 0 or 1 for each of 2 classes"
@@ -377,6 +421,22 @@ class ResidueLabels(Labels):
             raise ValueError(f"the label of residue {at} is empty; write one of task.ignore where it is unknown")
         return names
 
+    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+        """Return the codes of labels that are all written as one ASCII character per residue."""
+        (text, ends), (_, bounds) = text_bytes(rows, "label"), text_bytes(rows, "sequence")
+        nothing = pa.array(sorted(self.nothing), pa.large_string())
+        if not np.array_equal(ends, bounds) or pc.any(pc.is_in(pc.utf8_lower(rows["label"]), nothing)).as_py():
+            return None
+        letters = np.frombuffer(text or b"", np.uint8)
+        used, first = np.unique(letters, return_index=True)
+        plain = bytes(used).isascii() and not set(bytes(used).decode()) & {*self.joiner, *string.whitespace, *_SPACES}
+        if not plain:
+            return None
+        code = np.zeros(256, np.int16)
+        for letter in used[np.argsort(first)].tolist():
+            code[letter] = self.codes.setdefault(chr(letter), len(self.codes))
+        return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(code[letters], self.entry))
+
     def strata(self, rows: pa.Table) -> np.ndarray:
         return np.zeros(len(rows), dtype=np.int64)
 
@@ -413,6 +473,20 @@ class Numbers(Labels):
         if not math.isfinite(value):
             raise ValueError(f"{quote(text)} is no finite number; correct it or remove the record")
         return [value]
+
+    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+        """Return the values of labels that are all plain numbers."""
+        texts = rows["label"].combine_chunks()
+        try:
+            values = texts.cast(pa.float64()).to_numpy()
+        except pa.ArrowInvalid:
+            return None
+        if not np.isfinite(values).all():
+            return None
+        points = np.flatnonzero(pc.match_substring(texts, ".").to_numpy(zero_copy_only=False))
+        if len(points):
+            self._numbers.read(texts[int(points[-1])].as_py())  # it remembers the last one
+        return pa.ListArray.from_arrays(pa.array(np.arange(len(values) + 1), pa.int32()), pa.array(values))
 
     def conclude(self, problems: Problems) -> None:
         """Note a comma that is a decimal mark in one place and may be another thing elsewhere."""
@@ -452,135 +526,6 @@ class Numbers(Labels):
             target_mean=mean if task.target_mean is None else task.target_mean,
             target_sd=sd if task.target_sd is None else task.target_sd,
         )
-
-
-def listed(text: str) -> list[str] | None:
-    """Return the entries of a label written as a list, `[0, 1]`, `['a', 'b']`, `array([0 1])`; None for other text."""
-    array = _ARRAY.fullmatch(text)
-    text = text if array is None else array[1]
-    if len(text) < 2 or text[0] + text[-1] not in ("[]", "()", "{}"):
-        return None
-    inner = text[1:-1].strip()
-    quoted = [match[0] for match in _QUOTED.finditer(inner)]
-    if quoted and not _QUOTED.sub("", inner).strip(", \n"):
-        return [_unquoted(entry) for entry in quoted]
-    if set(inner) & set("()[]{}"):
-        return None  # such as `(R)-lipoate;NAD(+)`
-    bare = [part.strip() for part in inner.rstrip(",").split(",")] if "," in inner else inner.split()
-    if all(map(_NUMBER.fullmatch, bare)):
-        return bare
-    if quoted and text[0] == "[":
-        raise ValueError(f"{quote(text)} is a list with and without quotes; write all of its entries in them")
-    return bare if text[0] == "[" and len(bare) > 1 else None  # [2Fe-2S] and (cell wall) are names
-
-
-def _unquoted(entry: str) -> str:
-    """Return what a string in quotes stands for, as Python and JSON write it."""
-    try:
-        return str(ast.literal_eval(entry))
-    except (SyntaxError, ValueError):
-        return entry[1:-1]
-
-
-def locations(text: str) -> list[str] | None:
-    """Return the locations in UniProt's free text, `SUBCELLULAR LOCATION: Nucleus {ECO:0000269}; ...`; else None.
-
-    Evidence, isoforms, topologies (behind `;`) and notes are left out. https://www.uniprot.org/help/subcellular_location
-    """
-    if not text.startswith(LOCATION):
-        return None
-    found: dict[str, None] = {}
-    for block in text.split(LOCATION)[1:]:
-        plain = re.sub(r"\s*\{ECO:[^{}]*\}|\[[^\[\]]*\]:", "", block).partition("Note=")[0]
-        found |= dict.fromkeys(place.partition(";")[0].strip() for place in re.split(r"\.(?:\s|$)", plain))
-    found.pop("", None)
-    if not found:
-        raise ValueError(f"{quote(text)} names no location; remove the record")
-    return list(found)
-
-
-def marked(text: str) -> list[str] | None:
-    """Return the labels with 1 or true in `{'a': 1, 'b': 0}`; None for other text. Raise ValueError on other values."""
-    if not (text.startswith("{") and text.endswith("}") and ":" in text):
-        return None
-    pairs = list(_PAIR.finditer(text[1:-1]))
-    values = [pair["value"].lower() for pair in pairs]
-    if "".join(pair[0] for pair in pairs) == text[1:-1] and all(map(_MARK.fullmatch, values)):
-        names = [pair["one"] or pair["two"] or pair["bare"] for pair in pairs]
-        return [name for name, value in zip(names, values, strict=True) if value[0] in "1t"]
-    if not _MAPPING.match(text):
-        return None  # such as {ECO:0000269}
-    raise ValueError(f"{quote(text)} is a mapping in braces; write 1 or 0 behind each label, or the list of its labels")
-
-
-def vector(text: str, joiner: str = ",") -> list[str] | None:
-    """Return 0 or 1 for each mark of a label of two or more, such as `0 1`, `[0. 1.]` or `True, False`, else None."""
-    marks = listed(text)
-    if marks is None:
-        marks = [mark.strip() for mark in text.split(joiner)]
-        marks = re.split(r"\s*,\s*|\s+", text.strip()) if len(marks) == 1 else marks
-    if len(marks) < 2 or not all(_MARK.fullmatch(mark.lower()) for mark in marks):
-        return None
-    return ["1" if mark[0] in "1tT" else "0" for mark in marks]
-
-
-def _quoted(text: str) -> bool:
-    """Return whether what stands in the brackets of a list are quoted names or numbers, not the name of one class."""
-    names = listed(text) or []
-    return bool(_QUOTED.search(text)) or all(map(_NUMBER.fullmatch, names))
-
-
-def one_hot(marks: Sequence[str], labels: Sequence[str] | None) -> list[str] | None:
-    """Return the labels marked by 1, where `marks` has 0 or 1 for each of the known labels; None where it has not."""
-    if not labels or len(marks) != len(labels) or not set(marks) <= {"0", "1"} or {"0", "1"} & set(labels):
-        return None
-    return [label for label, mark in zip(labels, marks, strict=True) if mark == "1"]
-
-
-def same(name: str) -> str | int:
-    """Return what a class name says: True and true are one, 1 and 1.0, and what looks alike (blanks, accents)."""
-    if not name.isascii():  # a letter and its accent, or characters of no width
-        name = unicodedata.normalize("NFKC", "".join(c for c in name if unicodedata.category(c) != "Cf"))
-    name = " ".join(name.split())
-    if name.lower() in ("true", "false"):
-        return name.lower()
-    return int(float(name)) if _WHOLE.fullmatch(name) else name
-
-
-def _plain(name: str) -> str:
-    """Return what names have in common that a careless writer takes for one."""
-    return re.sub(r"[\s_-]+", " ", name.lower()).strip(" .,;:")
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Return class names sorted: whole numbers by their values, all else as text."""
-    given = sorted(names)
-    return sorted(given, key=lambda name: int(float(name))) if all(map(_WHOLE.fullmatch, given)) else given
-
-
-def other_separator(names: Sequence[str], own: str) -> str | None:
-    """Return what separates labels besides `own`, judged by the names: their parts are, or are in, other names too."""
-    for separator in (*",|;/&+\\", "||", "//", " and ", " or "):
-        joined = [name for name in names if separator in name]
-        if not joined or separator == own:
-            continue
-        parts = [[part.strip() for part in name.split(separator)] for name in names]
-        times = Counter(part for of in parts for part in set(of))
-        inner = [part for of in parts if len(of) > 1 for part in of]
-        if 2 * sum(times[part] > 1 for part in inner) >= len(inner) and all(inner):
-            return separator
-    return None
-
-
-_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?")
-_DATE = re.compile(r"[0-9]{1,2}-(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)")
-_WHOLE = re.compile(r"-?[0-9]{1,15}(\.0+)?")
-_MARK = re.compile(r"[01](\.0*)?|true|false")
-_ARRAY = re.compile(r"(?:\w+\.)?(?:array|tensor)\(\s*(\[.*\])\s*(?:,\s*dtype=.*)?\)")
-_KEY = r"""\s*(?:'(?P<one>[^']*)'|"(?P<two>[^"]*)"|(?P<bare>[^\s'":,{}][^'":,{}]*?))\s*:"""
-_PAIR = re.compile(_KEY + r"""\s*(?P<value>[^\s,{}:'"]+)\s*(?:,|$)""")
-_MAPPING = re.compile(r"""\{\s*(?:'[^']*'\s*:|"[^"]*"\s*:|[^\s'":,{}][^'":,{}]*:\s)""")
 
 
 def flatten(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:

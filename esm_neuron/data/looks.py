@@ -100,11 +100,14 @@ class LabelLines:
     def __init__(self) -> None:
         self._seen = self._records = self._labelled = self._certain = self._first = 0
 
-    def add(self, start: int, body: str) -> None:
+    def due(self, records: int) -> np.ndarray:
+        """Return which of the next records are to be looked at, counted from 0."""
+        number = self._seen + np.arange(1, records + 1)
+        self._seen += records
+        return np.flatnonzero((number <= ALL) | (number % 16 == 0))  # a corpus need not wait for each of its records
+
+    def look(self, start: int, body: str) -> None:
         """Look at the lines of a record whose header is in line `start`."""
-        self._seen += 1
-        if self._seen > ALL and self._seen % 16:  # a corpus need not wait for each of its records
-            return
         self._records += 1
         lines = body.split()
         if len(lines) < 2:
@@ -179,7 +182,7 @@ class Looks:
         if not len(residues):
             return
         self.letters += len(residues)
-        self._letters += np.bincount(np.frombuffer(residues[:SAMPLE], dtype=np.uint8), minlength=256)
+        self._letters += count_letters(residues[:SAMPLE])
 
     def strange(self, sequences: pa.ChunkedArray) -> Iterator[tuple[int, str]]:
         """Give the row of each sequence that is of another kind of text for certain, and what to say of it."""
@@ -217,3 +220,12 @@ class Looks:
                 "the letters are those of secondary structures (H, E, C), not of residues; name the column of residues"
             )
         return None
+
+
+def count_letters(text: memoryview | bytes) -> np.ndarray:
+    """Return how often each byte is in some text, int64 [256]."""
+    letters = np.frombuffer(text, dtype=np.uint8) if len(text) else np.empty(0, np.uint8)
+    counts = np.zeros(256, np.int64)
+    for start in range(0, len(letters), SAMPLE):  # in parts, since numpy makes int64 of what it counts
+        counts += np.bincount(letters[start : start + SAMPLE], minlength=256)
+    return counts

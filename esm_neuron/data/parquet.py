@@ -23,10 +23,13 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.records import (
     LINE_LIMIT,
     NUMBERED,
+    Block,
     Column,
     Record,
     check_expansion,
     check_regular,
+    in_blocks,
+    numbered,
     pick_columns,
     text,
 )
@@ -43,6 +46,7 @@ else:
 BATCH = 1024
 """Records held at once."""
 LMDB = "TAPE's and PEER's hold pickles, which can run code; take TAPE's JSON, or write it as CSV"
+GROUP_ROWS, GROUP_BYTES = 100_000, 1 << 26
 NESTED_LIMIT = 1 << 30
 """Bytes that the lists of records decoded together can have, were every entry as long as all that is stored."""
 
@@ -53,7 +57,7 @@ _HUB = re.compile(
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
+def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Block]:
     """Give the records of a Parquet file."""
     _check_here(path)
     try:
@@ -66,7 +70,7 @@ def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Record]:
         with pq.ParquetFile(path, read_dictionary=texts) as file:
             rows = _rows_at_once(path, file, names)
             batches = file.iter_batches(rows, columns=list(dict.fromkeys(names)))
-            yield from _records(path, columns, picks, _lists(path, batches, names))
+            yield from _blocks(path, columns, picks, _parts(path, batches, names))
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
         raise _unsound(path, "Parquet file", error) from None
 
@@ -104,17 +108,29 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 @contextmanager
 def open_table(path: Path) -> Iterator[Callable[[pa.Table], int]]:
-    """Open a Parquet file to write; yield what appends a table of one schema to it and returns its rows."""
-    with ExitStack() as held:
+    """Open a Parquet file to write; yield what appends a table of one schema to it and returns its rows.
+
+    A row group has GROUP_ROWS rows or GROUP_BYTES: each costs some 100 bytes a column in the footer that readers hold.
+    """
+    with ExitStack() as opened:
         writer: pq.ParquetWriter | None = None
+        held: list[pa.Table] = []
+
+        def flush() -> None:
+            nonlocal writer
+            if held:
+                writer = writer or opened.enter_context(pq.ParquetWriter(path, held[0].schema))
+                writer.write_table(pa.concat_tables(held))
+                held.clear()
 
         def write(table: pa.Table) -> int:
-            nonlocal writer
-            writer = writer or held.enter_context(pq.ParquetWriter(path, table.schema))
-            writer.write_table(table)
+            held.append(table)
+            if sum(map(len, held)) >= GROUP_ROWS or sum(part.nbytes for part in held) >= GROUP_BYTES:
+                flush()
             return int(table.num_rows)
 
         yield write
+        flush()
 
 
 def _plain(column: pa.Array) -> pa.Array:
@@ -137,8 +153,8 @@ def _rows_at_once(path: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
     return min(BATCH, max(1, NESTED_LIMIT // max(size, 1))) if lists else BATCH
 
 
-def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iterator[list[list[Any]]]:
-    """Give the values of each column, of as many records at once as hold LINE_LIMIT characters, or of one."""
+def _parts(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iterator[list[pa.Array]]:
+    """Give the columns, of as many records at once as hold LINE_LIMIT characters, or of one."""
     done = 0
     for batch in batches:
         batch.validate(full=True)  # a damaged file's values can lie outside of the dictionary that has been read
@@ -155,8 +171,36 @@ def _lists(path: str, batches: Iterator[pa.RecordBatch], names: Sequence[str]) -
                 held = size
         for start, end in pairwise([*starts, len(batch)]):
             part = batch.slice(start, end - start)
-            yield [_plain(part[name]).to_pylist() for name in names]
+            yield [_plain(part[name]) for name in names]
         done += len(batch)
+
+
+def _blocks(
+    source: str, columns: Sequence[Column], picks: Sequence[int], parts: Iterator[list[pa.Array]]
+) -> Iterator[Block]:
+    """Give the records of some parts, each with an array per column that is there, as text."""
+    done = 0
+    for arrays in parts:
+        texts = [made for column in arrays if (made := _as_text(column, columns[0])) is not None]
+        if len(texts) < len(arrays):
+            lists = iter([[column.to_pylist() for column in arrays]])
+            yield from in_blocks(_records(source, columns, picks, lists, done), len(columns))
+        elif len(texts[0]):
+            found = iter(texts)
+            values = [next(found) if pick >= 0 else numbered(len(texts[0])) for pick in picks]
+            yield done + np.arange(1, len(texts[0]) + 1), values
+        done += len(arrays[0])
+
+
+def _as_text(column: pa.Array, name: Column) -> pa.Array | None:
+    """Return values as `records.text` writes them; None where one may be refused."""
+    kind = column.type
+    if pa.types.is_float32(kind) or pa.types.is_float64(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind):
+        return pa.array([text(value, "", 0, name) for value in column.to_pylist()], pa.large_string())
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        return None
+    texts = pc.fill_null(column.cast(pa.large_string()), "")
+    return None if pc.any(pc.match_substring(texts, "\0")).as_py() else texts
 
 
 def _characters(column: pa.Array) -> np.ndarray:
@@ -177,7 +221,7 @@ def _unsound(path: str | Path, what: str, error: Exception, cure: str = "save it
     return DataError(f"{path}: no sound {what} ({first_line(error)}); {cure}")
 
 
-def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
+def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Block]:
     """Give the records of a folder that `Dataset.save_to_disk` wrote; class labels by their names."""
     from datasets import load_from_disk
 
@@ -206,7 +250,7 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Record]:
         raise _unsound(folder, "saved dataset", error) from None
 
 
-def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
+def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Block]:
     """Give the records of a hub dataset `hf://owner/name@revision/split` or `hf://owner/name@revision/config/split`.
 
     The revision must be named, so that a table made today can be made again, and must come from the hub: `datasets`
@@ -238,13 +282,13 @@ def read_hub(source: str, columns: Sequence[Column]) -> Iterator[Record]:
     yield from _dataset_records(source, dataset, columns)
 
 
-def _dataset_records(source: str, dataset: Dataset, columns: Sequence[Column]) -> Iterator[Record]:
+def _dataset_records(source: str, dataset: Dataset, columns: Sequence[Column]) -> Iterator[Block]:
     picks = pick_columns(source, dataset.column_names, columns)
     names = [dataset.column_names[pick] for pick in picks if pick >= 0]
     batches = dataset.select_columns(list(dict.fromkeys(names))).with_format(None).iter(BATCH)
     decoders = [(name, _class_names(dataset.features[name])) for name in names]
     values = ([[decode(value) for value in batch[name]] for name, decode in decoders] for batch in batches)
-    yield from _records(source, columns, picks, values)
+    yield from in_blocks(_records(source, columns, picks, values), len(columns))
 
 
 def _class_names(feature: Any) -> Any:
@@ -260,19 +304,19 @@ def _class_names(feature: Any) -> Any:
 
 
 def _records(
-    source: str, columns: Sequence[Column], picks: Sequence[int], batches: Iterator[list[list[Any]]]
+    source: str, columns: Sequence[Column], picks: Sequence[int], batches: Iterator[list[list[Any]]], done: int = 0
 ) -> Iterator[Record]:
     rows = chain.from_iterable(zip(*batch, strict=True) for batch in batches)
     there = [column for column, pick in zip(columns, picks, strict=True) if pick >= 0]
-    numbered = next((i for i, pick in enumerate(picks) if pick < 0), None)
-    for number, row in enumerate(rows, start=1):
+    unnamed = next((i for i, pick in enumerate(picks) if pick < 0), None)
+    for number, row in enumerate(rows, start=done + 1):
         values = [text(value, source, number, column) for value, column in zip(row, there, strict=True)]
-        if numbered is not None:
-            values.insert(numbered, NUMBERED)
+        if unnamed is not None:
+            values.insert(unnamed, NUMBERED)
         yield number, values
 
 
-def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = None) -> Iterator[Record]:
+def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = None) -> Iterator[Block]:
     """Give the records of a sheet of an Excel workbook, the only one where `sheet` is None; row 1 is the header.
 
     A whole number is text without a point, as Excel shows it.
@@ -297,7 +341,7 @@ def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = N
         raise DataError(f"{path}: the sheet is empty; name another one (data.sheet)")
     picks = pick_columns(path, [str(name).strip() for name in rows.iloc[0]], columns)
     values = [[_cell(value) for value in rows.iloc[1:, pick]] for pick in picks if pick >= 0]
-    yield from _records(path, columns, picks, iter([values]))
+    yield from in_blocks(_records(path, columns, picks, iter([values])), len(columns))
 
 
 def _cell(value: Any) -> Any:

@@ -15,6 +15,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+import pyarrow as pa
+
 from esm_neuron.data.remote import is_remote, name_of
 from esm_neuron.data.tokenizer import residues_of
 from esm_neuron.errors import DataError
@@ -23,6 +26,8 @@ LIST_JOINER = ";"
 """Between the labels of a protein that has several."""
 RESIDUE_JOINER = ","
 """Between the labels of a protein that has one per residue."""
+BLOCK_RECORDS, BLOCK_CHARACTERS = 4096, 1 << 22
+"""Most records, and about the most characters, that are collected one by one."""
 LINE_LIMIT = 1 << 24
 """Longest line in bytes, with its newline, and longest record in characters. No known protein has a hundredth of it."""
 EXPANSION_LIMIT = 500
@@ -58,7 +63,9 @@ class Column:
 
 Record = tuple[int, list[str]]
 """The line or the number of a record, from 1, and its values in the order of the columns."""
-Reader = Callable[[str, Sequence[Column]], Iterator[Record]]
+Block = tuple[np.ndarray, list[pa.Array]]
+"""Some records: int64 [records] their lines or numbers, and their values, large_string [records] per column."""
+Reader = Callable[[str, Sequence[Column]], Iterator[Block]]
 """Gives the records of a source in its order, holding no more than a few of them; raises DataError where it cannot."""
 
 
@@ -72,6 +79,37 @@ NUMBERED = "\0"
 """Id of every record of a table that has no column of ids: a zero byte, which no value has; a mark of such rows too."""
 _FILE_SHIFT = 40
 """A row's number holds the place of its file in these upper bits, where a source is several files."""
+
+
+def in_blocks(records: Iterator[Record], columns: int) -> Iterator[Block]:
+    """Collect records with so many columns into blocks; those before a fault are given, then it is raised."""
+    fault: DataError | None = None
+    ended = False
+    while not ended:
+        lines: list[int] = []
+        values: list[list[str]] = [[] for _ in range(columns)]
+        characters = 0
+        try:
+            while len(lines) < BLOCK_RECORDS and characters < BLOCK_CHARACTERS and not ended:
+                line, record = next(records, (0, None))
+                if record is None:
+                    ended = True
+                    break
+                lines.append(line)
+                for value, column in zip(record, values, strict=True):
+                    column.append(value)
+                    characters += len(value)
+        except DataError as error:
+            fault, ended = error, True
+        if lines:
+            yield np.array(lines, np.int64), [pa.array(column, pa.large_string()) for column in values]
+    if fault is not None:
+        raise fault
+
+
+def numbered(records: int) -> pa.Array:
+    """Return the ids of records that have none."""
+    return pa.repeat(pa.scalar(NUMBERED, pa.large_string()), records)
 
 
 def is_hub(source: str) -> bool:

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, require
+from esm_neuron.data.delimited import read_delimited
+from esm_neuron.data.fasta import read_fasta
 from esm_neuron.data.parquet import LMDB, read_dataset, read_hub, read_parquet, read_workbook
 from esm_neuron.data.records import (
     DELIMITED,
@@ -37,7 +40,7 @@ from esm_neuron.data.records import (
     row_number,
     suffix_of,
 )
-from esm_neuron.data.text_files import read_delimited, read_fasta, read_json_list, read_jsonl
+from esm_neuron.data.text_files import read_json_list, read_jsonl
 from esm_neuron.errors import DataError
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 16_384, 1 << 24
@@ -64,46 +67,53 @@ def read_chunks(path: str | Path, cfg: DataConfig, joiner: str | None = None) ->
     source, files = str(path), files_of(str(path))
     by_file = joiner is not None and files[0][1] is not None  # a class per file
     columns = _columns(cfg, None if by_file else joiner)
-    names = [column.name for column in columns] + (["label"] if by_file else [])
-    lines: list[int] = []
-    values: list[list[str]] = [[] for _ in names]
-    characters = done = 0
+    held: list[pa.Table] = []
+    rows = characters = done = 0
     for place_, (file, label) in enumerate(files):
         empty = True
-        for line, record in _reader(file, cfg.sheet)(file, columns):
+        for lines, values in _reader(file, cfg.sheet)(file, columns):
             empty = False
-            lines.append(row_number(place_, line))
-            for value, column in zip(record, values, strict=False):
-                column.append(value.strip())
-                characters += len(value)
+            ends = characters + np.cumsum(sum(pc.binary_length(column).to_numpy() for column in values))
+            named = {column.name: column_values for column, column_values in zip(columns, values, strict=True)}
             if by_file:
-                values[-1].append(label or "")
-            if len(lines) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
-                yield _finished(source, cfg, lines, dict(zip(names, values, strict=True)), done)
-                done += len(lines)
-                lines, values, characters = [], [[] for _ in names], 0
+                named["label"] = pa.repeat(pa.scalar(label or "", pa.large_string()), len(lines))
+            block = pa.table({"line": row_number(place_, 0) + lines, **named})
+            while len(block):
+                # A chunk ends with the row that fills it, by rows or by characters.
+                size = min(CHUNK_ROWS - rows, int(np.searchsorted(ends, CHUNK_CHARACTERS)) + 1)
+                held.append(block.slice(0, size))
+                rows, characters = rows + len(held[-1]), int(ends[len(held[-1]) - 1])
+                if rows < CHUNK_ROWS and characters < CHUNK_CHARACTERS:
+                    break
+                yield _finished(source, cfg, pa.concat_tables(held), done)
+                done, ends, block = done + rows, ends[size:] - characters, block.slice(size)
+                held, rows, characters = [], 0, 0
         if empty:
             raise DataError(f"{file}: the file has no records; check that it was written to its end")
-    if lines:
-        yield _finished(source, cfg, lines, dict(zip(names, values, strict=True)), done)
+    if held:
+        yield _finished(source, cfg, pa.concat_tables(held), done)
 
 
-def _finished(source: str, cfg: DataConfig, lines: list[int], values: dict[str, list[str]], done: int) -> pa.Table:
-    """Return collected rows as a table: ids numbered where the file has none, `done` rows came before; one label."""
-    numbered = values["id"].count(NUMBERED)
+def _finished(source: str, cfg: DataConfig, rows: pa.Table, done: int) -> pa.Table:
+    """Return the rows of a chunk: ids numbered where the file has none, `done` rows came before; one label."""
+    values = {name: rows[name].combine_chunks() for name in rows.column_names}
+    lines = values.pop("line")
+    values = {name: pc.utf8_trim_whitespace(column) for name, column in values.items()}
+    numbered = pc.sum(pc.equal(values["id"], NUMBERED)).as_py()
     if 0 < numbered < len(lines):
         raise DataError(
             f"{source}: some of the files have ids and others none; read them apart, or give all of them ids"
         )
     if numbered:
-        values["id"] = [str(done + i) for i in range(1, len(lines) + 1)]
+        values["id"] = pa.array(np.arange(done + 1, done + len(lines) + 1)).cast(pa.large_string())
     if _class_column(0) in values:
-        columns = [values.pop(_class_column(i)) for i in range(len(cfg.label_columns))]
-        values["label"] = _labels_of(source, lines, cfg.label_columns, columns)
+        columns = [values.pop(_class_column(i)).to_pylist() for i in range(len(cfg.label_columns))]
+        values["label"] = pa.array(_labels_of(source, lines.to_pylist(), cfg.label_columns, columns), pa.large_string())
     if "mask" in values and "label" in values:
-        values["label"] = _unmasked(source, lines, values["label"], values.pop("mask"))
-    rows = make_rows({"line": lines, **values})
-    return rows.replace_schema_metadata({NUMBERED: ""}) if numbered else rows
+        masks, labels = (values.pop(name).to_pylist() for name in ("mask", "label"))
+        values["label"] = pa.array(_unmasked(source, lines.to_pylist(), labels, masks), pa.large_string())
+    table = pa.table({"line": lines, **values})
+    return table.replace_schema_metadata({NUMBERED: ""}) if numbered else table
 
 
 def _unmasked(source: str, lines: Sequence[int], labels: Sequence[str], masks: Sequence[str]) -> list[str]:
@@ -136,8 +146,10 @@ def _labels_of(source: str, lines: Sequence[int], classes: Sequence[str], column
 
 
 def read_records(source: str | Path, columns: Sequence[Column], sheet: str | None = None) -> Iterator[Record]:
-    """Give the records of a file in any format, with the columns asked for; see `records.Reader`."""
-    return _reader(str(source), sheet)(str(source), columns)
+    """Give the records of a file in any format one by one, with the columns asked for; see `records.Reader`."""
+    for lines, values in _reader(str(source), sheet)(str(source), columns):
+        texts = zip(*(column.to_pylist() for column in values), strict=True)
+        yield from zip(lines.tolist(), map(list, texts), strict=True)
 
 
 def check_columns(source: str | Path, cfg: DataConfig, joiner: str | None = None) -> None:
@@ -181,9 +193,9 @@ def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:
     return pa.table(dict(columns), schema=schema)
 
 
-def sequence_bytes(rows: pa.Table) -> tuple[memoryview, np.ndarray]:
-    """Return the sequences of some rows end to end, in UTF-8 and not copied, and int64 [rows + 1] where each begins."""
-    column = rows["sequence"].combine_chunks()
+def text_bytes(rows: pa.Table, name: str = "sequence") -> tuple[memoryview, np.ndarray]:
+    """Return the values of a column end to end, in UTF-8 and not copied, and int64 [rows + 1] where each begins."""
+    column = rows[name].combine_chunks()
     if not len(column):
         return memoryview(b""), np.zeros(1, dtype=np.int64)
     _, offsets, data = column.buffers()

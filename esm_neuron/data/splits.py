@@ -123,7 +123,7 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
         )
 
 
-def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
+def load_splits(cfg: TrainConfig, labels: type[Labels] | None, spool: Path | None = None) -> Splits:
     """Read, check and tokenize the data of a run, with labels of the task's kind, or with none.
 
     Order: rows are read; `data.keep` and `data.keep_heldout` filter them; ids, sequences and labels of the rest are
@@ -131,7 +131,8 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
     rows that pass `data.keep_heldout`); long sequences are cut.
 
     With `data.cache` all this is done once for the same files and settings, on any number of processes, and the tables
-    are files mapped into memory; the result is the same with and without.
+    are files mapped into memory; without it they are files in `spool`, an empty folder, or in memory where that is
+    None. The result is the same, and `open_splits` opens such files.
 
     Raises:
         DataError: a file or a row cannot be used, training does not know a label, or a split has no rows.
@@ -139,12 +140,26 @@ def load_splits(cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
     """
     require(cfg.data.train is not None, "data.train is not given; name the training file: --data.train FILE")
     check_settings(cfg.data, labels)
-    if cfg.data.cache is None:
-        splits = _make(cfg, labels, None)
-    else:
+    folder = make_splits(cfg, labels, spool)
+    return open_splits(cfg, labels, folder) if folder else _resolved(_make(cfg, labels, None), cfg, labels)
+
+
+def make_splits(cfg: TrainConfig, labels: type[Labels] | None, spool: Path | None) -> Path | None:
+    """Return the folder with the tables of a run: in `data.cache` where that is set, else `spool`, which is filled."""
+    if cfg.data.cache is not None:
         key = content_key(_cache_key(cfg, labels is not None))
-        folder = cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, labels, aside), cfg, aside))
-        splits = _load(folder, cfg)
+        return cached(Path(cfg.data.cache), key, lambda aside: _save(_make(cfg, labels, aside), cfg, aside))
+    if spool is not None:
+        _save(_make(cfg, labels, spool), cfg, spool)
+    return spool
+
+
+def open_splits(cfg: TrainConfig, labels: type[Labels] | None, folder: Path) -> Splits:
+    """Return what `make_splits` has put in a folder, mapped."""
+    return _resolved(_load(folder, cfg), cfg, labels)
+
+
+def _resolved(splits: Splits, cfg: TrainConfig, labels: type[Labels] | None) -> Splits:
     if labels is None:
         return splits
     named = replace(cfg.task, labels=splits.labels or None)

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from esm_neuron.config import DataConfig
 from esm_neuron.data.looks import LEAST_LETTERS, LOCATION, LONGEST, NO_LABEL, Looks, is_nothing
 from esm_neuron.data.records import NUMBERED, file_and_number, files_of, place, row_unit
-from esm_neuron.data.sources import sequence_bytes
+from esm_neuron.data.sources import text_bytes
 from esm_neuron.data.tokenizer import BadResidues, bad_residues, not_residues, replace_bad_residues
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import new_file, open_new, parse_json
@@ -239,7 +239,7 @@ class Checker:
         changed: dict[int, str] = {}
         columns = [name for name in ("line", "id", "sequence", "label") if name in rows.column_names]
         first = self._ids.first_lines(rows["id"].to_pylist(), rows["line"].to_numpy())
-        residues, bounds = sequence_bytes(rows)
+        residues, bounds = text_bytes(rows)
         self._looks.count(residues)
         missing = self._missing(rows, np.diff(bounds))
         for row, what in self._looks.strange(rows["sequence"]):
@@ -431,7 +431,7 @@ def _suspects(
     """Return which rows may have a fault, bool [rows]; `first` is the line in which the id of each was first used.
 
     `missing` says which have no sequence, `nothing` what stands for no label.
-    `residues` and `bounds` are `sequence_bytes` of the rows.
+    `residues` and `bounds` are `text_bytes` of the rows.
     """
     found = (first != rows["line"].to_numpy()) | missing | (pc.equal(rows["id"], "").to_numpy())
     for match, patterns in ((pc.starts_with, _STRUCTURE_STARTS), (pc.ends_with, _STRUCTURE_ENDS)):
@@ -473,10 +473,14 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 def conflicting(own: np.ndarray, sequences: np.ndarray, labels: np.ndarray) -> int:
     """Count the rows of `own` whose sequence has more than one label among `sequences` and `labels`; all are hashes."""
-    # A sequence in more than one distinct pair has labels that conflict.
-    pairs = np.unique(np.stack([sequences, labels], axis=1), axis=0)
-    different, times = np.unique(pairs[:, 0], return_counts=True)
-    return int(np.isin(own, different[times > 1]).sum())
+    order = np.argsort(sequences)
+    sequences = sequences[order]
+    starts = np.flatnonzero(np.diff(sequences, prepend=~sequences[:1]))  # of the rows of each sequence
+    if not len(starts):
+        return 0
+    labels = labels[order]
+    several = np.minimum.reduceat(labels, starts) != np.maximum.reduceat(labels, starts)
+    return int(np.isin(own, sequences[starts[several]]).sum())
 
 
 def _bad_cure(sequence: str, choice: str) -> str:

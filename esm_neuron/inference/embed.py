@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pyarrow as pa
 
-from esm_neuron.config import BackendName, TaskConfig
+from esm_neuron.config import BackendName
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import DataError
 from esm_neuron.inference.load import find_model
 from esm_neuron.inference.predict import BATCHES, predict_file
 from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
-from esm_neuron.tasks.base import Task, record_mean
+from esm_neuron.tasks.base import record_mean
+from esm_neuron.tasks.embedding import Embedding
 from esm_neuron.tasks.residues import residue_mean
 
 if TYPE_CHECKING:
     from esm_neuron.build import Built
-    from esm_neuron.compat import EsmConfig, PreTrainedModel
     from esm_neuron.models import esm2
 else:
     esm2 = module("esm_neuron.models.esm2")
@@ -32,17 +32,6 @@ SUFFIXES = (".parquet", SAFETENSORS)
 RESERVED = "__metadata__"  # by the safetensors format
 
 logger = logging.getLogger(__name__)
-
-
-class Embedding(Task):
-    """Embedding as a task that learns nothing: its model is the encoder alone."""
-
-    def __init__(self, pooling: Pooling) -> None:
-        super().__init__(TaskConfig())
-        self.predictions_per_token = pooling == "residue"
-
-    def build(self, config: EsmConfig) -> PreTrainedModel:
-        return esm2.PackedEncoder(config)
 
 
 def per_record(table: ExampleTable, predictions: Sequence[np.ndarray], per_residue: bool) -> list[np.ndarray]:
@@ -98,7 +87,7 @@ def embed(
     """
     check_target(target, SUFFIXES, model, {"--input": source}, settings)
     spec = find_model(model, backend, settings, "embed")
-    task = Embedding(pooling)
+    task = Embedding(per_residue=pooling == "residue")
     shape = as_arrays if target.suffix.lower() == SAFETENSORS else as_table
 
     def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:

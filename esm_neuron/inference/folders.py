@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from esm_neuron.config import ModelConfig, TaskConfig, require
+from esm_neuron.config import EVERY_LAYER, ModelConfig, TaskConfig, require
 from esm_neuron.errors import ConfigError
 from esm_neuron.files import NUMBER, read_json
 from esm_neuron.models.adapter_folder import is_adapter, tensor_shapes
@@ -23,8 +24,12 @@ logger = logging.getLogger(__name__)
 
 SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 LANGUAGE = "AutoModelForMaskedLM"
-_LAST_LAYER = re.compile(r"(?:(mean|cls|attention)_)?(classifier|regressor)\.(out_proj\.)?weight")
+_LAST_LAYER = re.compile(
+    r"(?:(?P<pooling>mean|cls|attention|mean_termini)_(?:(?P<layers>concat|mix)_)?)?"
+    r"(?P<kind>classifier|regressor)\.(?P<inner>out_proj\.)?weight"
+)
 """The layer of a head with a row for each output: transformers' for sequences and for tokens, and this package's."""
+POOLINGS = ("mean", "cls", "attention", "mean+termini")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Head:
     outputs: int = 2
     labels: tuple[str, ...] | None = None
     """Names of the outputs in their order; None: not said."""
-    pooling: Any = "cls"
+    model: Mapping[str, Any] = field(default_factory=lambda: {"pooling": "cls"})
+    """Settings of `ModelConfig` that say what the head reads, and how."""
     mean: float = 0.0
     sd: float = 1.0
 
@@ -54,13 +60,18 @@ def find_head(model: ModelConfig) -> Head:
     for name, shape in tensor_shapes(folder).items():
         if shape and (last := _LAST_LAYER.fullmatch(name)):
             labels = _labels(home or folder, said) if said.get("id2label") is not None else ()
-            regression = last[2] == "regressor" or shape[0] == 1
+            regression = last["kind"] == "regressor" or shape[0] == 1
+            reads = {
+                "pooling": (last["pooling"] or "cls").replace("_", "+"),
+                "read_layers": last["layers"] or "last",
+                "linear_head": last["inner"] is None,
+            }
             return Head(
-                SEQUENCE if last[3] else TOKEN,
+                SEQUENCE if last["inner"] or last["pooling"] else TOKEN,
                 said.get("problem_type") or ("regression" if regression else None),
                 shape[0],
                 labels if len(labels) == shape[0] else None,
-                last[1] or "cls",
+                _reads(home or folder, {**said, **reads}),
                 *_scale(home or folder, said),
             )
     return _of_config(home or folder, said)
@@ -76,10 +87,9 @@ def _of_config(folder: Path, said: dict[str, Any]) -> Head:
     path, names = folder / "config.json", said.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if name == "PackedForPooledClassification" and said.get("model_type") == "esm_neuron":
-        auto, pooling = SEQUENCE, said.get("pooling")
-        require(pooling in ("mean", "cls", "attention"), f"{path}: pooling is {pooling!r}; export the folder again")
+        auto, model = SEQUENCE, _reads(folder, said)
     else:
-        auto, pooling = f"AutoModel{str(name).removeprefix('Esm')}", "cls"
+        auto, model = f"AutoModel{str(name).removeprefix('Esm')}", {"pooling": "cls"}
     if auto not in (SEQUENCE, TOKEN, LANGUAGE):
         classes = ", ".join(each.replace("AutoModel", "Esm") for each in (SEQUENCE, TOKEN, LANGUAGE))
         raise ConfigError(f"{path}: architectures is {names!r}, without a head of a task; heads are known of {classes}")
@@ -87,7 +97,20 @@ def _of_config(folder: Path, said: dict[str, Any]) -> Head:
         return Head(auto)
     labels = _labels(folder, said)
     kind = said.get("problem_type") or ("regression" if len(labels) == 1 else None)
-    return Head(auto, kind, len(labels), labels, pooling, *_scale(folder, said))
+    return Head(auto, kind, len(labels), labels, model, *_scale(folder, said))
+
+
+def _reads(folder: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """Return what a head of this package reads, as `PooledTask.configure` has written it."""
+    layers, pooling = said.get("read_layers", "last"), said.get("pooling")
+    for name, value, known in (("pooling", pooling, POOLINGS), ("read_layers", layers, ("last", *EVERY_LAYER))):
+        require(value in known, f"{folder / 'config.json'}: {name} is {value!r}; export the folder again")
+    return {
+        "pooling": pooling,
+        "layers": layers if layers in EVERY_LAYER else "all",
+        "composition": said.get("composition") is True,
+        "head": "linear" if said.get("linear_head") is True else None,
+    }
 
 
 def _labels(folder: Path, said: dict[str, Any]) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ class ModelSpec:
             "base weights": built.source.reference.sha256,
             "adapter": sha256(adapter) if adapted else None,
             "seed": cfg.seed,
-            "model.pooling": cfg.model.pooling,
+            **{f"model.{name}": getattr(cfg.model, name) for name in ("pooling", "layers", "composition", "head")},
             "loop.precision": cfg.loop.precision,
             **{f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()},
             **more,
@@ -145,7 +145,7 @@ def find_trained(
     head = find_head(cfg.model)
     cfg = replace(
         cfg,
-        model=replace(cfg.model, pooling=head.pooling),
+        model=replace(cfg.model, **head.model),
         task=task_config(head, cfg.task, str(name), command),
     )
     return cfg, _task_of(cfg, folder)

@@ -20,6 +20,8 @@ from esm_neuron.data.tokenizer import CLS, EOS
 from esm_neuron.models import cpu_attention
 
 ROTARY_BASE = 10_000.0
+END = 50
+"""Residues at each end of a protein that `mean+termini` takes means of: sorting signals sit there."""
 APART = -1e9
 """Score of a pair that does not see each other: its exp is 0, and unlike float32's lowest it is finite in bfloat16."""
 
@@ -133,6 +135,8 @@ class Pack:
     """float32 [R, S, L]: the same without <cls> and <eos>."""
     first: Tensor
     """float32 [R, S, L]: 1 at the first token (<cls>) of each segment."""
+    positions: Tensor
+    """int64 [R, L]: position within the segment, from 0 at <cls>."""
     query_angle: Angle
     """Rotation of queries, which also scales them by 1 / sqrt(D) as ESM-2 does before its scores."""
     key_angle: Angle
@@ -159,6 +163,7 @@ class Pack:
             membership=membership,
             residues=membership * residue,
             first=membership * (positions == 0).float().unsqueeze(1),
+            positions=positions,
             query_angle=(cos * scale, sin * scale),
             key_angle=(cos, sin),
             attend=ATTENTIONS[attention](segment_ids),
@@ -168,6 +173,12 @@ class Pack:
     def shape(self) -> tuple[int, int]:
         """Packs and their length, (R, L)."""
         return self.membership.shape[0], self.membership.shape[2]
+
+    @cached_property
+    def termini(self) -> Tensor:
+        """Return float32 [R, 2 S, L]: the first END residues of each segment, then the last END of each."""
+        place, count = self.positions.unsqueeze(1), self.residues.sum(-1, keepdim=True)
+        return torch.cat((self.residues * (place <= END), self.residues * (place > count - END)), dim=1)
 
     @cached_property
     def both_angles(self) -> Angle:
@@ -190,6 +201,17 @@ def mean_over(membership: Tensor, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         total = membership @ hidden.float()
         return total / membership.sum(-1, keepdim=True).clamp_min(1.0)
+
+
+def pooled(pooling: str, pack: Pack, hidden: Tensor) -> Tensor:
+    """Return float32 [R, S, P H], the mean of each segment of `hidden` [R, L, H] as `model.pooling` says.
+
+    P is 1; with `mean+termini` 3: all residues, the first END, and the last END.
+    """
+    if pooling != "mean+termini":
+        return mean_over(pack.first if pooling == "cls" else pack.residues, hidden)
+    means = mean_over(torch.cat((pack.residues, pack.termini), dim=1), hidden)
+    return means.unflatten(1, (3, -1)).transpose(1, 2).flatten(2)
 
 
 class MaskedAttention:

@@ -7,8 +7,10 @@ the same erf formula). Parameter names do not change, so every Hugging Face chec
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,9 @@ from esm_neuron.compat import (
     TokenClassifierOutput,
 )
 from esm_neuron.config.deferred import when_imported
-from esm_neuron.models.attention import Pack, RotaryTable, mean_over, rotate
+from esm_neuron.data.tokenizer import AMINO_ACIDS
+from esm_neuron.models.attention import Pack, RotaryTable, pooled, rotate
+from esm_neuron.models.shapes import read_width
 
 MASK_RATIO_TRAIN = 0.15 * 0.8
 """Share of <mask> tokens in ESM-2's pretraining; embeddings are rescaled to it (fair-esm 2.0.0, `ESM2.forward`)."""
@@ -158,6 +162,30 @@ class PackedEsmModel(EsmModel):
         Ids and positions (from 0 within each segment) are int64 [R, L]; `max_segments` is S. Without `segment_ids`
         there is one sequence per pack, and `attention_mask` [R, L] is 1 for tokens and 0 for padding.
         """
+        embedded, pack = self.embed(input_ids, segment_ids, positions, max_segments, attention_mask)
+        hidden: Tensor = self.encoder(embedded, pack=pack).last_hidden_state
+        return hidden.unflatten(0, input_ids.shape), pack
+
+    def layers(self, embedded: Tensor, pack: Pack) -> Iterator[Tensor]:
+        """Yield the states [R, L, H] of every layer, the embedding first, of what `embed` returned.
+
+        Each has passed the final norm, as it would in a model that is cut off there.
+        """
+        norm, hidden = self.encoder.emb_layer_norm_after, embedded
+        yield norm(hidden).unflatten(0, pack.shape)
+        for block in self.encoder.layer:
+            hidden = block(hidden, pack=pack)
+            yield norm(hidden).unflatten(0, pack.shape)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        max_segments: int = 1,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Pack]:
+        """Return what the first block sees, [R L, H], and the pack; arguments as for a forward pass."""
         attention = self.attention
         if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
             attention = "masked"  # the others read the mask on the host, and would keep that of the example
@@ -167,10 +195,8 @@ class PackedEsmModel(EsmModel):
             if attention != "masked" and _has_hole(used):
                 attention = "masked"  # the others take what lies on the two sides of a hole for two segments
         pack = Pack.of(input_ids, segment_ids, positions, max_segments, self.rotary, attention)
-        embedded = self.embeddings(input_ids=input_ids, pack=pack)
         # The blocks see tokens end to end: reshaping for each linear makes half as many operations again on XLA.
-        hidden: Tensor = self.encoder(embedded.flatten(0, 1), pack=pack).last_hidden_state
-        return hidden.unflatten(0, input_ids.shape), pack
+        return self.embeddings(input_ids=input_ids, pack=pack).flatten(0, 1), pack
 
     def _one_segment(self, used: Tensor) -> tuple[Tensor, Tensor]:
         """Return segments and positions of sequences of their own, of a mask int64 [R, L]."""
@@ -235,14 +261,22 @@ class PooledEsmConfig(EsmConfig):
 
 def head_name(config: EsmConfig) -> str:
     """Return the attribute of the head: transformers' own name only where transformers would compute the same."""
-    if config.problem_type == "regression" and isinstance(config, PooledEsmConfig):
-        return f"{config.pooling}_regressor"
-    return "classifier" if config.pooling == "cls" else f"{config.pooling}_classifier"
+    if not isinstance(config, PooledEsmConfig):
+        return "classifier"
+    kind = "regressor" if config.problem_type == "regression" else "classifier"
+    every_layer = () if reads(config) == "last" else (reads(config),)
+    return "_".join((config.pooling.replace("+", "_"), *every_layer, kind))
 
 
 def head_names(config: EsmConfig) -> tuple[str, ...]:
     """Return the attributes of everything that is new above the encoder."""
-    return (head_name(config), *(("attention_pooling",) if config.pooling == "attention" else ()))
+    pooling = ("attention_pooling",) if config.pooling == "attention" else ()
+    return (head_name(config), *pooling, *(("layer_mix",) if reads(config) == "mix" else ()))
+
+
+def reads(config: EsmConfig) -> str:
+    """Return which layers a head reads: the `last`, or all by `concat` or `mix`."""
+    return str(getattr(config, "read_layers", "last"))
 
 
 class AttentionPooling(nn.Module):
@@ -262,8 +296,56 @@ class AttentionPooling(nn.Module):
             return weights @ hidden.float()
 
 
+class LayerMix(nn.Module):
+    """A mean over layers with learnt weights, the softmax of one number per layer."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.num_hidden_layers + 1))
+
+    def forward(self, pooled_layers: Iterable[Tensor]) -> Tensor:
+        """Return float32 [R, S, F] of the pooled states of each layer, [R, S, F], which are summed as they come."""
+        weights = self.weight.float().softmax(0).unbind()
+        return functools.reduce(torch.add, (w * states for w, states in zip(weights, pooled_layers, strict=True)))
+
+
+class LinearHead(nn.Linear):
+    """A linear layer in the place of transformers' head; it takes [n, 1, F] as that does."""
+
+    def __init__(self, config: EsmConfig) -> None:
+        super().__init__(vector_width(config), int(config.num_labels or 0))
+        self.dropout = float(config.hidden_dropout_prob or 0.0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(F.dropout(features[:, 0], self.dropout, self.training))
+
+
+def _head(config: EsmConfig) -> nn.Module:
+    if getattr(config, "linear_head", False):
+        return LinearHead(config)
+    head, width = EsmClassificationHead(config), vector_width(config)
+    if width != config.hidden_size:
+        head.dense = nn.Linear(width, config.hidden_size)
+    return head
+
+
+def vector_width(config: EsmConfig) -> int:
+    """Return the numbers that the head gets per segment, see `model.layers`, `pooling` and `composition`."""
+    layers = config.num_hidden_layers + 1 if reads(config) == "concat" else 1
+    with_shares = bool(getattr(config, "composition", False))
+    return read_width(config.pooling, config.hidden_size, layers, with_shares)
+
+
+def composition(pooling: str, pack: Pack, input_ids: Tensor) -> Tensor:
+    """Return float32 [R, S, 20 P + 1]: shares of amino acids, see `attention.pooled`, and the log of the residues."""
+    amino_acids = torch.tensor(AMINO_ACIDS.tolist(), device=input_ids.device)
+    one_hot = (input_ids.unsqueeze(-1) == amino_acids).float()
+    residues = pack.residues.sum(-1, keepdim=True).clamp_min(1.0)
+    return torch.cat((pooled("mean" if pooling == "cls" else pooling, pack, one_hot), residues.log()), dim=-1)
+
+
 class PackedForSequenceClassification(EsmPreTrainedModel):
-    """One prediction per segment: the encoder, a pooling, and transformers' classification head.
+    """One prediction per segment: the encoder, a pooling, and transformers' classification head or a linear one.
 
     A regression's predictions are brought to the values' own unit: x `target_sd` + `target_mean` of its configuration.
     """
@@ -273,7 +355,9 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
         self.esm = EsmModel(config, add_pooling_layer=False)
         if config.pooling == "attention":
             self.attention_pooling = AttentionPooling(config)
-        setattr(self, head_name(config), EsmClassificationHead(config))
+        if reads(config) == "mix":
+            self.layer_mix = LayerMix(config)
+        setattr(self, head_name(config), _head(config))
         self.post_init()
         pack_modules(self)
 
@@ -293,21 +377,31 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
         for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
             if pack_args.pop(name, None) not in (None, False):
                 raise ValueError(f"{type(self).__name__} takes no {name}; give input_ids, and read logits alone")
-        hidden, pack = self.esm(input_ids, segment_ids, **pack_args)
-        if self.config.pooling == "attention":
-            pooled = self.attention_pooling(hidden, pack.residues)
-        else:
-            pooled = mean_over(pack.first if self.config.pooling == "cls" else pack.residues, hidden)
+        vectors = self._vectors(input_ids, segment_ids, **pack_args)
         head = getattr(self, head_name(self.config))
         # transformers' head reads position 0 of a sequence, so each segment becomes a sequence of one position.
-        logits = head(pooled.flatten(0, 1).unsqueeze(1).to(head.dense.weight.dtype))
-        if self.config.problem_type == "regression":
-            logits = logits.float() * self.config.target_sd + self.config.target_mean
+        sequences = vectors.flatten(0, 1).unsqueeze(1).to(getattr(head, "dense", head).weight.dtype)
+        logits = in_unit(self.config, head(sequences))
         if segment_ids is not None:
-            return SequenceClassifierOutput(logits=logits.view(*pooled.shape[:2], -1))
+            return SequenceClassifierOutput(logits=logits.view(*vectors.shape[:2], -1))
         loss: Any = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
         found = SequenceClassifierOutput(loss=loss, logits=logits)
         return found if return_dict in (None, True) else found.to_tuple()
+
+    def _vectors(self, input_ids: Tensor, segment_ids: Tensor | None, **pack_args: Any) -> Tensor:
+        """Return what the head predicts from, float32 [R, S, F]."""
+        pooling, layers, encoder = self.config.pooling, reads(self.config), cast(PackedEsmModel, self.esm)
+        if layers == "last":
+            hidden, pack = encoder(input_ids, segment_ids, **pack_args)
+            attends = pooling == "attention"
+            vectors = self.attention_pooling(hidden, pack.residues) if attends else pooled(pooling, pack, hidden)
+        else:
+            embedded, pack = encoder.embed(input_ids, segment_ids, **pack_args)
+            of_layers = (pooled(pooling, pack, hidden) for hidden in encoder.layers(embedded, pack))
+            vectors = self.layer_mix(of_layers) if layers == "mix" else torch.cat(list(of_layers), dim=-1)
+        if getattr(self.config, "composition", False):
+            vectors = torch.cat((vectors, composition(pooling, pack, input_ids)), dim=-1)
+        return vectors
 
 
 class PackedForPooledClassification(PackedForSequenceClassification):
@@ -329,17 +423,25 @@ class PackedEncoder(EsmPreTrainedModel):
 class Embedder(nn.Module):
     """Embed packs with the encoder of any task's model."""
 
-    def __init__(self, model: nn.Module, pooling: Literal["mean", "cls", "residue"]) -> None:
+    def __init__(self, model: nn.Module, pooling: str, every_layer: bool = False) -> None:
+        """Pool as `model.pooling` says, or not at all (`residue`): the last layer's states, or `every_layer`'s."""
         super().__init__()
         self.encoder = encoder_of(model)
-        self.pooling = pooling
+        self.pooling, self.every_layer = pooling, every_layer
 
     def forward(self, **pack_args: Any) -> SimpleNamespace:
-        """Return `logits`, float32: [R, S, H] per segment or [R, L, H] per token; arguments as in `PackedEsmModel`."""
-        hidden, pack = self.encoder(**pack_args)
-        if self.pooling == "residue":
-            return SimpleNamespace(logits=hidden.float())
-        return SimpleNamespace(logits=mean_over(pack.residues if self.pooling == "mean" else pack.first, hidden))
+        """Return `logits`, float32: [R, S, F] per segment or [R, L, H] per token; arguments as in `PackedEsmModel`.
+
+        With `every_layer` they are [R, S, layers, F], or [R, L, layers, H], the embedding's first.
+        """
+        if not self.every_layer:
+            return SimpleNamespace(logits=self._pool(*self.encoder(**pack_args)))
+        embedded, pack = self.encoder.embed(**pack_args)
+        states = [self._pool(hidden, pack) for hidden in self.encoder.layers(embedded, pack)]
+        return SimpleNamespace(logits=torch.stack(states, dim=2))
+
+    def _pool(self, hidden: Tensor, pack: Pack) -> Tensor:
+        return hidden.float() if self.pooling == "residue" else pooled(self.pooling, pack, hidden)
 
 
 class PackedForMaskedLM(EsmForMaskedLM):
@@ -385,6 +487,11 @@ def _register_model() -> None:
 # transformers' auto classes load our folders; nothing here needs them, and they take seconds to import
 when_imported("transformers.models.auto.configuration_auto", _register_config)
 when_imported("transformers.models.auto.modeling_auto", _register_model)
+
+
+def in_unit(config: EsmConfig, logits: Tensor) -> Tensor:
+    """Return what a head gives in the unit of the task: a regression's values are not standardized ones."""
+    return logits.float() * config.target_sd + config.target_mean if config.problem_type == "regression" else logits
 
 
 def encoder_of(model: nn.Module) -> PackedEsmModel:

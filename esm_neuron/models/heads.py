@@ -3,61 +3,36 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor
 
 from esm_neuron.compat import EsmConfig, PreTrainedModel
-from esm_neuron.models.hf_folder import BaseReference, some
-from esm_neuron.models.tensor_parallel import Index
-from esm_neuron.models.weights import WeightSource
+from esm_neuron.models.hf_folder import some
+from esm_neuron.models.weights import HEAD, Changed, WeightSource
 
-HEAD = re.compile(r"((\w+_)?(classifier|regressor)|attention_pooling)\..*")
-"""Parameters of a head, of transformers or of this package."""
 PER_CLASS = re.compile(r"(\w+_)?classifier\.(out_proj\.)?(weight|bias)")
 """Those with a row for each class."""
 
 
-@dataclass
-class Reheaded:
-    """Weights without their head, or with its classes in another order."""
-
-    source: WeightSource
-    hidden: frozenset[str]
-    order: tuple[int, ...] = ()
-    """Place in the source of each class; empty: as they are."""
-
-    def __post_init__(self) -> None:
-        self.name = self.source.name
-
-    @property
-    def reference(self) -> BaseReference:
-        return self.source.reference
-
-    def keys(self) -> frozenset[str]:
-        return frozenset(self.source.keys()) - self.hidden
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.source.shape(key)
-
-    def read(self, key: str, index: Index | None = None) -> Tensor:
-        if not self.order or not PER_CLASS.fullmatch(key):
-            return self.source.read(key, index)
-        whole = self.source.read(key)[list(self.order)]
-        return whole if index is None else whole[index]
-
-
 def with_head(
-    source: WeightSource, found: EsmConfig, model: PreTrainedModel, head: tuple[str, ...]
+    source: WeightSource,
+    found: EsmConfig,
+    model: PreTrainedModel,
+    head: tuple[str, ...],
+    start: Mapping[str, Tensor] | None = None,
 ) -> tuple[WeightSource, str]:
     """Return the weights as `model` can load them, and a line on the head that they hold ("" without one).
 
     `found` is the configuration of the source, `head` the names of the model's head. A head is taken over where it
     answers the same question: its parameters, its classes in any order, and the unit of its values. Otherwise it is
-    hidden, so that a new one is drawn: taken by name and shape alone, it would answer with its classes swapped.
+    hidden, so that a new one is drawn: taken by name and shape alone, it would answer with its classes swapped. A head
+    to `start` from takes its place.
     """
     theirs = frozenset(filter(HEAD.fullmatch, source.keys()))
+    if start:
+        return Changed(source, theirs, start), ""
     if not theirs:
         return source, ""
     new = tuple(f"{part}." for part in head)
@@ -76,8 +51,9 @@ def with_head(
         order = tuple(classes[0].index(name) for name in classes[1])
         moved = order != tuple(range(len(order)))
         line = f"head taken over from {source.name}" + (", its classes in the task's order" if moved else "")
-        return Reheaded(source, theirs - wanted.keys(), order if moved else ()), line
-    return Reheaded(source, theirs), f"head of {source.name} not used: {reason}"
+        rows = filter(PER_CLASS.fullmatch, wanted) if moved else ()
+        return Changed(source, theirs - wanted.keys(), {key: source.read(key)[list(order)] for key in rows}), line
+    return Changed(source, theirs), f"head of {source.name} not used: {reason}"
 
 
 def _question(config: EsmConfig) -> dict[str, Any]:

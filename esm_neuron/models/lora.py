@@ -44,7 +44,7 @@ def adapt(
     if cfg.kind in ("lora", "qlora"):
         return _add_lora(model, cfg, head, lora_modules)
     require(
-        any(p.requires_grad for p in model.parameters()),
+        cfg.kind != "head" or any(p.requires_grad for p in model.parameters()),
         "adapter.kind=head leaves nothing to train: this task has no head of its own; use lora or none",
     )
     return model

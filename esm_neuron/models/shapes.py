@@ -76,6 +76,12 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
+def read_width(pooling: str, hidden: int, layers: int, shares: bool) -> int:
+    """Return the numbers that a head gets per protein from so many layers, with or without `model.composition`."""
+    means = 3 if pooling == "mean+termini" else 1
+    return means * hidden * layers + (20 * means + 1 if shares else 0)
+
+
 def _released(name: str, layers: int, hidden: int, heads: int) -> EsmShape:
     hub_id = f"facebook/{name}_UR50D"
     return EsmShape(layers=layers, hidden=hidden, heads=heads, intermediate=4 * hidden, hub_id=hub_id)
@@ -184,6 +190,20 @@ def find(cfg: ModelConfig) -> Path | None:
         hint = f"did you mean {near[0]}?" if near else f"the shapes are {', '.join(SHAPES)}"
         raise ConfigError(f"model.name={cfg.name} is no folder, no hub id (owner/name) and no shape; {hint}")
     return None
+
+
+def shape_of(cfg: ModelConfig) -> EsmShape | None:
+    """Return the shape of the model of a run, cut off after `model.layers`; None where it is not known here."""
+    shape = known_shape(cfg.base or cfg.name)
+    if shape is None or not isinstance(cfg.layers, int):
+        return shape
+    return replace(shape, layers=check_layers(cfg.layers, shape.layers, cfg.name))
+
+
+def check_layers(layers: int, there: int, name: str) -> int:
+    """Return `model.layers`. Raise ConfigError where it is more than are there."""
+    require(layers <= there, f"model.layers={layers}: {name} has {there} layers; use 1 to {there}, or all")
+    return layers
 
 
 def known_shape(model: str) -> EsmShape | None:

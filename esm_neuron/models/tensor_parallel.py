@@ -54,6 +54,12 @@ def in_block(module: str) -> str | None:
     return name if found and dot and number.isdigit() else None
 
 
+def block_of(module: str) -> int | None:
+    """Return the number of the block that a module or parameter is in; None outside."""
+    number = module.partition(BLOCKS)[2].partition(".")[0]
+    return int(number) if number.isdigit() else None
+
+
 def padded_heads(heads: int, tp: int) -> int:
     """Return the least number of heads that `tp` divides: 20 -> 24 at tp 8, 20 -> 32 at 16, 40 -> 64 at 32."""
     return -(-heads // tp) * tp

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,11 +33,15 @@ from esm_neuron.models.shapes import (
     VOCABULARY_SIZE,
     EsmShape,
     base_of,
+    check_layers,
     esm_config,
     find,
     locate,
 )
-from esm_neuron.models.tensor_parallel import Index, Shard
+from esm_neuron.models.tensor_parallel import Index, Shard, block_of
+
+HEAD = re.compile(r"((\w+_)?(classifier|regressor)|attention_pooling|layer_mix)\..*")
+"""Parameters of a head, of transformers or of this package."""
 
 
 class WeightSource(Protocol):
@@ -92,6 +96,34 @@ class Draw:
         return drawn
 
 
+@dataclass
+class Changed:
+    """Weights without some of their tensors, and with others."""
+
+    source: WeightSource
+    hidden: Set[str] = frozenset()
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is read under a name instead of the source's tensor."""
+
+    def __post_init__(self) -> None:
+        self.name = self.source.name
+
+    @property
+    def reference(self) -> BaseReference:
+        return self.source.reference
+
+    def keys(self) -> frozenset[str]:
+        return frozenset(self.source.keys()) - self.hidden | self.given.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.given[key].shape) if key in self.given else self.source.shape(key)
+
+    def read(self, key: str, index: Index | None = None) -> Tensor:
+        if key not in self.given:
+            return self.source.read(key, index)
+        return self.given[key] if index is None else self.given[key][index]
+
+
 class RandomWeights:
     """Weights of transformers' EsmForMaskedLM drawn from a seed; the head of another task is drawn by `load_into`."""
 
@@ -123,9 +155,26 @@ class RandomWeights:
 def open_weights(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
     """Find what `model.name` means, opening its weights without reading them; `seed` is that of random weights.
 
-    The folder of an adapter means its base with the adapter merged in. Raise ConfigError where no ESM-2 with
-    safetensors has the name, CheckpointError where its files are damaged, incomplete or not those of `sha256`.
+    The folder of an adapter means its base with the adapter merged in. Blocks above `model.layers` are left out. Raise
+    ConfigError where no ESM-2 with safetensors has the name, CheckpointError where its files are damaged, incomplete or
+    not those of `sha256`.
     """
+    config, source = _open_whole(cfg, seed)
+    if not isinstance(cfg.layers, int) or config.num_hidden_layers == cfg.layers:
+        return config, source
+    config.num_hidden_layers = check_layers(cfg.layers, config.num_hidden_layers, cfg.name)
+    # A head, and the regression of contacts on every block's attention, are of a model that is not cut off.
+    keys = source.keys()
+    hidden = {
+        key
+        for key in keys
+        if (block_of(key) or 0) >= cfg.layers or HEAD.fullmatch(key) or _DRAWABLE.match(canonical(key))
+    }
+    return config, Changed(source, hidden)
+
+
+def _open_whole(cfg: ModelConfig, seed: int) -> tuple[EsmConfig, WeightSource]:
+    """Return the configuration and the weights with all blocks that are there."""
     found = locate(cfg)
     if found is None or not is_adapter(found):
         return _open(cfg, seed)

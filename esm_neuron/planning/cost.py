@@ -17,7 +17,7 @@ from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import EsmShape
 from esm_neuron.models.tensor_parallel import in_block
 from esm_neuron.planning.instances import Instance, PriceList
-from esm_neuron.planning.memory import predict_memory
+from esm_neuron.planning.memory import HEADS, predict_memory
 from esm_neuron.planning.plan import RunPlan, halve
 from esm_neuron.planning.trn1 import host_seconds, instructions, softmax_seconds
 from esm_neuron.redact import Lines
@@ -114,7 +114,7 @@ def trained_parameters(cfg: TrainConfig, shape: EsmShape) -> int:
     """Return the number of parameters with gradients, without the task's head."""
     if cfg.adapter.kind == "none":
         return shape.parameter_count()
-    if cfg.adapter.kind == "head":
+    if cfg.adapter.kind in HEADS:
         return 0
     linears = {name.removesuffix(".weight"): size for name, size in shape.parameters().items() if len(size) == 2}
     return sum(cfg.adapter.r * sum(size) for name, size in linears.items() if in_block(name) in cfg.adapter.targets)
@@ -133,7 +133,7 @@ def step_seconds(
     linear = shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.intermediate)
     forward = 2 * linear + 4 * shape.layers * shape.hidden * cfg.data.pack_tokens  # per token: linears, attention
     # forward, gradients of the inputs, and forward again
-    runs = 1 if cfg.adapter.kind == "head" else 2 + cfg.model.gradient_checkpointing
+    runs = 1 if cfg.adapter.kind in HEADS else 2 + cfg.model.gradient_checkpointing
     flops = runs * forward + (2 * linear if cfg.adapter.kind == "none" else 0)
     kind = "bf16" if bf16 else "tf32" if cfg.loop.tf32 and "tf32" in instance.peak else "fp32"
     products = flops * slots / (dp * tp) / (instance.peak[kind] * 1e12 * share)

@@ -25,6 +25,8 @@ FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a number."""
 _BYTES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "nf4": 0.5 + 1 / 64 + FLOAT32 / (64 * 256), "int8": 1}
 """Storage type -> bytes per weight. NF4 includes its scales: 8 bits per 64 weights, and a float per 256 scales."""
+HEADS = ("head", "probe")
+"""Kinds of adapter with which nothing of ESM-2 is trained, so that there is no backward pass through it."""
 MOMENTS = 2 * FLOAT32
 """Bytes of AdamW's state per parameter."""
 
@@ -67,13 +69,13 @@ def predict_memory(
     `outputs` are those of the task's head, such as classes; `checkpointing` replaces `model.gradient_checkpointing`.
     """
     again = cfg.model.gradient_checkpointing if checkpointing is None else checkpointing
-    head = task_class(cfg.task.name).head_sizes(cfg.model, shape.hidden, outputs)
+    head = task_class(cfg.task.name).head_sizes(cfg.model, shape, outputs)
     lora = _lora(cfg, shape)
     weights, trained = _weights(cfg, shape, sum(head))
     added = head + lora
     number = BFLOAT16 if _trunk_in_bfloat16(cfg) else FLOAT32
     tokens = cfg.loop.packs_per_device * cfg.data.pack_tokens
-    flows = cfg.adapter.kind != "head"
+    flows = cfg.adapter.kind not in HEADS
     block = _block(cfg, shape) * tokens if flows else 0
     kept = shape.layers * (FLOAT32 * shape.hidden * tokens if again else block) if flows else 0
     moment, copies = _moment(cfg, shape) * tokens + _restored(cfg, shape), _copies(cfg, shape)
@@ -145,7 +147,7 @@ def _share(cfg: TrainConfig, shape: EsmShape, name: str, size: Shape) -> int:
 
 
 def _is_lora(cfg: TrainConfig) -> bool:
-    return cfg.adapter.kind not in ("none", "head")
+    return cfg.adapter.kind not in ("none", *HEADS)
 
 
 def _lora(cfg: TrainConfig, shape: EsmShape) -> list[int]:
@@ -241,7 +243,7 @@ def _logits(cfg: TrainConfig, shape: EsmShape, outputs: int) -> int:
 def _moment(cfg: TrainConfig, shape: EsmShape) -> int:
     """Return the bytes per token that live for a moment where a block is widest, in the feed-forward's activation."""
     wide = shape.intermediate // cfg.parallel.tp
-    if cfg.adapter.kind == "head":  # only a forward pass: its widest activations, and vectors that come and go
+    if cfg.adapter.kind in HEADS:  # only a forward pass: its widest activations, and vectors that come and go
         return 2 * _number(cfg) * wide + 4 * FLOAT32 * shape.hidden
     if _is_lora(cfg):  # PEFT casts the input of a LoRA matrix to the matrix's type, our fused LoRA does not
         return 2 * (_number(cfg) if cfg.adapter.kind == "lora" else FLOAT32) * wide

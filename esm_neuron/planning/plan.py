@@ -16,7 +16,7 @@ from esm_neuron.config import TrainConfig
 from esm_neuron.config.rules import accumulated_passes
 from esm_neuron.data.loader import SPECIALS, plan_packs, total_steps
 from esm_neuron.data.splits import Splits
-from esm_neuron.models.shapes import EsmShape, known_shape
+from esm_neuron.models.shapes import EsmShape, shape_of
 from esm_neuron.planning.memory import Memory, predict_memory
 from esm_neuron.planning.memory import render as render_memory
 from esm_neuron.redact import Lines
@@ -95,7 +95,7 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
     lengths = splits.train.lengths.astype(np.int32)
     epoch = _epoch(cfg, lengths, devices)
     half = halve(cfg)
-    shape = known_shape(cfg.model.base or cfg.model.name)
+    shape = shape_of(cfg.model)
     again = cfg.model.gradient_checkpointing
     memory, turned = (
         predict_memory(cfg, shape, devices, len(splits.labels) or 1, checkpointing) if shape else None

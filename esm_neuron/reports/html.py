@@ -175,7 +175,8 @@ def trained_text(adapter: AdapterConfig) -> str:
     """Say what of a model was trained, such as `LoRA` or `QLoRA (nf4)`."""
     if adapter.kind == "qlora":
         return f"QLoRA ({adapter.quantization})"
-    return {"none": "full fine-tuning", "head": "head only", "lora": "LoRA"}[adapter.kind]
+    known = {"none": "full fine-tuning", "head": "head only", "lora": "LoRA", "probe": "linear probe"}
+    return known[adapter.kind]
 
 
 def environment() -> Environment:

@@ -7,13 +7,13 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from esm_neuron.config import TaskConfig
+from esm_neuron.config import EVERY_LAYER, TaskConfig, TrainConfig
 from esm_neuron.errors import ConfigError
 
 if TYPE_CHECKING:
     from esm_neuron.tasks.base import Task
 
-__all__ = ["TASKS", "check_task", "create_task", "task_class", "task_of_head"]
+__all__ = ["TASKS", "check_model", "check_task", "create_task", "task_class", "task_of_head"]
 
 TASKS: dict[str, str] = {
     "sequence_classification": "esm_neuron.tasks.sequence:SequenceClassification",
@@ -51,6 +51,24 @@ def check_task(cfg: TaskConfig) -> None:
             raise ConfigError(
                 f"task.{setting}={value} has no effect on {cfg.name}; leave it out (it is for {users or 'no task'})"
             )
+
+
+def check_model(cfg: TrainConfig) -> None:
+    """Raise ConfigError where the task's head cannot read what `cfg.model` says, or a probe cannot fit it."""
+    task, model, probes = task_class(cfg.task.name), cfg.model, cfg.adapter.kind == "probe"
+    if task.keeps_lm_head and probes:
+        raise ConfigError(
+            f"adapter.kind=probe with task.name={cfg.task.name}: its head is the language model's own, which has "
+            "learned from more than your proteins; use adapter.kind=lora or none"
+        )
+    given = {"layers": model.layers in EVERY_LAYER, "composition": model.composition,
+             "pooling": model.pooling == "mean+termini"}  # fmt: skip
+    wrong = "" if task.pools else next((name for name, is_pooled in given.items() if is_pooled), "")
+    if wrong:
+        raise ConfigError(
+            f"model.{wrong}={getattr(model, wrong)} is for tasks with one vector per protein, not for "
+            f"{cfg.task.name}; leave it out"
+        )
 
 
 def create_task(cfg: TaskConfig, labels: Sequence[str]) -> Task:

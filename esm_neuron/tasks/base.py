@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from esm_neuron.config import ModelConfig, TaskConfig
+from esm_neuron.config import EVERY_LAYER, ModelConfig, TaskConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target, select_records
 from esm_neuron.data.labels import Labels
@@ -19,6 +19,7 @@ from esm_neuron.data.records import LIST_JOINER
 from esm_neuron.files import scratch
 from esm_neuron.metrics import Scores
 from esm_neuron.metrics.calibration import Calibration
+from esm_neuron.models.shapes import EsmShape, read_width
 from esm_neuron.tasks.baselines import Baseline
 from esm_neuron.tasks.view import View
 
@@ -59,6 +60,7 @@ class Task(ABC):
     per_token: ClassVar[bool] = False  # whether there is one target per token or one per sequence
     predictions_per_token: bool = False  # whether `predictions` are one per token [R, L, ...] or segment [R, S, ...]
     covers: ClassVar[bool] = False  # whether it has `covering`: a set or a range that holds the truth
+    pools: ClassVar[bool] = False  # whether its head predicts from one vector per protein
     keeps_lm_head: ClassVar[bool] = False  # whether its head is the language model's, which a pretrained ESM-2 has
     hub_task: ClassVar[str | None] = None  # the hub's name for it (`pipeline_tag`); None: the hub has none
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"  # the class of transformers that loads its model
@@ -86,13 +88,17 @@ class Task(ABC):
         """Return the names of the modules that a pretrained ESM-2 does not have: newly initialized, always trained."""
         return ()
 
+    def linear_head(self, config: EsmConfig) -> str | None:
+        """Return the name of the one linear layer that its head is, which a probe fits; None where it is more."""
+        return None
+
     @classmethod
     def in_transformers(cls, model: ModelConfig) -> bool:
         """Return whether plain transformers can compute what the task's model does."""
         return True
 
     @classmethod
-    def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
+    def head_sizes(cls, model: ModelConfig, shape: EsmShape, outputs: int) -> list[int]:
         """Return the sizes of the parameters in `head`, for `esm-neuron plan`."""
         return []
 
@@ -243,6 +249,7 @@ def weighted(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 class PooledTask(Task):
     """One vector per protein, and a head on it; subclasses say what is predicted and how it is learned."""
 
+    pools = True
     greater_is_better = True
     label_kind: ClassVar[type[Labels] | None] = Labels
     problem_type: ClassVar[str | None] = "single_label_classification"
@@ -250,6 +257,9 @@ class PooledTask(Task):
     def configure(self, config: EsmConfig, model: ModelConfig) -> EsmConfig:
         """Add the outputs and the pooling; what transformers would compute otherwise becomes a type of its own."""
         values = config.to_dict() | {"pooling": model.pooling} | self._output_config()
+        if not self.is_plain(model):
+            values["read_layers"] = model.layers if model.layers in EVERY_LAYER else "last"
+            values |= {"composition": model.composition, "linear_head": model.head == "linear"}
         values.update(label2id={label: i for i, label in values["id2label"].items()})
         values.pop("model_type", None)
         kind = compat.EsmConfig if self.is_plain(model) else esm2.PooledEsmConfig
@@ -262,7 +272,8 @@ class PooledTask(Task):
 
     @classmethod
     def in_transformers(cls, model: ModelConfig) -> bool:
-        return model.pooling == "cls"
+        every_layer = model.layers in EVERY_LAYER
+        return model.pooling == "cls" and not (every_layer or model.composition or model.head == "linear")
 
     def is_plain(self, model: ModelConfig) -> bool:
         """Return whether plain transformers can compute what this task's model does, see `in_transformers`."""
@@ -276,7 +287,15 @@ class PooledTask(Task):
     def head(self, config: EsmConfig) -> tuple[str, ...]:
         return esm2.head_names(config)
 
+    def linear_head(self, config: EsmConfig) -> str | None:
+        return esm2.head_name(config)
+
     @classmethod
-    def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
+    def head_sizes(cls, model: ModelConfig, shape: EsmShape, outputs: int) -> list[int]:
+        hidden, every = shape.hidden, shape.layers + 1
         pooling = [hidden] if model.pooling == "attention" else []
-        return [hidden**2, hidden, outputs * hidden, outputs, *pooling]
+        mix = [every] if model.layers == "mix" else []
+        width = read_width(model.pooling, hidden, every if model.layers == "concat" else 1, model.composition)
+        if model.head == "linear":
+            return [outputs * width, outputs, *pooling, *mix]
+        return [width * hidden, hidden, outputs * hidden, outputs, *pooling, *mix]

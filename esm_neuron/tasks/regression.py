@@ -48,7 +48,7 @@ class Regression(PooledTask):
         return False  # transformers does not scale values
 
     def is_plain(self, model: ModelConfig) -> bool:
-        return model.pooling == "cls" and (self._mean, self._sd) == (0.0, 1.0)
+        return super().in_transformers(model) and (self._mean, self._sd) == (0.0, 1.0)
 
     def _output_config(self) -> dict[str, Any]:
         scale = {"target_mean": self._mean, "target_sd": self._sd}

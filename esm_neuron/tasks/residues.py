@@ -15,6 +15,7 @@ from esm_neuron.data.records import RESIDUE_JOINER
 from esm_neuron.metrics import Scores, classification_metrics
 from esm_neuron.metrics.calibration import Calibration, best_threshold, fit_temperature, mcc
 from esm_neuron.metrics.classification import decided
+from esm_neuron.models.shapes import EsmShape
 from esm_neuron.tasks.base import (
     CLASS_SETTINGS,
     Column,
@@ -72,9 +73,12 @@ class ResidueClassification(Task):
     def head(self, config: EsmConfig) -> tuple[str, ...]:
         return ("classifier",)
 
+    def linear_head(self, config: EsmConfig) -> str:
+        return "classifier"
+
     @classmethod
-    def head_sizes(cls, model: ModelConfig, hidden: int, outputs: int) -> list[int]:
-        return [outputs * hidden, outputs]
+    def head_sizes(cls, model: ModelConfig, shape: EsmShape, outputs: int) -> list[int]:
+        return [outputs * shape.hidden, outputs]
 
     @classmethod
     def head_bytes(cls, hidden: int, outputs: int, number: int) -> int:

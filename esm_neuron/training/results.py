@@ -128,9 +128,11 @@ def _write_weights(cfg: TrainConfig, task: Task, built: Built, trained: Mapping[
         reference = open_weights(in_folder(cfg.model, (out / BASE).resolve()), cfg.seed)[1].reference
     lora = built.model.peft_config["default"]
     lora.base_model_name_or_path, lora.revision = reference.name, reference.revision
-    if built.config.model_type == PooledEsmConfig.model_type and not is_carried(cfg.model):
+    own_type = built.config.model_type == PooledEsmConfig.model_type
+    if (own_type or isinstance(cfg.model.layers, int)) and not is_carried(cfg.model):
         # If the adapter named the pretrained repository as its base, plain transformers would load it, PEFT would pass
-        # over the head it does not find, and a random <cls> head would predict. A config of our type is refused there.
+        # over the head it does not find, and a random <cls> head would predict. A config of our type is refused there,
+        # and one that is cut off after some blocks has no weights there.
         with new_folder(out / BASE) as aside, on_meta():
             _write_config(task.build(built.config), built.config, aside)
         lora.base_model_name_or_path, lora.revision = str((out / BASE).resolve()), None

@@ -9,23 +9,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import COMPARED_BY_CONTENT, TrainConfig, settings
+from esm_neuron.config import COMPARED_BY_CONTENT, TrainConfig, require, settings
 from esm_neuron.config.backends import named
 from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import validate
 from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.labels import Labels
 from esm_neuron.data.loader import EvalLoader, TrainLoader
 from esm_neuron.data.records import files_of
-from esm_neuron.data.splits import Splits, check_files, data_files, load_splits
+from esm_neuron.data.splits import Splits, check_files, data_files, load_splits, make_splits, open_splits
 from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
-from esm_neuron.files import check_apart, check_ours, claimed, finite, note, write_json, write_text
+from esm_neuron.files import check_apart, check_ours, claimed, finite, machine_name, note, write_json, write_text
 from esm_neuron.models.adapter_folder import MergedWeights
 from esm_neuron.models.shapes import SHAPES, locate
 from esm_neuron.redact import Lines, escaped
@@ -41,9 +43,10 @@ from esm_neuron.run_dir import (
     RESULT,
     sampled_name,
 )
-from esm_neuron.tasks import check_task, create_task, task_class
+from esm_neuron.tasks import check_model, check_task, create_task, task_class
 from esm_neuron.tasks.base import Task
 from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger
+from esm_neuron.training.init_from import adopted, starting_head
 from esm_neuron.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -53,14 +56,15 @@ if TYPE_CHECKING:
     from esm_neuron.backends.base import Backend
     from esm_neuron.build import Built
     from esm_neuron.models import esm2
-    from esm_neuron.training import checkpoint, final_eval, results
+    from esm_neuron.training import checkpoint, final_eval, probe, results
     from esm_neuron.training import trainer as loop
     from esm_neuron.training.final_eval import Leaks
+    from esm_neuron.training.probe import Probe
     from esm_neuron.training.trainer import Trainer
 else:  # torch is imported when settings, files and columns have been checked
     torch, build, esm2 = (module(name) for name in ("torch", "esm_neuron.build", "esm_neuron.models.esm2"))
-    checkpoint, final_eval, results, loop = (
-        module(f"esm_neuron.training.{name}") for name in ("checkpoint", "final_eval", "results", "trainer")
+    checkpoint, final_eval, probe, results, loop = (
+        module(f"esm_neuron.training.{name}") for name in ("checkpoint", "final_eval", "probe", "results", "trainer")
     )
 
 logger = logging.getLogger(__name__)
@@ -92,6 +96,7 @@ def check(cfg: TrainConfig) -> None:
     """
     validate(cfg)
     check_task(cfg.task)
+    check_model(cfg)
     if is_alone():
         locate(cfg.model)
         check_files(cfg.data, task_class(cfg.task.name).label_kind)
@@ -119,13 +124,17 @@ def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -
     collects the graphs and compiles them side by side.
     """
     check(cfg)
+    require(
+        cfg.adapter.kind != "probe",
+        "adapter.kind=probe takes no steps, and its graphs are two forward passes: nothing is compiled ahead; train",
+    )
     with opened_backend(cfg) as backend:
         if not backend.static_shapes:
             raise ConfigError(f"backend={cfg.backend} compiles nothing; `compile` is for {named(lambda b: b.compiles)}")
         log = log if backend.topology.is_main else log_nothing
         if (note := backend.compile_note()) is not None:
             log(note)
-        job = _Job.of(cfg, backend, log)
+        job = _Job.of(cfg, backend, log, Watchdog.of(cfg, backend.topology.rank))
         job.trainer.compile(list(job.loaders.held_out.values()))
         return backend.graphs()
 
@@ -138,31 +147,59 @@ class _Job:
     built: Built
     loaders: Loaders
     trainer: Trainer
+    probe: Probe | None
 
     @classmethod
-    def of(cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> _Job:
-        """Read the data, build the model, make the trainer."""
-        splits = raise_on_any_rank(backend, lambda: load_splits(cfg, task_class(cfg.task.name).label_kind))
+    def of(cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None], watchdog: Watchdog) -> _Job:
+        """Read the data, fit the head of a probe, build the model, make the trainer."""
+        cfg = from_main_rank(backend, lambda: adopted(cfg))
+        splits = shared_splits(cfg, task_class(cfg.task.name).label_kind, backend)
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
             raise DataError(f"{cfg.data.train}: the ranks read different records; give every node the same files")
         log(splits.summary())
         cfg = replace(cfg, task=splits.task)
         task = create_task(cfg.task, splits.labels)
-        built = raise_on_any_rank(backend, lambda: build.build_model(cfg, task, backend))
-        log(describe(cfg, built))
         loaders = Loaders.of(cfg, splits, task, backend)
+        fitted = None
+        if cfg.adapter.kind == "probe":
+            tables = {split: table for split, table in loaders.tables().items() if split != "test"}
+            fitted = probe.fit_probe(cfg, task, backend, tables, log, watchdog.expect)
+            cfg = replace(cfg, model=replace(cfg.model, layers=fitted.layers))
+        start = fitted.head if fitted else from_main_rank(backend, lambda: starting_head(cfg, task))
+        built = raise_on_any_rank(backend, lambda: build.build_model(cfg, task, backend, start=start))
+        log(describe(cfg, built))
         same = identity(cfg, splits.fingerprint, from_main_rank(backend, lambda: built.source.reference.sha256))
         trainer = loop.Trainer(cfg, built.model, task, backend, loaders.train, loaders.held_out.get("valid"), [], same)
         for line in (*idle(cfg, splits), *_notes(trainer)):
             log(line)
-        return cls(splits, built, loaders, trainer)
+        return cls(splits, built, loaders, trainer, fitted)
+
+
+def shared_splits(cfg: TrainConfig, labels: type[Labels] | None, backend: Backend) -> Splits:
+    """Return `load_splits`, read by one rank of each node into files that the others there map.
+
+    Without `data.cache` the files are temporary: they have no name any more when all have opened them.
+    """
+    nodes = backend.gather_host(machine_name())
+    first = nodes.index(machine_name()) == backend.topology.rank
+    if nodes.count(machine_name()) == 1:
+        return raise_on_any_rank(backend, lambda: load_splits(cfg, labels))
+    with ExitStack() as held:
+
+        def make() -> Path | None:
+            spool = None if cfg.data.cache else Path(held.enter_context(TemporaryDirectory(prefix="esm-neuron-")))
+            return make_splits(cfg, labels, spool)
+
+        made = raise_on_any_rank(backend, lambda: make() if first else None)
+        folder = cast(Path, backend.gather_host(made)[nodes.index(machine_name())])  # that of the rank which made it
+        return raise_on_any_rank(backend, lambda: open_splits(cfg, labels, folder))
 
 
 def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Outcome:
     watchdog = Watchdog.of(cfg, backend.topology.rank)
     with watchdog:
         watchdog.expect("the start of the run (data, weights, checkpoint)", slow=True)
-        job = _Job.of(cfg, backend, log)
+        job = _Job.of(cfg, backend, log, watchdog)
         cfg, trainer = job.trainer.cfg, job.trainer
         begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
         if begin:
@@ -173,7 +210,11 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
         trainer.callbacks = main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or []
     result: dict[str, Any] = {}
     try:
-        stopped_by = trainer.fit()
+        stopped_by = None
+        if job.probe is None:
+            stopped_by = trainer.fit()
+        else:
+            probe.keep(trainer, job.probe)
         if stopped_by is None:
             with watchdog:
                 passes = sum(map(len, job.loaders.held_out.values()))
@@ -221,6 +262,7 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
             "padding_efficiency": loaders.train.padding_efficiency,
             "graphs": backend.graphs(),
         },
+        **({} if job.probe is None else {"probe": job.probe.report()}),
         **scores,
     })  # fmt: skip
 
@@ -371,8 +413,9 @@ def describe(cfg: TrainConfig, built: Built) -> str:
             "card says what it learned from"
         )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
-    if isinstance(built.source, MergedWeights):
-        base, adapter = built.source.base.name, built.source.name
+    source = getattr(built.source, "source", built.source)  # with all of its blocks
+    if isinstance(source, MergedWeights):
+        base, adapter = source.base.name, source.name
         lines.append(f"training starts from {base} with the adapter of {adapter} merged into it")
     if built.head:
         lines.append(built.head)

@@ -16,7 +16,7 @@ from esm_neuron.tasks import create_task
 
 LENGTHS = (5, 37, 1, 20, 62)
 CLASSES = ("A", "B", "C")
-KINDS = ("cls", "mean", "attention", "regression", "residues", "masked_lm")
+KINDS = ("cls", "mean", "attention", "mix", "concat", "regression", "residues", "masked_lm")
 PER_TOKEN = ("residues", "masked_lm")
 ATTENTIONS = ("segments", "masked")
 Row = Sequence[int]
@@ -25,6 +25,12 @@ Row = Sequence[int]
 
 TASKS = {"regression": "regression", "residues": "residue_classification", "masked_lm": "masked_lm"}
 """Kind -> task, where it is not sequence classification with the kind for its pooling."""
+MODELS = {
+    "mix": ModelConfig(layers="mix", pooling="mean+termini"),
+    "concat": ModelConfig(layers="concat", pooling="mean+termini", composition=True, head="linear"),
+    **{kind: ModelConfig(pooling=kind) for kind in ("cls", "mean", "attention")},
+}
+"""Kind -> what its head reads."""
 
 
 def build(kind: str, attention: str = "segments", dropout: float = 0.0) -> nn.Module:
@@ -34,7 +40,7 @@ def build(kind: str, attention: str = "segments", dropout: float = 0.0) -> nn.Mo
     task = create_task(TaskConfig(name=name, **scale), CLASSES if name.endswith("classification") else ())
     config = esm_config(SHAPES["tiny"])
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    model = task.build(task.configure(config, ModelConfig(pooling="mean" if kind in TASKS else kind)))
+    model = task.build(task.configure(config, MODELS.get(kind, ModelConfig())))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

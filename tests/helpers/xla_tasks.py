@@ -7,11 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from esm_neuron.config import ParallelConfig, TrainConfig, settings
+from esm_neuron.config import AdapterConfig, ParallelConfig, TrainConfig, settings
 from esm_neuron.training import run
+from helpers.processes import saved_config
 from helpers.runs import losses
 
-TASKS = ("multi_label", "regression", "residue_classification")
+TASKS = ("multi_label", "regression", "residue_classification", "probe", "mix")
+
+
+def task_runs(task_toys: dict[str, TrainConfig]) -> list[Path]:
+    """Write the configurations of TASKS; return their files."""
+    base = task_toys["multi_label"]
+    reads = replace(base.model, layers="mix", pooling="mean+termini", composition=True)
+    probe = {"model": replace(base.model, layers="concat", pooling="mean"), "adapter": AdapterConfig(kind="probe")}
+    more = {"probe": replace(base, **probe), "mix": replace(base, model=reads)}
+    runs = {**task_toys, **{name: replace(cfg, output=f"{base.output}_{name}") for name, cfg in more.items()}}
+    return [saved_config(replace(runs[name], output=str(Path(runs[name].output).with_name(name)))) for name in TASKS]
 
 
 def on_both(configs: Sequence[Path], tp: int = 1) -> dict[str, list[dict[str, Any]]]:
@@ -19,7 +30,7 @@ def on_both(configs: Sequence[Path], tp: int = 1) -> dict[str, list[dict[str, An
     # The device first: autograd makes its queues, one per device, at the first backward pass of the process.
     runs = [settings.read_config(path) for path in configs]
     xla = [_train(cfg, "xla", tp) for cfg in runs]
-    return {cfg.task.name: [_train(cfg, "cpu"), found] for cfg, found in zip(runs, xla, strict=True)}
+    return {Path(cfg.output).name: [_train(cfg, "cpu"), found] for cfg, found in zip(runs, xla, strict=True)}
 
 
 def _train(cfg: TrainConfig, backend: Any, tp: int = 1) -> dict[str, Any]:

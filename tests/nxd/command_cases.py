@@ -41,8 +41,19 @@ def make_runs(output: str) -> None:
         run.train(replace(cfg, data=data, log=replace(cfg.log, baselines=False, predictions=False)), str)
 
 
+def train_probe(output: str, file: Path, backend: BackendName, tp: int) -> None:
+    """Fit a probe of every layer; it predicts for what it was fitted to."""
+    reads = {"model.layers": "concat", "model.pooling": "mean+termini", "model.composition": True}
+    cfg = configuration(output, backend=backend, set={**reads, "adapter.kind": "probe", "parallel.tp": tp})
+    data = replace(cfg.data, train=str(file), test=str(file), valid_fraction=0.2, homologs="off")
+    run.train(replace(cfg, data=data, log=replace(cfg.log, baselines=False)), str)
+
+
 def answer(output: str, command: str, made: str, backend: BackendName, tp: int = 1) -> None:
     """One command of COMMANDS with a run of the folder `made`, on all ranks."""
+    if command == "probe":
+        train_probe(output, Path(made) / "labelled.csv", backend, tp)
+        return
     name, source, target = COMMANDS[command]
     model, wanted, into = Path(made) / name, Path(made) / source, Path(output) / target
     words = (*SMALL, f"--parallel.tp={tp}")

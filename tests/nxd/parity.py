@@ -65,6 +65,7 @@ COMMANDS = {
     "embed residues": ("mlm", "labelled.csv", "vectors.safetensors"),
     "score": ("mlm", "variants.csv", "scores.csv"),
     "score marginals": ("mlm", "variants.csv", "scores.csv"),
+    "probe": ("cls", "labelled.csv", "predictions-test.parquet"),
 }
 """Case of `command_cases.py` -> the run that answers, its input, the file that it leaves."""
 

@@ -93,6 +93,7 @@ DOORS: dict[str, dict[str, str]] = {
     "tempfile.": {
         "files.py": DOOR,
         "api.py": "for data frames, while a call lasts",
+        "data/check.py": "tokens for the search of homologs, mapped",
         "data/homology.py": "for MMseqs2",
         "data/tokenizer.py": "for transformers' tokenizer",
         "launchers/sagemaker/hosting.py": "beside its output",

@@ -31,7 +31,8 @@ def other(name: str) -> str:
     if isinstance(value, bool):
         return str(not value).lower()
     known = {
-        "backend": "xla", "model.init": "random", "model.pooling": "cls", "task.class_weights": "balanced",
+        "backend": "xla", "model.init": "random", "model.pooling": "cls", "model.layers": "2",
+        "model.head": "linear", "task.class_weights": "balanced",
         "data.split_names": "[a, b, c]", "data.sample": "clusters", "data.keep": "{set: [a]}",
         "data.keep_heldout": "{set: [a]}", "data.homologs": "off", "data.on_bad_residue": "skip",
         "data.on_missing": "skip", "data.long_sequences": "skip", "adapter.kind": "head",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from esm_neuron.config import DataConfig, TaskConfig
 from esm_neuron.data.inputs import InputChunks
-from esm_neuron.data.labels import in_order, listed
+from esm_neuron.data.label_forms import in_order, listed
 from esm_neuron.errors import DataError
 from esm_neuron.tasks import task_class
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import HealthCheck, Phase, given
+from hypothesis import HealthCheck, Phase, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from esm_neuron.config import DataConfig, OptimConfig, TaskConfig, TrainConfig, settings
 from esm_neuron.config.backends import BACKENDS
-from esm_neuron.config.rules import check_values, validate
+from esm_neuron.config.rules import PLACES, check_values, validate
 from esm_neuron.config.settings import SHORT, dump, full_name, known_keys, make_parser, parse, read_config
 from esm_neuron.errors import ConfigError
 from esm_neuron.planning import instances
@@ -81,6 +81,7 @@ def refusal(*argv: str) -> str:
 )
 @given(cfg=values(TrainConfig))
 def test_what_is_dumped_reads_back_as_itself(folder: Path, cfg: TrainConfig) -> None:
+    assume(not any(str(attrgetter(place)(cfg)).startswith("~") for place in PLACES))  # read as the home folder
     assert read_config(Path(written(folder, dump(cfg)))) == cfg
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_neuron.config import DataConfig
-from esm_neuron.data.labels import one_hot
+from esm_neuron.data.label_forms import one_hot
 from esm_neuron.errors import DataError
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import parity
 import pytest
-from helpers.processes import json_of, saved_config
-from helpers.xla_tasks import TASKS
+from helpers.processes import json_of
+from helpers.xla_tasks import TASKS, task_runs
 
 from esm_neuron.config import TrainConfig
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mesh(folder: Path, task_toys: dict[str, TrainConfig]) -> dict[str, Any]:
-    return _work("mesh", 4, folder, [saved_config(task_toys[task]) for task in TASKS])
+    return _work("mesh", 4, folder, task_runs(task_toys))
 
 
 def _dimension(name: str) -> int | None:
@@ -168,6 +168,6 @@ def test_every_task_trains_and_scores_as_on_the_cpu(
     mesh: dict[str, Any], task: str, same_metrics: Callable[..., None]
 ) -> None:
     cpu, xla = mesh["tasks"][task]
-    assert len(cpu["losses"]) == 6
+    assert len(cpu["losses"]) == (0 if task == "probe" else 6)
     assert xla["losses"] == pytest.approx(cpu["losses"], rel=1e-4)
     same_metrics(xla["test"], cpu["test"], abs=1e-3)

@@ -1,0 +1,333 @@
+"""A probe: the minimum that scikit-learn finds on the same states, each protein run once, its head that of any run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.processes import on_two_ranks, saved_config
+from helpers.runs import assert_same_metrics, log_lines, losses
+from safetensors.numpy import load_file
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+from transformers import EsmForMaskedLM, EsmForTokenClassification
+
+from esm_neuron import cli
+from esm_neuron.config import AdapterConfig, TrainConfig
+from esm_neuron.data.splits import load_splits
+from esm_neuron.data.tokenizer import encode_many
+from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.inference.embed import embed
+from esm_neuron.inference.evaluate import evaluate
+from esm_neuron.inference.export import export
+from esm_neuron.inference.predict import predict
+from esm_neuron.run_dir import CALIBRATION, read_finished
+from esm_neuron.tasks import TASKS, task_class
+from esm_neuron.training import features, linear_fit, run
+from esm_neuron.training.evaluation import Evaluator
+
+PROBED = [task for task in TASKS if task != "masked_lm"]
+
+
+def probed(cfg: TrainConfig, name: str, **model: Any) -> TrainConfig:
+    """The run `cfg` as a probe."""
+    read = replace(cfg.model, **{"pooling": "mean", "head": None, **model})
+    return replace(TrainConfig(), **{**vars(cfg), "output": f"{cfg.output}_{name}", "model": read,
+                                     "adapter": AdapterConfig(kind="probe")})  # fmt: skip
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the batches that pass a network."""
+    counted: list[int] = []
+    forward = Evaluator._pass
+
+    def count(self: Evaluator, batch: Any) -> Any:
+        counted.append(int((batch.members >= 0).sum()))
+        return forward(self, batch)
+
+    monkeypatch.setattr(Evaluator, "_pass", count)
+    return counted
+
+
+@pytest.fixture(scope="module")
+def results(task_toys: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
+    """Task -> the result of its probe."""
+    reads = {"layers": "auto"}
+    return {task: run.train(probed(task_toys[task], "probe", **reads), str).result for task in PROBED}
+
+
+@pytest.mark.parametrize("task", PROBED)
+def test_every_task_has_a_probe_which_is_a_run_like_any_other(
+    task: str, results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
+) -> None:
+    cfg = probed(task_toys[task], "probe")
+    found, kept = results[task], read_finished(Path(cfg.output))
+    assert kept.result == json.loads(json.dumps(found)) and found["adapter"] == "probe"
+    probe = found["probe"]
+    assert probe["chosen_on"] == "valid" and probe["layers"] == kept.cfg.model.layers != "auto"
+    assert set(probe["tried"]) == {"1", "2", *(["concat"] if task != "residue_classification" else [])}
+    best = (max if task_class(task).greater_is_better else min)(value for value in probe["tried"].values() if value)
+    assert probe["tried"][str(probe["layers"])] == best
+    assert (log_lines(cfg)[0]["split"], losses(cfg)) == ("valid", [])
+    again = evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str)
+    assert_same_metrics(again, found["test"], rel=1e-5, abs=1e-6)
+    export(cfg.output, tmp_path / "exported")
+    names = ("max_residues", "long_sequences", "window_overlap", "label_column")
+    words = [f"--data.{name}={getattr(cfg.data, name)}" for name in names]
+    again = evaluate(tmp_path / "exported", Path(str(cfg.data.test)), None, None, str, words)
+    assert_same_metrics(again, found["test"], rel=1e-5, abs=1e-6)
+    # what chose is what the finished model gives, before its answers are calibrated on the same proteins
+    assert found["calibration"]["proteins"] > 0
+    (tmp_path / "exported" / CALIBRATION).unlink()
+    rows, drawn = pd.read_csv(str(cfg.data.train), dtype=str), (Path(cfg.output) / "valid_ids.txt").read_text().split()
+    rows[rows["id"].isin(drawn)].to_csv(tmp_path / "valid.csv", index=False)
+    again = evaluate(tmp_path / "exported", tmp_path / "valid.csv", None, None, str, words)
+    assert_same_metrics(probe["metrics"], {n: v for n, v in again.items() if n in probe["metrics"]}, abs=1e-4)
+    card = (Path(cfg.output) / "model" / "README.md").read_text()
+    assert "A linear head on frozen ESM-2" in card and "| fitted | at once, with a penalty of" in card
+
+
+def test_a_probe_of_residues_is_a_classifier_of_plain_transformers(
+    results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
+) -> None:
+    cfg = probed(task_toys["residue_classification"], "probe")
+    model = EsmForTokenClassification.from_pretrained(Path(cfg.output) / "model").eval()
+    sequence = "ACDEFGHIKLMNPQRSTVWY"
+    pd.DataFrame({"id": ["x"], "sequence": [sequence]}).to_csv(tmp_path / "x.csv")
+    predict(cfg.output, tmp_path / "x.csv", tmp_path / "x.parquet", log=str)
+    logits = model(torch.from_numpy(encode_many([sequence])[0].astype(np.int64))[None]).logits[0, 1:-1]
+    found = pd.read_parquet(tmp_path / "x.parquet")
+    logits /= results["residue_classification"]["calibration"]["temperature"]
+    np.testing.assert_allclose(found["p_H"][0], logits.softmax(-1)[:, 1].detach(), atol=1e-6)
+
+
+def labelled(cfg: TrainConfig, tmp_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Split -> the embeddings that `embed` writes of its proteins, and their labels."""
+    found = {}
+    for split in ("train", "valid", "test"):
+        path = Path(str(getattr(cfg.data, split)))
+        embed("mini", path, tmp_path / f"{split}.parquet", log=str)
+        vectors = np.stack(pd.read_parquet(tmp_path / f"{split}.parquet")["embedding"])
+        found[split] = vectors.astype(np.float64), pd.read_csv(path)["label"].to_numpy()
+    return found
+
+
+@pytest.mark.parametrize("weights", ["none", {"alpha": 1.0, "beta": 4.0}])
+def test_its_head_is_the_logistic_regression_of_scikit_learn_on_what_embed_writes(
+    toy: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Any
+) -> None:
+    penalty = 0.03
+    only(monkeypatch, penalty)
+    mini = {"name": "mini", "init": "pretrained"}
+    cfg = toy(model=mini, adapter={"kind": "probe"}, task={"class_weights": weights}, log={"baselines": False})
+    temperature = run.train(cfg, str).result["calibration"]["temperature"]
+    data = labelled(cfg, tmp_path)
+    scaler = StandardScaler().fit(data["train"][0])
+    by_class = {"alpha": 1.0, "beta": 4.0} if weights != "none" else {"alpha": 1.0, "beta": 1.0}
+    total = sum(by_class[label] for label in data["train"][1])
+    # scikit-learn's binary model has one vector w, ours has two, -w / 2 and w / 2, of half the squared norm
+    peer = LogisticRegression(C=2 / (penalty * total), class_weight=by_class, tol=1e-8, max_iter=10_000)
+    peer.fit(scaler.transform(data["train"][0]), data["train"][1])
+    expected = 1 / (1 + np.exp(-peer.decision_function(scaler.transform(data["test"][0])) / temperature))
+    found = pd.read_parquet(Path(cfg.output) / "predictions-test.parquet")["p_beta"]
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert expected.std() > 0.1
+
+
+def only(monkeypatch: pytest.MonkeyPatch, penalty: float) -> None:
+    """Try one penalty."""
+    from esm_neuron.training import probe
+
+    path = linear_fit.fit_path
+    monkeypatch.setattr(probe, "fit_path", lambda *what: path(*what, penalties=(penalty,)))
+
+
+def test_its_head_is_the_ridge_regression_of_scikit_learn(
+    task_toys: dict[str, TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    penalty = 0.1
+    only(monkeypatch, penalty)
+    base = task_toys["regression"]
+    cfg = probed(replace(base, data=replace(base.data, long_sequences="crop", max_residues=62)), "ridge")
+    run.train(cfg, str)
+    splits = load_splits(cfg, task_class("regression").label_kind)
+    rows = pd.read_csv(str(cfg.data.train)).set_index("id")
+    rows.loc[list(splits.train.ids)].to_csv(tmp_path / "own.csv")
+    for name, path in (("train", tmp_path / "own.csv"), ("test", Path(str(cfg.data.test)))):
+        embed(cfg.output, path, tmp_path / f"{name}.parquet", log=str)
+    train, test = (np.stack(pd.read_parquet(tmp_path / f"{n}.parquet")["embedding"]) for n in ("train", "test"))
+    scaler, target = StandardScaler().fit(train), rows.loc[list(splits.train.ids)]["value"]
+    standardized = (target - target.mean()) / target.std(ddof=0)
+    peer = Ridge(alpha=penalty * len(target) / 2).fit(scaler.transform(train), standardized)
+    expected = peer.predict(scaler.transform(test)) * target.std(ddof=0) + target.mean()
+    found = pd.read_parquet(Path(cfg.output) / "predictions-test.parquet")["value"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", ["all", "auto", 1])
+def test_states_are_the_means_of_transformers_hidden_states(
+    toy: Callable[..., TrainConfig], tmp_path: Path, layers: Any
+) -> None:
+    cfg = toy(model={"name": "mini", "init": "pretrained", "layers": layers}, adapter={"kind": "probe"})
+    run.train(cfg, str)
+    model = EsmForMaskedLM.from_pretrained(Path(features.__file__).parents[1] / "models/pretrained/mini").esm.eval()
+    sequences = list(pd.read_csv(str(cfg.data.train))["sequence"])
+    (folder,) = (Path(cfg.output) / "features").iterdir()
+    shards = [load_file(path) for path in folder.iterdir()]
+    stored = {bytes(name): (shard, row) for shard in shards for row, name in enumerate(shard["digests"])}
+    for sequence in sequences[:5]:
+        tokens, offsets = encode_many([sequence])
+        (name,) = features.digests(features.ExampleTable.of(tokens, offsets))
+        shard, row = stored[name]
+        *inner, last = model(torch.from_numpy(tokens.astype(np.int64))[None], output_hidden_states=True).hidden_states
+        states = [*(model.encoder.emb_layer_norm_after(hidden) for hidden in inner), last]
+        kept = {"all": [6], "auto": range(7), 1: [1]}[layers]
+        assert {name for name in shard if name.startswith("layer.")} == {f"layer.{layer}" for layer in kept}
+        for layer in kept:
+            expected = states[layer][0, 1:-1].mean(0).detach().numpy()
+            np.testing.assert_allclose(shard[f"layer.{layer}"][row], expected, rtol=1e-4, atol=2e-5)
+
+
+def test_no_protein_is_run_twice_and_runs_share_what_is_kept(
+    toy: Callable[..., TrainConfig], tmp_path: Path, passes: list[int]
+) -> None:
+    cache = {"cache": str(tmp_path / "cache")}
+    first = run.train(toy("one", adapter={"kind": "probe"}, model={"layers": "auto"}, data=cache), str).result
+    assert first["probe"]["proteins"] == {"passed": 80, "found": 0}
+    one, evaluation = sum(passes), 40  # valid and test, by the finished model
+    assert one == 80 + evaluation
+    passes.clear()
+    second = run.train(toy("two", adapter={"kind": "probe"}, model={"layers": "auto"}, data=cache), str).result
+    assert second["probe"]["proteins"] == {"passed": 0, "found": 80} and sum(passes) == evaluation
+    assert second["test"] == first["test"]
+    passes.clear()  # other weights, another pooling, or a layer more: others' states are not taken
+    for name, model in (("seed", {}), ("pooling", {"pooling": "cls"})):
+        seed = {"seed": 7} if name == "seed" else {}
+        cfg = replace(toy(name, adapter={"kind": "probe"}, model=model, data=cache), **seed)
+        assert run.train(cfg, str).result["probe"]["proteins"]["found"] == 0
+    # of one layer, the last: those of a run that kept all
+    assert run.train(toy("last", adapter={"kind": "probe"}, data=cache), str).result["probe"]["proteins"]["found"] == 80
+
+
+def test_a_killed_probe_goes_on_where_it_was(
+    toy: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(features, "BATCHES", 1)
+    cfg = toy(adapter={"kind": "probe"}, loop={"eval_packs_per_device": 2})
+    expected = run.train(replace(cfg, output=f"{cfg.output}_whole"), str).result
+    save, saved = features.save_shard, []
+
+    def killed(*what: Any) -> None:
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(save(*what))
+
+    monkeypatch.setattr(features, "save_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(cfg, str)
+    monkeypatch.setattr(features, "save_shard", save)
+    shards = sorted((Path(cfg.output) / "features").rglob("*.safetensors"))
+    assert len(shards) == 3
+    there = [len(load_file(path)["digests"]) for path in shards]
+    content = shards[0].read_bytes()
+    shards[0].write_bytes(content[:-8] + bytes(8))  # what is damaged is run again
+    resumed = run.train(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")), str).result
+    assert resumed["probe"]["proteins"] == {"passed": 80 - sum(there[1:]), "found": sum(there[1:])}
+    assert "its content is not what its name says" in caplog.text
+    assert_same_metrics(resumed["test"], expected["test"], abs=1e-6)
+    again = run.train(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")), str).result
+    assert again["test"] == resumed["test"]
+
+
+def test_without_validation_proteins_folds_by_cluster_choose(toy: Callable[..., TrainConfig]) -> None:
+    none = {"valid": None, "valid_fraction": 0.0}
+    cfg = toy(adapter={"kind": "probe"}, model={"layers": "auto"}, data=none)
+    found = run.train(cfg, str).result
+    assert found["probe"]["chosen_on"] == "5 folds of train" and found["probe"]["metrics"]["n"] == 60
+    assert found["valid"] is None and found["test"]["mcc"] > 0.3
+    rows = pd.read_csv(str(cfg.data.train))
+    pd.DataFrame({**rows, "sequence": "ACDEFGHIKLMNPQRSTVWYACDEFGHIKLMN"}).to_csv(f"{cfg.output}.csv")
+    with pytest.raises(DataError, match="all training proteins are homologs, and none are for validation"):
+        run.train(toy("same", adapter={"kind": "probe"}, data={**none, "train": f"{cfg.output}.csv"}), str)
+
+
+def test_of_many_residues_a_sample_is_used_and_said(
+    task_toys: dict[str, TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from esm_neuron.training import probe
+
+    monkeypatch.setattr(probe, "MOST_RESIDUES", 300)
+    said: list[str] = []
+    found = run.train(probed(task_toys["residue_classification"], "few"), said.append).result
+    notes = [line for line in said if line.startswith("NOTE: the probe takes")]
+    assert len(notes) == 2 and " of 32 train proteins to fit on, " in notes[0]
+    assert found["probe"]["proteins"]["passed"] < 20
+
+
+def test_fine_tuning_starts_from_a_probe(toy: Callable[..., TrainConfig]) -> None:
+    reads = {"layers": "auto", "pooling": "mean+termini", "composition": True}
+    base = toy("probe", adapter={"kind": "probe"}, model=reads)
+    probe = run.train(base, str).result
+    for kind in ("lora", "none"):
+        start = {"kind": kind, "init_from": base.output}
+        cfg = toy(kind, adapter=start, optim={"lr": 1e-12}, loop={"max_steps": 1}, log={"baselines": False})
+        found = run.train(cfg, str).result
+        assert_same_metrics(found["test"], probe["test"], abs=1e-4)
+        assert read_finished(Path(cfg.output)).cfg.model == replace(base.model, layers=probe["probe"]["layers"])
+    wrong = {
+        "its model.name is tiny, here it is mini": {"model": {"name": "mini", "init": "pretrained"}},
+        "its task is sequence_classification, here it is regression": {"task": {"name": "regression"}},
+        "its task.labels is": {"task": {"labels": ("beta", "alpha")}},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(ConfigError, match=message):
+            run.train(toy("wrong", adapter={"kind": "lora", "init_from": base.output}, **changes), str)
+    with pytest.raises(ConfigError, match="no config.yaml there; name the output folder of a probe"):
+        run.train(toy("wrong", adapter={"init_from": "nowhere"}), str)
+    with pytest.raises(ConfigError, match="a run of adapter.kind=lora"):
+        run.train(toy("wrong", adapter={"init_from": str(Path(base.output).with_name("lora"))}), str)
+
+
+def test_two_processes_fit_the_probe_of_one(
+    results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig]
+) -> None:
+    tasks = ("multi_label", "residue_classification")
+    runs = [replace(probed(task_toys[task], "two", layers="auto"), log=replace(task_toys[task].log, baselines=False))
+            for task in tasks]  # fmt: skip
+    on_two_ranks([["train", str(saved_config(cfg))] for cfg in runs])
+    for task, cfg in zip(tasks, runs, strict=True):
+        found = json.loads((Path(cfg.output) / "result.json").read_text())
+        assert found["probe"]["proteins"] == results[task]["probe"]["proteins"]
+        assert found["probe"]["layers"] == results[task]["probe"]["layers"]
+        assert_same_metrics(found["test"], results[task]["test"], rel=1e-4, abs=1e-4)
+
+
+def test_train_on_a_file_begins_with_a_probe(
+    toy: Callable[..., TrainConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--data.train", str(toy().data.train), "--output", "mine", "--log.tensorboard", "false"]
+    assert cli.main(words) == 0
+    found = read_finished(tmp_path / "mine")
+    assert found.cfg.adapter.kind == "probe" and found.cfg.model.name == "mini" and found.result["test"]["n"] > 0
+    said = capfd.readouterr().err
+    assert "first a probe" in said
+    again = ["--config", "mine/config.yaml", "--output", "mine-lora", "--adapter.kind", "lora"]
+    assert f"esm-neuron train {' '.join(again)} --adapter.init_from mine" in said
+    assert cli.main(["train", *again, "--adapter.init_from", "mine", "--loop.max_steps", "1"]) == 0
+    lora = read_finished(tmp_path / "mine-lora")
+    assert lora.cfg.adapter.kind == "lora" and lora.cfg.model == found.cfg.model
+    assert lora.result["data"] == found.result["data"]  # sampled alike
+    # a setting of how to train leaves the rest as it is
+    start = ["train", "--data.train", str(toy().data.train), "--loop.max_steps", "1"]
+    assert cli.main([*start, "--model.name", "tiny", "--model.init", "random", "--output", "other"]) == 0
+    other = read_finished(tmp_path / "other").cfg
+    assert (other.adapter.kind, other.model.layers) == ("lora", "all")
