@@ -168,7 +168,8 @@ def as_predictions(task: Task, table: ExampleTable, kept: pa.Table) -> list[np.n
         first = np.diff(table.record, prepend=-1) != 0
         return [np.where(first, values[table.record], 0.0) for values in (loss, hidden, 0 * hidden)]
     if task.cfg.name == "regression":
-        return [kept["value"].to_numpy()[table.record]]
+        standardised = (kept["value"].to_numpy() - task.cfg.target_mean) / task.cfg.target_sd
+        return [standardised[table.record]]
     if task.cfg.name == "residue_classification":
         slot, _ = table.residue_slots()
         flat = [kept[f"p_{label}"].combine_chunks().flatten().to_numpy(zero_copy_only=False) for label in task.labels]

@@ -347,7 +347,9 @@ def composition(pooling: str, pack: Pack, input_ids: Tensor) -> Tensor:
 class PackedForSequenceClassification(EsmPreTrainedModel):
     """One prediction per segment: the encoder, a pooling, and transformers' classification head or a linear one.
 
-    A regression's predictions are brought to the values' own unit: x `target_sd` + `target_mean` of its configuration.
+    A regression's predictions are in units of `target_sd` from `target_mean`, two numbers of its configuration, where
+    there are segments: float32 has no digits left for values whose mean is a million times their spread. Without
+    segments, as transformers calls it, they are in the values' own unit.
     """
 
     def __init__(self, config: EsmConfig) -> None:
@@ -381,9 +383,11 @@ class PackedForSequenceClassification(EsmPreTrainedModel):
         head = getattr(self, head_name(self.config))
         # transformers' head reads position 0 of a sequence, so each segment becomes a sequence of one position.
         sequences = vectors.flatten(0, 1).unsqueeze(1).to(getattr(head, "dense", head).weight.dtype)
-        logits = in_unit(self.config, head(sequences))
+        logits = head(sequences)
         if segment_ids is not None:
             return SequenceClassifierOutput(logits=logits.view(*vectors.shape[:2], -1))
+        if self.config.problem_type == "regression":
+            logits = logits.float() * self.config.target_sd + self.config.target_mean
         loss: Any = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
         found = SequenceClassifierOutput(loss=loss, logits=logits)
         return found if return_dict in (None, True) else found.to_tuple()
@@ -487,11 +491,6 @@ def _register_model() -> None:
 # transformers' auto classes load our folders; nothing here needs them, and they take seconds to import
 when_imported("transformers.models.auto.configuration_auto", _register_config)
 when_imported("transformers.models.auto.modeling_auto", _register_model)
-
-
-def in_unit(config: EsmConfig, logits: Tensor) -> Tensor:
-    """Return what a head gives in the unit of the task: a regression's values are not standardized ones."""
-    return logits.float() * config.target_sd + config.target_mean if config.problem_type == "regression" else logits
 
 
 def encoder_of(model: nn.Module) -> PackedEsmModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 class Regression(PooledTask):
     """A number per protein; the loss is the squared error in units of the training values' standard deviation.
 
-    The model predicts in the values' own unit: mean and sd are part of its configuration.
+    Targets and predictions are in that unit, from the training mean: float32 would lose the digits of values whose mean
+    is large against their spread. Metrics and outputs are in the values' own, and so are the predictions of a saved
+    model in transformers: mean and sd are part of its configuration.
     """
 
     summary = "a number per protein"
@@ -55,16 +58,15 @@ class Regression(PooledTask):
         return {"id2label": {0: "value"}, "problem_type": self.problem_type, **scale}
 
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
-        """Return the protein's value, float32; 0 with weight 0 where the table has no labels (prediction)."""
+        """Return the protein's standardised value, float32; 0 with weight 0 without labels (prediction)."""
         if not len(table.labels):
             return Target(table.sequence(example), np.asarray(0, np.float32), np.asarray(0, np.float32))
-        value = np.asarray(table.labels[table.record[example]], np.float32)
-        return Target(table.sequence(example), value, table.weight[example])
+        value = (float(table.labels[table.record[example]]) - self._mean) / self._sd
+        return Target(table.sequence(example), np.asarray(value, np.float32), table.weight[example])
 
     def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the squared errors, in units of the training values' standard deviation."""
-        errors = (logits.float().squeeze(-1) - batch.labels) / self._sd
-        return weighted(errors.square(), batch)
+        return weighted((logits.float().squeeze(-1) - batch.labels).square(), batch)
 
     def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         return (logits.float().squeeze(-1),)
@@ -73,10 +75,14 @@ class Regression(PooledTask):
         self, table: ExampleTable, predictions: Predictions, intervals: bool = False, units: np.ndarray | None = None
     ) -> Scores:
         """Return `regression_metrics`; a record's value is the mean over its windows, and loss is as in training."""
-        return regression_metrics(record_mean(table, predictions[0]), table.labels, self._sd, intervals, units)
+        return regression_metrics(self._values(table, predictions), table.labels, self._sd, intervals, units)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
-        return {"value": record_mean(table, predictions[0])}
+        return {"value": self._values(table, predictions)}
+
+    def _values(self, table: ExampleTable, predictions: Predictions) -> np.ndarray:
+        """Return float64 [records] in the values' own unit."""
+        return record_mean(table, predictions[0]) * self._sd + self._mean
 
     def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
         """Return absolute errors, for `covering`."""
@@ -84,7 +90,7 @@ class Regression(PooledTask):
 
     def covering(self, table: ExampleTable, predictions: Predictions, coverage: float) -> dict[str, Column]:
         """Return `low` and `high`, between which the true value is."""
-        value, radius = record_mean(table, predictions[0]), self.calibration.radius(coverage)
+        value, radius = self._values(table, predictions), self.calibration.radius(coverage)
         return {"low": value - radius, "high": value + radius}
 
     def coverage(
@@ -97,13 +103,13 @@ class Regression(PooledTask):
 
     def _errors(self, table: ExampleTable, predictions: Predictions) -> np.ndarray:
         """Return float64 [records], in the values' unit."""
-        return np.abs(record_mean(table, predictions[0]) - table.labels)
+        return np.abs(self._values(table, predictions) - table.labels)
 
     def targets(self, table: ExampleTable) -> Column:
         return table.labels
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        return value_baselines(train)
+        return value_baselines(replace(train, labels=(train.labels - self._mean) / self._sd))
 
     def view(self, table: pa.Table) -> View:
         """Return errors of the values, the largest first."""

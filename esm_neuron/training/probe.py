@@ -31,7 +31,7 @@ from esm_neuron.data.tokenizer import AMINO_ACIDS
 from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import DataError
 from esm_neuron.metrics import Scores, Value
-from esm_neuron.models.esm2 import Embedder, in_unit
+from esm_neuron.models.esm2 import Embedder
 from esm_neuron.models.shapes import read_width
 from esm_neuron.models.weights import open_weights
 from esm_neuron.tasks.base import Task
@@ -206,13 +206,13 @@ def _trials(
         targets = cast(Batch, SimpleNamespace(labels=labels, weights=weights))  # what a loss reads of a batch
 
         def loss(logits: Tensor) -> Tensor:
-            total, weight = task.loss(in_unit(config, logits), targets)
+            total, weight = task.loss(logits, targets)
             return total / weight
 
         return list(fit_path(features[used], outputs, loss))
 
     def score(table: ExampleTable, logits: np.ndarray) -> Scores:
-        predictions = task.predictions(in_unit(config, torch.from_numpy(logits)), no_batch)
+        predictions = task.predictions(torch.from_numpy(logits), no_batch)
         return task.metrics(table, [each.numpy() for each in predictions])
 
     heads = fit(fold >= 0)

@@ -133,7 +133,7 @@ def test_ranges_hold_the_truth_as_often_as_was_asked_for() -> None:
     for seed in range(200):
         rng = np.random.default_rng(seed)
         value = rng.normal(3, 2, 149)
-        predicted = value + rng.standard_t(3, 149)
+        predicted = (value + rng.standard_t(3, 149) - 3) / 2
         task = create_task(TaskConfig(name="regression", target_mean=3.0, target_sd=2.0), ())
         task = task.read_by(task.calibrate(table(value[:99]), [predicted[:99]]))
         found = task.covering(table(value[99:]), [predicted[99:]], 0.9)

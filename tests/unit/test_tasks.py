@@ -126,11 +126,28 @@ def test_regression_loss_is_the_squared_error_in_standard_deviations() -> None:
     labels, weights = torch.tensor([[1.0, 5, 0]]), torch.tensor([[1.0, 0.5, 0]])
     batch = make_batch(labels, weights, torch.zeros(1, 9, dtype=torch.long), 3)
     loss, weight = task.loss(torch.tensor([[[2.0], [1.0], [9.0]]]), batch)
-    assert (float(loss), float(weight)) == (0.25 + 0.5 * 4, 1.5)
+    assert (float(loss), float(weight)) == (1 + 0.5 * 16, 1.5)
     table = replace(one_protein("MK"), labels=np.array([7.5]))
-    assert float(task.example_target(table, 0, np.random.default_rng(0)).label) == 7.5
+    assert float(task.example_target(table, 0, np.random.default_rng(0)).label) == (7.5 - 3) / 2
+    assert task.outputs(table, [np.array([2.25], np.float32)])["value"].tolist() == [7.5]
+    values = task.metrics(table, [np.array([1.0], np.float32)])
+    assert (values["loss"], values["rmse"]) == (1.25**2, 2.5)
     with pytest.raises(ConfigError, match="task.target_mean and task.target_sd are not known"):
         create_task(TaskConfig(name="regression"), ())
+
+
+def test_values_whose_mean_is_a_million_times_their_spread_keep_their_digits() -> None:
+    rng = np.random.default_rng(0)
+    task = create_task(TaskConfig(name="regression", target_mean=1e6, target_sd=1.0), ())
+    standardised = rng.normal(size=1000).astype(np.float32)
+    tokens, offsets = encode_many(["MK"] * 1000)
+    table = replace(ExampleTable.of(tokens, offsets), labels=1e6 + standardised.astype(np.float64))
+    found = task.outputs(table, [standardised])["value"]
+    assert len(np.unique(found)) == 1000 and task.metrics(table, [standardised])["spearman"] == pytest.approx(1)
+    targets = [float(task.example_target(table, i, rng).label) for i in range(1000)]
+    np.testing.assert_allclose(targets, standardised, atol=1e-6)
+    mean = task.baselines(table)[0]
+    assert mean.predict(table)[0] == pytest.approx(np.full(1000, standardised.mean()), abs=1e-6)
 
 
 def windows_of_residues() -> tuple[ExampleTable, np.ndarray]:
