@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from esm_neuron.backends import create_backend
@@ -15,6 +16,8 @@ from esm_neuron.compat import PeftModel
 from esm_neuron.config import ParallelConfig, require
 from esm_neuron.config.settings import read_config
 from esm_neuron.inference.load import build_trained, find_trained
+from esm_neuron.metrics.calibration import Calibration
+from esm_neuron.models.heads import PER_CLASS
 from esm_neuron.reports.card import model_card
 from esm_neuron.run_dir import CONFIG, read_result
 from esm_neuron.training.results import write_model
@@ -29,17 +32,32 @@ def merged(built: Built) -> nn.Module:
     return built.model.merge_and_unload() if isinstance(built.model, PeftModel) else built.model
 
 
+def fold_temperature(model: nn.Module, calibration: Calibration) -> Calibration:
+    """Divide the last layer by the temperature, so that plain transformers divides too; return what is left to do."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if PER_CLASS.fullmatch(name):
+                parameter.div_(calibration.temperature)
+    return replace(calibration, temperature=1.0)
+
+
 def export(model: str | Path, target: Path, settings: Sequence[str] = ()) -> None:
     """Merge the adapter of a trained model, on the CPU, and write a plain Hugging Face folder.
 
-    A finished run's has a model card. Raise ConfigError where `target` exists or a run is not finished, CheckpointError
-    where files are damaged. `model` and `settings` are as for `predict`.
+    Its head has the temperature of the calibration in its weights. A finished run's has a model card. Raise
+    ConfigError where `target` exists or a run is not finished, CheckpointError where files are damaged. `model` and
+    `settings` are as for `predict`.
     """
     require(not os.path.lexists(target), f"--output {target}: exists already; name a new folder")
     cfg, task = find_trained(model, "cpu", settings, "export")
     cfg = replace(cfg, loop=replace(cfg.loop, precision="fp32"), parallel=ParallelConfig())
     built = build_trained(cfg, task, create_backend(cfg))
+    network = merged(built)
+    left = fold_temperature(network, task.calibration)
     run, card = Path(model), ""
     if (run / CONFIG).is_file():
-        card = model_card(read_config(run / CONFIG), read_result(run), built.source.reference, "model")
-    write_model(merged(built), built.config, target, card, task.calibration)
+        result = read_result(run)
+        if result.get("calibration"):
+            result = {**result, "calibration": asdict(left)}
+        card = model_card(read_config(run / CONFIG), result, built.source.reference, "model")
+    write_model(network, built.config, target, card, left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +185,7 @@ def test_result_evaluate_predict_and_export_read_alike(finished: TrainConfig, tm
     assert found["loss"] == pytest.approx(result["test"]["loss"], rel=1e-6)
     assert found["mcc"] == pytest.approx(result["test"]["mcc"])
     export(out, tmp_path / "exported")
+    assert read_calibration(tmp_path / "exported", 2) == replace(saved, temperature=1.0)  # which the weights have
     for model in (out, tmp_path / "exported"):
         predict(str(model), source, tmp_path / "p.csv", coverage=0.8)
         made = pd.read_csv(tmp_path / "p.csv")

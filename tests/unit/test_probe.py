@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,10 +87,10 @@ def test_every_task_has_a_probe_which_is_a_run_like_any_other(
     assert_same_metrics(again, found["test"], rel=1e-5, abs=1e-6)
     # what chose is what the finished model gives, before its answers are calibrated on the same proteins
     assert found["calibration"]["proteins"] > 0
-    (tmp_path / "exported" / CALIBRATION).unlink()
+    shutil.copytree(Path(cfg.output) / "model", tmp_path / "raw", ignore=lambda *_: {CALIBRATION})
     rows, drawn = pd.read_csv(str(cfg.data.train), dtype=str), (Path(cfg.output) / "valid_ids.txt").read_text().split()
     rows[rows["id"].isin(drawn)].to_csv(tmp_path / "valid.csv", index=False)
-    again = evaluate(tmp_path / "exported", tmp_path / "valid.csv", None, None, str, words)
+    again = evaluate(tmp_path / "raw", tmp_path / "valid.csv", None, None, str, words)
     assert_same_metrics(probe["metrics"], {n: v for n, v in again.items() if n in probe["metrics"]}, abs=1e-4)
     card = (Path(cfg.output) / "model" / "README.md").read_text()
     assert "A linear head on frozen ESM-2" in card and "| fitted | at once, with a penalty of" in card
@@ -99,13 +100,14 @@ def test_a_probe_of_residues_is_a_classifier_of_plain_transformers(
     results: dict[str, dict[str, Any]], task_toys: dict[str, TrainConfig], tmp_path: Path
 ) -> None:
     cfg = probed(task_toys["residue_classification"], "probe")
-    model = EsmForTokenClassification.from_pretrained(Path(cfg.output) / "model").eval()
+    export(cfg.output, tmp_path / "exported")
+    model = EsmForTokenClassification.from_pretrained(tmp_path / "exported").eval()
     sequence = "ACDEFGHIKLMNPQRSTVWY"
     pd.DataFrame({"id": ["x"], "sequence": [sequence]}).to_csv(tmp_path / "x.csv")
     predict(cfg.output, tmp_path / "x.csv", tmp_path / "x.parquet", log=str)
     logits = model(torch.from_numpy(encode_many([sequence])[0].astype(np.int64))[None]).logits[0, 1:-1]
     found = pd.read_parquet(tmp_path / "x.parquet")
-    logits /= results["residue_classification"]["calibration"]["temperature"]
+    assert results["residue_classification"]["calibration"]["temperature"] != 1
     np.testing.assert_allclose(found["p_H"][0], logits.softmax(-1)[:, 1].detach(), atol=1e-6)
 
 
