@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 World = Callable[[dict[parity.World, list[Case]], parity.World], dict[str, Path]]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 """Sums in another order, in a file's last digits."""
+OF_FITTED = {"rtol": 1e-3, "atol": 2e-4}
+"""A head and a temperature that are searched for until little changes, on states that differ in their last digits."""
 OF_FIGURES = {"rtol": 1e-2, "atol": 1e-5}
 """Two proteins that nearly tie may change places, which moves a metric of ranks by a step."""
 
@@ -47,7 +49,7 @@ def test_a_parallel_world_answers_as_one_process(command: str, world: World) -> 
     assert list(found) == list(expected) != []
     for name, values in expected.items():
         if values.dtype.kind in "fiu":
-            near = OF_FIGURES if target.endswith(".json") else TOLERANCE
+            near = OF_FIGURES if target.endswith(".json") else OF_FITTED if command == "probe" else TOLERANCE
             np.testing.assert_allclose(found[name].astype(float), values.astype(float), **near, err_msg=name)
         else:
             assert found[name].tolist() == values.tolist(), name

@@ -49,7 +49,7 @@ def test_validation_and_test_metrics_are_those_of_the_cpu(
     assert said["xla"]["steps"] == said["cpu"]["steps"]
     for split in ("valid", "test"):
         one, other = (said[name]["result"][split] for name in ("xla", "cpu"))
-        same_metrics(one, other, abs=1e-5)
+        same_metrics(one, other, abs=1e-4)  # a temperature, which is searched for, is between
     same_metrics(said["evaluated"]["xla"], said["evaluated"]["cpu"], abs=1e-5)
 
 
