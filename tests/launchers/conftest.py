@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,20 @@ def account(credentials: None) -> Iterator[None]:
         region = {"LocationConstraint": "us-west-2"}
         boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
         yield
+
+
+@pytest.fixture
+def server(credentials: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """moto over HTTP, for this process and others: what botocore really writes on the wire."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    started.start()
+    host, port = started.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    region = {"LocationConstraint": "us-west-2"}
+    boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
+    yield
+    started.stop()

@@ -7,8 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -154,22 +153,6 @@ def test_the_uploaded_archive(described: Described, account: None, tmp_path: Pat
     assert data["Body"].read() == Path(str(job.run.data.train)).read_bytes()
 
 
-@pytest.fixture
-def server(credentials: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """moto over HTTP, for this process and others: what botocore really writes on the wire."""
-    from moto.server import ThreadedMotoServer
-
-    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    started.start()
-    host, port = started.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
-    region = {"LocationConstraint": "us-west-2"}
-    boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
-    yield f"http://{host}:{port}"
-    started.stop()
-
-
 def as_kept(known: dict[str, Any], printed: dict[str, Any]) -> dict[str, Any]:
     """What moto keeps of a request, for a comparison; it answers with metric definitions of its own."""
     assert known["AlgorithmSpecification"]["TrainingImage"] == printed["AlgorithmSpecification"]["TrainingImage"]
@@ -178,7 +161,7 @@ def as_kept(known: dict[str, Any], printed: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def test_against_a_server_of_its_own(described: Described, tmp_path: Path, server: str, small_archive: None) -> None:
+def test_against_a_server_of_its_own(described: Described, tmp_path: Path, server: None, small_archive: None) -> None:
     client = boto3.client("sagemaker", region_name="us-west-2")
     for number, name in enumerate(JOBS):
         job = replace(make(name, described), name=f"job-{number}")
@@ -192,7 +175,7 @@ def words_of(values: dict[str, Any]) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def test_the_command_prints_json_alone_and_sends_the_same(described: Described, server: str) -> None:
+def test_the_command_prints_json_alone_and_sends_the_same(described: Described, server: None) -> None:
     words = [*words_of(described()), "--spot", "true", "--tags.team", "proteins"]
     program = [sys.executable, str(ROOT / "launchers" / "sagemaker" / "launch.py"), *words]
     dry = subprocess.run(
