@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from channels import source_in
+
 # These imports need no torch, so that a wrong flag is reported at once.
 from esm_neuron import cli
 from esm_neuron.config import TrainConfig, settings
-from esm_neuron.errors import ConfigError, EsmNeuronError
+from esm_neuron.errors import EsmNeuronError
 from esm_neuron.files import write_text
 from esm_neuron.redact import redact
 
@@ -40,27 +42,17 @@ def flags(argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
     """Return the flags of this container's run: those of the job, then the folders of this container.
 
     Raises:
-        ConfigError: a flag of the job is wrong, or a channel does not hold the file that the config names.
+        EsmNeuronError: a flag of the job is wrong, or a channel holds nothing that can be read.
     """
     cfg = settings.parse(argv)
     words = [*argv, "--output", str(base_folder(env) / "checkpoints"), "--checkpoint.resume", "auto"]
     for split in SPLITS:
         folder = env.get(f"SM_CHANNEL_{split.upper()}")
         if folder is not None:
-            words += [f"--data.{split}", str(channel_file(split, Path(folder), getattr(cfg.data, split)))]
+            words += [f"--data.{split}", str(source_in(split, Path(folder), getattr(cfg.data, split)))]
     if "SM_CHANNEL_MODEL" in env:
         words += ["--model.name", env["SM_CHANNEL_MODEL"]]
     return words
-
-
-def channel_file(split: str, folder: Path, named: str | None) -> Path:
-    """Return the file of a channel that has the name in the config, else the only file of the channel."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    wanted = [path for path in files if named is not None and path.name == Path(named).name]
-    if wanted or len(files) == 1:
-        return (wanted or files)[0]
-    held = ", ".join(path.name for path in files) or "nothing"
-    raise ConfigError(f"channel {split} holds {held}; put one file there, or name it: data.{split}={named}")
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:

@@ -11,11 +11,13 @@ from functools import cached_property
 from pathlib import Path
 
 import yaml
+from channels import source_in
 
 from esm_neuron.backends.neuron_env import apply_settings
 from esm_neuron.backends.topology import Topology, legal_tp
 from esm_neuron.config import TrainConfig, require, settings
 from esm_neuron.config.rules import accumulated_passes, validate
+from esm_neuron.data.records import is_hub, is_remote
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import known_shape
 from esm_neuron.planning.instances import Instance, read_prices
@@ -226,10 +228,14 @@ class Job:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Return channel -> local path or s3:// URI."""
+        """Return channel -> local path or s3:// URI; data of the hub and of the web are read in the container."""
         found = {split: getattr(self, split) or getattr(self.run.data, split) for split in SPLITS}
         found["model"] = self.model
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None and not self._is_elsewhere(value)}
+
+    @staticmethod
+    def _is_elsewhere(value: str) -> bool:
+        return is_hub(value) or (is_remote(value) and not is_s3(value))
 
     @property
     def channels(self) -> dict[str, str]:
@@ -295,6 +301,8 @@ class Job:
                 self.baked, f"{cut} nothing can be installed; bake launchers/Dockerfile, add --image and --baked true"
             )
             check(self.compile_cache is None, f"{cut} S3 cannot be reached; leave compile_cache out")
+            away = [split for split in SPLITS if self._is_elsewhere(getattr(self.run.data, split) or "")]
+            check(not away, f"{cut} data.{'/'.join(away)} cannot be fetched; give files or s3:// URIs")
             weights = f"{cut} the hub cannot be reached; give the weights of {self.run.model.name}: --model FOLDER"
             check(self.run.model.init == "random" or self.model is not None, weights)
 
@@ -315,7 +323,7 @@ class Job:
         require(not reserved, f"tags: {', '.join(reserved)}: aws: is the service's own; choose another name")
 
     def _check_run(self) -> None:
-        data = {split: self.inputs.get(split) for split in SPLITS}
+        data = {split: getattr(self, split) or getattr(self.run.data, split) for split in SPLITS}
         given = (
             f"train: no training file; give --train FILE or --train s3://bucket/prefix, or data.train in {self.config}"
         )
@@ -341,7 +349,9 @@ class Job:
         accumulated_passes(cfg, topology.dp)
         for name, value in self.inputs.items():
             there = is_s3(value) or os.path.exists(value)
-            require(there, f"{name}={value}: no such file; give a local path or s3://bucket/prefix")
+            require(there, f"{name}={value}: no such file or folder; give a local path or s3://bucket/prefix")
+            if name in SPLITS and os.path.isdir(value):
+                source_in(name, Path(value), getattr(self.run.data, name))  # as the container will
 
 
 def is_s3(text: str) -> bool:

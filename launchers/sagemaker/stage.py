@@ -35,7 +35,8 @@ EXTRAS = {"neuron": "neuron", "gpu": "cuda"}
 def stage(folder: Path, job: Job) -> Path:
     """Fill `folder` for a job; a baked image already has package and requirements."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(HERE / "entry.py", folder)
+    for name in ("entry.py", "channels.py"):
+        shutil.copy2(HERE / name, folder)
     write_text(folder / STAGED, job.config_text)
     if not job.baked:
         copy_package(folder)

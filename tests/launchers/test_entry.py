@@ -63,7 +63,7 @@ def test_without_channels_the_config_keeps_its_own(argv: list[str]) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["a.csv", "b.csv"], "channel train holds a.csv, b.csv; put one file there, or name it: data.train=mine/train"),
+        (["a.doc", "b.doc"], "channel train holds a.doc, b.doc; put one file there, files of one kind, or a folder"),
         ([], "channel train holds nothing; put one file there"),
     ],
 )
