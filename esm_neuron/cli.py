@@ -273,7 +273,7 @@ def plan(
             raise ConfigError(
                 f"--instance: the shape of {cfg.model.name} is not known; name a local folder or an ESM-2"
             )
-        estimates = cost.estimates(cfg, made, shape, price_list, nodes, market)
+        estimates = cost.estimates(cfg, cost.Work.of(made), shape, price_list, nodes, market)
         values["estimates"] = [asdict(each) for each in estimates]
         lines.append(cost.render(estimates, price_list, asked, market))
         if price_list.instances[asked].kind == "neuron":

@@ -26,6 +26,30 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an estimate has to know of a run."""
+
+    steps: int
+    packs_per_step: int
+    """Over all devices."""
+    pack_tokens: int
+    residues_per_step: float
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> Work:
+        """Return the work of a plan, which has read the run's data."""
+        epoch = plan.epoch
+        packs, tokens, residues = epoch.packs_per_step, epoch.pack_tokens, epoch.residues / epoch.steps
+        return cls(steps=plan.steps, packs_per_step=packs, pack_tokens=tokens, residues_per_step=residues)
+
+    @classmethod
+    def of_steps(cls, cfg: TrainConfig, steps: int) -> Work:
+        """Return the work of some steps of full packs, for which no data has to be read."""
+        packs, tokens = cfg.loop.packs_per_step, cfg.data.pack_tokens
+        return cls(steps=steps, packs_per_step=packs, pack_tokens=tokens, residues_per_step=packs * tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """One way to run a job on one kind of instance."""
 
@@ -54,7 +78,7 @@ class Estimate:
 
 
 def estimates(
-    cfg: TrainConfig, plan: RunPlan, shape: EsmShape, prices: PriceList, nodes: int = 1, market: str = "ec2"
+    cfg: TrainConfig, work: Work, shape: EsmShape, prices: PriceList, nodes: int = 1, market: str = "ec2"
 ) -> list[Estimate]:
     """Estimate every legal tensor-parallel degree on `nodes` of every instance; refused ones have a reason."""
     made = []
@@ -63,12 +87,12 @@ def estimates(
             continue
         legal = legal_tp(shape.heads, shape.intermediate, cfg.parallel.pad_heads)
         of_kind = NEURON_TP[instance.devices] if instance.kind == "neuron" else (1,)
-        made += [_estimate(cfg, plan, shape, prices, name, nodes, tp, market) for tp in of_kind if tp in legal]
+        made += [_estimate(cfg, work, shape, prices, name, nodes, tp, market) for tp in of_kind if tp in legal]
     return made
 
 
 def _estimate(
-    cfg: TrainConfig, plan: RunPlan, shape: EsmShape, prices: PriceList, name: str, nodes: int, tp: int, market: str
+    cfg: TrainConfig, work: Work, shape: EsmShape, prices: PriceList, name: str, nodes: int, tp: int, market: str
 ) -> Estimate:
     instance, assumed = prices.instances[name], prices.assumptions
     dp = instance.devices * nodes // tp
@@ -87,20 +111,21 @@ def _estimate(
         )
     except ConfigError as error:
         return replace(place, refused=str(error))
-    slots = plan.epoch.packs_per_step * plan.epoch.pack_tokens
-    device = step_seconds(cfg, shape, instance, nodes, tp, slots, passes, assumed.utilisation)
+    slots = work.packs_per_step * work.pack_tokens
+    share = instance.utilisation.get(computed_in(cfg, instance), assumed.utilisation)
+    device = step_seconds(cfg, shape, instance, nodes, tp, slots, passes, share)
     host, compiling = 0.0, 0.0
     if instance.kind == "neuron":
         host = host_seconds(cfg, shape, passes)
         compiling = sum(instructions(cfg, shape).values()) / 1e3 * assumed.compile_minutes[1] / 60
     seconds = max(device, host)
-    hours = plan.steps * seconds / 3600
+    hours = work.steps * seconds / 3600
     price = instance.prices.get(market)
     dollars = None if price is None else price * nodes * (hours + compiling)
     return replace(
         place,
         tokens_per_second=slots / seconds,
-        residues_per_second=plan.epoch.residues / plan.epoch.steps / seconds,
+        residues_per_second=work.residues_per_step / seconds,
         hours=hours,
         step_seconds=device,
         host_seconds=host,
@@ -135,8 +160,7 @@ def step_seconds(
     # forward, gradients of the inputs, and forward again
     runs = 1 if cfg.adapter.kind in HEADS else 2 + cfg.model.gradient_checkpointing
     flops = runs * forward + (2 * linear if cfg.adapter.kind == "none" else 0)
-    kind = "bf16" if bf16 else "tf32" if cfg.loop.tf32 and "tf32" in instance.peak else "fp32"
-    products = flops * slots / (dp * tp) / (instance.peak[kind] * 1e12 * share)
+    products = flops * slots / (dp * tp) / (instance.peak[computed_in(cfg, instance)] * 1e12 * share)
     reading = passes * runs * linear * (2 if bf16 else 4) / tp / (instance.memory * 1e9)
     # ring all-reduce: 2 (n - 1) / n of the bytes cross each link; two all-reduces per block and direction
     across_tp = 2 * runs * shape.layers * slots / dp * shape.hidden * (2 if bf16 else 4) * 2 * (tp - 1) / tp
@@ -148,6 +172,13 @@ def step_seconds(
     return max(products, reading) + softmax + summing
 
 
+def computed_in(cfg: TrainConfig, instance: Instance) -> str:
+    """Return the precision in which an instance computes a run's matrix products, a key of its peaks."""
+    if cfg.loop.precision == "bf16":
+        return "bf16"
+    return "tf32" if cfg.loop.tf32 and "tf32" in instance.peak else "fp32"
+
+
 def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> str:
     """Return the estimates as text: every degree on the instance `asked`; for each other instance the cheapest one, or
     the fastest if its price is not known."""
@@ -156,8 +187,8 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
     nodes = made[0].nodes if made else 1
     lines = [
         f"ESTIMATES, not measurements, for {nodes} x each; {market} dollars of {prices.date}, {prices.region}",
-        f"assumed: {assumed.utilisation:.0%} of the peak, spot at {assumed.spot_share:.0%} of on demand, "
-        "validation left out; state = weights, gradients and moments, peak = with a step's activations",
+        f"assumed: {assumed.utilisation:.0%} of the peak, or as published (instances.yaml); spot at "
+        f"{assumed.spot_share:.0%} of on demand, validation left out; state = weights, gradients and moments, peak = with a step's activations",
         f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'peak':>7} {'tokens/s':>10} {'residues/s':>10} "
         f"{'hours':>8} {'compile':>8} {'on demand':>10} {'spot':>8}",
     ]
@@ -186,7 +217,8 @@ def explain_trn1(
             f"{e.host_seconds:.2f} s on its host with loop.tracing {cfg.loop.tracing}, by counts and a slow host"
         )
         if half is not None and epoch is not None:
-            short = _estimate(half, replace(plan, epoch=epoch), shape, prices, asked, e.nodes, e.tp, market)
+            work = Work.of(replace(plan, epoch=epoch))
+            short = _estimate(half, work, shape, prices, asked, e.nodes, e.tp, market)
             lines.append(
                 f"  with data.pack_tokens {epoch.pack_tokens}, twice the packs: {short.step_seconds:.2f} s on the "
                 f"device; {plan.cropped:,} of {epoch.sequences:,} sequences are longer and would be cropped"

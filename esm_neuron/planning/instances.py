@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,8 @@ class Instance:
     """Memory per device, GiB."""
     peak: dict[str, float]
     """Precision -> dense matrix products per device, TFLOP/s."""
+    utilisation: dict[str, float] = field(default_factory=dict)
+    """Precision -> share of the peak that published training reached; else `Assumptions.utilisation`."""
     memory: float
     """Bandwidth of a device's memory, GB/s."""
     link: float
@@ -50,6 +52,7 @@ class Assumptions:
     spot_share: float
     compile_minutes: tuple[float, float]
     """From, to."""
+    start_minutes: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)

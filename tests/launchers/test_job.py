@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import launch
+import money
 import pytest
 import stage
 import yaml
@@ -278,3 +279,25 @@ def test_the_15b_fits_with_padded_heads_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert [Job(**values, **where, overrides=padded, instance_count=n).run.parallel.tp for n in (1, 2, 4)] == [32] * 3
     with pytest.raises(ConfigError, match="parallel.tp=32 does not cut facebook/esm2_t48_15B_UR50D"):
         Job(**values, **where, overrides=padded[:2])
+
+
+def test_the_cost_is_said_at_most_by_an_estimate_and_where_it_is_least(described: Described) -> None:
+    config = {"model": {"name": "facebook/esm2_t33_650M_UR50D", "init": "pretrained"}, "data": {"pack_tokens": 1024}}
+    config["loop"] = {"packs_per_step": 128, "packs_per_device": 1, "precision": "bf16", "max_steps": 200}
+    most, estimate, cheapest = money.lines(Job(**described(config, spot=True, max_run=7200)))
+    assert most.startswith(
+        "cost: at most 49.46 dollars on demand, spot about 19.78: 1 x ml.trn1.32xlarge x 2 h (--max-run)"
+    )
+    found = re.search(
+        r": 200 steps of full packs, ([\d.]+) dollars for ([\d.]+) h and ([\d.]+) h of compiling", estimate
+    )
+    assert found and float(found[1]) == pytest.approx((float(found[2]) + float(found[3])) * 24.73, rel=0.05)
+    there = re.fullmatch(r"cheapest that fits: ml\.(\S+), ([\d.]+) dollars for ([\d.]+) h", cheapest)
+    assert there and float(there[2]) < float(found[1])
+    price = read_prices().instances[there[1]].prices["sagemaker"]
+    assert price is not None and float(there[2]) == pytest.approx(price * float(there[3]), rel=0.1)
+    unknown = money.lines(Job(**described(config, instance_type="ml.trn1n.32xlarge")))
+    assert unknown == ["cost: the price of ml.trn1n.32xlarge is not known; give it by --prices FILE"]
+    few = {**config, "loop": {**config["loop"], "packs_per_device": 64}}
+    over = money.lines(Job(**described(few, instance_type="ml.g5.xlarge")))
+    assert re.match(r"estimate: it may not fit: a device needs [\d.]+ of 22 GiB", over[1])

@@ -1,7 +1,7 @@
 """Start jobs by version 3 of SageMaker's SDK on the AWS that AWS_ENDPOINT_URL names; print the requests that left.
 
-Needs launchers/sagemaker/requirements.txt and sagemaker-train: python model_trainer.py LISTS, where LISTS is a JSON list
-of lists of launch.py's flags.
+Needs launchers/sagemaker/requirements.txt and sagemaker-train: python model_trainer.py LISTS, where LISTS is a JSON
+list of lists of launch.py's flags.
 """
 
 from __future__ import annotations
