@@ -188,7 +188,8 @@ def render(made: list[Estimate], prices: PriceList, asked: str, market: str) -> 
     lines = [
         f"ESTIMATES, not measurements, for {nodes} x each; {market} dollars of {prices.date}, {prices.region}",
         f"assumed: {assumed.utilisation:.0%} of the peak, or as published (instances.yaml); spot at "
-        f"{assumed.spot_share:.0%} of on demand, validation left out; state = weights, gradients and moments, peak = with a step's activations",
+        f"{assumed.spot_share:.0%} of on demand, validation left out; "
+        "state = weights, gradients and moments, peak = with a step's activations",
         f"{'instance':<16} {'tp':>3} {'dp':>4} {'state GiB':>9} {'peak':>7} {'tokens/s':>10} {'residues/s':>10} "
         f"{'hours':>8} {'compile':>8} {'on demand':>10} {'spot':>8}",
     ]
