@@ -33,7 +33,7 @@ from esm_neuron.data.records import (
     pick_columns,
     text,
 )
-from esm_neuron.data.remote import is_remote
+from esm_neuron.data.remote import nearby
 from esm_neuron.errors import DataError, EsmNeuronError, first_line
 from esm_neuron.files import new_file, read_json
 
@@ -59,26 +59,26 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def read_parquet(path: str, columns: Sequence[Column]) -> Iterator[Block]:
     """Give the records of a Parquet file."""
-    _check_here(path)
+    check_regular(path)
+    with nearby(path) as here:
+        yield from _read_parquet(path, here, columns)
+
+
+def _read_parquet(path: str, here: str, columns: Sequence[Column]) -> Iterator[Block]:
+    """Give the records of the file `here`, which messages call `path`."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(here) as file:
             header = file.schema_arrow.names
             picks = pick_columns(path, header, columns)
             names = [header[pick] for pick in picks if pick >= 0]
             texts = _texts(file, names)
         # as dictionaries: text that a file holds once for a million rows is held once
-        with pq.ParquetFile(path, read_dictionary=texts) as file:
-            rows = _rows_at_once(path, file, names)
+        with pq.ParquetFile(here, read_dictionary=texts) as file:
+            rows = _rows_at_once(path, here, file, names)
             batches = file.iter_batches(rows, columns=list(dict.fromkeys(names)))
             yield from _blocks(path, columns, picks, _parts(path, batches, names))
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, MemoryError) as error:
         raise _unsound(path, "Parquet file", error) from None
-
-
-def _check_here(path: str) -> None:
-    check_regular(path)
-    if is_remote(path):
-        raise DataError(f"{path}: such a file is read from its end; download it and name that")
 
 
 def read_table(path: Path) -> pa.Table:
@@ -90,7 +90,7 @@ def read_table(path: Path) -> pa.Table:
             texts = _texts(file, names)
         parts, held = [], 0
         with pq.ParquetFile(path, read_dictionary=texts) as file:
-            for batch in file.iter_batches(_rows_at_once(str(path), file, names)):
+            for batch in file.iter_batches(_rows_at_once(str(path), str(path), file, names)):
                 batch.validate(full=True)
                 held += batch.nbytes + sum(int(_characters(column).sum()) for column in batch.columns)
                 check_expansion(str(path), str(path), held, "of values are packed into")
@@ -143,12 +143,12 @@ def _texts(file: pq.ParquetFile, names: Sequence[str]) -> list[str]:
     return [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.path in names]
 
 
-def _rows_at_once(path: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
+def _rows_at_once(path: str, here: str, file: pq.ParquetFile, names: Sequence[str]) -> int:
     """Return how many records to decode at once: fewer where lists might repeat one long text, which is stored once."""
     # No look at single columns: where their entries are damaged, pyarrow ends the process instead of raising.
     sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
     size = max(sizes, default=0)
-    check_expansion(path, path, size, "of a row group are packed into")
+    check_expansion(here, path, size, "of a row group are packed into")
     lists = any(file.schema.column(i).path.startswith(tuple(f"{n}." for n in names)) for i in range(len(file.schema)))
     return min(BATCH, max(1, NESTED_LIMIT // max(size, 1))) if lists else BATCH
 
@@ -321,27 +321,33 @@ def read_workbook(path: str, columns: Sequence[Column], *, sheet: str | None = N
 
     A whole number is text without a point, as Excel shows it.
     """
-    _check_here(path)
+    check_regular(path)
     if importlib.util.find_spec("openpyxl") is None:
         raise DataError(f"{path}: save the sheet as CSV (UTF-8), or install openpyxl: pip install 'esm-neuron[excel]'")
-    try:
-        with zipfile.ZipFile(path) as parts:
-            check_expansion(path, path, sum(part.file_size for part in parts.infolist()), "of sheets are packed into")
-        with pd.ExcelFile(path, engine="openpyxl") as book:
-            sheets = [str(name) for name in book.sheet_names]
-            if sheet not in (sheets if len(sheets) > 1 else [None, *sheets]):
-                raise DataError(f"{path}: name its sheet: data.sheet is one of {', '.join(map(repr, sheets))}")
-            # pandas would rename the second of two equal headers
-            rows = pd.read_excel(book, sheet_name=sheet or sheets[0], dtype=object, keep_default_na=False, header=None)
-    except EsmNeuronError:
-        raise
-    except Exception as error:  # zip, XML and the package's own errors
-        raise _unsound(path, "workbook", error, "save the sheet as CSV (UTF-8)") from None
+    with nearby(path) as here:
+        rows = _sheet(path, here, sheet)
     if rows.empty:
         raise DataError(f"{path}: the sheet is empty; name another one (data.sheet)")
     picks = pick_columns(path, [str(name).strip() for name in rows.iloc[0]], columns)
     values = [[_cell(value) for value in rows.iloc[1:, pick]] for pick in picks if pick >= 0]
     yield from in_blocks(_records(path, columns, picks, iter([values])), len(columns))
+
+
+def _sheet(path: str, here: str, sheet: str | None) -> pd.DataFrame:
+    """Return all cells of a sheet of the workbook `here`, which messages call `path`."""
+    try:
+        with zipfile.ZipFile(here) as parts:
+            check_expansion(here, path, sum(part.file_size for part in parts.infolist()), "of sheets are packed into")
+        with pd.ExcelFile(here, engine="openpyxl") as book:
+            sheets = [str(name) for name in book.sheet_names]
+            if sheet not in (sheets if len(sheets) > 1 else [None, *sheets]):
+                raise DataError(f"{path}: name its sheet: data.sheet is one of {', '.join(map(repr, sheets))}")
+            # pandas would rename the second of two equal headers
+            return pd.read_excel(book, sheet_name=sheet or sheets[0], dtype=object, keep_default_na=False, header=None)
+    except EsmNeuronError:
+        raise
+    except Exception as error:  # zip, XML and the package's own errors
+        raise _unsound(path, "workbook", error, "save the sheet as CSV (UTF-8)") from None
 
 
 def _cell(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Files that lie elsewhere, `https://...` and `s3://...`: read as they come, without a copy on this machine.
+"""Files that lie elsewhere, `https://...` and `s3://...`: text is read as it comes, without a copy on this machine.
 
 Each reading asks for the file anew, as a command does that reads its input twice; what has changed in between is
 refused there. Credentials for S3 are found as by AWS's own tools (environment, profile, role).
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -47,6 +51,26 @@ def open_remote(source: str) -> io.BufferedReader:
     except (OSError, ValueError, HTTPException) as error:
         cure = "check the address, your rights and the network, or download the file and name that"
         raise DataError(f"{source}: cannot be read ({first_line(error)}); {cure}") from None
+
+
+@contextmanager
+def nearby(source: str) -> Iterator[str]:
+    """Give the name of a file on this machine: the source, or a copy of it that is gone afterwards.
+
+    Parquet files and workbooks are read from their end. Raise DataError where an address cannot be read.
+    """
+    if not is_remote(source):
+        yield source
+        return
+    with tempfile.NamedTemporaryFile(prefix="esm-neuron-") as copy:
+        try:
+            with open_remote(source) as there:
+                shutil.copyfileobj(there, copy, 1 << 20)
+            copy.flush()
+        except OSError as error:
+            cure = "check the network and the room in the temporary folder, or download the file and name that"
+            raise DataError(f"{source}: cannot be copied ({error.strerror or first_line(error)}); {cure}") from None
+        yield copy.name
 
 
 class _Whole(io.RawIOBase):

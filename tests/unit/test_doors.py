@@ -84,6 +84,7 @@ DOORS: dict[str, dict[str, str]] = {
     ".save_pretrained": {"training/results.py": ASIDE},
     "SummaryWriter": {"training/callbacks.py": "TensorBoard's own files, in a folder of its own"},
     "shutil.copy": {
+        "data/remote.py": "between two open files",
         "inference/stream.py": "between two open files",
         "models/convert.py": ASIDE,
         "launchers/sagemaker/entry.py": "fills the folder that SageMaker made for the model",
@@ -91,6 +92,7 @@ DOORS: dict[str, dict[str, str]] = {
         "launchers/sagemaker/stage.py": "fills a temporary folder",
     },
     "tempfile.": {
+        "data/remote.py": "what is read from its end, while it is read",
         "files.py": DOOR,
         "api.py": "for data frames, while a call lasts",
         "data/check.py": "tokens for the search of homologs, mapped",
