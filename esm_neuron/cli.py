@@ -67,9 +67,6 @@ def train(*settings: str) -> int:
     if outcome.stopped_by:
         log(f"stopped by {outcome.stopped_by}; the state is saved, go on with --checkpoint.resume auto")
         return EXIT_STOPPED
-    for split in ("valid", "test"):
-        if outcome.result.get(split):
-            log(f"{split}: {json.dumps(outcome.result[split])}")
     return 0
 
 

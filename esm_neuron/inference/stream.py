@@ -155,7 +155,11 @@ def stream(
                     shards.write(number, predictions)
 
         with bar:
-            raise_on_any_rank(backend, work)
+            try:
+                raise_on_any_rank(backend, work)
+            except KeyboardInterrupt:
+                log(f"{shards.folder} keeps what was predicted so far; go on with the same command and --resume")
+                raise
         rows = main_rank_only(backend, shards.join)
     return int(backend.gather_host(rows)[0] or 0)
 

@@ -58,6 +58,41 @@ def show(metrics: Mapping[str, Any], name: str) -> Shown:
     return Shown(name, metrics.get(name), None if bounds is None else (bounds[0], bounds[1]), of)
 
 
+MOST_COLUMNS = 3
+"""Metrics beside each other at the end of a run."""
+
+
+def ending(result: Mapping[str, Any], unit: str, folder: str) -> list[str]:
+    """Return the lines that a run ends with: the model beside its best baseline, the verdict, what is wrong, what next.
+
+    They are of the test proteins, where there are some, else of the validation proteins.
+    """
+    split = next((split for split in ("test", "valid") if result.get(split)), None)
+    next_ = (
+        f"  {'next':<12}esm-neuron report {folder}; esm-neuron predict --model {folder} --input NEW --output FILE.csv"
+    )
+    if split is None:
+        return ["no proteins were held out, so nothing is known of how well it predicts", next_]
+    own, found = result[split], (result.get("verdicts") or {}).get(split)
+    names = sorted((one.key for one in shown(own)), key=lambda name: (name != result["metric"], name == "loss"))
+    columns = names[:MOST_COLUMNS]
+    rows = [("this model", own)]
+    if found:
+        rows.append((found["best"], result["baselines"][split][found["best"]]))
+    lines = [f"{split}, {counted(own, unit)}, 95 % intervals", f"  {'':<24}" + _cells([name_of(n) for n in columns])]
+    lines += [f"  {name:<24}" + _cells([show(values, n).text for n in columns]) for name, values in rows]
+    wrong = (result.get("alarms") or {}).get(split, [])
+    if found:
+        low_high = found["against"][found["best"]]["difference_ci"]
+        said = f"{found['verdict']} by {name_of(found['metric'])}, of the paired difference from {found['best']}"
+        lines.append(f"  {'verdict':<12}{said}" + (f": [{low_high[0]:+.3f}, {low_high[1]:+.3f}]" if low_high else ""))
+    return [*lines, *(f"  {line}" for line in wrong), next_]
+
+
+def _cells(texts: list[str]) -> str:
+    return "".join(f"{text:<26}" for text in texts).rstrip()
+
+
 def counted(metrics: Mapping[str, Any], unit: str) -> str:
     """Return what an evaluation has scored: `862 proteins`, or of another unit `9,120 residues of 40 proteins`."""
     proteins = metrics.get("n_records", metrics["n"])

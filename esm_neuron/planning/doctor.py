@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
@@ -117,17 +117,33 @@ def environment(cfg: TrainConfig, env: dict[str, str]) -> tuple[Variable, ...]:
 
 
 def render(diagnosis: Diagnosis) -> str:
-    lines = ["versions"]
-    for name, version in diagnosis.versions.items():
-        empty = name in PACKAGES and version in PLACEHOLDERS
-        lines.append(f"  {name:<23} {version or 'not installed'}{' (EMPTY PLACEHOLDER)' if empty else ''}")
-    lines += ["devices", *(f"  {kind:<20} {what}" for kind, what in diagnosis.devices.items())]
-    lines += ["environment of the neuron backend"] if diagnosis.environment else []
-    for row in diagnosis.environment:
-        lines.append(f"  {row.name}={row.value or ''} (set by {row.set_by})")
-        lines.append(f"      {row.meaning}")
+    """Return what was found as text, this machine first; of several backends those that cannot run have a line each."""
+    several, able = len(diagnosis.lacks) > 1, [name for name, missing in diagnosis.lacks.items() if not missing]
+    lines = ["this machine"]
+    lines += [f"  {kind:<12} {what}" for kind, what in diagnosis.devices.items() if not several or kind in able]
     lines.append("backends")
     for name, missing in diagnosis.lacks.items():
-        lines.append(f"  {name:<20} {'lacks' if missing else 'can run here'}")
-        lines += [f"      {lack.what}; {lack.cure}" for lack in missing]
+        if not missing:
+            lines.append(f"  {name:<12} can run here: --backend {name}")
+        elif several:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            lines.append(f"  {name:<12} lacks: {missing[-1].what}{more}; see esm-neuron doctor --backend {name}")
+        else:
+            lines += [f"  {name:<12} lacks", *(f"      {lack.what}; {lack.cure}" for lack in missing)]
+    lines += _versions(diagnosis.versions, several)
+    rows = diagnosis.environment if not several or "neuron" in able else ()
+    lines += ["environment of the neuron backend"] if rows else []
+    for row in rows:
+        lines += [f"  {row.name}={row.value or ''} (set by {row.set_by})", f"      {row.meaning}"]
     return Lines.of(lines)
+
+
+def _versions(versions: Mapping[str, str | None], short: bool) -> Iterator[str]:
+    """Yield the packages; what is not installed has one line where it is to be `short`."""
+    yield "versions"
+    for name, version in versions.items():
+        empty = " (EMPTY PLACEHOLDER)" if name in PACKAGES and version in PLACEHOLDERS else ""
+        if version is not None or not short:
+            yield f"  {name:<23} {version or 'not installed'}{empty}"
+    if absent := [name for name, version in versions.items() if version is None and short]:
+        yield f"  not installed: {', '.join(absent)}"

@@ -65,11 +65,11 @@ class ProgressConsole(Callback):
 
     def on_log(self, step: int, total: int, record: MetricsLine) -> None:
         if not self.stream.isatty():
-            self._write(f"step={step}/{total} {format_record(record)} eta={format_seconds(self._eta(step, total))}")
+            self._write(f"step={step}/{total} {_on_console(record)} eta={format_seconds(self._eta(step, total))}")
             return
         if self.bar is None:
             self.bar = tqdm(total=total, initial=self.start, file=self.stream, unit="step", dynamic_ncols=True)
-        self.bar.set_postfix_str(format_record(record), refresh=False)
+        self.bar.set_postfix_str(_on_console(record), refresh=False)
         self.bar.update(step - self.bar.n)
 
     def on_eval(self, step: int, record: MetricsLine) -> None:
@@ -263,6 +263,11 @@ def format_record(record: MetricsLine) -> str:
     shown = {name: value for name, value in record.items() if isinstance(value, (float, int, str))}
     formats = {name: FORMATS.get(name, ".4f") if isinstance(value, float) else "" for name, value in shown.items()}
     return " ".join(f"{name}={value:{formats[name]}}" for name, value in shown.items())
+
+
+def _on_console(record: MetricsLine) -> str:
+    """Return a training record for the console, without the number of graphs where none is compiled."""
+    return format_record({name: value for name, value in record.items() if name != "graphs" or value})
 
 
 def format_seconds(seconds: float) -> str:

@@ -28,6 +28,7 @@ from esm_neuron.data.validation import save_rejected
 from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import check_apart, check_ours, claimed, finite, machine_name, note, write_json, write_text
+from esm_neuron.metrics.text import ending
 from esm_neuron.models.adapter_folder import MergedWeights
 from esm_neuron.models.shapes import SHAPES, locate
 from esm_neuron.redact import Lines, escaped
@@ -236,11 +237,10 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     out = Path(cfg.output)
     written = main_rank_only(backend, lambda: results.write_results(cfg, trainer.task, job.built, weights))
     try:
-        scores = _scores(job, leaks, log)
+        scores = _scores(job, chosen, leaks, log)
     except BaseException:
         log(f"the trained weights of step {chosen} are in {out}; the evaluation of them has failed, as follows")
         raise
-    trainable, total = esm2.parameter_count(job.built.model)
     result = finite({
         "task": cfg.task.name,
         "metric": trainer.task.metric,
@@ -248,7 +248,7 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
         "init": cfg.model.init,
         "backend": cfg.backend,
         "adapter": cfg.adapter.kind,
-        "parameters": {"trainable": trainable, "total": total},
+        "parameters": dict(zip(("trainable", "total"), esm2.parameter_count(job.built.model), strict=True)),
         "chosen_step": chosen,
         "data": {
             split: {"records": len(table.ids), "residues": int(table.whole_residues().sum(dtype=np.int64))}
@@ -276,14 +276,18 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
         f"weights of step {chosen} in {written and written.folder}, result in {out / RESULT}, checkpoints in "
         f"{trainer.checkpoints.folder}"
     )
+    log(Lines.of(ending(result, trainer.task.unit, cfg.output)))
     return dict(result)
 
 
-def _scores(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, Any]:
+def _scores(job: _Job, chosen: int, leaks: Leaks, log: Callable[[str], None]) -> dict[str, Any]:
     trainer, loaders = job.trainer, job.loaders
     held_out = {split: loader.table for split, loader in loaders.held_out.items()}
 
     def predict(split: str) -> list[np.ndarray]:
+        best = trainer.best_predictions
+        if split == "valid" and best is not None and best[0] == chosen:  # these weights have answered for them
+            return best[1]
         return trainer.evaluator.collect(loaders.held_out[split])
 
     return final_eval.score_splits(

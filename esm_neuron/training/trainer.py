@@ -8,6 +8,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +57,9 @@ class Trainer:
         self.early_stopping = EarlyStopping(cfg.loop.patience, task.greater_is_better)
         self.checkpoints = CheckpointManager(cfg, backend, model, self.optimizer)
         self.monitors = Monitors(cfg, backend, train)
+        self.best_predictions: tuple[int, list[np.ndarray]] | None = None
+        """The best step that was validated since this process began, and its predictions for validation records."""
+        self._predictions: list[np.ndarray] = []
 
     def fit(self) -> str | None:
         """Train from the current step to the last one, validating and saving on the way.
@@ -161,11 +165,14 @@ class Trainer:
                 value if isinstance(value, (int, float)) else None
                 for value in (metrics[self.task.metric], metrics.get("loss"))
             )
-            self.early_stopping.update(watched, step, loss)
+            if self.early_stopping.update(watched, step, loss):
+                self.best_predictions = (step, self._predictions)
+            self._predictions = []
             self._tell(lambda callback: callback.on_eval(step, {"split": "valid", **metrics}))
 
     def evaluate(self, loader: EvalLoader) -> dict[str, Value]:
-        return self.evaluator.evaluate(loader)
+        self._predictions = self.evaluator.collect(loader)
+        return self.task.metrics(loader.table, self._predictions)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint; every rank learns whether it worked, or whether the one before did."""

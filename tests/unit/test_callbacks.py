@@ -43,7 +43,7 @@ def test_plain_lines_are_one_write_each_and_match_metric_regexes(monkeypatch: py
     console.on_eval(120, {"split": "valid", "n": 300, "accuracy": 0.71, "accuracy_ci": [0.6, 0.8], "auroc": None})
     console.on_end({})
     assert stream.writes == [
-        "step=120/500 loss=0.6123 lr=3.0e-04 grad_norm=1.23 residues_per_second=1234 graphs=0 eta=00:03:10\n",
+        "step=120/500 loss=0.6123 lr=3.0e-04 grad_norm=1.23 residues_per_second=1234 eta=00:03:10\n",
         "eval step=120 split=valid n=300 accuracy=0.7100\n",
     ]
     assert re.search(r"lr=([0-9.e+-]+)", stream.writes[0]).group(1) == "3.0e-04"  # type: ignore[union-attr]

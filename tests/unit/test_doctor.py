@@ -210,7 +210,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "/dev/neuron" in text and "constraints/neuron.txt" in text
     assert "cpu " not in text
     assert cli.main(["doctor"]) == 0
-    assert "cpu                  can run here" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith("this machine\n  cpu  ") and "  cpu          can run here: --backend cpu\n" in text
+    assert "see esm-neuron doctor --backend neuron" in text and "NEURON_CC_FLAGS" not in text and text.count("\n") < 24
     assert cli.main(["doctor", "--backend", "wrong"]) == 2
     assert "backend=wrong is unknown; use one of cpu, cuda, xla, neuron" in capsys.readouterr().err
 
