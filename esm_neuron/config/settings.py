@@ -49,15 +49,62 @@ REMOVED = {
 }
 """Setting, or value of one, that is gone -> what to do instead."""
 _ELSEWHERE = {
-    "learning_rate": "optim.lr",
-    "batch_size": "loop.packs_per_step",
-    "per_device_train_batch_size": "loop.packs_per_device",
-    "num_train_epochs": "loop.epochs",
-    "max_length": "data.max_residues",
-    "lora_r": "adapter.r",
+    **dict.fromkeys(("learning_rate", "initial_lr"), "optim.lr"),
+    **dict.fromkeys(("batch_size", "train_batch_size", "auto_find_batch_size"), "loop.packs_per_step"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_gpu_train_batch_size"), "loop.packs_per_device"),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "loop.eval_packs_per_device"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), "loop.epochs"),
+    **dict.fromkeys(("max_length", "max_seq_length", "model_max_length"), "data.max_residues"),
+    **dict.fromkeys(("model_id", "model_name_or_path", "pretrained_model_name_or_path", "model_name"), "model.name"),
+    **dict.fromkeys(("lora_r", "rank"), "adapter.r"),
+    **dict.fromkeys(("lora", "use_lora", "peft", "use_peft"), "adapter.kind"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantize"), "adapter.quantization"),
+    **dict.fromkeys(("eval_steps", "eval_strategy", "evaluation_strategy"), "loop.eval_every"),
+    **dict.fromkeys(("save_steps", "save_strategy"), "checkpoint.every"),
+    **dict.fromkeys(("bf16", "half_precision_backend", "torch_dtype"), "loop.precision"),
+    **dict.fromkeys(("warmup_ratio", "num_warmup_steps"), "optim.warmup_steps"),
+    **dict.fromkeys(("output_dir", "model_dir", "output_data_dir"), "output"),
+    **dict.fromkeys(("train_file", "training_dir", "train_dir", "dataset_name"), "data.train"),
+    **dict.fromkeys(("validation_file", "eval_dir", "validation_dir"), "data.valid"),
+    **dict.fromkeys(("test_file", "test_dir"), "data.test"),
+    **dict.fromkeys(("text_column", "text_column_name", "sequence_column_name"), "data.sequence_column"),
+    **dict.fromkeys(("label_column_name", "target_column"), "data.label_column"),
+    **dict.fromkeys(("max_train_samples", "max_samples"), "data.max_rows"),
     "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "use_gradient_checkpointing": "model.gradient_checkpointing",
+    "lr_scheduler_type": "optim.schedule",
+    "optim": "optim.kind",
+    "adam_epsilon": "optim.eps",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "logging_steps": "log.every",
+    "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "early_stopping_patience": "loop.patience",
+    "label_smoothing_factor": "task.label_smoothing",
+    "mlm_probability": "task.mask_probability",
+    "fsdp": "parallel.fsdp",
+    "tensor_parallel_size": "parallel.tp",
+    "report_to": "log.tensorboard",
 }
-"""What other trainers call a setting -> its name here."""
+"""What Hugging Face's TrainingArguments, PEFT and AWS's sample call a setting -> its name here."""
+_NOT_HERE = {
+    "fp16": "mixed precision here is bf16: loop.precision=bf16 (or fp32)",
+    "gradient_accumulation_steps": "it follows from loop.packs_per_step (over all devices) and loop.packs_per_device",
+    "num_labels": "classes are counted in the training data",
+    "group_by_length": "proteins are packed: data.packing",
+    "dataloader_": "packs are made in one thread ahead of the device, and there is nothing to set",
+    "metric_for_best_model": "each task has its metric: docs/tuning.md",
+    "load_best_model_at_end": "the best step's weights are exported; loop.eval_every says how often to look",
+    "deepspeed": "ZeRO is parallel.zero1 on trn1 and parallel.fsdp on GPUs",
+    "push_to_hub": "export the run, then upload the folder: esm-neuron export, hf upload",
+    "hub_": "export the run, then upload the folder: esm-neuron export, hf upload (its token: HF_TOKEN)",
+    "do_train": "training, evaluation and prediction are commands: esm-neuron train, evaluate, predict",
+    "ddp_": "torchrun starts the ranks, and the backend chooses how they talk",
+}
+"""Name of another trainer that no setting has, or how such names begin (`hub_`) -> what there is instead."""
 
 SECTIONS = {f.name for f in fields(TrainConfig) if isinstance(f.default_factory, type)}
 SHORT = {
@@ -363,6 +410,9 @@ def _suggest(unknown: str) -> str:
     if unknown in RENAMED:
         return f"its name is {RENAMED[unknown]} now"
     last, keys = unknown.rpartition(".")[2], list(known_keys())
+    start = last.partition("_")[0] + "_"
+    if last in _NOT_HERE or (start in _NOT_HERE and last not in _ELSEWHERE):
+        return _NOT_HERE.get(last, _NOT_HERE.get(start, ""))
     renamed = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
     near = [table[last] for table in (renamed, _ELSEWHERE) if last in table]
     lasts = {key.rpartition(".")[2]: key for key in keys}

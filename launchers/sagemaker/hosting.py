@@ -28,8 +28,12 @@ from esm_neuron.inference.load import move_to
 from esm_neuron.redact import shown
 from esm_neuron.run_dir import CONFIG, MODEL
 
-TORCH = "torch==2.8.*"
-"""Inference images bring an older version."""
+TORCH: dict[BackendName, tuple[str, ...]] = {
+    "cpu": ("--extra-index-url https://download.pytorch.org/whl/cpu", "torch==2.8.0+cpu"),
+    "cuda": ("torch==2.8.*",),
+}
+"""The endpoint's device -> what pip needs for its torch: inference images bring an older one, and the general index's
+wheel brings 3 GB of CUDA."""
 
 
 def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
@@ -44,7 +48,7 @@ def lay_out(run: Path, folder: Path, backend: BackendName) -> None:
     code = folder / "code"
     code.mkdir()
     shutil.copy2(HERE / "inference.py", code)
-    write_requirements(code, "", TORCH)
+    write_requirements(code, "", *TORCH[backend])
     copy_package(code)
 
 

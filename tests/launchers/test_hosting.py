@@ -44,7 +44,8 @@ def test_the_handler_predicts_as_the_command_does(toy: Toy, tmp_path: Path) -> N
     with tarfile.open(archive) as packed:
         packed.extractall(served, filter="data")
     assert {path.name for path in served.iterdir()} == {"config.yaml", "model", "code"}
-    assert "torch==2.8.*" in (served / "code" / "requirements.txt").read_text().splitlines()
+    lines = (served / "code" / "requirements.txt").read_text().splitlines()
+    assert "torch==2.8.0+cpu" in lines and any(line.startswith("--extra-index-url") for line in lines)
 
     rows = pd.read_csv(str(cfg.data.test))
     records = [{"id": str(row.id), "sequence": row.sequence} for row in rows.itertuples()]
@@ -76,6 +77,7 @@ def test_the_handler_predicts_as_the_command_does(toy: Toy, tmp_path: Path) -> N
 
     hosting.lay_out(Path(cfg.output), tmp_path / "gpu", "cuda")
     assert read_config(tmp_path / "gpu" / "config.yaml").backend == "cuda", "where the handler answers"
+    assert "torch==2.8.*" in (tmp_path / "gpu" / "code" / "requirements.txt").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
@@ -85,13 +87,48 @@ def test_the_handler_predicts_as_the_command_does(toy: Toy, tmp_path: Path) -> N
         ('{"records": [{"id": 1}]}', "application/json", "KeyError"),
         ('{"sequences": [3]}', "application/json", "a sequence is int, not text"),
         ("MKT", "text/plain", "request is not FASTA"),
-        ("a,b", "text/csv", "content type 'text/csv'; send application/json"),
+        (
+            "a,b",
+            "text/html",
+            "content type 'text/html'; send application/json, application/jsonlines, text/csv, text/pl",
+        ),
+        ("a,b,MKT", "text/csv", "3 columns, none of them called sequence"),
+        ("a,MKT\nMKV", "text/csv", "rows of several lengths"),
+        ("", "text/csv", "no rows"),
+        ('{"id": "a"}', "application/jsonlines", "request is not .* on each line: KeyError"),
+        ('{"inputs": {"a": 1}}', "application/json", "dict, not a list"),
     ],
 )
 def test_requests_that_cannot_be_used(body: str, kind: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as refused:
         inference.input_fn(body, kind)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ('{"inputs": ["MKT", "MKV"]}', "application/json"),
+        ('{"sequences": ["MKT", "MKV"]}', "application/json; charset=utf-8"),
+        ('{"inputs": "MKT"}\n{"sequence": "MKV"}\n', "application/jsonlines"),
+        ("MKT\nMKV\n", "text/csv"),
+        ('0,MKT\r\n1,"MKV"', "text/csv"),
+        ("Sequence,kingdom,ID\nMKT,plants,0\nMKV,fungi,1", "text/csv"),
+        (">0 one\nMK\nT\n>1\nMKV\n", "text/plain"),
+    ],
+)
+def test_the_forms_of_a_request(body: str, kind: str) -> None:
+    assert inference.input_fn(body.encode(), kind) == [("0", "MKT"), ("1", "MKV")]
+
+
+def test_one_sequence_as_hugging_faces_endpoints_take_it() -> None:
+    assert inference.input_fn('{"inputs": "MKT"}', "application/json") == [("0", "MKT")]
+
+
+def test_predictions_a_line_for_batch_jobs() -> None:
+    """Batch transform splits the input by lines and joins the answers by lines."""
+    told = inference.output_fn([{"id": "a", "label": "x"}, {"id": "b", "label": "y"}], "application/jsonlines")
+    assert [json.loads(line)["label"] for line in told.splitlines()] == ["x", "y"] and told.endswith("\n")
 
 
 def test_half_a_surrogate_pair_is_refused_as_in_a_file() -> None:

@@ -131,6 +131,8 @@ def test_an_unknown_key_in_a_file_is_named_with_the_nearest(folder: Path, text: 
         ("--loop.epoch", "loop.epochs"),
         ("--max_residue", "data.max_residues"),
         ("--optim.learning_rate", "optim.lr"),
+        ("--model_id", "model.name"),
+        ("--per_device_eval_batch_size", "loop.eval_packs_per_device"),
         ("--batch_size", "loop.packs_per_step"),
     ],
 )
@@ -139,6 +141,23 @@ def test_an_unknown_flag_is_named_with_the_nearest(flag: str, near: str) -> None
         message = refusal(*argv)
         assert f"unknown setting {flag.strip('-')};" in message
         assert f"did you mean {near}?" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--fp16", "mixed precision here is bf16: loop.precision=bf16"),
+        ("--gradient_accumulation_steps", "it follows from loop.packs_per_step"),
+        ("--hub_strategy", "export the run, then upload the folder"),
+        ("--dataloader_num_workers", "there is nothing to set"),
+    ],
+)
+def test_names_of_other_trainers_that_no_setting_has_are_answered(flag: str, instead: str) -> None:
+    assert f"unknown setting {flag.strip('-')}; " in refusal(flag, "1") and instead in refusal(flag, "1")
+
+
+def test_every_name_of_another_trainer_points_to_a_setting() -> None:
+    assert set(settings._ELSEWHERE.values()) <= set(settings.known_keys())
 
 
 @pytest.mark.parametrize(
