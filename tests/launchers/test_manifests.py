@@ -60,7 +60,10 @@ def volume() -> list[dict[str, Any]]:
 
 def blocks() -> list[tuple[str, str]]:
     """(page, commands) of each block of shell in the pages of the launchers."""
-    pages = {name: (ROOT / "docs" / name).read_text() for name in ("ec2-trn1.md", "sagemaker.md", "hyperpod.md")}
+    pages = {
+        name: (ROOT / "docs" / name).read_text()
+        for name in ("ec2-trn1.md", "sagemaker.md", "from-aws-sample.md", "hyperpod.md")
+    }
     return [(name, block) for name in pages for block in re.findall(r"^```sh\n(.*?)^```$", pages[name], re.M | re.S)]
 
 
