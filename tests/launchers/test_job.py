@@ -200,7 +200,7 @@ def test_metrics_are_read_from_our_own_log_lines(
     for definition in metric_definitions():
         hits = [re.search(definition["Regex"], line) for line in lines]
         found[definition["Name"]] = [float(hit[1]) for hit in hits if hit]
-    for name in ("loss", "lr", "grad_norm", "residues_per_second", "graphs"):
+    for name in ("loss", "lr", "grad_norm", "residues_per_second"):  # graphs and peak memory: on devices that have them
         assert len(found[f"train:{name}"]) == 8, name
     evaluated = [line for line in lines if line.startswith("eval ") and "split=valid" in line]
     assert len(evaluated) == 2
@@ -208,6 +208,13 @@ def test_metrics_are_read_from_our_own_log_lines(
     assert printed and all(len(found[f"valid:{name}"]) == 2 for name in printed), printed
     accuracy = float(re.search(r" accuracy=([\d.]+)", evaluated[0])[1])  # type: ignore[index]
     assert found["valid:accuracy"][0] == accuracy, "not balanced_accuracy"
+
+
+def test_metrics_of_devices_are_read_from_their_lines() -> None:
+    record = {"loss": 0.5, "residues_per_second": 1234.0, "graphs": 3, "peak_memory_gb": 19.1}
+    line = f"step=4/8 {format_record(record)} eta=00:00:10"
+    found = {d["Name"]: re.search(d["Regex"], line) for d in metric_definitions()}
+    assert found["train:graphs"][1] == "3" and found["train:peak_memory_gb"][1] == "19.1000"  # type: ignore[index]
 
 
 def test_a_metric_that_is_no_number_or_negative() -> None:
@@ -226,7 +233,7 @@ def test_the_source_folder_is_clean(described: Described, tmp_path: Path) -> Non
     held = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     package = Path(esm_neuron.__file__).parent
     ours = {f"esm_neuron/{path.relative_to(package)}" for path in package.rglob("*") if "__pycache__" not in path.parts}
-    assert held == {"entry.py", "run.yaml", "requirements.txt", "constraints.txt"} | {
+    assert held == {"entry.py", "channels.py", "run.yaml", "requirements.txt", "constraints.txt"} | {
         name for name in ours if "." in Path(name).name
     }
     assert {"esm_neuron/planning/instances.yaml", "esm_neuron/py.typed"} <= held
