@@ -1,12 +1,12 @@
 """Look after jobs on SageMaker, by their names:
 
-    python launchers/sagemaker/jobs.py status NAME [--region us-west-2]
+    python launchers/sagemaker/jobs.py status NAME [--search] [--region us-west-2]
     python launchers/sagemaker/jobs.py logs NAME [--follow]
-    python launchers/sagemaker/jobs.py stop NAME
+    python launchers/sagemaker/jobs.py stop NAME [--search]
     python launchers/sagemaker/jobs.py fetch NAME --output runs/job [--whole]   the result, or all of the run
     python launchers/sagemaker/jobs.py resume NAME [--name NEW] [--wait]        a new job from its checkpoints
 
-Without --region, that of your AWS configuration.
+Without --region, that of your AWS configuration; with --search NAME is a tuning job's.
 """
 
 from __future__ import annotations
@@ -44,6 +44,21 @@ def status(name: str, boto: Any) -> str:
         lines.append(f"result: {found['ModelArtifacts']['S3ModelArtifacts']}")
     if "CheckpointConfig" in found:
         lines.append(f"checkpoints: {found['CheckpointConfig']['S3Uri']}")
+    return Lines.of(lines)
+
+
+def search_status(name: str, boto: Any) -> str:
+    """Return how a tuning job stands: its trials, and the best one with its hyperparameters."""
+    found = service.describe_search(name, boto)
+    counts = found.get("TrainingJobStatusCounters", {})
+    lines = [
+        f"{name}: {found['HyperParameterTuningJobStatus']}; trials: " + ", ".join(f"{k} {n}" for k, n in counts.items())
+    ]
+    best = found.get("BestTrainingJob")
+    if best is not None:
+        metric = best["FinalHyperParameterTuningJobObjectiveMetric"]
+        lines.append(f"best: {best['TrainingJobName']}, {metric['MetricName']}={metric['Value']:.4g}")
+        lines.append("  ".join(f"--{key} {value}" for key, value in sorted(best["TunedHyperParameters"].items())))
     return Lines.of(lines)
 
 
@@ -89,6 +104,8 @@ def make_parser() -> CommandParser:
         one = commands.add_parser(command)
         one.add_argument("job", metavar="NAME", help="of the job")
         one.add_argument("--region", help="default: that of your AWS configuration")
+        if command in ("status", "stop"):
+            one.add_argument("--search", action="store_true", help="NAME is that of a tuning job (tune.py)")
         if command == "logs":
             one.add_argument("--follow", action="store_true", help="until the job ends")
         if command == "fetch":
@@ -115,7 +132,7 @@ def run(args: argparse.Namespace, boto: Any) -> None:
     """Do what one command asks."""
     name: str = args.job
     if args.command == "status":
-        print(shown(status(name, boto)))
+        print(shown((search_status if args.search else status)(name, boto)))
     elif args.command == "logs" and args.follow:
         service.follow(name, boto, lambda line: print(shown(line), flush=True))
     elif args.command == "logs":
@@ -124,8 +141,8 @@ def run(args: argparse.Namespace, boto: Any) -> None:
             for line in service.log_lines(name, boto, {}):
                 print(shown(line))
     elif args.command == "stop":
-        service.stop(name, boto)
-        log(f"{name} is stopping; its checkpoints stay: jobs.py resume {name}")
+        (service.stop_search if args.search else service.stop)(name, boto)
+        log(f"{name} is stopping" + ("" if args.search else f"; its checkpoints stay: jobs.py resume {name}"))
     elif args.command == "fetch":
         fetch(name, args.output, args.whole, boto)
         log(f"{args.output}: written")

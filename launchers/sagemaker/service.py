@@ -122,6 +122,20 @@ def stop(name: str, boto: boto3.Session) -> None:
         boto.client("sagemaker").stop_training_job(TrainingJobName=name)
 
 
+def describe_search(name: str, boto: boto3.Session) -> dict[str, Any]:
+    """Return what SageMaker knows of a tuning job."""
+    with asked(f"tuning job {name}"):
+        client = boto.client("sagemaker")
+        found: dict[str, Any] = client.describe_hyper_parameter_tuning_job(HyperParameterTuningJobName=name)
+    return found
+
+
+def stop_search(name: str, boto: boto3.Session) -> None:
+    """Stop a tuning job and its trials."""
+    with asked(f"tuning job {name} was not stopped"):
+        boto.client("sagemaker").stop_hyper_parameter_tuning_job(HyperParameterTuningJobName=name)
+
+
 def download(uri: str, target: Path, boto: boto3.Session) -> None:
     """Download an object of S3 to a file."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")

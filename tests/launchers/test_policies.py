@@ -115,8 +115,9 @@ def arn(service: str, params: dict[str, Any]) -> str:
     """The resource of a call."""
     if service == "s3":
         return "arn:aws:s3:::" + params["Bucket"] + (f"/{params['Key']}" if "Key" in params else "")
+    search = "hyper-parameter-tuning-job/", "HyperParameterTuningJobName"
     kind, name = {
-        "sagemaker": ("training-job/", "TrainingJobName"),
+        "sagemaker": search if search[1] in params else ("training-job/", "TrainingJobName"),
         "logs": ("log-group:", "logGroupName"),
     }[service]
     named = params["ResourceArn"].rpartition("/")[2] if "ResourceArn" in params else params[name]
@@ -127,10 +128,11 @@ def arn(service: str, params: dict[str, Any]) -> str:
 def test_the_launcher_makes_each_call_that_it_may_and_no_other(
     described: Described, account: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of launch.py --wait and every command of jobs.py."""
+    """Of launch.py --wait, tune.py and every command of jobs.py."""
     import boto3
     import jobs
     import service
+    import tune
     from botocore.client import BaseClient
 
     job = Job(**described(name="esm-neuron-1", tags={"team": "proteins"}, compile_cache="s3://bucket/esm/cache"))
@@ -149,7 +151,7 @@ def test_the_launcher_makes_each_call_that_it_may_and_no_other(
     def call(client: Any, operation: str, params: dict[str, Any]) -> Any:
         name = client.meta.service_model.service_name
         called.setdefault(f"{name}:{RIGHTS.get(operation, operation)}", set()).add(arn(name, params))
-        if operation == "StopTrainingJob":  # moto has none, and completes a job at once
+        if operation.startswith("Stop"):  # moto has none, and completes a job at once
             return {}
         answer = really(client, operation, params)
         failed = {"TrainingJobStatus": "Failed"} if stopped and operation == "DescribeTrainingJob" else {}
@@ -170,6 +172,14 @@ def test_the_launcher_makes_each_call_that_it_may_and_no_other(
         ):
             patch.chdir(tmp_path)
             assert jobs.main([words[0], job.name, "--region", job.region, *words[1:]]) == 0
+        search = "esm-neuron-search"
+        ranges = [tune.parse_range("optim.lr=1e-5:1e-3")]
+        how = {"objective": "mcc", "trials": 2, "parallel": 1}
+        boto.client("sagemaker").create_hyper_parameter_tuning_job(
+            **tune.request(Job(**described(name=search)), ranges, how)
+        )
+        for command in ("status", "stop"):
+            assert jobs.main([command, search, "--search", "--region", job.region]) == 0
         stopped.append(job.name)
         assert jobs.main(["resume", job.name, "--region", job.region, "--name", "esm-neuron-2"]) == 0
     rights = allowed("launcher-policy.json")

@@ -99,7 +99,7 @@ DOORS: dict[str, dict[str, str]] = {
         "data/homology.py": "for MMseqs2",
         "data/tokenizer.py": "for transformers' tokenizer",
         "launchers/sagemaker/hosting.py": "beside its output",
-        **dict.fromkeys((f"launchers/sagemaker/{name}.py" for name in ("launch", "jobs", "sdk")), "archives"),
+        **dict.fromkeys((f"launchers/sagemaker/{name}.py" for name in ("launch", "jobs", "sdk", "tune")), "archives"),
     },
     "os.open": {"cli.py": "the device that swallows what nobody reads", "files.py": DOOR},
     # moving and deleting
@@ -119,12 +119,15 @@ DOORS: dict[str, dict[str, str]] = {
     "print": {
         "cli.py": DOOR,
         "launchers/sagemaker/launch.py": "the request, for people and other programs",
+        "launchers/sagemaker/tune.py": "the request, for people and other programs",
         "launchers/sagemaker/jobs.py": "what was asked for, through shown",
         "api.py": "progress in a notebook, through shown",
     },
     "sys.stderr.write": {
         "cli.py": DOOR,
-        **dict.fromkeys((f"launchers/sagemaker/{n}.py" for n in ("hosting", "launch", "jobs")), "through shown"),
+        **dict.fromkeys(
+            (f"launchers/sagemaker/{n}.py" for n in ("hosting", "launch", "jobs", "tune")), "through shown"
+        ),
     },
     "sys.stdout.write": {},
 }
