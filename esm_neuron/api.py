@@ -33,6 +33,7 @@ from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.files import note
 from esm_neuron.redact import shown
 from esm_neuron.run_dir import CONFIG, METRICS, RESULT, load_predictions, predictions_name, read_log, read_result
+from esm_neuron.tasks import training_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +78,7 @@ def train(
     log: Log = tell,
     **values: Any,
 ) -> Run:
-    """Fine-tune an ESM-2 on proteins with labels, as `esm-neuron train` does.
+    """Train an ESM-2 on proteins with labels, as `esm-neuron train` does: told of nothing but these, fit a probe.
 
     Args:
         data: training proteins: a path, a list of paths read as one, or a data frame, which is kept in the output.
@@ -108,7 +109,7 @@ def train(
             write_table(out / f"{key}.parquet", table)
             sources[key] = str(out / f"{key}.parquet")
     named = {f"data.{key}": _source(value) for key, value in sources.items() if value is not None}
-    cfg = settings.parse(words + settings.to_words(named))
+    cfg = training_config(words + settings.to_words(named), log)
 
     from esm_neuron.training.run import train as run_training
 

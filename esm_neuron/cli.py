@@ -50,14 +50,9 @@ def train(*settings: str) -> int:
       esm-neuron train my.csv --label location --model facebook/esm2_t12_35M_UR50D --output runs/mine
       esm-neuron train --config configs/start.yaml --data my.csv --lr 3e-4 --epochs 5 --output runs/mine
     """
-    from esm_neuron.config.settings import first_step, parse, says_only_what, whole_words
-    from esm_neuron.tasks import task_class
+    from esm_neuron.tasks import training_config
 
-    cfg, words = parse(settings), whole_words(settings)
-    task = task_class(cfg.task.name)
-    if says_only_what(words) and not task.keeps_lm_head:
-        cfg = parse(first_step(words, task.pools))
-        _on_main(log, "first a probe, which takes minutes; for another start give --config or --adapter.kind")
+    cfg = training_config(settings, lambda line: _on_main(log, line))
     from esm_neuron.training.run import train as run_training
 
     outcome = run_training(cfg, log)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from esm_neuron.config import EVERY_LAYER, TaskConfig, TrainConfig
+from esm_neuron.config import EVERY_LAYER, TaskConfig, TrainConfig, settings
 from esm_neuron.errors import ConfigError
 
 if TYPE_CHECKING:
     from esm_neuron.tasks.base import Task
 
-__all__ = ["TASKS", "check_model", "check_task", "create_task", "task_class", "task_of_head"]
+__all__ = ["TASKS", "check_model", "check_task", "create_task", "task_class", "task_of_head", "training_config"]
 
 TASKS: dict[str, str] = {
     "sequence_classification": "esm_neuron.tasks.sequence:SequenceClassification",
@@ -69,6 +69,16 @@ def check_model(cfg: TrainConfig) -> None:
             f"model.{wrong}={getattr(model, wrong)} is for tasks with one vector per protein, not for "
             f"{cfg.task.name}; leave it out"
         )
+
+
+def training_config(words: Sequence[str], log: Callable[[str], None]) -> TrainConfig:
+    """Return what `train` is to do: where `words` tell of nothing but data and task, and where to write, a probe."""
+    cfg, words = settings.parse(words), settings.whole_words(words)
+    task = task_class(cfg.task.name)
+    if task.keeps_lm_head or not settings.says_only_what(words):
+        return cfg
+    log("first a probe, which takes minutes; for another start give a configuration, or adapter.kind")
+    return settings.parse(settings.first_step(words, task.pools))
 
 
 def create_task(cfg: TaskConfig, labels: Sequence[str]) -> Task:

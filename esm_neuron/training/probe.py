@@ -8,7 +8,7 @@ cluster of homologs is in two. What follows is a run like any other: the head is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from time import monotonic
@@ -50,6 +50,8 @@ Log = Callable[[str], None]
 FOLDS = 5
 MOST_BYTES, MOST_RESIDUES = 1 << 32, 200_000
 """Most memory of the states of a split, and most residues with a label each: of more, a sample of proteins is used."""
+PATIENCE = 3
+"""Penalties, each weaker than the one before, that may gain nothing in metric or loss before the rest is left out."""
 MOST_JOINED = 1 << 30
 """Bytes of all layers' states side by side above which `auto` does not try them."""
 
@@ -196,11 +198,12 @@ def _trials(
 ) -> list[tuple[LinearHead, Scores]]:
     """Return for each penalty the head fitted to all training rows, and the metrics that it is chosen by.
 
-    Without validation rows these are of the predictions for each `fold`, int64 [n], by heads fitted to the others.
+    On validation rows the weakest penalties, which take the most time, are left out after PATIENCE without a gain.
+    Without such rows the metrics are of the predictions for each `fold`, int64 [n], by heads fitted to the others.
     """
     features, no_batch, outputs = train.features(places), cast(Batch, None), int(config.num_labels or 0)
 
-    def fit(used: np.ndarray) -> list[LinearHead]:
+    def fit(used: np.ndarray) -> Iterator[LinearHead]:
         used = used & (train.weights > 0)
         labels, weights = (torch.from_numpy(array[used]) for array in (train.labels, train.weights))
         targets = cast(Batch, SimpleNamespace(labels=labels, weights=weights))  # what a loss reads of a batch
@@ -209,16 +212,23 @@ def _trials(
             total, weight = task.loss(logits, targets)
             return total / weight
 
-        return list(fit_path(features[used], outputs, loss))
+        return fit_path(features[used], outputs, loss)
 
     def score(table: ExampleTable, logits: np.ndarray) -> Scores:
         predictions = task.predictions(torch.from_numpy(logits), no_batch)
         return task.metrics(table, [each.numpy() for each in predictions])
 
-    heads = fit(fold >= 0)
     if valid is not None:
-        seen = valid.features(places)
-        return [(head, score(valid.table, head(seen))) for head in heads]
+        seen, found = valid.features(places), list[tuple[LinearHead, Scores]]()
+        gains = EarlyStopping(PATIENCE, task.greater_is_better), EarlyStopping(PATIENCE, greater_is_better=False)
+        for head in fit(fold >= 0):
+            found.append((head, score(valid.table, head(seen))))
+            for gain, name in zip(gains, (task.metric, "loss"), strict=True):
+                gain.update(_number(found[-1][1].get(name)), len(found))
+            if all(gain.stop for gain in gains):
+                break
+        return found
+    heads = list(fit(fold >= 0))
     logits = np.zeros((len(heads), len(features), outputs), np.float32)
     for number in np.unique(fold):
         for own, head in zip(logits, fit(fold != number), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,29 @@ def test_without_validation_proteins_folds_by_cluster_choose(toy: Callable[..., 
     pd.DataFrame({**rows, "sequence": "ACDEFGHIKLMNPQRSTVWYACDEFGHIKLMN"}).to_csv(f"{cfg.output}.csv")
     with pytest.raises(DataError, match="all training proteins are homologs, and none are for validation"):
         run.train(toy("same", adapter={"kind": "probe"}, data={**none, "train": f"{cfg.output}.csv"}), str)
+
+
+def test_weak_penalties_are_left_out_where_they_gain_nothing(
+    toy: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from esm_neuron.training import probe
+
+    fitted: list[float] = []
+
+    def counted(*what: Any) -> Iterator[linear_fit.LinearHead]:
+        for head in linear_fit.fit_path(*what):
+            fitted.append(head.penalty)
+            yield head
+
+    monkeypatch.setattr(probe, "fit_path", counted)
+    run.train(toy("true", adapter={"kind": "probe"}), str)
+    assert fitted == list(linear_fit.PENALTIES), "each answers better than the one before"
+    fitted.clear()
+    rows = pd.read_csv(str(toy().data.train))
+    rows["label"] = np.random.default_rng(0).permutation(rows["label"])
+    rows.to_csv(tmp_path / "noise.csv")
+    run.train(toy("noise", adapter={"kind": "probe"}, data={"train": str(tmp_path / "noise.csv")}), str)
+    assert probe.PATIENCE < len(fitted) < len(linear_fit.PENALTIES)
 
 
 def test_of_many_residues_a_sample_is_used_and_said(
