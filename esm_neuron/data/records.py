@@ -225,12 +225,17 @@ def check_expansion(path: str, where: str, size: int, what: str) -> None:
         )
 
 
+_SEQUENCES = ("seq", "aa_seq", "protein_sequence", "primary", "aa")
+"""Other names that people give to a column of sequences, the likeliest first."""
+
+
 def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
     """Raise DataError for a column that is not there, with the nearest name that is."""
     shown = ", ".join(repr(name[:60]) for name in there[:20]) + (", ..." if len(there) > 20 else "")
     # longer or later names are no typing errors, and comparing a million of them takes minutes
     by_lower = {name.lower(): name for name in there[:_COMPARED] if len(name) <= _COMPARED}
     near = difflib.get_close_matches(column.source.lower(), by_lower, n=1)
+    near = near or [name for name in _SEQUENCES if name in by_lower and column.name == "sequence"]
     cure = f"did you mean {by_lower[near[0]]!r}?" if near else "name one of these or add it"
     if column.source.startswith("[") and column.name == "sequence":
         cure = "pairs of chains are not read: join them in a column of their own, or give each a record"

@@ -312,6 +312,7 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
         "id,seqence,label\n",
         r": no column 'sequence' \(data.sequence_column\); the file has 'id', .*; did you mean 'seqence'\?",
     ),
+    ("a.csv", "protein,seq,label\n", r": no column 'sequence' .*; did you mean 'seq'\?"),
     ("a.csv", "id,x,label\n", r": no column 'sequence' \(data.sequence_column\); the file has .*; name one of these"),
     ("a.csv", "id,id,sequence,label\n", ": the header has column 'id' twice; rename one"),
     ("a.fa", ">P1 lable=in\nMKV\n", r": no column 'label' \(data.label_column\); the file has 'lable'; did you mean"),
