@@ -28,6 +28,9 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generat
 	--custom-compile-command "make lock" --upgrade
 SOURCES := esm_neuron tests launchers benchmarks tools examples
 DEMO := runs/demo
+# make demo MODEL=8M: Meta's weights, from the hub, instead of the network in the package; also a hub id or a folder.
+MODEL ?= mini
+DEMO_MODEL = $(if $(filter 8M,$(MODEL)),facebook/esm2_t6_8M_UR50D --optim.lr 1.0e-3,$(MODEL))
 PAGE := docs/dev/parity.md
 DATA := data
 BENCH_BATCH := 8
@@ -53,9 +56,9 @@ install: $(VENV)/.installed ## set up .venv with uv and the newest packages, has
 
 install-trn1: $(TRN1)/.installed ## set up .venv-trn1 with the packages of a trn1 and torch_xla (TRN1_PYTHON=...: 3.10 to 3.12)
 
-demo: $(VENV)/.package ## fine-tune on real proteins with LoRA on the CPU, then predict: about 10 minutes on 2 cores
+demo: $(VENV)/.package ## fine-tune on real proteins with LoRA on the CPU, then predict: 10 minutes on 2 cores (MODEL=8M: Meta's)
 	rm -rf $(DEMO)
-	$(BIN)/esm-neuron train --config configs/demo.yaml --output $(DEMO)
+	$(BIN)/esm-neuron train --config configs/demo.yaml --output $(DEMO) --model.name $(DEMO_MODEL)
 	$(BIN)/esm-neuron predict --model $(DEMO) --input examples/demo/unknown.fasta --output $(DEMO)/predictions.csv
 	@printf '%-12s %s\n' results $(DEMO)/result.json log $(DEMO)/metrics.jsonl checkpoints $(DEMO)/checkpoints \
 		adapter $(DEMO)/adapter predictions $(DEMO)/predictions.csv config $(DEMO)/config.yaml

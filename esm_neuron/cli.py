@@ -65,6 +65,29 @@ def train(*settings: str) -> int:
     return 0
 
 
+def tune(
+    *settings: str,
+    trials: Annotated[int, "trials in the end, those of a search that goes on included"] = 20,
+    budget: Annotated[str | None, "time after which no trial begins: 90s, 30m, 1h30m; default: none"] = None,
+    jobs: Annotated[int, "processes that run trials side by side"] = 1,
+    space: Annotated[Path | None, "YAML with a range per setting, see docs/tuning.md; default: by adapter.kind"] = None,
+) -> int:
+    """Search for good settings by validation proteins: --config FILE and flags as for train.
+
+    Writes a table, a plot and best.yaml, for `train --config`, to the output folder. Test proteins are not looked at.
+    """
+    from esm_neuron.config.settings import parse
+
+    cfg = parse(settings, "tune")
+    from esm_neuron.training import tune as search
+
+    stopped_by = search.tune(cfg, trials, search.seconds(budget) if budget is not None else None, jobs, space, log)
+    if stopped_by:
+        log(f"stopped by {stopped_by}; the trials are saved, go on with --checkpoint.resume auto")
+        return EXIT_STOPPED
+    return 0
+
+
 def evaluate(
     *overrides: str,
     model: Trained,
@@ -357,7 +380,21 @@ CHECKED = (
 
 COMMANDS: dict[str, Callable[..., int]] = {
     command.__name__.rstrip("_").replace("_", " "): command
-    for command in (train, evaluate, predict, embed, score, report, export, convert, plan, compile_, doctor, data_check)
+    for command in (
+        train,
+        tune,
+        evaluate,
+        predict,
+        embed,
+        score,
+        report,
+        export,
+        convert,
+        plan,
+        compile_,
+        doctor,
+        data_check,
+    )
 }
 """Command -> function that returns the exit code. Keyword-only parameters are flags; `*settings` takes any setting of a
 run, `*overrides` those that may change for a trained model."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"  # every setting, resolved
 RESULT = "result.json"  # metrics of the finished run; there is no such file before it has finished
+FOLDS = "folds.json"  # of a cross-validation: mean and spread over its runs, in fold-1 and so on
 METRICS = "metrics.jsonl"  # one line per logged step and per evaluation
 NONFINITE = "nonfinite.jsonl"  # one line per step whose loss or gradient was not finite, with the ids of its records
 REJECTED = "rejected.tsv"  # rows left out or changed for their characters

@@ -26,15 +26,21 @@ EVERY_LAYER = ("mix", "concat")
 """Values of `model.layers` with which a head reads every layer."""
 
 
+AUTO_MODEL = "auto"
+"""The `model.name` that `models.hub` decides."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The ESM-2 to start from."""
 
-    name: str = "esm2_t6_8M"
+    name: str = AUTO_MODEL
     """A hub id (`facebook/esm2_t33_650M_UR50D`), a local Hugging Face folder, a folder of PEFT (its adapter is merged
     into its base), or a shape: `tiny`, `small`, `mini`, `esm2_t6_8M`, `esm2_t12_35M`, `esm2_t30_150M`,
     `esm2_t33_650M`, `esm2_t36_3B`, `esm2_t48_15B`. A shape needs `init: random`; only `mini` has weights in the
-    package, which this project trained."""
+    package, which this project trained and which know hardly more than composition. `auto`: Meta's 8M
+    (`facebook/esm2_t6_8M_UR50D`) where the hub answers or its cache has it, else `mini`; what it was is saved with the
+    run."""
     base: str | None = None
     """Where `name` is a folder of PEFT: hub id or folder of the weights that its adapter was trained on. None: those
     that its adapter_config.json names."""
@@ -77,9 +83,11 @@ class TaskConfig:
     residues hidden from the model."""
     labels: tuple[str, ...] | None = None
     """Class names in the order of the outputs. None takes the sorted labels of the training proteins."""
-    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    """How much an error counts by its true class: alike; `balanced` by the training proteins, n / (classes x n_c); or a
-    weight for every class. multi_label: how much a missed label counts, `balanced` negatives / positives."""
+    class_weights: Literal["none", "balanced", "auto"] | dict[str, float] = "none"
+    """How much an error counts by its true class: alike; `balanced` by the training proteins, n / (classes x n_c);
+    `auto`, the square roots of these (at most 10) where the largest class has three times as many proteins as the
+    smallest, else alike; or a weight for every class. multi_label: how much a missed label counts, `balanced` negatives
+    / positives."""
     label_smoothing: float = 0.0
     """Share of the target probability spread evenly over the classes, 0 to 1."""
     focal_gamma: float = 0.0
@@ -140,14 +148,19 @@ class DataConfig:
     """Column that is true for those training proteins that are for validation, as FLIP's `validation`."""
     fold: str | int | None = None
     """Cross-validation: the value of `split_column` that is tested on; all others are for training, from which
-    `valid_fraction` is sampled."""
+    `valid_fraction` is sampled. With `folds`: the number of the fold, from 1."""
+    folds: int | None = None
+    """Cross-validation without a column: the training proteins are cut into so many folds, each class in proportion
+    and, with `sample: clusters`, homologs together. Without `fold` there is a run per fold, each tested on its own fold
+    and chosen by `valid_fraction` of the others; their mean and spread are in `output`/folds.json."""
     valid_fraction: float = 0.1
     """Share of training proteins sampled for validation, by `seed`, if neither file nor column gives any, 0 to 1."""
     test_fraction: float = 0.0
     """Share of training proteins sampled for the test, after the validation proteins, 0 to 1."""
     sample: Literal["proteins", "clusters"] = "proteins"
-    """What `valid_fraction` and `test_fraction` sample: proteins, each class in proportion; or whole clusters of
-    homologs (found as `homologs` says), so that no sampled protein has a homolog in training."""
+    """What `valid_fraction`, `test_fraction` and `folds` sample: proteins, each class in proportion; or whole clusters
+    of homologs (found as `homologs` says), so that no sampled protein has a homolog in training. Clusters are chosen so
+    that each class is within a fifth of its share, or a warning says what was wanted and what there is."""
     unique_column: str | None = None
     """Keep the first protein of each value of this column, such as `sequence`; the others are counted and left out."""
     max_rows: int | None = None
@@ -288,6 +301,8 @@ class OptimConfig:
     """Shape of the learning rate after the warm-up."""
     warmup_steps: int = 0
     """Optimizer steps over which the rate rises linearly from 0."""
+    warmup_ratio: float = 0.0
+    """The same as a share of all steps, 0 to 1, where `warmup_steps` is 0."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end of the schedule, as a share of `lr`."""
     max_grad_norm: float = 1.0
@@ -302,6 +317,8 @@ class LoopConfig:
     """Passes over the training proteins, if `max_steps` is not given."""
     max_steps: int | None = None
     """Optimizer steps; overrides `epochs`."""
+    min_steps: int = 0
+    """Fewest optimizer steps: where `epochs` are fewer, training goes on with more passes over the proteins."""
     packs_per_step: int = 8
     """Packs in one optimizer step over all devices: the same on any number of devices."""
     packs_per_device: int = 8
@@ -319,8 +336,10 @@ class LoopConfig:
     """neuron: level of optimization of neuronx-cc: 1 compiles soonest, 3 may run faster and compiles longest."""
     eval_every: int = 0
     """Optimizer steps between validations; 0: once per epoch."""
+    min_evals: int = 1
+    """Fewest validations in a run, evenly spaced: where `eval_every` gives fewer, they come more often."""
     patience: int = 0
-    """Validations without improvement after which training stops; 0: never."""
+    """Validations without improvement, of the metric or of the loss, after which training stops; 0: never."""
     tracing: Tracing = "once"
     """How often the operations of a graph are recorded, where graphs are compiled (xla, neuron): once, and the graph is
     run by its hash from then on; always, at each pass, which can take longer than the pass; or compare: the first three
@@ -362,6 +381,9 @@ class LogConfig:
 
     every: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
+    test: bool = True
+    """Open the test proteins at the end. False: they are held out as always and dropped unseen, as in every trial of
+    `esm-neuron tune`."""
     baselines: bool = True
     """Also score baselines that need no network (frequencies, composition) on the same proteins at the end."""
     predictions: bool = True

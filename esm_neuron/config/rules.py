@@ -18,16 +18,18 @@ PASS_TOKENS = 1 << 26
 """Most tokens in one forward pass of a device, filler included: far more than any device has memory for."""
 RANGES: dict[tuple[float, float], str] = {
     (0, MOST): "data.window_overlap optim.weight_decay optim.warmup_steps optim.max_grad_norm loop.eval_every "
-    "loop.patience loop.watchdog loop.watchdog_slow checkpoint.every",
+    "loop.patience loop.min_steps loop.watchdog loop.watchdog_slow checkpoint.every",
     (1, MOST): "data.min_residues data.max_rows adapter.alpha loop.max_steps checkpoint.keep log.every",
     # of these there is memory, or a place in a list
     (1, 1 << 20): "data.max_residues loop.packs_per_step",
     (1, 1 << 16): "data.max_segments adapter.r parallel.tp loop.packs_per_device loop.eval_packs_per_device",
     (3, 1 << 22): "data.pack_tokens",
     (1, 3): "loop.optlevel",
+    (1, 1000): "loop.min_evals",
+    (2, 100): "data.folds",
     (0, 0.9): "data.valid_fraction data.test_fraction",
     (0, 0.99): "model.dropout adapter.dropout task.label_smoothing",
-    (0, 1): "optim.eps optim.min_lr_ratio",
+    (0, 1): "optim.eps optim.min_lr_ratio optim.warmup_ratio",
     (0, 10): "task.focal_gamma",
     (0.001, 0.99): "task.mask_probability",
     (0, 2**63 - 1): "seed",

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, require
+from esm_neuron.data.class_weights import tempered
 from esm_neuron.data.label_forms import (
     has_quoted,
     in_order,
@@ -281,6 +282,8 @@ class Labels:
         task, labels = self.task, self.task.labels or ()
         if task.class_weights == "balanced":
             return replace(task, class_weights=self._balanced(train))
+        if task.class_weights == "auto":
+            return replace(task, class_weights=tempered(labels, *self._weigh(train, len(labels))))
         if isinstance(task.class_weights, dict):
             for label in sorted(set(task.class_weights) ^ set(labels)):
                 what = "is no class" if label in task.class_weights else "has no weight"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from esm_neuron.config import TrainConfig
+from esm_neuron.config import LoopConfig, TrainConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import accumulated_passes
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, TargetMaker
@@ -238,9 +238,17 @@ def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:
         thread.join()
 
 
-def total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:
-    """Return the optimizer steps of a run: `max_steps`, or else those of `epochs` passes, at least 1."""
-    return max_steps if max_steps is not None else max(1, math.ceil(epochs * steps_per_epoch))
+def total_steps(steps_per_epoch: int, loop: LoopConfig) -> int:
+    """Return the optimizer steps of a run: `max_steps`, or else those of `epochs` passes, at least `min_steps`."""
+    if loop.max_steps is not None:
+        return loop.max_steps
+    return max(1, loop.min_steps, math.ceil(loop.epochs * steps_per_epoch))
+
+
+def eval_interval(steps_per_epoch: int, loop: LoopConfig) -> int:
+    """Return the steps between validations: `eval_every`, or an epoch; fewer where `min_evals` needs them."""
+    most = max(1, total_steps(steps_per_epoch, loop) // loop.min_evals)
+    return min(loop.eval_every or steps_per_epoch, most)
 
 
 def _segments(cfg: TrainConfig) -> int:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +16,13 @@ import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.data.cache import cached, content_hash, content_key
+from esm_neuron.data.class_weights import said_weights
 from esm_neuron.data.dataset import ExampleTable, TableWriter, chunk_table, open_table
 from esm_neuron.data.filters import SPLITS, filter_key, passes, split_of, truth
 from esm_neuron.data.labels import Labels
+from esm_neuron.data.parts import Part, census, hold_out, labels_of
 from esm_neuron.data.records import file_and_number, files_of, is_hub, row_unit
-from esm_neuron.data.sampling import homolog_clusters, sample_clusters, sample_rows
-from esm_neuron.data.sources import CHUNK_ROWS, check_columns, check_sheet, filter_column, read_chunks
+from esm_neuron.data.sources import check_columns, check_sheet, filter_column, read_chunks
 from esm_neuron.data.tokenizer import VOCABULARY
 from esm_neuron.data.validation import (
     Checker,
@@ -105,7 +105,7 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
     default = DataConfig()
     for setting, needs, is_set in (
         ("split_names", "split_column", cfg.split_names != default.split_names and cfg.fold is None),
-        ("fold", "split_column", cfg.fold is not None),
+        ("fold", "split_column", cfg.fold is not None and cfg.folds is None),
     ):
         require(
             not is_set or cfg.split_column is not None,
@@ -115,6 +115,18 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
         cfg.fold is None or (cfg.split_names == default.split_names and not cfg.test),
         f"data.fold={cfg.fold} says what is tested on; leave out data.split_names and data.test",
     )
+    if cfg.folds is not None:
+        given = [name for name in ("test", "split_column", "valid_column", "test_fraction") if getattr(cfg, name)]
+        require(
+            not given,
+            f"data.folds={cfg.folds} samples what is tested on; leave out data.{given[0] if given else ''} (folds that "
+            "a column names: data.split_column and data.fold, one run each)",
+        )
+        numbers = [str(number) for number in range(1, cfg.folds + 1)]
+        require(
+            cfg.fold is None or cfg.fold in numbers,
+            f"data.fold={cfg.fold} is none of data.folds={cfg.folds}; use 1 to {cfg.folds}, or leave it out for all",
+        )
     for split in ("valid", "test"):
         fraction = getattr(cfg, f"{split}_fraction")
         require(
@@ -125,6 +137,8 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
 
 def load_splits(cfg: TrainConfig, labels: type[Labels] | None, spool: Path | None = None) -> Splits:
     """Read, check and tokenize the data of a run, with labels of the task's kind, or with none.
+
+    With `log.test` off, the test rows are read with their file and held out as always, and dropped untokenized.
 
     Order: rows are read; `data.keep` and `data.keep_heldout` filter them; ids, sequences and labels of the rest are
     checked; validation and test rows are sampled where neither a file nor the split column gives any (from the training
@@ -163,7 +177,9 @@ def _resolved(splits: Splits, cfg: TrainConfig, labels: type[Labels] | None) -> 
     if labels is None:
         return splits
     named = replace(cfg.task, labels=splits.labels or None)
-    return replace(splits, task=labels.of(named, cfg.data).resolve(splits.train.labels))
+    task = labels.of(named, cfg.data).resolve(splits.train.labels)
+    said = [splits.described, *([said_weights(task)] if cfg.task.class_weights == "auto" else [])]
+    return replace(splits, task=task, described="\n".join(said))
 
 
 def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> Splits:
@@ -173,10 +189,12 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
     if labels is not None:
         labels.learn_classes(parts["train"].chunks(["label"]), parts["train"].source)
     # The classes are known by now, from all training rows; sampling then leaves each of them a row to train on.
-    sampled = _sample(parts, labels, cfg)
+    sampled, notes = hold_out(parts, labels, cfg)
     tables: dict[str, ExampleTable] = {}
     shared = _shared(parts, labels)
-    described = "" if labels is None else labels.describe(pa.concat_tables(parts["train"].chunks(["label"])))
+    if not cfg.log.test:
+        parts.pop("test", None)
+    described = [] if labels is None else [labels.describe(labels_of(parts["train"])), *census(parts, labels)]
     for name in (split for split in SPLITS if split in parts):
         tables[name], counts = _table(parts[name], cfg.data, labels, folder and folder / name)
         reports.append(Report(name=f"{name} split", **counts, **shared[name]))
@@ -194,41 +212,8 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
         sampled=sampled,
         rejected=rejected,
         task=cfg.task,
-        described=described,
+        described="\n".join([*described, *notes]),
     )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows on their way to a split, and the file they are from."""
-
-    rows: pa.Table
-    """The kept rows of the whole file."""
-    source: str
-    mask: np.ndarray
-    """bool [rows]: which of them are the part's."""
-
-    def __len__(self) -> int:
-        return int(self.mask.sum())
-
-    def chunks(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Give the part's rows in order, from CHUNK_ROWS rows of the file at a time; all columns or those named."""
-        rows = self.rows if columns is None else self.rows.select(list(columns))
-        for start in range(0, len(rows), CHUNK_ROWS):
-            mask = self.mask[start : start + CHUNK_ROWS]
-            if mask.any():
-                yield rows.slice(start, CHUNK_ROWS).filter(pa.array(mask))
-
-    def column(self, name: str) -> list[str]:
-        """Return the values of one column."""
-        return [value for chunk in self.chunks([name]) for value in chunk[name].to_pylist()]
-
-    def take(self, chosen: np.ndarray) -> Part:
-        """Return the rows of the part where `chosen`, bool [rows of the part], holds."""
-        mask = self.mask.copy()
-        # `chosen` counts the part's own rows: write it to their places among all rows of the file.
-        mask[mask] = chosen
-        return replace(self, mask=mask)
 
 
 def _file_config(cfg: DataConfig, split: str) -> DataConfig:
@@ -463,9 +448,9 @@ def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
     may_sample = any(fraction > 0 and split not in files for split, fraction in fractions.items())
     # The seed decides which rows are sampled and nothing else, so runs of all seeds share a cache where none are.
-    seed = cfg.seed if may_sample else None
+    seed = cfg.seed if may_sample or cfg.data.folds is not None else None
     contents = [(split, Path(path).suffixes[-2:], content_hash(path)) for split, path in files.items()]
-    return [_CACHE_VERSION, VOCABULARY, needs_labels, seed, data, task, contents]
+    return [_CACHE_VERSION, VOCABULARY, needs_labels, cfg.log.test, seed, data, task, contents]
 
 
 def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:
@@ -505,31 +490,6 @@ def _load(folder: Path, cfg: TrainConfig) -> Splits:
         task=cfg.task,
         described=meta["described"],
     )
-
-
-def _sample(parts: dict[str, Part], labels: Labels | None, cfg: TrainConfig) -> dict[str, tuple[str, ...]]:
-    """Move rows from training to validation and test where no file has any; return split -> ids of its rows."""
-    fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
-    wanted = {name: fraction for name, fraction in fractions.items() if name not in parts and fraction > 0}
-    by_cluster = cfg.data.sample == "clusters"
-    homologs = homolog_clusters(parts["train"].column("sequence"), cfg.data) if wanted and by_cluster else None
-    sampled: dict[str, tuple[str, ...]] = {}
-    for name, fraction in wanted.items():
-        train = parts["train"]
-        groups = np.zeros(len(train), dtype=np.int64)
-        if labels is not None:
-            groups = labels.strata(pa.concat_tables(train.chunks(["label"])))
-        allowed = np.concatenate([passes(chunk, cfg.data.keep_heldout) for chunk in train.chunks()])
-        how: dict[str, Any] = {"seed": cfg.seed, "split": name, "source": train.source}
-        if homologs is None:
-            chosen = sample_rows(groups, allowed, fraction, **how)
-        else:
-            chosen = sample_clusters(homologs, groups, allowed, fraction, **how)
-            # The next split is sampled from the rows that are left, so the clusters are cut to the same rows.
-            homologs = homologs[~chosen]
-        parts |= {"train": train.take(~chosen), name: train.take(chosen)}
-        sampled[name] = tuple(parts[name].column("id"))
-    return sampled
 
 
 def _table(part: Part, cfg: DataConfig, labels: Labels | None, stem: Path | None) -> tuple[ExampleTable, Counter[str]]:

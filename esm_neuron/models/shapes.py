@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esm_neuron.config import ModelConfig, require
+from esm_neuron.config import AUTO_MODEL, ModelConfig, require
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, AdapterFolder, is_adapter, read_adapter_folder
 
@@ -169,6 +169,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def find(cfg: ModelConfig) -> Path | None:
     """Return the folder that a name means, whatever is in it; otherwise as `locate`."""
     shape, random = SHAPES.get(cfg.name), cfg.init == "random"
+    if cfg.name == AUTO_MODEL:  # decided when the run begins, see `hub`
+        return None
     require(
         not (random and cfg.sha256), "model.sha256 is of weights that are read; leave it out with model.init=random"
     )
@@ -209,6 +211,7 @@ def check_layers(layers: int, there: int, name: str) -> int:
 def known_shape(model: str) -> EsmShape | None:
     """Return the shape of a model: a name here, the hub id of a released ESM-2 or a local folder; None for another."""
     by_name = {**SHAPES, **{shape.hub_id: shape for shape in SHAPES.values() if shape.hub_id}}
+    by_name[AUTO_MODEL] = SHAPES["esm2_t6_8M"]
     if model in by_name or not Path(model).is_dir():
         return by_name.get(model)
     if is_adapter(Path(model)) and not (Path(model) / "config.json").is_file():

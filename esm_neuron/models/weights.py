@@ -25,7 +25,15 @@ from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import read_json
 from esm_neuron.models.adapter_folder import MergedWeights, is_adapter
 from esm_neuron.models.attention import ROTARY_BASE
-from esm_neuron.models.hf_folder import BaseReference, SafetensorsFolder, canonical, check_values, one_line, some
+from esm_neuron.models.hf_folder import (
+    WEIGHTS,
+    BaseReference,
+    SafetensorsFolder,
+    canonical,
+    check_values,
+    one_line,
+    some,
+)
 from esm_neuron.models.shapes import (
     MASK_TOKEN,
     PAD_TOKEN,
@@ -215,6 +223,10 @@ def _download(cfg: ModelConfig) -> tuple[Path, str]:
     wanted = ["config.json"]
     if cfg.init != "random":
         wanted += ["model*.safetensors", "model*.safetensors.index.json"]
+    # A pinned commit never changes: what the cache has whole is taken without asking the hub.
+    pinned = cfg.revision is not None and re.fullmatch(r"[0-9a-f]{40}", cfg.revision) is not None
+    if pinned and (cached := _snapshot(cfg, wanted)) is not None:
+        return cached, cached.name
     try:
         folder = Path(snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # what huggingface_hub and its HTTP client raise: offline, not found, bad id
@@ -226,12 +238,23 @@ def _download(cfg: ModelConfig) -> tuple[Path, str]:
         ) from error
     commit = folder.name
     # A pinned commit is compared with what came, so that a run never trains on other weights than it names.
-    pinned = cfg.revision is not None and re.fullmatch(r"[0-9a-f]{40}", cfg.revision) is not None
     if pinned and commit != cfg.revision:
         raise ConfigError(
             f"model.name={cfg.name} at revision {cfg.revision}: the hub gave commit {commit}; check model.revision"
         )
     return folder, commit
+
+
+def _snapshot(cfg: ModelConfig, wanted: list[str]) -> Path | None:
+    """Return the cached folder of a pinned commit; None where it lacks the configuration or the single weight file."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(cfg.name, revision=cfg.revision, allow_patterns=wanted, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    whole = (folder / "config.json").is_file() and (cfg.init == "random" or (folder / WEIGHTS).is_file())
+    return folder if whole and folder.name == cfg.revision else None
 
 
 def read_config(folder: Path) -> EsmConfig:

@@ -103,7 +103,7 @@ def make_plan(cfg: TrainConfig, splits: Splits, devices: int = 1) -> RunPlan:
     )
     return RunPlan(
         epoch=epoch,
-        steps=total_steps(epoch.steps, cfg.loop.epochs, cfg.loop.max_steps),
+        steps=total_steps(epoch.steps, cfg.loop),
         graphs_by_phase={
             "training pass": 1,
             "evaluation pass": int(splits.valid is not None or splits.test is not None),

@@ -46,7 +46,8 @@ def check_task(cfg: TaskConfig) -> None:
     """Raise ConfigError where there is no such task, or it does not use a setting that was changed."""
     used, default = task_class(cfg.name).settings, TaskConfig()
     for setting, value in vars(cfg).items():
-        if setting != "name" and setting not in used and value != getattr(default, setting):
+        # `auto` is decided by the data: where there are no classes, there is nothing to decide
+        if setting != "name" and setting not in used and value not in (getattr(default, setting), "auto"):
             users = ", ".join(name for name in TASKS if setting in task_class(name).settings)
             raise ConfigError(
                 f"task.{setting}={value} has no effect on {cfg.name}; leave it out (it is for {users or 'no task'})"

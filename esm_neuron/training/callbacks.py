@@ -76,9 +76,12 @@ class ProgressConsole(Callback):
         self._write(f"eval step={step} {format_record(record)}")
 
     def on_end(self, result: MetricsLine) -> None:
+        """Close the bar; say last what the chosen step reaches, since SageMaker's tuner takes the last value."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        if result.get("valid"):
+            self.on_eval(result["chosen_step"], {"split": "valid", **result["valid"]})
 
     def _write(self, line: str) -> None:
         with suppress(OSError):  # a reader that went away, or a full disk, ends no training
@@ -199,15 +202,20 @@ class EarlyStopping:
     best_step: int | None = None
     ties: int = 0
     """Validations with the value `best`, but for the first."""
+    lowest_loss: float | None = None
+    """The lowest validation loss so far: while it falls the run learns, though the metric may not show it yet."""
     bad: int = 0
-    """Validations since the best one."""
+    """Validations since the best one, or since the loss last fell."""
 
     def update(self, value: float | None, step: int, loss: float | None = None) -> bool:
         """Take in a validation; return whether it is the best so far. An undefined value (None, NaN) never is."""
         if value is not None and value == self.best:
             self.ties += 1
+        learns = loss is not None and self.lowest_loss is not None and loss < self.lowest_loss
+        if loss is not None and (learns or self.lowest_loss is None):
+            self.lowest_loss = loss
         if value is None or math.isnan(value) or not self._better(value, loss):
-            self.bad += 1
+            self.bad = 0 if learns else self.bad + 1
             return False
         self.ties = self.ties if value == self.best else 0
         self.best, self.best_loss, self.best_step, self.bad = value, loss, step, 0
@@ -227,7 +235,7 @@ class EarlyStopping:
 
     def forget(self) -> None:
         """Know no best validation any more: its checkpoint is gone."""
-        self.best = self.best_loss = self.best_step = None
+        self.best = self.best_loss = self.best_step = self.lowest_loss = None
         self.ties = 0
 
     @property
@@ -240,7 +248,8 @@ class EarlyStopping:
 
     def load_state_dict(self, state: MetricsLine) -> None:
         """Go on from `state`; patience and direction stay those of the present config."""
-        state = {"best": None, "best_loss": None, "best_step": None, "ties": 0, **state}  # older ones lack some
+        older = {"best": None, "best_loss": None, "best_step": None, "lowest_loss": None, "ties": 0}  # lack some
+        state = {**older, **state}
         sound = all(isinstance(state.get(name), kinds) for name, kinds in _STOPPER.items())
         if not sound or (state.get("best") is None) != (state.get("best_step") is None):
             raise CheckpointError("state.json: no valid `stopper`; delete the checkpoint's folder")
@@ -250,7 +259,7 @@ class EarlyStopping:
 
 _STOPPER: dict[str, Any] = {
     "best": (int, float, NoneType), "best_loss": (int, float, NoneType), "best_step": (int, NoneType),
-    "ties": int, "bad": int,
+    "lowest_loss": (int, float, NoneType), "ties": int, "bad": int,
 }  # fmt: skip
 """What a checkpoint has of early stopping -> its types."""
 

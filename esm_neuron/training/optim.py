@@ -30,17 +30,23 @@ LEAST_RATE = 1e-20
 at 0 a weight without gradient would become 0 / 0 (torch 2.8, `capturable`); and XLA compiles a 0 into the graph."""
 
 
+def warmup_steps(total_steps: int, cfg: OptimConfig) -> int:
+    """Return the steps over which the rate rises: `warmup_steps`, or else `warmup_ratio` of all."""
+    return cfg.warmup_steps or round(cfg.warmup_ratio * total_steps)
+
+
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     """Return the learning rate of optimizer step `step` (from 0) of `total_steps`.
 
-    Warm-up is `lr * (step + 1) / warmup_steps`, so that no step is wasted at rate 0. Then the rate falls from `lr`
+    Warm-up is `lr * (step + 1) / warmup`, so that no step is wasted at rate 0. Then the rate falls from `lr`
     towards `lr * min_lr_ratio` (at least LEAST_RATE), which the step after the last one would have, as in
     transformers' schedules: along half a cosine (Loshchilov & Hutter 2017, eq. 5), along a line, or not at all.
     """
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
+    warmup = warmup_steps(total_steps, cfg)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
     if cfg.schedule == "constant":
         return cfg.lr
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps))
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
     return max(LEAST_RATE, cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share))

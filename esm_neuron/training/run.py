@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import COMPARED_BY_CONTENT, TrainConfig, require, settings
+from esm_neuron.config import COMPARED_BY_CONTENT, ModelConfig, TrainConfig, require, settings
 from esm_neuron.config.backends import named
 from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import validate
@@ -29,6 +29,7 @@ from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_r
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import check_apart, check_ours, claimed, finite, machine_name, note, write_json, write_text
 from esm_neuron.metrics.text import ending
+from esm_neuron.models import hub
 from esm_neuron.models.adapter_folder import MergedWeights
 from esm_neuron.models.shapes import SHAPES, locate
 from esm_neuron.redact import Lines, escaped
@@ -57,15 +58,16 @@ if TYPE_CHECKING:
     from esm_neuron.backends.base import Backend
     from esm_neuron.build import Built
     from esm_neuron.models import esm2
-    from esm_neuron.training import checkpoint, final_eval, probe, results
+    from esm_neuron.training import checkpoint, final_eval, folds, optim, probe, results
     from esm_neuron.training import trainer as loop
     from esm_neuron.training.final_eval import Leaks
     from esm_neuron.training.probe import Probe
     from esm_neuron.training.trainer import Trainer
 else:  # torch is imported when settings, files and columns have been checked
     torch, build, esm2 = (module(name) for name in ("torch", "esm_neuron.build", "esm_neuron.models.esm2"))
-    checkpoint, final_eval, probe, results, loop = (
-        module(f"esm_neuron.training.{name}") for name in ("checkpoint", "final_eval", "probe", "results", "trainer")
+    checkpoint, final_eval, folds, optim, probe, results, loop = (
+        module(f"esm_neuron.training.{name}")
+        for name in ("checkpoint", "final_eval", "folds", "optim", "probe", "results", "trainer")
     )
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how it runs, not what it computes."""
 FREE_FIELDS = {f"data.{name}" for name in COMPARED_BY_CONTENT} | {
     "data.cache", "data.homologs", "model.gradient_checkpointing",
-    "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.patience",
+    "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.min_evals",
+    "loop.patience",
     "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog", "loop.watchdog_slow", "loop.tracing", "loop.optlevel",
 }  # fmt: skip
 """Single fields of the same kind."""
@@ -103,19 +106,22 @@ def check(cfg: TrainConfig) -> None:
         check_files(cfg.data, task_class(cfg.task.name).label_kind)
 
 
-def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> Outcome:
-    """Fine-tune as `cfg` says and write everything under `cfg.output`.
+def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info, watchers: Sequence[Callback] = ()) -> Outcome:
+    """Fine-tune as `cfg` says and write everything under `cfg.output`; with `data.folds`, once per fold.
 
+    `watchers` hear of the run besides its own callbacks.
     Raise EsmNeuronError where settings, data or checkpoints cannot be used; nothing half-written is left.
     """
     check(cfg)
+    if cfg.data.folds is not None and cfg.data.fold is None:
+        return folds.train_folds(cfg, log)
     if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
         raise ConfigError(
             "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
             "use `compile` instead of `train`"
         )
     with opened_backend(cfg) as backend, _claimed_output(cfg, backend):
-        return _train(cfg, backend, log if backend.topology.is_main else log_nothing)
+        return _train(cfg, backend, log if backend.topology.is_main else log_nothing, watchers)
 
 
 def compile_graphs(cfg: TrainConfig, log: Callable[[str], None] = logger.info) -> int:
@@ -153,6 +159,7 @@ class _Job:
     @classmethod
     def of(cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None], watchdog: Watchdog) -> _Job:
         """Read the data, fit the head of a probe, build the model, make the trainer."""
+        cfg = replace(cfg, model=from_main_rank(backend, lambda: hub.choose(cfg.model, _earlier_model(cfg), log)))
         cfg = from_main_rank(backend, lambda: adopted(cfg))
         splits = shared_splits(cfg, task_class(cfg.task.name).label_kind, backend)
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
@@ -196,7 +203,9 @@ def shared_splits(cfg: TrainConfig, labels: type[Labels] | None, backend: Backen
         return raise_on_any_rank(backend, lambda: open_splits(cfg, labels, folder))
 
 
-def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Outcome:
+def _train(
+    cfg: TrainConfig, backend: Backend, log: Callable[[str], None], watchers: Sequence[Callback] = ()
+) -> Outcome:
     watchdog = Watchdog.of(cfg, backend.topology.rank)
     with watchdog:
         watchdog.expect("the start of the run (data, weights, checkpoint)", slow=True)
@@ -208,7 +217,7 @@ def _train(cfg: TrainConfig, backend: Backend, log: Callable[[str], None]) -> Ou
         leaks = from_main_rank(backend, lambda: final_eval.find_leaks(cfg, job.loaders.tables(), log))
         main_rank_only(backend, lambda: _write_settings(cfg, job.splits))
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
-        trainer.callbacks = main_rank_only(backend, lambda: _callbacks(cfg, begin, pending)) or []
+        trainer.callbacks = main_rank_only(backend, lambda: [*_callbacks(cfg, begin, pending), *watchers]) or []
     result: dict[str, Any] = {}
     try:
         stopped_by = None
@@ -295,14 +304,23 @@ def _scores(job: _Job, chosen: int, leaks: Leaks, log: Callable[[str], None]) ->
     )
 
 
+def _earlier_model(cfg: TrainConfig) -> ModelConfig | None:
+    """Return the model of the run that this one goes on with, or whose head it takes over; None without one."""
+    earlier = [cfg.output] if cfg.checkpoint.resume == "auto" else []
+    earlier += [cfg.adapter.init_from] if cfg.adapter.init_from is not None else []
+    saved = next((path for path in (Path(run) / CONFIG for run in earlier) if path.is_file()), None)
+    return None if saved is None else settings.read_config(saved).model
+
+
 def _notes(trainer: Trainer) -> Iterator[str]:
     """Yield a note about each setting that is allowed and rarely meant."""
     cfg = trainer.cfg
     if cfg.loop.patience and trainer.valid_loader is None:
         yield f"NOTE: loop.patience={cfg.loop.patience} never ends training: there are no validation proteins to watch"
-    warmup, steps = cfg.optim.warmup_steps, trainer.total_steps
+    steps = trainer.total_steps
+    warmup = optim.warmup_steps(steps, cfg.optim)
     if warmup >= steps:
-        yield f"NOTE: optim.warmup_steps={warmup} of {steps} steps: the learning rate never reaches optim.lr"
+        yield f"NOTE: warm-up (optim.warmup_steps) takes {warmup} of {steps} steps: the rate never reaches optim.lr"
     yield from trainer.backend.notes()
 
 
@@ -413,8 +431,9 @@ def describe(cfg: TrainConfig, built: Built) -> str:
         )
     elif cfg.model.name in SHAPES:
         lines.append(
-            f"NOTE: {cfg.model.name} is a small network that this project trained, not one of Meta's ESM-2; its model "
-            "card says what it learned from"
+            f"NOTE: {cfg.model.name} is a demonstration network of this project that knows hardly more than "
+            "composition; its metrics show that things work, not what ESM-2 can do; for real work: --model.name "
+            "facebook/esm2_t6_8M_UR50D, or larger"
         )
     drawn = [name for name in built.report.drawn if "contact_head" not in name]
     source = getattr(built.source, "source", built.source)  # with all of its blocks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from esm_neuron.backends.base import Backend, Named, state_of
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.dataset import Batch
-from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, prefetch, total_steps
+from esm_neuron.data.loader import EvalLoader, StepData, TrainLoader, eval_interval, prefetch, total_steps
 from esm_neuron.metrics import Value
 from esm_neuron.tasks.base import Task
 from esm_neuron.training.callbacks import Callback, EarlyStopping
@@ -50,8 +50,8 @@ class Trainer:
         self._run_pass = backend.graph(self._pass, self._state)
         self._run_update = backend.graph(self._update, self._state)
         self.evaluator = Evaluator(model, task, backend)
-        self.total_steps = total_steps(train.steps_per_epoch, cfg.loop.epochs, cfg.loop.max_steps)
-        self.eval_every = cfg.loop.eval_every or train.steps_per_epoch
+        self.total_steps = total_steps(train.steps_per_epoch, cfg.loop)
+        self.eval_every = eval_interval(train.steps_per_epoch, cfg.loop)
         self.save_every = cfg.checkpoint.every or self.eval_every
         self.state = TrainState(run=dict(identity))
         self.early_stopping = EarlyStopping(cfg.loop.patience, task.greater_is_better)

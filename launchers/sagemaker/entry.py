@@ -31,6 +31,7 @@ RESULTS = ("result.json", "metrics.jsonl", "valid_ids.txt", "adapter", "base", "
 SHOWN = 1024
 """Characters of the failure file that SageMaker shows as the reason."""
 SPLITS = ("train", "valid", "test")
+TUNER_FLAG = "--_tuning_objective_metric"
 
 
 def base_folder(env: Mapping[str, str]) -> Path:
@@ -55,8 +56,18 @@ def flags(argv: Sequence[str], env: Mapping[str, str]) -> list[str]:
     return words
 
 
+def own_flags(argv: Sequence[str]) -> list[str]:
+    """Return the flags of a job without the one that SageMaker's tuner adds: its name for the objective."""
+    words = list(argv)
+    if TUNER_FLAG in words:
+        at = words.index(TUNER_FLAG)
+        del words[at : at + 2]
+    return [word for word in words if not word.startswith(f"{TUNER_FLAG}=")]
+
+
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     """Train, or compile under neuron_parallel_compile; write the failure file on an error; return the exit code."""
+    argv = own_flags(argv)
     try:
         words = flags(argv, env)
         # neuron_parallel_compile sets it for the run that collects graphs

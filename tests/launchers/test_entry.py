@@ -54,6 +54,12 @@ def test_every_channel_reaches_the_config(argv: list[str], channels: Channels, t
     assert cfg.log.tensorboard is True, "as the container writes a boolean"
 
 
+def test_what_the_tuner_adds_is_no_flag_of_ours() -> None:
+    words = ["--optim.lr", "0.001", entry.TUNER_FLAG, "valid:mcc", "--seed", "1", f"{entry.TUNER_FLAG}=valid:mcc"]
+    assert entry.own_flags(words) == ["--optim.lr", "0.001", "--seed", "1"]
+    assert entry.own_flags(["--seed", "1"]) == ["--seed", "1"]
+
+
 def test_without_channels_the_config_keeps_its_own(argv: list[str]) -> None:
     cfg = settings.parse(entry.flags(argv, {}))
     assert (cfg.data.train, cfg.data.valid, cfg.data.test) == ("mine/train.csv", "s3://bucket/valid.tsv", None)

@@ -1,10 +1,14 @@
-"""benchmarks/throughput.py and growth.py: what they ask for, refuse, leave out and make of a run's files."""
+"""throughput.py, growth.py and yardsticks.py: what they ask for, refuse, leave out and make of a run's files."""
 
 from __future__ import annotations
 
+import gzip
 import importlib
+import io
 import json
+import random
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -165,3 +169,65 @@ def test_bf16_units_are_read_from_the_processors_flags(tmp_path: Path, text: str
     (tmp_path / "cpuinfo").write_text(text)
     assert has_bf16_units(tmp_path / "cpuinfo") is units
     assert has_bf16_units(tmp_path / "missing") is None
+
+
+@pytest.fixture(scope="module")
+def yardsticks() -> Iterator[ModuleType]:
+    """The program as a module."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("yardsticks")
+    sys.path.remove(str(BENCHMARKS))
+
+
+def flip_files(folder: Path) -> None:
+    """Write splits in FLIP's form: a regression without and a classification with marked validation proteins."""
+    rng = random.Random(0)
+    (folder / "gb1").mkdir(parents=True)
+    (folder / "scl").mkdir()
+    numbers, classes = ["sequence,target,set,validation"], ["sequence,target,set,validation"]
+    for row in range(60):
+        residues = "".join(rng.choices("ACDEFGHIKL" if row % 2 else "LMNPQRSTVW", k=30))
+        split = "test" if row % 5 == 0 else "train"
+        numbers.append(f"{residues},{residues.count('L') + rng.random():.3f},{split},")
+        classes.append(f"{residues},{'Nucleus' if row % 2 else 'Plastid'},{split},{row % 5 == 1!s}")
+    (folder / "gb1" / "three_vs_rest.csv").write_text("\n".join(numbers) + "\n")
+    with gzip.open(folder / "scl" / "mixed_hard.csv.gz", "wt") as file:
+        file.write("\n".join(classes) + "\n")
+
+
+def test_yardsticks_run_from_files_to_the_table_beside_the_paper(
+    yardsticks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(yardsticks.urllib.request, "urlopen", lambda *_, **__: pytest.fail("nothing was to be fetched"))
+    flip_files(tmp_path)
+    words = f"--data {tmp_path} --runs {tmp_path / 'runs'} --models mini --kinds head lora --seeds 2 --set"
+    short = ["loop.max_steps=2", "loop.packs_per_step=1", "loop.packs_per_device=1", "data.pack_tokens=512",
+             "data.max_residues=126"]  # fmt: skip
+    args = yardsticks.arguments([*words.split(), *short])
+    rows = list(yardsticks.collect(args))
+    assert [(row["split"], row["kind"], len(row["values"])) for row in rows] == [
+        ("scl/mixed_hard", "head", 2), ("scl/mixed_hard", "lora", 2),
+        ("gb1/three_vs_rest", "head", 2), ("gb1/three_vs_rest", "lora", 2),
+    ]  # fmt: skip
+    assert "left out: " in capsys.readouterr().out, "splits that are not there are named"
+    again = list(yardsticks.collect(args))
+    assert again == rows, "finished runs are not made again"
+    shown = yardsticks.render([{**rows[1], "model": "8M", "paper": 0.559}])
+    assert "| scl/mixed_hard | 8M | lora | accuracy | " in shown and shown.splitlines()[2].endswith("| 0.559 |")
+    assert "doi:10.1038/s41467-024-51844-2" in shown
+
+
+def test_the_paper_s_column_and_the_places_of_the_splits(yardsticks: ModuleType) -> None:
+    of = {each.name: each for each in yardsticks.YARDSTICKS}
+    location = of["scl/mixed_hard"]
+    assert [location.paper(model, kind) for model in ("8M", "650M") for kind in ("probe", "full")] == [
+        0.52, 0.559, 0.629, 0.638,
+    ]  # fmt: skip
+    assert location.paper("mini", "lora") is None
+    assert of["gb1/low_vs_high"].url.endswith("/splits/gb1/splits.zip")
+    assert of["rhomax/by_wild_type"].url.endswith("/splits/rhomax/by_wild_type.csv.gz")
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("__MACOSX/splits/._mixed_hard.csv", "no")
+        file.writestr("splits/mixed_hard.csv", "sequence,target\n")
+    assert yardsticks.member(archive.getvalue(), "scl/mixed_hard") == b"sequence,target\n"

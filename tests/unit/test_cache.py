@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from esm_neuron.config import DataConfig, TrainConfig
-from esm_neuron.data import sources
+from esm_neuron.data import parts, sources
 from esm_neuron.data import splits as splits_module
 from esm_neuron.data.cache import cached
 from esm_neuron.data.dataset import ExampleTable
@@ -177,7 +177,7 @@ def write_fasta(path: Path, count: int) -> Path:
 def test_processes_share_one_entry_and_memory_does_not_grow_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (sources, splits_module):  # small chunks, so that what they leave unfreed is small as well
+    for module in (sources, parts):  # small chunks, so that what they leave unfreed is small as well
         monkeypatch.setattr(module, "CHUNK_ROWS", 2048)
     small, large = write_fasta(tmp_path / "s.fasta", 30_000), write_fasta(tmp_path / "l.fasta", 150_000)
     cache = tmp_path / "large"

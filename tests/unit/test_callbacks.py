@@ -191,6 +191,27 @@ def test_among_equal_validations_the_lowest_loss_is_the_best_and_is_progress() -
     assert (stopping.best_step, stopping.ties) == (50, 0)
 
 
+def test_patience_waits_while_the_loss_falls() -> None:
+    """A metric that jumps about on few proteins stopped runs whose validation loss was still falling."""
+    stopping = EarlyStopping(patience=2, greater_is_better=True)
+    for step, (mcc, loss) in enumerate([(0.3, 0.9), (0.2, 0.8), (0.1, 0.7), (0.2, 0.6), (0.25, 0.65)]):
+        stopping.update(mcc, step, loss)
+        assert not stopping.stop
+    assert stopping.best_step == 0, "the best by the metric is exported all the same"
+    stopping.update(0.2, 5, 0.66)
+    assert stopping.stop, "two without a better metric and without a lower loss"
+
+
+def test_the_last_line_is_of_the_chosen_step() -> None:
+    """SageMaker's tuner takes the value that a job printed last, which is not the best validation's."""
+    stream = io.StringIO()
+    console = ProgressConsole(stream=stream)
+    console.on_eval(10, {"split": "valid", "mcc": 0.5})
+    console.on_eval(20, {"split": "valid", "mcc": 0.4})
+    console.on_end({"chosen_step": 10, "valid": {"mcc": 0.5, "mcc_ci": [0.4, 0.6]}})
+    assert stream.getvalue().splitlines()[-1] == "eval step=10 split=valid mcc=0.5000"
+
+
 def test_early_stopping_goes_on_where_a_checkpoint_left_it() -> None:
     before = EarlyStopping(patience=2, greater_is_better=True)
     before.update(0.5, 10, 1.25)

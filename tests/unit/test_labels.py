@@ -135,7 +135,7 @@ def test_a_label_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, fault:
 
 
 def test_faults_of_all_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sources", "splits"):
+    for module in ("sources", "parts"):
         monkeypatch.setattr(f"esm_neuron.data.{module}.CHUNK_ROWS", 2)
     rows = [("MK", text) for text in ("1", "high", "2", "low", "3", "none")]
     with pytest.raises(DataError, match=r"3 problems \(all listed\):\n.*'high'.*\n.*'low'.*\n.*column 'label' of 'p5'"):

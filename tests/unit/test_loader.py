@@ -12,7 +12,7 @@ import torch
 
 from esm_neuron.config import DataConfig, LoopConfig, TrainConfig
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, Target, select_records
-from esm_neuron.data.loader import EvalLoader, TrainLoader, prefetch, total_steps
+from esm_neuron.data.loader import EvalLoader, TrainLoader, eval_interval, prefetch, total_steps
 from esm_neuron.data.tokenizer import CLS, EOS, MASK, PAD
 from esm_neuron.errors import ConfigError, DataError
 
@@ -250,10 +250,29 @@ def test_total_steps() -> None:
     loader = TrainLoader(make_table(), Label(), make_config(packs_per_step=2))
     n = loader.steps_per_epoch
     assert n > 3
-    assert total_steps(n, 2, None) == 2 * n
-    assert total_steps(n, 1 + 0.5 / n, None) == n + 1
-    assert total_steps(n, 2, 7) == 7
-    assert total_steps(n, 1e-9, None) == 1
+    assert total_steps(n, LoopConfig(epochs=2)) == 2 * n
+    assert total_steps(n, LoopConfig(epochs=1 + 0.5 / n)) == n + 1
+    assert total_steps(n, LoopConfig(epochs=2, max_steps=7, min_steps=9)) == 7
+    assert total_steps(n, LoopConfig(epochs=1e-9)) == 1
+    assert total_steps(n, LoopConfig(epochs=1, min_steps=3 * n)) == 3 * n
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "loop", "every"),
+    [
+        (10, {"epochs": 3}, 10),
+        (10, {"epochs": 3, "min_evals": 5}, 6),
+        (1000, {"epochs": 1, "min_evals": 5}, 200),
+        (7, {"epochs": 1, "min_steps": 100, "min_evals": 5}, 7),
+        (10, {"max_steps": 3, "min_evals": 5}, 1),
+        (10, {"max_steps": 40, "eval_every": 4, "min_evals": 5}, 4),
+    ],
+)
+def test_validations_are_as_many_as_asked_for(steps_per_epoch: int, loop: dict[str, int], every: int) -> None:
+    cfg = LoopConfig(**loop)
+    assert eval_interval(steps_per_epoch, cfg) == every
+    total = total_steps(steps_per_epoch, cfg)
+    assert total // every >= min(cfg.min_evals, total)
 
 
 @pytest.mark.parametrize(("packs", "cure"), [(10, "8 or 16"), (3, "8, or fewer packs per device")])

@@ -40,7 +40,7 @@ def test_the_plan_is_what_the_loader_does(lengthy: TrainConfig) -> None:
     loader = train_loader(lengthy, splits)
     assert plan.epoch.steps == loader.steps_per_epoch
     assert plan.epoch.efficiency == pytest.approx(loader.padding_efficiency)
-    assert plan.steps == total_steps(loader.steps_per_epoch, lengthy.loop.epochs, None)
+    assert plan.steps == total_steps(loader.steps_per_epoch, lengthy.loop)
     assert plan.epoch.passes == loader.passes == 2
     made = [loader.load(step) for step in range(loader.steps_per_epoch)]
     batches = [batch for data in made for batch in data.batches]
