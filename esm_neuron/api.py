@@ -224,9 +224,9 @@ class Run:
 
     def check(self) -> None:
         """Raise EsmNeuronError where there is no model that predicts."""
-        from esm_neuron.inference.load import find_trained
+        from esm_neuron.inference.load import find_members
 
-        find_trained(self.folder, self._backend, self._words, "load")
+        find_members(self.folder, self._backend, self._words, "load")
 
     @cached_property
     def result(self) -> dict[str, Any]:

@@ -36,6 +36,11 @@ CARD = "README.md"  # model card, in the folder of an adapter or a model
 PASSED_OVER = "passed-over-"  # prefix of a checkpoint that a resumed run could not read
 
 
+def member_folders(folder: Path, cfg: TrainConfig) -> list[Path]:
+    """Return the folders of the runs of an ensemble, whose configuration is `cfg`; none where it is a single run."""
+    return [folder / f"seed-{cfg.seed + number}" for number in range(cfg.seeds)] if cfg.seeds > 1 else []
+
+
 def predictions_name(split: str) -> str:
     """Return the file with the predictions for `valid` or `test`, see `save_predictions`."""
     return f"predictions-{split}.parquet"
@@ -60,6 +65,7 @@ _DIFFERENCE = {"difference": NUMBER, "difference_ci": _VALUE, "verdict": str}
 _VERDICT = {**dict.fromkeys(("metric", "best", "verdict", "text"), str), "against": {"*": _DIFFERENCE}}
 _CALIBRATION = {"proteins": int, "temperature": NUMBER, "thresholds": [NUMBER], "scores": [NUMBER]}
 _COVERAGE = {"level": NUMBER, "covered": NUMBER, "covered_ci": _VALUE, "size": NUMBER}
+_SPREAD = {"mean": NUMBER, "sd": (*NUMBER, NOTHING), "values": [_VALUE]}
 _RESULT = {
     **dict.fromkeys(("task", "metric", "model", "init", "backend", "adapter"), str),
     "parameters": {"trainable": int, "total": int},
@@ -74,6 +80,7 @@ _RESULT = {
         "layers": (int, str), "penalty": NUMBER, "chosen_on": str, "metrics": _SCORES,
         "tried": {"*": (*NUMBER, NOTHING)}, "proteins": {"*": int}, "seconds": {"*": NUMBER},
     },
+    "seeds?": {"seeds": [int], **{key: {"*": _SPREAD} for key in ("valid?", "test?")}},
     "leaks?": {"*": {"method": str, "proteins": int, "homologs": int}},
     "clean?": {"*": _SCORES},
     **{key: {"*": {"*": _SCORES}} for key in ("baselines?", "clean_baselines?")},

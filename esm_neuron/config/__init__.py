@@ -161,6 +161,8 @@ class DataConfig:
     """What `valid_fraction`, `test_fraction` and `folds` sample: proteins, each class in proportion; or whole clusters
     of homologs (found as `homologs` says), so that no sampled protein has a homolog in training. Clusters are chosen so
     that each class is within a fifth of its share, or a warning says what was wanted and what there is."""
+    sample_seed: int | None = None
+    """Seed of what `valid_fraction`, `test_fraction` and `folds` sample. None: `seed`."""
     unique_column: str | None = None
     """Keep the first protein of each value of this column, such as `sequence`; the others are counted and left out."""
     max_rows: int | None = None
@@ -405,6 +407,10 @@ class TrainConfig:
     Never chosen silently."""
     seed: int = 42
     """Seed of weights, splits, order, masks and dropout."""
+    seeds: int = 1
+    """More than 1: an ensemble of so many runs, with `seed` and those after it, on the same proteins, each in a folder
+    of `output` such as seed-42. `predict` averages their predictions and says how far they are apart; result.json has
+    the metrics of the average, and the mean and spread of those by seed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -419,6 +425,11 @@ class TrainConfig:
         spec_of(self.backend)  # refuses one that is not in the table
         if self.adapter.kind == "probe" and self.model.head is None:
             object.__setattr__(self, "model", replace(self.model, head="linear"))
+
+    @property
+    def sampling_seed(self) -> int:
+        """Return the seed of what is sampled for validation, test and folds."""
+        return self.seed if self.data.sample_seed is None else self.data.sample_seed
 
     @property
     def can_quantize(self) -> bool:

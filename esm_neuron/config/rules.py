@@ -26,13 +26,14 @@ RANGES: dict[tuple[float, float], str] = {
     (3, 1 << 22): "data.pack_tokens",
     (1, 3): "loop.optlevel",
     (1, 1000): "loop.min_evals",
+    (1, 100): "seeds",
     (2, 100): "data.folds",
     (0, 0.9): "data.valid_fraction data.test_fraction",
     (0, 0.99): "model.dropout adapter.dropout task.label_smoothing",
     (0, 1): "optim.eps optim.min_lr_ratio optim.warmup_ratio",
     (0, 10): "task.focal_gamma",
     (0.001, 0.99): "task.mask_probability",
-    (0, 2**63 - 1): "seed",
+    (0, 2**63 - 1): "seed data.sample_seed",
 }
 """(Least value, largest value) -> the settings that have this range."""
 
@@ -122,6 +123,11 @@ def check_probe(cfg: TrainConfig) -> None:
     require(
         cfg.adapter.init_from is None or not probes,
         "adapter.init_from with adapter.kind=probe: a probe starts from nothing; leave it out",
+    )
+    require(
+        cfg.seeds == 1 or not probes,
+        f"seeds={cfg.seeds} with adapter.kind=probe: a probe draws nothing, so all would be equal; use adapter.kind=lora "
+        "or none",
     )
 
 

@@ -92,9 +92,9 @@ def hold_out(
         if labels is not None:
             groups, whole = labels.strata(labels_of(train)), labels.count(labels_of(train))
         allowed = np.concatenate([passes(chunk, data.keep_heldout) for chunk in train.chunks()])
-        how: dict[str, Any] = {"seed": cfg.seed, "split": name, "source": train.source}
+        how: dict[str, Any] = {"seed": cfg.sampling_seed, "split": name, "source": train.source}
         if name == "test" and data.folds is not None:
-            chosen = _fold(homologs, groups, allowed, data, cfg.seed, train.source)
+            chosen = _fold(homologs, groups, allowed, data, cfg.sampling_seed, train.source)
         elif homologs is None:
             chosen = sample_rows(groups, allowed, fraction, **how)
         else:

@@ -448,7 +448,7 @@ def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
     may_sample = any(fraction > 0 and split not in files for split, fraction in fractions.items())
     # The seed decides which rows are sampled and nothing else, so runs of all seeds share a cache where none are.
-    seed = cfg.seed if may_sample or cfg.data.folds is not None else None
+    seed = cfg.sampling_seed if may_sample or cfg.data.folds is not None else None
     contents = [(split, Path(path).suffixes[-2:], content_hash(path)) for split, path in files.items()]
     return [_CACHE_VERSION, VOCABULARY, needs_labels, cfg.log.test, seed, data, task, contents]
 

@@ -90,12 +90,12 @@ def embed(
     task = Embedding(per_residue=pooling == "residue")
     shape = as_arrays if target.suffix.lower() == SAFETENSORS else as_table
 
-    def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
-        return shape(table.ids, per_record(table, predictions, task.predictions_per_token))
+    def write(table: ExampleTable, each: Sequence[Sequence[np.ndarray]]) -> Predictions:
+        return shape(table.ids, per_record(table, each[0], task.predictions_per_token))
 
     def network(built: Built) -> esm2.Embedder:
         return esm2.Embedder(built.model, pooling)
 
     options = {"command": "embed", "pooling": pooling, "format": target.suffix.lower()}
     batches = 8 if pooling == "residue" else BATCHES
-    return predict_file(spec, task, source, target, write, resume, log, options, network, batches)
+    return predict_file([spec], task, source, target, write, resume, log, options, network, batches)

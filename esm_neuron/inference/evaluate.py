@@ -15,7 +15,7 @@ from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.distributed import from_main_rank, is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.files import finite, note_output, write_json
-from esm_neuron.inference.load import build_trained, find_trained
+from esm_neuron.inference.load import find_members
 from esm_neuron.inference.predict import write_rejected
 from esm_neuron.inference.stream import check_output
 from esm_neuron.metrics.verdict import alarms
@@ -39,7 +39,8 @@ def evaluate(
     """Return the metrics of a trained model on a labelled file, with 95 % bootstrap intervals.
 
     Args:
-        model: output folder of a training run, or a folder with a trained model by transformers or PEFT.
+        model: output folder of a training run, which may be an ensemble's, or a folder with a trained model by
+            transformers or PEFT.
         source: file with labels; the row filters and the split column of training are not applied, `data.keep` is.
         target: JSON file to write as well, with TARGET.rejected.tsv if records were left out or changed.
         backend_name, log: as for `predict`.
@@ -52,7 +53,8 @@ def evaluate(
         )
         check_output(target, model, {"--input": source}, overrides)
         target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the work
-    cfg, task = find_trained(model, backend_name, overrides, "evaluate")
+    specs, task = find_members(model, backend_name, overrides, "evaluate")
+    cfg = specs[0].cfg
     labels = None if task.label_kind is None else task.label_kind.of(cfg.task, cfg.data)
     inputs = InputChunks(source, cfg.data, labels)
     if is_alone():
@@ -61,10 +63,10 @@ def evaluate(
         log = log if backend.topology.is_main else log_nothing
         table = raise_on_any_rank(backend, inputs.read)
         log(inputs.report.summary())
-        built = build_trained(cfg, task, backend)
         where = (backend.topology.dp, backend.topology.dp_rank)
         loader = EvalLoader(table, task, cfg, *where, local_dp=backend.local_dp, static_shapes=backend.static_shapes)
-        predictions = evaluation.Evaluator(built.model, task, backend).collect(loader)
+        each = [evaluation.Evaluator(spec.load(task, backend).model, task, backend).collect(loader) for spec in specs]
+        predictions = each[0] if len(each) == 1 else task.averaged(each)
         units = from_main_rank(backend, lambda: independent_units(table, cfg.data.homologs))
         values = finite(task.metrics(table, predictions, True, units))
         for line in alarms(values):

@@ -27,7 +27,7 @@ from esm_neuron.files import NOTHING, NUMBER, read_json, sha256
 from esm_neuron.inference.folders import find_head, task_config
 from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from esm_neuron.models.shapes import in_folder, locate
-from esm_neuron.run_dir import ADAPTER, BASE, CONFIG, MODEL, REFERENCE, read_calibration
+from esm_neuron.run_dir import ADAPTER, BASE, CONFIG, MODEL, REFERENCE, member_folders, read_calibration
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
 
@@ -151,6 +151,23 @@ def find_trained(
     return cfg, _task_of(cfg, folder)
 
 
+def find_members(
+    name: str | Path, backend: BackendName | None, words: Sequence[str], command: str
+) -> tuple[list[ModelSpec], Task]:
+    """Find the trained models that `--model` names, as `find_trained` does one: those of an ensemble, or a single one.
+
+    Return them, and the task that reads their mean.
+    """
+    folder = Path(name).expanduser()
+    saved = folder / CONFIG
+    members = member_folders(folder, settings.read_config(saved)) if saved.is_file() else []
+    found = [find_trained(each, backend, words, command) for each in members or (name,)]
+    task = found[0][1]
+    if members:
+        task = task.read_by(read_calibration(folder, len(task.labels)))
+    return [ModelSpec(*each) for each in found], task
+
+
 def _task_of(cfg: TrainConfig, weights: Path) -> Task:
     """Return the task of a model, which reads predictions as the folder of its weights says."""
     task = create_task(cfg.task, cfg.task.labels or ())
@@ -172,6 +189,12 @@ def read_run(folder: Path, backend: BackendName | None = None) -> tuple[TrainCon
     path = folder / CONFIG
     require(path.is_file(), f"--model {folder}: no {CONFIG} there; name the output folder of a training run")
     cfg = settings.read_config(path)
+    members = member_folders(folder, cfg)
+    require(
+        not members,
+        f"--model {folder}: is an ensemble of {cfg.seeds} runs, for predict and evaluate; name one of them here: "
+        f"{members[0] if members else ''}",
+    )
     found = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
     cure = "let its training finish (--checkpoint.resume auto)"
     require(bool(found), f"--model {folder}: no adapter and no model there; {cure}")

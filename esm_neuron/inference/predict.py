@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.validation import RejectedRows, rejected_path, save_rejected
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
-from esm_neuron.inference.load import ModelSpec, find_trained
+from esm_neuron.inference.load import ModelSpec, find_members
 from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
-from esm_neuron.tasks.base import Task
+from esm_neuron.tasks.base import Column, Task
+from esm_neuron.tasks.base import Predictions as TaskPredictions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,11 +57,12 @@ def predict(
 ) -> int:
     """Write the predictions of a trained model for every record of `source`, in its order; return their number.
 
-    Windows of a long sequence are averaged. Raise EsmNeuronError where the run, its weights or a record cannot be used;
-    `target` is then unchanged.
+    Windows of a long sequence are averaged, and so are the models of an ensemble, see `answers`. Raise EsmNeuronError
+    where the run, its weights or a record cannot be used; `target` is then unchanged.
 
     Args:
-        model: output folder of a training run, or a folder with a trained model by transformers or PEFT.
+        model: output folder of a training run, which may be an ensemble's, or a folder with a trained model by
+            transformers or PEFT.
         source: FASTA, CSV, TSV, JSONL or Parquet; columns as the run's configuration names them, labels not needed.
         target: CSV, TSV, JSONL or Parquet: `id`, and what `Task.outputs` gives.
         backend: where to run; None: where it was trained.
@@ -69,14 +72,43 @@ def predict(
         log: called with lines about what was read, left out or cut.
     """
     check_target(target, JOIN, model, {"--input": source}, settings)
-    cfg, task = find_trained(model, backend, settings, "predict")
+    specs, task = find_members(model, backend, settings, "predict")
     check_coverage(task, coverage)
 
-    def write(table: ExampleTable, predictions: Sequence[np.ndarray]) -> Predictions:
-        return prediction_table(task, table, predictions, coverage)
+    def write(table: ExampleTable, each: Sequence[TaskPredictions]) -> Predictions:
+        return prediction_table(task, table, each, coverage)
 
     options = {"command": "predict", "coverage": coverage, "calibration": task.calibration.digest()}
-    return predict_file(ModelSpec(cfg, task), task, source, target, write, resume, log, options)
+    return predict_file(specs, task, source, target, write, resume, log, options)
+
+
+def answers(
+    task: Task, table: ExampleTable, each: Sequence[TaskPredictions], coverage: float | None = None
+) -> dict[str, Column]:
+    """Return what `Task.outputs` gives of one model or of the mean of several, with a `coverage` also `Task.covering`.
+
+    Of several also `sd_<column>` for each column of numbers: their standard deviation (n - 1) over the models.
+    """
+    predictions = each[0] if len(each) == 1 else task.averaged(each)
+    columns = task.outputs(table, predictions)
+    if len(each) > 1:
+        own = [task.outputs(table, one) for one in each]
+        columns |= {f"sd_{name}": _spread([one[name] for one in own]) for name in columns if is_number(columns[name])}
+    if coverage is not None:
+        columns |= task.covering(table, predictions, coverage)
+    return columns
+
+
+def _spread(each: Sequence[Any]) -> Column:
+    """Return the standard deviation over several columns of numbers, or of arrays of them for each record."""
+    if isinstance(each[0], np.ndarray):
+        return np.asarray(np.std(each, axis=0, ddof=1))
+    return [np.std(arrays, axis=0, ddof=1) for arrays in zip(*each, strict=True)]
+
+
+def is_number(column: Column) -> bool:
+    """Return whether a column has numbers, or arrays of them, and no texts."""
+    return isinstance(column, np.ndarray) or (len(column) > 0 and not isinstance(column[0], str))
 
 
 def check_coverage(task: Task, coverage: float | None) -> None:
@@ -87,22 +119,20 @@ def check_coverage(task: Task, coverage: float | None) -> None:
 
 
 def prediction_table(
-    task: Task, table: ExampleTable, predictions: Sequence[np.ndarray], coverage: float | None = None
+    task: Task, table: ExampleTable, each: Sequence[TaskPredictions], coverage: float | None = None
 ) -> pa.Table:
-    """Return `id`, `Task.outputs` and, with a `coverage`, `Task.covering` of each record, null for NaN."""
-    columns = task.outputs(table, predictions)
-    if coverage is not None:
-        columns |= task.covering(table, predictions, coverage)
+    """Return `id` and the `answers` of one or several models for each record, null for NaN."""
+    columns = answers(task, table, each, coverage)
     made = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
     return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
 
 
 def predict_file(
-    spec: ModelSpec,
+    specs: Sequence[ModelSpec],
     task: Task,
     source: Path,
     target: Path,
-    write: Callable[[ExampleTable, Sequence[np.ndarray]], Predictions],
+    write: Callable[[ExampleTable, Sequence[TaskPredictions]], Predictions],
     resume: bool,
     log: Callable[[str], None],
     options: Mapping[str, Any],
@@ -111,10 +141,10 @@ def predict_file(
 ) -> int:
     """Write `target` with the predictions for every record of `source`; return the number of records.
 
-    `write` makes rows of records and their predictions; `options`, in JSON's types, decide the predictions besides
-    model and settings; a piece fills about `batches` batches.
+    `write` makes rows of records and the predictions of each model; `options`, in JSON's types, decide the predictions
+    besides models and settings; a piece fills about `batches` batches.
     """
-    cfg = spec.cfg
+    cfg = specs[0].cfg
     inputs = InputChunks(source, cfg.data, most=MOST_RESIDUES if task.predictions_per_token else None)
     if is_alone():
         inputs.check()
@@ -128,13 +158,17 @@ def predict_file(
         scanned = scan(backend, pieces)
         rejected = inputs.rejected
         log(inputs.report.summary())
-        built = raise_on_any_rank(backend, lambda: spec.load(task, backend))
-        evaluator = evaluation.Evaluator(network(built), task, backend)
+        built = [raise_on_any_rank(backend, partial(spec.load, task, backend)) for spec in specs]
+        evaluators = [evaluation.Evaluator(network(one), task, backend) for one in built]
 
         def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
-            return write(table, predict_table(evaluator, cfg, table, advance))
+            def share(tokens: float) -> None:
+                advance(tokens / len(evaluators))
 
-        identity = spec.identity(built, piece_tokens=tokens, **options)
+            return write(table, [predict_table(evaluator, cfg, table, share) for evaluator in evaluators])
+
+        first, *others = [spec.identity(one) for spec, one in zip(specs, built, strict=True)]
+        identity = {**first, "piece_tokens": tokens, **options, **({"others": others} if others else {})}
         written = stream(backend, target, scanned, identity, pieces, predict_piece, resume, log)
         write_rejected(backend, target, rejected, log)
         return written

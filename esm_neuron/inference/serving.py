@@ -12,29 +12,33 @@ import pyarrow as pa
 
 from esm_neuron.backends import create_backend
 from esm_neuron.config import BackendName, DataConfig, TrainConfig
+from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.records import Column, text
 from esm_neuron.data.sources import make_rows
 from esm_neuron.errors import DataError
 from esm_neuron.files import finite
-from esm_neuron.inference.load import build_trained, find_trained
+from esm_neuron.inference.load import find_members
 from esm_neuron.inference.predict import (
     MOST_RESIDUES,
+    answers,
     check_coverage,
     piece_tokens,
     predict_table,
     prediction_table,
     table_pieces,
 )
+from esm_neuron.tasks.base import Predictions, Task
 from esm_neuron.training.evaluation import Evaluator
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained model, ready to predict; `load` makes one."""
+    """A trained model, or the models of an ensemble, ready to predict; `load` makes one."""
 
     cfg: TrainConfig
-    evaluator: Evaluator
+    task: Task
+    evaluators: Sequence[Evaluator]
 
     def predict(self, records: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """Return the columns of `esm-neuron predict` for each (id, sequence), in order, with None for NaN.
@@ -42,20 +46,22 @@ class Predictor:
         Bad residues and long sequences are treated as the run's data section says; it may refuse them with DataError.
         """
         table = _Request(records, self.cfg.data).read()
-        columns = self.evaluator.task.outputs(table, predict_table(self.evaluator, self.cfg, table))
+        columns = answers(self.task, table, self._each(table))
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
         return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
 
     def table(self, source: Path, coverage: float | None = None) -> pa.Table:
         """Return the columns of `esm-neuron predict` for every record of a file, in order."""
-        task, cfg = self.evaluator.task, self.cfg
+        task, cfg = self.task, self.cfg
         check_coverage(task, coverage)
         most = MOST_RESIDUES if task.predictions_per_token else None
-        pieces = table_pieces(InputChunks(source, cfg.data, most=most), piece_tokens(cfg, self.evaluator.backend))
+        pieces = table_pieces(InputChunks(source, cfg.data, most=most), piece_tokens(cfg, self.evaluators[0].backend))
         tables = (piece.content for piece in pieces)
-        return pa.concat_tables(
-            prediction_table(task, each, predict_table(self.evaluator, cfg, each), coverage) for each in tables
-        )
+        return pa.concat_tables(prediction_table(task, each, self._each(each), coverage) for each in tables)
+
+    def _each(self, table: ExampleTable) -> list[Predictions]:
+        """Return the predictions of each model."""
+        return [predict_table(evaluator, self.cfg, table) for evaluator in self.evaluators]
 
 
 class _Request(InputChunks):
@@ -82,9 +88,10 @@ def load(model: str | Path, backend: BackendName | None = None, settings: Sequen
 
     Raise EsmNeuronError where the model or its weights cannot be used.
     """
-    cfg, task = find_trained(model, backend, settings, "load")
-    created = create_backend(cfg)
-    return Predictor(cfg, Evaluator(build_trained(cfg, task, created).model, task, created))
+    specs, task = find_members(model, backend, settings, "load")
+    created = create_backend(specs[0].cfg)
+    evaluators = [Evaluator(spec.load(task, created).model, task, created) for spec in specs]
+    return Predictor(specs[0].cfg, task, evaluators)
 
 
 def _plain(column: Sequence[Any] | np.ndarray) -> list[Any]:

@@ -58,8 +58,8 @@ else:
 
 T = TypeVar("T")
 
-Advance = Callable[[int], Any]
-"""Called with the number of tokens that have just been predicted."""
+Advance = Callable[[float], Any]
+"""Called with the number of tokens that have just been predicted; a part of it where several models predict."""
 Predictions: TypeAlias = "pa.Table | dict[str, np.ndarray]"
 """Rows of a shard; or, for safetensors, record id -> its array."""
 

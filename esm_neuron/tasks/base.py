@@ -59,6 +59,7 @@ class Task(ABC):
     compared: ClassVar[tuple[str, ...]] = ()  # metrics of one scale, which the report draws beside the baselines'
     per_token: ClassVar[bool] = False  # whether there is one target per token or one per sequence
     predictions_per_token: bool = False  # whether `predictions` are one per token [R, L, ...] or segment [R, S, ...]
+    averages: ClassVar[bool] = False  # whether it has `averaged`: what several models predict together
     covers: ClassVar[bool] = False  # whether it has `covering`: a set or a range that holds the truth
     pools: ClassVar[bool] = False  # whether its head predicts from one vector per protein
     keeps_lm_head: ClassVar[bool] = False  # whether its head is the language model's, which a pretrained ESM-2 has
@@ -148,6 +149,13 @@ class Task(ABC):
         """Return what a run keeps of held-out records for its report: `outputs`, or less of hundreds of classes."""
         return self.outputs(table, predictions)
 
+    def averaged(self, each: Sequence[Predictions]) -> Predictions:
+        """Return the mean of several models' predictions for a table, in the form of one model's; see `averages`.
+
+        Of classes the mean is that of their probabilities, before any temperature.
+        """
+        raise NotImplementedError(f"{type(self).__name__} averages no models")
+
     def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
         """Return what predictions for a table with labels teach, see `Calibration`; the default learns nothing."""
         return Calibration()
@@ -218,6 +226,20 @@ def thinned(table: ExampleTable, predictions: Predictions) -> tuple[ExampleTable
         return table, predictions
     kept, examples, _ = select_records(table, np.arange(len(table.ids)) % every == 0)
     return kept, [values[examples] for values in predictions]
+
+
+def combined(each: Sequence[Predictions], combine: Callable[[np.ndarray], np.ndarray]) -> Predictions:
+    """Return what `combine` makes, [n, ...], of several models' predictions, float64 [models, n, ...]; in float32."""
+    arrays = [predictions[0] for predictions in each]
+    found = np.empty(arrays[0].shape, np.float32)
+    for part in pieces(found):
+        found[part] = combine(np.stack([array[part] for array in arrays]).astype(np.float64))
+    return [found]
+
+
+def mean_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return [n, C]: the logarithms, which are logits too, of the mean probabilities of logits [models, n, C]."""
+    return np.asarray(np.logaddexp.reduce([log_softmax(own) for own in logits]) - np.log(len(logits)))
 
 
 def joined(labels: Sequence[str], chosen: np.ndarray, joiner: str = LIST_JOINER) -> list[str]:

@@ -22,6 +22,7 @@ from esm_neuron.tasks.base import (
     PooledTask,
     Predictions,
     by_class,
+    combined,
     cross_entropy,
     joined,
     pieces,
@@ -46,6 +47,7 @@ class MultiLabel(PooledTask):
     settings = CLASS_SETTINGS
     label_kind = LabelSets
     metric = "macro_f1"
+    averages = True
     compared = ("subset_accuracy", "macro_f1", "micro_f1", "auroc", "auprc")
     hub_task = "text-classification"
     problem_type = "multi_label_classification"
@@ -77,6 +79,13 @@ class MultiLabel(PooledTask):
         """Return float64 [records, C]: that a protein has a label, or with a `sign` of -1 that it has not."""
         scale = sign / self.calibration.temperature
         return record_mean(table, predictions[0], lambda logits: sigmoid(logits.astype(np.float64) * scale))
+
+    def averaged(self, each: Sequence[Predictions]) -> Predictions:
+        def mean_sigmoid(logits: np.ndarray) -> np.ndarray:
+            # log p - log (1 - p) of the mean p, in a form that loses no digits near 0 and 1
+            return np.logaddexp.reduce(-np.logaddexp(0, -logits)) - np.logaddexp.reduce(-np.logaddexp(0, logits))
+
+        return combined(each, mean_sigmoid)
 
     def _losses(self, table: ExampleTable, predictions: Predictions) -> np.ndarray:
         """Return float64 [records], nats, the mean over classes."""

@@ -14,7 +14,7 @@ from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.labels import Numbers
 from esm_neuron.metrics import Scores, regression_metrics
 from esm_neuron.metrics.calibration import COVERAGE, Calibration, coverage_scores, kept_scores
-from esm_neuron.tasks.base import Column, PooledTask, Predictions, record_mean, weighted
+from esm_neuron.tasks.base import Column, PooledTask, Predictions, combined, record_mean, weighted
 from esm_neuron.tasks.baselines import Baseline, value_baselines
 from esm_neuron.tasks.view import View, lengths, worst
 
@@ -35,6 +35,7 @@ class Regression(PooledTask):
     label_kind = Numbers
     problem_type = "regression"
     metric = "spearman"
+    averages = True
     covers = True
     compared = ("spearman", "pearson")
 
@@ -76,6 +77,9 @@ class Regression(PooledTask):
     ) -> Scores:
         """Return `regression_metrics`; a record's value is the mean over its windows, and loss is as in training."""
         return regression_metrics(self._values(table, predictions), table.labels, self._sd, intervals, units)
+
+    def averaged(self, each: Sequence[Predictions]) -> Predictions:
+        return combined(each, lambda values: values.mean(axis=0))
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         return {"value": self._values(table, predictions)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +23,10 @@ from esm_neuron.tasks.base import (
     Predictions,
     Task,
     by_class,
+    combined,
     cross_entropy,
     log_softmax,
+    mean_softmax,
     weighted,
 )
 from esm_neuron.tasks.baselines import Baseline, residue_baselines
@@ -54,6 +57,7 @@ class ResidueClassification(Task):
     label_kind = ResidueLabels
     metric = "mcc"
     greater_is_better = True
+    averages = True
     compared = ("accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
     per_token = True
     predictions_per_token = True
@@ -122,6 +126,9 @@ class ResidueClassification(Task):
     def _probabilities(self, slot: np.ndarray, bounds: np.ndarray, predictions: Predictions) -> np.ndarray:
         """Return float64 [residues of all records, C], see `residue_mean`."""
         return residue_mean(slot, bounds, np.exp(log_softmax(predictions[0] / self.calibration.temperature)))
+
+    def averaged(self, each: Sequence[Predictions]) -> Predictions:
+        return combined(each, mean_softmax)
 
     def calibrate(self, table: ExampleTable, predictions: Predictions) -> Calibration:
         """Return a temperature, and of two classes the threshold with the largest MCC."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +27,11 @@ from esm_neuron.tasks.base import (
     PooledTask,
     Predictions,
     by_class,
+    combined,
     cross_entropy,
     joined,
     log_softmax,
+    mean_softmax,
     pieces,
     record_mean,
     thinned,
@@ -48,6 +51,7 @@ class SequenceClassification(PooledTask):
     summary = "one class per protein"
     settings = CLASS_SETTINGS
     metric = "mcc"
+    averages = True
     covers = True
     compared = ("accuracy", "balanced_accuracy", "mcc", "macro_f1", "auroc", "auprc")
     hub_task = "text-classification"
@@ -78,6 +82,9 @@ class SequenceClassification(PooledTask):
         """Return float64 [records, C]."""
         temperature = self.calibration.temperature
         return record_mean(table, predictions[0], lambda logits: np.exp(log_softmax(logits / temperature)))
+
+    def averaged(self, each: Sequence[Predictions]) -> Predictions:
+        return combined(each, mean_softmax)
 
     def outputs(self, table: ExampleTable, predictions: Predictions) -> dict[str, Column]:
         """Return `label`, and as `p_<class>` the probability of each class: the mean over windows."""

@@ -46,7 +46,7 @@ from esm_neuron.run_dir import (
     sampled_name,
 )
 from esm_neuron.tasks import check_model, check_task, create_task, task_class
-from esm_neuron.tasks.base import Task
+from esm_neuron.tasks.base import Predictions, Task
 from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger
 from esm_neuron.training.init_from import adopted, starting_head
 from esm_neuron.training.watchdog import Watchdog
@@ -58,16 +58,16 @@ if TYPE_CHECKING:
     from esm_neuron.backends.base import Backend
     from esm_neuron.build import Built
     from esm_neuron.models import esm2
-    from esm_neuron.training import checkpoint, final_eval, folds, optim, probe, results
+    from esm_neuron.training import checkpoint, final_eval, optim, probe, repeats, results
     from esm_neuron.training import trainer as loop
     from esm_neuron.training.final_eval import Leaks
     from esm_neuron.training.probe import Probe
     from esm_neuron.training.trainer import Trainer
 else:  # torch is imported when settings, files and columns have been checked
     torch, build, esm2 = (module(name) for name in ("torch", "esm_neuron.build", "esm_neuron.models.esm2"))
-    checkpoint, final_eval, folds, optim, probe, results, loop = (
+    checkpoint, final_eval, optim, probe, repeats, results, loop = (
         module(f"esm_neuron.training.{name}")
-        for name in ("checkpoint", "final_eval", "folds", "optim", "probe", "results", "trainer")
+        for name in ("checkpoint", "final_eval", "optim", "probe", "repeats", "results", "trainer")
     )
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,19 @@ FREE_FIELDS = {f"data.{name}" for name in COMPARED_BY_CONTENT} | {
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What the scores of a finished run were computed from, on every rank."""
+
+    cfg: TrainConfig
+    """With what the data and the hub have decided."""
+    task: Task
+    tables: dict[str, ExampleTable]
+    """Split -> its proteins."""
+    predictions: dict[str, Predictions]
+    """Held-out split -> the model's predictions for its table."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a training run ended."""
 
@@ -91,6 +104,8 @@ class Outcome:
     """What result.json holds; empty when the run was stopped."""
     stopped_by: str | None
     """Name of the signal that stopped it, None when it finished."""
+    evidence: Evidence | None = None
+    """Of a single run that finished."""
 
 
 def check(cfg: TrainConfig) -> None:
@@ -101,20 +116,26 @@ def check(cfg: TrainConfig) -> None:
     validate(cfg)
     check_task(cfg.task)
     check_model(cfg)
+    require(
+        cfg.seeds == 1 or task_class(cfg.task.name).averages,
+        f"seeds={cfg.seeds}: {cfg.task.name} has no mean of several models; leave it out",
+    )
     if is_alone():
         locate(cfg.model)
         check_files(cfg.data, task_class(cfg.task.name).label_kind)
 
 
 def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info, watchers: Sequence[Callback] = ()) -> Outcome:
-    """Fine-tune as `cfg` says and write everything under `cfg.output`; with `data.folds`, once per fold.
+    """Fine-tune as `cfg` says and write everything under `cfg.output`; with `data.folds` or `seeds`, once for each.
 
     `watchers` hear of the run besides its own callbacks.
     Raise EsmNeuronError where settings, data or checkpoints cannot be used; nothing half-written is left.
     """
     check(cfg)
     if cfg.data.folds is not None and cfg.data.fold is None:
-        return folds.train_folds(cfg, log)
+        return repeats.train_folds(cfg, log)
+    if cfg.seeds > 1:
+        return repeats.train_seeds(cfg, log)
     if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1":
         raise ConfigError(
             "NEURON_EXTRACT_GRAPHS_ONLY=1 (neuron_parallel_compile): every value is 0, nothing could be trained; "
@@ -219,6 +240,7 @@ def _train(
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
         trainer.callbacks = main_rank_only(backend, lambda: [*_callbacks(cfg, begin, pending), *watchers]) or []
     result: dict[str, Any] = {}
+    found: dict[str, Predictions] = {}
     try:
         stopped_by = None
         if job.probe is None:
@@ -229,15 +251,19 @@ def _train(
             with watchdog:
                 passes = sum(map(len, job.loaders.held_out.values()))
                 watchdog.expect("the end of the run (last evaluation, baselines, export)", passes + 1, slow=True)
-                result = _finish(job, leaks, log)
+                result = _finish(job, leaks, found, log)
     finally:
         for callback in trainer.callbacks:
             callback.on_end(result)
-    return Outcome(result, stopped_by)
+    evidence = Evidence(cfg, trainer.task, job.loaders.tables(), found) if stopped_by is None else None
+    return Outcome(result, stopped_by, evidence)
 
 
-def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, Any]:
-    """Write the best weights, then evaluate them and write the result: a failing evaluation loses no training."""
+def _finish(job: _Job, leaks: Leaks, found: dict[str, Predictions], log: Callable[[str], None]) -> dict[str, Any]:
+    """Write the best weights, then evaluate them and write the result: a failing evaluation loses no training.
+
+    The predictions by split are added to `found`.
+    """
     trainer, loaders = job.trainer, job.loaders
     cfg, backend, state = trainer.cfg, trainer.backend, trainer.state
     chosen, weights = trainer.checkpoints.load_best(trainer.early_stopping.best_step, state.step)
@@ -246,7 +272,7 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     out = Path(cfg.output)
     written = main_rank_only(backend, lambda: results.write_results(cfg, trainer.task, job.built, weights))
     try:
-        scores = _scores(job, chosen, leaks, log)
+        scores = _scores(job, chosen, leaks, found, log)
     except BaseException:
         log(f"the trained weights of step {chosen} are in {out}; the evaluation of them has failed, as follows")
         raise
@@ -289,15 +315,17 @@ def _finish(job: _Job, leaks: Leaks, log: Callable[[str], None]) -> dict[str, An
     return dict(result)
 
 
-def _scores(job: _Job, chosen: int, leaks: Leaks, log: Callable[[str], None]) -> dict[str, Any]:
+def _scores(
+    job: _Job, chosen: int, leaks: Leaks, found: dict[str, Predictions], log: Callable[[str], None]
+) -> dict[str, Any]:
     trainer, loaders = job.trainer, job.loaders
     held_out = {split: loader.table for split, loader in loaders.held_out.items()}
 
-    def predict(split: str) -> list[np.ndarray]:
+    def predict(split: str) -> Predictions:
         best = trainer.best_predictions
-        if split == "valid" and best is not None and best[0] == chosen:  # these weights have answered for them
-            return best[1]
-        return trainer.evaluator.collect(loaders.held_out[split])
+        known = split == "valid" and best is not None and best[0] == chosen  # these weights have answered for them
+        found[split] = best[1] if best and known else trainer.evaluator.collect(loaders.held_out[split])
+        return found[split]
 
     return final_eval.score_splits(
         trainer.cfg, trainer.task, trainer.backend, loaders.train.table, held_out, predict, leaks, log

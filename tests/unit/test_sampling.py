@@ -17,7 +17,7 @@ from esm_neuron.data.sampling import BOUND, assign_folds, sample_clusters, uneve
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.training import run
-from esm_neuron.training.folds import summarize
+from esm_neuron.training.repeats import summarize
 
 
 def made(rng: np.random.Generator, sizes: list[int], shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
