@@ -30,6 +30,8 @@ STALL_SECONDS = 30.0
 """How long a download may bring nothing."""
 LONGEST_SECONDS = 900.0
 """How long a download may take, judged by how fast it has been."""
+MOST_BYTES = 1 << 30
+"""Largest file that is fetched without being asked for by name; the 8M's has 31 MB."""
 LOOK_SECONDS = 1.0
 TOLD_SECONDS = 10.0
 """Between lines on how far a download is."""
@@ -88,6 +90,11 @@ class _Answer:
     size: int
     """Bytes of model.safetensors."""
     sha256: str | None
+
+    def is_sound(self) -> bool:
+        """Return whether commit and checksum, which become names of files, are hashes, and the size is sensible."""
+        hashes = re.fullmatch(r"[0-9a-f]{40}", self.commit) and re.fullmatch(r"[0-9a-f]{64}", self.sha256 or "0" * 64)
+        return hashes is not None and 0 < self.size <= MOST_BYTES
 
 
 def choose(cfg: ModelConfig, earlier: ModelConfig | None, log: Log) -> ModelConfig:
@@ -148,7 +155,9 @@ def _ask(cfg: ModelConfig) -> _Answer:
         raise HubError(_reason(wrong))
     with suppress(ValueError, TypeError, KeyError):
         told = parse_json(said)
-        return _Answer(str(told["commit"]), int(told["bytes"]), told["sha256"])
+        answer = _Answer(told["commit"], told["bytes"], told["sha256"])
+        if answer.is_sound():
+            return answer
     raise HubError("the hub's answer is not what one says of a model")
 
 

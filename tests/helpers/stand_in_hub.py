@@ -19,7 +19,7 @@ class StandIn:
 
     `mode` is `whole`; `slow`, which sends `rate` bytes per second; `cut`, which sends half of the weights, and is
     `broken` then, where every answer is an error of the server; `silent`, which takes connections and says nothing;
-    `lying`, which announces another checksum.
+    `lying`, which announces another checksum; or `climbing`, which announces one that is a path.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -81,7 +81,8 @@ def served(hub: StandIn) -> Iterator[str]:
             ]
 
         def pointer(self, content: bytes) -> dict[str, object]:
-            digest = "0" * 64 if hub.mode == "lying" else sha256(content).hexdigest()
+            announced = {"lying": "0" * 64, "climbing": "../../../climbed"}
+            digest = announced.get(hub.mode, sha256(content).hexdigest())
             return {"sha256": digest, "oid": digest, "size": len(content), "pointerSize": 134}
 
         def file(self, name: str, body: bool) -> None:

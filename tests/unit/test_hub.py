@@ -122,10 +122,11 @@ def test_a_download_that_would_take_too_long_is_given_up(model_hub: StandIn, mon
         ("broken", "500"),
         ("silent", "did not answer within"),
         ("lying", "what came has not the SHA-256 that the hub names"),
+        ("climbing", "the hub's answer is not what one says of a model"),
     ],
 )
 def test_a_hub_that_fails_costs_seconds_and_no_run(
-    model_hub: StandIn, monkeypatch: pytest.MonkeyPatch, mode: str, reason: str
+    model_hub: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, reason: str
 ) -> None:
     said: list[str] = []
     model_hub.mode = mode
@@ -134,6 +135,7 @@ def test_a_hub_that_fails_costs_seconds_and_no_run(
     found = choose(said)
     assert (found.name, found.revision, found.sha256) == ("mini", None, None)
     assert reason in said[-1]
+    assert not list(tmp_path.rglob("climbed*"))
 
 
 def test_an_absent_hub_fails_no_run_and_the_cache_stands_in(

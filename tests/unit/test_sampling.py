@@ -143,7 +143,7 @@ def test_cross_validation_has_a_run_per_fold_and_their_mean(toy: Toy, tmp_path: 
     assert summary["metrics"]["mcc"]["mean"] == pytest.approx(np.mean(values))
     assert summary["metrics"]["mcc"]["sd"] == pytest.approx(np.std(values, ddof=1))
     assert summary["proteins"] == [20, 20, 20]
-    assert f"this model: {np.mean(values):.3f}, sd" in said[-1] and "ours is better in" in said[-1]
+    assert f"this model: mean {np.mean(values):.3f}, sd" in said[-1] and "ours is better in" in said[-1]
     # finished folds stay; one that is gone is made anew, and the mean is the same
     marks = [(out / f"fold-{n}" / "result.json").stat().st_mtime_ns for n in (1, 3)]
     (out / "fold-2" / "result.json").unlink()
