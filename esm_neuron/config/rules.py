@@ -126,8 +126,8 @@ def check_probe(cfg: TrainConfig) -> None:
     )
     require(
         cfg.seeds == 1 or not probes,
-        f"seeds={cfg.seeds} with adapter.kind=probe: a probe draws nothing, so all would be equal; use adapter.kind=lora "
-        "or none",
+        f"seeds={cfg.seeds} with adapter.kind=probe: a probe draws nothing, so all would be equal; leave seeds out, or "
+        "use adapter.kind=lora",
     )
 
 

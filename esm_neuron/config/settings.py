@@ -279,7 +279,7 @@ def full_name(name: str) -> str:
     return ends[0] if ends else name
 
 
-FIRST_STEP = {"adapter.kind": "probe", "model.name": "mini", "model.layers": "auto", "data.test_fraction": "0.1",
+FIRST_STEP = {"adapter.kind": "probe", "model.layers": "auto", "data.test_fraction": "0.1",
               "data.sample": "clusters"}  # fmt: skip
 """Settings of `train` where only WHAT is given, and no file of settings: a probe."""
 FIRST_STEP_POOLED = {"model.pooling": "mean+termini"}

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -19,7 +20,6 @@ from esm_neuron.config.deferred import module
 from esm_neuron.config.settings import known_keys, override, read_yaml
 from esm_neuron.errors import ConfigError
 from esm_neuron.tasks import task_class
-from esm_neuron.tasks.base import PooledTask
 
 if TYPE_CHECKING:
     from optuna import distributions
@@ -74,9 +74,14 @@ class Space:
     def apply(self, cfg: TrainConfig, params: Params) -> TrainConfig:
         """Return `cfg` with the values of a trial, and with what has to follow from them.
 
-        LoRA's alpha stays in proportion to r; the packs of a pass divide those of a step; and steps of other size are
-        more or fewer, so that every trial sees as many proteins. Raise ConfigError where a value cannot be.
+        LoRA's alpha stays in proportion to r; the packs of a pass divide those of a step; steps of other size are more
+        or fewer, so that every trial sees as many proteins; and a probe chooses its layers itself. Raise ConfigError
+        where a value cannot be.
         """
+        if params.get("adapter.kind") == "probe":
+            params = {**params, "model.head": "linear"}  # nothing else is fitted at once
+            if "model.layers" in params or cfg.model.layers == "mix":
+                params["model.layers"] = "auto"
         packs = params.get("loop.packs_per_step", cfg.loop.packs_per_step)
         changed = _with(cfg, {**params, **_passes(cfg, packs)})
         values: dict[str, Any] = {}
@@ -116,17 +121,31 @@ def default_space(cfg: TrainConfig) -> Space:
     """Return what is searched unless a file says otherwise, by the kind of adapter and the task."""
     task, ranges = task_class(cfg.task.name), dict[str, Any]()
     if cfg.adapter.kind in RATES:
+        if not task.keeps_lm_head:
+            ranges["adapter.kind"] = [cfg.adapter.kind, "probe"]
         low, high = RATES[cfg.adapter.kind]
         ranges["optim.lr"] = {"low": low, "high": high, "log": True}
         ranges["optim.warmup_ratio"] = {"low": 0.0, "high": 0.3}
         ranges["loop.packs_per_step"] = [1, 2, 4, 8]
     if cfg.adapter.kind in ("lora", "qlora"):
         ranges["adapter.r"] = [4, 8, 16, 32]
-    if issubclass(task, PooledTask):
-        ranges["model.pooling"] = ["mean", "attention"]
+    if task.pools and cfg.adapter.init_from is None:  # which says what the head reads
+        ranges["model.pooling"] = ["mean", "mean+termini"]
+        extra = {"model.layers": ["all", "mix"]} if cfg.adapter.kind in RATES else {"model.composition": [False, True]}
+        ranges.update(extra)
     if "class_weights" in task.settings:
         ranges["task.class_weights"] = ["none", "auto", "balanced"]
-    return Space(ranges)
+    for name, of in ranges.items():
+        if isinstance(of, list):
+            ranges[name] = [value for value in of if _can(cfg, name, value)]
+    return Space({name: of for name, of in ranges.items() if isinstance(of, dict) or len(of) > 1})
+
+
+def _can(cfg: TrainConfig, name: str, value: Any) -> bool:
+    """Return whether a setting can have a value beside the others of `cfg`, such as a probe beside FSDP."""
+    with suppress(ConfigError):
+        return bool(Space({}).apply(cfg, {name: value}))
+    return False
 
 
 def read_space(path: Path, cfg: TrainConfig) -> Space:

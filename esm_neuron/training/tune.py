@@ -308,7 +308,8 @@ class Watch(Callback):
                 self._trial.report(value, number + 1)
         self._reported = len(values)
         self._validated += 1
-        if step != self._total and self._trial.should_prune():
+        # a probe's only validation comes after its fit, and before any line of steps
+        if self._total is not None and step != self._total and self._trial.should_prune():
             raise optuna.TrialPruned
 
     def _validations(self) -> list[float | None]:

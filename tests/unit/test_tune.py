@@ -193,24 +193,47 @@ def test_steps_of_another_size_see_as_many_proteins(toy: Toy) -> None:
     assert Space({}).apply(cfg, {"loop.packs_per_step": 4}) == cfg
 
 
+KIND, READ = {"adapter.kind"}, {"model.pooling", "model.layers"}
+
+
 @pytest.mark.parametrize(
     ("kind", "task", "names"),
     [
-        ("lora", "sequence_classification", {"optim.lr", "adapter.r", "model.pooling", "task.class_weights"}),
-        ("none", "regression", {"optim.lr", "model.pooling"}),
-        ("head", "residue_classification", {"optim.lr", "task.class_weights"}),
+        ("lora", "sequence_classification", {"optim.lr", "adapter.r", *KIND, *READ, "task.class_weights"}),
+        ("none", "regression", {"optim.lr", *KIND, *READ}),
+        ("head", "residue_classification", {"optim.lr", *KIND, "task.class_weights"}),
         ("lora", "masked_lm", {"optim.lr", "adapter.r"}),
+        ("probe", "sequence_classification", {"model.pooling", "model.composition", "task.class_weights"}),
     ],
 )
 def test_the_default_space_suits_adapter_and_task(toy: Toy, kind: str, task: str, names: set[str]) -> None:
     cfg = toy(adapter={"kind": kind}, task={"name": task})
     ranges = default_space(cfg).ranges
-    assert names <= set(ranges)
-    searched = {"adapter.r", "model.pooling", "task.class_weights"} - names
-    assert not searched & set(ranges)
+    assert set(ranges) - {"optim.warmup_ratio", "loop.packs_per_step"} == names
     for name, of in ranges.items():
         for value in of if isinstance(of, list) else (of["low"], of["high"]):
             Space(ranges).apply(cfg, {name: value})
+
+
+def test_what_cannot_stand_beside_the_settings_is_not_searched(toy: Toy) -> None:
+    parallel = {"fsdp": True}
+    assert "adapter.kind" not in default_space(replace(toy(parallel=parallel), backend="cuda")).ranges
+    attention = default_space(toy(adapter={"kind": "lora"}, model={"pooling": "attention"})).ranges
+    assert not {"adapter.kind", "model.layers"} & set(attention)
+    assert not READ & set(default_space(toy(adapter={"kind": "lora", "init_from": "runs/probe"})).ranges)
+
+
+def test_a_probe_is_a_trial_like_others_and_chooses_its_layers(toy: Toy, tmp_path: Path) -> None:
+    cfg = toy("kinds", adapter={"kind": "lora"}, loop={"max_steps": 2, "eval_every": 1})
+    (tmp_path / "kinds.yaml").write_text("adapter.kind: [lora, probe]\nmodel.layers: [all, mix]\n")
+    applied = read_space(tmp_path / "kinds.yaml", cfg).apply(cfg, {"adapter.kind": "probe", "model.layers": "mix"})
+    assert (applied.adapter.kind, applied.model.layers) == ("probe", "auto")
+    tune.tune(cfg, trials=6, space=tmp_path / "kinds.yaml", log=str)
+    found = rows(Path(cfg.output))
+    probes = [row for row in found if row["adapter.kind"] == "probe"]
+    assert probes and {row["state"] for row in probes} == {"complete"}
+    assert len({row["mcc"] for row in probes}) == 1, "of one seed"
+    assert (Path(cfg.output) / "cache" / "features").is_dir(), "states are shared by the trials"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("45", 45), ("2h", 7200)])
