@@ -72,9 +72,13 @@ def tune(
     jobs: Annotated[int, "processes that run trials side by side"] = 1,
     space: Annotated[Path | None, "YAML with a range per setting, see docs/tuning.md; default: by adapter.kind"] = None,
 ) -> int:
-    """Search for good settings by validation proteins: --config FILE and flags as for train.
+    """Search for good settings by validation proteins; write a table, a plot and best.yaml to --output.
 
-    Writes a table, a plot and best.yaml, for `train --config`, to the output folder. Test proteins are not looked at.
+    Settings are those of train, which every trial starts from. Test proteins are not looked at.
+
+    Examples:
+      esm-neuron tune --config configs/start.yaml --data my.csv --trials 20 --budget 30m --output runs/search
+      esm-neuron train --config runs/search/best.yaml
     """
     from esm_neuron.config.settings import parse
 

@@ -383,7 +383,7 @@ class LogConfig:
 
     every: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
-    test: bool = True
+    score_test: bool = True
     """Open the test proteins at the end. False: they are held out as always and dropped unseen, as in every trial of
     `esm-neuron tune`."""
     baselines: bool = True

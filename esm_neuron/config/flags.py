@@ -32,7 +32,7 @@ FIRST = {
     },
     "model": {
         "model.name": "hub id or folder of an ESM-2; mini: a small one in this package",
-        "adapter.kind": "what is trained: lora, qlora, head, or none (all weights)",
+        "adapter.kind": "what is trained: probe, lora, qlora, head, or none (all weights)",
         "task.name": "what is learned; others: multi_label, regression, residue_classification, masked_lm",
     },
     "training": {

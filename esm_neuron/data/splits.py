@@ -138,7 +138,7 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
 def load_splits(cfg: TrainConfig, labels: type[Labels] | None, spool: Path | None = None) -> Splits:
     """Read, check and tokenize the data of a run, with labels of the task's kind, or with none.
 
-    With `log.test` off, the test rows are read with their file and held out as always, and dropped untokenized.
+    With `log.score_test` off, the test rows are read with their file and held out as always, and dropped untokenized.
 
     Order: rows are read; `data.keep` and `data.keep_heldout` filter them; ids, sequences and labels of the rest are
     checked; validation and test rows are sampled where neither a file nor the split column gives any (from the training
@@ -192,7 +192,7 @@ def _make(cfg: TrainConfig, kind: type[Labels] | None, folder: Path | None) -> S
     sampled, notes = hold_out(parts, labels, cfg)
     tables: dict[str, ExampleTable] = {}
     shared = _shared(parts, labels)
-    if not cfg.log.test:
+    if not cfg.log.score_test:
         parts.pop("test", None)
     described = [] if labels is None else [labels.describe(labels_of(parts["train"])), *census(parts, labels)]
     for name in (split for split in SPLITS if split in parts):
@@ -450,7 +450,7 @@ def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     # The seed decides which rows are sampled and nothing else, so runs of all seeds share a cache where none are.
     seed = cfg.sampling_seed if may_sample or cfg.data.folds is not None else None
     contents = [(split, Path(path).suffixes[-2:], content_hash(path)) for split, path in files.items()]
-    return [_CACHE_VERSION, VOCABULARY, needs_labels, cfg.log.test, seed, data, task, contents]
+    return [_CACHE_VERSION, VOCABULARY, needs_labels, cfg.log.score_test, seed, data, task, contents]
 
 
 def _save(splits: Splits, cfg: TrainConfig, folder: Path) -> None:

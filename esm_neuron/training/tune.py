@@ -281,7 +281,7 @@ def trial_config(search: Search, params: dict[str, Any], folder: int) -> TrainCo
         seeds=1,
         data=replace(cfg.data, test=None, homologs=homologs, cache=cache),
         checkpoint=replace(cfg.checkpoint, every=0, keep=1, resume="auto"),
-        log=replace(cfg.log, test=False, baselines=False, predictions=False, tensorboard=False),
+        log=replace(cfg.log, score_test=False, baselines=False, predictions=False, tensorboard=False),
     )
 
 
