@@ -21,6 +21,7 @@ from esm_neuron.backends import opened_backend
 from esm_neuron.config import TrainConfig, require, settings
 from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only
 from esm_neuron.files import check_ours, claimed, finite, note, read_json, write_json, write_text
+from esm_neuron.metrics.text import ending
 from esm_neuron.redact import Lines
 from esm_neuron.run_dir import CALIBRATION, CONFIG, FOLDS, RESULT, member_folders, predictions_name
 from esm_neuron.tasks import task_class
@@ -143,6 +144,7 @@ def _ensemble(cfg: TrainConfig, outcomes: Sequence[run.Outcome], log: Log) -> di
 
         main_rank_only(backend, write)
         log(render_seeds(result))
+        log(Lines.of(ending(result, one.task.unit, cfg.output)))
     return dict(result)
 
 
