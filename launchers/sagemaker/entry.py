@@ -21,7 +21,7 @@ from channels import source_in
 
 # These imports need no torch, so that a wrong flag is reported at once.
 from esm_neuron import cli
-from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config import AUTO_MODEL, TrainConfig, settings
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.files import write_text
 from esm_neuron.redact import redact
@@ -96,7 +96,8 @@ def lay_out(run: Path, target: Path, submitted: TrainConfig) -> None:
         elif (run / name).exists():
             shutil.copy2(run / name, target / name)
     cfg = settings.read_config(run / "config.yaml")
-    model = replace(cfg.model, name=submitted.model.name)
+    # what `auto` was is known by the run alone
+    model = cfg.model if submitted.model.name == AUTO_MODEL else replace(cfg.model, name=submitted.model.name)
     data = replace(cfg.data, **{split: getattr(submitted.data, split) for split in SPLITS})
     write_text(target / "config.yaml", settings.dump(replace(cfg, model=model, data=data)))
 

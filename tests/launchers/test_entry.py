@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import entry
@@ -58,6 +59,15 @@ def test_what_the_tuner_adds_is_no_flag_of_ours() -> None:
     words = ["--optim.lr", "0.001", entry.TUNER_FLAG, "valid:mcc", "--seed", "1", f"{entry.TUNER_FLAG}=valid:mcc"]
     assert entry.own_flags(words) == ["--optim.lr", "0.001", "--seed", "1"]
     assert entry.own_flags(["--seed", "1"]) == ["--seed", "1"]
+
+
+def test_the_model_folder_names_the_model_that_auto_was(toy: Toy, tmp_path: Path) -> None:
+    cfg = toy()
+    (tmp_path / "config.yaml").write_text(settings.dump(cfg))
+    for submitted, named in (("auto", "tiny"), ("facebook/esm2_t6_8M_UR50D", "facebook/esm2_t6_8M_UR50D")):
+        asked = replace(cfg, model=replace(cfg.model, name=submitted))
+        entry.lay_out(tmp_path, tmp_path / submitted, asked)
+        assert settings.read_config(tmp_path / submitted / "config.yaml").model.name == named
 
 
 def test_without_channels_the_config_keeps_its_own(argv: list[str]) -> None:
