@@ -294,9 +294,10 @@ def test_without_a_network_code_data_and_weights_come_by_channels(toy: Toy, job:
     files = {split: Path(str(getattr(plain.data, split))) for split in ("train", "valid", "test")}
     named = {split: f"elsewhere/{path.name}" for split, path in files.items()}
     cfg = replace(plain, model=replace(plain.model, name=hub_id), data=replace(plain.data, **named))
+    channels = {split: f"s3://bucket/{split}/" for split in files}
     code = tmp_path / "sourcedir.tar.gz"
     with tarfile.open(code, "w:gz") as archive:
-        for path in staged(cfg, tmp_path, baked=True, image="esm:1").iterdir():
+        for path in staged(cfg, tmp_path, baked=True, image="esm:1", **channels).iterdir():
             archive.add(path, path.name)
     (offline, without) = (job(name, 1, 1)[0] for name in ("offline", "without"))
     inputs = {**files, "model": weights_of, "code": code}
