@@ -222,6 +222,32 @@ def report(run: Annotated[Path, "output folder of a training run; the page is wr
     return 0
 
 
+def serve(
+    model: Trained,
+    *overrides: str,
+    host: Annotated[str, "address to listen at; 0.0.0.0: all of this machine's"] = "127.0.0.1",
+    port: Annotated[int, "port to listen at; 0: any that is free"] = 8080,
+    backend: Backend = None,
+    megabytes: Annotated[float, "largest request"] = 8,
+    proteins: Annotated[int, "most proteins of a request"] = 10_000,
+    seconds: Annotated[float, "longest time until an answer"] = 60,
+) -> int:
+    """Answer requests for predictions and embeddings over HTTP, with a form to paste proteins into.
+
+    Examples:
+      esm-neuron serve runs/mine
+      esm-neuron serve /opt/ml/model --host 0.0.0.0 --port 8080 --backend cuda
+    """
+    from esm_neuron.inference.server import Limits
+    from esm_neuron.inference.server import serve as run_server
+    from esm_neuron.inference.serving import load
+
+    limits = Limits(megabytes, proteins, seconds)
+    limits.check()
+    run_server(load(model, backend, overrides), Path(model).resolve().name, host, port, limits, log)
+    return 0
+
+
 def export(*overrides: str, model: Trained, output: Annotated[Path, "folder to write"]) -> int:
     """Merge an adapter into its base and write a Hugging Face folder, of a run with a model card.
 
@@ -392,6 +418,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
         embed,
         score,
         report,
+        serve,
         export,
         convert,
         plan,

@@ -54,6 +54,7 @@ _INPUT = (
 MAY_CHANGE: dict[str, tuple[str, ...]] = {
     "predict": (*_INPUT, *_PACKING, *_COMPUTING),
     "load": (*_INPUT, *_PACKING, *_COMPUTING),
+    "serve": (*_INPUT, *_PACKING, *_COMPUTING),
     "embed": (*_INPUT, *_PACKING, *_COMPUTING),
     "evaluate": (
         *_INPUT,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import pyarrow as pa
 
 from esm_neuron.backends import create_backend
 from esm_neuron.config import BackendName, DataConfig, TrainConfig
-from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.dataset import ExampleTable, join_tables
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.records import Column, text
 from esm_neuron.data.sources import make_rows
 from esm_neuron.errors import DataError
 from esm_neuron.files import finite
+from esm_neuron.inference.embed import per_record
 from esm_neuron.inference.load import find_members
 from esm_neuron.inference.predict import (
     MOST_RESIDUES,
@@ -28,11 +31,13 @@ from esm_neuron.inference.predict import (
     prediction_table,
     table_pieces,
 )
+from esm_neuron.models.esm2 import Embedder
 from esm_neuron.tasks.base import Predictions, Task
+from esm_neuron.tasks.embedding import Embedding
 from esm_neuron.training.evaluation import Evaluator
 
 
-@dataclass(frozen=True)
+@dataclass
 class Predictor:
     """A trained model, or the models of an ensemble, ready to predict; `load` makes one."""
 
@@ -45,10 +50,32 @@ class Predictor:
 
         Bad residues and long sequences are treated as the run's data section says; it may refuse them with DataError.
         """
-        table = _Request(records, self.cfg.data).read()
+        return self.predict_tables([self.read(records)])[0]
+
+    def read(self, records: Sequence[tuple[str, str]]) -> ExampleTable:
+        """Return the proteins of a request as a table."""
+        return _Request(records, self.cfg.data).read()
+
+    def predict_tables(self, tables: Sequence[ExampleTable]) -> list[list[dict[str, Any]]]:
+        """Return for each table what `predict` returns; their proteins share packs."""
+        table = join_tables(tables)
         columns = answers(self.task, table, self._each(table))
         rows = zip(table.ids, *map(_plain, columns.values()), strict=True)
-        return [dict(zip(("id", *columns), row, strict=True)) for row in rows]
+        return _parted([dict(zip(("id", *columns), row, strict=True)) for row in rows], tables)
+
+    def embed_tables(self, tables: Sequence[ExampleTable]) -> list[list[dict[str, Any]]]:
+        """Return for each table `id` and `embedding` of each protein, the mean state of its residues."""
+        if len(self.evaluators) > 1:
+            raise DataError("an ensemble has no one embedding; serve one of its runs")
+        table = join_tables(tables)
+        vectors = per_record(table, predict_table(self._embedder, self.cfg, table), per_residue=False)
+        names = zip(table.ids, vectors, strict=True)
+        return _parted([{"id": name, "embedding": vector.tolist()} for name, vector in names], tables)
+
+    @cached_property
+    def _embedder(self) -> Evaluator:
+        own = self.evaluators[0]
+        return Evaluator(Embedder(own.model, "mean"), Embedding(per_residue=False), own.backend)
 
     def table(self, source: Path, coverage: float | None = None) -> pa.Table:
         """Return the columns of `esm-neuron predict` for every record of a file, in order."""
@@ -92,6 +119,12 @@ def load(model: str | Path, backend: BackendName | None = None, settings: Sequen
     created = create_backend(specs[0].cfg)
     evaluators = [Evaluator(spec.load(task, created).model, task, created) for spec in specs]
     return Predictor(specs[0].cfg, task, evaluators)
+
+
+def _parted(rows: list[dict[str, Any]], tables: Sequence[ExampleTable]) -> list[list[dict[str, Any]]]:
+    """Return the rows of each table."""
+    left = iter(rows)
+    return [list(islice(left, len(table.ids))) for table in tables]
 
 
 def _plain(column: Sequence[Any] | np.ndarray) -> list[Any]:

@@ -43,18 +43,18 @@ class Evaluator:
 
     def __init__(self, model: nn.Module, task: Task, backend: Backend) -> None:
         self.task, self.backend = task, backend
-        self._model = model
+        self.model = model
         self._run_pass = backend.graph(self._pass, lambda: state_of(model))
 
     def _pass(self, batch: Batch) -> tuple[Tensor, ...]:
         with self.backend.autocast():
-            logits = forward(self._model, batch)
+            logits = forward(self.model, batch)
         return tuple(self.task.predictions(logits, batch))  # not under autocast, which would round sums to bfloat16
 
     def run(self, batches: Iterable[Batch], take: Callable[[np.ndarray, list[np.ndarray]], None]) -> None:
         """Hand `task.predictions` of every batch to `take(members, predictions)`, as numpy on the host and in order."""
-        was_training = self._model.training
-        self._model.eval()
+        was_training = self.model.training
+        self.model.eval()
         with torch.no_grad():
             for batch in on_device(prefetch(batches, AHEAD), self.backend):
                 # `members` is bound now, as a default: a lazy device calls this once the loop has moved on.
@@ -63,7 +63,7 @@ class Evaluator:
 
                 self.backend.on_host(deliver, *self._run_pass(batch))
                 self.backend.sync()
-        self._model.train(was_training)
+        self.model.train(was_training)
 
     def collect(
         self, loader: EvalLoader, alone: bool = False, advance: Callable[[int], None] = lambda tokens: None
