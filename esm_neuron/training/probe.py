@@ -50,7 +50,7 @@ Log = Callable[[str], None]
 FOLDS = 5
 MOST_BYTES, MOST_RESIDUES = 1 << 32, 200_000
 """Most memory of the states of a split, and most residues with a label each: of more, a sample of proteins is used."""
-PATIENCE = 3
+PATIENCE = 4
 """Penalties, each weaker than the one before, that may gain nothing in metric or loss before the rest is left out."""
 MOST_JOINED = 1 << 30
 """Bytes of all layers' states side by side above which `auto` does not try them."""
