@@ -45,7 +45,7 @@ TRN1_TESTS := tests/xla $(patsubst %,tests/unit/test_%.py,checkpoint compat conv
 
 .PHONY: help install install-trn1 demo test test-current test-trn1-lane lint type format clean \
 	test-nxd test-peers test-gpu test-trn1 rehearse-trn1 test-launchers test-hub fuzz audit soak faults long-run \
-	pages parity results bench bench-speed bench-smoke bench-gpu gpu-day lock dist release-check
+	pages parity results bench bench-speed bench-scale bench-smoke bench-gpu gpu-day lock dist release-check
 
 ##@ Daily
 help: ## list the targets
@@ -163,6 +163,9 @@ bench: $(VENV)/.installed $(TRN1)/.installed $(DATA)/scl2205.tsv.gz ## measure a
 
 bench-speed: $(VENV)/.installed ## residues per second beside HF Trainer + PEFT on the same proteins, once each: about 12 minutes
 	$(BIN)/python benchmarks/throughput.py
+
+bench-scale: $(VENV)/.installed ## how the cost of reading, checking, predicting grows with the data, beside peers: about 10 minutes
+	$(BIN)/python benchmarks/scale.py
 
 bench-smoke: $(VENV)/.installed ## whether the benchmarks run: two or three steps of the shape `tiny`, a few minutes
 	rm -rf runs/bench-smoke
