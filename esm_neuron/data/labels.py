@@ -13,7 +13,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -102,17 +102,21 @@ class Labels:
         A label that is missing becomes null (`Checker` has noted it), and so does one that cannot be read, which is
         noted in `problems`.
         """
-        labels = self._encode_alike(rows)
+        labels = self._encode_alike(rows, problems.source)
         if labels is None:
             labels = self._encode_each(rows, problems)
-        if len(self.codes) > MOST_CLASSES:  # more would not fit int16; ids or sequences would fill the memory
-            raise DataError(
-                f"{problems.source}: column {self.column!r} has more than {MOST_CLASSES} classes; is it the right one? "
-                "data.label_column names it, and numbers are for task.name=regression"
-            )
         return rows.set_column(rows.column_names.index("label"), "label", labels)
 
-    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+    def _coded(self, entries: Sequence[Sequence[Any] | None], source: str) -> pa.Array:
+        """Return labels as lists of their codes, or values; raise DataError where there are too many classes."""
+        if len(self.codes) > MOST_CLASSES:  # more would not fit int16; ids or sequences would fill the memory
+            raise DataError(
+                f"{source}: column {self.column!r} has more than {MOST_CLASSES} classes; is it the right one? "
+                "data.label_column names it, and numbers are for task.name=regression"
+            )
+        return pa.array(entries, pa.list_(self.entry))
+
+    def _encode_alike(self, rows: pa.Table, source: str) -> pa.Array | None:
         """Return all labels' entries, each text read once; None, with nothing learned, where one cannot be read."""
         texts = rows["label"].combine_chunks().dictionary_encode()
         known, found = len(self.codes), []
@@ -123,7 +127,7 @@ class Labels:
             while len(self.codes) > known:
                 self.codes.popitem()
             return None
-        return pa.array(found, pa.list_(self.entry)).take(texts.indices)
+        return self._coded(found, source).take(texts.indices)
 
     def _encode_each(self, rows: pa.Table, problems: Problems) -> pa.Array:
         """Return each label's entries, null for one that cannot be read, which is noted."""
@@ -135,7 +139,7 @@ class Labels:
             except ValueError as error:
                 self._add(problems, rows, row, str(error))
                 found.append(None)
-        return pa.array(found, pa.list_(self.entry))
+        return self._coded(found, problems.source)
 
     def _entries(self, text: str, length: int) -> list[Any]:
         names = list(map(self._bare, self.split(text, length)))
@@ -345,9 +349,9 @@ class LabelSets(Labels):
     def _entries(self, text: str, length: int) -> list[Any]:
         return sorted(super()._entries(text, length))  # so that `A;B` and `B;A` are equal
 
-    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+    def _encode_alike(self, rows: pa.Table, source: str) -> pa.Array | None:
         pair = self._pair
-        found = super()._encode_alike(rows)
+        found = super()._encode_alike(rows, source)
         if found is None:
             self._pair = pair
         elif self._pair:  # the message shows the last one
@@ -424,7 +428,7 @@ class ResidueLabels(Labels):
             raise ValueError(f"the label of residue {at} is empty; write one of task.ignore where it is unknown")
         return names
 
-    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+    def _encode_alike(self, rows: pa.Table, source: str) -> pa.Array | None:
         """Return the codes of labels that are all written as one ASCII character per residue."""
         (text, ends), (_, bounds) = text_bytes(rows, "label"), text_bytes(rows, "sequence")
         nothing = pa.array(sorted(self.nothing), pa.large_string())
@@ -477,7 +481,7 @@ class Numbers(Labels):
             raise ValueError(f"{quote(text)} is no finite number; correct it or remove the record")
         return [value]
 
-    def _encode_alike(self, rows: pa.Table) -> pa.Array | None:
+    def _encode_alike(self, rows: pa.Table, source: str) -> pa.Array | None:
         """Return the values of labels that are all plain numbers."""
         texts = rows["label"].combine_chunks()
         try:

@@ -203,9 +203,9 @@ def test_metrics_are_read_from_our_own_log_lines(
     for name in ("loss", "lr", "grad_norm", "residues_per_second"):  # graphs and peak memory: on devices that have them
         assert len(found[f"train:{name}"]) == 8, name
     evaluated = [line for line in lines if line.startswith("eval ") and "split=valid" in line]
-    assert len(evaluated) == 2
+    assert len(evaluated) == 3, "two validations, and what the chosen step reaches, which a tuner takes"
     printed = set(re.findall(r" (\w+)=", evaluated[0])) - {"step", "split", "n", "n_records", "auprc_of"}
-    assert printed and all(len(found[f"valid:{name}"]) == 2 for name in printed), printed
+    assert printed and all(len(found[f"valid:{name}"]) == 3 for name in printed), printed
     accuracy = float(re.search(r" accuracy=([\d.]+)", evaluated[0])[1])  # type: ignore[index]
     assert found["valid:accuracy"][0] == accuracy, "not balanced_accuracy"
 

@@ -291,7 +291,7 @@ def test_settings_that_are_rarely_meant_are_noted(
     said: list[str] = []
     run.train(cfg, said.append)
     assert any(line.startswith("NOTE: loop.patience=3 never ends training") for line in said)
-    assert any(line.startswith("NOTE: optim.warmup_steps=9 of 8 steps: the learning rate never") for line in said)
+    assert any(line.startswith("NOTE: warm-up (optim.warmup_steps) takes 9 of 8 steps") for line in said)
     assert any(line.startswith("NOTE: loop.precision=bf16 on a CPU without bf16 units") for line in said)
     monkeypatch.setattr(cpu, "has_bf16_units", lambda: True)
     plain = replace(cfg, loop=LoopConfig())

@@ -58,7 +58,9 @@ def test_nothing_that_is_read_can_run(folder: str) -> None:
     assert len(found) > 50
     for path, name, words in found:
         assert name not in runs, f"{path}: {name}"
-        assert not name.endswith((".extractall", ".extract", ".unpack_archive")), f"{path}: {name}"
+        assert not name.endswith((".extract", ".unpack_archive")), f"{path}: {name}"
+        if name.endswith(".extractall"):  # which refuses what would leave the folder, and links, devices and rights
+            assert words.get("filter") == "data", f"{path}: {name}"
         assert words.get("trust_remote_code", False) is False, path
         assert words.get("allow_pickle", False) is False, path
         assert words.get("shell", False) is False, path
@@ -327,6 +329,8 @@ def test_a_traceback_of_the_program_in_a_sagemaker_container_holds_no_secret(tmp
     code = f"""
 import runpy, sys
 from esm_neuron import cli
+
+sys.path.insert(0, {str(entry.parent)!r})  # as where it is started as a program
 
 def fail(argv):
     raise RuntimeError("GET https://me:hunter2@example.org/x.csv")
