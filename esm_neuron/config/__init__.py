@@ -231,8 +231,8 @@ class DataConfig:
 COMPARED_BY_CONTENT = frozenset((
     "train", "valid", "test", "positives", "negatives", "sheet", "id_column", "sequence_column", "label_column",
     "label_separator", "mask_column", "split_column", "split_names", "valid_column", "fold", "valid_fraction",
-    "test_fraction", "sample", "unique_column", "max_rows", "keep", "keep_heldout", "on_bad_residue", "on_missing",
-    "min_residues",
+    "test_fraction", "sample", "sample_seed", "folds", "unique_column", "max_rows", "keep", "keep_heldout",
+    "on_bad_residue", "on_missing", "min_residues",
 ))  # fmt: skip
 """Fields of `DataConfig` that say which proteins are read, and from where: all that they do is seen in the proteins.
 What is gone on with, a run or predictions, compares these by a hash and may change such a field."""

@@ -26,6 +26,7 @@ from esm_neuron.errors import CheckpointError, TrainingError
 from esm_neuron.training import run
 from esm_neuron.training.monitors import GIVE_UP, LEAST, LossWatch, spike_limit
 from esm_neuron.training.trainer import Trainer
+from esm_neuron.training.watchdog import Watchdog
 
 Toy = Callable[..., TrainConfig]
 NAN, INF = float("nan"), float("inf")
@@ -115,7 +116,7 @@ def test_stop_ends_the_run_before_anything_is_saved_and_skip_takes_it_on(
 def taken_loader(cfg: TrainConfig) -> TrainLoader:
     """The training loader of a run."""
     backend = CpuBackend(cfg)
-    return run._Job.of(cfg, backend, str).loaders.train
+    return run._Job.of(cfg, backend, str, Watchdog(0, Path(cfg.output))).loaders.train
 
 
 def test_no_setting_goes_on_for_ever(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
