@@ -133,7 +133,7 @@ def test_predictions_a_line_for_batch_jobs() -> None:
 
 
 def test_half_a_surrogate_pair_is_refused_as_in_a_file() -> None:
-    model = inference.Predictor(TrainConfig(), create_task(TaskConfig(), ("a", "b")), ())  # no request gets as far as the model
+    model = inference.Predictor(TrainConfig(), create_task(TaskConfig(), "ab"), ())  # none is asked
     records = inference.input_fn(r'{"records": [{"id": "P1", "sequence": "MK\ud800"}]}', "application/json")
     with pytest.raises(DataError, match="^request:1: column 'sequence' holds half a surrogate pair"):
         inference.predict_fn(records, model)
