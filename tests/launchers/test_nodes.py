@@ -52,7 +52,7 @@ def torchrun(cfg: TrainConfig, config: Path, log: Path, **env: str) -> subproces
 def long(module_toy: Toy) -> TrainConfig:
     """A run long enough to be interrupted, whose weights are best at its first validation: later ones are no better."""
     loop = {"max_steps": STEPS, "packs_per_device": 2, "eval_every": 50}
-    return module_toy("long", loop=loop, optim={"lr": 1e-9}, checkpoint={"every": 10, "keep": 3})
+    return module_toy("long", loop=loop, optim={"lr": 1e-20}, checkpoint={"every": 10, "keep": 3})
 
 
 @pytest.fixture(scope="module")
