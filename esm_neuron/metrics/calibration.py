@@ -121,7 +121,8 @@ def best_threshold(score: np.ndarray, target: np.ndarray, value: Value, unit: np
     """Return from which `score`, float64 [n] from 0 to 1, to give a label that `target`, bool [n], has: 1 / 2 of few.
 
     It is the median of the best thresholds of DRAWS resamples of the rows, or of the proteins `unit` (int64 [n]) that
-    they are of: the very best one on all rows hangs on a single protein.
+    they are of: the very best one on all rows hangs on a single protein. A resample where none is better than 1 / 2,
+    as of a constant score, keeps that.
     """
     if min(target.sum(), (~target).sum()) < LEAST:
         return THRESHOLD
@@ -130,14 +131,18 @@ def best_threshold(score: np.ndarray, target: np.ndarray, value: Value, unit: np
     ends = np.flatnonzero(np.append(falling[1:] < falling[:-1], True))
     cuts = (falling[ends] + np.append(falling[ends[:-1] + 1], falling[-1])) / 2
     size, units = numbered(unit, len(score))
+    given = int((score >= THRESHOLD).sum())
     rng = np.random.default_rng(SEED)
     found = []
     for _ in range(DRAWS):
         times = np.bincount(rng.integers(0, size, size), minlength=size)[units[order]]
         hits, alarms = np.cumsum(times * hit), np.cumsum(times * ~hit)
         if hits[-1] and alarms[-1]:
-            scores = value(hits[ends].astype(float), alarms[ends].astype(float), float(hits[-1]), float(alarms[-1]))
-            found.append(cuts[scores.argmax()])
+            at = np.append(ends, given - 1)
+            right, wrong = (np.where(at < 0, 0, count[at]).astype(float) for count in (hits, alarms))
+            scores = value(right, wrong, float(hits[-1]), float(alarms[-1]))
+            best = scores[:-1].argmax()
+            found.append(cuts[best] if scores[best] > scores[-1] else THRESHOLD)
     return float(np.median(found)) if found else THRESHOLD
 
 

@@ -104,6 +104,16 @@ def test_of_few_proteins_of_a_kind_the_threshold_stays() -> None:
     assert best_threshold(np.where(target, 0.3, 0.1), np.arange(100) < 10, f1) != 0.5
 
 
+def test_a_constant_score_gives_the_likelier_class_and_keeps_its_threshold() -> None:
+    target = np.arange(100) < 70
+    assert best_threshold(np.full(100, 0.7), target, mcc) == 0.5
+    assert best_threshold(np.full(100, 0.3), target, f1) == 0.3  # F1 gains where every row is given the label
+    task = classes("ab")
+    logits = [np.tile([0.0, 1.0], (100, 1))]
+    found = task.read_by(task.calibrate(table(target.astype(np.int64)), logits))
+    assert found.metrics(table(target.astype(np.int64)), logits)["accuracy"] == 0.7
+
+
 def test_residues_that_say_the_same_count_as_one_protein() -> None:
     rng = np.random.default_rng(4)
     score = rng.random(80)
