@@ -32,6 +32,7 @@ from esm_neuron.data.dataset import ExampleTable, select_records
 from esm_neuron.data.families import independent_units
 from esm_neuron.data.splits import load_splits
 from esm_neuron.metrics import Scores
+from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.metrics.text import NAMES, counted, drawn_over, show
 from esm_neuron.metrics.verdict import alarms, signed, verdict
 from esm_neuron.run_dir import RESULT, read_finished
@@ -113,9 +114,14 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
     if has_homolog.any() and not has_homolog.all():
         parts["clean"] = ~has_homolog
     predictions = {init: as_predictions(task, table, one) for init, one in kept.items()}
+    # each contestant has thresholds of its own, from the same proteins; what a run kept has its temperature already
+    readers = {init: task.read_by(thresholds_of(one.result["calibration"])) for init, one in finished.items()}
     seconds = {}
     for baseline in task.baselines(splits.train):
         begin = perf_counter()
+        readers[baseline.name] = task
+        if splits.valid is not None:
+            readers[baseline.name] = task.read_by(task.calibrate(splits.valid, baseline.predict(splits.valid)))
         predictions[baseline.name] = baseline.predict(table)
         seconds[baseline.name] = perf_counter() - begin
     scores: dict[str, dict[str, Scores]] = {}
@@ -124,7 +130,7 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
         index = tokens if task.predictions_per_token else examples
         own = None if units is None else units[keep]
         scores[name] = {
-            model: task.metrics(part, [values[index] for values in found], True, own)
+            model: readers[model].metrics(part, [values[index] for values in found], True, own)
             for model, found in predictions.items()
         }
     metrics = {model: {name: scores[name][model] if name in scores else None for name in ("all", "clean")}
@@ -144,6 +150,11 @@ def collect(experiment: Experiment, data: Path, runs: Path) -> dict[str, Any]:
                      for name, of in scores.items()},
         "alarms": {init: alarms(scores["all"][init]) for init in INITS},
     }  # fmt: skip
+
+
+def thresholds_of(saved: Mapping[str, Any] | None) -> Calibration:
+    """Return what a run's result.json says of reading predictions, without the temperature."""
+    return Calibration(saved["proteins"], 1.0, tuple(saved["thresholds"])) if saved else Calibration()
 
 
 def judged(scores: Mapping[str, Scores], metric: str) -> dict[str, Any]:
