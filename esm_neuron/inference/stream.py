@@ -130,6 +130,8 @@ def stream(
         identity: model and settings that decide the predictions; a resumed command must have the same.
         predict: returns the rows of a piece, in its order; called on all ranks of a tensor-parallel group.
     """
+    if target.suffix.lower() == SAFETENSORS:  # before any work, where even the shortest names would be too many
+        check_header(target, arrays := sum(scanned.rows), arrays * LEAST_ENTRY)
     identity = {**identity, "input": scanned.digest}
     shards, topology, count = Shards(target, identity, scanned), backend.topology, len(scanned.tokens)
     with ExitStack() as held:
@@ -184,6 +186,17 @@ def _chosen(pieces: Iterable[Piece[T]], numbers: set[int], expected: str) -> Ite
 SAFETENSORS = ".safetensors"
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes that readers of safetensors accept."""
+LEAST_ENTRY = 66
+"""Bytes in it for an array, of a million or more: the name of one letter, eight numbers, places of eight digits."""
+
+
+def check_header(target: Path, arrays: int, size: int) -> None:
+    """Raise ConfigError where a safetensors file of so many arrays needs a header of `size` bytes and may not."""
+    require(
+        size <= HEADER_LIMIT,
+        f"{target}: {arrays} arrays need a header of at least {size} bytes, safetensors allows {HEADER_LIMIT}; name a "
+        ".parquet file with --output",
+    )
 
 
 class Shards:
@@ -355,11 +368,7 @@ def _join_arrays(paths: Sequence[Path], target: Path) -> int:
     text = json.dumps(header, separators=(",", ":")).encode()
     # Spaces up to a multiple of 8, so that the data begin aligned.
     text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_LIMIT:
-        raise ConfigError(
-            f"{target}: {len(header)} arrays need a header of {len(text)} bytes, safetensors allows {HEADER_LIMIT}; "
-            "name a .parquet file with --output"
-        )
+    check_header(target, len(header), len(text))
     with open_new(target, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for path in paths:

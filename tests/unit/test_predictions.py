@@ -235,6 +235,20 @@ def test_a_protein_of_which_no_memory_holds_each_residue_is_refused_before_work(
     capsys.readouterr()
 
 
+def test_more_arrays_than_a_header_of_safetensors_holds_are_refused_before_work(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stream, "HEADER_LIMIT", 100)
+    (tmp_path / "two.fasta").write_text(">a\nMKVL\n>b\nMKVI\n")
+    assert cli.main(words("embed", plain, tmp_path / "two.fasta", tmp_path / "e.safetensors")) == 2
+    assert "2 arrays need a header of at least 132 bytes, safetensors allows 100; name a .parquet file" in (
+        capsys.readouterr().err
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two.fasta"]
+    assert cli.main(words("embed", plain, tmp_path / "two.fasta", tmp_path / "e.parquet")) == 0
+    capsys.readouterr()
+
+
 def test_a_run_embeds_with_its_adapter(trained: TrainConfig, tmp_path: Path) -> None:
     source = Path(str(trained.data.test))
     embed(trained.output, source, tmp_path / "run.parquet")
