@@ -154,11 +154,17 @@ def test_bf16_with_lora_trains_float32_matrices(world: World, tensors: Callable[
 def test_gradients_in_bf16_are_those_of_one_process(
     kind: parity.World, name: str, world: World, tensors: Callable[[Path], dict[str, Tensor]]
 ) -> None:
-    """Losses alone hide a gradient that NxD did not sum: they then differ by 0.4 %."""
+    """Losses alone hide a gradient that NxD did not sum: they then differ by 0.4 %.
+
+    Both sides round. So a gradient may be off by twice what bfloat16 moves it in one process, away from float32, where
+    that is more than the common bound: where its terms cancel, as of the first layer's norms.
+    """
     learnt = name.split()[0]
-    expected, got = tensors(world(WORLDS, 1)[f"{learnt} bf16"]), tensors(world(WORLDS, kind)[name])
-    distances = parity.gradient_distances(got, expected)
-    assert {key: value for key, value in distances.items() if not value <= parity.BF16_GRADIENT} == {}
+    whole, expected = (tensors(world(WORLDS, 1)[case]) for case in (learnt, f"{learnt} bf16"))
+    got = tensors(world(WORLDS, kind)[name])
+    distances, rounding = parity.gradient_distances(got, expected), parity.gradient_distances(expected, whole)
+    allowed = {key: max(parity.BF16_GRADIENT, 2 * moved) for key, moved in rounding.items()}
+    assert {key: value for key, value in distances.items() if not value <= allowed[key]} == {}
     torch.testing.assert_close(got["losses"], expected["losses"], rtol=0.02, atol=0.02)
 
 
