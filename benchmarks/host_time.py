@@ -34,7 +34,6 @@ from machine import machine
 from transformers import BertConfig, BertForMaskedLM
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import build_model
 from esm_neuron.config import (
     AdapterConfig,
     DataConfig,
@@ -49,6 +48,7 @@ from esm_neuron.data.loader import TrainLoader
 from esm_neuron.data.tokenizer import AMINO_ACIDS, CLS, EOS
 from esm_neuron.models.shapes import EsmShape, esm_config
 from esm_neuron.tasks import create_task
+from esm_neuron.training.build import build_model
 from esm_neuron.training.evaluation import on_device
 from esm_neuron.training.trainer import Trainer
 

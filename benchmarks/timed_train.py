@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from esm_neuron import build
 from esm_neuron.cli import main
+from esm_neuron.training import build
 from esm_neuron.training.trainer import Trainer
 
 

@@ -24,9 +24,9 @@ PAGES = {
 """What is committed, and the library it was made with."""
 ENGINE = (
     "backends/*.py",
-    "build.py",
     "distributed.py",
     "models/*.py",
+    "training/build.py",
     "training/checkpoint.py",
     "training/evaluation.py",
     "training/optim.py",

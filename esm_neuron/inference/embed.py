@@ -22,8 +22,8 @@ from esm_neuron.tasks.embedding import Embedding
 from esm_neuron.tasks.residues import residue_mean
 
 if TYPE_CHECKING:
-    from esm_neuron.build import Built
     from esm_neuron.models import esm2
+    from esm_neuron.training.build import Built
 else:
     esm2 = module("esm_neuron.models.esm2")
 

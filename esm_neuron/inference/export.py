@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import Built
 from esm_neuron.compat import PeftModel
 from esm_neuron.config import ParallelConfig, require
 from esm_neuron.config.settings import read_config
@@ -20,6 +19,7 @@ from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.models.heads import PER_CLASS
 from esm_neuron.reports.card import model_card
 from esm_neuron.run_dir import CONFIG, read_result
+from esm_neuron.training.build import Built
 from esm_neuron.training.results import write_model
 
 

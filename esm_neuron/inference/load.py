@@ -34,13 +34,13 @@ from esm_neuron.tasks.base import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esm_neuron import build
     from esm_neuron.backends.base import Backend
-    from esm_neuron.build import Built
     from esm_neuron.models import hf_folder, lora
     from esm_neuron.models.hf_folder import BaseReference
+    from esm_neuron.training import build
+    from esm_neuron.training.build import Built
 else:
-    build = module("esm_neuron.build")
+    build = module("esm_neuron.training.build")
     hf_folder, lora = module("esm_neuron.models.hf_folder"), module("esm_neuron.models.lora")
 
 logger = logging.getLogger(__name__)

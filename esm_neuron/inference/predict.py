@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from esm_neuron.backends.base import Backend
-    from esm_neuron.build import Built
     from esm_neuron.training import evaluation
+    from esm_neuron.training.build import Built
     from esm_neuron.training.evaluation import Evaluator
 else:
     evaluation = module("esm_neuron.training.evaluation")

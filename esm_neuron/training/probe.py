@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from esm_neuron.backends.base import Backend
-from esm_neuron.build import build_model, model_config
 from esm_neuron.compat import EsmConfig
 from esm_neuron.config import TrainConfig
 from esm_neuron.config.deferred import module
@@ -37,6 +36,7 @@ from esm_neuron.models.weights import open_weights
 from esm_neuron.tasks.base import Task
 from esm_neuron.tasks.embedding import Embedding
 from esm_neuron.tasks.features import composition
+from esm_neuron.training.build import build_model, model_config
 from esm_neuron.training.callbacks import EarlyStopping
 from esm_neuron.training.evaluation import Evaluator
 from esm_neuron.training.features import FrozenEncoder, folder_of

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from esm_neuron.build import Built, model_config
 from esm_neuron.compat import EsmConfig, PeftModel, on_meta
 from esm_neuron.config import TrainConfig
 from esm_neuron.data.tokenizer import hf_tokenizer
@@ -26,6 +25,7 @@ from esm_neuron.models.weights import Draw, inverse_frequencies, load_into, open
 from esm_neuron.reports.card import model_card
 from esm_neuron.run_dir import ADAPTER, BASE, CALIBRATION, CARD, DECIDING, MODEL, REFERENCE
 from esm_neuron.tasks.base import Task
+from esm_neuron.training.build import Built, model_config
 
 
 def plain_model(cfg: TrainConfig, task: Task) -> tuple[nn.Module, EsmConfig]:

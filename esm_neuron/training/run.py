@@ -54,17 +54,16 @@ from esm_neuron.training.watchdog import Watchdog
 if TYPE_CHECKING:
     import torch
 
-    from esm_neuron import build
     from esm_neuron.backends.base import Backend
-    from esm_neuron.build import Built
     from esm_neuron.models import esm2
-    from esm_neuron.training import checkpoint, final_eval, optim, probe, repeats, results
+    from esm_neuron.training import build, checkpoint, final_eval, optim, probe, repeats, results
     from esm_neuron.training import trainer as loop
+    from esm_neuron.training.build import Built
     from esm_neuron.training.final_eval import Leaks
     from esm_neuron.training.probe import Probe
     from esm_neuron.training.trainer import Trainer
 else:  # torch is imported when settings, files and columns have been checked
-    torch, build, esm2 = (module(name) for name in ("torch", "esm_neuron.build", "esm_neuron.models.esm2"))
+    torch, build, esm2 = (module(name) for name in ("torch", "esm_neuron.training.build", "esm_neuron.models.esm2"))
     checkpoint, final_eval, optim, probe, repeats, results, loop = (
         module(f"esm_neuron.training.{name}")
         for name in ("checkpoint", "final_eval", "optim", "probe", "repeats", "results", "trainer")

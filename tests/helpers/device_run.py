@@ -19,7 +19,6 @@ from esm_neuron.backends import create_backend
 from esm_neuron.backends.base import Backend, Trained, copy_to_host, state_of, trainable
 from esm_neuron.backends.flat import flat_of
 from esm_neuron.backends.graphs import GraphRunner
-from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
     CheckpointConfig,
@@ -40,6 +39,7 @@ from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import Draw
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
+from esm_neuron.training.build import Built, build_model
 from esm_neuron.training.evaluation import forward, on_device
 from esm_neuron.training.trainer import Trainer
 

@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import Built, build_model
 from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.config.settings import dump
 from esm_neuron.data.tokenizer import PAD
@@ -36,6 +35,7 @@ from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.models.esm2 import PackedForPooledClassification
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
+from esm_neuron.training.build import Built, build_model
 from esm_neuron.training.results import write_results
 
 LABELS = ("cytosol", "membrane", "nucleus")

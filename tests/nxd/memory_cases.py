@@ -15,12 +15,12 @@ from helpers.device_run import LABELS, configuration
 from safetensors.torch import save_file
 
 from esm_neuron.backends.neuron import NeuronBackend
-from esm_neuron.build import build_model
 from esm_neuron.config import ModelConfig
 from esm_neuron.models.hf_folder import fresh_folder, write_shards
 from esm_neuron.models.tensor_parallel import whole_shape
 from esm_neuron.models.weights import open_weights
 from esm_neuron.tasks import create_task
+from esm_neuron.training.build import build_model
 
 
 def write_650m(output: str) -> None:

@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters
 from esm_neuron.backends import create_backend, cuda
 from esm_neuron.backends.base import Backend, buckets
 from esm_neuron.backends.cuda import paged_adamw8bit
-from esm_neuron.build import build_model
 from esm_neuron.config import (
     AdapterConfig,
     DataConfig,
@@ -30,6 +29,7 @@ from esm_neuron.models.attention import ATTENTIONS, varlen_attention
 from esm_neuron.models.esm2 import encoder_of
 from esm_neuron.models.shapes import SHAPES
 from esm_neuron.tasks import create_task
+from esm_neuron.training.build import build_model
 
 
 def test_gradients_are_summed_in_buckets_that_keep_their_order() -> None:

@@ -11,10 +11,10 @@ from helpers.finished import IDS, logits_of, same
 from transformers import EsmConfig, EsmForSequenceClassification, EsmForTokenClassification
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import Built, build_model
 from esm_neuron.config import AdapterConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.models.shapes import SHAPES, esm_config
 from esm_neuron.tasks import create_task
+from esm_neuron.training.build import Built, build_model
 
 CLASSES = ("cyto", "memb", "nucl")
 

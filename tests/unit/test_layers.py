@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, EsmForMaskedLM, EsmForSequenceClassification
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import build_model
 from esm_neuron.config import AdapterConfig, DataConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.data.alignment import Proteins
 from esm_neuron.data.dataset import ExampleTable
@@ -28,6 +27,7 @@ from esm_neuron.models.shapes import SHAPES, esm_config, shape_of
 from esm_neuron.tasks import create_task, task_class
 from esm_neuron.tasks.features import composition as counted
 from esm_neuron.training import run
+from esm_neuron.training.build import build_model
 
 LABELS = ("LABEL_0", "LABEL_1", "LABEL_2")  # as transformers calls them
 

@@ -11,7 +11,6 @@ from peft import PeftModel
 from torch import nn
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import build_model
 from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.esm2 import encoder_of
@@ -19,6 +18,7 @@ from esm_neuron.models.lora import adapt, draw_lora, saved_key, store_frozen_lin
 from esm_neuron.models.shapes import SHAPES, esm_config
 from esm_neuron.models.tensor_parallel import Shard
 from esm_neuron.tasks import create_task
+from esm_neuron.training.build import build_model
 
 LINEARS = {
     "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",

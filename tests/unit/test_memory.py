@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from esm_neuron import cli
 from esm_neuron.backends import create_backend
-from esm_neuron.build import build_model
 from esm_neuron.config import (
     AdapterConfig,
     DataConfig,
@@ -33,6 +32,7 @@ from esm_neuron.models.quantize import Nf4Linear
 from esm_neuron.models.shapes import SHAPES
 from esm_neuron.planning.memory import Memory, predict_memory
 from esm_neuron.tasks import create_task
+from esm_neuron.training.build import build_model
 from esm_neuron.training.optim import parameter_groups
 
 Toy = Callable[..., TrainConfig]

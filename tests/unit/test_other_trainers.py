@@ -263,8 +263,8 @@ def test_training_starts_from_an_adapter_and_carries_its_base(
 def test_training_goes_on_with_the_head_of_the_same_classes(trained: Any, toy: Toy) -> None:
     for kind, more in (("single", {"name": TASKS["single"], "labels": ("memb", "cyto", "nucl")}),
                        ("regression", {"name": "regression", "target_mean": 0.0, "target_sd": 1.0})):  # fmt: skip
-        from esm_neuron.build import build_model
         from esm_neuron.tasks import create_task
+        from esm_neuron.training.build import build_model
 
         cfg = toy(model={"name": str(trained(kind)[0]), "init": "pretrained", "pooling": "cls"}, task=more)
         built = build_model(cfg, create_task(cfg.task, cfg.task.labels or ()), create_backend(cfg))

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import Built, build_model
 from esm_neuron.config import (
     AdapterConfig,
     DataConfig,
@@ -43,6 +42,7 @@ from esm_neuron.models.tensor_parallel import PLAN, in_block
 from esm_neuron.models.weights import RandomWeights
 from esm_neuron.reports import write_report
 from esm_neuron.tasks import create_task
+from esm_neuron.training.build import Built, build_model
 from esm_neuron.training.results import write_results
 
 IDS = torch.tensor([[0, 5, 6, 7, 8, 9, 10, 2], [0, 20, 19, 4, 11, 12, 5, 2]])
@@ -156,7 +156,7 @@ def test_only_qlora_imports_bitsandbytes() -> None:
     """At import it warns on stderr, and with the package `kernels` it runs code from the hub."""
     script = """
 import sys
-from esm_neuron.build import build_model
+from esm_neuron.training.build import build_model
 from esm_neuron.backends import create_backend
 from esm_neuron.tasks import create_task
 from test_quantize import config

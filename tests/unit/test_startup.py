@@ -94,7 +94,7 @@ def test_what_needs_no_network_imports_none(folder: Path) -> None:
 
 def test_pyarrow_knows_pandas_after_our_import(tmp_path: Path) -> None:
     code = """
-import esm_neuron.build, esm_neuron.training.trainer, esm_neuron.data.splits
+import esm_neuron.training.build, esm_neuron.training.trainer, esm_neuron.data.splits
 import pandas, pyarrow
 times = pyarrow.array([pandas.Timestamp("2020-01-01"), pandas.NaT, pandas.NA, None], from_pandas=True)
 assert str(times.type).startswith("timestamp") and times.null_count == 3
@@ -134,7 +134,7 @@ assert main(sys.argv[1:]) == 0
 
 LEFT = """
 import gc, sys
-import esm_neuron.build, esm_neuron.training.trainer
+import esm_neuron.training.build, esm_neuron.training.trainer
 from esm_neuron.config import deferred
 """
 

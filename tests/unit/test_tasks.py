@@ -15,7 +15,6 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from esm_neuron.backends import create_backend
-from esm_neuron.build import build_model
 from esm_neuron.config import AdapterConfig, DataConfig, LoopConfig, ModelConfig, TaskConfig, TrainConfig
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable
 from esm_neuron.data.loader import EvalLoader
@@ -27,6 +26,7 @@ from esm_neuron.tasks import TASKS, create_task
 from esm_neuron.tasks.losses import sigmoid_losses, softmax_losses
 from esm_neuron.tasks.masked_lm import MaskedLM
 from esm_neuron.tasks.sequence import SequenceClassification
+from esm_neuron.training.build import build_model
 from esm_neuron.training.evaluation import Evaluator
 
 LABELS = ("A", "B", "C")
