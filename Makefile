@@ -56,7 +56,7 @@ install: $(VENV)/.installed ## set up .venv with uv and the newest packages, has
 
 install-trn1: $(TRN1)/.installed ## set up .venv-trn1 with the packages of a trn1 and torch_xla (TRN1_PYTHON=...: 3.10 to 3.12)
 
-demo: $(VENV)/.package ## fine-tune on real proteins with LoRA on the CPU, then predict: 10 minutes on 2 cores (MODEL=8M: Meta's)
+demo: $(VENV)/.package ## fine-tune on real proteins with LoRA on the CPU, then predict: 6 to 14 minutes on 2 cores (MODEL=8M: Meta's)
 	rm -rf $(DEMO)
 	$(BIN)/esm-neuron train --config configs/demo.yaml --output $(DEMO) --model.name $(DEMO_MODEL)
 	$(BIN)/esm-neuron predict --model $(DEMO) --input examples/demo/unknown.fasta --output $(DEMO)/predictions.csv

@@ -138,8 +138,9 @@ def member(archive: bytes, name: str) -> bytes:
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         for each in file.infolist():
             if Path(each.filename).name == wanted and not each.filename.startswith("__MACOSX"):
-                with file.open(each) as content:
-                    return content.read(LIMIT)
+                if each.file_size > LIMIT:
+                    raise ValueError(f"{wanted}: more than {LIMIT} bytes")
+                return file.read(each)
     raise FileNotFoundError(f"the archive has no {wanted}")
 
 

@@ -56,12 +56,12 @@ def train(*settings: str) -> int:
     from esm_neuron.training.run import train as run_training
 
     outcome = run_training(cfg, log)
-    if cfg.adapter.kind == "probe":
-        again = f"esm-neuron train --config {cfg.output}/config.yaml --output {cfg.output}-lora"
-        _on_main(log, f"to fine-tune from here: {again} --adapter.kind lora --adapter.init_from {cfg.output}")
     if outcome.stopped_by:
         log(f"stopped by {outcome.stopped_by}; the state is saved, go on with --checkpoint.resume auto")
         return EXIT_STOPPED
+    if cfg.adapter.kind == "probe" and (cfg.data.folds is None or cfg.data.fold is not None):
+        again = f"esm-neuron train --config {cfg.output}/config.yaml --output {cfg.output}-lora"
+        _on_main(log, f"to fine-tune from here: {again} --adapter.kind lora --adapter.init_from {cfg.output}")
     return 0
 
 

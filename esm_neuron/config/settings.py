@@ -62,7 +62,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("eval_steps", "eval_strategy", "evaluation_strategy"), "loop.eval_every"),
     **dict.fromkeys(("save_steps", "save_strategy"), "checkpoint.every"),
     **dict.fromkeys(("bf16", "half_precision_backend", "torch_dtype"), "loop.precision"),
-    **dict.fromkeys(("warmup_ratio", "num_warmup_steps"), "optim.warmup_steps"),
+    "num_warmup_steps": "optim.warmup_steps",
     **dict.fromkeys(("output_dir", "model_dir", "output_data_dir"), "output"),
     **dict.fromkeys(("train_file", "training_dir", "train_dir", "dataset_name"), "data.train"),
     **dict.fromkeys(("validation_file", "eval_dir", "validation_dir"), "data.valid"),
@@ -293,7 +293,7 @@ WHAT = ("--data.", "--task.", "--log.", "--checkpoint.", "--output", "--backend"
 def says_only_what(words: Sequence[str]) -> bool:
     """Return whether `whole_words` name a file to learn from, and no model or way of training that they ask for."""
     names = [word for word in words if word.startswith("--")]
-    return bool(names) and all(name.startswith(WHAT) for name in names)
+    return bool(names) and all(name.startswith(WHAT) and not name.startswith("--seeds") for name in names)
 
 
 def first_step(words: Sequence[str], pools: bool) -> list[str]:

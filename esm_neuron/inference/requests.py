@@ -39,7 +39,7 @@ def read_request(body: str | bytes, content_type: str) -> Records:
         raise DataError(f"content type {content_type!r}; send {', '.join(FORMS)}")
     try:
         return FORMS[kind](text)
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise DataError(f"request is not {EXAMPLES[kind]}: {error!r}") from error
 
 

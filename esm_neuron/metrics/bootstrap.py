@@ -149,7 +149,7 @@ def class_areas(scores: np.ndarray, rows: Sequence[np.ndarray]) -> np.ndarray:
     found = np.full((classes, 2), np.nan)
     width = max(1, SORTED // max(n, 1))
     for start in range(0, classes, width):
-        for c, column in enumerate(np.ascontiguousarray(scores[:, start : start + width].T), start):
+        for c, column in enumerate(np.array(scores[:, start : start + width].T, order="C"), start):  # a copy, to sort
             if 0 < len(rows[c]) < n:
                 found[c] = _areas(column, rows[c])
     return found

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from esm_neuron.config import AUTO_MODEL, ModelConfig
+from esm_neuron.config import AUTO_MODEL, ModelConfig, require
 from esm_neuron.files import parse_json, sha256
 from esm_neuron.models.shapes import SHAPES
 
@@ -112,8 +112,13 @@ def choose(cfg: ModelConfig, earlier: ModelConfig | None, log: Log) -> ModelConf
     try:
         return _from_hub(replace(cfg, name=name), log)
     except HubError as failure:
+        require(
+            cfg.revision is None and cfg.sha256 is None,
+            f"model.name=auto: no {name} here ({failure}), and model.revision or model.sha256 asks for it; leave these "
+            "out to start from mini, or try again where the hub answers",
+        )
         log(f"model.name=auto: no {name} here ({failure}), so training starts from {SPARE}")
-        return replace(cfg, name=SPARE, revision=None, sha256=None)
+        return replace(cfg, name=SPARE)
 
 
 def _from_hub(cfg: ModelConfig, log: Log) -> ModelConfig:

@@ -20,7 +20,7 @@ from typing import Any
 from esm_neuron.backends import opened_backend
 from esm_neuron.config import TrainConfig, require, settings
 from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only
-from esm_neuron.files import check_ours, claimed, finite, note, read_json, write_json, write_text
+from esm_neuron.files import check_ours, claimed, finite, note, write_json, write_text
 from esm_neuron.metrics.text import ending
 from esm_neuron.redact import Lines
 from esm_neuron.run_dir import CALIBRATION, CONFIG, FOLDS, RESULT, member_folders, predictions_name
@@ -37,22 +37,21 @@ CACHE = "cache"
 def train_folds(cfg: TrainConfig, log: Log) -> run.Outcome:
     """Train and test on each fold of `data.folds`; write OUT/fold-1 and so on, and OUT/folds.json.
 
-    With `checkpoint.resume: auto`, finished folds stay as they are. Raise EsmNeuronError as `run.train` does.
+    With `checkpoint.resume: auto`, finished folds are evaluated again and not trained. Raise EsmNeuronError as
+    `run.train` does.
     """
     out = Path(cfg.output)
     with _claimed(out, [FOLDS]) as writes:
         results: list[Mapping[str, Any]] = []
         for number in range(1, int(cfg.data.folds or 0) + 1):
             own = replace(cfg, output=str(out / f"fold-{number}"), data=replace(cfg.data, fold=str(number)))
-            finished = Path(own.output) / RESULT
-            if cfg.checkpoint.resume == "auto" and finished.is_file():
-                results.append(read_json(finished))
-                continue
             log(f"fold {number} of {cfg.data.folds}, in {own.output}")
             outcome = run.train(own, log)
             if outcome.stopped_by is not None:
                 return outcome
             results.append(outcome.result)
+            # the model that `auto` means, and what else the first fold has resolved, hold for all
+            cfg = replace(cfg, model=outcome.evidence.cfg.model) if outcome.evidence else cfg
         summary = summarize(results)
         if writes:
             note(out, [FOLDS])

@@ -97,6 +97,7 @@ def test_the_handler_predicts_as_the_command_does(toy: Toy, tmp_path: Path) -> N
         ("a,MKT\nMKV", "text/csv", "rows of several lengths"),
         ("", "text/csv", "no rows"),
         ('{"id": "a"}', "application/jsonlines", "request is not .* on each line: KeyError"),
+        ('["MKT"]', "application/jsonlines", "request is not .* on each line: AttributeError"),
         ('{"inputs": {"a": 1}}', "application/json", "dict, not a list"),
     ],
 )

@@ -85,6 +85,10 @@ def test_areas_of_each_class_are_scikit_learns(ties: int, monkeypatch: pytest.Mo
         expected = [measure(labels == c, scores[:, c]) for measure in (sk.roc_auc_score, sk.average_precision_score)]
         assert found[c] == pytest.approx(expected, abs=1e-12)
     assert np.isnan(found[11]).all()
+    for one in (scores[:, :1].copy(), np.asfortranarray(scores)):  # whose transposed is no copy
+        before = one.copy()
+        bootstrap.class_areas(one, [np.flatnonzero(labels == c) for c in range(one.shape[1])])
+        assert (one == before).all()
 
 
 @pytest.mark.parametrize("kind", [SequenceClassification, MultiLabel])

@@ -15,7 +15,7 @@ from esm_neuron.data.class_weights import said_weights
 from esm_neuron.data.labels import Labels, LabelSets
 from esm_neuron.data.sampling import BOUND, assign_folds, sample_clusters, uneven
 from esm_neuron.data.splits import load_splits
-from esm_neuron.errors import ConfigError, DataError
+from esm_neuron.errors import CheckpointError, ConfigError, DataError
 from esm_neuron.training import run
 from esm_neuron.training.repeats import summarize
 
@@ -144,12 +144,17 @@ def test_cross_validation_has_a_run_per_fold_and_their_mean(toy: Toy, tmp_path: 
     assert summary["metrics"]["mcc"]["sd"] == pytest.approx(np.std(values, ddof=1))
     assert summary["proteins"] == [20, 20, 20]
     assert f"this model: mean {np.mean(values):.3f}, sd" in said[-1] and "ours is better in" in said[-1]
-    # finished folds stay; one that is gone is made anew, and the mean is the same
-    marks = [(out / f"fold-{n}" / "result.json").stat().st_mtime_ns for n in (1, 3)]
+    # a fold whose result is gone is made anew, the others are not trained again, and the mean is the same
+    marks = [(out / f"fold-{n}" / "metrics.jsonl").read_text() for n in (1, 3)]
     (out / "fold-2" / "result.json").unlink()
     again = run.train(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")), said.append)
     assert again.result["metrics"]["mcc"]["values"] == values
-    assert [(out / f"fold-{n}" / "result.json").stat().st_mtime_ns for n in (1, 3)] == marks
+    assert [(out / f"fold-{n}" / "metrics.jsonl").read_text() for n in (1, 3)] == marks
+    with pytest.raises(CheckpointError, match="optim.lr was"):  # folds of other settings make no mean
+        run.train(
+            replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto"), optim=replace(cfg.optim, lr=1e-5)),
+            said.append,
+        )
 
 
 def test_a_metric_that_a_fold_lacks_is_left_out_of_the_mean() -> None:
