@@ -149,9 +149,10 @@ class Job:
 
     @property
     def most_dollars(self) -> float | None:
-        """Return what the job costs if it runs until `max_run` on demand; None if the price is not known."""
+        """Return what the job costs if it runs until `max_run` on demand and its warm pool until `keep_alive`; None if
+        the price is not known."""
         price = self.instance.prices.get("sagemaker")
-        return None if price is None else self.instance_count * self.max_run / 3600 * price
+        return None if price is None else self.instance_count * (self.max_run + self.keep_alive) / 3600 * price
 
     @cached_property
     def run(self) -> TrainConfig:
@@ -278,7 +279,7 @@ class Job:
             most = self.most_dollars
             unknown = f"max_dollars={self.max_dollars:g}: the price of {kind} is not known; give it by --prices FILE"
             check(most is not None, unknown)
-            hours = f"{self.instance_count} x {kind} for {self.max_run / 3600:g} h"
+            hours = f"{self.instance_count} x {kind} for {(self.max_run + self.keep_alive) / 3600:g} h"
             over = f"max_dollars={self.max_dollars:g} is below {most or 0:.2f}, the price of {hours}; lower --max-run"
             check((most or 0) <= self.max_dollars, over)
         if self.compile_only:

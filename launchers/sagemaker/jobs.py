@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import service
@@ -81,11 +81,16 @@ def fetch(name: str, target: Path, whole: bool, boto: Any) -> None:
     found = service.describe(name, boto)
     with new_folder(target) as aside:
         if whole:
-            prefix = found["CheckpointConfig"]["S3Uri"]
+            require(
+                "CheckpointConfig" in found, f"fetch {name} --whole: the job keeps no checkpoints; leave --whole out"
+            )
+            prefix = found["CheckpointConfig"]["S3Uri"].rstrip("/") + "/"
             uris = service.objects(prefix, boto)
             require(bool(uris), f"fetch {name} --whole: nothing is below {prefix}; the job saved no checkpoint")
             for uri in uris:
-                service.download(uri, aside / uri.removeprefix(prefix), boto)
+                inside = PurePosixPath(uri.removeprefix(prefix))
+                require(not inside.is_absolute() and ".." not in inside.parts, f"{uri}: leads out of --output")
+                service.download(uri, aside / inside, boto)
             return
         done = found["TrainingJobStatus"]
         require(done == "Completed", f"fetch {name}: its status is {done}; only --whole has something before the end")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from job import Job
 
-from esm_neuron.models.shapes import known_shape
+from esm_neuron.models.shapes import shape_of
 from esm_neuron.planning import cost
 from esm_neuron.planning.instances import read_prices
 
@@ -25,14 +25,14 @@ def most(job: Job) -> str:
     share = f", spot about {job.most_dollars * prices.assumptions.spot_share:,.2f}" if job.spot else ""
     return (
         f"cost: at most {job.most_dollars:,.2f} dollars on demand{share}: {job.instance_count} x {job.instance_type} x "
-        f"{job.max_run / 3600:g} h (--max-run) x {price} an hour; prices of {prices.date}, {prices.region}"
+        f"{(job.max_run + job.keep_alive) / 3600:g} h (--max-run{' and --keep-alive' if job.keep_alive else ''}) x {price} an hour; prices of {prices.date}, {prices.region}"
     )
 
 
 def estimated(job: Job) -> list[str]:
     """Return the estimate of some steps on the job's instances, and of the instance on which they are cheapest."""
     cfg, prices = job.run, read_prices(job.prices)
-    shape = known_shape(cfg.model.base or cfg.model.name)
+    shape = shape_of(cfg.model)
     if shape is None or job.compile_only:
         return []
     work = cost.Work.of_steps(cfg, cfg.loop.max_steps or STEPS)

@@ -149,7 +149,8 @@ def objects(prefix: str, boto: boto3.Session) -> list[str]:
     bucket, _, start = prefix.removeprefix("s3://").partition("/")
     with asked(prefix):
         pages = boto.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start)
-        return [f"s3://{bucket}/{one['Key']}" for page in pages for one in page.get("Contents", [])]
+        keys = (one["Key"] for page in pages for one in page.get("Contents", []))
+        return [f"s3://{bucket}/{key}" for key in keys if not key.endswith("/")]  # not a console's mark of a folder
 
 
 def resume(name: str, new: str, boto: boto3.Session) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import launch
 import money
-from job import EVAL_METRICS, Job
+from job import EVAL_METRICS, PLAIN, Job
 from request import create_training_job
 
 from esm_neuron.cli import log
@@ -101,6 +101,9 @@ def check(job: Job, ranges: Sequence[tuple[str, str, list[str]]], how: Mapping[s
     for name, _, values in ranges:
         require(name not in job.flags, f"--range {name}: also given after --; leave one out")
         for value in values:  # the values within a range lie between two that are allowed
+            require(
+                PLAIN.fullmatch(value) is not None, f"--range {name}: {value!r} is not plain: no blanks and brackets"
+            )
             replace(job, overrides=(*job.overrides, f"--{name}", value), max_dollars=None)
     most = job.most_dollars
     limit = how["max_dollars"]
@@ -123,11 +126,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--range", action="append", default=[], help="NAME=FROM:TO or NAME=A,B; once for each setting")
     parser.add_argument("--trials", type=int, default=20, help="training jobs in all (default: %(default)s)")
     parser.add_argument("--parallel", type=int, default=2, help="at a time (default: %(default)s)")
-    parser.add_argument("--max-dollars", type=float, help="refuse if all trials together could cost more")
+    parser.add_argument(
+        "--max-dollars", "--max_dollars", type=float, help="refuse if all trials together could cost more"
+    )
     split = list(argv).index("--") if "--" in argv else len(argv)
     try:
         args, rest = parser.parse_known_args(argv[:split])
         job, how = launch.parse([*rest, *argv[split:]])
+        require(not how.wait, "--wait: a tuning job is not followed; see jobs.py status --search")
+        require(job.checkpoints is None, "--checkpoints: trials keep none; leave it out")
         ranges = [parse_range(text) for text in args.range]
         check(job, ranges, vars(args))
         sent = request(job, ranges, vars(args))
