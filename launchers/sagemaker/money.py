@@ -23,9 +23,10 @@ def most(job: Job) -> str:
     if price is None or job.most_dollars is None:
         return f"cost: the price of {job.instance_type} is not known; give it by --prices FILE"
     share = f", spot about {job.most_dollars * prices.assumptions.spot_share:,.2f}" if job.spot else ""
+    hours = f"{(job.max_run + job.keep_alive) / 3600:g} h (--max-run{' and --keep-alive' if job.keep_alive else ''})"
     return (
         f"cost: at most {job.most_dollars:,.2f} dollars on demand{share}: {job.instance_count} x {job.instance_type} x "
-        f"{(job.max_run + job.keep_alive) / 3600:g} h (--max-run{' and --keep-alive' if job.keep_alive else ''}) x {price} an hour; prices of {prices.date}, {prices.region}"
+        f"{hours} x {price} an hour; prices of {prices.date}, {prices.region}"
     )
 
 
