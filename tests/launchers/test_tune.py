@@ -56,7 +56,6 @@ def test_a_dry_run_prints_the_request(described: Described, capsys: pytest.Captu
         (["--range", "optim.rate=1:2"], "unknown setting optim.rate"),
         (["--range", "adapter.kind=lora,lorra"], "adapter.kind"),
         (["--range", "data.sequence_column=my column,seq"], "'my column' is not plain"),
-        (["--range", "lr=1e-5:1e-3", "--trials", "2", "--max_dollars", "0.01"], "--max-dollars 0.01 is below"),
         (["--range", "lr=1e-5:1e-3", "--wait"], "--wait: a tuning job is not followed"),
         (["--trials", "2", "--range", "lr=1:2"], "give 1 <= --parallel <= --trials <= 750"),
         (["--max-dollars", "5", "--range", "lr=1e-5:1e-3"], "--max-dollars 5 is below 364.80, 10 trials of 36.48 each"),
