@@ -6,6 +6,9 @@ from pathlib import Path
 
 from esm_neuron.data.records import files_of
 from esm_neuron.errors import ConfigError
+from esm_neuron.files import read_json
+from esm_neuron.models.adapter_folder import is_adapter, read_adapter_folder
+from esm_neuron.models.shapes import SHAPES, EsmShape, known_shape
 
 SAVED = {"dataset_info.json", "dataset_dict.json"}
 """One of these lies in a folder that `save_to_disk` wrote."""
@@ -35,3 +38,30 @@ def source_in(split: str, folder: Path, named: str | None) -> Path:
         cure = "put one file there, files of one kind, or a folder that save_to_disk wrote"
         raise ConfigError(f"channel {split} holds {held}; {cure}, or name one of them: data.{split}={named}")
     return files[0] if len(files) == 1 else folder
+
+
+SHAPE = {
+    "layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+}  # fmt: skip
+"""What a shape has -> what config.json calls it."""
+
+
+def shape_in(model: str) -> EsmShape | None:
+    """Return the shape of a model by its name, or as the files of its folder say; None where it is not known here.
+
+    Needs no torch, unlike the reading of weights, which looks at the other fields in the container.
+
+    Raises:
+        ConfigError: the folder is not that of an ESM-2.
+    """
+    folder = Path(model)
+    if model in SHAPES or not folder.is_dir():
+        return known_shape(model)
+    if is_adapter(folder) and not (folder / "config.json").is_file():
+        base = read_adapter_folder(folder).base
+        return None if base is None else shape_in(base)
+    form = {"model_type": lambda name: name in ("esm", "esm_neuron")}
+    form |= dict.fromkeys(SHAPE.values(), lambda number: type(number) is int and number > 0)
+    said = read_json(folder / "config.json", form, ConfigError, "give the Hugging Face folder of an ESM-2")
+    return EsmShape(**{ours: said[name] for ours, name in SHAPE.items()})

@@ -22,6 +22,7 @@ from channels import source_in
 # These imports need no torch, so that a wrong flag is reported at once.
 from esm_neuron import cli
 from esm_neuron.config import AUTO_MODEL, TrainConfig, settings
+from esm_neuron.data.filters import SPLITS
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.files import write_text
 from esm_neuron.redact import redact
@@ -30,7 +31,6 @@ RESULTS = ("result.json", "metrics.jsonl", "valid_ids.txt", "adapter", "base", "
 """Files and folders of a finished run, except config.yaml."""
 SHOWN = 1024
 """Characters of the failure file that SageMaker shows as the reason."""
-SPLITS = ("train", "valid", "test")
 TUNER_FLAG = "--_tuning_objective_metric"
 
 

@@ -11,19 +11,19 @@ from functools import cached_property
 from pathlib import Path
 
 import yaml
-from channels import source_in
+from channels import shape_in, source_in
 
 from esm_neuron.backends.neuron_env import apply_settings
 from esm_neuron.backends.topology import Topology, legal_tp
 from esm_neuron.config import TrainConfig, require, settings
 from esm_neuron.config.rules import accumulated_passes, validate
+from esm_neuron.data.filters import SPLITS
 from esm_neuron.data.records import is_hub, is_remote
 from esm_neuron.errors import ConfigError
-from esm_neuron.models.shapes import known_shape
+from esm_neuron.models.shapes import SHAPES, EsmShape, check_layers
 from esm_neuron.planning.instances import Instance, read_prices
 
 IMAGES = Path(__file__).with_name("images.yaml")
-SPLITS = ("train", "valid", "test")
 DAYS = 24 * 3600
 MOST_RUN = 28 * DAYS
 """Longest run of a job that the service allows, in seconds."""
@@ -160,6 +160,19 @@ class Job:
         words = ["--config", str(self.config), *self.overrides, "--backend", BACKENDS[self.instance.kind]]
         return settings.parse(words)
 
+    @property
+    def weights(self) -> str:
+        """Return the folder or name of the pretrained model, where that can be looked at here."""
+        return self.run.model.name if self.model is None or is_s3(self.model) else self.model
+
+    @cached_property
+    def shape(self) -> EsmShape | None:
+        """Return the shape of the model, cut off after `model.layers`; None where it is not known here."""
+        shape, layers = shape_in(self.weights), self.run.model.layers
+        if shape is None or not isinstance(layers, int):
+            return shape
+        return replace(shape, layers=check_layers(layers, shape.layers, self.weights))
+
     @cached_property
     def flags(self) -> dict[str, str]:
         """Return name -> value of the overrides."""
@@ -214,6 +227,8 @@ class Job:
             f"region={self.region} has no {self.instance.kind} image; use one of {', '.join(regions)}, or give --image"
         )
         require(self.region in regions, absent)
+        gone = known["gone"].get(self.instance.device)
+        require(gone is None, f"instance_type={self.instance_type}: {gone}; give --image, or another instance")
         domain = known.get("domains", {}).get(self.region, "amazonaws.com")
         return f"{known['accounts'][self.region]}.dkr.ecr.{self.region}.{domain}/{known[self.instance.kind]}"
 
@@ -332,17 +347,17 @@ class Job:
         cfg, instance = replace(self.run, data=replace(self.run.data, **data)), self.instance
         validate(cfg)
         topology = Topology(world=instance.devices * self.instance_count, tp=cfg.parallel.tp)
-        name = cfg.model.name
         if self.model is not None:
             unread = f"model={self.model}: with model.init=random no weights are read; leave --model out"
             require(cfg.model.init == "pretrained", unread)
             pinned = f"model.revision={cfg.model.revision} is of a hub id, not of --model; pin it by model.sha256"
             require(cfg.model.revision is None, pinned)
-            name = name if is_s3(self.model) else self.model
-        shape = known_shape(name)
-        if shape is not None:
-            legal = legal_tp(shape.heads, shape.intermediate, cfg.parallel.pad_heads)
-            cure = f"does not cut {name}; use {', '.join(map(str, legal))}"
+        lost = f"model.name={cfg.model.name} is a folder of this machine; give it by --model {cfg.model.name}"
+        there = self.model is not None or cfg.model.name in SHAPES or not os.path.isdir(cfg.model.name)
+        require(there, lost)
+        if self.shape is not None:
+            legal = legal_tp(self.shape.heads, self.shape.intermediate, cfg.parallel.pad_heads)
+            cure = f"does not cut {self.weights}; use {', '.join(map(str, legal))}"
             require(cfg.parallel.tp in legal, f"parallel.tp={cfg.parallel.tp} {cure}")
         if instance.kind == "neuron":
             topology.validate_neuron(instance.devices, instance.devices)
@@ -358,6 +373,12 @@ class Job:
 def is_s3(text: str) -> bool:
     """Return whether `text` is the URI of a bucket or of something in it."""
     return re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?", text) is not None
+
+
+def bucket_and_key(uri: str) -> tuple[str, str]:
+    """Return the bucket of an s3:// URI, and what is behind it."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
 
 
 def folder(uri: str) -> str:

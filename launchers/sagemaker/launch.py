@@ -19,9 +19,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 
 import money
+import service
 from job import Job
 from jsonargparse import ArgumentParser
 from request import create_training_job
@@ -71,20 +71,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def service_module() -> ModuleType:
-    """Return the module that talks to AWS. Raises ConfigError where boto3 is not installed."""
-    try:
-        import service
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"starting a job needs {error.name}; pip install -r launchers/sagemaker/requirements.txt"
-        ) from error
-    return service
-
-
 def start(job: Job, wait: bool) -> None:
     """Send a job, and with `wait` follow its log until it ends."""
-    service = service_module()
     boto = service.session(job.region)
     with tempfile.TemporaryDirectory() as folder:
         service.submit(job, Path(folder), boto)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from job import Job
 
-from esm_neuron.models.shapes import shape_of
 from esm_neuron.planning import cost
 from esm_neuron.planning.instances import read_prices
 
@@ -33,7 +32,7 @@ def most(job: Job) -> str:
 def estimated(job: Job) -> list[str]:
     """Return the estimate of some steps on the job's instances, and of the instance on which they are cheapest."""
     cfg, prices = job.run, read_prices(job.prices)
-    shape = shape_of(cfg.model)
+    shape = job.shape
     if shape is None or job.compile_only:
         return []
     work = cost.Work.of_steps(cfg, cfg.loop.max_steps or STEPS)

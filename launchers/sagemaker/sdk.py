@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import service
-from job import Job, metric_definitions
+from job import Job, bucket_and_key, metric_definitions
 from request import create_training_job
 
 if TYPE_CHECKING:
@@ -31,15 +31,17 @@ def estimator(job: Job) -> PyTorch:
     import sagemaker
     from sagemaker.pytorch import PyTorch
 
-    boto = _uploaded(job)
-    bucket = job.output.removeprefix("s3://").partition("/")[0]
-    optional: dict[str, Any] = {}
-    if job.spot:
-        optional["max_wait"] = job.max_run if job.max_wait is None else job.max_wait
-    if job.keep_alive:
-        optional["keep_alive_period_in_seconds"] = job.keep_alive
-    if job.subnets:
-        optional |= {"subnets": list(job.subnets), "security_group_ids": list(job.security_groups)}
+    boto, request = _uploaded(job), create_training_job(job)
+    place, stopping, network = request["OutputDataConfig"], request["StoppingCondition"], request.get("VpcConfig", {})
+    given = {
+        "max_wait": stopping.get("MaxWaitTimeInSeconds"),
+        "keep_alive_period_in_seconds": job.keep_alive or None,
+        "subnets": network.get("Subnets"),
+        "security_group_ids": network.get("SecurityGroupIds"),
+    }
+    session = sagemaker.Session(
+        boto_session=boto, default_bucket=bucket_and_key(job.output)[0], sagemaker_config=SDK_CONFIG
+    )
     return PyTorch(
         entry_point="entry.py",
         source_dir=job.code_uri,
@@ -51,8 +53,8 @@ def estimator(job: Job) -> PyTorch:
         hyperparameters=job.hyperparameters,
         environment=job.variables or None,
         metric_definitions=metric_definitions(),
-        output_path=job.output.rstrip("/"),
-        code_location=job.output.rstrip("/"),
+        output_path=place["S3OutputPath"],
+        code_location=place["S3OutputPath"],
         checkpoint_s3_uri=job.checkpoint_uri,
         use_spot_instances=job.spot,
         max_run=job.max_run,
@@ -62,11 +64,11 @@ def estimator(job: Job) -> PyTorch:
         output_kms_key=job.output_kms_key,
         encrypt_inter_container_traffic=job.encrypt_traffic,
         enable_network_isolation=job.network_isolation,
-        tags=[{"Key": key, "Value": value} for key, value in job.tags.items()] or None,
+        tags=request.get("Tags"),
         disable_profiler=True,
         debugger_hook_config=False,
-        sagemaker_session=sagemaker.Session(boto_session=boto, default_bucket=bucket, sagemaker_config=SDK_CONFIG),
-        **optional,
+        sagemaker_session=session,
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 
@@ -107,7 +109,7 @@ def model_trainer(job: Job) -> ModelTrainer:
             enable_network_isolation=job.network_isolation or None,
             enable_inter_container_traffic_encryption=job.encrypt_traffic or None,
         ),
-        tags=[Tag(key=key, value=value) for key, value in job.tags.items()] or None,
+        tags=[Tag(**_snake(tag)) for tag in request.get("Tags", [])] or None,
     )
     trainer.with_checkpoint_config(CheckpointConfig(s3_uri=job.checkpoint_uri))
     trainer.with_retry_strategy(RetryStrategy(maximum_retry_attempts=job.retries))

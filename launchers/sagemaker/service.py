@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import boto3
-from boto3.exceptions import Boto3Error
-from botocore.exceptions import BotoCoreError, ClientError
-from job import Job, is_s3
+from job import Job, bucket_and_key, is_s3
 from request import create_training_job
 from stage import pack, stage
 
+from esm_neuron.config import require
 from esm_neuron.errors import ConfigError, TrainingError, one_line
+
+if TYPE_CHECKING:
+    import boto3
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 ENDED = ("Completed", "Failed", "Stopped")
@@ -26,13 +27,26 @@ PAUSE = 10.0
 
 
 def session(region: str | None) -> boto3.Session:
-    """Return a session with the keys of this machine."""
-    return boto3.Session(region_name=region)
+    """Return a session with the keys of this machine.
+
+    Raises:
+        ConfigError: boto3 is not installed, or the profile of AWS_PROFILE is not known.
+    """
+    try:
+        import boto3
+    except ModuleNotFoundError as error:
+        cure = "pip install -r launchers/sagemaker/requirements.txt"
+        raise ConfigError(f"starting and following jobs needs {error.name}; {cure}") from error
+    with asked("the keys of this machine"):
+        return boto3.Session(region_name=region)
 
 
 @contextmanager
 def asked(what: str) -> Iterator[None]:
     """Turn an error of AWS's into one line. Raises ConfigError: keys, permissions, a bucket, a quota, a name."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
     try:
         yield
     except (Boto3Error, BotoCoreError, ClientError) as error:
@@ -55,8 +69,7 @@ def upload(job: Job, work: Path, boto: boto3.Session) -> None:
     s3 = boto.client("s3")
 
     def send(path: Path, uri: str) -> None:
-        bucket, _, name = uri.removeprefix("s3://").partition("/")
-        s3.upload_file(str(path), bucket, name, ExtraArgs=key)
+        s3.upload_file(str(path), *bucket_and_key(uri), ExtraArgs=key)
 
     send(pack(stage(work / "source", job), work / "sourcedir.tar.gz"), job.code_uri)
     for name, value in job.inputs.items():
@@ -138,15 +151,14 @@ def stop_search(name: str, boto: boto3.Session) -> None:
 
 def download(uri: str, target: Path, boto: boto3.Session) -> None:
     """Download an object of S3 to a file."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
     target.parent.mkdir(parents=True, exist_ok=True)
     with asked(uri):
-        boto.client("s3").download_file(bucket, key, str(target))
+        boto.client("s3").download_file(*bucket_and_key(uri), str(target))
 
 
 def objects(prefix: str, boto: boto3.Session) -> list[str]:
     """Return the s3:// URIs of what is below a prefix."""
-    bucket, _, start = prefix.removeprefix("s3://").partition("/")
+    bucket, start = bucket_and_key(prefix)
     with asked(prefix):
         pages = boto.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start)
         keys = (one["Key"] for page in pages for one in page.get("Contents", []))
@@ -157,13 +169,15 @@ def resume(name: str, new: str, boto: boto3.Session) -> dict[str, Any]:
     """Start a job that goes on from the checkpoints of one that has ended, with all else the same; return its request.
 
     Raises:
-        ConfigError: the job still runs, or has completed.
+        ConfigError: the job still runs, has completed, or keeps no checkpoints.
     """
-    client, found = boto.client("sagemaker"), describe(name, boto)
-    status = found["TrainingJobStatus"]
+    found = describe(name, boto)  # first: it says in one line what is wrong with keys and region
+    client, status = boto.client("sagemaker"), found["TrainingJobStatus"]
     if status not in ("Failed", "Stopped"):
         cure = "there is nothing left to do" if status == "Completed" else f"wait, or stop it: jobs.py stop {name}"
         raise ConfigError(f"resume {name}: its status is {status}; {cure}")
+    anew = "a job without checkpoints (a trial of a search) starts anew: launch.py"
+    require("CheckpointConfig" in found, f"resume {name}: there is nothing to go on from; {anew}")
     known = client.meta.service_model.operation_model("CreateTrainingJob").input_shape.members
     request = {field: found[field] for field in known if found.get(field)}
     values: Mapping[str, str] = request["HyperParameters"]

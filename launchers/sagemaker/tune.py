@@ -21,6 +21,7 @@ from typing import Any
 
 import launch
 import money
+import service
 from job import EVAL_METRICS, PLAIN, Job
 from request import create_training_job
 
@@ -154,7 +155,6 @@ def main(argv: Sequence[str]) -> int:
 
 def start(job: Job, sent: dict[str, Any]) -> None:
     """Upload what the trials share, and start them."""
-    service = launch.service_module()
     boto = service.session(job.region)
     with tempfile.TemporaryDirectory() as folder, service.asked(f"AWS took no tuning job {job.name} in {job.region}"):
         service.upload(job, Path(folder), boto)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -93,6 +94,12 @@ BAKED = {"image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/esm:1", "baked":
         ({"compile_only": True}, "compile_only: its graphs would be lost; add --compile-cache"),
         ({"overrides": ("--adapter.kind", "qlora")}, "adapter.kind=qlora with backend=neuron"),
         ({"compile_only": True, "instance_type": "ml.g5.2xlarge"}, "only Trainium compiles ahead"),
+        (
+            {"instance_type": "ml.p3.2xlarge"},
+            "ml.p3.2xlarge: the image's CUDA 13 does not support V100, whose last is CUDA 12; give --image",
+        ),
+        ({"config": {"model": {"name": "/"}}}, "model.name=/ is a folder of this machine; give it by --model /"),
+        ({"model": "/"}, "/config.json: cannot be read"),
         ({"region": "mars-1"}, "region=mars-1 is not in images.yaml; give --image"),
     ],
 )
@@ -308,3 +315,34 @@ def test_the_cost_is_said_at_most_by_an_estimate_and_where_it_is_least(described
     few = {**config, "loop": {**config["loop"], "packs_per_device": 64}}
     over = money.lines(Job(**described(few, instance_type="ml.g5.xlarge")))
     assert re.match(r"estimate: it may not fit: a device needs [\d.]+ of 22 GiB", over[1])
+
+
+def test_a_warm_pool_is_part_of_the_most(described: Described) -> None:
+    job = Job(**described(max_run=3600, keep_alive=1800, max_dollars=38))
+    assert job.most_dollars == pytest.approx(24.73 * 1.5)
+    assert "37.09 dollars on demand: 1 x ml.trn1.32xlarge x 1.5 h (--max-run and --keep-alive)" in money.most(job)
+    with pytest.raises(ConfigError, match="max_dollars=37 is below 37.09, the price of 1 x ml.trn1.32xlarge for 1.5 h"):
+        replace(job, max_dollars=37)
+
+
+def test_a_model_that_is_cut_off_is_cheaper(described: Described) -> None:
+    """By the share of its layers, where the products take the time; a folder is estimated as its name is."""
+    values = described({"model": {"name": "facebook/esm2_t33_650M_UR50D", "init": "pretrained"}})
+    hours = []
+    for layers in ("all", "11"):
+        (said, *_) = money.estimated(Job(**values, overrides=("--model.layers", layers, "--loop.max_steps", "100000")))
+        hours.append(float(re.search(r"dollars for ([\d.]+) h", said)[1]))  # type: ignore[index]
+    assert 2 < hours[0] / hours[1] < 4
+
+
+def test_a_folder_is_as_its_config_says(described: Described, tmp_path: Path) -> None:
+    named = {"num_hidden_layers": 33, "hidden_size": 1280, "num_attention_heads": 20, "intermediate_size": 5120}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "esm", **named}))
+    values = described()
+    folder = Job(**values, model=str(tmp_path))
+    assert money.lines(folder) == money.lines(Job(**values)) and len(money.lines(folder)) > 1
+    with pytest.raises(ConfigError, match=f"parallel.tp=8 does not cut {tmp_path}; use 1, 2, 4"):
+        replace(folder, overrides=("--parallel.tp", "8"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **named}))
+    with pytest.raises(ConfigError, match="config.json: .*'bert'.*; give the Hugging Face folder of an ESM-2"):
+        replace(folder)

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from job import IMAGES, Job
-from request import create_training_job
+from job import IMAGES, Job, bucket_and_key
 
 Described = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[2]
@@ -75,11 +74,20 @@ def test_the_rights_are_those_of_the_policies(stack: dict[str, Any]) -> None:
 
 
 @pytest.mark.launchers
-def test_a_job_is_sent_with_what_the_stack_says(described: Described, stack: dict[str, Any]) -> None:
+def test_a_job_runs_in_the_bucket_and_by_the_role_of_the_stack(
+    described: Described, stack: dict[str, Any], tmp_path: Path
+) -> None:
+    import boto3
+    import service
+
     where = {"role": stack["Role"], "output": stack["Output"], "name": "esm-neuron-1"}
-    request = create_training_job(Job(**{**described(), **where}))
-    assert request["RoleArn"] == stack["Role"]
-    assert request["OutputDataConfig"]["S3OutputPath"].startswith(stack["Output"])
+    job = Job(**{**described(), **where})
+    service.submit(job, tmp_path, service.session(job.region))
+    known = boto3.client("sagemaker", region_name="us-west-2").describe_training_job(TrainingJobName=job.name)
+    assert known["RoleArn"] == stack["Role"] and known["CheckpointConfig"]["S3Uri"].startswith(f"{stack['Output']}/")
+    for uri in (job.code_uri, f"{job.channels['train']}train.csv"):
+        bucket, key = bucket_and_key(uri)
+        assert boto3.client("s3").head_object(Bucket=bucket, Key=key)["ContentLength"] > 0, "lies in the stack's bucket"
 
 
 def test_what_the_optional_parts_make() -> None:

@@ -191,7 +191,7 @@ def test_the_command_prints_json_alone_and_sends_the_same(described: Described, 
     assert kept == {key: printed[key] for key in kept}
 
 
-def test_a_dry_run_needs_no_sdk_no_torch_and_no_account(described: Described) -> None:
+def test_a_dry_run_needs_no_sdk_no_torch_and_no_account(described: Described, tmp_path: Path) -> None:
     """Nor the rest of the training stack: importing any of it is an error here."""
     needless = (
         "torch",
@@ -206,20 +206,27 @@ def test_a_dry_run_needs_no_sdk_no_torch_and_no_account(described: Described) ->
         "sagemaker",
     )
     block = f"import sys; [sys.modules.__setitem__(name, None) for name in {needless}]; sys.path.insert(0, sys.argv[1])"
-    program = f"{block}; import launch; sys.exit(launch.main(sys.argv[2:]))"
     folder = str(ROOT / "launchers" / "sagemaker")
-    words = [sys.executable, "-c", program, folder, *words_of(described())]
-    done = subprocess.run(
-        [*words, "--dry-run"], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
-    )
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    sizes = {"num_hidden_layers": 6, "hidden_size": 320, "num_attention_heads": 20, "intermediate_size": 1280}
+    (weights / "config.json").write_text(json.dumps({"model_type": "esm", **sizes}))
+
+    def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+        line, env = [sys.executable, "-c", f"{block}; {program}", folder, *words], {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(line, capture_output=True, text=True, check=False, env=env)
+
+    words = words_of(described(model=weights))
+    launch = "import launch; sys.exit(launch.main(sys.argv[2:]))"
+    done = run(launch, *words, "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["TrainingJobName"] == "job-1"
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        "starting a job needs boto3; pip install -r launchers/sagemaker/requirements.txt"
-        in done.stderr.splitlines()[-1]
-    )
+    assert "model" in {one["ChannelName"] for one in json.loads(done.stdout)["InputDataConfig"]}
+    assert "estimate, by the roofline" in done.stderr, "the folder's shape is known"
+    looking = "import jobs; sys.exit(jobs.main(sys.argv[2:]))"
+    for done in (run(launch, *words), run(looking, "status", "job-1")):
+        assert done.returncode == 2 and done.stdout == ""
+        missing = "starting and following jobs needs boto3; pip install -r launchers/sagemaker/requirements.txt"
+        assert missing in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_a_job_that_aws_does_not_take_is_one_line(
@@ -311,6 +318,39 @@ def test_a_failed_job_is_followed_to_its_reason_and_goes_on_as_a_new_one(
     dropped = {"RetryStrategy", "Environment", "ProfilerConfig"}  # by moto, of what it describes
     same = set(first) - dropped - {"TrainingJobName", "HyperParameters", "AlgorithmSpecification"}
     assert {key: again[key] for key in same} == {key: first[key] for key in same}
+
+
+def test_a_job_without_checkpoints_is_not_resumed(
+    described: Described, account: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = create_training_job(Job(**described()))
+    del request["CheckpointConfig"]
+    boto3.client("sagemaker", region_name="us-west-2").create_training_job(**request)
+    ended(monkeypatch, **FAILED)
+    assert jobs.main(["resume", "job-1", "--region", "us-west-2"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "resume job-1: there is nothing to go on from; a job without checkpoints" in said
+
+
+def test_an_unknown_profile_is_one_line(account: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    assert jobs.main(["status", "job-1"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "the keys of this machine: The config profile (nobody) could not be found; check your keys" in said
+
+
+def test_a_key_that_leads_out_of_the_folder_is_refused(
+    described: Described, account: None, tmp_path: Path, small_archive: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(**described())
+    boto = service.session(job.region)
+    service.submit(job, tmp_path / "work", boto)
+    boto.client("s3").put_object(Bucket="bucket", Key="esm/job-1/checkpoints/../../out", Body=b"x")
+    words = ["fetch", "job-1", "--region", "us-west-2", "--whole", "--output", str(tmp_path / "runs" / "whole")]
+    (tmp_path / "runs").mkdir()
+    assert jobs.main(words) == 2
+    assert "s3://bucket/esm/job-1/checkpoints/../../out: leads out of --output" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir()) and not (tmp_path / "out").exists()
 
 
 def test_a_running_job_is_stopped_by_a_command(
