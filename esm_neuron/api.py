@@ -29,10 +29,20 @@ from esm_neuron.config import TrainConfig, require, settings
 from esm_neuron.config.deferred import module
 from esm_neuron.config.threads import prepare
 from esm_neuron.data.parquet import read_table, write_table
+from esm_neuron.distributed import log_nothing
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.files import note
 from esm_neuron.redact import shown
-from esm_neuron.run_dir import CONFIG, METRICS, RESULT, load_predictions, predictions_name, read_log, read_result
+from esm_neuron.run_dir import (
+    CONFIG,
+    FOLDS,
+    METRICS,
+    RESULT,
+    load_predictions,
+    predictions_name,
+    read_log,
+    read_result,
+)
 from esm_neuron.tasks import training_config
 
 if TYPE_CHECKING:
@@ -45,6 +55,8 @@ else:
 P = ParamSpec("P")
 T = TypeVar("T")
 Proteins = Union[str, Path, Sequence[str], Mapping[str, str], "pd.DataFrame", "pd.Series[str]"]
+Data = Union[str, Path, Sequence["str | Path"], Mapping[str, "str | Path"], "pd.DataFrame"]
+"""What is trained on: a path, several read as one, one per class, or a data frame."""
 Log = Callable[[str], None]
 
 
@@ -69,10 +81,10 @@ def tell(line: str) -> None:
 
 @_public
 def train(
-    data: Proteins | Mapping[str, str] | None = None,
+    data: Data | None = None,
     *,
-    valid: Proteins | None = None,
-    test: Proteins | None = None,
+    valid: Data | None = None,
+    test: Data | None = None,
     config: str | Path | Mapping[str, Any] | TrainConfig | None = None,
     output: str | Path | None = None,
     log: Log = tell,
@@ -81,11 +93,12 @@ def train(
     """Train an ESM-2 on proteins with labels, as `esm-neuron train` does: told of nothing but these, fit a probe.
 
     Args:
-        data: training proteins: a path, a list of paths read as one, or a data frame, which is kept in the output.
+        data: training proteins: a path, a list of paths read as one, a path per class, or a data frame, which is kept
+            in the output.
         valid: validation proteins; None: those of a split column, or sampled from the training proteins.
         test: test proteins; None: those of a split column, or sampled if `test_fraction` says so.
         config: YAML file, mapping of sections, or TrainConfig to begin with; the other arguments overrule it.
-        output: folder to write; None: a new one in `runs/`, named after the data.
+        output: folder to write; None: that of `config`, else a new one in `runs/`, named after the data.
         log: called with each line of progress.
         **values: settings, such as `label="location"`, `model="facebook/esm2_t12_35M_UR50D"`, `lr=3e-4`.
     """
@@ -140,7 +153,7 @@ def embed(
     *,
     pooling: Literal["mean", "cls", "residue"] = "mean",
     backend: str | None = None,
-    log: Log = lambda line: None,
+    log: Log = log_nothing,
     **values: Any,
 ) -> pd.DataFrame:
     """Return one row of numbers per protein, named by its id; or per residue, named by id and number from 1.
@@ -219,7 +232,8 @@ class Run:
             return f"Run({str(self.folder)!r})"
         split = next((name for name in ("test", "valid") if self.result.get(name)), None)
         metric = self.result["metric"]
-        said = f", {split} {metric} {self.result[split][metric]:.3f}" if split and self.result[split][metric] else ""
+        value = self.result[split].get(metric) if split else None
+        said = "" if value is None else f", {split} {metric} {value:.3f}"
         return f"Run({str(self.folder)!r}: {self.result['task']} by {self.result['model']}{said})"
 
     def check(self) -> None:
@@ -231,11 +245,10 @@ class Run:
     @cached_property
     def result(self) -> dict[str, Any]:
         """What result.json holds: every metric with its interval, baselines, verdicts, calibration."""
-        require(
-            (self.folder / RESULT).is_file(),
-            f"{self.folder}: no {RESULT} there; its training has not finished (go on with resume='auto'), or it was "
-            "trained elsewhere",
-        )
+        cure = "its training has not finished (go on with resume='auto'), or it was trained elsewhere"
+        if (self.folder / FOLDS).is_file():
+            cure = f"it is a cross-validation, whose means are in {FOLDS}; load a fold, {self.folder / 'fold-1'}"
+        require((self.folder / RESULT).is_file(), f"{self.folder}: no {RESULT} there; {cure}")
         return read_result(self.folder)
 
     @property
@@ -287,7 +300,8 @@ class Run:
     @_public
     def embed(self, proteins: Proteins, **options: Any) -> pd.DataFrame:
         """Return embeddings by the trained encoder, see `embed`."""
-        return embed(proteins, self.folder, backend=self._backend, **options)
+        given = self._given("data.", "loop.", "model.", "parallel.")
+        return embed(proteins, self.folder, backend=self._backend, **{**given, **options})
 
     @_public
     def evaluate(self, proteins: Proteins, **values: Any) -> dict[str, Any]:
@@ -296,14 +310,17 @@ class Run:
 
         with _as_file(proteins) as source:
             words = [*self._words, *settings.to_words(values)]
-            return evaluate(self.folder, source, None, self._backend, lambda line: None, words)
+            return evaluate(self.folder, source, None, self._backend, log_nothing, words)
 
     @_public
-    def export(self, target: str | Path) -> Path:
-        """Write a plain Hugging Face folder with the adapter merged into its base; return it."""
+    def export(self, target: str | Path, **values: Any) -> Path:
+        """Write a plain Hugging Face folder with the adapter merged into its base; return it.
+
+        `values` are settings of a model that another program trained, such as `base`, of an adapter by PEFT.
+        """
         from esm_neuron.inference.export import export
 
-        export(self.folder, Path(target))
+        export(self.folder, Path(target), settings.to_words({**self._given("model.", "task."), **values}))
         return Path(target)
 
     @_public
@@ -312,6 +329,11 @@ class Run:
         from esm_neuron.reports import write_report
 
         return write_report(self.folder)
+
+    def _given(self, *sections: str) -> dict[str, str]:
+        """Return the settings of these sections that `load` was given, by their whole names."""
+        named = (word[2:].partition("=") for word in settings.in_full(self._words))
+        return {name: value for name, _, value in named if name.startswith(sections)}
 
     @cached_property
     def _predictor(self) -> Predictor:
@@ -327,15 +349,15 @@ def predict(proteins: Proteins, model: str | Path, *, coverage: float | None = N
 
 
 @_public
-def evaluate(proteins: Proteins, model: str | Path, **values: Any) -> dict[str, Any]:
+def evaluate(proteins: Proteins, model: str | Path, *, backend: str | None = None, **values: Any) -> dict[str, Any]:
     """Return the metrics of a trained model on proteins with labels, see `Run.evaluate`."""
-    return load(model).evaluate(proteins, **values)
+    return Run(model, backend=backend).evaluate(proteins, **values)
 
 
 @_public
-def export(model: str | Path, target: str | Path) -> Path:
+def export(model: str | Path, target: str | Path, **values: Any) -> Path:
     """Write a trained model as a plain Hugging Face folder, see `Run.export`."""
-    return load(model).export(target)
+    return Run(model).export(target, **values)
 
 
 def _numbers(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -244,7 +244,7 @@ def serve(
 
     limits = Limits(megabytes, proteins, seconds)
     limits.check()
-    run_server(load(model, backend, overrides), Path(model).resolve().name, host, port, limits, log)
+    run_server(load(model, backend, overrides, "serve"), Path(model).resolve().name, host, port, limits, log)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class Batcher:
                 continue
             try:
                 answers = self._answer(jobs[0].kind, [job.table for job in jobs])
-            except (Exception, CancelledError) as error:  # a request's failure must not end the thread of all others
+            except Exception as error:  # a request's failure must not end the thread of all others
                 for job in jobs:
                     job.answer.set_exception(error)
                 continue

@@ -126,7 +126,7 @@ class Answers:
 
         try:
             text = await asyncio.wait_for(work(), self.limits.seconds)
-        except (Exception, asyncio.TimeoutError) as error:  # TimeoutError is another one before Python 3.11
+        except Exception as error:
             return self._failure(request, error)
         return Response(text, media_type=LINES if accept.partition(";")[0].strip() == LINES else "application/json")
 
@@ -176,7 +176,6 @@ def make_app(predictor: Predictor, batcher: Batcher, limits: Limits, title: str)
 
 def serve(predictor: Predictor, title: str, host: str, port: int, limits: Limits, log: Callable[[str], None]) -> None:
     """Answer requests until the process is asked to end (SIGTERM, ctrl-C); what has been taken is answered then."""
-    limits.check()
 
     def compute(kind: str, tables: Sequence[ExampleTable]) -> list[Rows]:
         return predictor.embed_tables(tables) if kind == "embed" else predictor.predict_tables(tables)

@@ -110,12 +110,14 @@ class _Request(InputChunks):
         yield make_rows({"line": range(1, len(ids) + 1), "id": ids, "sequence": sequences})
 
 
-def load(model: str | Path, backend: BackendName | None = None, settings: Sequence[str] = ()) -> Predictor:
+def load(
+    model: str | Path, backend: BackendName | None = None, settings: Sequence[str] = (), command: str = "load"
+) -> Predictor:
     """Load a trained model to run on `backend`, by default where it was trained; names and settings as for `predict`.
 
-    Raise EsmNeuronError where the model or its weights cannot be used.
+    `command` is what errors call it. Raise EsmNeuronError where the model or its weights cannot be used.
     """
-    specs, task = find_members(model, backend, settings, "load")
+    specs, task = find_members(model, backend, settings, command)
     created = create_backend(specs[0].cfg)
     evaluators = [Evaluator(spec.load(task, created).model, task, created) for spec in specs]
     return Predictor(specs[0].cfg, task, evaluators)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import traceback
@@ -101,6 +103,25 @@ def test_predictions_are_those_of_the_command(run: en.Run, frames: dict[str, pd.
 def test_evaluate_gives_the_metrics_of_the_run(run: en.Run, frames: dict[str, pd.DataFrame]) -> None:
     assert run.evaluate(frames["test"])["mcc"] == pytest.approx(run.result["test"]["mcc"])
     assert en.evaluate(frames["test"], run.folder)["n"] == 20
+    with pytest.raises(en.ConfigError, match="backend=none is unknown"):
+        en.evaluate(frames["test"], run.folder, backend="none")
+
+
+def test_settings_given_to_load_hold_for_all_that_a_model_does(run: en.Run, frames: dict[str, pd.DataFrame]) -> None:
+    loaded = en.load(run.folder, sequence_column="seq")
+    test = frames["test"].rename(columns={"sequence": "seq", "location": "kind"})
+    assert loaded.evaluate(test, label="kind")["mcc"] == pytest.approx(run.result["test"]["mcc"])
+    assert loaded.embed(test).equals(run.embed(frames["test"])) and len(loaded.predict(test)) == 20
+
+
+def test_a_metric_of_zero_is_shown_and_folds_are_told_from_a_run(run: en.Run, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "zero")
+    result = {**run.result, "test": {**run.result["test"], "mcc": 0.0}}
+    (tmp_path / "zero" / "result.json").write_text(json.dumps(result))
+    assert "test mcc 0.000" in repr(en.Run(tmp_path / "zero"))
+    (tmp_path / "zero" / "result.json").rename(tmp_path / "folds.json")
+    with pytest.raises(en.EsmNeuronError, match=r"a cross-validation, whose means are in folds.json; load .*fold-1"):
+        en.Run(tmp_path).result  # noqa: B018
 
 
 def test_embeddings_have_a_row_per_protein_or_per_residue() -> None:

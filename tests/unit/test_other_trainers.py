@@ -28,6 +28,7 @@ from transformers import (
     EsmModel,
 )
 
+import esm_neuron as en
 from esm_neuron.backends import create_backend
 from esm_neuron.errors import ConfigError, EsmNeuronError
 from esm_neuron.inference.embed import embed
@@ -242,6 +243,13 @@ def test_trainer_with_an_adapter_inside_and_a_head_in_the_base(tmp_path: Path) -
     with pytest.raises(EsmNeuronError, match=r"base .* is not here; .*--model.base"):
         ours(tmp_path / "inner")
     assert equal(ours(tmp_path / "inner", f"--model.base={tmp_path / 'moved'}"), logits_of(inner))
+    loaded = en.load(tmp_path / "inner", base=tmp_path / "moved", sequence_column="seq")
+    assert len(loaded.embed(pd.DataFrame({"id": ["a"], "seq": [SEQUENCES[0]]}))) == 1
+    for written in (
+        loaded.export(tmp_path / "a"),
+        en.export(tmp_path / "inner", tmp_path / "b", base=tmp_path / "moved"),
+    ):
+        assert equal(ours(written), logits_of(inner))
 
 
 def test_training_starts_from_an_adapter_and_carries_its_base(

@@ -222,7 +222,7 @@ def test_the_pages_ask_for_nothing_elsewhere(server: Server) -> None:
         (["mine", "--seconds", "0"], "--seconds 0.0 must be above 0"),
         (["mine", "--port", "99999"], "--port 99999"),
         (["mine", "--host", "192.0.2.1"], "--host 192.0.2.1"),
-        (["mine", "--lr", "1"], "`load` has no use for this setting"),
+        (["mine", "--lr", "1"], "`serve` has no use for this setting"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(
