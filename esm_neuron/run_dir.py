@@ -36,9 +36,13 @@ CARD = "README.md"  # model card, in the folder of an adapter or a model
 PASSED_OVER = "passed-over-"  # prefix of a checkpoint that a resumed run could not read
 
 
+MEMBER = "seed-"
+"""How the name of a run of an ensemble begins; its seed follows."""
+
+
 def member_folders(folder: Path, cfg: TrainConfig) -> list[Path]:
     """Return the folders of the runs of an ensemble, whose configuration is `cfg`; none where it is a single run."""
-    return [folder / f"seed-{cfg.seed + number}" for number in range(cfg.seeds)] if cfg.seeds > 1 else []
+    return [folder / f"{MEMBER}{cfg.seed + number}" for number in range(cfg.seeds)] if cfg.seeds > 1 else []
 
 
 def predictions_name(split: str) -> str:

@@ -326,7 +326,7 @@ def override(cfg: TrainConfig, argv: Sequence[str], allowed: Sequence[str], comm
         name = word[2:].partition("=")[0]
         if word.startswith("--") and name in set(known_keys()) and not may(name):
             refuse(word)
-    changed = _parsed(words, command, cfg)
+    changed = _parsed(words, command, cfg) if words else cfg
     for name in known_keys():
         if not may(name) and "config" not in allowed and attrgetter(name)(changed) != attrgetter(name)(cfg):
             refuse(f"--config: {name}")

@@ -27,7 +27,7 @@ from esm_neuron.files import NOTHING, NUMBER, read_json, sha256
 from esm_neuron.inference.folders import find_head, task_config
 from esm_neuron.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from esm_neuron.models.shapes import in_folder, locate
-from esm_neuron.run_dir import ADAPTER, BASE, CONFIG, MODEL, REFERENCE, member_folders, read_calibration
+from esm_neuron.run_dir import ADAPTER, BASE, CONFIG, MEMBER, MODEL, REFERENCE, member_folders, read_calibration
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.base import Task
 
@@ -161,7 +161,8 @@ def find_members(
     """
     folder = Path(name).expanduser()
     saved = folder / CONFIG
-    members = member_folders(folder, settings.read_config(saved)) if saved.is_file() else []
+    several = saved.is_file() and any(folder.glob(f"{MEMBER}*"))
+    members = member_folders(folder, settings.read_config(saved)) if several else []
     found = [find_trained(each, backend, words, command) for each in members or (name,)]
     task = found[0][1]
     if members:

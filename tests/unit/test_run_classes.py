@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from esm_neuron import cli
 from esm_neuron.backends import create_backend
+from esm_neuron.config import settings
 from esm_neuron.errors import CheckpointError
 from esm_neuron.inference.load import build_trained, read_run
 
@@ -94,3 +96,15 @@ def test_metrics_are_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     words = ["evaluate", "--model", "run", "--input", "in.csv", "--output", str(tmp_path / "m.csv")]
     assert cli.main(words) == 2
     assert "metrics are JSON; name a .json file" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_run_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them is half of what `predict` of one protein does beside its imports."""
+    finish(tmp_path / "run", "mean", "lora")
+    asked: list[Sequence[str]] = []
+    plain = settings._parsed
+    monkeypatch.setattr(settings, "_parsed", lambda words, *more: asked.append(words) or plain(words, *more))
+    (tmp_path / "in.fasta").write_text(">a\nMKVLA\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", "--model", "run", "--input", "in.fasta", "--output", "p.csv"]) == 0
+    assert len(asked) == 1
