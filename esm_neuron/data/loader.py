@@ -45,6 +45,8 @@ class StepData:
     """One batch for each accumulated pass."""
     residues: int
     """Residues in the batches of all ranks, specials left out."""
+    sequences: int
+    """Examples in the batches of all ranks."""
 
 
 def plan_packs(cfg: TrainConfig, lengths: np.ndarray, packs_per_step: int, epoch: int = 0) -> EpochPlan:
@@ -164,7 +166,7 @@ class TrainLoader(_Loader):
         residues = int(self._lengths[members].sum()) - SPECIALS * len(members)
         # Pass by pass, then rank by rank: two passes of one rank hold what one pass of each of two ranks holds.
         batches = [self._batch(packs[n * count : (n + 1) * count], epoch) for n in range(self.passes)]
-        return StepData(step, batches, residues)
+        return StepData(step, batches, residues, len(members))
 
     def record_ids(self, step: int) -> list[str]:
         """Return the names of the proteins, over all ranks, that optimizer step `step` learns from."""

@@ -39,7 +39,7 @@ class Callback:
     """A watcher of a run; a subclass overrides what it wants to hear of."""
 
     def on_log(self, step: int, total: int, record: MetricsLine) -> None:
-        """Optimizer step `step` of `total` is done; `record` has loss, lr, grad_norm, residues_per_second, ..."""
+        """Optimizer step `step` of `total` is done; `record` has loss, lr, grad_norm, epoch, residues_per_second, ..."""
 
     def on_eval(self, step: int, record: MetricsLine) -> None:
         """An evaluation after `step` is done; `record` has the split and its metrics."""
@@ -52,7 +52,7 @@ class ProgressConsole(Callback):
     """Show a bar with the time left on a terminal, one plain line per record elsewhere.
 
     Plain lines suit regular expressions such as SageMaker's metric definitions:
-    `step=120/500 loss=0.6123 lr=3.0e-04 grad_norm=1.23 residues_per_second=1234 eta=00:12:34` and
+    `step=120/500 loss=0.6123 lr=3.0e-04 grad_norm=1.23 epoch=0.24 ... residues_per_second=1234 eta=00:12:34` and
     `eval step=120 split=valid accuracy=0.7100 mcc=0.3500`.
     """
 
@@ -263,7 +263,9 @@ _STOPPER: dict[str, Any] = {
 }  # fmt: skip
 """What a checkpoint has of early stopping -> its types."""
 
-FORMATS = {"lr": ".1e", "grad_norm": ".2f", "residues_per_second": ".0f"}
+FORMATS = {
+    "lr": ".1e", "grad_norm": ".2f", "epoch": ".2f", "sequences_per_second": ".1f", "residues_per_second": ".0f",
+}  # fmt: skip
 """How a value is printed on the console; other floats get 4 decimals."""
 
 

@@ -47,6 +47,7 @@ class Monitors:
         self.recompiles = RecompileGuard(cfg.loop.on_recompile, backend.graphs, cfg.data.pack_tokens)
         self.watchdog = Watchdog.of(cfg, backend.topology.rank)
         self._compiles = backend.static_shapes or cfg.loop.torch_compile
+        self._epoch = 0.0
         self._done_once: set[str] = set()
         self._on_device: list[tuple[int, Tensor, Tensor]] = []  # step, its loss sum and weight, its gradient norm
 
@@ -67,6 +68,8 @@ class Monitors:
         """Watch a training step; the first ones may compile, which takes long."""
         if self._compiles and self.recompiles.warms_up(data.batches):
             self.watchdog.expect(f"step {data.step + 1}", slow=True)
+        self._epoch = (data.step + 1) / self.train_loader.steps_per_epoch
+        self.clock.sequences += data.sequences
         self.recompiles.begin()
         yield
         self.recompiles.end(data.step, data.batches)
@@ -112,7 +115,9 @@ class Monitors:
 
     def metrics(self, residues: int) -> dict[str, float | int]:
         """Return the rest of a line of the log, after `residues` in all; the clock must be stopped."""
-        found = {"residues_per_second": self.clock.rate(residues), "graphs": self.backend.graphs()}
+        of_residues, of_sequences = self.clock.rates(residues)
+        found = {"epoch": self._epoch, "sequences_per_second": of_sequences, "residues_per_second": of_residues}
+        found["graphs"] = self.backend.graphs()
         if self.losses.spikes:
             found["loss_spikes"], self.losses.spikes = self.losses.spikes, 0
         peak = self.backend.peak_memory()
@@ -150,10 +155,12 @@ class Monitors:
 
 
 class Clock:
-    """Seconds in training steps, without evaluation and saving, and the rate since the last line of the log."""
+    """Seconds in training steps, without evaluation and saving, and the rates since the last line of the log."""
 
     def __init__(self, seconds: float = 0.0, residues: int = 0) -> None:
         self.seconds = seconds
+        self.sequences = 0
+        """Sequences trained on since the last line of the log."""
         self._logged = (seconds, residues)
         self._began = 0.0
 
@@ -163,11 +170,11 @@ class Clock:
     def stop(self) -> None:
         self.seconds += time.perf_counter() - self._began
 
-    def rate(self, residues: int) -> float:
-        """Return the residues per second since the last call; `residues` counts from the start of the run."""
-        seconds, before = self._logged
-        self._logged = (self.seconds, residues)
-        return (residues - before) / (self.seconds - seconds)
+    def rates(self, residues: int) -> tuple[float, float]:
+        """Return residues and sequences per second since the last call; `residues` counts from the run's start."""
+        (since, before), sequences = self._logged, self.sequences
+        self._logged, self.sequences = (self.seconds, residues), 0
+        return (residues - before) / (self.seconds - since), sequences / (self.seconds - since)
 
 
 WINDOW, LEAST = 64, 16

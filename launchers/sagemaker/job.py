@@ -43,7 +43,9 @@ TOOLKIT_HYPERPARAMETERS = 7
 """Hyperparameters that `request.py` adds for the container's toolkit; the service counts them too."""
 
 _NUMBER = r"(-?[0-9.]+(?:e[+-]?[0-9]+)?)"
-TRAIN_METRICS = ("loss", "lr", "grad_norm", "residues_per_second", "graphs", "peak_memory_gb")
+TRAIN_METRICS = (
+    "loss", "lr", "grad_norm", "epoch", "sequences_per_second", "residues_per_second", "graphs", "peak_memory_gb",
+)  # fmt: skip
 EVAL_METRICS = (
     "loss", "accuracy", "subset_accuracy", "balanced_accuracy", "mcc", "macro_f1", "micro_f1", "auroc", "auprc",
     "perplexity", "spearman", "pearson", "rmse", "mae", "r2",

@@ -201,14 +201,23 @@ def test_images_of_all_regions(described: Described) -> None:
 def test_metrics_are_read_from_our_own_log_lines(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.train(toy(), str)
+    cfg = toy()
+    run.train(cfg, str)
     lines = capsys.readouterr().err.splitlines()
     found: dict[str, list[float]] = {}
     for definition in metric_definitions():
         hits = [re.search(definition["Regex"], line) for line in lines]
         found[definition["Name"]] = [float(hit[1]) for hit in hits if hit]
-    for name in ("loss", "lr", "grad_norm", "residues_per_second"):  # graphs and peak memory: on devices that have them
+    always = ("loss", "lr", "grad_norm", "epoch", "sequences_per_second", "residues_per_second")
+    for name in always:  # graphs and peak memory: on devices that have them
         assert len(found[f"train:{name}"]) == 8, name
+    per_epoch = round(8 / found["train:epoch"][-1])
+    assert found["train:epoch"] == [round(step / per_epoch, 2) for step in range(1, 9)]
+    ratios = [
+        a / b for a, b in zip(found["train:residues_per_second"], found["train:sequences_per_second"], strict=True)
+    ]
+    train = json.loads((Path(cfg.output) / "result.json").read_text())["data"]["train"]
+    assert sum(ratios) / 8 == pytest.approx(train["residues"] / train["records"], rel=0.1), "residues of a sequence"
     evaluated = [line for line in lines if line.startswith("eval ") and "split=valid" in line]
     assert len(evaluated) == 3, "two validations, and what the chosen step reaches, which a tuner takes"
     printed = set(re.findall(r" (\w+)=", evaluated[0])) - {"step", "split", "n", "n_records", "auprc_of"}

@@ -239,7 +239,8 @@ def test_residues_are_counted_without_specials() -> None:
     table = make_table()
     loader = TrainLoader(table, Label(), make_config())
     residues = int(table.lengths.sum()) - 2 * len(table)
-    assert sum(loader.load(step).residues for step in range(loader.steps_per_epoch)) == residues
+    steps = [loader.load(step) for step in range(loader.steps_per_epoch)]
+    assert sum(data.residues for data in steps) == residues and sum(data.sequences for data in steps) == len(table)
     slots = sum(
         batch.input_ids.numel() for step in range(loader.steps_per_epoch) for batch in loader.load(step).batches
     )

@@ -37,7 +37,7 @@ from esm_neuron.training.trainer import Trainer
 
 Toy = Callable[..., TrainConfig]
 
-TIMING = ("residues_per_second", "graphs")
+TIMING = ("sequences_per_second", "residues_per_second", "graphs")
 """Values of a metrics line that depend on the clock or on what was compiled before."""
 
 
