@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import TrainConfig, require, settings
+from esm_neuron.config import DataConfig, TrainConfig, require, settings
 from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only
 from esm_neuron.files import check_ours, claimed, finite, note, write_json, write_text
 from esm_neuron.metrics.text import ending
@@ -31,7 +31,7 @@ Log = Callable[[str], None]
 Scores = dict[str, dict[str, Any]]
 """Metric -> its mean, standard deviation and values by run."""
 CACHE = "cache"
-"""Folder of tokenized data, which an ensemble's runs share."""
+"""Folder of tokenized data, which runs that belong together share."""
 
 
 def train_folds(cfg: TrainConfig, log: Log) -> run.Outcome:
@@ -88,17 +88,21 @@ def train_seeds(cfg: TrainConfig, log: Log) -> run.Outcome:
     return run.Outcome(result, None)
 
 
+def shared_data(data: DataConfig, out: Path) -> DataConfig:
+    """Return the data settings of runs that share tokenized data below `out`, and count no homologs for a reader."""
+    # clusters need homologs to be sampled
+    homologs = data.homologs if data.sample == "clusters" else "off"
+    return replace(data, homologs=homologs, cache=data.cache or str(out / CACHE))
+
+
 def _member(cfg: TrainConfig, number: int, folder: Path) -> TrainConfig:
     """Return the settings of a run of an ensemble: the same proteins; what is scored once, of the mean, left out."""
-    # clusters need homologs to be sampled
-    homologs = cfg.data.homologs if cfg.data.sample == "clusters" else "off"
-    cache = cfg.data.cache or str(Path(cfg.output) / CACHE)
     return replace(
         cfg,
         output=str(folder),
         seed=cfg.seed + number,
         seeds=1,
-        data=replace(cfg.data, sample_seed=cfg.sampling_seed, homologs=homologs, cache=cache),
+        data=replace(shared_data(cfg.data, Path(cfg.output)), sample_seed=cfg.sampling_seed),
         log=replace(cfg.log, baselines=False),
     )
 

@@ -41,9 +41,10 @@ from esm_neuron.files import (
 from esm_neuron.models import hub
 from esm_neuron.redact import Lines
 from esm_neuron.run_dir import LOG_LIMIT, METRICS
-from esm_neuron.tasks import check_task, task_class
+from esm_neuron.tasks import task_class
 from esm_neuron.training import run
 from esm_neuron.training.callbacks import Callback, MetricsLine
+from esm_neuron.training.repeats import shared_data
 from esm_neuron.training.space import Space, default_space, read_space
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ else:
 
 logger = logging.getLogger(__name__)
 
-BASE, SPACE, JOURNAL, TABLE, PLOT, BEST, TRIALS, CACHE = (
-    "search.yaml", "space.yaml", "study.journal", "trials.tsv", "search.png", "best.yaml", "trials", "cache",
+BASE, SPACE, JOURNAL, TABLE, PLOT, BEST, TRIALS = (
+    "search.yaml", "space.yaml", "study.journal", "trials.tsv", "search.png", "best.yaml", "trials",
 )  # fmt: skip
 """Files of the output folder: the settings that trials start from, the ranges, the study, a line per trial, the plot,
 the settings of the best one for `train --config`; and the folders of the trials and of their tokenized data."""
@@ -113,7 +114,6 @@ def tune(
         EsmNeuronError: no trial has a result.
     """
     run.check(cfg)
-    check_task(cfg.task)
     _check(cfg, trials, jobs)
     out, resume = Path(cfg.output), cfg.checkpoint.resume == "auto"
     with claimed(out):
@@ -272,14 +272,11 @@ def _one(search: Search, study: optuna.Study, trial: optuna.Trial, log: Log) -> 
 def trial_config(search: Search, params: dict[str, Any], folder: int) -> TrainConfig:
     """Return the settings of a trial: without the test proteins and all that is only for a reader."""
     cfg = search.space.apply(search.cfg, params)
-    # clusters need homologs; else nobody reads how many there are
-    homologs = cfg.data.homologs if cfg.data.sample == "clusters" else "off"
-    cache = cfg.data.cache or str(search.out / CACHE)
     return replace(
         cfg,
         output=str(search.out / TRIALS / f"{folder:04d}"),
         seeds=1,
-        data=replace(cfg.data, test=None, homologs=homologs, cache=cache),
+        data=replace(shared_data(cfg.data, search.out), test=None),
         checkpoint=replace(cfg.checkpoint, every=0, keep=1, resume="auto"),
         log=replace(cfg.log, score_test=False, baselines=False, predictions=False, tensorboard=False),
     )

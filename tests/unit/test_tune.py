@@ -15,7 +15,7 @@ from esm_neuron import cli
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.errors import ConfigError, TrainingError
 from esm_neuron.files import read_json
-from esm_neuron.training import run, tune
+from esm_neuron.training import repeats, run, tune
 from esm_neuron.training.space import Space, default_space, read_space
 
 SPACE = "optim.lr: {low: 1.0e-3, high: 1.0e-1, log: true}\nadapter.r: [2, 4]\n"
@@ -83,7 +83,7 @@ def test_trials_never_open_the_test_proteins(toy: Toy, space: Path, tmp_path: Pa
     result = read_json(folder / "result.json")
     assert result["test"] is None and list(result["data"]) == ["train", "valid"] and result["baselines"] == {}
     assert "unopened" not in "".join(path.read_text(errors="ignore") for path in folder.rglob("*") if path.is_file())
-    tables = Path(own.output) / tune.CACHE
+    tables = Path(own.output) / repeats.CACHE
     assert not list(tables.rglob("test*")), "nor are they in the cache of the trials"
 
 
