@@ -29,6 +29,7 @@ from helpers.weights import state_of, tiny, write_safetensors_folder
 from hypothesis import given
 
 from esm_neuron import cli
+from esm_neuron.config import settings
 from esm_neuron.data.parquet import write_table
 from esm_neuron.errors import DataError
 from esm_neuron.files import write_json, write_text
@@ -228,6 +229,23 @@ def bounded() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, old[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def parsed_once() -> Iterator[None]:
+    """Parse equal settings once in all cases: else that is half of their time."""
+    plain, found = settings._parsed, dict[tuple[object, ...], Any]()
+
+    def parsed(words: list[str], *more: Any) -> Any:
+        file = Path(words[1]) if words[:1] == ["--config"] else None
+        key = (*words, *map(repr, more), file.read_bytes() if file and file.is_file() else b"")
+        if key not in found:
+            found[key] = plain(words, *more)  # what is refused is refused anew
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "_parsed", parsed)
+        yield
 
 
 @pytest.mark.parametrize("command", COMMANDS)
