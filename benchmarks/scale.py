@@ -72,9 +72,13 @@ STAGES: dict[str, tuple[str, str]] = {
         "data = dataclasses.replace(data, cache=cache)",
         "load_splits(TrainConfig(data=data), labels.Labels)",
     ),
-    "predict: its two readings": (
-        "from esm_neuron.inference.predict import table_pieces",
-        "for _ in range(2):\n  for piece in table_pieces(InputChunks(Path(fasta), data), 262_144): piece.digest",
+    "predict: its reading": (
+        "import tempfile; from esm_neuron.inference.predict import TableSource\n"
+        "from esm_neuron.inference.spool import Spool, scan",
+        "source = TableSource(InputChunks(Path(fasta), data), 262_144)\n"
+        "with tempfile.TemporaryDirectory() as place:\n"
+        "  pieces = Spool(Path(place), source, scan(Path(place), source, None, False))\n"
+        "  for number in range(len(pieces.scanned.rows)): pieces[number]",
     ),
     "metrics with intervals, 100 classes": (
         "from esm_neuron.metrics import classification_metrics; rng = np.random.default_rng(0)\n"

@@ -1,7 +1,6 @@
 """Files that lie elsewhere, `https://...` and `s3://...`: text is read as it comes, without a copy on this machine.
 
-Each reading asks for the file anew, as a command does that reads its input twice; what has changed in between is
-refused there. Credentials for S3 are found as by AWS's own tools (environment, profile, role).
+Each reading asks for the file anew. Credentials for S3 are found as by AWS's own tools (environment, profile, role).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from esm_neuron.data.loader import EvalLoader
 from esm_neuron.data.validation import RejectedRows, rejected_path, save_rejected
 from esm_neuron.distributed import is_alone, log_nothing, main_rank_only, raise_on_any_rank
 from esm_neuron.inference.load import ModelSpec, find_members
-from esm_neuron.inference.stream import JOIN, Advance, Piece, Predictions, check_target, scan, stream
+from esm_neuron.inference.spool import Piece, stamp_of
+from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, spooled, stream
 from esm_neuron.tasks.base import Column, Task
 from esm_neuron.tasks.base import Predictions as TaskPredictions
 
@@ -151,27 +152,23 @@ def predict_file(
     with opened_backend(cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
         tokens = piece_tokens(cfg, backend, batches)
+        stamp = stamp_of(str(source), [asdict(cfg.data), task.predictions_per_token, tokens])
+        with spooled(backend, target, TableSource(inputs, tokens), stamp, resume) as spool:
+            log(spool.scanned.summary)
+            built = [raise_on_any_rank(backend, partial(spec.load, task, backend)) for spec in specs]
+            evaluators = [evaluation.Evaluator(network(one), task, backend) for one in built]
 
-        def pieces() -> Iterator[Piece[ExampleTable]]:
-            return table_pieces(inputs, tokens)
+            def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
+                def share(tokens: float) -> None:
+                    advance(tokens / len(evaluators))
 
-        scanned = scan(backend, pieces)
-        rejected = inputs.rejected
-        log(inputs.report.summary())
-        built = [raise_on_any_rank(backend, partial(spec.load, task, backend)) for spec in specs]
-        evaluators = [evaluation.Evaluator(network(one), task, backend) for one in built]
+                return write(table, [predict_table(evaluator, cfg, table, share) for evaluator in evaluators])
 
-        def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
-            def share(tokens: float) -> None:
-                advance(tokens / len(evaluators))
-
-            return write(table, [predict_table(evaluator, cfg, table, share) for evaluator in evaluators])
-
-        first, *others = [spec.identity(one) for spec, one in zip(specs, built, strict=True)]
-        identity = {**first, "piece_tokens": tokens, **options, **({"others": others} if others else {})}
-        written = stream(backend, target, scanned, identity, pieces, predict_piece, resume, log)
-        write_rejected(backend, target, rejected, log)
-        return written
+            first, *others = [spec.identity(one) for spec, one in zip(specs, built, strict=True)]
+            identity = {**first, "piece_tokens": tokens, **options, **({"others": others} if others else {})}
+            written = stream(backend, target, spool, identity, predict_piece, log)
+            write_rejected(backend, target, spool.scanned.rejected, log)
+            return written
 
 
 def write_rejected(backend: Backend, target: Path, rows: RejectedRows, log: Callable[[str], None]) -> None:
@@ -195,6 +192,41 @@ def predict_table(
     return evaluator.collect(loader, alone=True, advance=advance)
 
 
+class TableSource:
+    """A file of proteins as an input of `spooled`, in pieces with at most `tokens` tokens."""
+
+    def __init__(self, inputs: InputChunks, tokens: int) -> None:
+        self._inputs, self._tokens = inputs, tokens
+
+    @property
+    def rejected(self) -> RejectedRows:
+        return self._inputs.rejected
+
+    def __call__(self) -> Iterator[Piece[ExampleTable]]:
+        return table_pieces(self._inputs, self._tokens)
+
+    def summary(self) -> str:
+        return self._inputs.report.summary()
+
+    def pack(self, content: ExampleTable) -> pa.RecordBatch:
+        """Return one row, with a list for each array of the table."""
+        arrays = {name: pa.array(getattr(content, name).reshape(-1)) for name in _PACKED}
+        arrays["ids"] = pa.array(list(content.ids), pa.large_string())
+        lists = {
+            name: pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
+            for name, values in arrays.items()
+        }
+        return pa.RecordBatch.from_pydict(lists)
+
+    def unpack(self, batch: pa.RecordBatch) -> ExampleTable:
+        arrays = {name: batch[name].values.to_numpy() for name in _PACKED}
+        arrays["starts"] = arrays["starts"].reshape(-1, 2)
+        return ExampleTable(**arrays, labels=np.empty(0), ids=batch["ids"].values.to_pylist())
+
+
+_PACKED = ("tokens", "offsets", "record", "weight", "starts", "residues")
+
+
 def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[ExampleTable]]:
     """Cut tables into pieces of whole records with at most `tokens` tokens each, or one record; leave out labels.
 
@@ -208,7 +240,7 @@ def table_pieces(tables: Iterable[ExampleTable], tokens: int) -> Iterator[Piece[
             begin = ends[first - 1] if first else 0
             last = max(first + 1, int(np.searchsorted(ends, begin + tokens, side="right")))
             part = _records(table, first, last)
-            yield Piece(part, len(part.tokens), _digest(part), len(part.ids))
+            yield Piece(part, len(part.tokens), len(part.ids))
             first = last
 
 
@@ -226,10 +258,3 @@ def _records(table: ExampleTable, first: int, last: int) -> ExampleTable:
         starts=table.starts[low:high],
         residues=table.residues[first:last],
     )
-
-
-def _digest(table: ExampleTable) -> bytes:
-    digest = hashlib.sha256(repr(list(table.ids)).encode())
-    for array in (table.tokens, table.offsets, table.record, table.starts, table.residues):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.digest()

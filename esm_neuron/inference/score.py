@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +36,8 @@ from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.inference.folders import LANGUAGE, find_head
 from esm_neuron.inference.load import ModelSpec, find_model
 from esm_neuron.inference.predict import piece_tokens, predict_table, write_rejected
-from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, scan, stream
+from esm_neuron.inference.spool import stamp_of
+from esm_neuron.inference.stream import JOIN, Advance, Predictions, check_target, read_back, spooled, stream
 from esm_neuron.inference.variants import Row, Variant, VariantColumns, VariantTable
 from esm_neuron.metrics.regression import rank_correlation
 from esm_neuron.models.adapter_folder import is_adapter
@@ -221,22 +222,23 @@ def score(
             tokens = max(tokens, len(protein) * (len(protein) + 2))
         scorer = Scorer(method, protein)
         table = VariantTable(source, columns, cfg.data, protein, first_residue, compare, tokens, scorer.cost)
-        scanned = scan(backend_, table)
         log = log if backend_.topology.is_main else log_nothing
-        log(table.summary())
-        rejected = table.rejected
-        task = Likelihood(TaskConfig(name="masked_lm"))
-        built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
-        evaluator = evaluation.Evaluator(built.model, task, backend_)
-
-        def score_piece(rows: list[Row], advance: Advance) -> Predictions:
-            ask = partial(_log_probabilities, evaluator, cfg, tokens, advance=advance)
-            return _rows(columns, method, rows, scorer(rows, ask))
-
         settings_ = {"method": method, "wild_type": protein, "first_residue": first_residue, "piece_tokens": tokens}
-        identity = spec.identity(built, command="score", **settings_)
-        rows = stream(backend_, target, scanned, identity, table, score_piece, resume, log)
-        write_rejected(backend_, target, rejected, log)
+        stamp = stamp_of(str(source), [asdict(cfg.data), asdict(columns), settings_])
+        with spooled(backend_, target, table, stamp, resume) as spool:
+            rejected = spool.scanned.rejected
+            log(spool.scanned.summary)
+            task = Likelihood(TaskConfig(name="masked_lm"))
+            built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
+            evaluator = evaluation.Evaluator(built.model, task, backend_)
+
+            def score_piece(rows: list[Row], advance: Advance) -> Predictions:
+                ask = partial(_log_probabilities, evaluator, cfg, tokens, advance=advance)
+                return _rows(columns, method, rows, scorer(rows, ask))
+
+            identity = spec.identity(built, command="score", **settings_)
+            rows = stream(backend_, target, spool, identity, score_piece, log)
+            write_rejected(backend_, target, rejected, log)
     compared = _correlation(target, method, columns) if columns.score and backend_.topology.is_main else {}
     return {"method": method, "rows": rows, **({"left_out": len(rejected)} if rejected else {}), **compared}
 

@@ -1,8 +1,8 @@
 """Stream predictions for an input of any size: cut it into pieces, predict each, write it as a shard, join the shards.
 
 One data-parallel rank predicts a piece from first to last, so the predictions do not depend on the number of ranks,
-nothing is gathered over the network, and memory holds one piece. Every rank reads the whole input and must see the
-folder of the shards.
+nothing is gathered over the network, and memory holds one piece. The main rank reads the input, once (`spool.py`), and
+every rank must see the folder of the shards.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +31,7 @@ from esm_neuron.data.loader import prefetch
 from esm_neuron.data.parquet import open_table, read_table
 from esm_neuron.data.records import RESIDUE_JOINER, files_of
 from esm_neuron.data.validation import check_rejected, rejected_path
-from esm_neuron.distributed import main_rank_only, raise_on_any_rank
+from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import (
     MANIFEST,
@@ -48,6 +47,7 @@ from esm_neuron.files import (
     sha256,
     write_json,
 )
+from esm_neuron.inference.spool import FACTS, SPOOL, InputScan, Source, Spool, scan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,123 +64,86 @@ Predictions: TypeAlias = "pa.Table | dict[str, np.ndarray]"
 """Rows of a shard; or, for safetensors, record id -> its array."""
 
 
-@dataclass(frozen=True)
-class Piece(Generic[T]):
-    """Some records in the order of the input; their predictions make one shard."""
-
-    content: T
-    tokens: int
-    """About how many tokens the model is given for it."""
-    digest: bytes
-    """Hash of the content."""
-    rows: int
-    """Of its predictions: its records."""
-
-
-Pieces = Callable[[], Iterable[Piece[T]]]
-"""Reads the input from its beginning, into the same pieces each time."""
-
-
-@dataclass(frozen=True)
-class InputScan:
-    """What the first reading of the input has found."""
-
-    tokens: tuple[int, ...]
-    """Of each piece."""
-    rows: tuple[int, ...]
-    """Of each piece."""
-    digests: tuple[bytes, ...]
-    """Of each piece."""
-    digest: str
-    """Hash of the whole input, in hexadecimal."""
-
-
-def scan(backend: Backend, pieces: Pieces[T]) -> InputScan:
+@contextmanager
+def spooled(backend: Backend, target: Path, source: Source[T], stamp: str | None, resume: bool) -> Iterator[Spool[T]]:
     """Read the input to its end before anything is predicted, so that a fault in its last record is found first.
 
-    Raise DataError where a record cannot be used, or the ranks read different ones.
+    The main rank reads, and holds the folder for the shards of `target` until the block ends. Every rank raises
+    DataError where a record cannot be used, and ConfigError where the folder is in use, or where it holds shards and
+    `resume` is False.
     """
+    folder = shards_folder(target)
+    with ExitStack() as held:
+        main_rank_only(backend, lambda: held.enter_context(_claimed_shards(target, resume)))
+        yield Spool(folder, source, from_main_rank(backend, lambda: scan(folder, source, stamp, resume)))
 
-    def read() -> InputScan:
-        found = [(piece.tokens, piece.rows, piece.digest) for piece in pieces()]
-        tokens, rows, digests = zip(*found, strict=True) if found else ((), (), ())
-        return InputScan(tokens, rows, digests, hashlib.sha256(b"".join(digests)).hexdigest())
 
-    found = raise_on_any_rank(backend, read)
-    if len(set(backend.gather_host(found.digest))) > 1:
-        raise DataError("the ranks read different records; give every node the same files")
-    return found
+@contextmanager
+def _claimed_shards(target: Path, resume: bool) -> Iterator[None]:
+    """Hold the folder, so that no second command writes there; an error that leaves no shards removes it."""
+    folder = shards_folder(target)
+    with claimed(folder):
+        check_shards(target)
+        there = _shards_in(target)
+        require(
+            resume or not there,
+            f"{folder}: holds {len(there)} shards of unfinished predictions; go on with --resume, or remove that "
+            "folder to start again",
+        )
+        try:
+            yield
+        except Exception:
+            if not _shards_in(target):
+                remove(folder)
+            raise
 
 
 def stream(
     backend: Backend,
     target: Path,
-    scanned: InputScan,
+    spool: Spool[T],
     identity: Mapping[str, Any],
-    pieces: Pieces[T],
     predict: Callable[[T, Advance], Predictions],
-    resume: bool,
     log: Callable[[str], None],
 ) -> int:
     """Predict every piece and write `target`; return the number of rows, on every rank. A failure leaves it unchanged.
 
     Args:
         target: the output; its suffix is a key of `JOIN` or `.safetensors`.
-        scanned: what `scan` has found for the same pieces.
+        spool: what `spooled` gives for it; shards of it that are there already are used.
         identity: model and settings that decide the predictions; a resumed command must have the same.
         predict: returns the rows of a piece, in its order; called on all ranks of a tensor-parallel group.
     """
+    scanned = spool.scanned
     if target.suffix.lower() == SAFETENSORS:  # before any work, where even the shortest names would be too many
         check_header(target, arrays := sum(scanned.rows), arrays * LEAST_ENTRY)
-    identity = {**identity, "input": scanned.digest}
-    shards, topology, count = Shards(target, identity, scanned), backend.topology, len(scanned.tokens)
-    with ExitStack() as held:
-        # The main rank claims the folder until the output is written, so that no second command writes there too.
-        main_rank_only(backend, lambda: held.enter_context(claimed(shards.folder)))
-        begin = main_rank_only(backend, lambda: shards.begin(resume))
-        done = set(backend.gather_host(begin)[0] or [])
-        raise_on_any_rank(backend, shards.check_shared)
-        if done:
-            log(f"resumed: {len(done)} of {count} shards are already there")
-        for line in shards.refused:
-            log(line)
-        todo = [number for number in range(count) if number not in done]
-        # What is left is dealt out anew: a resumed command may run on another number of ranks.
-        mine = set(todo[topology.dp_rank :: topology.dp])
-        total, hidden = sum(scanned.tokens[number] for number in mine), not (topology.is_main and sys.stderr.isatty())
-        bar = tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True, disable=hidden)
+    shards = Shards(target, {**identity, "input": scanned.digest}, scanned)
+    topology, count = backend.topology, len(scanned.tokens)
+    done = set(from_main_rank(backend, shards.begin))
+    raise_on_any_rank(backend, shards.check_shared)
+    if done:
+        log(f"resumed: {len(done)} of {count} shards are already there")
+    for line in shards.refused:
+        log(line)
+    todo = [number for number in range(count) if number not in done]
+    # What is left is dealt out anew: a resumed command may run on another number of ranks.
+    mine = todo[topology.dp_rank :: topology.dp]
+    total, hidden = sum(scanned.tokens[number] for number in mine), not (topology.is_main and sys.stderr.isatty())
+    bar = tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True, disable=hidden)
 
-        def work() -> None:
-            for number, piece in _chosen(pieces(), mine, scanned.digest):
-                predictions = predict(piece.content, bar.update)
-                if topology.tp_rank == 0:
-                    shards.write(number, predictions)
+    def work() -> None:
+        for number, content in prefetch(((number, spool[number]) for number in mine), 1):
+            predictions = predict(content, bar.update)
+            if topology.tp_rank == 0:
+                shards.write(number, predictions)
 
-        with bar:
-            try:
-                raise_on_any_rank(backend, work)
-            except KeyboardInterrupt:
-                log(f"{shards.folder} keeps what was predicted so far; go on with the same command and --resume")
-                raise
-        rows = main_rank_only(backend, shards.join)
-    return int(backend.gather_host(rows)[0] or 0)
-
-
-def _chosen(pieces: Iterable[Piece[T]], numbers: set[int], expected: str) -> Iterator[tuple[int, Piece[T]]]:
-    """Yield the pieces of some numbers, read ahead by a thread; check at the end that the input has not changed."""
-    digest = hashlib.sha256()
-
-    def wanted() -> Iterator[tuple[int, Piece[T]]]:
-        # Every piece is read, also other ranks', since the digest is of the whole input.
-        for number, piece in enumerate(pieces):
-            digest.update(piece.digest)
-            if number in numbers:
-                yield number, piece
-
-    if numbers:
-        yield from prefetch(wanted(), 1)
-        if digest.hexdigest() != expected:
-            raise DataError("the input has changed while it was read; leave it as it is and start again")
+    with bar:
+        try:
+            raise_on_any_rank(backend, work)
+        except KeyboardInterrupt:
+            log(f"{shards.folder} keeps what was predicted so far; go on with the same command and --resume")
+            raise
+    return from_main_rank(backend, shards.join)
 
 
 SAFETENSORS = ".safetensors"
@@ -208,18 +171,12 @@ class Shards:
         self.refused: list[str] = []
         """What is wrong with shards that are there and are predicted anew."""
 
-    def begin(self, resume: bool) -> list[int]:
-        """Make the folder, or enter the one that a killed command left; return the numbers of the shards in it.
+    def begin(self) -> list[int]:
+        """Return the numbers of the shards that a killed command left and that can be used.
 
-        Raise ConfigError where there are shards and `resume` is False, or they were made with another `identity`.
+        Raise ConfigError where they were made with another `identity`.
         """
-        check_shards(self.target)
-        there = sorted(int(path.stem) for path in self.folder.glob(f"[0-9]*{self._suffix}"))
-        require(
-            resume or not there,
-            f"{self.folder}: holds {len(there)} shards of unfinished predictions; go on with --resume, or remove that "
-            "folder to start again",
-        )
+        there = _shards_in(self.target)
         identity, cure = self._identity, "remove that folder to start again"
         known = read_json(self.folder / MANIFEST, {}, ConfigError, cure) if there else identity
         different = [key for key in sorted(identity.keys() | known.keys()) if identity.get(key) != known.get(key)]
@@ -246,7 +203,7 @@ class Shards:
     def _facts(self, number: int, path: Path) -> dict[str, Any]:
         """Return what is kept beside a shard: its sum, its rows, and a hash over all that its piece depends on."""
         text = f"{number} {json.dumps(dict(self._identity), sort_keys=True)}"
-        piece = hashlib.sha256(text.encode() + self._scanned.digests[number]).hexdigest()
+        piece = hashlib.sha256(f"{text} {self._scanned.digests[number]}".encode()).hexdigest()
         return {"piece": piece, "rows": self._scanned.rows[number], "sha256": sha256(path)}
 
     def check_shared(self) -> None:
@@ -295,11 +252,15 @@ def shard_suffix(target: Path) -> str:
     return SAFETENSORS if target.suffix.lower() == SAFETENSORS else ".parquet"
 
 
+def _shards_in(target: Path) -> list[int]:
+    return sorted(int(path.stem) for path in shards_folder(target).glob(f"[0-9]*{shard_suffix(target)}"))
+
+
 def check_shards(target: Path) -> None:
     """Raise ConfigError where the folder for the shards of `target` holds what no command of ours left there."""
     folder, ours = (
         shards_folder(target),
-        re.compile(rf"\.lock|{MANIFEST}|\d{{8}}(\.json|{shard_suffix(target)})|\..*\.tmp"),
+        re.compile(rf"\.lock|{MANIFEST}|{SPOOL}|{FACTS}|\d{{8}}(\.json|{shard_suffix(target)})|\..*\.tmp"),
     )
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{folder} is in the way: shards of predictions go there; move it, or name another --output")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pyarrow as pa
 
 from esm_neuron.config import DataConfig, require
 from esm_neuron.data.looks import NO_LABEL
@@ -17,7 +18,7 @@ from esm_neuron.data.sources import CHUNK_ROWS, read_records
 from esm_neuron.data.tokenizer import AMINO_ACIDS, VOCABULARY, bad_residues
 from esm_neuron.data.validation import Problems, Rejected, RejectedRows, quote
 from esm_neuron.errors import DataError
-from esm_neuron.inference.stream import Piece
+from esm_neuron.inference.spool import Piece
 
 STANDARD = frozenset(VOCABULARY[token] for token in AMINO_ACIDS)
 """The 20 amino acids."""
@@ -195,7 +196,7 @@ class Row:
 
 @dataclass
 class VariantTable:
-    """The rows of a table in its order, cut into pieces; can be read any number of times."""
+    """The rows of a table in its order, cut into pieces: an input of `stream.spooled`."""
 
     path: Path
     columns: VariantColumns
@@ -210,7 +211,7 @@ class VariantTable:
     tokens: int
     """Most tokens in a piece of several rows, as `cost` counts them."""
     cost: Callable[[Row, set[tuple[int, ...]]], int]
-    """Returns the tokens that the model gets for a row, given the sites of earlier rows of its piece."""
+    """Returns the tokens that the model gets for a row, given the sites of all earlier rows."""
     rows: int = 0
     unmeasured: int = 0
     rejected: RejectedRows = field(default_factory=RejectedRows)
@@ -240,12 +241,19 @@ class VariantTable:
         for row in self._usable():
             cost = self.cost(row, seen)
             if rows and (tokens + cost > self.tokens or len(rows) == CHUNK_ROWS):
-                yield _piece(rows, tokens)
+                yield Piece(rows, tokens, len(rows))
                 rows, tokens = [], 0
             rows.append(row)
             seen.add(tuple(each.index for each in row.variant))
             tokens += cost
-        yield _piece(rows, tokens)
+        yield Piece(rows, tokens, len(rows))
+
+    def pack(self, content: list[Row]) -> pa.RecordBatch:
+        texts = pa.array([row.text for row in content], pa.large_string())
+        return pa.RecordBatch.from_pydict({"text": texts, "measured": pa.array([row.measured for row in content])})
+
+    def unpack(self, batch: pa.RecordBatch) -> list[Row]:
+        return list(map(self._row, batch["text"].to_pylist(), batch["measured"].to_pylist()))
 
     def _usable(self) -> Iterator[Row]:
         problems, numbering = Problems(str(self.path)), Numbering(self.wild_type or "")
@@ -302,7 +310,3 @@ class VariantTable:
         if not math.isfinite(value):
             raise ValueError(f"column {self.columns.score!r} has {quote(text)}, which is not a number; correct it")
         return value
-
-
-def _piece(rows: list[Row], tokens: int) -> Piece[list[Row]]:
-    return Piece(rows, tokens, hashlib.sha256(repr(rows).encode()).digest(), len(rows))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 DOOR = "it is the door"
 CACHE = "our own files, in a folder that cache.cached makes whole"
 KERNEL = "the kernel's own files below /proc and /sys"
+SPOOL = "the pieces of an input, in a folder that is claimed, each compared with its hash"
 ASIDE = "within a folder that new_folder yields, not yet in its place"
 DOORS: dict[str, dict[str, str]] = {
     # reading
@@ -50,8 +51,8 @@ DOORS: dict[str, dict[str, str]] = {
         "launchers/sagemaker/stage.py": "writes an archive in a temporary folder",
     },
     "pq.": {"data/parquet.py": DOOR},
-    "pa.ipc.": {"data/dataset.py": CACHE, "data/splits.py": CACHE},
-    "pa.memory_map": {"data/dataset.py": CACHE, "data/splits.py": CACHE},
+    "pa.ipc.": {"data/dataset.py": CACHE, "data/splits.py": CACHE, "inference/spool.py": SPOOL},
+    "pa.memory_map": {"data/dataset.py": CACHE, "data/splits.py": CACHE, "inference/spool.py": SPOOL},
     "np.memmap": {"data/dataset.py": CACHE, "files.py": DOOR},
     "np.fromfile": {},
     "np.load": {},
@@ -113,7 +114,12 @@ DOORS: dict[str, dict[str, str]] = {
     "os.link": {},
     ".symlink_to": {},
     ".rmtree": {"files.py": DOOR},
-    ".unlink": {"files.py": DOOR, "data/splits.py": CACHE, "data/validation.py": "a list that is ours by its header"},
+    ".unlink": {
+        "files.py": DOOR,
+        "data/splits.py": CACHE,
+        "data/validation.py": "a list that is ours by its header",
+        "inference/spool.py": SPOOL,
+    },
     "os.remove": {},
     # showing
     "print": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -23,16 +24,18 @@ from transformers import EsmForMaskedLM, EsmModel
 from esm_neuron import cli
 from esm_neuron.backends import create_backend
 from esm_neuron.config import DataConfig, TrainConfig
+from esm_neuron.data import text_files
 from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.tokenizer import hf_tokenizer
 from esm_neuron.errors import CheckpointError, ConfigError, DataError, TrainingError
 from esm_neuron.inference import predict as records
-from esm_neuron.inference import stream
+from esm_neuron.inference import spool, stream
 from esm_neuron.inference.embed import embed
 from esm_neuron.inference.export import export
 from esm_neuron.inference.load import build_trained, read_run
 from esm_neuron.inference.predict import predict
-from esm_neuron.inference.stream import InputScan, Shards
+from esm_neuron.inference.spool import InputScan
+from esm_neuron.inference.stream import Shards
 from esm_neuron.models.shapes import SHAPES, esm_config
 from esm_neuron.training import run
 
@@ -418,7 +421,8 @@ def test_what_was_cut_off_is_part_of_the_input(proteins: Proteins) -> None:
     cfg = DataConfig(max_residues=12)
 
     def digests(path: Path) -> list[bytes]:
-        return [piece.digest for piece in records.table_pieces(InputChunks(path, cfg), 40)]
+        source = records.TableSource(InputChunks(path, cfg), 40)
+        return [source.pack(piece.content).serialize().to_pybytes() for piece in source()]
 
     source = proteins("p.csv", 5)
     before = digests(source)
@@ -495,26 +499,157 @@ def test_what_cannot_be_predicted_is_one_line(trained: TrainConfig, plain: Path,
     assert not list(tmp_path.glob("[xy].*[!s]"))
 
 
-def test_an_input_that_changes_while_it_is_read_is_refused(
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The text files that were read to their end, in order."""
+    ends, read = list[str](), text_files._read
+
+    def counted(path: str, number: int, file: Any) -> bytes:
+        piece = read(path, number, file)
+        if not piece:
+            ends.append(path)
+        return piece
+
+    monkeypatch.setattr(text_files, "_read", counted)
+    return ends
+
+
+@pytest.fixture
+def variants(tmp_path: Path) -> Path:
+    path = tmp_path / "variants.csv"
+    path.write_text("variant,value\n" + "".join(f"A1{to},{i}\n" for i, to in enumerate("CDEFGHIKLMNPQRSTVWY")))
+    (tmp_path / "wild.fasta").write_text(">wild\nACDEF\n")
+    return path
+
+
+def commands(trained: TrainConfig, plain: Path, proteins: Proteins, variants: Path) -> dict[str, list[str]]:
+    source, folder = proteins("many.csv", 130, seed=4), variants.parent
+    wild = ("--wild-type", str(folder / "wild.fasta"), "--score-column", "value")
+    return {
+        "predict": words("predict", trained.output, source, folder / "predict.csv", *SMALL),
+        "embed": words("embed", plain, source, folder / "embed.parquet", *SMALL),
+        "score": words("score", plain, variants, folder / "score.csv", *wild),
+    }
+
+
+@pytest.mark.parametrize("command", ["predict", "embed", "score"])
+def test_an_input_is_read_once_and_by_resume_not_at_all(
+    trained: TrainConfig,
+    plain: Path,
+    proteins: Proteins,
+    variants: Path,
+    readings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    given = commands(trained, plain, proteins, variants)[command]
+    source, target = given[given.index("--input") + 1], Path(given[given.index("--output") + 1])
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "join", _stop)
+        assert cli.main(given) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert readings.count(source) == 1
+    assert cli.main([*given, "--resume"]) == 0
+    assert readings.count(source) == 1, "sizes and times are as they were"
+    resumed = capsys.readouterr().err.splitlines()
+    assert resumed[0] == said[0] and "resumed: " in resumed[1], "what was read is told again"
+    content = target.read_bytes()
+    assert cli.main(given) == 0 and readings.count(source) == 2
+    assert target.read_bytes() == content and not stream.shards_folder(target).exists()
+
+
+def _stop(_: Shards) -> int:
+    raise DataError("stopped")
+
+
+@pytest.mark.parametrize("harm", ["touched", "settings", "facts", "version"])
+def test_what_is_not_surely_the_same_is_read_again(
+    plain: Path,
+    proteins: Proteins,
+    tmp_path: Path,
+    readings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    harm: str,
+) -> None:
+    source, target = proteins("many.csv", 130, seed=4), tmp_path / "out.parquet"
+    unfinished(plain, source, target, monkeypatch)
+    facts = stream.shards_folder(target) / "input.json"
+    if harm == "touched":
+        os.utime(source, ns=(1, 1))
+    elif harm == "version":
+        monkeypatch.setattr(spool, "__version__", "0")
+    elif harm == "facts":
+        facts.write_text(facts.read_text()[:-9])
+    more = ("--data.on_bad_residue=skip",) if harm == "settings" else ()
+    assert embed(str(plain), source, target, settings=[*SMALL, *more], resume=True) == 130
+    assert readings == [str(source)] * 2
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut"])
+def test_pieces_that_were_changed_are_refused_and_the_cure_cures(
+    plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    source, target = proteins("many.csv", 130, seed=4), tmp_path / "out.parquet"
+    shards = unfinished(plain, source, target, monkeypatch)
+    before = shards[-1].read_bytes()
+    shards[-1].unlink()
+    pieces = stream.shards_folder(target) / "input.arrow"
+    whole, last = pieces.read_bytes(), pd.read_csv(source)["id"].iloc[-1].encode()
+    assert whole.count(last) == 1
+    pieces.write_bytes(whole.replace(last, last[::-1]) if harm == "flipped" else whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"input.arrow: was changed since it was written; go on with --resume"):
+        embed(str(plain), source, target, settings=SMALL, resume=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "join", _stop)
+        with pytest.raises(DataError, match="stopped"):
+            embed(str(plain), source, target, settings=SMALL, resume=True)
+    assert shards[-1].read_bytes() == before and pieces.read_bytes() == whole
+
+
+def test_an_input_that_changes_after_it_was_read_changes_nothing(
     plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = proteins("p.csv", 5)
+    source, scan = proteins("p.csv", 5), spool.scan
+    embed(str(plain), source, tmp_path / "whole.parquet")
 
-    def scan(*given: Any) -> Any:
-        survey = stream.scan(*given)
+    def scanned(*given: Any) -> Any:
+        found = scan(*given)
         source.write_text(source.read_text().replace("A", "G"))
-        return survey
+        return found
 
-    monkeypatch.setattr(records, "scan", scan)
-    with pytest.raises(DataError, match="the input has changed while it was read"):
+    monkeypatch.setattr(stream, "scan", scanned)
+    embed(str(plain), source, tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_bad_input_leaves_no_folder(plain: Path, tmp_path: Path) -> None:
+    source = tmp_path / "bad.fasta"
+    source.write_text(">a\nACDE\n>b\nAC!E\n")
+    with pytest.raises(DataError, match="bad.fasta:3"):
         embed(str(plain), source, tmp_path / "x.parquet")
-    assert not (tmp_path / "x.parquet").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.fasta"]
+
+
+def test_rejected_records_are_listed_by_resume_as_by_the_whole(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, skip = tmp_path / "bad.fasta", tmp_path / "x.parquet", ("--data.on_bad_residue=skip",)
+    source.write_text(">a\nACDE\n>b\nAC!E\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "join", _stop)
+        with pytest.raises(DataError, match="stopped"):
+            embed(str(plain), source, target, settings=skip)
+    assert embed(str(plain), source, target, settings=skip, resume=True) == 1
+    listed = (tmp_path / "x.parquet.rejected.tsv").read_text()
+    assert embed(str(plain), source, tmp_path / "y.parquet", settings=skip) == 1
+    assert listed == (tmp_path / "y.parquet.rejected.tsv").read_text() and "\tb\t" in listed
 
 
 def test_lists_of_a_residue_each_become_text_in_a_csv_file(tmp_path: Path) -> None:
-    made = Shards(tmp_path / "out.csv", {}, InputScan((1, 1), (1, 1), (b"a", b"b"), "ab"))
+    made = Shards(tmp_path / "out.csv", {}, InputScan((1, 1), (1, 1), ("a", "b")))
     made.folder.mkdir()
-    made.begin(resume=False)
+    assert made.begin() == []
     made.write(0, pa.table({"id": ["a"], "values": pa.array([np.linspace(0, 1, 2001)]), "n": [1]}))
     made.write(1, pa.table({"id": ["b"], "values": pa.array([np.array([0.5])]), "n": [2]}))
     assert made.join() == 2
