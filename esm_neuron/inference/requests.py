@@ -39,8 +39,8 @@ def read_request(body: str | bytes, content_type: str) -> Records:
         raise DataError(f"content type {content_type!r}; send {', '.join(FORMS)}")
     try:
         return FORMS[kind](text)
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise DataError(f"request is not {EXAMPLES[kind]}: {error!r}") from error
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"request: {error}; send {EXAMPLES[kind]}") from error
 
 
 def write_answer(rows: Sequence[dict[str, Any]], accept: str, name: str = "predictions") -> str:
@@ -51,20 +51,26 @@ def write_answer(rows: Sequence[dict[str, Any]], accept: str, name: str = "predi
 
 
 def _json(text: str) -> Records:
-    request = parse_json(text)
-    if "records" in request:
-        return [(str(record["id"]), _sequence(record["sequence"])) for record in _list(request["records"])]
-    name = "inputs" if "inputs" in request else "sequences"  # the first as Hugging Face's endpoints take it
-    values = request[name]
-    values = [values] if name == "inputs" and isinstance(values, str) else values
-    return [(str(number), _sequence(value)) for number, value in enumerate(_list(values))]
+    request = _object(parse_json(text))
+    given = [name for name in ("records", "sequences", "inputs") if name in request]
+    if len(given) != 1:
+        raise ValueError(f"it has {' and '.join(given) or 'none of these'}")
+    values = request[given[0]]
+    if given == ["inputs"] and isinstance(values, str):  # as Hugging Face's endpoints take it
+        values = [values]
+    if not isinstance(values, list):
+        raise ValueError(f"{given[0]} is {type(values).__name__}, not a list")
+    if given == ["records"]:
+        return [(_name(_field(record, "id")), _sequence(_field(record, "sequence"))) for record in values]
+    return [(str(number), _sequence(value)) for number, value in enumerate(values)]
 
 
 def _json_lines(text: str) -> Records:
-    rows = [parse_json(line) for line in text.splitlines() if line.strip()]
-    names = ["sequence" if "sequence" in row else "inputs" for row in rows]
-    pairs = enumerate(zip(rows, names, strict=True))
-    return [(str(row.get("id", number)), _sequence(row[name])) for number, (row, name) in pairs]
+    rows = [_object(parse_json(line)) for line in text.splitlines() if line.strip()]
+    return [
+        (_name(row.get("id", number)), _sequence(_field(row, "sequence" if "sequence" in row else "inputs")))
+        for number, row in enumerate(rows)
+    ]
 
 
 def _csv(text: str) -> Records:
@@ -90,15 +96,27 @@ def _fasta(text: str) -> Records:
     return [(header.split()[0] if header.split() else "", "".join(body.split())) for header, _, body in parts]
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{type(value).__name__}, not a list")
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__} where an object belongs")
     return value
+
+
+def _field(record: Any, name: str) -> Any:
+    if name not in _object(record):
+        raise ValueError(f"a record has no {name}")
+    return record[name]
+
+
+def _name(value: Any) -> str:
+    if type(value) not in (str, int):  # a bool is an int too
+        raise ValueError(f"an id is {type(value).__name__}, neither text nor a whole number")
+    return str(value)
 
 
 def _sequence(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"a sequence is {type(value).__name__}, not text")
+        raise ValueError(f"a sequence is {type(value).__name__}, not text")
     return value
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from esm_neuron.config import require
 from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.tokenizer import RESIDUES
 from esm_neuron.errors import ConfigError, DataError, EsmNeuronError
 from esm_neuron.inference.batcher import Batcher, BusyError, Rows
 from esm_neuron.inference.predict import piece_tokens
@@ -39,9 +40,10 @@ PIECES = 4
 """How many forward passes' worth of tokens are answered in one go."""
 _ANSWERS = {"predict": "predictions", "embed": "embeddings"}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-_SEQUENCES = {"type": "array", "items": {"type": "string"}, "example": ["MKTAYIAKQRQISFVKSHFSRQ"]}
+_SEQUENCE = {"type": "string", "pattern": f"^[{RESIDUES}{RESIDUES.lower()}]+$"}
+_SEQUENCES = {"type": "array", "minItems": 1, "items": _SEQUENCE, "example": ["MKTAYIAKQRQISFVKSHFSRQ"]}
 _RECORD = {"type": "object", "required": ["id", "sequence"],
-           "properties": {"id": {"type": "string"}, "sequence": {"type": "string"}}}  # fmt: skip
+           "properties": {"id": {"type": ["string", "integer"], "minLength": 1}, "sequence": _SEQUENCE}}  # fmt: skip
 _BODY = {
     "required": True,
     "content": {
@@ -50,7 +52,9 @@ _BODY = {
                 "oneOf": [
                     {"type": "object", "required": ["sequences"], "properties": {"sequences": _SEQUENCES}},
                     {"type": "object", "required": ["records"],
-                     "properties": {"records": {"type": "array", "items": _RECORD}}},
+                     "properties": {"records": {"type": "array", "minItems": 1, "items": _RECORD}}},
+                    {"type": "object", "required": ["inputs"],
+                     "properties": {"inputs": {"anyOf": [_SEQUENCE, _SEQUENCES]}}},
                 ]
             }
         },

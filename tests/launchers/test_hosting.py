@@ -84,8 +84,8 @@ def test_the_handler_predicts_as_the_command_does(toy: Toy, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("body", "kind", "message"),
     [
-        ("{", "application/json", "request is not"),
-        ('{"records": [{"id": 1}]}', "application/json", "KeyError"),
+        ("{", "application/json", "request: .* send {"),
+        ('{"records": [{"id": 1}]}', "application/json", "a record has no sequence"),
         ('{"sequences": [3]}', "application/json", "a sequence is int, not text"),
         ("MKT", "text/plain", "request is not FASTA"),
         (
@@ -96,9 +96,9 @@ def test_the_handler_predicts_as_the_command_does(toy: Toy, tmp_path: Path) -> N
         ("a,b,MKT", "text/csv", "3 columns, none of them called sequence"),
         ("a,MKT\nMKV", "text/csv", "rows of several lengths"),
         ("", "text/csv", "no rows"),
-        ('{"id": "a"}', "application/jsonlines", "request is not .* on each line: KeyError"),
-        ('["MKT"]', "application/jsonlines", "request is not .* on each line: AttributeError"),
-        ('{"inputs": {"a": 1}}', "application/json", "dict, not a list"),
+        ('{"id": "a"}', "application/jsonlines", "a record has no inputs; send .* on each line"),
+        ('["MKT"]', "application/jsonlines", "list where an object belongs; send .* on each line"),
+        ('{"inputs": {"a": 1}}', "application/json", "inputs is dict, not a list"),
     ],
 )
 def test_requests_that_cannot_be_used(body: str, kind: str, message: str) -> None:

@@ -138,9 +138,8 @@ def _other_json(text: str, rng: Random) -> str:
     except ValueError:
         lines = text.splitlines()
         at = rng.randrange(len(lines)) if lines else 0
-        lines[at : at + 1] = [
-            json.dumps(_changed(json.loads(line), rng)) for line in lines[at : at + 1] if line[:1] == "{"
-        ]
+        with suppress(ValueError, IndexError):  # damaged before
+            lines[at] = json.dumps(_changed(json.loads(lines[at]), rng))
         return "\n".join(lines) + "\n"
     return json.dumps(_changed(value, rng)) if rng.random() < 0.95 else "[" * 100_000
 

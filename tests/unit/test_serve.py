@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -122,7 +123,11 @@ def test_every_form_of_a_request_is_answered_as_by_the_model(
 BAD = [
     (records([("a", "MK!V")]), JSON, 400, "the sequence of 'a' has '!' at residue 3"),
     (records([("a\nb", "")]), JSON, 400, "has no residues|no sequence|is empty"),
-    ("{", JSON, 400, "request is not {"),
+    ("{", JSON, 400, "request: .*; send {"),
+    ("{}", JSON, 400, "request: it has none of these; send {"),
+    ('{"records": [], "inputs": "MKV"}', JSON, 400, "request: it has records and inputs; send {"),
+    ('{"records": [{"id": {}, "sequence": "MKV"}]}', JSON, 400, "an id is dict, neither text nor a whole number"),
+    ('{"records": ["MKV"]}', JSON, 400, "str where an object belongs"),
     ('{"sequences": [3]}', JSON, 400, "a sequence is int, not text"),
     ('{"sequences": []}', JSON, 400, "no records; send at least one"),
     ("MKT", TEXT, 400, "request is not FASTA"),
@@ -142,6 +147,24 @@ def test_a_bad_request_is_answered_and_logged_in_one_line(server: Server, path: 
         line = f"WARNING: {code} /{path}: {said['error']}"
         wait_for(lambda line=line: server.said[-1] == line, processes=[server.process])  # type: ignore[misc]
     assert server.ask("none", "{}")[0] == 404
+
+
+def test_what_the_schema_allows_and_forbids(server: Server, tmp_path: Path) -> None:
+    """Requests that schemathesis makes of /openapi.json, good and bad: no 500, nothing bad taken, no other answer.
+
+    A schema cannot say that ids are unique, so good ones may be refused.
+    """
+    pytest.importorskip("schemathesis", reason="pip install schemathesis")
+    (tmp_path / "lines.py").write_text(
+        "import json, schemathesis\n"
+        "@schemathesis.serializer('application/jsonlines')\n"
+        "def lines(context, value): return (value if isinstance(value, str) else json.dumps(value)).encode()\n"
+    )
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.place}/openapi.json"]
+    command += ["--max-examples=40", "--seed=1", "--exclude-checks=positive_data_acceptance", "--no-color"]
+    paths = {"SCHEMATHESIS_HOOKS": "lines", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout
 
 
 def test_64_clients_get_their_own_answers_with_bad_ones_among_them(
