@@ -39,7 +39,7 @@ class Callback:
     """A watcher of a run; a subclass overrides what it wants to hear of."""
 
     def on_log(self, step: int, total: int, record: MetricsLine) -> None:
-        """Optimizer step `step` of `total` is done; `record` has loss, lr, grad_norm, epoch, residues_per_second, ..."""
+        """Optimizer step `step` of `total` is done; `record` has loss, lr, grad_norm, epoch, residues_per_second ..."""
 
     def on_eval(self, step: int, record: MetricsLine) -> None:
         """An evaluation after `step` is done; `record` has the split and its metrics."""

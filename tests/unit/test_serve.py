@@ -120,7 +120,7 @@ def test_every_form_of_a_request_is_answered_as_by_the_model(
     assert server.ask("ping") == (200, {"status": "ok", "model": "mine"})
 
 
-BAD = [
+BAD: list[tuple[str | bytes, str, int, str]] = [
     (records([("a", "MK!V")]), JSON, 400, "the sequence of 'a' has '!' at residue 3"),
     (records([("a\nb", "")]), JSON, 400, "has no residues|no sequence|is empty"),
     ("{", JSON, 400, "request: .*; send {"),
