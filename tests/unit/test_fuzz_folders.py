@@ -135,10 +135,10 @@ def _other_json(text: str, rng: Random) -> str:
     """A text of JSON, or of its lines, with a value or a key changed."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         lines = text.splitlines()
         at = rng.randrange(len(lines)) if lines else 0
-        with suppress(ValueError, IndexError):  # damaged before
+        with suppress(ValueError, IndexError, RecursionError):  # damaged before
             lines[at] = json.dumps(_changed(json.loads(lines[at]), rng))
         return "\n".join(lines) + "\n"
     return json.dumps(_changed(value, rng)) if rng.random() < 0.95 else "[" * 100_000
