@@ -26,9 +26,9 @@ from typing import Annotated, Literal
 
 from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, require
 from esm_neuron.config.backends import BACKENDS
-from esm_neuron.config.flags import RENAMED, command_parser, help_of, instead
+from esm_neuron.config.flags import RENAMED, command_parser, help_of, instead, usage
 from esm_neuron.config.threads import prepare
-from esm_neuron.errors import ConfigError, EsmNeuronError
+from esm_neuron.errors import EsmNeuronError
 from esm_neuron.redact import Lines, RedactedRecord, RedactingFormatter, redact, shown
 from esm_neuron.training.signals import EXIT_STOPPED
 
@@ -65,6 +65,30 @@ def train(*settings: str) -> int:
     return 0
 
 
+def new(
+    file: Annotated[str, "proteins, as data.train: FASTA, CSV, TSV, JSONL, Parquet, several of them"],
+    *,
+    output: Annotated[Path, "YAML file to write"] = Path("config.yaml"),
+) -> int:
+    """Look at a file of proteins and propose a run: task, columns, split and settings, as a YAML with comments.
+
+    It says what it could not decide. Exits with 1 where the file has faults that training refuses.
+
+    Examples:
+      esm-neuron new my.csv
+      esm-neuron new my.fasta --output runs/mine.yaml && esm-neuron train --config runs/mine.yaml
+    """
+    require(not os.path.lexists(output), f"--output {output}: exists already; name another file")
+    from esm_neuron.files import write_text
+    from esm_neuron.planning.propose import propose
+
+    made = propose(file)
+    write_text(output, made.yaml())
+    show(Lines.of(made.yaml().rstrip().split("\n")))
+    log(f"written to {output}; next: esm-neuron train --config {output}")
+    return 1 if made.faults else 0
+
+
 def tune(
     *settings: str,
     trials: Annotated[int, "trials in the end, those of a search that goes on included"] = 20,
@@ -80,12 +104,13 @@ def tune(
       esm-neuron tune --config configs/start.yaml --data my.csv --trials 20 --budget 30m --output runs/search
       esm-neuron train --config runs/search/best.yaml
     """
+    from esm_neuron.config.rules import seconds
     from esm_neuron.config.settings import parse
 
     cfg = parse(settings, "tune")
     from esm_neuron.training import tune as search
 
-    stopped_by = search.tune(cfg, trials, search.seconds(budget) if budget is not None else None, jobs, space, log)
+    stopped_by = search.tune(cfg, trials, seconds(budget) if budget is not None else None, jobs, space, log)
     if stopped_by:
         log(f"stopped by {stopped_by}; the trials are saved, go on with --checkpoint.resume auto")
         return EXIT_STOPPED
@@ -222,6 +247,23 @@ def report(run: Annotated[Path, "output folder of a training run; the page is wr
     return 0
 
 
+def compare(
+    runs: Annotated[list[Path], "output folders of finished runs, two or more"],
+    *,
+    output: Annotated[Path, "HTML page to write"] = Path("compare.html"),
+) -> int:
+    """Write runs on the same test proteins as one HTML page: paired differences, curves, settings that differ.
+
+    Examples:
+      esm-neuron compare runs/probe runs/lora
+      esm-neuron compare runs/seed-1 runs/seed-2 runs/seed-3 --output seeds.html
+    """
+    from esm_neuron.reports.compare import write_comparison
+
+    log(f"comparison written to {write_comparison(runs, output)}")
+    return 0
+
+
 def serve(
     model: Trained,
     *overrides: str,
@@ -301,8 +343,7 @@ def plan(
     require(devices >= 1, f"--devices {devices} must be at least 1")
     require(nodes >= 1, f"--nodes {nodes} must be at least 1")
     from esm_neuron.data.splits import load_splits
-    from esm_neuron.models.shapes import shape_of
-    from esm_neuron.planning import cost, instances
+    from esm_neuron.planning.cost import priced
     from esm_neuron.planning.plan import make_plan, metrics, render
     from esm_neuron.tasks import check_task, task_class
 
@@ -311,18 +352,9 @@ def plan(
         made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind, Path(spool)), devices)
     values, lines = metrics(made), [render(made)]
     if instance is not None:
-        price_list = instances.read_prices(prices)
-        asked, market = instances.price_of(instance, price_list)
-        shape = shape_of(cfg.model)
-        if shape is None:
-            raise ConfigError(
-                f"--instance: the shape of {cfg.model.name} is not known; name a local folder or an ESM-2"
-            )
-        estimates = cost.estimates(cfg, cost.Work.of(made), shape, price_list, nodes, market)
+        estimates, told = priced(cfg, made, instance, prices, nodes)
         values["estimates"] = [asdict(each) for each in estimates]
-        lines.append(cost.render(estimates, price_list, asked, market))
-        if price_list.instances[asked].kind == "neuron":
-            lines += cost.explain_trn1(cfg, made, shape, price_list, estimates, asked, market)
+        lines += told
     show(as_json(values) if json_ else Lines.of(lines))
     return 0
 
@@ -383,9 +415,9 @@ def data_check(
       esm-neuron data check my.tsv --label location --split_column set --sequence_column seq
     """
     from esm_neuron.config.settings import in_full, override
+    from esm_neuron.data.check import CHECKED, check_file
 
     cfg = override(TrainConfig(), settings, ("config", *CHECKED), "data check")
-    from esm_neuron.data.check import check_file
     from esm_neuron.data.sources import has_labels
     from esm_neuron.tasks import check_task, task_class
 
@@ -400,39 +432,18 @@ def data_check(
     return 1 if found.faults else 0
 
 
-CHECKED = (
-    "data.id_column", "data.sequence_column", "data.label_column", "data.label_separator", "data.split_column",
-    "data.sheet", "data.keep", "data.on_bad_residue", "data.on_missing", "data.min_residues", "data.max_residues",
-    "data.long_sequences", "task.name", "task.labels", "task.ignore",
+_FUNCTIONS = (
+    train, new, tune, evaluate, predict, embed, score, report, compare, serve, export, convert, plan, compile_, doctor,
+    data_check,
 )  # fmt: skip
-"""Settings that `data check` looks at."""
-
-
-COMMANDS: dict[str, Callable[..., int]] = {
-    command.__name__.rstrip("_").replace("_", " "): command
-    for command in (
-        train,
-        tune,
-        evaluate,
-        predict,
-        embed,
-        score,
-        report,
-        serve,
-        export,
-        convert,
-        plan,
-        compile_,
-        doctor,
-        data_check,
-    )
-}
+COMMANDS: dict[str, Callable[..., int]] = {one.__name__.rstrip("_").replace("_", " "): one for one in _FUNCTIONS}
 """Command -> function that returns the exit code. Keyword-only parameters are flags; `*settings` takes any setting of a
 run, `*overrides` those that may change for a trained model."""
 
 
 def _taken(name: str) -> Sequence[str]:
     """Return the settings that a command takes, a section by its name and a point; of a run it is none of them."""
+    from esm_neuron.data.check import CHECKED
     from esm_neuron.inference.load import MAY_CHANGE
 
     return CHECKED if name == "data check" else (*MAY_CHANGE[name], "model.base", "model.revision", "task.")
@@ -483,13 +494,6 @@ def _on_main(write: Callable[[str], None], text: str) -> None:
     """Write a text in the only process, or in torchrun's first one, which writes for all."""
     if os.environ.get("RANK", "0") == "0":
         write(text)
-
-
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    told = {name: (command.__doc__ or "").partition("\n")[0] for name, command in COMMANDS.items()}  # `-OO` has none
-    lines = [f"  {name:<{width}}  {text}" for name, text in told.items()]
-    return "\n".join(["usage: esm-neuron COMMAND ...", "", *lines, "", "esm-neuron COMMAND --help tells more."])
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -558,7 +562,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     length = 2 if words[:1] == ["data"] else 1
     name, rest = " ".join(words[:length]), words[length:]
     if name in ("", "data") or {"-h", "--help"} & set(words[:length]):
-        print(_usage())
+        print(usage(COMMANDS))
         return 0 if words else 2
     if name == "--version":
         from esm_neuron import __version__

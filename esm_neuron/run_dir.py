@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from esm_neuron.config.settings import read_config
 from esm_neuron.data.parquet import read_table, write_table
 from esm_neuron.errors import CheckpointError, DataError
 from esm_neuron.files import NOTHING, NUMBER, misfit, parse_json, read_bytes, read_json
+from esm_neuron.metrics import Scores
 from esm_neuron.metrics.calibration import Calibration
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"  # every setting, resolved
 RESULT = "result.json"  # metrics of the finished run; there is no such file before it has finished
 FOLDS = "folds.json"  # of a cross-validation: mean and spread over its runs, in fold-1 and so on
+RESAMPLES = "resamples.parquet"  # metrics of every bootstrap resample, by which runs are compared
+MACHINE = "machine.json"  # when and where a run was trained, and with which versions
 METRICS = "metrics.jsonl"  # one line per logged step and per evaluation
 NONFINITE = "nonfinite.jsonl"  # one line per step whose loss or gradient was not finite, with the ids of its records
 REJECTED = "rejected.tsv"  # rows left out or changed for their characters
@@ -74,7 +78,7 @@ _RESULT = {
     **dict.fromkeys(("task", "metric", "model", "init", "backend", "adapter"), str),
     "parameters": {"trainable": int, "total": int},
     "chosen_step": int,
-    "data": {"*": {"records": int, "residues": int}},
+    "data": {"*": {"records": int, "residues": int, "classes?": {"*": int}}},
     "train": {
         "steps": int, "residues": int, "seconds": NUMBER, "residues_per_second": (*NUMBER, NOTHING),
         "padding_efficiency": NUMBER,
@@ -96,7 +100,7 @@ _RESULT = {
 """The form of result.json, see `files.misfit`."""
 
 FILES = (
-    CONFIG, RESULT, METRICS, NONFINITE, REJECTED,
+    CONFIG, RESULT, RESAMPLES, MACHINE, METRICS, NONFINITE, REJECTED,
     *(name(split) for name in (predictions_name, sampled_name) for split in ("valid", "test")),
 )  # fmt: skip
 """Files that a training run replaces in its output folder; it replaces the folders ADAPTER, MODEL and BASE too."""
@@ -111,6 +115,7 @@ class Finished:
     result: dict[str, Any]
     log: list[dict[str, Any]]  # lines of training steps, and lines of evaluations, which have a `split`
     predictions: dict[str, pa.Table]  # by split, see `save_predictions`; one that was not kept is missing
+    made: dict[str, Any]  # what MACHINE holds; empty where there is none
 
 
 def read_finished(run: Path) -> Finished:
@@ -122,7 +127,10 @@ def read_finished(run: Path) -> Finished:
     cfg, result = read_config(run / CONFIG), read_result(run)
     found = {split: load_predictions(run / predictions_name(split)) for split in ("valid", "test") if result.get(split)}
     predictions = {split: table for split, table in found.items() if table is not None}
-    return Finished(run, cfg, result, read_log(run), predictions)
+    form = {"date": str, "hardware": str, "versions": {"*": str}}
+    there = (run / MACHINE).is_file()
+    made = read_json(run / MACHINE, form, CheckpointError, "remove it") if there else {}
+    return Finished(run, cfg, result, read_log(run), predictions, made)
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -192,6 +200,19 @@ def as_table(
         **({} if targets is None else {"target": _array(targets)}),
     }
     return pa.table([*columns.values(), *map(_array, outputs.values())], names=[*columns, *outputs])
+
+
+def save_resamples(run: Path, scores: Mapping[str, Scores]) -> None:
+    """Write the metrics of every resample, by split: columns such as `test/mcc`, float64 [RESAMPLES]."""
+    columns = {f"{split}/{name}": of.drawn[name] for split, of in scores.items() for name in of if name in of.drawn}
+    write_table(run / RESAMPLES, pa.table(columns))
+
+
+def load_resamples(run: Path, split: str) -> dict[str, np.ndarray]:
+    """Read what `save_resamples` wrote of a split; empty where there is nothing of it."""
+    table = load_predictions(run / RESAMPLES)
+    names = [] if table is None else [name for name in table.column_names if name.startswith(f"{split}/")]
+    return {name.partition("/")[2]: table[name].to_numpy() for name in names}  # type: ignore[index]
 
 
 def load_predictions(path: Path) -> pa.Table | None:

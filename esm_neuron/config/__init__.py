@@ -319,6 +319,10 @@ class LoopConfig:
     """Passes over the training proteins, if `max_steps` is not given."""
     max_steps: int | None = None
     """Optimizer steps; overrides `epochs`."""
+    budget: str | None = None
+    """Time for training, such as `90s`, `30m` or `1h30m`: the first steps are timed and forgotten, and as many as fit,
+    with their validations and the last evaluation, become `max_steps` of the run that is saved. Reading data, baselines
+    and export come on top."""
     min_steps: int = 0
     """Fewest optimizer steps: where `epochs` are fewer, training goes on with more passes over the proteins."""
     packs_per_step: int = 8

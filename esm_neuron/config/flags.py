@@ -11,7 +11,7 @@ import inspect
 import re
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from textwrap import fill
@@ -37,6 +37,7 @@ FIRST = {
     },
     "training": {
         "loop.epochs": "passes over the training proteins",
+        "loop.budget": "time for training in place of passes, such as 30m",
         "optim.lr": "peak learning rate",
         "checkpoint.resume": "auto: go on with the run that is in --output",
     },
@@ -46,6 +47,8 @@ FIRST = {
     },
 }
 """Group of the help of `train` -> the settings that most runs need, with what they mean in a line."""
+TRAIN_ALONE = ("loop.budget",)
+"""Those of them that other commands with the settings of a run have no use for."""
 WIDTH = 100
 """Columns of a line of help."""
 
@@ -65,6 +68,14 @@ class CommandParser(ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         hint = instead(unknown[1], self._option_string_actions) if unknown else ""
         raise ConfigError(f"{message}; {hint}see {self.prog} --help")
+
+
+def usage(commands: Mapping[str, Callable[..., int]]) -> str:
+    """Return what `esm-neuron --help` shows: the commands, each in a line."""
+    width = max(map(len, commands))
+    told = {name: (command.__doc__ or "").partition("\n")[0] for name, command in commands.items()}  # `-OO` has none
+    lines = [f"  {name:<{width}}  {text}" for name, text in told.items()]
+    return "\n".join(["usage: esm-neuron COMMAND ...", "", *lines, "", "esm-neuron COMMAND --help tells more."])
 
 
 def _formatter(prog: str) -> RawDescriptionHelpFormatter:
@@ -89,7 +100,7 @@ def command_parser(name: str, command: Callable[..., int], documented: bool = Fa
     )
     groups = {False: parser.add_argument_group("needed"), True: parser.add_argument_group("options")}
     if documented and "settings" in parameters and "file" not in parameters:
-        _add_first(parser)
+        _add_first(parser, () if name == "train" else TRAIN_ALONE)
     for key, parameter in parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             continue
@@ -102,6 +113,8 @@ def command_parser(name: str, command: Callable[..., int], documented: bool = Fa
             options |= {"choices": get_args(kind), "help": f"{', '.join(get_args(kind))}: {told}", "metavar": "WORD"}
         else:
             options |= {"type": kind, "metavar": {Path: "FILE", int: "N", float: "NUMBER"}.get(kind, "NAME")}
+        if get_origin(kind) is list:
+            options |= {"type": get_args(kind)[0], "nargs": "+"}
         if parameter.kind is not parameter.KEYWORD_ONLY:
             groups[False].add_argument(key, **options | {"metavar": key.upper()})
             continue
@@ -136,13 +149,13 @@ def _about_settings(name: str, parameters: Any) -> str:
     return f"{text}\nAll of them: esm-neuron {name} --help all"
 
 
-def _add_first(parser: CommandParser) -> None:
-    """Add the settings that most runs need."""
+def _add_first(parser: CommandParser, without: Sequence[str]) -> None:
+    """Add the settings that most runs need, `without` some."""
     lasts = Counter(name.rpartition(".")[2] for name in settings.known_keys())
     short = {whole: name for name, whole in settings.SHORT.items()}
     for title, rows in FIRST.items():
         group = parser.add_argument_group(title)
-        for name, told in rows.items():
+        for name, told in ((name, told) for name, told in rows.items() if name not in without):
             last = name.rpartition(".")[2]
             flag = short.get(name, last if lasts[last] == 1 else name)
             default = attrgetter(name)(TrainConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from operator import attrgetter
@@ -141,6 +142,7 @@ def check_values(cfg: TrainConfig) -> None:
     """Check what `validate` checks, for a configuration without training data."""
     check_backend(cfg)
     check_probe(cfg)
+    check_budget(cfg)
     for name, text in _texts("", asdict(cfg)):
         sound = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
         require(sound, f"{name}={text[:60]!r} has a zero byte or half a surrogate pair; remove it")
@@ -180,6 +182,27 @@ def check_values(cfg: TrainConfig) -> None:
     require(all(0 < weight < math.inf for weight in weights), "task.class_weights must all be above 0")
     scale = cfg.task.target_sd
     require(scale is None or 0 < scale < math.inf, f"task.target_sd={scale} must be above 0")
+
+
+def seconds(text: str, name: str = "--budget") -> float:
+    """Return the seconds of `90s`, `30m`, `1h30m` or a plain number; raise ConfigError on other text."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    total = sum(int(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    require(total > 0, f"{name} {text}: no time; write 90s, 30m or 1h30m")
+    return float(total)
+
+
+def check_budget(cfg: TrainConfig) -> None:
+    """Raise ConfigError where `loop.budget` is no time, or other settings leave it nothing to decide."""
+    budget, data = cfg.loop.budget, cfg.data
+    if budget is None:
+        return
+    seconds(budget, "loop.budget")
+    beside = {"loop.max_steps": cfg.loop.max_steps is not None, "adapter.kind=probe": cfg.adapter.kind == "probe",
+              "seeds": cfg.seeds > 1, "data.folds": data.folds is not None and data.fold is None}  # fmt: skip
+    other = next((name for name, there in beside.items() if there), None)
+    cure = "leave one of them out; runs that belong together need one loop.max_steps, and a probe takes no steps"
+    require(other is None, f"loop.budget={budget} beside {other}: {cure}")
 
 
 def _texts(name: str, value: object) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,12 @@ from esm_neuron.redact import Lines
 
 SHOWN = 20
 """Labels that the text names."""
+CHECKED = (
+    "data.id_column", "data.sequence_column", "data.label_column", "data.label_separator", "data.split_column",
+    "data.sheet", "data.keep", "data.on_bad_residue", "data.on_missing", "data.min_residues", "data.max_residues",
+    "data.long_sequences", "task.name", "task.labels", "task.ignore",
+)  # fmt: skip
+"""Settings of a run that `data check` looks at."""
 
 
 @dataclass(frozen=True)

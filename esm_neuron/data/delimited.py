@@ -23,6 +23,7 @@ from esm_neuron.data.records import (
     NUMBERED,
     Block,
     Column,
+    MissingColumnError,
     Record,
     in_blocks,
     numbered,
@@ -237,7 +238,8 @@ def _header(path: str, number: int, line: str, delimiter: str, columns: Sequence
         try:
             pick_columns(path, headers[best], columns)
         except DataError as error:
-            raise DataError(f"{error} (its columns are separated by {shown})") from None
+            told = f"{error} (its columns are separated by {shown})"
+            raise MissingColumnError(told, headers[best]) from None
     return delimiter, headers[delimiter]
 
 

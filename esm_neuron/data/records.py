@@ -225,8 +225,16 @@ def check_expansion(path: str, where: str, size: int, what: str) -> None:
         )
 
 
-_SEQUENCES = ("seq", "aa_seq", "protein_sequence", "primary", "aa")
+SEQUENCES = ("seq", "aa_seq", "protein_sequence", "primary", "aa")
 """Other names that people give to a column of sequences, the likeliest first."""
+
+
+class MissingColumnError(DataError):
+    """A column that a source lacks; `there` has those that it has, of objects and FASTA headers the first of them."""
+
+    def __init__(self, message: str, there: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.there = tuple(there)
 
 
 def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
@@ -235,11 +243,12 @@ def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
     # longer or later names are no typing errors, and comparing a million of them takes minutes
     by_lower = {name.lower(): name for name in there[:_COMPARED] if len(name) <= _COMPARED}
     near = difflib.get_close_matches(column.source.lower(), by_lower, n=1)
-    near = near or [name for name in _SEQUENCES if name in by_lower and column.name == "sequence"]
+    near = near or [name for name in SEQUENCES if name in by_lower and column.name == "sequence"]
     cure = f"did you mean {by_lower[near[0]]!r}?" if near else "name one of these or add it"
     if column.source.startswith("[") and column.name == "sequence":
         cure = "pairs of chains are not read: join them in a column of their own, or give each a record"
-    raise DataError(f"{source}: no column {column.source!r} ({column.setting}); the file has {shown or 'none'}; {cure}")
+    what = f"no column {column.source!r} ({column.setting})"
+    raise MissingColumnError(f"{source}: {what}; the file has {shown or 'none'}; {cure}", there)
 
 
 class Seen:

@@ -32,6 +32,7 @@ from esm_neuron.data.records import (
     TABLES,
     UNKNOWN_RESIDUE,
     Column,
+    MissingColumnError,
     Reader,
     Record,
     files_of,
@@ -160,6 +161,18 @@ def check_columns(source: str | Path, cfg: DataConfig, joiner: str | None = None
     for file, name in files_of(str(source)):
         if not is_hub(file) and not os.path.isdir(file):
             next(read_records(file, _columns(cfg, None if name else joiner), cfg.sheet), None)
+
+
+def columns_of(source: str, sheet: str | None = None) -> tuple[str, ...]:
+    """Return the columns of a source's first file: its header, or the keys of its objects or of its FASTA headers."""
+    file = files_of(source)[0][0]
+    nowhere = Column("any", "a column that no file has", "")
+    try:
+        for _ in _reader(file, sheet)(file, [nowhere]):
+            pass
+    except MissingColumnError as error:
+        return error.there
+    return ()
 
 
 def check_sheet(sources: Iterable[str], sheet: str | None) -> None:

@@ -69,7 +69,7 @@ def evaluate(
         predictions = each[0] if len(each) == 1 else task.averaged(each)
         units = from_main_rank(backend, lambda: independent_units(table, cfg.data.homologs))
         values = finite(task.metrics(table, predictions, True, units))
-        for line in alarms(values):
+        for line in alarms(values, probe=cfg.adapter.kind == "probe"):
             log(line)
         if target is not None:
             main_rank_only(backend, lambda: write_json(target, values))

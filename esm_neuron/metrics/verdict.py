@@ -23,6 +23,10 @@ _TRY = (
     "try another optim.lr (ten times higher and lower), more loop.max_steps, {weights}or model.init=pretrained with a "
     "larger ESM-2; look at the loss in `esm-neuron report`, and at the labels: are they those of these sequences?"
 )
+_TRY_PROBE = (
+    "try a larger ESM-2 (model.name), {weights}or fine-tuning from this probe (adapter.kind=lora, adapter.init_from); "
+    "look at the labels: are they those of these sequences?"
+)
 
 
 def compare(one: Scores, other: Scores, metric: str, greater_is_better: bool) -> dict[str, Value] | None:
@@ -93,11 +97,12 @@ def few_text(scores: Mapping[str, Any]) -> str:
     return f"The intervals are of {units_of(scores)} {kind}; below {FEW} they are often too narrow."
 
 
-def alarms(scores: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) -> list[str]:
+def alarms(scores: Mapping[str, Any], verdict: Mapping[str, Any] | None = None, probe: bool = False) -> list[str]:
     """Return what is wrong with a model by the metrics of a split, each with what to try; empty where nothing is.
 
     It answers one thing for every protein or residue; it ranks no better than chance by the interval of AUROC or
     Spearman; or, for a task without such a metric, `verdict` does not find it better than its best baseline.
+    For a `probe` there is no rate and no number of steps to try.
     """
     found = []
     only = scores.get("only_answer")
@@ -111,7 +116,7 @@ def alarms(scores: Mapping[str, Any], verdict: Mapping[str, Any] | None = None) 
     elif ranking is None and only is None and verdict and verdict["verdict"] != BETTER and not _ranks(scores):
         found.append(f"ALARM: it is not better than {verdict['best']}, which knows frequencies alone")
     weights = "task.class_weights=balanced, " if "macro_f1" in scores else ""
-    return [f"{text}; {_TRY.format(weights=weights)}" for text in found]
+    return [f"{text}; {(_TRY_PROBE if probe else _TRY).format(weights=weights)}" for text in found]
 
 
 def _ranks(scores: Mapping[str, Any]) -> bool:

@@ -9,14 +9,15 @@ and data of devices come from instances.yaml, or a file like it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from esm_neuron.backends.topology import NEURON_TP, legal_tp
 from esm_neuron.config import TrainConfig, require
 from esm_neuron.config.rules import accumulated_passes, check_backend
 from esm_neuron.errors import ConfigError
-from esm_neuron.models.shapes import EsmShape
+from esm_neuron.models.shapes import EsmShape, shape_of
 from esm_neuron.models.tensor_parallel import in_block
-from esm_neuron.planning.instances import Instance, PriceList
+from esm_neuron.planning.instances import Instance, PriceList, price_of, read_prices
 from esm_neuron.planning.memory import HEADS, predict_memory
 from esm_neuron.planning.plan import RunPlan, halve
 from esm_neuron.planning.trn1 import host_seconds, instructions, softmax_seconds
@@ -89,6 +90,25 @@ def estimates(
         of_kind = NEURON_TP[instance.devices] if instance.kind == "neuron" else (1,)
         made += [_estimate(cfg, work, shape, prices, name, nodes, tp, market) for tp in of_kind if tp in legal]
     return made
+
+
+def priced(
+    cfg: TrainConfig, plan: RunPlan, instance: str, prices: Path | None, nodes: int
+) -> tuple[list[Estimate], list[str]]:
+    """Return the estimates of a plan, and what to say of an instance by the price list in a file (None: ours).
+
+    Raise ConfigError where the shape of the model is not known.
+    """
+    price_list = read_prices(prices)
+    asked, market = price_of(instance, price_list)
+    shape = shape_of(cfg.model)
+    if shape is None:
+        raise ConfigError(f"--instance: the shape of {cfg.model.name} is not known; name a local folder or an ESM-2")
+    made = estimates(cfg, Work.of(plan), shape, price_list, nodes, market)
+    lines = [render(made, price_list, asked, market)]
+    if price_list.instances[asked].kind == "neuron":
+        lines += explain_trn1(cfg, plan, shape, price_list, made, asked, market)
+    return made, lines
 
 
 def _estimate(

@@ -7,6 +7,8 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -61,6 +63,16 @@ def examine(cfg: TrainConfig, backends: Iterable[str] = BACKENDS) -> Diagnosis:
         environment=environment(cfg, dict(os.environ)) if "neuron" in backends else (),
         lacks={name: tuple(lacks(name)) for name in backends},
     )
+
+
+def this_machine(backend: str) -> dict[str, Any]:
+    """Return what is kept with a run: its date (UTC), what it runs on, and versions."""
+    versions = {"python": platform.python_version(), **{name: installed_version(name) for name in SHOWN}}
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "hardware": f"{backend}: {survey_of(backend).devices()}",
+        "versions": {name: version for name, version in versions.items() if version is not None},
+    }
 
 
 def survey_of(backend: str) -> Survey:

@@ -19,13 +19,14 @@ from matplotlib.ticker import MaxNLocator
 
 from esm_neuron.metrics.reliability import Group, group_means, reliability
 from esm_neuron.metrics.text import Shown, drawn_over, name_of, show
-from esm_neuron.tasks.view import Confidence, Confusion, View
+from esm_neuron.tasks.view import Confidence, Confusion, Curve, View
 
 SIZE = (4.7, 3.0)  # of a plain chart in inches
 MOST_CLASSES = 30  # with a bar each; of more, the most frequent
 MOST_CELLS = 14  # classes of a confusion matrix that has its numbers written in the cells
 MOST_BASELINES = 3  # beside the model; of more, the best by its metric
 MOST_POINTS = 5_000  # of a scatter plot: more would make a page of many megabytes
+_MOST_ENDS = 400  # points of a curve: more cannot be told apart
 LENGTH_BINS, LEAST_RECORDS = 8, 10  # most bins of length, and about how many records each has at least
 
 
@@ -37,7 +38,8 @@ def loss_curve(log: Sequence[Mapping[str, Any]], chosen: int) -> Chart | None:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.plot(*train, color=THIRD, lw=1, label="training")
+        axes.plot(*train, color=THIRD, lw=0.7, alpha=0.35)
+        axes.plot(train[0], smoothed(train[1]), color=THIRD, label="training")
         if valid[0]:
             axes.plot(*valid, "o-", ms=3.5, color=ACCENT, label="validation")
         _steps(axes, chosen)
@@ -45,7 +47,7 @@ def loss_curve(log: Sequence[Mapping[str, Any]], chosen: int) -> Chart | None:
         axes.legend()
 
     caption = (
-        "Loss over optimizer steps. Training: on the packs of each step, with dropout and masks. "
+        "Loss over optimizer steps. Training: on the packs of each step (pale), and a running median of it. "
         f"Validation: on all validation proteins. The dotted line is step {chosen}, whose weights were kept."
     )
     return draw("loss", "Loss", caption, SIZE, paint)
@@ -65,6 +67,32 @@ def metric_curve(log: Sequence[Mapping[str, Any]], chosen: int, metric: str) -> 
 
     caption = f"{name_of(metric)} on the validation proteins, which chose the weights of step {chosen} (dotted)."
     return draw("metric", f"Validation {name_of(metric)}", caption, SIZE, paint)
+
+
+def together(logs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, split: str | None, title: str) -> Chart | None:
+    """Draw what the logs of several runs say of a metric; None where fewer than two have it. `split` None: training."""
+    series = {run: points for run, log in logs.items() if (points := _series(log, name, split))[0]}
+    if len(series) < 2:
+        return None
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        colours = [ACCENT, SECOND, THIRD, INK]
+        for number, (run, (steps, values)) in enumerate(series.items()):
+            look: Any = {"color": colours[number % 4], "ls": ("-", "--", ":")[number // 4 % 3]}
+            axes.plot(steps, smoothed(values) if split is None else values, label=_short(run), **look)
+        axes.set(xlabel="optimizer step", ylabel=name_of(name))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside upper center", ncols=3)
+
+    what = "a running median over the packs of each step" if split is None else "on all validation proteins"
+    return draw(f"{split or 'train'}-{name}", title, f"{name_of(name)} over optimizer steps, {what}.", SIZE, paint)
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Return the running median over a tenth of the values, at most 51 of them: single steps drown a curve."""
+    half = min(len(values) // 20, 25)
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def comparison(metrics: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Chart:
@@ -172,6 +200,37 @@ def calibration(found: Confidence, several: bool) -> Chart | None:
         f"lie on the dotted line. Expected calibration error (ECE): {seen.ece:.3f}."
     )
     return draw("calibration", "Calibration", caption, (SIZE[0], 3.5), paint)
+
+
+def ranking(found: Sequence[Curve], thresholds: Mapping[int, float]) -> Chart:
+    """Draw ROC and precision-recall curves; a dot is the threshold that decides, by the number of its class."""
+
+    def paint(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        left.plot([0, 1], [0, 1], color=LINE, lw=1, ls=":")
+        for number, curve in enumerate(found):
+            colour, line = (ACCENT, SECOND, THIRD)[number % 3], "-" if number < 3 else "--"
+            order = np.argsort(-curve.score, kind="stable")
+            score, hits = curve.score[order], np.cumsum(curve.truth[order])
+            ends = np.flatnonzero(np.append(np.diff(score) != 0, True))  # equal scores are one threshold
+            ends = ends[np.unique(np.linspace(0, len(ends) - 1, min(len(ends), _MOST_ENDS)).astype(int))]
+            decides = [value for c, value in thresholds.items() if c == curve.number]
+            above = [int((score >= value).sum()) - 1 for value in decides if (score >= value).any()]
+            for style, at in ((line, ends), ("o", np.array(above, int))):
+                recall, false = hits[at] / hits[-1], (at + 1 - hits[at]) / (len(score) - hits[-1])
+                left.plot(false, recall, style, color=colour, label=_short(curve.name) if at is ends else None)
+                right.plot(recall, hits[at] / (at + 1), style, color=colour)
+        left.set(xlim=(0, 1), ylim=(0, 1), xlabel="false positive rate", ylabel="recall")
+        right.set(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision")
+        figure.legend(loc="outside upper center", ncols=3)
+
+    alone = len(found) == 1
+    caption = f"Left: ROC; right: precision and recall; {'of this class' if alone else 'each class against the rest'}."
+    caption += (
+        f" Dots are the thresholds that decide{f', here {min(thresholds.values()):.3f}' if alone else ''}."
+        * bool(thresholds)
+    )
+    return draw("ranking", "ROC and precision-recall", caption, SIZE, paint)
 
 
 def length_chart(found: View) -> Chart | None:

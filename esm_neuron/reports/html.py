@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +17,10 @@ from esm_neuron import __version__
 from esm_neuron.config import AdapterConfig, settings
 from esm_neuron.errors import CheckpointError
 from esm_neuron.files import check_ours, count_lines, new_folder, note, write_bytes, write_text
+from esm_neuron.metrics.classification import THRESHOLD
 from esm_neuron.metrics.text import Shown, clean_of, counted, drawn_over, leak_text, reading_text, show, shown
 from esm_neuron.reports import charts
+from esm_neuron.reports.advice import next_steps
 from esm_neuron.reports.charts import COLOURS, Chart
 from esm_neuron.run_dir import CONFIG, REJECTED, REPORT, RESULT, Finished, read_finished
 from esm_neuron.tasks import create_task
@@ -87,6 +91,8 @@ def _charts(finished: Finished, task: Task, split: str | None, found: View | Non
         return
     if found.confusion is not None:
         yield charts.confusion(found.confusion, task.labels, task.unit, found.several)
+    if found.curves:
+        yield charts.ranking(found.curves, _thresholds(result, task, found))
     if found.values is not None and len(found.residues):
         yield charts.scatter(*found.values)
         yield charts.residuals(*found.values)
@@ -94,6 +100,14 @@ def _charts(finished: Finished, task: Task, split: str | None, found: View | Non
         yield charts.spread(found.spread)
     reliability = None if found.confidence is None else charts.calibration(found.confidence, found.several)
     yield from (chart for chart in (reliability, charts.length_chart(found)) if chart is not None)
+
+
+def _thresholds(result: dict[str, Any], task: Task, found: View) -> dict[int, float]:
+    """Return what decides for a class, by its number: of two the second; of several labels each its own."""
+    chosen = (result.get("calibration") or {}).get("thresholds") or [THRESHOLD] * len(task.labels)
+    if found.several:
+        return dict(enumerate(chosen))
+    return {1: float(chosen[0])} if len(task.labels) == 2 else {}
 
 
 def _best(baselines: dict[str, dict[str, Any]], task: Task) -> dict[str, dict[str, Any]]:
@@ -142,12 +156,34 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
             (name, values["n"], [show(values, kind) for kind in ("f1", "auroc", "auprc")]) for name, values in frequent
         ],
         more_classes=len(per_class) - len(frequent),
-        worst=found.worst if found is not None else [],
+        listed=found.worst if found is not None else [],
+        script=Markup(_script()),  # noqa: S704 - a file of this package
+        policy=_digest(_script()),
+        made=finished.made,
+        counts=_counts(result),
+        next_steps=next_steps(finished.cfg, result, finished.folder),
         settings=settings.dump(cfg),
         rejected=count_lines(rejected) - 1 if rejected.is_file() else 0,
         colours=COLOURS,
         version=__version__,
     )
+
+
+def _script() -> str:
+    """Return what sorts and searches the table of proteins, without a network."""
+    return environment().get_template("table.js").render()
+
+
+def _digest(script: str) -> str:
+    """Return what a page's policy calls a script by, so that it runs no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _counts(result: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    """Return each class with how many proteins, or residues, each split has of it; the most frequent ones."""
+    splits = [size.get("classes") or {} for size in result["data"].values()]
+    order = sorted(splits[0], key=lambda name: -int(splits[0][name]))[:MOST_ROWS] if all(splits) else []
+    return [(name, [int(split.get(name, 0)) for split in splits]) for name in order]
 
 
 def _tables(finished: Finished, task: Task) -> Iterator[Table]:

@@ -183,6 +183,15 @@ class Task(ABC):
         """Return what a table's labels say of each record, in the words of `outputs`; None without labels."""
         return None
 
+    def class_counts(self, table: ExampleTable) -> dict[str, int]:
+        """Return how many proteins, or residues, of a table are of each class; empty without classes."""
+        if not self.labels:
+            return {}
+        found = table.labels
+        several = found.ndim == 2
+        counts = found.sum(0, dtype=np.int64) if several else np.bincount(found[found >= 0], minlength=len(self.labels))
+        return dict(zip(self.labels, counts.tolist(), strict=True))
+
     def baselines(self, train: ExampleTable) -> list[Baseline]:
         """Return simple models, fitted on the training table, that the network has to beat."""
         return []

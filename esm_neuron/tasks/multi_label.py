@@ -31,7 +31,17 @@ from esm_neuron.tasks.base import (
 )
 from esm_neuron.tasks.baselines import Baseline, label_set_baselines
 from esm_neuron.tasks.losses import sigmoid_losses
-from esm_neuron.tasks.view import Confidence, Confusion, View, class_probabilities, lengths, most_frequent, worst
+from esm_neuron.tasks.view import (
+    Confidence,
+    Confusion,
+    Curve,
+    View,
+    class_probabilities,
+    curves,
+    lengths,
+    most_frequent,
+    worst,
+)
 
 if TYPE_CHECKING:
     from scipy import sparse, special
@@ -151,10 +161,17 @@ class MultiLabel(PooledTask):
             weight=np.ones(len(wrong)),
             error_name="share of wrong labels",
             worst=worst(table, np.where(wrong > 0, score, 0.0), describe),
+            curves=self._curves(table, target),
             confusion=Confusion((target[:, shown].T @ predicted[:, shown]).toarray(), totals[shown], shown),
             confidence=confidence,
             several=True,
         )
+
+    def _curves(self, table: pa.Table, target: sparse.csr_matrix) -> list[Curve]:
+        """Return the curves of labels, where the probabilities of all were kept."""
+        if "probabilities" in table.column_names:
+            return []
+        return curves(self.labels, target.toarray() > 0, class_probabilities(table, self.labels))
 
     def _confidence(
         self, table: pa.Table, target: sparse.csr_matrix, predicted: sparse.csr_matrix

@@ -31,7 +31,7 @@ from esm_neuron.tasks.base import (
 )
 from esm_neuron.tasks.baselines import Baseline, residue_baselines
 from esm_neuron.tasks.losses import softmax_losses
-from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, lengths, worst
+from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, curves, lengths, worst
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,6 +203,7 @@ class ResidueClassification(Task):
             weight=labelled,
             error_name="share of wrong residues",
             worst=worst(table, share, describe),
+            curves=curves(self.labels, target[:, None] == np.arange(len(self.labels)), probabilities),
             confusion=Confusion.of(target, predicted, len(self.labels)),
             confidence=Confidence(probabilities[np.arange(len(predicted)), predicted], predicted == target, protein),
         )

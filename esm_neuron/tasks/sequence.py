@@ -39,7 +39,17 @@ from esm_neuron.tasks.base import (
 )
 from esm_neuron.tasks.baselines import Baseline, class_baselines
 from esm_neuron.tasks.losses import softmax_losses
-from esm_neuron.tasks.view import Confidence, Confusion, View, class_indices, class_probabilities, lengths, worst
+from esm_neuron.tasks.view import (
+    Confidence,
+    Confusion,
+    Curve,
+    View,
+    class_indices,
+    class_probabilities,
+    curves,
+    lengths,
+    worst,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,10 +158,13 @@ class SequenceClassification(PooledTask):
         """Return wrong classes, the most confident ones first."""
         labels = self.labels
         target, predicted = (class_indices(labels, table[name]) for name in ("target", "label"))
+        drawn: list[Curve] = []
         if "probability" in table.column_names:  # of hundreds of classes, see `kept`
             confidence = table["probability"].to_numpy()
         else:
-            confidence = class_probabilities(table, labels)[np.arange(len(predicted)), predicted]
+            probabilities = class_probabilities(table, labels)
+            confidence = probabilities[np.arange(len(predicted)), predicted]
+            drawn = curves(labels, target[:, None] == np.arange(len(labels)), probabilities)
         wrong = predicted != target
 
         def describe(i: int) -> tuple[str, str, str]:
@@ -163,6 +176,7 @@ class SequenceClassification(PooledTask):
             weight=np.ones(len(wrong)),
             error_name="share of wrong classes",
             worst=worst(table, np.where(wrong, confidence, 0.0), describe),
+            curves=drawn,
             confusion=Confusion.of(target, predicted, len(labels)),
             confidence=Confidence(confidence, ~wrong, np.arange(len(wrong))),
         )

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-WORST = 10
+LISTED = 2000
+"""Most proteins that the report lists, those with the worst predictions."""
+MOST_CURVES = 6
+"""Most classes with a ROC curve of their own: of more, the most frequent."""
 
 
 MOST_SHOWN = 50
@@ -36,9 +39,9 @@ class Confusion:
         return cls(counts.astype(float), totals[shown].astype(float), shown)
 
 
-def most_frequent(totals: np.ndarray) -> np.ndarray:
-    """Return int64: the classes with the MOST_SHOWN largest totals, in their order."""
-    return np.sort(np.argsort(-totals, kind="stable")[:MOST_SHOWN])
+def most_frequent(totals: np.ndarray, most: int = MOST_SHOWN) -> np.ndarray:
+    """Return int64: the classes with the `most` largest totals, in their order."""
+    return np.sort(np.argsort(-totals, kind="stable")[:most])
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,28 @@ class Confidence:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """How a class is told from the rest, for its ROC and precision-recall curves."""
+
+    name: str
+    number: int
+    """Its place among the classes."""
+    truth: np.ndarray  # bool [n]
+    score: np.ndarray  # float64 [n]
+
+
+def curves(labels: Sequence[str], truth: np.ndarray, score: np.ndarray) -> list[Curve]:
+    """Return the curves of classes by bool [n, C] and probabilities [n, C]: of two classes that of the second alone."""
+    often = truth.sum(0)
+    known = [c for c in most_frequent(often, MOST_CURVES).tolist() if 0 < often[c] < len(truth)]
+    if truth.shape[1] == 2 and (truth.sum(1) == 1).all():
+        known = known[-1:]
+    return [Curve(labels[c], c, truth[:, c], score[:, c]) for c in known]
+
+
+@dataclass(frozen=True)
 class Record:
-    """A record with a bad prediction."""
+    """A record and how it was predicted."""
 
     id: str
     residues: int
@@ -70,6 +93,7 @@ class View:
     weight: np.ndarray  # float64 [records]
     error_name: str
     worst: list[Record]  # the worst first, see `worst` below
+    curves: Sequence[Curve] = ()
     confusion: Confusion | None = None
     confidence: Confidence | None = None
     several: bool = False  # whether a protein can have several of the classes
@@ -94,9 +118,10 @@ def class_indices(labels: Sequence[str], names: pa.ChunkedArray | pa.Array) -> n
 
 
 def worst(table: pa.Table, score: np.ndarray, describe: Callable[[int], tuple[str, str, str]]) -> list[Record]:
-    """Return the records with the WORST largest scores above 0, the largest first; of equal ones the first.
+    """Return the records with the LISTED largest scores, the largest first; of equal ones the first.
 
     `score` is float64 [records]; `describe` takes a record's number and returns its target, prediction and error.
     """
-    rows = [int(i) for i in np.argsort(-score, kind="stable")[:WORST] if score[i] > 0]
-    return [Record(table["id"][i].as_py(), table["residues"][i].as_py(), *describe(i)) for i in rows]
+    rows = np.argsort(-score, kind="stable")[:LISTED].tolist()
+    ids, residues = (table[name].take(pa.array(rows, pa.int64())).to_pylist() for name in ("id", "residues"))
+    return [Record(name, size, *describe(i)) for name, size, i in zip(ids, residues, rows, strict=True)]

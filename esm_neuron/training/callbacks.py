@@ -48,6 +48,10 @@ class Callback:
         """Training is over, also when it stopped early; `result` is what result.json gets."""
 
 
+CHANGED = 0.25
+"""Share by which the time that a run takes has to change to be told again."""
+
+
 class ProgressConsole(Callback):
     """Show a bar with the time left on a terminal, one plain line per record elsewhere.
 
@@ -61,11 +65,16 @@ class ProgressConsole(Callback):
         self.stream = stream if stream is not None else sys.stderr
         self.start = start
         self.origin = (start, monotonic())
+        self.told: float | None = None
+        """Seconds from the start to the last step, as they were told last; None: not yet."""
+        self.begun = self.now = self.origin[1]
         self.bar: tqdm[Any] | None = None
 
     def on_log(self, step: int, total: int, record: MetricsLine) -> None:
+        left = self._eta(step, total)
+        self._expect(step, total, left)
         if not self.stream.isatty():
-            self._write(f"step={step}/{total} {_on_console(record)} eta={format_seconds(self._eta(step, total))}")
+            self._write(f"step={step}/{total} {_on_console(record)} eta={format_seconds(left)}")
             return
         if self.bar is None:
             self.bar = tqdm(total=total, initial=self.start, file=self.stream, unit="step", dynamic_ncols=True)
@@ -91,9 +100,17 @@ class ProgressConsole(Callback):
             self.stream.write(shown(line) + "\n")
             self.stream.flush()
 
+    def _expect(self, step: int, total: int, left: float) -> None:
+        """Say how many minutes are left once the first steps, which may compile, are over; and when that changes."""
+        whole = self.now - self.begun + left
+        if self.origin[0] == step or (self.told and abs(whole - self.told) <= max(60.0, CHANGED * self.told)):
+            return
+        self.told = whole
+        self._write(f"expected: {max(1, round(left / 60))} min for the {total - step} steps to come")
+
     def _eta(self, step: int, total: int) -> float:
         """Return the seconds left. The first interval includes compilation, so later estimates leave it out."""
-        now = monotonic()
+        self.now = now = monotonic()
         first_step, first_time = self.origin
         rate = (now - first_time) / max(step - first_step, 1)
         if first_step == self.start:

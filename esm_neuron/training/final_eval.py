@@ -25,7 +25,7 @@ from esm_neuron.distributed import from_main_rank, main_rank_only
 from esm_neuron.metrics import Scores
 from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.metrics.verdict import alarms, verdict
-from esm_neuron.run_dir import predictions_name, save_predictions
+from esm_neuron.run_dir import predictions_name, save_predictions, save_resamples
 from esm_neuron.tasks.base import Predictions, Task
 from esm_neuron.tasks.baselines import MOST_CLASSES, Baseline, capped
 from esm_neuron.training.callbacks import format_record
@@ -115,6 +115,7 @@ def score_splits(
             kept, examples, tokens = select_records(table, ~has_homolog)
             index = tokens if task.predictions_per_token else examples
             clean.add(split, Part(kept, index, None if units is None else units[~has_homolog]), task, predictions)
+    main_rank_only(backend, lambda: save_resamples(Path(cfg.output), whole.own))
     beside = from_main_rank(backend, lambda: _beside(cfg, task, train, whole, clean, log))
     method = cfg.data.homologs
     counts = {s: {"method": method, "proteins": len(has), "homologs": int(has.sum())} for s, has in leaks.items()}
@@ -171,7 +172,8 @@ def _beside(
             record = format_record(whole.baselines[split][baseline.name])
             log(f"{split}, {baseline.name} baseline: {record} seconds={seconds:.2f}")
     verdicts, pure = whole.verdicts(task), clean.verdicts(task)
-    wrong = {split: alarms(scores, verdicts.get(split)) for split, scores in whole.own.items()}
+    probe = cfg.adapter.kind == "probe"
+    wrong = {split: alarms(scores, verdicts.get(split), probe) for split, scores in whole.own.items()}
     for split in whole.own:
         for name, found in ((split, verdicts), (f"{split} without homologs in training", pure)):
             if split in found:

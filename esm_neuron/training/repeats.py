@@ -23,7 +23,7 @@ from esm_neuron.distributed import from_main_rank, log_nothing, main_rank_only
 from esm_neuron.files import check_ours, claimed, finite, note, write_json, write_text
 from esm_neuron.metrics.text import ending
 from esm_neuron.redact import Lines
-from esm_neuron.run_dir import CALIBRATION, CONFIG, FOLDS, RESULT, member_folders, predictions_name
+from esm_neuron.run_dir import CALIBRATION, CONFIG, FOLDS, RESAMPLES, RESULT, member_folders, predictions_name
 from esm_neuron.tasks import task_class
 from esm_neuron.training import final_eval, run
 
@@ -67,7 +67,7 @@ def train_seeds(cfg: TrainConfig, log: Log) -> run.Outcome:
     `run.train` does.
     """
     out, outcomes = Path(cfg.output), list[run.Outcome]()
-    names = [CONFIG, RESULT, CALIBRATION, *map(predictions_name, ("valid", "test"))]
+    names = [CONFIG, RESULT, RESAMPLES, CALIBRATION, *map(predictions_name, ("valid", "test"))]
     with _claimed(out, names) as writes:
         require(
             cfg.checkpoint.resume == "auto" or not (out / RESULT).exists(),

@@ -32,12 +32,14 @@ from esm_neuron.metrics.text import ending
 from esm_neuron.models import hub
 from esm_neuron.models.adapter_folder import MergedWeights
 from esm_neuron.models.shapes import SHAPES, locate
+from esm_neuron.planning.doctor import this_machine
 from esm_neuron.redact import Lines, escaped
 from esm_neuron.run_dir import (
     ADAPTER,
     BASE,
     CONFIG,
     FILES,
+    MACHINE,
     METRICS,
     MODEL,
     NONFINITE,
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 
     from esm_neuron.backends.base import Backend
     from esm_neuron.models import esm2
-    from esm_neuron.training import build, checkpoint, final_eval, optim, probe, repeats, results
+    from esm_neuron.training import budget, build, checkpoint, final_eval, optim, probe, repeats, results
     from esm_neuron.training import trainer as loop
     from esm_neuron.training.build import Built
     from esm_neuron.training.final_eval import Leaks
@@ -64,9 +66,9 @@ if TYPE_CHECKING:
     from esm_neuron.training.trainer import Trainer
 else:  # torch is imported when settings, files and columns have been checked
     torch, build, esm2 = (module(name) for name in ("torch", "esm_neuron.training.build", "esm_neuron.models.esm2"))
-    checkpoint, final_eval, optim, probe, repeats, results, loop = (
+    budget, checkpoint, final_eval, optim, probe, repeats, results, loop = (
         module(f"esm_neuron.training.{name}")
-        for name in ("checkpoint", "final_eval", "optim", "probe", "repeats", "results", "trainer")
+        for name in ("budget", "checkpoint", "final_eval", "optim", "probe", "repeats", "results", "trainer")
     )
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ logger = logging.getLogger(__name__)
 FREE = {"output", "backend", "parallel", "checkpoint", "log"}
 """Sections that a resumed run may change: they decide where and how it runs, not what it computes."""
 FREE_FIELDS = {f"data.{name}" for name in COMPARED_BY_CONTENT} | {
-    "data.cache", "data.homologs", "model.gradient_checkpointing",
+    "data.cache", "data.homologs", "loop.budget", "model.gradient_checkpointing",
     "loop.packs_per_device", "loop.eval_packs_per_device", "loop.torch_compile", "loop.eval_every", "loop.min_evals",
     "loop.patience",
     "loop.on_recompile", "loop.on_nonfinite", "loop.watchdog", "loop.watchdog_slow", "loop.tracing", "loop.optlevel",
@@ -177,11 +179,14 @@ class _Job:
     probe: Probe | None
 
     @classmethod
-    def of(cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None], watchdog: Watchdog) -> _Job:
-        """Read the data, fit the head of a probe, build the model, make the trainer."""
+    def of(
+        cls, cfg: TrainConfig, backend: Backend, log: Callable[[str], None], watchdog: Watchdog,
+        splits: Splits | None = None,
+    ) -> _Job:  # fmt: skip
+        """Read the data unless it is given, fit the head of a probe, build the model, make the trainer."""
         cfg = replace(cfg, model=from_main_rank(backend, lambda: hub.choose(cfg.model, _earlier_model(cfg), log)))
         cfg = from_main_rank(backend, lambda: adopted(cfg))
-        splits = shared_splits(cfg, task_class(cfg.task.name).label_kind, backend)
+        splits = splits or shared_splits(cfg, task_class(cfg.task.name).label_kind, backend)
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
             raise DataError(f"{cfg.data.train}: the ranks read different records; give every node the same files")
         log(splits.summary())
@@ -229,13 +234,19 @@ def _train(
     watchdog = Watchdog.of(cfg, backend.topology.rank)
     with watchdog:
         watchdog.expect("the start of the run (data, weights, checkpoint)", slow=True)
+        cfg = from_main_rank(backend, lambda: _with_earlier_steps(cfg))
         job = _Job.of(cfg, backend, log, watchdog)
+        if cfg.loop.budget is not None:
+            loop_cfg, splits = budget.within_budget(job.trainer, job.loaders.held_out, log), job.splits
+            del job  # its weights have moved: the run begins anew
+            job = _Job.of(replace(cfg, loop=loop_cfg), backend, log_nothing, watchdog, splits)
         cfg, trainer = job.trainer.cfg, job.trainer
         begin = trainer.restore() if cfg.checkpoint.resume == "auto" else 0
         if begin:
             log(f"resumed after step {begin} of {trainer.total_steps}")
         leaks = from_main_rank(backend, lambda: final_eval.find_leaks(cfg, job.loaders.tables(), log))
         main_rank_only(backend, lambda: _write_settings(cfg, job.splits))
+        main_rank_only(backend, lambda: write_json(Path(cfg.output) / MACHINE, this_machine(cfg.backend)))
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
         trainer.callbacks = main_rank_only(backend, lambda: [*_callbacks(cfg, begin, pending), *watchers]) or []
     result: dict[str, Any] = {}
@@ -284,10 +295,7 @@ def _finish(job: _Job, leaks: Leaks, found: dict[str, Predictions], log: Callabl
         "adapter": cfg.adapter.kind,
         "parameters": dict(zip(("trainable", "total"), esm2.parameter_count(job.built.model), strict=True)),
         "chosen_step": chosen,
-        "data": {
-            split: {"records": len(table.ids), "residues": int(table.whole_residues().sum(dtype=np.int64))}
-            for split, table in loaders.tables().items()
-        },
+        "data": {split: _size(trainer.task, table) for split, table in loaders.tables().items()},
         "train": {
             "steps": state.step,
             "residues": state.residues,
@@ -314,6 +322,12 @@ def _finish(job: _Job, leaks: Leaks, found: dict[str, Predictions], log: Callabl
     return dict(result)
 
 
+def _size(task: Task, table: ExampleTable) -> dict[str, Any]:
+    """Return how much a split holds, and of which classes."""
+    residues = int(table.whole_residues().sum(dtype=np.int64))
+    return {"records": len(table.ids), "residues": residues, "classes": task.class_counts(table)}
+
+
 def _scores(
     job: _Job, chosen: int, leaks: Leaks, found: dict[str, Predictions], log: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -337,6 +351,14 @@ def _earlier_model(cfg: TrainConfig) -> ModelConfig | None:
     earlier += [cfg.adapter.init_from] if cfg.adapter.init_from is not None else []
     saved = next((path for path in (Path(run) / CONFIG for run in earlier) if path.is_file()), None)
     return None if saved is None else settings.read_config(saved).model
+
+
+def _with_earlier_steps(cfg: TrainConfig) -> TrainConfig:
+    """Return the settings with the steps that `loop.budget` gave the run which this one goes on with."""
+    saved = Path(cfg.output) / CONFIG
+    if cfg.loop.budget is None or cfg.checkpoint.resume != "auto" or not saved.is_file():
+        return cfg
+    return replace(cfg, loop=replace(cfg.loop, budget=None, max_steps=settings.read_config(saved).loop.max_steps))
 
 
 def _notes(trainer: Trainer) -> Iterator[str]:

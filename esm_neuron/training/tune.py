@@ -449,11 +449,3 @@ def plot(trials: Sequence[Any], search: Search, metric: str) -> bytes:
     size = (2.6 * (1 + len(search.space.ranges)), 2.8)
     caption = f"{metric} of the validation proteins by trial, and by the value of each setting."
     return charts.draw("search", "Search", caption, size, paint).png
-
-
-def seconds(text: str) -> float:
-    """Return the seconds of `90s`, `30m`, `1h30m` or a plain number; raise ConfigError on other text."""
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
-    total = sum(int(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
-    require(total > 0, f"--budget {text}: no time; write 90s, 30m or 1h30m")
-    return float(total)

@@ -55,7 +55,24 @@ def test_the_time_left_leaves_compilation_out_once_it_can(monkeypatch: pytest.Mo
     console = ProgressConsole(start=100, stream=stream)
     for step in (110, 120, 140):  # the first ten steps take 100 s, every later one 1 s
         console.on_log(step, 200, {})
-    assert [line.rsplit("eta=")[1].strip() for line in stream.writes] == ["00:15:00", "00:01:20", "00:01:00"]
+    lines = [line for line in stream.writes if "eta=" in line]
+    assert [line.rsplit("eta=")[1].strip() for line in lines] == ["00:15:00", "00:01:20", "00:01:00"]
+
+
+def test_the_minutes_to_come_are_told_after_the_first_steps_and_when_they_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = [0.0, 300.0, 310.0, 320.0, 330.0, 1530.0]  # the first ten steps compile, the last ten wait for a validation
+    monkeypatch.setattr("esm_neuron.training.callbacks.monotonic", iter(times).__next__)
+    stream = Stream(tty=False)
+    console = ProgressConsole(stream=stream)
+    for step in (10, 20, 30, 40, 50):
+        console.on_log(step, 500, {})
+    told = [(number, line) for number, line in enumerate(stream.writes) if line.startswith("expected")]
+    assert told == [
+        (1, "expected: 8 min for the 480 steps to come\n"),
+        (5, "expected: 231 min for the 450 steps to come\n"),
+    ]
 
 
 def test_a_terminal_gets_a_bar_with_the_time_left_that_starts_where_the_run_does() -> None:

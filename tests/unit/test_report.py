@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,19 +20,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.chromium import CHROMIUM, Browser
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from esm_neuron import cli
-from esm_neuron.config import DataConfig, LogConfig, TaskConfig, TrainConfig
+from esm_neuron.config import (
+    AdapterConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    TaskConfig,
+    TrainConfig,
+    rules,
+    settings,
+)
 from esm_neuron.config.settings import dump
 from esm_neuron.data.dataset import ExampleTable
+from esm_neuron.data.splits import check_settings
 from esm_neuron.errors import CheckpointError, ConfigError
 from esm_neuron.files import write_json
+from esm_neuron.metrics import Scores
 from esm_neuron.metrics.reliability import group_means, reliability
 from esm_neuron.metrics.text import show
-from esm_neuron.metrics.verdict import alarms, verdict
+from esm_neuron.metrics.verdict import alarms, compare, verdict
 from esm_neuron.reports import write_report
-from esm_neuron.run_dir import load_predictions, save_predictions
+from esm_neuron.reports.advice import next_steps
+from esm_neuron.reports.compare import write_comparison
+from esm_neuron.run_dir import load_predictions, save_predictions, save_resamples
 from esm_neuron.tasks import TASKS, create_task
 
 EVIL = "<script>alert(1)</script>"
@@ -62,8 +78,8 @@ def made_table(task: str, classes: int, records: int, ids: str) -> ExampleTable:
     )
 
 
-def made_answers(task: str, table: ExampleTable, classes: int) -> list[np.ndarray]:
-    """Answers that are right more often than not."""
+def made_answers(task: str, table: ExampleTable, classes: int, noise: float = 1.0) -> list[np.ndarray]:
+    """Answers that are right more often than not, of classes the less often the more `noise` there is."""
     rng = np.random.default_rng(2)
     if task == "masked_lm":
         hidden = rng.integers(0, 9, len(table))
@@ -71,12 +87,15 @@ def made_answers(task: str, table: ExampleTable, classes: int) -> list[np.ndarra
     if task == "regression":
         return [(table.labels - 100) / 5 + rng.normal(0, 0.6, len(table))]
     targets = table.labels if task == "multi_label" else np.eye(classes)[np.maximum(table.labels, 0)]
-    return [2 * targets + rng.normal(0, 1, targets.shape)]
+    return [2 * targets + rng.normal(0, noise, targets.shape)]
 
 
-def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), evil: bool = False) -> Path:
+def made_run(
+    out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), evil: bool = False, scatter: float = 1.0
+) -> Path:
     """A finished run without its training."""
     out.mkdir(parents=True)
+    scores: dict[str, Scores] = {}
     labels = () if name in ("regression", "masked_lm") else LABELS["evil" if evil else "plain"]
     scale = {"target_mean": 100.0, "target_sd": 5.0} if name == "regression" else {}
     task_config = TaskConfig(name=name, labels=labels or None, **scale)  # type: ignore[arg-type]
@@ -95,10 +114,10 @@ def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), 
     for split, records in (("valid", 12), ("test", 60)):
         if split in splits:
             table = made_table(name, len(labels), records, f"{EVIL}-" if evil else f"{split}-")
-            predictions = made_answers(name, table, len(labels))
+            predictions = made_answers(name, table, len(labels), scatter)
             save_predictions(out / f"predictions-{split}.parquet", task, table, predictions)
             own = task.metrics(table, predictions, True, np.arange(records) // 2)
-            result[split] = own
+            result[split] = scores[split] = own
             noise = [answer[::-1] if name == "masked_lm" else np.zeros_like(answer) for answer in predictions]
             worse = task.metrics(table, noise, True, np.arange(records) // 2)
             worse.update(fitted_on=40, training=50)
@@ -112,6 +131,7 @@ def made_run(out: Path, name: str, splits: tuple[str, ...] = ("valid", "test"), 
                 lines += [{"step": step, "split": "valid", **task.metrics(table, predictions)} for step in (4, 8)]
     (out / "config.yaml").write_text(dump(cfg))
     write_json(out / "result.json", result)
+    save_resamples(out, scores)
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return out
 
@@ -148,7 +168,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.open += [] if tag in ("meta", "link", "br") else [tag]
+        self.open += [] if tag in ("meta", "link", "br", "input") else [tag]
         self.asked += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
         self.ids += [value or "" for name, value in attrs if name == "id"]
         assert not [name for name, _ in attrs if name.startswith("on")]
@@ -160,11 +180,10 @@ class Page(HTMLParser):
         self.text += data
 
 
+_CLASSES = {"loss", "metric", "comparison", "classes", "confusion", "ranking", "calibration", "length"}
 CHARTS = {
-    "sequence_classification": {"loss", "metric", "comparison", "classes", "confusion", "calibration", "length"},
-    "multi_label": {"loss", "metric", "comparison", "classes", "confusion", "calibration", "length"},
+    **dict.fromkeys(("sequence_classification", "multi_label", "residue_classification"), _CLASSES),
     "regression": {"loss", "metric", "comparison", "scatter", "residuals", "length"},
-    "residue_classification": {"loss", "metric", "comparison", "classes", "confusion", "calibration", "length"},
     "masked_lm": {"loss", "comparison", "perplexity", "length"},
 }
 
@@ -174,7 +193,10 @@ def test_a_page_has_what_its_task_has_and_asks_for_nothing(task: str, runs: dict
     folder = runs[task] / "report"
     text = (folder / "index.html").read_text()
     page = Page(text)
-    assert page.open == [] and "script" not in page.tags and "img" not in page.tags
+    assert page.open == [] and "img" not in page.tags and text.count("<script") == 1  # ours, which its policy names
+    script = text[text.index("<script>") + 8 : text.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:" in text
     assert all(asked.startswith(("#", "data:,")) for asked in page.asked)
     assert all(reference in page.ids for reference in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text) for reference
                in reference if reference)  # fmt: skip
@@ -210,7 +232,7 @@ def test_clean_rows_have_a_table_of_their_own(spoilt: Path) -> None:
 def test_markup_in_ids_labels_and_paths_stays_text(runs: dict[str, Path]) -> None:
     text = (runs["evil"] / "report" / "index.html").read_text()
     page = Page(text)
-    assert "script" not in page.tags
+    assert text.count("<script") == 1
     assert EVIL not in text and "<b>evil" not in text
     assert f"{EVIL}-" in page.text and "<b>evil" in page.text and "$x_1$ & \"q'" in page.text
 
@@ -225,7 +247,7 @@ def test_confusion_and_errors_are_those_of_the_predictions(runs: dict[str, Path]
     assert (seen.confusion.counts == confusion_matrix(frame["target"], frame["label"], labels=LABELS["plain"])).all()
     assert 1 - seen.error.mean() == pytest.approx(result["accuracy"])
     wrong = frame[frame["target"] != frame["label"]]
-    assert [record.id for record in seen.worst] == list(
+    assert [record.id for record in seen.worst][: min(10, len(wrong))] == list(
         wrong.assign(p=wrong.iloc[:, -3:].max(axis=1)).sort_values("p", ascending=False, kind="stable")["id"][:10]
     )
 
@@ -332,6 +354,72 @@ def test_predictions_need_not_be_kept() -> None:
     assert LogConfig().predictions and not replace(LogConfig(), predictions=False).predictions
 
 
+def test_a_page_says_when_where_and_of_what_it_was_made_and_what_to_try(spoilt: Path) -> None:
+    made = {"date": "2026-12-01 07:10 UTC", "hardware": "2 cores of a kind", "versions": {"torch": "2.13"}}
+    write_json(spoilt / "machine.json", made)
+    result = json.loads((spoilt / "result.json").read_text())
+    result["data"]["train"]["classes"] = {"alpha": 17, "beta": 1234, "gamma": 3}
+    for split in ("valid", "test"):
+        result["data"][split]["classes"] = {"alpha": 7, "beta": 4, "gamma": 0}
+    result |= {"verdicts": {"test": {**result["verdicts"]["test"], "verdict": "undecided"}}, "chosen_step": 8}
+    write_json(spoilt / "result.json", result)
+    page = Page(write_report(spoilt).read_text())
+    assert "Seed 42. 2026-12-01 07:10 UTC, on 2 cores of a kind; torch 2.13." in page.text
+    assert "1,234" in page.text and "How many of each class." in page.text
+    assert "the last step was the best: train longer" in page.text and "--max_steps 24" in page.text
+    assert "few proteins decide little" in page.text and "--model facebook/esm2_t12_35M_UR50D" not in page.text
+    assert page.text.index("ALARM") < page.text.index("95 %:"), "alarms and the verdict come before the figures"
+
+
+@pytest.mark.parametrize("kind", ["probe", "lora"])
+def test_what_is_to_be_tried_is_a_command_that_can_be(kind: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    cfg = TrainConfig(data=DataConfig(train="my.csv"), model=ModelConfig(name="mini"), adapter=AdapterConfig(kind=kind))
+    result = json.loads((runs["sequence_classification"] / "result.json").read_text())
+    result |= {"verdicts": {"test": {"verdict": "undecided"}}, "chosen_step": 8}
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    told = next_steps(cfg, result, tmp_path)
+    commands = [shlex.split(line[line.index("esm-neuron") :])[1:] for line in told]
+    assert [words[0] for words in commands] == ["train", "train", "train", "predict"]
+    for _, *words in commands[:-1]:
+        changed = settings.parse(words)
+        rules.validate(changed)
+        check_settings(changed.data, None)
+        assert changed.output == f"{tmp_path}-2" and changed != cfg
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "multi_label", "residue_classification"])
+def test_a_threshold_on_the_curves_gives_the_recall_of_the_predictions(name: str, runs: dict[str, Path]) -> None:
+    table = load_predictions(runs[name] / "predictions-test.parquet")
+    assert table is not None
+    found = create_task(TaskConfig(name=name, labels=LABELS["plain"]), LABELS["plain"]).view(table)
+    assert found is not None and [curve.name for curve in found.curves] == list(LABELS["plain"])
+    for curve in found.curves:
+        result = json.loads((runs[name] / "result.json").read_text())["test"]["per_class"][curve.name]
+        assert roc_auc_score(curve.truth, curve.score) == pytest.approx(result["auroc"], abs=1e-4)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine; apt-get install chromium, then make test")
+def test_the_table_of_proteins_is_searched_and_sorted(runs: dict[str, Path], tmp_path: Path) -> None:
+    with Browser(tmp_path) as browser:
+        url = (runs["sequence_classification"] / "report" / "index.html").resolve().as_uri()
+        seen = browser.open(url, 1200, False)
+        rows = "[...document.querySelectorAll('.search tbody tr')].filter(r => !r.hidden)"
+        type_ = (
+            "(f => { f.value = '%s'; f.dispatchEvent(new Event('input')); })(document.querySelector('.search input'))"
+        )
+        assert seen.evaluate(f"{rows}.length") == 60
+        seen.evaluate(type_ % "TEST-17")
+        assert seen.evaluate(f"{rows}.map(r => r.cells[0].textContent)") == ["test-17"]
+        assert seen.evaluate("document.querySelector('.search output').textContent") == "1 of 60"
+        seen.evaluate(type_ % "")
+        residues = f"{rows}.map(r => +r.cells[1].textContent)"
+        for order in (1, -1):
+            seen.evaluate("document.querySelectorAll('.search button')[1].click()")
+            found = seen.evaluate(residues)
+            assert found == sorted(found)[::order] and len(found) == 60
+        assert seen.complaints == []
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine; apt-get install chromium, then make test")
 def test_a_browser_fetches_nothing_complains_of_nothing_and_never_scrolls_sideways(
     runs: dict[str, Path], tmp_path: Path, record_property: Callable[[str, object], None]
@@ -375,3 +463,63 @@ def test_predictions_that_do_not_fit_the_run_are_a_line(spoilt: Path) -> None:
         pq.write_table(other, path)
         with pytest.raises(CheckpointError, match="its predictions, result.json and config.yaml do not fit each other"):
             write_report(spoilt)
+
+
+# --- compare
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_runs_are_compared_by_paired_differences(task: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    other = made_run(tmp_path / "other", task, scatter=9.0)
+    page = Page(write_comparison([runs[task], other], tmp_path / "pages" / "compare.html").read_text())
+    assert page.open == [] and "script" not in page.tags
+    assert all(asked.startswith(("#", "data:,")) for asked in page.asked)
+    assert {"train-loss", "valid-loss"} <= set(page.ids) and len(page.ids) == len(set(page.ids))
+    assert "30 clusters of proteins" in page.text
+    assert "Settings that differ" in page.text
+    told = re.findall(r"(better|worse|undecided) ([+-][0-9.]+) (\[.*?\])", page.text)
+    assert len(told) == 2
+    assert {word for word, *_ in told} == (
+        {"undecided"} if task in ("regression", "masked_lm") else {"better", "worse"}
+    )
+    assert told[0][1].lstrip("+-") == told[1][1].lstrip("+-")
+
+
+def test_a_difference_is_that_of_the_same_resamples(runs: dict[str, Path], tmp_path: Path) -> None:
+    """As of a model and its baseline: those of two runs say what `verdict.compare` says of their predictions."""
+    other = made_run(tmp_path / "other", "sequence_classification", scatter=9.0)
+    page = Page(write_comparison([runs["sequence_classification"], other], tmp_path / "c.html").read_text())
+    table = made_table("sequence_classification", 3, 60, "test-")
+    task = create_task(TaskConfig(labels=LABELS["plain"]), LABELS["plain"])
+    one, two = (
+        task.metrics(table, made_answers("sequence_classification", table, 3, noise), True, np.arange(60) // 2)
+        for noise in (1.0, 9.0)
+    )
+    found = compare(one, two, "mcc", True)
+    assert found is not None and f"better +{found['difference']:.3f}" in page.text
+
+
+def test_runs_that_cannot_be_compared_are_refused(
+    runs: dict[str, Path], spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = runs["sequence_classification"]
+
+    def refused(other: Path, *words: str) -> None:
+        assert cli.main(["compare", str(good), str(other), "--output", str(tmp_path / "c.html")]) == 2
+        said = capsys.readouterr().err
+        assert all(word in said for word in words) and said.count("\n") == 1
+        assert not (tmp_path / "c.html").exists()
+
+    refused(runs["regression"], "different tasks, sequence_classification and regression")
+    refused(good, "named twice")
+    refused(made_run(tmp_path / "valid", "sequence_classification", ("valid",)), "no predictions for test proteins")
+    (spoilt / "resamples.parquet").unlink()
+    refused(spoilt, "no resamples.parquet there for test proteins", "--resume auto")
+    frame = pd.read_parquet(spoilt / "predictions-test.parquet")
+    frame.assign(target=frame["target"].to_numpy()[::-1]).to_parquet(spoilt / "predictions-test.parquet")
+    refused(spoilt, "has another label in each")
+    frame.iloc[:50].to_parquet(spoilt / "predictions-test.parquet")
+    refused(spoilt, "60 and 50 test proteins, of which they share 50", "data.test")
+    (tmp_path / "c.html").write_text("mine")
+    assert cli.main(["compare", str(good), str(runs["evil"]), "--output", str(tmp_path / "c.html")]) == 2
+    assert (tmp_path / "c.html").read_text() == "mine"

@@ -13,6 +13,7 @@ from helpers.toys import Toy
 
 from esm_neuron import cli
 from esm_neuron.config import TrainConfig, settings
+from esm_neuron.config.rules import seconds
 from esm_neuron.errors import ConfigError, TrainingError
 from esm_neuron.files import read_json
 from esm_neuron.training import repeats, run, tune
@@ -238,13 +239,13 @@ def test_a_probe_is_a_trial_like_others_and_chooses_its_layers(toy: Toy, tmp_pat
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("45", 45), ("2h", 7200)])
 def test_budgets(text: str, expected: float) -> None:
-    assert tune.seconds(text) == expected
+    assert seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "m", "-5m", "1.5h", "0s", "soon"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="write 90s, 30m or 1h30m"):
-        tune.seconds(text)
+        seconds(text)
 
 
 def test_the_command(toy: Toy, space: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,8 @@ def test_alarms_ring_where_nothing_was_learned_and_only_there() -> None:
     (only,) = alarms(classifier(knows, labels))
     assert "everywhere" in only, "it ranks well, and yet answers one class"
     assert alarms(classifier(np.clip(knows + 0.25, 0, 1), labels)) == []
+    probe = alarms(classifier(np.full(500, 0.2), labels), probe=True)[0]
+    assert "fine-tuning from this probe" in probe and "optim.lr" not in probe
     (chance,) = alarms(classifier(rng.random(500), labels))
     assert "ranks no better than chance" in chance
     y = rng.normal(size=200)
