@@ -349,7 +349,7 @@ def plan(
 
     check_task(cfg.task)
     with TemporaryDirectory(prefix="esm-neuron-") as spool:  # a plan needs the lengths, and memory no more than these
-        made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).label_kind, Path(spool)), devices)
+        made = make_plan(cfg, load_splits(cfg, task_class(cfg.task.name).labels_of(cfg.task), Path(spool)), devices)
     values, lines = metrics(made), [render(made)]
     if instance is not None:
         estimates, told = priced(cfg, made, instance, prices, nodes)
@@ -422,7 +422,7 @@ def data_check(
     from esm_neuron.tasks import check_task, task_class
 
     check_task(cfg.task)
-    kind = task_class(cfg.task.name).label_kind
+    kind = task_class(cfg.task.name).labels_of(cfg.task)
     label_given = any(word.startswith("--data.label_column") for word in in_full(settings))
     asked = cfg.data.label_column != DataConfig.label_column or label_given or cfg.task != TaskConfig()
     require(kind is not None or not label_given, f"--task {cfg.task.name} reads no labels; leave out --label_column")

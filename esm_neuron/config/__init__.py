@@ -104,6 +104,9 @@ class TaskConfig:
     mask_probability: float = 0.15
     """masked_lm: share of residues chosen as targets; in training 80 % become <mask>, 10 % a random
     residue, 10 % stay, and in evaluation all become <mask>."""
+    mask_rates: dict[str, float] | None = None
+    """masked_lm: this share by region, such as `{cdr: 0.4, framework: 0.1}`; the label column then names the region of
+    each residue, and has no others (`?`: never a target). None: `mask_probability` everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,9 @@ class DataConfig:
     """Column with the record's name; left alone, a table may also have `Entry` or `ACC`, or none: then records are
     named by their number. In FASTA the name is the header's first word and this is ignored."""
     sequence_column: str = "sequence"
-    """Column with the amino-acid sequence, or with ESM's tokens (`input_ids`). Ignored in FASTA."""
+    """Column with the amino-acid sequence, or with ESM's tokens (`input_ids`). Ignored in FASTA. `[heavy, light]` (in
+    YAML in quotes) names columns of chains, which become one sequence with <eos> between, as transformers' tokenizer
+    joins a pair: for masked_lm and embeddings."""
     label_column: str = "label"
     """Column with the label; `[A, B]` (in YAML in quotes) names columns that have 0 or 1, one per class. In FASTA the
     key of a `key=value` header field, `part2` for what follows the first bar of a name, or `line3` for a line below
@@ -223,9 +228,18 @@ class DataConfig:
     @property
     def label_columns(self) -> tuple[str, ...]:
         """Return the columns with the labels: one, or one per class."""
-        if self.label_column[:1] + self.label_column[-1:] == "[]":
-            return tuple(name.strip(" '\"") for name in self.label_column[1:-1].split(","))
-        return (self.label_column,)
+        return _several(self.label_column)
+
+    @property
+    def sequence_columns(self) -> tuple[str, ...]:
+        """Return the columns with the sequences: one, or one per chain."""
+        return _several(self.sequence_column)
+
+
+def _several(columns: str) -> tuple[str, ...]:
+    if columns[:1] + columns[-1:] == "[]":
+        return tuple(name.strip(" '\"") for name in columns[1:-1].split(","))
+    return (columns,)
 
 
 COMPARED_BY_CONTENT = frozenset((

@@ -89,6 +89,13 @@ class ExampleTable:
         """Return a hash of an example's tokens, 0 to 2^64 - 1: a name that does not depend on the rest of the table."""
         return int.from_bytes(hashlib.blake2b(self.sequence(example).tobytes(), digest_size=8).digest(), "little")
 
+    def digest(self) -> str:
+        """Return a hash of what the model sees of each protein, in hexadecimal."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.offsets, self.record, self.starts):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def residue_slots(self) -> tuple[np.ndarray, np.ndarray]:
         """Return where each token belongs among the residues of all proteins, laid end to end.
 

@@ -199,7 +199,9 @@ class _Delimited:
 
     def _check_swallowed(self, held: Sequence[tuple[int, str]]) -> None:
         """Raise DataError where a quote was never closed: a record's first and last line are records themselves."""
-        residues = next((p for c, p in zip(self._columns, self._picks, strict=True) if c.name == "sequence"), -1)
+        residues = next(
+            (p for c, p in zip(self._columns, self._picks, strict=True) if c.name.startswith("sequence")), -1
+        )
         for _, line in (held[0], held[-1]):
             values = next(csv.reader([line.replace('"', "")], delimiter=self._delimiter), [])
             sequence = values[residues].strip() if len(values) == self._width else ""

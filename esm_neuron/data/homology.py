@@ -20,7 +20,7 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.alignment import COVERAGE, IDENTITY, Judge, Proteins, shortest_judged
 from esm_neuron.data.dataset import ExampleTable, join_tables
 from esm_neuron.data.kmers import SEEDS, candidates
-from esm_neuron.data.tokenizer import decode
+from esm_neuron.data.tokenizer import EOS, VOCABULARY, decode
 from esm_neuron.errors import DataError
 from esm_neuron.files import open_new
 
@@ -110,7 +110,7 @@ def _mmseqs_pairs(queries: ExampleTable, targets: ExampleTable) -> Iterator[tupl
         for part, table in (("queries", queries), ("targets", targets)):
             with open_new(folder / f"{part}.fasta") as file:
                 for example, record in enumerate(table.record.tolist()):
-                    file.write(f">{record}\n{decode(table.sequence(example)[1:-1])}\n")
+                    file.write(f">{record}\n{decode(table.sequence(example)[1:-1]).replace(VOCABULARY[EOS], 'X')}\n")
         words = [program, "easy-search", "queries.fasta", "targets.fasta", "found.tsv", "scratch"]
         words += ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE), "--cov-mode", "0", "-s", "7.5"]
         words += ["--max-seqs", "1000", "--format-output", "query,target", "-v", "1"]

@@ -61,6 +61,7 @@ class Labels:
     entry: ClassVar[pa.DataType] = pa.int16()  # type of one entry of an encoded label: a code, or a value
     per_residue: ClassVar[bool] = False  # whether a label has one entry per residue
     numeric: ClassVar[bool] = False  # whether labels are values instead of classes
+    unknown_cure: ClassVar[str] = "correct it, add training proteins of it, or filter it with data.keep"
 
     def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
         self.task = task  # with its class names where they are known: configured, or those of a finished run
@@ -80,6 +81,11 @@ class Labels:
         if data.mask_column is not None:  # what a mask hides is never a class
             labels.ignored.add(UNKNOWN_RESIDUE)
         return labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes by their index, once they are known."""
+        return self.task.labels or ()
 
     def split(self, text: str, length: int) -> list[str]:
         """Return the class names in a label of a protein of `length` residues; a ValueError says what is wrong."""
@@ -259,7 +265,7 @@ class Labels:
 
     def _classes(self, rows: pa.Table, flat: np.ndarray, counts: np.ndarray, problems: Problems) -> np.ndarray:
         """Return int16 [entries]: the class index of each code."""
-        labels = self.task.labels or ()
+        labels = self.class_names
         index = {name: i for i, name in enumerate(labels)} | dict.fromkeys(self.ignored, UNKNOWN)
         alike, none = {same(name): i for i, name in enumerate(labels)}, UNKNOWN - 1
         # Each name is looked up once, then all entries are mapped by their codes.
@@ -273,8 +279,7 @@ class Labels:
         for row, at in zip(*np.unique(row_of, return_index=True), strict=True):
             place = f" of residue {strange[at] - first[row] + 1}" if self.per_residue else ""
             what = f"label {quote(names[flat[strange[at]]])}{place} is not one of the classes {known}"
-            cure = "correct it, add training proteins of it, or filter it with data.keep"
-            self._add(problems, rows, int(row), f"{what}; {cure}")
+            self._add(problems, rows, int(row), f"{what}; {self.unknown_cure}")
         return np.maximum(classes, UNKNOWN)
 
     def resolve(self, train: np.ndarray) -> TaskConfig:
@@ -460,6 +465,34 @@ class ResidueLabels(Labels):
     def targets(self, rows: pa.Table, problems: Problems) -> np.ndarray:
         """Return int16 [residues of all rows]: class indices, `UNKNOWN` for a label in `task.ignore`."""
         return self._classes(rows, *flatten(rows), problems)
+
+
+class Regions(ResidueLabels):
+    """The region of each residue, one of `task.mask_rates`; what stands between chains has none."""
+
+    unknown_cure = "correct it, or give it a rate in task.mask_rates"
+
+    def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
+        super().__init__(
+            replace(task, labels=tuple(task.mask_rates or ()), ignore=(UNKNOWN_RESIDUE,)), column, separator
+        )
+        self.task = task
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.task.mask_rates or ())
+
+    def fault(self, counts: Mapping[str, int], proteins: int) -> str | None:
+        return None
+
+    def learn_classes(self, train: Iterable[pa.Table], source: str) -> None:
+        """Do nothing: `task.mask_rates` names the regions."""
+
+    def describe(self, train: pa.Table) -> str:
+        """Return one line with the training residues of each region and its rate."""
+        counts = self.count(train)
+        rates = (f"{name} {counts[name]} at {rate:g}" for name, rate in (self.task.mask_rates or {}).items())
+        return f"regions (training residues, mask rate): {', '.join(rates)}"
 
 
 class Numbers(Labels):

@@ -61,7 +61,7 @@ def census(parts: Mapping[str, Part], labels: Labels) -> Iterator[str]:
     names = labels.task.labels or ()
     for split, part in parts.items():
         counts = labels.count(labels_of(part))
-        if split == "train" or not counts:
+        if split == "train" or not counts or not names:
             continue
         shown = ", ".join(f"{quote(name)[1:-1]} {counts[name]}" for name in names[:SHOWN_CLASSES])
         more = f", and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""

@@ -245,8 +245,6 @@ def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
     near = difflib.get_close_matches(column.source.lower(), by_lower, n=1)
     near = near or [name for name in SEQUENCES if name in by_lower and column.name == "sequence"]
     cure = f"did you mean {by_lower[near[0]]!r}?" if near else "name one of these or add it"
-    if column.source.startswith("[") and column.name == "sequence":
-        cure = "pairs of chains are not read: join them in a column of their own, or give each a record"
     what = f"no column {column.source!r} ({column.setting})"
     raise MissingColumnError(f"{source}: {what}; the file has {shown or 'none'}; {cure}", there)
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from esm_neuron.config import DataConfig, require
 from esm_neuron.data.delimited import read_delimited
 from esm_neuron.data.fasta import read_fasta
+from esm_neuron.data.looks import MISSING
 from esm_neuron.data.parquet import LMDB, read_dataset, read_hub, read_parquet, read_workbook
 from esm_neuron.data.records import (
     DELIMITED,
@@ -42,6 +43,7 @@ from esm_neuron.data.records import (
     suffix_of,
 )
 from esm_neuron.data.text_files import read_json_list, read_jsonl
+from esm_neuron.data.tokenizer import BREAK
 from esm_neuron.errors import DataError
 
 CHUNK_ROWS, CHUNK_CHARACTERS = 16_384, 1 << 24
@@ -107,14 +109,40 @@ def _finished(source: str, cfg: DataConfig, rows: pa.Table, done: int) -> pa.Tab
         )
     if numbered:
         values["id"] = pa.array(np.arange(done + 1, done + len(lines) + 1)).cast(pa.large_string())
-    if _class_column(0) in values:
-        columns = [values.pop(_class_column(i)).to_pylist() for i in range(len(cfg.label_columns))]
+    chains, labels = len(cfg.sequence_columns), len(cfg.label_columns)
+    if chains > 1:
+        values["sequence"] = _joined(source, lines, [values.pop(f"sequence.{i}") for i in range(chains)])
+    if _class_column(0) in values and chains > 1:
+        values["label"] = _joined_regions([values.pop(_class_column(i)) for i in range(labels)])
+    elif _class_column(0) in values:
+        columns = [values.pop(_class_column(i)).to_pylist() for i in range(labels)]
         values["label"] = pa.array(_labels_of(source, lines.to_pylist(), cfg.label_columns, columns), pa.large_string())
     if "mask" in values and "label" in values:
         masks, labels = (values.pop(name).to_pylist() for name in ("mask", "label"))
         values["label"] = pa.array(_unmasked(source, lines.to_pylist(), labels, masks), pa.large_string())
     table = pa.table({"line": lines, **values})
     return table.replace_schema_metadata({NUMBERED: ""}) if numbered else table
+
+
+def _joined(source: str, lines: pa.Array, chains: Sequence[pa.Array]) -> pa.Array:
+    """Return the chains of each row as one sequence; where a chain is missing, that alone, as its sequence."""
+    joined = pc.binary_join_element_wise(*chains, pa.scalar(BREAK, chains[0].type))
+    for chain in reversed(chains):
+        for row in np.flatnonzero(pc.match_substring(chain, BREAK).to_numpy(zero_copy_only=False)).tolist():
+            where = place(source, lines[row].as_py())
+            raise DataError(f"{where}: a chain has {BREAK!r}, which stands between chains; give each a column")
+        joined = pc.if_else(pc.is_in(pc.utf8_lower(chain), pa.array(["", *MISSING], chain.type)), chain, joined)
+    return joined
+
+
+def _joined_regions(chains: Sequence[pa.Array]) -> pa.Array:
+    """Return the regions of each row's residues, with UNKNOWN_RESIDUE for what stands between the chains."""
+    lists = pc.match_substring(chains[0], RESIDUE_JOINER)
+    between = pc.if_else(lists, f"{RESIDUE_JOINER}{UNKNOWN_RESIDUE}{RESIDUE_JOINER}", UNKNOWN_RESIDUE)
+    joined = chains[0]
+    for chain in chains[1:]:
+        joined = pc.binary_join_element_wise(joined, chain, between.cast(joined.type))
+    return joined
 
 
 def _unmasked(source: str, lines: Sequence[int], labels: Sequence[str], masks: Sequence[str]) -> list[str]:
@@ -224,12 +252,12 @@ def filter_column(source: str) -> str:
 def _columns(cfg: DataConfig, joiner: str | None) -> list[Column]:
     columns = [
         Column("id", cfg.id_column, "data.id_column", default=cfg.id_column == DataConfig.id_column),
-        Column(
-            "sequence",
-            cfg.sequence_column,
-            "data.sequence_column",
-            default=cfg.sequence_column == DataConfig.sequence_column,
-        ),
+    ]
+    own = cfg.sequence_column == DataConfig.sequence_column
+    of = cfg.sequence_columns
+    names = ["sequence"] if len(of) == 1 else [f"sequence.{i}" for i in range(len(of))]
+    columns += [
+        Column(name, source, "data.sequence_column", default=own) for name, source in zip(names, of, strict=True)
     ]
     labels = cfg.label_columns
     if joiner is not None:

@@ -19,7 +19,7 @@ from esm_neuron.data.cache import cached, content_hash, content_key
 from esm_neuron.data.class_weights import said_weights
 from esm_neuron.data.dataset import ExampleTable, TableWriter, chunk_table, open_table
 from esm_neuron.data.filters import SPLITS, filter_key, passes, split_of, truth
-from esm_neuron.data.labels import Labels
+from esm_neuron.data.labels import Labels, Regions
 from esm_neuron.data.parts import Part, census, hold_out, labels_of
 from esm_neuron.data.records import file_and_number, files_of, is_hub, row_unit
 from esm_neuron.data.sources import check_columns, check_sheet, filter_column, read_chunks
@@ -92,6 +92,15 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
         cfg.mask_column is None or (labels is not None and labels.per_residue),
         f"data.mask_column={cfg.mask_column} is for labels of residues; leave it out, or use "
         "task.name=residue_classification",
+    )
+    chains = len(cfg.sequence_columns)
+    require(
+        chains == 1 or labels is None or issubclass(labels, Regions),
+        f"data.sequence_column={cfg.sequence_column} joins chains, which is for task.name=masked_lm; name one column",
+    )
+    require(
+        chains == 1 or labels is None or len(cfg.label_columns) == chains,
+        f"data.label_column={cfg.label_column} must name {chains} columns, one per chain of data.sequence_column",
     )
     names = [value for of in cfg.split_values for value in of]
     require(

@@ -32,11 +32,16 @@ CLS, PAD, EOS, UNK, X, MASK = (VOCABULARY.index(token) for token in ("<cls>", "<
 AMINO_ACIDS = np.arange(4, 24, dtype=np.uint8)
 """uint8 [20]: ids of the standard amino acids."""
 
-_BAD = re.compile(f"[^{RESIDUES}{RESIDUES.lower()}]")
+BREAK = "|"
+"""Between the chains of one sequence in text: <eos>, as transformers' tokenizer puts it between two sequences."""
+
+_BAD = {chains: re.compile(f"[^{RESIDUES}{RESIDUES.lower()}{BREAK if chains else ''}]") for chains in (False, True)}
 _LETTERS = (RESIDUES + RESIDUES.lower()).encode()
 _TOKENS = bytearray([UNK]) * 256
 for _id, _letter in enumerate(RESIDUES, start=4):
     _TOKENS[ord(_letter)] = _TOKENS[ord(_letter.lower())] = _id
+_WITH_BREAKS = bytearray(_TOKENS)
+_WITH_BREAKS[ord(BREAK)] = EOS
 
 
 def encode_many(sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +58,8 @@ def encode_many(sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def encode_residues(residues: bytes, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of many proteins, whose letters lie end to end; int64 [proteins] `lengths` counts residues.
 
+    A BREAK between chains counts as one, and becomes <eos>.
+
     Returns:
         tokens: uint8 [total], <cls>, residues and <eos> of each protein.
         offsets: int64 [proteins + 1]; protein i is `tokens[offsets[i]:offsets[i + 1]]`.
@@ -64,15 +71,16 @@ def encode_residues(residues: bytes, lengths: np.ndarray) -> tuple[np.ndarray, n
     for positions, token in ((offsets[:-1], CLS), (offsets[1:] - 1, EOS)):
         tokens[positions] = token
         inside[positions] = False
-    tokens[inside] = np.frombuffer(residues.translate(_TOKENS), dtype=np.uint8)
+    tokens[inside] = np.frombuffer(residues.translate(_WITH_BREAKS), dtype=np.uint8)
     return tokens, offsets
 
 
-def not_residues(text: bytes) -> np.ndarray:
-    """Return the places of the bytes that are no residue."""
+def not_residues(text: bytes, chains: bool = False) -> np.ndarray:
+    """Return the places of the bytes that are no residue; of `chains`, a BREAK may stand between them."""
     if not text.translate(None, _LETTERS):  # the usual case, at the speed of a copy
         return np.empty(0, dtype=np.int64)
-    return np.flatnonzero(np.frombuffer(text.translate(_TOKENS), dtype=np.uint8) == UNK)
+    table = _WITH_BREAKS if chains else _TOKENS
+    return np.flatnonzero(np.frombuffer(text.translate(table), dtype=np.uint8) == UNK)
 
 
 @dataclass(frozen=True)
@@ -80,23 +88,27 @@ class BadResidues:
     """The characters of a sequence that are no residue, gaps (. -) and stop codons (*) among them."""
 
     position: int
-    """Residue number of the first of them, from 1."""
+    """Residue number of the first of them, from 1, in its chain."""
     character: str
     """The first of them."""
     count: int
+    chain: int = 0
+    """The number of its chain, from 1; 0 where there is one."""
 
 
-def bad_residues(sequence: str) -> BadResidues | None:
+def bad_residues(sequence: str, chains: bool = False) -> BadResidues | None:
     """Return what in a sequence is no residue, None where all are; holds no more than the first of them."""
-    first = _BAD.search(sequence)
+    first = _BAD[chains].search(sequence)
     if first is None:
         return None
-    return BadResidues(first.start() + 1, first.group(), sum(1 for _ in _BAD.finditer(sequence, first.start())))
+    start, chain = first.start(), sequence.count(BREAK, 0, first.start()) + 1 if chains else 0
+    count = sum(1 for _ in _BAD[chains].finditer(sequence, start))
+    return BadResidues(start - sequence.rfind(BREAK, 0, start), first.group(), count, chain)
 
 
-def replace_bad_residues(sequence: str) -> str:
+def replace_bad_residues(sequence: str, chains: bool = False) -> str:
     """Return the sequence with X for every character that is no residue."""
-    return _BAD.sub("X", sequence)
+    return _BAD[chains].sub("X", sequence)
 
 
 def decode(tokens: np.ndarray) -> str:

@@ -37,6 +37,8 @@ MOST_REPLACED = 0.2
 _NOT_WRITTEN = re.compile(r"[-.~*\s\d]")
 """Gaps, blanks, digits, and stops within: what alignments and numbered listings add to sequences."""
 _QUOTES = re.compile("[\"'`´“”‘’„«»]")
+_STOPS = r"\*+(\||$)"
+"""Stops at the end of a sequence, or of a chain before another."""
 _NUCLEIC = "^[ACGTUN]{30,}$"
 """A sequence that is hardly a protein's: of 30 random residues, one in 10^17 has these letters alone."""
 _STRUCTURE_STARTS, _STRUCTURE_ENDS = ("ss_pred", "ss_conf", "ss_dssp"), (":secstr", "_secstr")
@@ -223,6 +225,7 @@ class Checker:
 
     def __init__(self, cfg: DataConfig, source: str, nothing: frozenset[str] = NO_LABEL) -> None:
         self._cfg, self._source, self._nothing = cfg, source, nothing  # the last: what stands for no label
+        self._chains = len(cfg.sequence_columns) > 1
         self.problems = Problems(source)
         """What is wrong with the rows so far, in the order of the file."""
         self._ids, self._looks = _Ids(), Looks()
@@ -246,7 +249,11 @@ class Checker:
             name = quote(rows["id"][row].as_py())
             self.problems.add(rows["line"][row].as_py(), f"the sequence of {name} {what}")
         # Whole columns tell which rows could be at fault; only these are looked at one by one.
-        for row in np.flatnonzero(_suspects(rows, first, missing, self._nothing, residues, bounds)).tolist():
+        suspects = _suspects(rows, first, missing, self._nothing)
+        # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
+        bad = not_residues(bytes(residues), self._chains)
+        suspects[np.searchsorted(bounds, bad, side="right") - 1] = True
+        for row in np.flatnonzero(suspects).tolist():
             values = [rows[name][row].as_py() for name in columns]
             sequence = self._check(int(first[row]), bool(missing[row]), *values)
             if sequence is None:
@@ -270,12 +277,12 @@ class Checker:
 
     def _without_stops(self, rows: pa.Table) -> pa.Table:
         """Return the rows without `*` at the ends of sequences, where translation has stopped."""
-        ends = pc.ends_with(rows["sequence"], "*")
+        ends = pc.match_substring_regex(rows["sequence"], _STOPS)
         stops = pc.sum(ends).as_py() or 0
         if not stops:
             return rows
         self.counts.update(stops=stops)
-        trimmed = pc.ascii_rtrim(rows["sequence"], characters="*")
+        trimmed = pc.replace_substring_regex(rows["sequence"], _STOPS, r"\1")
         return rows.set_column(rows.column_names.index("sequence"), "sequence", trimmed)
 
     def _missing(self, rows: pa.Table, lengths: np.ndarray) -> np.ndarray:
@@ -337,8 +344,8 @@ class Checker:
             sequence = _NOT_WRITTEN.sub("", sequence)
             if len(sequence) < len(whole):
                 self.counts.update(stripped=1, stripped_characters=len(whole) - len(sequence))
-                self._reject(line, name, f"the sequence {_bad_message(bad_residues(whole))}", "stripped")
-        bad = bad_residues(sequence)
+                self._reject(line, name, f"the sequence {_bad_message(bad_residues(whole, self._chains))}", "stripped")
+        bad = bad_residues(sequence, self._chains)
         quoted = _QUOTES.search(sequence) is not None  # of a table that was written otherwise: the rest may be torn
         if not sequence:
             self.problems.add(
@@ -348,7 +355,7 @@ class Checker:
             return sequence
         if choice in ("strict", "strip") or (quoted and choice == "replace"):
             self.problems.add(line, f"the sequence of {quote(name)} {_bad_message(bad)}; {_bad_cure(sequence, choice)}")
-            return replace_bad_residues(sequence)
+            return replace_bad_residues(sequence, self._chains)
         self._reject(
             line, name, f"the sequence {_bad_message(bad)}", "left out" if choice == "skip" else "replaced by X"
         )
@@ -356,7 +363,7 @@ class Checker:
             self.counts.update(skipped=1)
             return None
         self.counts.update(replaced=1, replaced_residues=bad.count)
-        return replace_bad_residues(sequence)
+        return replace_bad_residues(sequence, self._chains)
 
     @cached_property
     def _files(self) -> Sequence[tuple[str, str | None]]:
@@ -420,18 +427,11 @@ class _Ids:
         return np.asarray(first[index])
 
 
-def _suspects(
-    rows: pa.Table,
-    first: np.ndarray,
-    missing: np.ndarray,
-    nothing: frozenset[str],
-    residues: memoryview,
-    bounds: np.ndarray,
-) -> np.ndarray:
-    """Return which rows may have a fault, bool [rows]; `first` is the line in which the id of each was first used.
+def _suspects(rows: pa.Table, first: np.ndarray, missing: np.ndarray, nothing: frozenset[str]) -> np.ndarray:
+    """Return which rows may have a fault besides their residues, bool [rows].
 
-    `missing` says which have no sequence, `nothing` what stands for no label.
-    `residues` and `bounds` are `text_bytes` of the rows.
+    `first` is the line in which the id of each was first used, `missing` says which have no sequence, `nothing` what
+    stands for no label.
     """
     found = (first != rows["line"].to_numpy()) | missing | (pc.equal(rows["id"], "").to_numpy())
     for match, patterns in ((pc.starts_with, _STRUCTURE_STARTS), (pc.ends_with, _STRUCTURE_ENDS)):
@@ -442,8 +442,6 @@ def _suspects(
             pc.utf8_lower(rows["label"]), value_set=pa.array(sorted(nothing), pa.large_string())
         ).to_numpy()
         found |= pc.starts_with(rows["label"], LOCATION).to_numpy()
-    # Bad characters are looked for in the bytes of all sequences at once; `bounds` tells whose they are.
-    found[np.searchsorted(bounds, not_residues(bytes(residues)), side="right") - 1] = True
     return np.asarray(found)
 
 
@@ -490,7 +488,7 @@ def _bad_cure(sequence: str, choice: str) -> str:
             'take the quotes out: in a CSV only a " directly behind the separator, without a blank, begins a quoted '
             "value; or use data.on_bad_residue=skip (leave the record out)"
         )
-    stripped = bad_residues(_NOT_WRITTEN.sub("", sequence)) is None
+    stripped = bad_residues(_NOT_WRITTEN.sub("", sequence), chains=True) is None
     strip = ", strip (take gaps, blanks, digits and stops out)" if stripped and choice == "strict" else ""
     return f"correct it, or use data.on_bad_residue=skip (leave the record out){strip} or replace (write X)"
 
@@ -500,4 +498,5 @@ def _bad_message(bad: BadResidues | None) -> str:
         return "is sound"
     more = f" and {bad.count - 1} more" if bad.count > 1 else ""
     what = f"{bad.character!r}{_SPECIAL.get(bad.character.upper(), '')}"
-    return f"has {what} at residue {bad.position}{more}, outside the ESM alphabet"
+    chain = f" of chain {bad.chain}" if bad.chain else ""
+    return f"has {what} at residue {bad.position}{chain}{more}, outside the ESM alphabet"

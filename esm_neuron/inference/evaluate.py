@@ -55,7 +55,8 @@ def evaluate(
         target.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before the work
     specs, task = find_members(model, backend_name, overrides, "evaluate")
     cfg = specs[0].cfg
-    labels = None if task.label_kind is None else task.label_kind.of(cfg.task, cfg.data)
+    kind = task.labels_of(cfg.task)
+    labels = None if kind is None else kind.of(cfg.task, cfg.data)
     inputs = InputChunks(source, cfg.data, labels)
     if is_alone():
         inputs.check()

@@ -165,6 +165,11 @@ def find_members(
     members = member_folders(folder, settings.read_config(saved)) if several else []
     found = [find_trained(each, backend, words, command) for each in members or (name,)]
     task = found[0][1]
+    require(
+        not task.needs_labels or command == "evaluate",
+        f"{command}: the run masks by region (task.mask_rates), and {command} reads no regions; `evaluate` does, and "
+        "`embed` and `score` need none",
+    )
     if members:
         task = task.read_by(read_calibration(folder, len(task.labels)))
     return [ModelSpec(*each) for each in found], task

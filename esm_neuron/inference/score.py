@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from esm_neuron.backends import opened_backend
-from esm_neuron.config import BackendName, TaskConfig, TrainConfig
+from esm_neuron.config import BackendName, TaskConfig, TrainConfig, require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
 from esm_neuron.data.families import enough
@@ -210,6 +210,11 @@ def score(
     if wild_type is None and (compare or columns.sequence is None):
         raise ConfigError(f"--method {method} of variants needs the wild type; give --wild-type FILE")
     cfg = spec.cfg
+    require(
+        len(cfg.data.sequence_columns) == 1,
+        f"score is for single chains, and data.sequence_column={cfg.data.sequence_column} joins several; give "
+        "--data.sequence_column sequence",
+    )
     if is_alone():
         columns.check(source)
     if is_alone() and wild_type is not None:

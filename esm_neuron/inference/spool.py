@@ -22,7 +22,7 @@ from esm_neuron.data.records import files_of, is_hub
 from esm_neuron.data.remote import is_remote
 from esm_neuron.data.validation import Rejected, RejectedRows
 from esm_neuron.errors import DataError
-from esm_neuron.files import parse_json, read_bytes, write_json
+from esm_neuron.files import NOTHING, misfit, parse_json, read_bytes, write_json
 
 T = TypeVar("T")
 
@@ -30,6 +30,8 @@ SPOOL, FACTS = "input.arrow", "input.json"
 """The pieces, a record batch each; and what is known of them, which is there only if they are whole."""
 _FACTS_LIMIT = 1 << 32
 """Bytes: as large as the list of the rejected records of a corpus."""
+_FORM = {"stamp": (str, NOTHING), "pieces": [lambda piece: list(map(type, piece)) == [int, int, str]], "summary": str,
+         "rejected": [list]}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def scan(folder: Path, source: Source[T], stamp: str | None, resume: bool) -> In
             writer.close()
     tokens, rows, digests = zip(*found, strict=True) if found else ((), (), ())
     made = InputScan(tokens, rows, digests, source.summary(), source.rejected)
-    facts = {"tokens": tokens, "rows": rows, "digests": digests, "summary": made.summary}
-    write_json(folder / FACTS, {"stamp": stamp, **facts, "rejected": list(made.rejected)})
+    facts = {"stamp": stamp, "pieces": found, "summary": made.summary, "rejected": list(made.rejected)}
+    write_json(folder / FACTS, facts)
     return made
 
 
@@ -118,12 +120,12 @@ def _kept(folder: Path, stamp: str) -> InputScan | None:
     """Return what is known of the pieces in `folder`; None where there are none, or those of another source."""
     try:
         facts = parse_json(read_bytes(folder / FACTS, _FACTS_LIMIT))
-        if facts["stamp"] != stamp:
+        if misfit(facts, _FORM) or facts["stamp"] != stamp:
             return None
         rejected = RejectedRows(Rejected(*row) for row in facts["rejected"])
-        tokens, rows, digests = (tuple(facts[name]) for name in ("tokens", "rows", "digests"))
+        tokens, rows, digests = zip(*facts["pieces"], strict=True) if facts["pieces"] else ((), (), ())
         return InputScan(tokens, rows, digests, facts["summary"], rejected)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -139,6 +141,7 @@ class Spool(Generic[T]):
         try:
             self._file = self._file or pa.ipc.open_file(pa.memory_map(str(self._path)))
             batch = self._file.get_batch(number)
+            batch.validate(full=True)  # before its offsets are followed
             sound = _digest(batch) == self.scanned.digests[number]
         except (pa.ArrowException, OSError):
             sound = False

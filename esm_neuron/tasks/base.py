@@ -54,6 +54,7 @@ class Task(ABC):
     unit: ClassVar[str] = "proteins"  # what the metrics count, for the report
     settings: ClassVar[tuple[str, ...]] = ()  # fields of `TaskConfig` that it uses; the others must keep their defaults
     label_kind: ClassVar[type[Labels] | None] = None  # reads the label column; None: the task needs no labels
+    needs_labels: bool = False  # whether it cannot predict without labels
     metric: ClassVar[str] = "loss"  # the one of `metrics` that chooses the best checkpoint
     greater_is_better: ClassVar[bool] = False
     compared: ClassVar[tuple[str, ...]] = ()  # metrics of one scale, which the report draws beside the baselines'
@@ -74,6 +75,11 @@ class Task(ABC):
         weights = cfg.class_weights if isinstance(cfg.class_weights, dict) else dict.fromkeys(labels, 1.0)
         self.class_weights = np.array([weights[label] for label in labels], np.float32)
         self.calibration = Calibration()  # how `metrics` and `outputs` read predictions
+
+    @classmethod
+    def labels_of(cls, cfg: TaskConfig) -> type[Labels] | None:
+        """Return what reads the label column; None where no labels are read."""
+        return cls.label_kind
 
     # The model
 

@@ -259,15 +259,22 @@ def _nearest_residues(train: ExampleTable, shares: np.ndarray) -> Baseline:
     return Baseline("nearest homolog", predict, len(rows), len(train.ids))
 
 
-def unigram_baseline(train: ExampleTable, hidden: Callable[[ExampleTable], np.ndarray]) -> Baseline:
-    """Fit the frequencies of the amino acids, each counted once more; `hidden` names the tokens that are predicted."""
-    counts = np.zeros(len(VOCABULARY), dtype=np.int64)
+def unigram_baseline(
+    train: ExampleTable,
+    hidden: Callable[[ExampleTable], np.ndarray],
+    rates: Callable[[ExampleTable, np.ndarray], np.ndarray | float] | None = None,
+) -> Baseline:
+    """Fit the frequencies of the amino acids, each counted once more; `hidden` names the tokens that are predicted.
+
+    With `rates`, the share of each token that is hidden, a residue counts by it.
+    """
+    counts = np.zeros(len(VOCABULARY))
     for part in _chunks(len(train.tokens)):
-        counts += np.bincount(train.tokens[part], minlength=len(VOCABULARY))
+        counts += np.bincount(train.tokens[part], None if rates is None else rates(train, part), len(VOCABULARY))
     # Other tokens are no targets and get no share, whereas an amino acid never seen still has one.
     shares = np.zeros(len(VOCABULARY))
     shares[AMINO_ACIDS] = counts[AMINO_ACIDS] + 1
-    residues = int(counts[AMINO_ACIDS].sum())
+    residues = round(counts[AMINO_ACIDS].sum())
     loss, likeliest = -_log(shares / shares.sum()), int(shares.argmax())
 
     def predict(table: ExampleTable) -> list[np.ndarray]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from esm_neuron.config import TaskConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import Batch, ExampleTable, Target
+from esm_neuron.data.labels import Labels, Regions
 from esm_neuron.data.tokenizer import AMINO_ACIDS, MASK, VOCABULARY
 from esm_neuron.metrics import Scores, masked_lm_metrics
 from esm_neuron.tasks.base import Column, Predictions, Task, weighted
@@ -29,7 +32,8 @@ else:
 class MaskedLM(Task):
     """Residues hidden from the model, predicted from the rest; BERT's recipe (arXiv:1810.04805), as in ESM-2.
 
-    Of the 20 amino acids, `mask_probability` are targets; X and other letters are context alone. In training 80 % of
+    Of the 20 amino acids, `mask_probability` (or its region's share in `mask_rates`) are targets; X and other letters
+    are context alone. In training 80 % of
     the targets are shown as <mask>, 10 % as a random amino acid, 10 % unchanged. In evaluation every target is a
     <mask>: of one that the model can see, its letter says much that nothing was learned for. Every hidden residue
     counts once; where windows overlap each of them hides its own.
@@ -37,13 +41,22 @@ class MaskedLM(Task):
 
     summary = "masked language modeling"
     unit = "hidden residues"
-    settings = ("mask_probability",)
+    settings = ("mask_probability", "mask_rates")
     compared = ("perplexity",)
     per_token = True
     keeps_lm_head = True
     hub_task = "fill-mask"
     auto_class = "AutoModelForMaskedLM"
     peft_task = None
+
+    def __init__(self, cfg: TaskConfig, labels: Sequence[str] = ()) -> None:
+        super().__init__(cfg, labels)
+        self.needs_labels = cfg.mask_rates is not None
+        self._rates = np.array([*(cfg.mask_rates or {}).values(), 0.0])  # the last: of a residue without a region, -1
+
+    @classmethod
+    def labels_of(cls, cfg: TaskConfig) -> type[Labels] | None:
+        return None if cfg.mask_rates is None else Regions
 
     def build(self, config: EsmConfig) -> PreTrainedModel:
         return esm2.PackedForMaskedLM(config)
@@ -56,7 +69,7 @@ class MaskedLM(Task):
     def example_target(self, table: ExampleTable, example: int, rng: np.random.Generator) -> Target:
         """Return the original token ids, int64 [n], with weight 1 at the chosen residues."""
         original = table.sequence(example)
-        chosen = self._chosen(original, rng)
+        chosen = self._chosen(table, example, rng)
         # As in BERT: of the chosen residues 80 % are masked, 10 % become a random amino acid and 10 % stay as they are.
         fate = rng.random(len(original))
         shown = np.where(chosen & (fate < 0.8), np.uint8(MASK), original)
@@ -67,13 +80,19 @@ class MaskedLM(Task):
     def evaluation_target(self, table: ExampleTable, example: int) -> Target:
         """Return `example_target` with a <mask> in place of every target, the same ones in every evaluation."""
         original = table.sequence(example)
-        chosen = self._chosen(original, np.random.default_rng(table.content(example)))
+        chosen = self._chosen(table, example, np.random.default_rng(table.content(example)))
         shown = np.where(chosen, np.uint8(MASK), original)
         return Target(shown, original.astype(np.int64), chosen.astype(np.float32))
 
-    def _chosen(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _chosen(self, table: ExampleTable, example: int, rng: np.random.Generator) -> np.ndarray:
         """Return which tokens are targets, bool [n]."""
-        return (rng.random(len(tokens)) < self.cfg.mask_probability) & np.isin(tokens, AMINO_ACIDS)
+        tokens = table.sequence(example)
+        rates = self.rates(table, slice(table.offsets[example], table.offsets[example + 1]))
+        return (rng.random(len(tokens)) < rates) & np.isin(tokens, AMINO_ACIDS)
+
+    def rates(self, table: ExampleTable, part: slice | np.ndarray) -> np.ndarray | float:
+        """Return which share of each of some tokens are targets, float [tokens] or one number."""
+        return self._rates[table.labels[part]] if self.needs_labels else self.cfg.mask_probability
 
     def hidden(self, table: ExampleTable) -> np.ndarray:
         """Return which tokens of a table an evaluation hides, bool [tokens]."""
@@ -110,7 +129,7 @@ class MaskedLM(Task):
         return {"hidden": hidden.astype(np.int64), "loss": mean, "perplexity": np.exp(mean)}
 
     def baselines(self, train: ExampleTable) -> list[Baseline]:
-        return [unigram_baseline(train, self.hidden)]
+        return [unigram_baseline(train, self.hidden, self.rates if self.needs_labels else None)]
 
     def view(self, table: pa.Table) -> View:
         """Return perplexities, the largest first."""

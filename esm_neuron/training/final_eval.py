@@ -18,18 +18,24 @@ import numpy as np
 
 from esm_neuron.backends.base import Backend
 from esm_neuron.config import TrainConfig
+from esm_neuron.data.cache import cached, content_key
 from esm_neuron.data.dataset import ExampleTable, select_records
 from esm_neuron.data.families import independent_units
-from esm_neuron.data.homology import MOST, homolog_rows, too_short
+from esm_neuron.data.homology import MOST, Method, homolog_rows, too_short
 from esm_neuron.distributed import from_main_rank, main_rank_only
+from esm_neuron.files import read_bytes, write_bytes
 from esm_neuron.metrics import Scores
 from esm_neuron.metrics.calibration import Calibration
 from esm_neuron.metrics.verdict import alarms, verdict
 from esm_neuron.run_dir import predictions_name, save_predictions, save_resamples
 from esm_neuron.tasks.base import Predictions, Task
 from esm_neuron.tasks.baselines import MOST_CLASSES, Baseline, capped
-from esm_neuron.training.callbacks import format_record
+from esm_neuron.training.callbacks import format_record, format_seconds
 
+HOMOLOGS_VERSION = 1
+"""Of how homologs are found: another number has them looked for anew."""
+LONG, PER_SECOND = 50_000, 1_000
+"""Proteins from which the time of looking for homologs is told beforehand, and how many are compared in a second."""
 Log = Callable[[str], None]
 Leaks = dict[str, np.ndarray]
 """Split -> bool [records], which held-out proteins have a homolog in training; empty where none was looked for."""
@@ -44,12 +50,32 @@ def find_leaks(cfg: TrainConfig, tables: Mapping[str, ExampleTable], log: Log) -
     if proteins > MOST:
         log(f"homologs are not looked for: {proteins} proteins are more than {MOST}; whether data leaks is not known")
         return {}
-    found = homolog_rows(tables["train"], held_out, method)
+    if proteins >= LONG:
+        took = format_seconds(proteins / PER_SECOND)
+        log(f"looking for homologs of held-out proteins, {proteins} proteins in all: about {took} on one core")
+    found = _homologs(cfg, method, tables["train"], held_out)
     for split, has in found.items():
         short = int((too_short(held_out[split], tables["train"]) & ~has).sum()) if method == "kmer" else 0
         unknown = f"; {short} are too short to tell homologs from chance" if short else ""
         log(f"{split} split: {has.sum()} of {len(has)} proteins have a homolog in training (by {method}){unknown}")
     return found
+
+
+def _homologs(
+    cfg: TrainConfig, method: Method, train: ExampleTable, held_out: Mapping[str, ExampleTable]
+) -> dict[str, np.ndarray]:
+    """Return `homolog_rows`; with `data.cache` they are kept there, by what is in the tables."""
+    if cfg.data.cache is None:
+        return homolog_rows(train, held_out, method)
+
+    def make(folder: Path) -> None:
+        for split, has in homolog_rows(train, held_out, method).items():
+            write_bytes(folder / split, np.packbits(has).tobytes())
+
+    known = [(split, len(table.ids), table.digest()) for split, table in {"train": train, **held_out}.items()]
+    folder = cached(Path(cfg.data.cache), content_key(["homologs", HOMOLOGS_VERSION, method, known]), make)
+    bits = {split: np.frombuffer(read_bytes(folder / split), np.uint8) for split in held_out}
+    return {split: np.unpackbits(bits[split], count=len(table.ids)).astype(bool) for split, table in held_out.items()}
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def check(cfg: TrainConfig) -> None:
     )
     if is_alone():
         locate(cfg.model)
-        check_files(cfg.data, task_class(cfg.task.name).label_kind)
+        check_files(cfg.data, task_class(cfg.task.name).labels_of(cfg.task))
 
 
 def train(cfg: TrainConfig, log: Callable[[str], None] = logger.info, watchers: Sequence[Callback] = ()) -> Outcome:
@@ -186,7 +186,7 @@ class _Job:
         """Read the data unless it is given, fit the head of a probe, build the model, make the trainer."""
         cfg = replace(cfg, model=from_main_rank(backend, lambda: hub.choose(cfg.model, _earlier_model(cfg), log)))
         cfg = from_main_rank(backend, lambda: adopted(cfg))
-        splits = splits or shared_splits(cfg, task_class(cfg.task.name).label_kind, backend)
+        splits = splits or shared_splits(cfg, task_class(cfg.task.name).labels_of(cfg.task), backend)
         if len(set(backend.gather_host(splits.fingerprint))) > 1:
             raise DataError(f"{cfg.data.train}: the ranks read different records; give every node the same files")
         log(splits.summary())

@@ -142,6 +142,14 @@ FILES: dict[str, Callable[[], str]] = {
     "sets.csv": lambda: lines(
         "id,sequence,label", *(f"p{i},{protein(i)},{('A|B', 'A', 'B')[i % 3]}" for i in range(9))
     ),
+    "oas.csv": lambda: lines(
+        "sequence_id_heavy,sequence_alignment_aa_heavy,cdr3_aa_heavy,sequence_alignment_aa_light",
+        *(f"p{i},{protein(i)},{protein(i % 18)[9:20]},{protein(99 + i)}" for i in range(20)),
+    ),
+    "regions.csv": lambda: lines(
+        "id,heavy,light,heavy_regions,light_regions",
+        *(f"p{i},{protein(i)},{protein(99 + i)},{'FFFCC' * 9},{'FFCCC' * 9}" for i in range(20)),
+    ),
     "shards/0.csv": lambda: lines("id,sequence,label", *(f"p{i},{protein(i)},{'AB'[i % 2]}" for i in range(6))),
     "shards/1.csv": lambda: lines("id,sequence,label", *(f"p{i},{protein(i)},{'AB'[i % 2]}" for i in range(6, 12))),
     "positives.fasta": lambda: fasta(lambda i: f"p{i}", 5),
@@ -191,6 +199,8 @@ EXPECTED: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "`SET=val` and folds as splits": ((12, 4, 4), ("A", "B")),
     "several labels, separated otherwise": ((8, 1, 0), ("A", "B")),
     "shards of one table": ((11, 1, 0), ("A", "B")),
+    "OAS, pairs of antibody chains, as one sequence": ((16, 2, 0), ()),
+    "two chains, and a mask rate per region": ((18, 2, 0), ()),
     "a FASTA file per class": ((13, 1, 0), ("negative", "positive")),
     "DuckDB's and Spark's Parquet, DECIMAL values": ((18, 2, 0), ()),
 }
@@ -203,7 +213,7 @@ def test_a_file_is_read_by_the_command_of_the_page(here: Path, form: str) -> Non
     cfg = settings.parse([*shlex.split(COMMANDS[form])[2:], "--model.name", "mini"])
     run.check(cfg)
     check_task(cfg.task)
-    found = load_splits(cfg, task_class(cfg.task.name).label_kind)
+    found = load_splits(cfg, task_class(cfg.task.name).labels_of(cfg.task))
     assert (sizes(found), found.labels) == EXPECTED[form]
 
 

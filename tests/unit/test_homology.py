@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from esm_neuron.config import DataConfig
-from esm_neuron.data import alignment
+from esm_neuron.config import DataConfig, TrainConfig
+from esm_neuron.data import alignment, homology
 from esm_neuron.data.alignment import Pairs, Proteins
 from esm_neuron.data.dataset import ExampleTable, chunk_table
 from esm_neuron.data.homology import find_clusters, find_homologs, too_short
@@ -18,6 +19,7 @@ from esm_neuron.data.tokenizer import RESIDUES as RESIDUES_OF
 from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.data.validation import Problems
 from esm_neuron.errors import DataError
+from esm_neuron.training import final_eval
 
 RESIDUES = list("ACDEFGHIKLMNPQRSTVWY")
 
@@ -213,3 +215,39 @@ def test_mmseqs_that_fails_or_is_not_there(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     with pytest.raises(DataError, match="there is no program mmseqs on PATH; install MMseqs2, or use kmer"):
         find_homologs(table(["MKV"]), table(["MKV"]), "mmseqs")
+
+
+def test_homologs_are_looked_for_once_with_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run, and every one on the same proteins, takes what was found before."""
+    rng = np.random.default_rng(7)
+    train = [protein(rng) for _ in range(40)]
+    tables = {
+        "train": table(train),
+        "valid": table([*train[:3], protein(rng)]),
+        "test": table([protein(rng), train[5]]),
+    }
+    looked: list[str] = []
+    found = homology.find_homologs
+
+    def counted(*given: Any) -> np.ndarray:
+        looked.append(given[2])
+        return found(*given)
+
+    monkeypatch.setattr(homology, "find_homologs", counted)
+
+    def leaks(**data: Any) -> dict[str, list[bool]]:
+        cfg = TrainConfig(data=DataConfig(**data))
+        return {split: has.tolist() for split, has in final_eval.find_leaks(cfg, tables, str).items()}
+
+    cache = str(tmp_path / "cache")
+    expected = {"valid": [True, True, True, False], "test": [False, True]}
+    assert leaks() == leaks(cache=cache) == leaks(cache=cache) == expected and looked == ["kmer"] * 2
+    (kept,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    (kept / "valid").write_bytes(b"\0")
+    assert leaks(cache=cache) == expected and len(looked) == 3, "what was damaged is looked for again"
+    tables["test"] = table([train[5], train[6]])
+    assert leaks(cache=cache)["test"] == [True, True] and len(looked) == 4
+    monkeypatch.setattr(final_eval, "LONG", 40)
+    said: list[str] = []
+    final_eval.find_leaks(TrainConfig(), tables, said.append)
+    assert "46 proteins in all: about" in said[0]

@@ -563,7 +563,7 @@ def _stop(_: Shards) -> int:
     raise DataError("stopped")
 
 
-@pytest.mark.parametrize("harm", ["touched", "settings", "facts", "version"])
+@pytest.mark.parametrize("harm", ["touched", "settings", "facts", "types", "version"])
 def test_what_is_not_surely_the_same_is_read_again(
     plain: Path,
     proteins: Proteins,
@@ -581,6 +581,8 @@ def test_what_is_not_surely_the_same_is_read_again(
         monkeypatch.setattr(spool, "__version__", "0")
     elif harm == "facts":
         facts.write_text(facts.read_text()[:-9])
+    elif harm == "types":
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), "pieces": [["1", 1, "a"]]}))
     more = ("--data.on_bad_residue=skip",) if harm == "settings" else ()
     assert embed(str(plain), source, target, settings=[*SMALL, *more], resume=True) == 130
     assert readings == [str(source)] * 2
