@@ -232,6 +232,8 @@ def _header(path: str, number: int, line: str, delimiter: str, columns: Sequence
         what = "the line begins with '#', as a comment does"
         raise DataError(f"{path}:{number}: {what}; remove it, or the '#' where it is the header")
     whole = headers[delimiter][0] if len(headers[delimiter]) == 1 and line.startswith('"') else ""
+    if whole.startswith("{"):  # the Observed Antibody Space's
+        raise DataError(f"{path}:{number}: the line holds what the table is about, in JSON; remove it")
     if any(separator in whole for separator in SEPARATORS):
         raise DataError(f"{path}:{number}: the line is quoted as a whole; take the quotes around the lines out")
     best = max(headers, key=lambda separator: len(headers[separator]))

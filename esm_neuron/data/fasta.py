@@ -36,6 +36,8 @@ def read_fasta(path: str, columns: Sequence[Column]) -> Iterator[Block]:
     A column `part2` is the second part of the name between bars. Where each record has a third line with labels
     (SignalP, NetSurfP), that is the column LABEL_LINE and no part of the sequence.
     """
+    if any(column.name.startswith("sequence.") for column in columns):
+        raise DataError(f"{path}: a record of FASTA has one sequence; write chains as columns of a CSV")
     fasta = _Fasta(path, columns)
     for number, block in _whole_records(path):
         made = fasta.plain(number, block)

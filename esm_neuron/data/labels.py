@@ -511,7 +511,7 @@ class Numbers(Labels):
         names = listed(text)
         value = self._numbers.read(names[0] if names and len(names) == 1 else text)
         if not math.isfinite(value):
-            raise ValueError(f"{quote(text)} is no finite number; correct it or remove the record")
+            raise ValueError(f"{quote(text)} is no finite number; write such as 1234.5, or remove the record")
         return [value]
 
     def _encode_alike(self, rows: pa.Table, source: str) -> pa.Array | None:

@@ -109,11 +109,13 @@ def _finished(source: str, cfg: DataConfig, rows: pa.Table, done: int) -> pa.Tab
         )
     if numbered:
         values["id"] = pa.array(np.arange(done + 1, done + len(lines) + 1)).cast(pa.large_string())
-    chains, labels = len(cfg.sequence_columns), len(cfg.label_columns)
-    if chains > 1:
-        values["sequence"] = _joined(source, lines, [values.pop(f"sequence.{i}") for i in range(chains)])
-    if _class_column(0) in values and chains > 1:
-        values["label"] = _joined_regions([values.pop(_class_column(i)) for i in range(labels)])
+    labels = len(cfg.label_columns)
+    if len(cfg.sequence_columns) > 1:
+        chains = [values.pop(f"sequence.{i}") for i in range(len(cfg.sequence_columns))]
+        values["sequence"] = _joined(source, lines, chains)
+        if _class_column(0) in values:
+            regions = [values.pop(_class_column(i)) for i in range(labels)]
+            values["label"] = _joined_regions(chains, regions)
     elif _class_column(0) in values:
         columns = [values.pop(_class_column(i)).to_pylist() for i in range(labels)]
         values["label"] = pa.array(_labels_of(source, lines.to_pylist(), cfg.label_columns, columns), pa.large_string())
@@ -135,13 +137,19 @@ def _joined(source: str, lines: pa.Array, chains: Sequence[pa.Array]) -> pa.Arra
     return joined
 
 
-def _joined_regions(chains: Sequence[pa.Array]) -> pa.Array:
-    """Return the regions of each row's residues, with UNKNOWN_RESIDUE for what stands between the chains."""
-    lists = pc.match_substring(chains[0], RESIDUE_JOINER)
+def _joined_regions(chains: Sequence[pa.Array], regions: Sequence[pa.Array]) -> pa.Array:
+    """Return the regions of each row's residues, with UNKNOWN_RESIDUE for what stands between the chains.
+
+    Where a chain has other residues than regions, those alone, so that their number is wrong in any case.
+    """
+    lists = pc.match_substring(regions[0], RESIDUE_JOINER)
     between = pc.if_else(lists, f"{RESIDUE_JOINER}{UNKNOWN_RESIDUE}{RESIDUE_JOINER}", UNKNOWN_RESIDUE)
-    joined = chains[0]
-    for chain in chains[1:]:
-        joined = pc.binary_join_element_wise(joined, chain, between.cast(joined.type))
+    joined = regions[0]
+    for own in regions[1:]:
+        joined = pc.binary_join_element_wise(joined, own, between.cast(joined.type))
+    for chain, own in zip(chains, regions, strict=True):
+        named = pc.if_else(lists, pc.add(pc.count_substring(own, RESIDUE_JOINER), 1), pc.utf8_length(own))
+        joined = pc.if_else(pc.equal(named, pc.utf8_length(pc.ascii_rtrim(chain, "*"))), joined, own)
     return joined
 
 
@@ -255,6 +263,7 @@ def _columns(cfg: DataConfig, joiner: str | None) -> list[Column]:
     ]
     own = cfg.sequence_column == DataConfig.sequence_column
     of = cfg.sequence_columns
+    require(len(set(of)) == len(of), f"data.sequence_column={cfg.sequence_column} names a column twice; name each once")
     names = ["sequence"] if len(of) == 1 else [f"sequence.{i}" for i in range(len(of))]
     columns += [
         Column(name, source, "data.sequence_column", default=own) for name, source in zip(names, of, strict=True)

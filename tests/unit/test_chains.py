@@ -162,7 +162,7 @@ def write(path: Path, **changes: dict[int, str]) -> Path:
         ({"light": {2: "MK|V"}}, r"pairs.csv:4: a chain has '\|', which stands between chains"),
         ({"heavy": {0: "nan"}}, r"pairs.csv:2: the sequence of 'p0' is 'nan', which stands for none"),
         ({"light": {0: ""}}, r"pairs.csv:2: the sequence of 'p0' is empty"),
-        ({"light_region": {3: "Z" * 50}}, r"pairs.csv:5: column .* of 'p3': \d+ residue labels for a sequence of"),
+        ({"light_region": {3: "F" * 59}}, r"pairs.csv:5: column .* of 'p3': 59 residue labels for a sequence"),
     ],
 )
 def test_a_fault_of_a_chain_is_told_with_its_place(
@@ -170,6 +170,29 @@ def test_a_fault_of_a_chain_is_told_with_its_place(
 ) -> None:
     with pytest.raises(DataError, match=message):
         splits(write(tmp_path / "pairs.csv", **changes), valid_fraction=0.0)
+
+
+def test_a_region_too_many_is_not_made_up_for_by_one_too_few(tmp_path: Path) -> None:
+    rows = frame(4)
+    heavy, light = (rows[column][1] for column in ("heavy_region", "light_region"))
+    path = write(tmp_path / "pairs.csv", heavy_region={1: heavy + "F"}, light_region={1: light[:-1]})
+    with pytest.raises(DataError, match=r"pairs.csv:3: column .* of 'p1': \d+ residue labels for a sequence"):
+        splits(path, valid_fraction=0.0)
+
+
+def test_what_holds_no_pairs_is_told_and_the_cure_cures(tmp_path: Path, pairs: Path) -> None:
+    fasta = tmp_path / "pairs.fasta"
+    fasta.write_text(">a heavy=MKV light=MKL\nMKA\n")
+    with pytest.raises(DataError, match="a record of FASTA has one sequence; write chains as columns of a CSV"):
+        splits(fasta, None)
+    with pytest.raises(ConfigError, match=r"sequence_column=\[heavy, heavy\] names a column twice"):
+        splits(pairs, None, sequence_column="[heavy, heavy]")
+    text, metadata = pairs.read_text(), '"{""Run"": ""SRR1"", ""Species"": ""human""}"\n'  # as OAS's files begin
+    pairs.write_text(metadata + text)
+    with pytest.raises(DataError, match=r"pairs.csv:1: the line holds what the table is about, in JSON; remove it"):
+        splits(pairs)
+    pairs.write_text(text)
+    assert len(splits(pairs).train) == 54
 
 
 def test_a_region_without_a_rate_is_refused_and_the_cure_cures(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ from helpers.toys import Toy
 from esm_neuron.config import DataConfig, TaskConfig, TrainConfig
 from esm_neuron.data import parquet
 from esm_neuron.data.check import check_file
+from esm_neuron.data.inputs import InputChunks
 from esm_neuron.data.labels import Labels
 from esm_neuron.data.parquet import open_table
 from esm_neuron.data.splits import load_splits
+from esm_neuron.inference.predict import TableSource
+from esm_neuron.inference.score import Query, Scorer
+from esm_neuron.inference.spool import scan
+from esm_neuron.inference.variants import VariantColumns, VariantTable
 from esm_neuron.training import run
 
 
@@ -44,6 +50,18 @@ def test_data_check_holds_few_bytes_a_row(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) < 45
+
+
+def test_the_pieces_of_an_input_hold_few_bytes_a_row(tmp_path: Path) -> None:
+    """What is kept of each piece while an input is read: its sizes and its hash."""
+    peaks, sizes = [], (40_000, 120_000)
+    for rows in sizes:
+        source = TableSource(InputChunks(table(tmp_path, rows), DataConfig()), 16_384)
+        tracemalloc.start()
+        assert sum(scan(tmp_path, source, None, False).rows) == rows
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]) < 30
 
 
 def test_row_groups_are_large_whatever_the_shards_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +113,27 @@ def test_one_process_of_a_machine_reads_and_all_map(
         assert isinstance(splits.train.tokens, np.memmap) and np.array_equal(splits.train.tokens, expected.train.tokens)
         assert list(splits.train.ids) == list(expected.train.ids)
     assert cached or not made[0].exists()
+
+
+def test_masked_marginals_take_a_pass_for_each_set_of_sites_of_the_file(tmp_path: Path) -> None:
+    """Each piece asked for its sets anew: 33 times the passes at the size of GB1."""
+    wild = "MKVLAGT"
+    names = [
+        f"{wild[i]}{i + 1}{a}:{wild[j]}{j + 1}{b}"
+        for a in "CDE"
+        for b in "FHI"
+        for i in range(6)
+        for j in range(i + 1, 7)
+    ]
+    path = tmp_path / "variants.csv"
+    path.write_text("\n".join(["variant", *names]) + "\n")
+    scorer, asked = Scorer("masked-marginal", wild), list[int]()
+
+    def run_model(queries: Sequence[Query]) -> list[np.ndarray]:
+        asked.append(len(queries))
+        return [np.zeros((len(query.sites), 33), np.float32) for query in queries]
+
+    table = VariantTable(path, VariantColumns(), DataConfig(), wild, 1, True, 45, scorer.cost)
+    pieces = [piece.content for piece in table()]
+    assert sum(len(scorer(rows, run_model)) for rows in pieces) == len(names) == 9 * 21
+    assert len(pieces) > 4 and sum(asked) == 21

@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[str, list[Row], str]] = {
     "too few": ("residue_classification", [("MK", "AB"), ("MKV", "AB")], "2 residue labels for a sequence of 3 resid"),
     "too many in a list": ("residue_classification", [("MK", "AB"), ("MK", "A,B,A")], "3 residue labels for a sequ"),
     "an empty one": ("residue_classification", [("MK", "AB"), ("MKV", "A,,B")], "the label of residue 2 is empty"),
-    "a word": ("regression", [("MK", "1"), ("MK", "high")], "'high' is no finite number; correct it or remove"),
+    "a word": ("regression", [("MK", "1"), ("MK", "high")], "'high' is no finite number; write such as 1234.5, or"),
     "infinity": ("regression", [("MK", "1"), ("MK", "inf")], "'inf' is no finite number; "),
 }
 
