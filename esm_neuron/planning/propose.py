@@ -160,7 +160,7 @@ def _columns(table: _Table, made: Proposal) -> dict[str, str]:
         unique = [n for n, values in table.columns.items() if len(set(values)) == len(values) and n != sequence]
         own = next(filter(_NAMES_ID.search, unique), None)
         found |= {} if own is None else {"id_column": own}
-    left = [name for name in table.columns if name not in (sequence, own)]
+    left = [name for name, of in table.columns.items() if name not in (sequence, own) and not _counts_rows(of)]
     for name in list(left):
         kinds = table.kinds(name)
         places = {split_of(value, DataConfig()) for value in kinds}
@@ -175,6 +175,13 @@ def _columns(table: _Table, made: Proposal) -> dict[str, str]:
         left.remove(name)
     label = None if table.by_file else _label_column(table, left, sequence, made)
     return found | ({} if label is None else {"label_column": label})
+
+
+def _counts_rows(values: Values) -> bool:
+    """Return whether a column is a running number, of which nothing is learned."""
+    if not all(value.isascii() and value.isdigit() and len(value) < 10 for value in values):
+        return False
+    return [int(value) - int(values[0]) for value in values] == list(range(len(values)))
 
 
 def _sequence_column(table: _Table, made: Proposal) -> str:
@@ -250,7 +257,8 @@ def _task(table: _Table, data: Mapping[str, str], made: Proposal) -> tuple[str, 
     if _per_residue(table.columns[label], table.columns[sequence]):
         return "residue_classification", "one label per residue", {}
     if _is_number(kinds):
-        certain = Labels(TaskConfig(), label).fault(kinds, sum(kinds.values()))
+        points = {value.replace(",", "."): count for value, count in kinds.items()}
+        certain = Labels(TaskConfig(), label).fault(points, sum(kinds.values()))
         if len(kinds) <= MOST_LEVELS:
             made.undecided.append(
                 f"{label!r} has {len(kinds)} numbers, taken for classes; measured: task.name=regression"

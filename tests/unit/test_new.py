@@ -39,7 +39,14 @@ def plain(folder: Path) -> str:
 
 
 def renamed(folder: Path) -> str:
-    table = frame(Entry=[f"P{n}" for n in range(COUNT)], Seq=SEQUENCES, Place=CLASSES, set=SETS, note=["x"] * COUNT)
+    table = frame(
+        Nr=list(range(1, COUNT + 1)),
+        Entry=[f"P{n}" for n in range(COUNT)],
+        Seq=SEQUENCES,
+        Place=CLASSES,
+        set=SETS,
+        note=["x"] * COUNT,
+    )
     table.to_csv(folder / "a.tsv", index=False, sep="\t")
     return "a.tsv"
 
@@ -192,6 +199,9 @@ def test_what_cannot_be_decided_or_used_is_said(
     assert any("'grade' has 4 numbers, taken for classes" in line for line in made.undecided)
     assert any("'tm' could be too" in line for line in made.undecided)
     assert any("does column 'fold' name folds" in line for line in made.undecided)
+    commas = [str(value).replace(".", ",") for value in MEASURED]
+    frame(sequence=SEQUENCES, tm=commas).to_csv("d.csv", index=False, sep=";")
+    assert propose("d.csv").config.task.name == "regression" and len(propose("d.csv").undecided) == 1  # few proteins
     frame(id=[1, 1, *range(2, COUNT)], sequence=SEQUENCES, label=CLASSES).to_csv("b.csv", index=False)
     assert cli.main(["new", "b.csv", "--output", "b.yaml"]) == 1
     assert "id '1' was used in line 2 already" in capsys.readouterr().out
