@@ -10,7 +10,7 @@ import itertools
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +34,8 @@ Method = Literal["kmer", "mmseqs"]
 
 MOST = 10_000_000
 """Most proteins of a run, held out and training, among which homologs are looked for."""
+SEARCHED = 100_000
+"""Most proteins that MMseqs2 searches in each other for clusters; more it clusters in linear time, by linclust."""
 
 
 def find_homologs(held_out: ExampleTable, train: ExampleTable, method: Method) -> np.ndarray:
@@ -71,7 +73,8 @@ def find_clusters(table: ExampleTable, method: Method) -> np.ndarray:
     proteins = Proteins.of(table)
     labels = np.unique(_hashes(proteins), return_inverse=True)[1]
     if method == "mmseqs":
-        found = np.array(list(_mmseqs_pairs(table, table)), dtype=np.int64).reshape(-1, 2)
+        pairs = _mmseqs_clusters(table) if len(labels) > SEARCHED else _mmseqs_pairs(table, table)
+        found = np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
         return _linked(labels, found[:, 0], found[:, 1])
     judge = Judge(proteins, proteins)
     for seeds in SEEDS:
@@ -102,24 +105,36 @@ def _linked(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarra
 
 def _mmseqs_pairs(queries: ExampleTable, targets: ExampleTable) -> Iterator[tuple[int, int]]:
     """Give the homologs that MMseqs2 finds (of `queries`, of `targets`): IDENTITY over COVERAGE of both."""
+    options = ["-s", "7.5", "--max-seqs", "1000", "--format-output", "query,target"]
+    return _mmseqs("easy-search", [queries, targets], "found", options)
+
+
+def _mmseqs_clusters(table: ExampleTable) -> Iterator[tuple[int, int]]:
+    """Give (the centre of its cluster, protein) by MMseqs2's linclust: IDENTITY over COVERAGE of both."""
+    return _mmseqs("easy-linclust", [table], "found_cluster.tsv", [])
+
+
+def _mmseqs(
+    command: str, tables: Sequence[ExampleTable], result: str, options: Sequence[str]
+) -> Iterator[tuple[int, int]]:
+    """Run MMseqs2 on proteins and give the numbers in the two columns of its result; DataError where it fails."""
     program = shutil.which("mmseqs")
     if program is None:
         raise DataError("data.homologs=mmseqs: there is no program mmseqs on PATH; install MMseqs2, or use kmer")
     with tempfile.TemporaryDirectory(prefix="esm-neuron-") as name:
-        folder = Path(name)
-        for part, table in (("queries", queries), ("targets", targets)):
-            with open_new(folder / f"{part}.fasta") as file:
+        folder, names = Path(name), [f"{number}.fasta" for number in range(len(tables))]
+        for part, table in zip(names, tables, strict=True):
+            with open_new(folder / part) as file:
                 for example, record in enumerate(table.record.tolist()):
                     file.write(f">{record}\n{decode(table.sequence(example)[1:-1]).replace(VOCABULARY[EOS], 'X')}\n")
-        words = [program, "easy-search", "queries.fasta", "targets.fasta", "found.tsv", "scratch"]
-        words += ["--min-seq-id", str(IDENTITY), "-c", str(COVERAGE), "--cov-mode", "0", "-s", "7.5"]
-        words += ["--max-seqs", "1000", "--format-output", "query,target", "-v", "1"]
+        words = [program, command, *names, "found", "scratch", "--min-seq-id", str(IDENTITY), "-c", str(COVERAGE)]
+        words += ["--cov-mode", "0", "-v", "1", *options]
         # a fixed list of words, our own file names and no shell
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
             raise DataError(f"mmseqs ended with {done.returncode}: {lines[-1][:200] if lines else 'no message'}")
-        with (folder / "found.tsv").open(encoding="ascii") as found:
+        with (folder / result).open(encoding="ascii") as found:
             for line in found:
-                query, target = line.split()
-                yield int(query), int(target)
+                one, other = line.split()
+                yield int(one), int(other)

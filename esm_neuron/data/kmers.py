@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from esm_neuron.data.alignment import COVERAGE, OTHER, Pairs, Proteins
 from esm_neuron.data.tokenizer import RESIDUES
@@ -77,6 +78,7 @@ def candidates(queries: Proteins, targets: Proteins, seeds: Seeds) -> Iterator[t
     names, place_of = np.minimum(having[found], most), np.argsort(order)
     total = np.concatenate([[0], np.cumsum(names)])
     ends = np.append(np.flatnonzero(np.diff(query)) + 1, len(query))  # a query's k-mers stay together
+    bar = tqdm(total=len(query), desc="homologs", unit="k-mer", unit_scale=True, delay=5, leave=False, disable=None)
     done = 0
     while done < len(query):
         last = np.searchsorted(total[ends], total[done] + BLOCK, side="right") - 1
@@ -89,7 +91,9 @@ def candidates(queries: Proteins, targets: Proteins, seeds: Seeds) -> Iterator[t
             later = place_of[mine] > turns
             mine, turns, part, centre = mine[later], turns[later], part[later], centre[later]
         yield _pairs(queries, targets, seeds, mine, order[turns], place[part] - position[centre])
+        bar.update(end - done)
         done = end
+    bar.close()
 
 
 def _pairs(

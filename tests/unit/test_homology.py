@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -193,19 +194,31 @@ def test_clusters_are_families_linked_through_homologs() -> None:
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """A program `mmseqs` that notes its words."""
     program = folder / "mmseqs"
-    program.write_text(f'#!/bin/sh\necho "$@" > {folder}/words\ncp queries.fasta {folder}/q\n{body}\n')
+    program.write_text(f'#!/bin/sh\necho "$@" > {folder}/words\ncp 0.fasta {folder}/q\n{body}\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 def test_mmseqs_is_called_and_its_output_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(tmp_path, monkeypatch, "printf '2\\t0\\n0\\t1\\n' > found.tsv")
+    stand_in(tmp_path, monkeypatch, "printf '2\\t0\\n0\\t1\\n' > found")
     three, two = table(["MKV", "AAA", "CCC"]), table(["MKV", "DDD"])
     assert find_homologs(three, two, "mmseqs").tolist() == [True, False, True]
     words = (tmp_path / "words").read_text()
-    assert words.startswith("easy-search queries.fasta targets.fasta found.tsv scratch --min-seq-id 0.3 -c 0.8 --cov")
+    assert words.startswith("easy-search 0.fasta 1.fasta found scratch --min-seq-id 0.3 -c 0.8 --cov")
     assert (tmp_path / "q").read_text() == ">0\nMKV\n>1\nAAA\n>2\nCCC\n"
     assert find_clusters(three, "mmseqs").tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("searched", [homology.SEARCHED, 10])
+def test_clusters_by_the_real_mmseqs(searched: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By search, and by linclust as above SEARCHED proteins: close homologs are together, strangers apart."""
+    if shutil.which("mmseqs") is None:
+        pytest.skip("MMseqs2 is not installed (Debian's package mmseqs2)")
+    monkeypatch.setattr(homology, "SEARCHED", searched)
+    rng = np.random.default_rng(3)
+    founders = [protein(rng) for _ in range(30)]
+    found = find_clusters(table(founders + [mutated(sequence, rng, 0.9) for sequence in founders]), "mmseqs")
+    assert found[:30].tolist() == found[30:].tolist() and len(set(found.tolist())) == 30
 
 
 def test_mmseqs_that_fails_or_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
