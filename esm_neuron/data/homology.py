@@ -73,8 +73,8 @@ def find_clusters(table: ExampleTable, method: Method) -> np.ndarray:
     proteins = Proteins.of(table)
     labels = np.unique(_hashes(proteins), return_inverse=True)[1]
     if method == "mmseqs":
-        pairs = _mmseqs_clusters(table) if len(labels) > SEARCHED else _mmseqs_pairs(table, table)
-        found = np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
+        linked = _mmseqs_clusters(table) if len(labels) > SEARCHED else _mmseqs_pairs(table, table)
+        found = np.array(list(linked), dtype=np.int64).reshape(-1, 2)
         return _linked(labels, found[:, 0], found[:, 1])
     judge = Judge(proteins, proteins)
     for seeds in SEEDS:
