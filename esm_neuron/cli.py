@@ -327,13 +327,14 @@ def plan(
     instance: Annotated[str | None, "add time and cost: ml.trn1.32xlarge (SageMaker), trn1.32xlarge (EC2), ..."] = None,
     nodes: Annotated[int, "instances of the job"] = 1,
     prices: Annotated[Path | None, "price list; default: the one of this package, which is dated"] = None,
+    answers: Annotated[int | None, "add what predictions for so many proteins cost on each instance"] = None,
     json_: AsJson = False,
 ) -> int:
     """Show packs, graphs, memory, time and dollars of a run before it starts.
 
     Examples:
       esm-neuron plan my.csv --model facebook/esm2_t33_650M_UR50D
-      esm-neuron plan --config configs/localization_650m_trn1.yaml --instance ml.trn1.32xlarge
+      esm-neuron plan --config configs/localization_650m_trn1.yaml --instance ml.trn1.32xlarge --answers 100000000
     """
     from esm_neuron.config import rules
     from esm_neuron.config.settings import parse
@@ -342,7 +343,9 @@ def plan(
     rules.validate(cfg)
     require(devices >= 1, f"--devices {devices} must be at least 1")
     require(nodes >= 1, f"--nodes {nodes} must be at least 1")
+    require(answers is None or answers >= 1, f"--answers {answers} must be at least 1")
     from esm_neuron.data.splits import load_splits
+    from esm_neuron.planning.answers import answered
     from esm_neuron.planning.cost import priced
     from esm_neuron.planning.plan import make_plan, metrics, render
     from esm_neuron.tasks import check_task, task_class
@@ -354,6 +357,10 @@ def plan(
     if instance is not None:
         estimates, told = priced(cfg, made, instance, prices, nodes)
         values["estimates"] = [asdict(each) for each in estimates]
+        lines += told
+    if answers is not None:
+        costs, told = answered(cfg, made, answers, prices, instance)
+        values["answers"] = [asdict(each) for each in costs]
         lines += told
     show(as_json(values) if json_ else Lines.of(lines))
     return 0

@@ -17,7 +17,7 @@ from esm_neuron.data.labels import Labels
 from esm_neuron.data.splits import load_splits
 from esm_neuron.errors import ConfigError
 from esm_neuron.models.shapes import SHAPES, EsmShape
-from esm_neuron.planning import cost, instances, trn1
+from esm_neuron.planning import answers, cost, instances, trn1
 from esm_neuron.planning.memory import predict_memory
 from esm_neuron.planning.plan import halve, make_plan
 
@@ -263,3 +263,41 @@ def test_of_other_instances_the_cheapest_is_shown_or_the_fastest_where_no_price_
 
     assert shown(fast, slow) == shown(slow, fast) == ["1"]
     assert shown(replace(slow, dollars=None), replace(fast, dollars=None)) == ["8"]
+
+
+def test_a_million_answers_by_hand_the_cheapest_first(toy: Toy) -> None:
+    """A forward pass alone: 2 flops a parameter and token, and attention; both devices' times by their share."""
+    cfg = toy(loop={"precision": "bf16", "eval_packs_per_device": 8}, data={"pack_tokens": 1024})
+    epoch = replace(make_plan(cfg, load_splits(cfg, Labels)).epoch, sequences=10, residues=2980, efficiency=0.9)
+    shape = SHAPES["esm2_t33_650M"]
+    found = answers.answers(cfg, epoch, shape, PRICES, "ec2")
+    known = [each.dollars for each in found if each.dollars is not None]
+    assert known == sorted(known) and None not in [each.dollars for each in found[: len(known)]]
+    (g5,) = (each for each in found if each.instance == "g5.2xlarge")
+    flops = 2 * shape.layers * 12 * shape.hidden**2 + 4 * shape.layers * shape.hidden * 1024
+    seconds = 1e6 * 300 / 0.9 * flops / (0.2 * 70e12)
+    assert g5.hours == pytest.approx(seconds / 3600) and g5.dollars == pytest.approx(1.21 * seconds / 3600)
+    assert g5.source == "20% of the peak, published training" and g5.compile_hours == 0
+    (l4,) = (each for each in found if each.instance == "g6.2xlarge")
+    assert l4.source == "30% of the peak, assumed"
+    assert "p3.2xlarge" not in {each.instance for each in found}, "it has no bf16"
+    (small,) = (
+        each for each in answers.answers(cfg, epoch, SHAPES["esm2_t48_15B"], PRICES, "ec2") if "trn1.2" in each.instance
+    )
+    assert small.tp == 2, "a core alone does not hold it"
+
+
+def test_plan_says_what_answers_cost(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(settings.dump(toy(model={"name": "esm2_t6_8M"})))
+    words = ["plan", "--config", str(config), "--answers", "2000000"]
+    assert cli.main([*words, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["answers"][0]
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = (
+        number for number, line in enumerate(lines) if line.startswith("ESTIMATES, not measurements, of predict")
+    )
+    assert "for 2,000,000 proteins" in lines[head] and lines[head + 2].startswith(first["instance"])
+    assert lines[head + 2].split()[5] == f"{2 * first['dollars']:,.2f}"
+    assert cli.main(["plan", "--config", str(config), "--answers", "0"]) == 2
