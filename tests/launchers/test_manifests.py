@@ -162,6 +162,20 @@ def test_pip_takes_the_pins_of_an_image(name: str, pins: str, tmp_path: Path) ->
 
 
 @pytest.mark.launchers
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.general"])
+def test_the_steps_of_an_image(name: str) -> None:
+    """No daemon builds images here: what is copied is there, and what is run is shell."""
+    steps = re.sub(r"\\\n", "", (LAUNCHERS / name).read_text())
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", steps, re.M) for word in line.split()]
+    assert "esm_neuron" in copied and all((ROOT / word).exists() for word in copied)
+    scripts = re.findall(r"^RUN (.*)$", steps, re.M)
+    assert len(scripts) == 1
+    shellcheck = [Path(sys.executable).with_name("shellcheck"), "--shell=sh", "--exclude=SC2154", "-"]
+    done = subprocess.run(shellcheck, input=f"{scripts[0]}\n", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")  # SC2154: PINS and EXTRA are the file's ARGs
+
+
+@pytest.mark.launchers
 def test_shellcheck_has_nothing_to_say() -> None:
     scripts = [path for path in LAUNCHERS.rglob("*") if path.suffix in (".sh", ".sbatch")]
     standins = (ROOT / "tests" / "launchers" / "standins").rglob("*")
@@ -243,3 +257,18 @@ def test_compiling_ahead_is_the_training_with_one_more_word() -> None:
     for one, other in zip(replicas(ahead), replicas(training), strict=True):
         mine, theirs = (r["template"]["spec"]["containers"][0]["args"] for r in (one, other))
         assert mine == ["--compile-only", *theirs]
+
+
+@pytest.mark.launchers
+def test_parallelcluster_takes_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the schema of its own tool; what it asks AWS about subnets and quotas is not asked."""
+    schemas = pytest.importorskip(
+        "pcluster.schemas.cluster_schema", reason="needs pip install aws-parallelcluster, in no lock: it pins its own"
+    )
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    read = yaml.safe_load((LAUNCHERS / "slurm" / "parallelcluster.yaml").read_text())
+    schemas.ClusterSchema(cluster_name="esm").load(read)
+    resource = read["Scheduling"]["SlurmQueues"][0]["ComputeResources"][0]
+    assert resource["InstanceType"] in read_prices().instances
+    with pytest.raises(Exception, match="Unknown field"):
+        schemas.ClusterSchema(cluster_name="esm").load({**read, "HeadNodes": {}})
