@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("USE_TORCH_XLA", "0")  # accelerate, under peft, would import torch_xla: half a minute
 
 from esm_neuron.config import TrainConfig, settings
+from esm_neuron.data.cache import content_key
 from esm_neuron.files import read_json, write_bytes, write_json
 from esm_neuron.run_dir import RESULT
 from esm_neuron.training import run
@@ -85,6 +86,11 @@ def _percent(*values: float) -> dict[str, float]:
     return dict(zip(("8M", "35M", "150M", "650M"), (round(value / 100, 4) for value in values), strict=True))
 
 
+UNPUBLISHED = (
+    "gb1/low_vs_high", "gb1/one_vs_rest", "gb1/two_vs_rest", "aav/low_vs_high", "rhomax/by_wild_type",
+    "ired/two_to_many",
+)  # fmt: skip
+"""Splits without a paper's column here."""
 YARDSTICKS = (
     Yardstick(
         "scl/mixed_hard", "sequence_classification", "accuracy", SCHMIRLER,
@@ -102,12 +108,7 @@ YARDSTICKS = (
         "meltome/mixed", "regression", "spearman", SCHMIRLER,
         _percent(56.4, 58.6, 61.7, 65.6), _percent(58.4, 59.8, 62.6, 66.4),
     ),
-    Yardstick("gb1/low_vs_high", "regression", "spearman"),
-    Yardstick("gb1/one_vs_rest", "regression", "spearman"),
-    Yardstick("gb1/two_vs_rest", "regression", "spearman"),
-    Yardstick("aav/low_vs_high", "regression", "spearman"),
-    Yardstick("rhomax/by_wild_type", "regression", "spearman"),
-    Yardstick("ired/two_to_many", "regression", "spearman"),
+    *(Yardstick(name, "regression", "spearman") for name in UNPUBLISHED),
 )  # fmt: skip
 """FLIP (Dallago 2021, doi:10.1101/2021.11.09.467890) has no column for ESM-2, and that of FLIP2 (Didi 2026,
 doi:10.64898/2026.02.23.707496) is not copied here: splits without values are run and printed without a paper's."""
@@ -149,8 +150,10 @@ def configured(
 ) -> TrainConfig:
     """Return the settings of one run."""
     rate = RATES[model] * (1.0 if kind == "lora" else 0.2)
+    other = [content_key(args.set)[:8]] if args.set else []  # settings make another run
+    name = "-".join([yardstick.name, model, kind, str(seed), *other])
     words = [
-        f"--output={args.runs}/{yardstick.name.replace('/', '-')}-{model}-{kind}-{seed}",
+        f"--output={args.runs}/{name.replace('/', '-')}",
         f"--backend={args.backend}", f"--seed={seed}", f"--task.name={yardstick.task}", f"--data.train={path}",
         "--data.label_column=target", "--data.split_column=set", f"--model.name={MODELS[model]}",
         f"--adapter.kind={'none' if kind == 'full' else kind}", "--data.homologs=off", "--log.baselines=false",

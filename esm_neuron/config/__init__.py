@@ -55,8 +55,8 @@ class ModelConfig:
     """What the head reads. A number: the encoder is cut off after so many blocks, which saves their work and their
     memory in training, prediction and export. `all`: every block is kept, and the last one is read. Tasks with one
     vector per protein can read the pooled states of every layer, the embedding among them: `concat`, side by side, or
-    `mix`, a mean with learned weights (a softmax). `auto`, with adapter.kind=probe: the number, or `concat`, that
-    predicts the validation proteins best, tried on one pass."""
+    `mix`, a mean with learned weights (a softmax). `auto`, with adapter.kind=probe: `concat`, or where
+    that cannot be (a label per residue; more than a gigabyte) the number with the least loss on other families."""
     pooling: Literal["mean", "cls", "attention", "mean+termini"] = "mean"
     """How the residues of a protein become one vector: their mean (specials left out), the <cls> position, a mean with
     learned weights, or three means side by side, over all residues, the first 50 and the last 50 (of what the model is

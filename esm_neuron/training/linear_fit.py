@@ -1,8 +1,10 @@
-"""Fit linear heads by a task's own loss, for a row of penalties: the same minimum as ridge or logistic regression.
+"""Fit linear heads by a task's own loss, for a row of penalties: ridge or logistic regression along principal axes.
 
-The features are standardized and turned to their principal axes, where the squared norm of the weights is the same.
-Each axis is then stretched by what its curvature is for a loss of curvature 1, so that all directions are alike: L-BFGS
-(scipy's) needs about ten steps for a squared error, and some tens for a cross entropy, however alike the features are.
+The features are standardized and, block by block, turned to their principal axes, each of which is divided by the
+square root of its standard deviation. Pooled states of neighbouring layers are nearly equal: what tells proteins apart
+is often in how they differ, along axes of small variance, which a penalty on the states as they are would shut out.
+L-BFGS (scipy's) sees each axis stretched by what its curvature is for a loss of curvature 1, so that all are alike: it
+needs about ten steps for a squared error, and some tens for a cross entropy, however alike the features are.
 """
 
 from __future__ import annotations
@@ -23,50 +25,89 @@ else:
     optimize = module("scipy.optimize")
 
 PENALTIES = tuple(float(10**power) for power in np.arange(1, -4.25, -0.5))
-"""Penalties that are tried, the strongest first: half of this times the squared norm of the weights of standardized
-features is added to the mean loss. Of scikit-learn's logistic regression it is 1 / (C n)."""
-STEPS, TOLERANCE = 300, 1e-7
-LEAST_VARIANCE = 1e-6
-"""Share of the largest variance below which an axis is noise of float32, and left out."""
+"""Penalties that are tried, the strongest first: half of this times the squared norm of the weights along the axes is
+added to the mean loss. Of scikit-learn's logistic regression it is 1 / (C n)."""
+STEPS, TOLERANCE, ROUGH = 300, 1e-6, 1e-5
+"""Most steps for a penalty, and the relative fall of the loss in one that ends them; `ROUGH` tells penalties apart."""
+LEAST_VARIANCE = 1e-9
+"""Share of a block's largest variance below which an axis is left out."""
+CHUNK = 1 << 24
+"""Values that are held at once as float64."""
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Weights [outputs, F] and biases [outputs], float32, for features as they are."""
+    """Weights [outputs, F] and biases [outputs], float32."""
 
     penalty: float
     weight: np.ndarray
     bias: np.ndarray
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Return float32 [n, outputs]."""
+        """Return float32 [n, outputs] of features [n, F]."""
         return features @ self.weight.T + self.bias
 
 
+@dataclass(frozen=True)
+class Axes:
+    """Features along the axes that heads are fitted on."""
+
+    along: np.ndarray
+    """float32 [n, axes]."""
+    variance: np.ndarray
+    """float64 [axes], of `along`."""
+    mean: np.ndarray
+    """float32 [F], of the features."""
+    turns: tuple[tuple[np.ndarray, np.ndarray], ...]
+    """For each block its columns, and float32 [columns, axes] by which features less the mean are multiplied."""
+
+    @classmethod
+    def of(cls, features: np.ndarray, block: np.ndarray) -> Axes:
+        """Turn features, float32 [n, F]; `block`, int [F], says whose axes each is turned to."""
+        mean = features.mean(0, dtype=np.float64).astype(np.float32)
+        sd = features.std(0, dtype=np.float64).astype(np.float32)
+        sd[sd < 1e-6 * np.maximum(np.abs(mean), 1e-6)] = 1.0  # a constant feature says nothing, and keeps a weight of 0
+        along, variances, turns = [], [], []
+        for own in (np.flatnonzero(block == number) for number in np.unique(block)):
+            centred = features[:, own] - mean[own]
+            axes, variance = principal_axes(centred / sd[own])
+            turn = (axes * variance**-0.25 / sd[own, None]).astype(np.float32)
+            along.append(centred @ turn)
+            variances.append(np.sqrt(variance))
+            turns.append((own, turn))
+        return cls(np.concatenate(along, axis=1), np.concatenate(variances), mean, tuple(turns))
+
+    def of_features(self, head: LinearHead) -> LinearHead:
+        """Return a head along the axes as one of the features as they are."""
+        ends = np.cumsum([turn.shape[1] for _, turn in self.turns])
+        weight = np.empty((len(head.bias), len(self.mean)))
+        for (own, turn), part in zip(self.turns, np.split(head.weight, ends[:-1], axis=1), strict=True):
+            weight[:, own] = part.astype(np.float64) @ turn.T
+        return LinearHead(head.penalty, weight.astype(np.float32), (head.bias - weight @ self.mean).astype(np.float32))
+
+
 def fit_path(
-    features: np.ndarray, outputs: int, loss: Callable[[Tensor], Tensor], penalties: tuple[float, ...] = PENALTIES
+    along: np.ndarray,
+    variance: np.ndarray,
+    outputs: int,
+    loss: Callable[[Tensor], Tensor],
+    tolerance: float = TOLERANCE,
+    penalties: tuple[float, ...] = PENALTIES,
 ) -> Iterator[LinearHead]:
     """Yield the head that minimizes `loss` and each penalty, in their order; each begins at the one before.
 
-    `features` are float32 [n, F]; `loss` gives the mean loss of outputs, float32 [n, outputs].
+    `along` and `variance` are those of `Axes`, or of some of its rows; `loss` gives the mean loss of outputs, float32
+    [n, outputs].
     """
-    mean = features.mean(0, dtype=np.float64).astype(np.float32)
-    sd = features.std(0, dtype=np.float64).astype(np.float32)
-    sd[sd < 1e-6 * np.maximum(np.abs(mean), 1e-6)] = 1.0  # a constant feature says nothing, and keeps a weight of 0
-    standardized = (features - mean) / sd
-    axes, variance = principal_axes(standardized)
-    along = torch.from_numpy(standardized @ axes)
-    weight, bias = np.zeros((len(variance), outputs)), np.zeros(outputs)  # along the axes
+    weight, bias, values = np.zeros((len(variance), outputs)), np.zeros(outputs), torch.from_numpy(along)
     for penalty in penalties:
         stretch = 1 / np.sqrt(variance + penalty)
-        solver = _Objective(along, loss, stretch, penalty)
+        solver = _Objective(values, loss, stretch, penalty)
         start = np.concatenate([bias[None], weight / stretch[:, None]]).ravel()
-        options = {"maxiter": STEPS, "ftol": TOLERANCE, "gtol": 1e-6, "maxcor": 20}
+        options = {"maxiter": STEPS, "ftol": tolerance, "gtol": 1e-6, "maxcor": 20}
         found = optimize.minimize(solver, start, jac=True, method="L-BFGS-B", options=options).x.reshape(-1, outputs)
         weight, bias = found[1:] * stretch[:, None], found[0]
-        # of the features as they are: their scale and mean go into weights and biases
-        own = (axes @ weight) / sd[:, None]
-        yield LinearHead(penalty, own.T.astype(np.float32), (bias - mean @ own).astype(np.float32))
+        yield LinearHead(penalty, weight.T.astype(np.float32), bias.astype(np.float32))
 
 
 class _Objective:
@@ -86,12 +127,20 @@ class _Objective:
 
 
 def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return orthonormal axes, float32 [F, axes], and the variance of centred features [n, F] along each, float64."""
+    """Return orthonormal axes [F, axes] and the variance of centred features [n, F] along each, both float64."""
     n, width = features.shape
-    small = features.T @ features if width <= n else features @ features.T
-    squares, vectors = np.linalg.eigh(small.astype(np.float64))
+    squares, vectors = np.linalg.eigh(_squared(features if width <= n else features.T))
     kept = squares > LEAST_VARIANCE * max(squares[-1], 1e-30)
     squares, vectors = squares[kept], vectors[:, kept]
     if width > n:
-        vectors = (features.T.astype(np.float64) @ vectors) / np.sqrt(squares)
-    return vectors.astype(np.float32), squares / n
+        vectors = (features.T @ vectors) / np.sqrt(squares)
+    return vectors, squares / n
+
+
+def _squared(x: np.ndarray) -> np.ndarray:
+    """Return x.T @ x in float64, whose small eigenvalues float32 would bury."""
+    total = np.zeros((x.shape[1], x.shape[1]))
+    for part in np.array_split(x, max(1, x.size // CHUNK)):
+        exact = part.astype(np.float64)
+        total += exact.T @ exact
+    return total

@@ -1,13 +1,15 @@
-"""A probe: a linear head fitted to what a frozen encoder gives, its penalty and layers chosen on validation proteins.
+"""A probe: a linear head fitted to what a frozen encoder gives, its penalty chosen by proteins of other families.
 
-The encoder runs once over each protein (`features`). The head minimizes the task's own loss, class weights included,
-with a penalty on its weights (`linear_fit`). Penalty, and with `model.layers: auto` the layers, are those with the best
-validation metric; without validation proteins, of the predictions for five folds of the training proteins, where no
-cluster of homologs is in two. What follows is a run like any other: the head is part of an ordinary model.
+The encoder runs once over each training protein (`features`). The head minimizes the task's own loss, class weights
+included, with a penalty on its weights (`linear_fit`). The penalty, and the layer where `model.layers: auto` has to
+choose one, are those with the least loss of the predictions for five folds of the training proteins, where no family
+(`data.families`) is in two: some hundred validation proteins cannot tell heads apart, and are left to calibrate the
+one that was chosen. What follows is a run like any other: the head is part of an ordinary model.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -25,11 +27,11 @@ from esm_neuron.config import TrainConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.alignment import Proteins
 from esm_neuron.data.dataset import Batch, ExampleTable, select_records
-from esm_neuron.data.homology import find_clusters
+from esm_neuron.data.families import independent_units
 from esm_neuron.data.tokenizer import AMINO_ACIDS
 from esm_neuron.distributed import from_main_rank, main_rank_only, raise_on_any_rank
 from esm_neuron.errors import DataError
-from esm_neuron.metrics import Scores, Value
+from esm_neuron.metrics import Scores
 from esm_neuron.models.esm2 import Embedder
 from esm_neuron.models.shapes import read_width
 from esm_neuron.models.weights import open_weights
@@ -40,7 +42,7 @@ from esm_neuron.training.build import build_model, model_config
 from esm_neuron.training.callbacks import EarlyStopping
 from esm_neuron.training.evaluation import Evaluator
 from esm_neuron.training.features import FrozenEncoder, folder_of
-from esm_neuron.training.linear_fit import LinearHead, fit_path
+from esm_neuron.training.linear_fit import ROUGH, TOLERANCE, Axes, LinearHead, fit_path
 from esm_neuron.training.monitors import Clock
 from esm_neuron.training.trainer import Trainer
 
@@ -50,10 +52,10 @@ Log = Callable[[str], None]
 FOLDS = 5
 MOST_BYTES, MOST_RESIDUES = 1 << 32, 200_000
 """Most memory of the states of a split, and most residues with a label each: of more, a sample of proteins is used."""
-PATIENCE = 4
-"""Penalties, each weaker than the one before, that may gain nothing in metric or loss before the rest is left out."""
+PATIENCE = 1
+"""Penalties, each weaker than the one before, that may gain nothing before the rest is left out: it has one dip."""
 MOST_JOINED = 1 << 30
-"""Bytes of all layers' states side by side above which `auto` does not try them."""
+"""Bytes of all layers' states side by side up to which `auto` takes them; of more it tries one layer at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class Probe:
     """`model.layers` of the model that it is for: as configured, or what `auto` has found."""
     penalty: float
     chosen_on: str
-    """`valid`, or how many folds of the training proteins."""
+    """How many folds of the training proteins."""
     metrics: Scores
-    """Of the predictions that it was chosen by."""
-    tried: dict[str, float | None]
-    """Layers -> the task's metric with the best penalty for them."""
+    """Of the predictions for them, each by a head that was fitted to the other folds."""
+    tried: dict[str, float]
+    """Layers -> the loss of these predictions, as in training, with the best penalty for them."""
     residues: int = 0
     """Of the training proteins."""
     proteins: dict[str, int] = field(default_factory=dict)
@@ -88,40 +90,38 @@ def fit_probe(
     cfg: TrainConfig,
     task: Task,
     backend: Backend,
-    tables: Mapping[str, ExampleTable],
+    table: ExampleTable,
     log: Log,
     expect: Callable[[str, int], None],
 ) -> Probe:
-    """Return the probe of a run, on every rank; `tables` are those of `train` and, where there is one, `valid`."""
+    """Return the probe of a run, on every rank, fitted to a table of training proteins."""
     whole, _ = raise_on_any_rank(backend, lambda: open_weights(cfg.model, cfg.seed))
     depth = whole.num_hidden_layers
     read = tuple(range(depth + 1)) if cfg.model.layers in ("auto", "concat") else (depth,)
     row_bytes = 4 * len(read) * read_width(cfg.model.pooling, whole.hidden_size, 1, shares=False)
-    tables = {split: _sampled(table, split, task, row_bytes, log) for split, table in tables.items()}
+    table = _sampled(table, task, row_bytes, log)
     begun = monotonic()
     encoder = _encoder(cfg, task, backend, read, log, expect)
-    states = {split: encoder.states(table) for split, table in tables.items()}
+    states = encoder.states(table)
     fits = monotonic()
     log(f"{encoder.passed:,} proteins have passed the encoder; the states of {encoder.found:,} were kept from before")
     expect("the fit of the probe", 1)
     candidates: dict[int | str, Sequence[int]] = {cfg.model.layers: range(len(read))}
     if cfg.model.layers == "auto":
-        candidates = {layer: (layer,) for layer in read[1:]}
-        if task.pools and len(tables["train"]) * row_bytes <= MOST_JOINED:
-            candidates["concat"] = read
-        elif task.pools:
-            log("NOTE: model.layers=auto does not try `concat`: all layers side by side are more than a gigabyte")
+        joins = task.pools and len(table) * row_bytes <= MOST_JOINED
+        candidates = {"concat": read} if joins else {layer: (layer,) for layer in read[1:]}
+        if task.pools and not joins:
+            log("NOTE: model.layers=auto tries one layer at a time: side by side they are more than a gigabyte")
 
     def fit() -> Probe:
-        rows = {split: _Rows.of(cfg, task, table, states[split]) for split, table in tables.items()}
-        return _chosen(cfg, task, whole, rows, candidates)
+        return _chosen(cfg, task, whole, _Rows.of(cfg, task, table, states), candidates)
 
     chosen = from_main_rank(backend, fit)
     return replace(
         chosen,
         proteins={"passed": encoder.passed, "found": encoder.found},
         seconds={"states": fits - begun, "fit": monotonic() - fits},
-        residues=int(tables["train"].whole_residues().sum(dtype=np.int64)),
+        residues=int(table.whole_residues().sum(dtype=np.int64)),
     )
 
 
@@ -141,7 +141,7 @@ def _encoder(
     return FrozenEncoder(evaluator, cfg, folder, read, log, expect)
 
 
-def _sampled(table: ExampleTable, split: str, task: Task, row_bytes: int, log: Log) -> ExampleTable:
+def _sampled(table: ExampleTable, task: Task, row_bytes: int, log: Log) -> ExampleTable:
     """Return a table whose states fit the memory: all of its proteins, or a sample of them."""
     rows = np.bincount(table.record, table.lengths if task.per_token else None, len(table.ids))
     most = min(MOST_BYTES // row_bytes, MOST_RESIDUES if task.per_token else MOST_BYTES)
@@ -150,14 +150,13 @@ def _sampled(table: ExampleTable, split: str, task: Task, row_bytes: int, log: L
     order = np.random.default_rng(0).permutation(len(rows))
     keep = np.zeros(len(rows), dtype=bool)
     keep[order[np.cumsum(rows[order]) <= most]] = True
-    what = "to fit on" if split == "train" else "to choose by"
-    log(f"NOTE: the probe takes {keep.sum():,} of {len(keep):,} {split} proteins {what}, {rows[keep].sum():,.0f} rows")
+    log(f"NOTE: the probe is fitted on {keep.sum():,} of {len(keep):,} training proteins, {rows[keep].sum():,.0f} rows")
     return select_records(table, keep)[0]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is fitted, or chosen by: a row per example, or per token of a task with a target for each."""
+    """What is fitted to: a row per example, or per token of a task with a target for each."""
 
     table: ExampleTable
     states: np.ndarray
@@ -168,6 +167,8 @@ class _Rows:
     weights: np.ndarray
     record: np.ndarray
     """int64 [n]: whose each row is."""
+    means: int
+    """How many means, side by side, the states of a layer are."""
 
     @classmethod
     def of(cls, cfg: TrainConfig, task: Task, table: ExampleTable, states: np.ndarray) -> _Rows:
@@ -186,100 +187,95 @@ class _Rows:
             labels=join([target.label for target in targets]),
             weights=join([np.asarray(target.weight, np.float32) for target in targets]),
             record=np.repeat(table.record, table.lengths) if task.per_token else table.record,
+            means=1 if task.per_token else read_width(cfg.model.pooling, 1, 1, shares=False),
         )
 
-    def features(self, places: Sequence[int]) -> np.ndarray:
-        """Return what the head of these layers, by their place in `states`, predicts from."""
-        return np.concatenate([*(self.states[:, place] for place in places), self.shares], axis=1)
+    def axes(self, places: Sequence[int]) -> Axes:
+        """Return the axes of what the head of these layers, by their place in `states`, predicts from.
+
+        The states of all these layers are a block for each mean (all residues, the termini), the shares are one.
+        """
+        features = np.concatenate([*(self.states[:, place] for place in places), self.shares], axis=1)
+        of_layer = np.repeat(np.arange(self.means), self.states.shape[2] // self.means)
+        blocks = [*[of_layer] * len(places), np.full(self.shares.shape[1], self.means)]
+        return Axes.of(features, np.concatenate(blocks))
 
 
-def _trials(
-    task: Task, config: EsmConfig, train: _Rows, valid: _Rows | None, fold: np.ndarray, places: Sequence[int]
-) -> list[tuple[LinearHead, Scores]]:
-    """Return for each penalty the head fitted to all training rows, and the metrics that it is chosen by.
+class _Fit:
+    """Fits heads along some axes of a task's rows by its loss."""
 
-    On validation rows the weakest penalties, which take the most time, are left out after PATIENCE without a gain.
-    Without such rows the metrics are of the predictions for each `fold`, int64 [n], by heads fitted to the others.
-    """
-    features, no_batch, outputs = train.features(places), cast(Batch, None), int(config.num_labels or 0)
+    def __init__(self, task: Task, rows: _Rows, axes: Axes, outputs: int) -> None:
+        self.task, self.axes, self.outputs = task, axes, outputs
+        self.known = rows.weights > 0
+        self._labels, self._weights = (torch.from_numpy(array) for array in (rows.labels, rows.weights))
 
-    def fit(used: np.ndarray) -> Iterator[LinearHead]:
-        used = used & (train.weights > 0)
-        labels, weights = (torch.from_numpy(array[used]) for array in (train.labels, train.weights))
-        targets = cast(Batch, SimpleNamespace(labels=labels, weights=weights))  # what a loss reads of a batch
+    def path(self, used: np.ndarray, tolerance: float = TOLERANCE) -> Iterator[LinearHead]:
+        """Yield heads fitted to the rows `used`, bool [n], see `fit_path`."""
+        used = used & self.known
+        along, variance = self.axes.along[used], self.axes.variance
+        return fit_path(along, variance, self.outputs, lambda logits: self.loss(logits, used), tolerance)
 
-        def loss(logits: Tensor) -> Tensor:
-            total, weight = task.loss(logits, targets)
-            return total / weight
+    def loss(self, logits: Tensor, used: np.ndarray) -> Tensor:
+        """Return the mean loss of logits of the rows `used`."""
+        rows = torch.from_numpy(np.flatnonzero(used))
+        # what a loss reads of a batch
+        targets = SimpleNamespace(labels=self._labels[rows], weights=self._weights[rows])
+        total, weight = self.task.loss(logits, cast(Batch, targets))
+        return total / weight
 
-        return fit_path(features[used], outputs, loss)
-
-    def score(table: ExampleTable, logits: np.ndarray) -> Scores:
-        predictions = task.predictions(torch.from_numpy(logits), no_batch)
-        return task.metrics(table, [each.numpy() for each in predictions])
-
-    if valid is not None:
-        seen, found = valid.features(places), list[tuple[LinearHead, Scores]]()
-        gains = EarlyStopping(PATIENCE, task.greater_is_better), EarlyStopping(PATIENCE, greater_is_better=False)
-        for head in fit(fold >= 0):
-            found.append((head, score(valid.table, head(seen))))
-            for gain, name in zip(gains, (task.metric, "loss"), strict=True):
-                gain.update(_number(found[-1][1].get(name)), len(found))
-            if all(gain.stop for gain in gains):
+    def by_folds(self, fold: np.ndarray) -> tuple[EarlyStopping, np.ndarray]:
+        """Return the losses by penalty, counted from 0, and with the best one the logits [n, outputs] for each `fold`,
+        int64 [n], by heads fitted to the others. Weak penalties, which take the most time, are left out if worse."""
+        inside = [fold == number for number in np.unique(fold)]
+        gains, best = EarlyStopping(PATIENCE, greater_is_better=False), np.zeros((len(fold), self.outputs), np.float32)
+        for step, heads in enumerate(zip(*(self.path(~own, ROUGH) for own in inside), strict=True)):
+            logits = np.empty_like(best)
+            for own, head in zip(inside, heads, strict=True):
+                logits[own] = head(self.axes.along[own])
+            if gains.update(self.loss(torch.from_numpy(logits[self.known]), self.known).item(), step):
+                best = logits
+            if gains.stop:
                 break
-        return found
-    heads = list(fit(fold >= 0))
-    logits = np.zeros((len(heads), len(features), outputs), np.float32)
-    for number in np.unique(fold):
-        for own, head in zip(logits, fit(fold != number), strict=True):
-            own[fold == number] = head(features[fold == number])
-    return [(head, score(train.table, own)) for head, own in zip(heads, logits, strict=True)]
+        return gains, best
 
 
 def _chosen(
-    cfg: TrainConfig,
-    task: Task,
-    whole: EsmConfig,
-    rows: Mapping[str, _Rows],
-    candidates: Mapping[Any, Sequence[int]],
+    cfg: TrainConfig, task: Task, whole: EsmConfig, rows: _Rows, candidates: Mapping[Any, Sequence[int]]
 ) -> Probe:
-    """Return the head with the best metric, as a checkpoint is chosen: of equal ones that with the lowest loss."""
-    train, valid = rows["train"], rows.get("valid")
-    fold = _folds(train, cfg) if valid is None else train.record
-    best, tried = EarlyStopping(0, task.greater_is_better), {}
-    chosen: dict[str, Any] = {}
+    """Return the head with the least loss, fitted to all rows with the penalty that has it."""
+    fold = _folds(rows, cfg)
+    best, tried, found = EarlyStopping(0, greater_is_better=False), dict[str, float](), list[Any]()
     for layers, places in candidates.items():
         config = model_config(replace(cfg, model=replace(cfg.model, layers=layers)), task, whole)
-        found = _trials(task, config, train, valid, fold, places)
-        own = EarlyStopping(0, task.greater_is_better)
-        for number, (_, metrics) in enumerate(found):
-            own.update(_number(metrics[task.metric]), number, _number(metrics.get("loss")))
-        tried[str(layers)] = own.best
-        head, metrics = found[own.best_step or 0]
-        if best.update(own.best, 0, own.best_loss) or not chosen:
-            name = task.linear_head(config)
-            tensors = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
-            chosen = {"layers": layers, "penalty": head.penalty, "metrics": metrics,
-                      "head": {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}}  # fmt: skip
-    return Probe(**chosen, chosen_on="valid" if valid else f"{len(np.unique(fold))} folds of train", tried=tried)
-
-
-def _number(value: Value | None) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+        fit = _Fit(task, rows, rows.axes(places), int(config.num_labels or 0))
+        gains, logits = fit.by_folds(fold)
+        tried[str(layers)] = float("nan") if gains.best is None else gains.best
+        if best.update(gains.best, 0) or not found:
+            found = [layers, config, fit, gains.best_step or 0, logits]
+    layers, config, fit, step, logits = found
+    head = fit.axes.of_features(next(itertools.islice(fit.path(fold >= 0), step, None)))
+    predictions = task.predictions(torch.from_numpy(logits), cast(Batch, None))
+    name = task.linear_head(config)
+    return Probe(
+        head={f"{name}.weight": torch.from_numpy(head.weight), f"{name}.bias": torch.from_numpy(head.bias)},
+        layers=layers,
+        penalty=head.penalty,
+        chosen_on=f"{len(np.unique(fold))} folds of train",
+        metrics=task.metrics(rows.table, [each.numpy() for each in predictions]),
+        tried=tried,
+    )
 
 
 def _folds(train: _Rows, cfg: TrainConfig) -> np.ndarray:
-    """Return the fold of each row, int64 [n]; proteins of one cluster of homologs share one."""
-    method = cfg.data.homologs
-    clusters = np.arange(len(train.table.ids)) if method == "off" else find_clusters(train.table, method)
-    count = min(FOLDS, len(np.unique(clusters)))
+    """Return the fold of each row, int64 [n]; proteins of one family share one, unless nearly all are of one."""
+    proteins = len(train.table.ids)
+    units = independent_units(train.table, cfg.data.homologs)
+    units = np.arange(proteins) if units is None else units
+    count = min(FOLDS, len(np.unique(units)))
     if count < 2:
-        raise DataError(
-            f"{cfg.data.train}: all training proteins are homologs, and none are for validation: nothing can be chosen "
-            "by; give data.valid, or data.valid_fraction above 0"
-        )
-    of_protein = np.zeros(len(clusters), np.int64)
-    splits = model_selection.GroupKFold(count).split(clusters, groups=clusters)
+        raise DataError(f"{cfg.data.train}: one training protein, of which no fold can be made; a probe needs two")
+    of_protein = np.zeros(proteins, np.int64)
+    splits = model_selection.GroupKFold(count).split(units, groups=units)
     for number, (_, held_out) in enumerate(splits):
         of_protein[held_out] = number
     return of_protein[train.record]

@@ -195,8 +195,7 @@ class _Job:
         loaders = Loaders.of(cfg, splits, task, backend)
         fitted = None
         if cfg.adapter.kind == "probe":
-            tables = {split: table for split, table in loaders.tables().items() if split != "test"}
-            fitted = probe.fit_probe(cfg, task, backend, tables, log, watchdog.expect)
+            fitted = probe.fit_probe(cfg, task, backend, loaders.train.table, log, watchdog.expect)
             cfg = replace(cfg, model=replace(cfg.model, layers=fitted.layers))
         start = fitted.head if fitted else from_main_rank(backend, lambda: starting_head(cfg, task))
         built = raise_on_any_rank(backend, lambda: build.build_model(cfg, task, backend, start=start))

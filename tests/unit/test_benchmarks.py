@@ -212,6 +212,10 @@ def test_yardsticks_run_from_files_to_the_table_beside_the_paper(
     assert "left out: " in capsys.readouterr().out, "splits that are not there are named"
     again = list(yardsticks.collect(args))
     assert again == rows, "finished runs are not made again"
+    other = yardsticks.arguments([*words.split(), *short[:-1], "data.max_residues=62"])
+    asked = (yardsticks.YARDSTICKS[0], tmp_path / "scl" / "mixed_hard.csv.gz", "mini", "lora", 0)
+    outputs = {yardsticks.configured(*asked, each).output for each in (args, other)}
+    assert len(outputs) == 2, "results of other settings are not taken"
     shown = yardsticks.render([{**rows[1], "model": "8M", "paper": 0.559}])
     assert "| scl/mixed_hard | 8M | lora | accuracy | " in shown and shown.splitlines()[2].endswith("| 0.559 |")
     assert "doi:10.1038/s41467-024-51844-2" in shown

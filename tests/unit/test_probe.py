@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,9 @@ from esm_neuron.inference.embed import embed
 from esm_neuron.inference.evaluate import evaluate
 from esm_neuron.inference.export import export
 from esm_neuron.inference.predict import predict
-from esm_neuron.run_dir import CALIBRATION, read_finished
+from esm_neuron.run_dir import read_finished
 from esm_neuron.tasks import TASKS, task_class
-from esm_neuron.training import features, linear_fit, run
+from esm_neuron.training import features, linear_fit, probe, run
 from esm_neuron.training.evaluation import Evaluator
 
 PROBED = [task for task in TASKS if task != "masked_lm"]
@@ -72,12 +72,11 @@ def test_every_task_has_a_probe_which_is_a_run_like_any_other(
     cfg = probed(task_toys[task], "probe")
     found, kept = results[task], read_finished(Path(cfg.output))
     assert kept.result == json.loads(json.dumps(found)) and found["adapter"] == "probe"
-    probe = found["probe"]
-    assert probe["chosen_on"] == "valid" and probe["layers"] == kept.cfg.model.layers != "auto"
-    assert set(probe["tried"]) == {"1", "2", *(["concat"] if task != "residue_classification" else [])}
-    best = (max if task_class(task).greater_is_better else min)(value for value in probe["tried"].values() if value)
-    assert probe["tried"][str(probe["layers"])] == best
-    assert (log_lines(cfg)[0]["split"], losses(cfg)) == ("valid", [])
+    own = found["probe"]
+    assert own["chosen_on"] == "5 folds of train" and own["layers"] == kept.cfg.model.layers != "auto"
+    assert set(own["tried"]) == ({"1", "2"} if task == "residue_classification" else {"concat"})
+    assert own["tried"][str(own["layers"])] == min(own["tried"].values())
+    assert (log_lines(cfg)[0]["split"], losses(cfg)) == ("5 folds of train", [])
     again = evaluate(Path(cfg.output), Path(str(cfg.data.test)), None, None, str)
     assert_same_metrics(again, found["test"], rel=1e-5, abs=1e-6)
     export(cfg.output, tmp_path / "exported")
@@ -85,13 +84,7 @@ def test_every_task_has_a_probe_which_is_a_run_like_any_other(
     words = [f"--data.{name}={getattr(cfg.data, name)}" for name in names]
     again = evaluate(tmp_path / "exported", Path(str(cfg.data.test)), None, None, str, words)
     assert_same_metrics(again, found["test"], rel=1e-5, abs=1e-6)
-    # what chose is what the finished model gives, before its answers are calibrated on the same proteins
-    assert found["calibration"]["proteins"] > 0
-    shutil.copytree(Path(cfg.output) / "model", tmp_path / "raw", ignore=lambda *_: {CALIBRATION})
-    rows, drawn = pd.read_csv(str(cfg.data.train), dtype=str), (Path(cfg.output) / "valid_ids.txt").read_text().split()
-    rows[rows["id"].isin(drawn)].to_csv(tmp_path / "valid.csv", index=False)
-    again = evaluate(tmp_path / "raw", tmp_path / "valid.csv", None, None, str, words)
-    assert_same_metrics(probe["metrics"], {n: v for n, v in again.items() if n in probe["metrics"]}, abs=1e-4)
+    assert found["calibration"]["proteins"] == found["valid"].get("n_records", found["valid"]["n"]) > 0
     card = (Path(cfg.output) / "model" / "README.md").read_text()
     assert "A linear head on frozen ESM-2" in card and "| fitted | at once, with a penalty of" in card
 
@@ -132,22 +125,42 @@ def test_its_head_is_the_logistic_regression_of_scikit_learn_on_what_embed_write
     cfg = toy(model=mini, adapter={"kind": "probe"}, task={"class_weights": weights}, log={"baselines": False})
     temperature = run.train(cfg, str).result["calibration"]["temperature"]
     data = labelled(cfg, tmp_path)
-    scaler = StandardScaler().fit(data["train"][0])
+    train, test = along_axes(data["train"][0], data["test"][0])
     by_class = {"alpha": 1.0, "beta": 4.0} if weights != "none" else {"alpha": 1.0, "beta": 1.0}
     total = sum(by_class[label] for label in data["train"][1])
     # scikit-learn's binary model has one vector w, ours has two, -w / 2 and w / 2, of half the squared norm
     peer = LogisticRegression(C=2 / (penalty * total), class_weight=by_class, tol=1e-8, max_iter=10_000)
-    peer.fit(scaler.transform(data["train"][0]), data["train"][1])
-    expected = 1 / (1 + np.exp(-peer.decision_function(scaler.transform(data["test"][0])) / temperature))
+    peer.fit(train, data["train"][1])
+    expected = 1 / (1 + np.exp(-peer.decision_function(test) / temperature))
     found = pd.read_parquet(Path(cfg.output) / "predictions-test.parquet")["p_beta"]
     np.testing.assert_allclose(found, expected, atol=2e-3)
     assert expected.std() > 0.1
 
 
+def along_axes(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Standardized features along the principal axes of the training ones, over the square roots of the sds there."""
+    scaler = StandardScaler().fit(train)
+    _, singular, axes = np.linalg.svd(scaler.transform(train), full_matrices=False)
+    variance = singular**2 / len(train)
+    kept = variance > linear_fit.LEAST_VARIANCE * variance[0]
+    return tuple(scaler.transform(each) @ (axes[kept].T * variance[kept] ** -0.25) for each in (train, test))
+
+
+def test_a_head_along_the_axes_is_one_of_the_features_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    for n in (9, 200):  # fewer rows than columns, and more
+        features = (rng.normal(size=(n, 30)) * rng.uniform(0.1, 9, 30) + 5).astype(np.float32)
+        features[:, 4] = 7.0  # says nothing
+        found = linear_fit.Axes.of(features, np.arange(30) % 3)
+        np.testing.assert_allclose(found.along.var(0), found.variance, rtol=1e-3)
+        shape = (2, len(found.variance))
+        along = linear_fit.LinearHead(1.0, rng.normal(size=shape).astype(np.float32), np.ones(2, np.float32))
+        np.testing.assert_allclose(found.of_features(along)(features), along(found.along), atol=1e-3)
+        assert np.abs(found.of_features(along).weight[:, 4]).max() < 1e-12
+
+
 def only(monkeypatch: pytest.MonkeyPatch, penalty: float) -> None:
     """Try one penalty."""
-    from esm_neuron.training import probe
-
     path = linear_fit.fit_path
     monkeypatch.setattr(probe, "fit_path", lambda *what: path(*what, penalties=(penalty,)))
 
@@ -166,10 +179,10 @@ def test_its_head_is_the_ridge_regression_of_scikit_learn(
     for name, path in (("train", tmp_path / "own.csv"), ("test", Path(str(cfg.data.test)))):
         embed(cfg.output, path, tmp_path / f"{name}.parquet", log=str)
     train, test = (np.stack(pd.read_parquet(tmp_path / f"{n}.parquet")["embedding"]) for n in ("train", "test"))
-    scaler, target = StandardScaler().fit(train), rows.loc[list(splits.train.ids)]["value"]
+    (train, test), target = along_axes(train, test), rows.loc[list(splits.train.ids)]["value"]
     standardized = (target - target.mean()) / target.std(ddof=0)
-    peer = Ridge(alpha=penalty * len(target) / 2).fit(scaler.transform(train), standardized)
-    expected = peer.predict(scaler.transform(test)) * target.std(ddof=0) + target.mean()
+    peer = Ridge(alpha=penalty * len(target) / 2).fit(train, standardized)
+    expected = peer.predict(test) * target.std(ddof=0) + target.mean()
     found = pd.read_parquet(Path(cfg.output) / "predictions-test.parquet")["value"]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
@@ -203,12 +216,12 @@ def test_no_protein_is_run_twice_and_runs_share_what_is_kept(
 ) -> None:
     cache = {"cache": str(tmp_path / "cache")}
     first = run.train(toy("one", adapter={"kind": "probe"}, model={"layers": "auto"}, data=cache), str).result
-    assert first["probe"]["proteins"] == {"passed": 80, "found": 0}
+    assert first["probe"]["proteins"] == {"passed": 60, "found": 0}
     one, evaluation = sum(passes), 40  # valid and test, by the finished model
-    assert one == 80 + evaluation
+    assert one == 60 + evaluation
     passes.clear()
     second = run.train(toy("two", adapter={"kind": "probe"}, model={"layers": "auto"}, data=cache), str).result
-    assert second["probe"]["proteins"] == {"passed": 0, "found": 80} and sum(passes) == evaluation
+    assert second["probe"]["proteins"] == {"passed": 0, "found": 60} and sum(passes) == evaluation
     assert second["test"] == first["test"]
     passes.clear()  # other weights, another pooling, or a layer more: others' states are not taken
     for name, model in (("seed", {}), ("pooling", {"pooling": "cls"})):
@@ -216,7 +229,7 @@ def test_no_protein_is_run_twice_and_runs_share_what_is_kept(
         cfg = replace(toy(name, adapter={"kind": "probe"}, model=model, data=cache), **seed)
         assert run.train(cfg, str).result["probe"]["proteins"]["found"] == 0
     # of one layer, the last: those of a run that kept all
-    assert run.train(toy("last", adapter={"kind": "probe"}, data=cache), str).result["probe"]["proteins"]["found"] == 80
+    assert run.train(toy("last", adapter={"kind": "probe"}, data=cache), str).result["probe"]["proteins"]["found"] == 60
 
 
 def test_a_killed_probe_goes_on_where_it_was(
@@ -242,71 +255,82 @@ def test_a_killed_probe_goes_on_where_it_was(
     content = shards[0].read_bytes()
     shards[0].write_bytes(content[:-8] + bytes(8))  # what is damaged is run again
     resumed = run.train(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")), str).result
-    assert resumed["probe"]["proteins"] == {"passed": 80 - sum(there[1:]), "found": sum(there[1:])}
+    assert resumed["probe"]["proteins"] == {"passed": 60 - sum(there[1:]), "found": sum(there[1:])}
     assert "its content is not what its name says" in caplog.text
     assert_same_metrics(resumed["test"], expected["test"], abs=1e-6)
     again = run.train(replace(cfg, checkpoint=replace(cfg.checkpoint, resume="auto")), str).result
     assert again["test"] == resumed["test"]
 
 
-def test_without_validation_proteins_folds_by_cluster_choose(toy: Callable[..., TrainConfig]) -> None:
+def test_a_probe_needs_no_validation_proteins(toy: Callable[..., TrainConfig]) -> None:
     none = {"valid": None, "valid_fraction": 0.0}
-    cfg = toy(adapter={"kind": "probe"}, model={"layers": "auto"}, data=none)
-    found = run.train(cfg, str).result
+    found = run.train(toy(adapter={"kind": "probe"}, model={"layers": "auto"}, data=none), str).result
     assert found["probe"]["chosen_on"] == "5 folds of train" and found["probe"]["metrics"]["n"] == 60
     assert found["valid"] is None and found["test"]["mcc"] > 0.3
-    rows = pd.read_csv(str(cfg.data.train))
-    pd.DataFrame({**rows, "sequence": "ACDEFGHIKLMNPQRSTVWYACDEFGHIKLMN"}).to_csv(f"{cfg.output}.csv")
-    with pytest.raises(DataError, match="all training proteins are homologs, and none are for validation"):
-        run.train(toy("same", adapter={"kind": "probe"}, data={**none, "train": f"{cfg.output}.csv"}), str)
+
+
+def test_no_family_is_in_two_folds() -> None:
+    rng = np.random.default_rng(0)
+    sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 90)) for _ in range(20)]
+    tokens, offsets = encode_many([first + last for first in sequences for last in ("", "A", "AC")])
+    table = features.ExampleTable.of(tokens, offsets)
+    rows: Any = SimpleNamespace(table=table, record=table.record)
+    fold = probe._folds(rows, TrainConfig()).reshape(20, 3)
+    assert (fold == fold[:, :1]).all() and set(np.bincount(fold[:, 0])) == {4}
+    tokens, offsets = encode_many([sequences[0] + "A" * n for n in range(10)])
+    rows.table = features.ExampleTable.of(tokens, offsets)
+    rows.record = rows.table.record
+    assert set(np.bincount(probe._folds(rows, TrainConfig()))) == {2}, "one family: single proteins"
+    rows.table = features.ExampleTable.of(*encode_many(sequences[:1]))
+    with pytest.raises(DataError, match="one training protein, of which no fold can be made"):
+        probe._folds(rows, TrainConfig())
 
 
 def test_weak_penalties_are_left_out_where_they_gain_nothing(
     toy: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from esm_neuron.training import probe
-
-    fitted: list[float] = []
+    paths: list[list[float]] = []
 
     def counted(*what: Any) -> Iterator[linear_fit.LinearHead]:
+        paths.append(own := [])
         for head in linear_fit.fit_path(*what):
-            fitted.append(head.penalty)
+            own.append(head.penalty)
             yield head
 
     monkeypatch.setattr(probe, "fit_path", counted)
-    run.train(toy("true", adapter={"kind": "probe"}), str)
-    assert fitted == list(linear_fit.PENALTIES), "each answers better than the one before"
-    fitted.clear()
+    found = run.train(toy("true", adapter={"kind": "probe"}), str).result["probe"]
+    chosen = linear_fit.PENALTIES.index(found["penalty"]) + 1
+    tried = list(linear_fit.PENALTIES[: chosen + probe.PATIENCE])
+    assert paths == [*[tried] * 5, tried[:chosen]] and chosen > 3, "the last one with all proteins"
+    paths.clear()
     rows = pd.read_csv(str(toy().data.train))
     rows["label"] = np.random.default_rng(0).permutation(rows["label"])
     rows.to_csv(tmp_path / "noise.csv")
     run.train(toy("noise", adapter={"kind": "probe"}, data={"train": str(tmp_path / "noise.csv")}), str)
-    assert probe.PATIENCE < len(fitted) < len(linear_fit.PENALTIES)
+    assert len(paths[-1]) <= 2, "nothing to learn: all but constant"
 
 
 def test_of_many_residues_a_sample_is_used_and_said(
     task_toys: dict[str, TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from esm_neuron.training import probe
-
     monkeypatch.setattr(probe, "MOST_RESIDUES", 300)
     said: list[str] = []
     found = run.train(probed(task_toys["residue_classification"], "few"), said.append).result
-    notes = [line for line in said if line.startswith("NOTE: the probe takes")]
-    assert len(notes) == 2 and " of 32 train proteins to fit on, " in notes[0]
+    notes = [line for line in said if line.startswith("NOTE: the probe is fitted on")]
+    assert len(notes) == 1 and " of 32 training proteins, " in notes[0]
     assert found["probe"]["proteins"]["passed"] < 20
 
 
 def test_fine_tuning_starts_from_a_probe(toy: Callable[..., TrainConfig]) -> None:
     reads = {"layers": "auto", "pooling": "mean+termini", "composition": True}
     base = toy("probe", adapter={"kind": "probe"}, model=reads)
-    probe = run.train(base, str).result
+    first = run.train(base, str).result
     for kind in ("lora", "none"):
         start = {"kind": kind, "init_from": base.output}
         cfg = toy(kind, adapter=start, optim={"lr": 1e-12}, loop={"max_steps": 1}, log={"baselines": False})
         found = run.train(cfg, str).result
-        assert_same_metrics(found["test"], probe["test"], abs=1e-4)
-        assert read_finished(Path(cfg.output)).cfg.model == replace(base.model, layers=probe["probe"]["layers"])
+        assert_same_metrics(found["test"], first["test"], abs=1e-4)
+        assert read_finished(Path(cfg.output)).cfg.model == replace(base.model, layers=first["probe"]["layers"])
     wrong = {
         "its model.name is tiny, here it is mini": {"model": {"name": "mini", "init": "pretrained"}},
         "its task is sequence_classification, here it is regression": {"task": {"name": "regression"}},
