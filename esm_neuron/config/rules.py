@@ -138,6 +138,18 @@ def validate(cfg: TrainConfig) -> None:
     check_values(cfg)
 
 
+def _check_mask_rates(task: TaskConfig) -> None:
+    rates = task.mask_rates
+    require(
+        rates is None or (all(0 <= rate <= 0.99 for rate in rates.values()) and any(rates.values())),
+        f"task.mask_rates={rates} must be 0 to 0.99 each, and one of them above 0",
+    )
+    require(
+        rates is None or task.mask_probability == TaskConfig.mask_probability,
+        f"task.mask_probability={task.mask_probability} has no effect beside task.mask_rates; leave one out",
+    )
+
+
 def check_values(cfg: TrainConfig) -> None:
     """Check what `validate` checks, for a configuration without training data."""
     check_backend(cfg)
@@ -180,15 +192,7 @@ def check_values(cfg: TrainConfig) -> None:
     # which settings a task uses is its own to say, see `tasks.check_task`
     weights = cfg.task.class_weights.values() if isinstance(cfg.task.class_weights, dict) else ()
     require(all(0 < weight < math.inf for weight in weights), "task.class_weights must all be above 0")
-    rates = cfg.task.mask_rates
-    require(
-        rates is None or (all(0 <= rate <= 0.99 for rate in rates.values()) and any(rates.values())),
-        f"task.mask_rates={rates} must be 0 to 0.99 each, and one of them above 0",
-    )
-    require(
-        rates is None or cfg.task.mask_probability == TaskConfig.mask_probability,
-        f"task.mask_probability={cfg.task.mask_probability} has no effect beside task.mask_rates; leave one out",
-    )
+    _check_mask_rates(cfg.task)
     scale = cfg.task.target_sd
     require(scale is None or 0 < scale < math.inf, f"task.target_sd={scale} must be above 0")
 

@@ -45,7 +45,6 @@ else:
 
 BATCH = 1024
 """Records held at once."""
-LMDB = "TAPE's and PEER's hold pickles, which can run code; take TAPE's JSON, or write it as CSV"
 GROUP_ROWS, GROUP_BYTES = 100_000, 1 << 26
 NESTED_LIMIT = 1 << 30
 """Bytes that the lists of records decoded together can have, were every entry as long as all that is stored."""
@@ -229,8 +228,6 @@ def read_dataset(folder: str, columns: Sequence[Column]) -> Iterator[Block]:
     if (path / "dataset_dict.json").exists():
         splits = sorted(str(item) for item in path.iterdir() if item.is_dir())
         raise DataError(f"{folder}: the folder holds several splits; name one of them: {', '.join(splits)}")
-    if (path / "data.mdb").exists():
-        raise DataError(f"{folder}: an LMDB; {LMDB}")
     if not (path / "dataset_info.json").exists() or not (path / "state.json").exists():
         raise DataError(f"{folder}: this is a folder; name a file in it, or a folder that Dataset.save_to_disk wrote")
     try:

@@ -37,6 +37,7 @@ EXPANSION_FROM = 1 << 26
 """Bytes from which `EXPANSION_LIMIT` holds."""
 TABLES = (".parquet", ".pq", ".xlsx")
 """Suffixes of tables whose rows are records, not lines."""
+LMDB = (".lmdb", ".mdb")
 DELIMITED = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 """Suffix of a table in text -> what is between its columns, as a rule."""
 FASTA, JSONL, JSON = (".fasta", ".fa", ".faa", ".fas"), (".jsonl", ".ndjson"), ".json"
@@ -187,7 +188,7 @@ def file_and_number(files: Sequence[tuple[str, str | None]], number: int) -> tup
 
 def row_unit(source: str) -> str:
     """Return what the number of a row counts: `line` in text, `record` in JSON lists, tables and datasets."""
-    table = is_hub(source) or suffix_of(source) in (JSON, *TABLES) or os.path.isdir(source)
+    table = is_hub(source) or suffix_of(source) in (JSON, *TABLES, *LMDB) or os.path.isdir(source)
     return "record" if table else "line"
 
 
@@ -314,7 +315,7 @@ def text(value: object, source: str, number: int, column: Column) -> str:
         return format(value.normalize(), "f") if value.is_finite() else ""
     if isinstance(value, (list, tuple)) and column.joiner is not None:
         return _joined(value, source, number, column) if value else "[]"
-    if isinstance(value, (list, tuple)) and column.name == "mask" and set(value) <= {0, 1}:
+    if isinstance(value, (list, tuple)) and column.name == "mask" and all(v in (0, 1) for v in value):
         return "".join(str(int(entry)) for entry in value)
     if isinstance(value, (list, tuple)) and column.name == "sequence":
         try:

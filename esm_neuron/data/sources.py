@@ -19,14 +19,16 @@ import pyarrow.compute as pc
 from esm_neuron.config import DataConfig, require
 from esm_neuron.data.delimited import read_delimited
 from esm_neuron.data.fasta import read_fasta
+from esm_neuron.data.lmdb import DATA, read_lmdb
 from esm_neuron.data.looks import MISSING
-from esm_neuron.data.parquet import LMDB, read_dataset, read_hub, read_parquet, read_workbook
+from esm_neuron.data.parquet import read_dataset, read_hub, read_parquet, read_workbook
 from esm_neuron.data.records import (
     DELIMITED,
     FASTA,
     JSON,
     JSONL,
     LIST_JOINER,
+    LMDB,
     MARKS,
     NUMBERED,
     RESIDUE_JOINER,
@@ -298,7 +300,7 @@ def _reader(source: str, sheet: str | None = None) -> Reader:
     if "\0" in source:
         raise DataError(f"{source!r}: a zero byte, which no file's name has; correct the name")
     if os.path.isdir(source):
-        return read_dataset
+        return read_lmdb if os.path.isfile(os.path.join(source, DATA)) else read_dataset
     suffix = suffix_of(source)
     if source.lower().endswith(".gz") and suffix in TABLES:
         raise DataError(f"{source}: such files are compressed within; unpack it, or name it {suffix} if it is plain")
@@ -315,7 +317,6 @@ _HINTS = {
     **dict.fromkeys((".pir", ".nbrf", ".gb", ".gbk", ".embl", ".dat", ".xml"), "save the proteins as .fasta"),
     **dict.fromkeys((".pdb", ".ent", ".cif"), "save the sequences of the structure as .fasta"),
     **dict.fromkeys((".xls", ".ods"), "save the sheet as .csv or .xlsx"),
-    **dict.fromkeys((".lmdb", ".mdb"), LMDB),
     **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz"), "unpack it"),
 }
 """Suffix of a file that is not read -> what to make of it."""
@@ -326,5 +327,6 @@ FORMATS: dict[str, Reader] = {
     JSON: read_json_list,
     **dict.fromkeys(TABLES, read_parquet),
     ".xlsx": read_workbook,
+    **dict.fromkeys(LMDB, read_lmdb),
 }
 """Suffix (before .gz) -> reader."""

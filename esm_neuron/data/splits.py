@@ -93,15 +93,7 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
         f"data.mask_column={cfg.mask_column} is for labels of residues; leave it out, or use "
         "task.name=residue_classification",
     )
-    chains = len(cfg.sequence_columns)
-    require(
-        chains == 1 or labels is None or issubclass(labels, Regions),
-        f"data.sequence_column={cfg.sequence_column} joins chains, which is for task.name=masked_lm; name one column",
-    )
-    require(
-        chains == 1 or labels is None or len(cfg.label_columns) == chains,
-        f"data.label_column={cfg.label_column} must name {chains} columns, one per chain of data.sequence_column",
-    )
+    _check_chains(cfg, labels)
     names = [value for of in cfg.split_values for value in of]
     require(
         len(set(names)) == len(names) and len(cfg.split_names) == 3,
@@ -124,24 +116,41 @@ def check_settings(cfg: DataConfig, labels: type[Labels] | None) -> None:
         cfg.fold is None or (cfg.split_names == default.split_names and not cfg.test),
         f"data.fold={cfg.fold} says what is tested on; leave out data.split_names and data.test",
     )
-    if cfg.folds is not None:
-        given = [name for name in ("test", "split_column", "valid_column", "test_fraction") if getattr(cfg, name)]
-        require(
-            not given,
-            f"data.folds={cfg.folds} samples what is tested on; leave out data.{given[0] if given else ''} (folds that "
-            "a column names: data.split_column and data.fold, one run each)",
-        )
-        numbers = [str(number) for number in range(1, cfg.folds + 1)]
-        require(
-            cfg.fold is None or cfg.fold in numbers,
-            f"data.fold={cfg.fold} is none of data.folds={cfg.folds}; use 1 to {cfg.folds}, or leave it out for all",
-        )
+    _check_folds(cfg)
     for split in ("valid", "test"):
         fraction = getattr(cfg, f"{split}_fraction")
         require(
             not getattr(cfg, split) or fraction in (0, getattr(default, f"{split}_fraction")),
             f"data.{split}_fraction={fraction} has no effect beside data.{split}; leave one of them out",
         )
+
+
+def _check_chains(cfg: DataConfig, labels: type[Labels] | None) -> None:
+    chains = len(cfg.sequence_columns)
+    require(
+        chains == 1 or labels is None or issubclass(labels, Regions),
+        f"data.sequence_column={cfg.sequence_column} joins chains, which is for task.name=masked_lm; name one column",
+    )
+    require(
+        chains == 1 or labels is None or len(cfg.label_columns) == chains,
+        f"data.label_column={cfg.label_column} must name {chains} columns, one per chain of data.sequence_column",
+    )
+
+
+def _check_folds(cfg: DataConfig) -> None:
+    if cfg.folds is None:
+        return
+    given = [name for name in ("test", "split_column", "valid_column", "test_fraction") if getattr(cfg, name)]
+    require(
+        not given,
+        f"data.folds={cfg.folds} samples what is tested on; leave out data.{given[0] if given else ''} (folds that "
+        "a column names: data.split_column and data.fold, one run each)",
+    )
+    numbers = [str(number) for number in range(1, cfg.folds + 1)]
+    require(
+        cfg.fold is None or cfg.fold in numbers,
+        f"data.fold={cfg.fold} is none of data.folds={cfg.folds}; use 1 to {cfg.folds}, or leave it out for all",
+    )
 
 
 def load_splits(cfg: TrainConfig, labels: type[Labels] | None, spool: Path | None = None) -> Splits:

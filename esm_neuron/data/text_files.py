@@ -41,7 +41,7 @@ def read_jsonl(path: str, columns: Sequence[Column]) -> Iterator[Block]:
     lines = chain.from_iterable(lines_of(path, *block) for block in read_blocks(path))
     filled = ((number, line) for number, line in lines if line.strip())
     cure = "write one object a line"
-    return _read_objects(path, columns, ((number, _parsed(f"{path}:{number}", line, cure)) for number, line in filled))
+    return read_objects(path, columns, ((number, _parsed(f"{path}:{number}", line, cure)) for number, line in filled))
 
 
 def read_json_list(path: str, columns: Sequence[Column]) -> Iterator[Block]:
@@ -56,10 +56,11 @@ def read_json_list(path: str, columns: Sequence[Column]) -> Iterator[Block]:
         keys = f" with {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) else ""
         what = f"a {type(found).__name__}{keys}, not a list of objects"
         raise DataError(f"{path}: {what}; write [{{...}}, ...], or one object a line in a .jsonl")
-    yield from _read_objects(path, columns, enumerate(found, start=1))
+    yield from read_objects(path, columns, enumerate(found, start=1))
 
 
-def _read_objects(path: str, columns: Sequence[Column], objects: Iterable[tuple[int, Any]]) -> Iterator[Block]:
+def read_objects(path: str, columns: Sequence[Column], objects: Iterable[tuple[int, Any]]) -> Iterator[Block]:
+    """Give the records that are objects with a value by each name; `objects` has each with its number."""
     return in_blocks(_object_records(path, columns, objects), len(columns))
 
 

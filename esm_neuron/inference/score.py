@@ -206,19 +206,8 @@ def score(
     """
     check_target(target, JOIN, model, {"--input": source, "--wild-type": wild_type}, settings)
     spec, columns = _language_model(model, backend, settings), columns or VariantColumns()
-    compare = method != "pseudo-perplexity"
-    if wild_type is None and (compare or columns.sequence is None):
-        raise ConfigError(f"--method {method} of variants needs the wild type; give --wild-type FILE")
-    cfg = spec.cfg
-    require(
-        len(cfg.data.sequence_columns) == 1,
-        f"score is for single chains, and data.sequence_column={cfg.data.sequence_column} joins several; give "
-        "--data.sequence_column sequence",
-    )
-    if is_alone():
-        columns.check(source)
-    if is_alone() and wild_type is not None:
-        InputChunks(wild_type, cfg.data).check()
+    cfg, compare = spec.cfg, method != "pseudo-perplexity"
+    _check(cfg, source, columns, method, wild_type)
     with opened_backend(cfg) as backend_:
         protein = raise_on_any_rank(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None
         tokens = piece_tokens(cfg, backend_)
@@ -246,6 +235,21 @@ def score(
             write_rejected(backend_, target, rejected, log)
     compared = _correlation(target, method, columns) if columns.score and backend_.topology.is_main else {}
     return {"method": method, "rows": rows, **({"left_out": len(rejected)} if rejected else {}), **compared}
+
+
+def _check(cfg: TrainConfig, source: Path, columns: VariantColumns, method: Method, wild_type: Path | None) -> None:
+    """Raise EsmNeuronError for what is wrong with files and columns, as far as it is seen without torch."""
+    if wild_type is None and (method != "pseudo-perplexity" or columns.sequence is None):
+        raise ConfigError(f"--method {method} of variants needs the wild type; give --wild-type FILE")
+    require(
+        len(cfg.data.sequence_columns) == 1,
+        f"score is for single chains, and data.sequence_column={cfg.data.sequence_column} joins several; give "
+        "--data.sequence_column sequence",
+    )
+    if is_alone():
+        columns.check(source)
+    if is_alone() and wild_type is not None:
+        InputChunks(wild_type, cfg.data).check()
 
 
 def _language_model(model: str, backend: BackendName | None, settings: Sequence[str]) -> ModelSpec:

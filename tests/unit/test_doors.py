@@ -1,7 +1,7 @@
 """What comes from elsewhere and what we write passes a few doors; no other module opens files, decodes, or deletes.
 
-The doors are `files.py`, `config/settings.py` (YAML), `data/text_files.py` and `data/parquet.py` (records), and
-`models/hf_folder.py` (weights). What else touches a file is listed with its reason.
+The doors are `files.py`, `config/settings.py` (YAML), `data/text_files.py`, `data/parquet.py` and `data/lmdb.py`
+(records), and `models/hf_folder.py` (weights). What else touches a file is listed with its reason.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ DOORS: dict[str, dict[str, str]] = {
         "files.py": DOOR,
         "config/settings.py": DOOR,
         "data/text_files.py": DOOR,
+        "data/lmdb.py": DOOR,
         "data/splits.py": CACHE,
         "data/validation.py": "the first bytes of a list that we may have written",
         "data/homology.py": "what MMseqs2 has written to a folder of ours",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.lmdb_file import STORED
 
 from esm_neuron import cli
 from esm_neuron.config import settings
@@ -169,6 +170,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     values = pa.array([Decimal(i) / 4 for i in range(20)], pa.decimal128(12, 3))
     columns = {"id": [f"p{i}" for i in range(20)], "sequence": [protein(i) for i in range(20)], "label": values}
     pq.write_table(pa.table(columns), tmp_path / "decimal.parquet")
+    (tmp_path / "localization.lmdb").write_bytes(STORED)
     return tmp_path
 
 
@@ -190,6 +192,7 @@ EXPECTED: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "UniProt's TSV, rows without the label left out": ((8, 1, 0), ("Membrane", "Transport")),
     "VenusFactory: `aa_seq`, labels such as `[1, 0, 1]`": ((5, 1, 0), ("0", "1")),
     "TAPE and PEER as CSV: `primary, log_fluorescence`": ((18, 2, 0), ()),
+    "TAPE's and PEER's LMDB, a folder or the file in it": ((11, 1, 0), ("0", "1")),
     "TAPE's JSON, a number per protein": ((18, 2, 0), ()),
     "TAPE's JSON, a class per residue, some of them masked": ((5, 1, 0), ("0", "1", "2")),
     "UniProt's TSV, its locations in free text": ((8, 1, 0), ("Cell membrane", "Cytoplasm, cytoskeleton", "Nucleus")),

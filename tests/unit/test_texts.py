@@ -184,15 +184,3 @@ def test_other_files_under_the_name_of_text_are_named(tmp_path: Path, content: b
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}:1: this is {said}"):
             InputChunks(tmp_path / name, DataConfig()).read()
-
-
-def test_pairs_of_chains_and_lmdb_are_told_what_to_do(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "id,heavy,light\np,MKV,MKL\n")
-    with pytest.raises(DataError, match="pairs of chains are not read: join them in a column of their own"):
-        InputChunks(path, DataConfig(sequence_column="[heavy, light]")).read()
-    (tmp_path / "x.lmdb").mkdir()
-    (tmp_path / "x.lmdb" / "data.mdb").write_bytes(b"x")
-    (tmp_path / "y.lmdb").write_bytes(b"x")
-    for name in ("x.lmdb", "y.lmdb"):
-        with pytest.raises(DataError, match="hold pickles, which can run code; take TAPE's JSON, or write it as CSV"):
-            InputChunks(tmp_path / name, DataConfig()).read()
