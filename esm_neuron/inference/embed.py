@@ -15,7 +15,7 @@ from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import DataError
 from esm_neuron.inference.load import find_model
-from esm_neuron.inference.predict import BATCHES, predict_file
+from esm_neuron.inference.predict import BATCHES, Work, predict_file
 from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
 from esm_neuron.tasks.base import record_mean
 from esm_neuron.tasks.embedding import Embedding
@@ -86,16 +86,28 @@ def embed(
             numbering (NaN for residues that were cut off). Windows are averaged.
     """
     check_target(target, SUFFIXES, model, {"--input": source}, settings)
+    return predict_file(
+        embedding(model, pooling, backend, settings, target.suffix.lower()), source, target, resume, log
+    )
+
+
+def embedding(
+    model: str,
+    pooling: Pooling = "mean",
+    backend: BackendName | None = None,
+    settings: Sequence[str] = (),
+    suffix: str = ".parquet",
+) -> Work:
+    """Return what `embed` makes of each record, for a file of a kind."""
     spec = find_model(model, backend, settings, "embed")
     task = Embedding(per_residue=pooling == "residue")
-    shape = as_arrays if target.suffix.lower() == SAFETENSORS else as_table
+    shape = as_arrays if suffix == SAFETENSORS else as_table
 
-    def write(table: ExampleTable, each: Sequence[Sequence[np.ndarray]]) -> Predictions:
+    def rows(table: ExampleTable, each: Sequence[Sequence[np.ndarray]]) -> Predictions:
         return shape(table.ids, per_record(table, each[0], task.predictions_per_token))
 
     def network(built: Built) -> esm2.Embedder:
         return esm2.Embedder(built.model, pooling)
 
-    options = {"command": "embed", "pooling": pooling, "format": target.suffix.lower()}
-    batches = 8 if pooling == "residue" else BATCHES
-    return predict_file([spec], task, source, target, write, resume, log, options, network, batches)
+    options = {"command": "embed", "pooling": pooling, "format": suffix}
+    return Work([spec], task, rows, options, network, 8 if pooling == "residue" else BATCHES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,14 +73,72 @@ def predict(
         log: called with lines about what was read, left out or cut.
     """
     check_target(target, JOIN, model, {"--input": source}, settings)
+    return predict_file(prediction(model, backend, settings, coverage), source, target, resume, log)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command makes of each record: models that were found and not yet read, and the rows of their answers."""
+
+    specs: Sequence[ModelSpec]
+    task: Task
+    rows: Callable[[ExampleTable, Sequence[TaskPredictions]], Predictions]
+    """Makes rows of records and the predictions of each model."""
+    options: Mapping[str, Any]
+    """What decides the rows besides models and settings, in JSON's types."""
+    network: Callable[[Built], nn.Module] = lambda built: built.model
+    batches: int = BATCHES
+    """About how many batches a piece fills."""
+
+    @property
+    def cfg(self) -> TrainConfig:
+        return self.specs[0].cfg
+
+    def inputs(self, source: Path) -> InputChunks:
+        """Return the records of a file."""
+        most = MOST_RESIDUES if self.task.predictions_per_token else None
+        return InputChunks(source, self.cfg.data, most=most)
+
+    def source(self, path: Path) -> TableSource:
+        """Return the records of a file in pieces, for a process with one device."""
+        return TableSource(self.inputs(path), piece_tokens(self.cfg, 1, self.batches))
+
+    def load(self, backend: Backend) -> Loaded:
+        """Read the models; an error of any rank is raised on all."""
+        return Loaded(self, backend)
+
+
+class Loaded:
+    """The models of a `Work` in memory."""
+
+    def __init__(self, work: Work, backend: Backend) -> None:
+        built = [raise_on_any_rank(backend, partial(spec.load, work.task, backend)) for spec in work.specs]
+        self._work = work
+        self._evaluators = [evaluation.Evaluator(work.network(one), work.task, backend) for one in built]
+        first, *others = [spec.identity(one) for spec, one in zip(work.specs, built, strict=True)]
+        tokens = piece_tokens(work.cfg, backend.local_dp, work.batches)
+        more = {"piece_tokens": tokens, **work.options, **({"others": others} if others else {})}
+        self.identity: dict[str, Any] = {**first, **more}
+        """What decides the rows besides the input."""
+
+    def __call__(self, table: ExampleTable, advance: Advance = lambda tokens: None) -> Predictions:
+        """Return the rows of a piece."""
+
+        def share(tokens: float) -> None:
+            advance(tokens / len(self._evaluators))
+
+        each = [predict_table(evaluator, self._work.cfg, table, share) for evaluator in self._evaluators]
+        return self._work.rows(table, each)
+
+
+def prediction(
+    model: str, backend: BackendName | None = None, settings: Sequence[str] = (), coverage: float | None = None
+) -> Work:
+    """Return what `predict` makes of each record."""
     specs, task = find_members(model, backend, settings, "predict")
     check_coverage(task, coverage)
-
-    def write(table: ExampleTable, each: Sequence[TaskPredictions]) -> Predictions:
-        return prediction_table(task, table, each, coverage)
-
     options = {"command": "predict", "coverage": coverage, "calibration": task.calibration.digest()}
-    return predict_file(specs, task, source, target, write, resume, log, options)
+    return Work(specs, task, partial(prediction_table, task, coverage=coverage), options)
 
 
 def answers(
@@ -128,45 +186,19 @@ def prediction_table(
     return pa.table({"id": pa.array(list(table.ids), pa.string()), **made})
 
 
-def predict_file(
-    specs: Sequence[ModelSpec],
-    task: Task,
-    source: Path,
-    target: Path,
-    write: Callable[[ExampleTable, Sequence[TaskPredictions]], Predictions],
-    resume: bool,
-    log: Callable[[str], None],
-    options: Mapping[str, Any],
-    network: Callable[[Built], nn.Module] = lambda built: built.model,
-    batches: int = BATCHES,
-) -> int:
-    """Write `target` with the predictions for every record of `source`; return the number of records.
-
-    `write` makes rows of records and the predictions of each model; `options`, in JSON's types, decide the predictions
-    besides models and settings; a piece fills about `batches` batches.
-    """
-    cfg = specs[0].cfg
-    inputs = InputChunks(source, cfg.data, most=MOST_RESIDUES if task.predictions_per_token else None)
+def predict_file(work: Work, source: Path, target: Path, resume: bool, log: Callable[[str], None]) -> int:
+    """Write `target` with the predictions for every record of `source`; return the number of records."""
+    inputs = work.inputs(source)
     if is_alone():
         inputs.check()
-    with opened_backend(cfg) as backend:
+    with opened_backend(work.cfg) as backend:
         log = log if backend.topology.is_main else log_nothing
-        tokens = piece_tokens(cfg, backend, batches)
-        stamp = stamp_of(str(source), [asdict(cfg.data), task.predictions_per_token, tokens])
+        tokens = piece_tokens(work.cfg, backend.local_dp, work.batches)
+        stamp = stamp_of(str(source), [asdict(work.cfg.data), work.task.predictions_per_token, tokens])
         with spooled(backend, target, TableSource(inputs, tokens), stamp, resume) as spool:
             log(spool.scanned.summary)
-            built = [raise_on_any_rank(backend, partial(spec.load, task, backend)) for spec in specs]
-            evaluators = [evaluation.Evaluator(network(one), task, backend) for one in built]
-
-            def predict_piece(table: ExampleTable, advance: Advance) -> Predictions:
-                def share(tokens: float) -> None:
-                    advance(tokens / len(evaluators))
-
-                return write(table, [predict_table(evaluator, cfg, table, share) for evaluator in evaluators])
-
-            first, *others = [spec.identity(one) for spec, one in zip(specs, built, strict=True)]
-            identity = {**first, "piece_tokens": tokens, **options, **({"others": others} if others else {})}
-            written = stream(backend, target, spool, identity, predict_piece, log)
+            loaded = work.load(backend)
+            written = stream(backend, target, spool, loaded.identity, loaded, log)
             write_rejected(backend, target, spool.scanned.rejected, log)
             return written
 
@@ -179,8 +211,8 @@ def write_rejected(backend: Backend, target: Path, rows: RejectedRows, log: Call
         log(f"{len(rows)} records left out or changed are listed in {path}")
 
 
-def piece_tokens(cfg: TrainConfig, backend: Backend, batches: int = BATCHES) -> int:
-    return batches * cfg.loop.eval_packs_per_device * backend.local_dp * cfg.data.pack_tokens
+def piece_tokens(cfg: TrainConfig, local_dp: int, batches: int = BATCHES) -> int:
+    return batches * cfg.loop.eval_packs_per_device * local_dp * cfg.data.pack_tokens
 
 
 def predict_table(

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import functional as F
 
+    from esm_neuron.backends.base import Backend
     from esm_neuron.training import evaluation
     from esm_neuron.training.evaluation import Evaluator
 else:
@@ -205,51 +206,109 @@ def score(
         a value), `spearman` and `spearman_ci` between it and the method's value, the pseudo-perplexity negated.
     """
     check_target(target, JOIN, model, {"--input": source, "--wild-type": wild_type}, settings)
-    spec, columns = _language_model(model, backend, settings), columns or VariantColumns()
-    cfg, compare = spec.cfg, method != "pseudo-perplexity"
-    _check(cfg, source, columns, method, wild_type)
-    with opened_backend(cfg) as backend_:
-        protein = raise_on_any_rank(backend_, lambda: _protein(wild_type, cfg)) if wild_type is not None else None
-        tokens = piece_tokens(cfg, backend_)
-        if protein is not None and method in ("masked-marginal", "single-site-marginal"):
-            # Room for every site of the protein once: all its single substitutions are then scored in one piece.
-            tokens = max(tokens, len(protein) * (len(protein) + 2))
-        scorer = Scorer(method, protein)
-        table = VariantTable(source, columns, cfg.data, protein, first_residue, compare, tokens, scorer.cost)
+    columns = columns or VariantColumns()
+    work = Scoring.of(model, method, wild_type, columns, first_residue, backend, settings)
+    if is_alone():
+        columns.check(source)
+    if is_alone() and wild_type is not None:
+        InputChunks(wild_type, work.cfg.data).check()
+    with opened_backend(work.cfg) as backend_:
+        work = raise_on_any_rank(backend_, lambda: work.read_wild_type(backend_.local_dp))
         log = log if backend_.topology.is_main else log_nothing
-        settings_ = {"method": method, "wild_type": protein, "first_residue": first_residue, "piece_tokens": tokens}
-        stamp = stamp_of(str(source), [asdict(cfg.data), asdict(columns), settings_])
-        with spooled(backend_, target, table, stamp, resume) as spool:
+        stamp = stamp_of(str(source), [asdict(work.cfg.data), asdict(columns), work.options])
+        with spooled(backend_, target, work.source(source), stamp, resume) as spool:
             rejected = spool.scanned.rejected
             log(spool.scanned.summary)
-            task = Likelihood(TaskConfig(name="masked_lm"))
-            built = raise_on_any_rank(backend_, lambda: spec.load(task, backend_))
-            evaluator = evaluation.Evaluator(built.model, task, backend_)
-
-            def score_piece(rows: list[Row], advance: Advance) -> Predictions:
-                ask = partial(_log_probabilities, evaluator, cfg, tokens, advance=advance)
-                return _rows(columns, method, rows, scorer(rows, ask))
-
-            identity = spec.identity(built, command="score", **settings_)
-            rows = stream(backend_, target, spool, identity, score_piece, log)
+            loaded = work.load(backend_)
+            rows = stream(backend_, target, spool, loaded.identity, loaded, log)
             write_rejected(backend_, target, rejected, log)
     compared = _correlation(target, method, columns) if columns.score and backend_.topology.is_main else {}
     return {"method": method, "rows": rows, **({"left_out": len(rejected)} if rejected else {}), **compared}
 
 
-def _check(cfg: TrainConfig, source: Path, columns: VariantColumns, method: Method, wild_type: Path | None) -> None:
-    """Raise EsmNeuronError for what is wrong with files and columns, as far as it is seen without torch."""
-    if wild_type is None and (method != "pseudo-perplexity" or columns.sequence is None):
-        raise ConfigError(f"--method {method} of variants needs the wild type; give --wild-type FILE")
-    require(
-        len(cfg.data.sequence_columns) == 1,
-        f"score is for single chains, and data.sequence_column={cfg.data.sequence_column} joins several; give "
-        "--data.sequence_column sequence",
-    )
-    if is_alone():
-        columns.check(source)
-    if is_alone() and wild_type is not None:
-        InputChunks(wild_type, cfg.data).check()
+@dataclass(frozen=True)
+class Scoring:
+    """What `score` makes of each row: a language model that was found and not yet read, and how it scores."""
+
+    spec: ModelSpec
+    method: Method
+    wild_type: Path | None
+    columns: VariantColumns
+    first_residue: int
+    protein: str | None = None
+    """The wild type, once `read_wild_type` has read it."""
+    tokens: int = 0
+    """Most tokens in a piece, once it is known."""
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        method: Method,
+        wild_type: Path | None,
+        columns: VariantColumns,
+        first_residue: int = 1,
+        backend: BackendName | None = None,
+        settings: Sequence[str] = (),
+    ) -> Scoring:
+        """Find the model. Raise ConfigError where it has no language-model head, or the method needs a wild type."""
+        spec = _language_model(model, backend, settings)
+        if wild_type is None and (method != "pseudo-perplexity" or columns.sequence is None):
+            raise ConfigError(f"--method {method} of variants needs the wild type; give --wild-type FILE")
+        data = spec.cfg.data
+        require(
+            len(data.sequence_columns) == 1,
+            f"score is for single chains, and data.sequence_column={data.sequence_column} joins several; give "
+            "--data.sequence_column sequence",
+        )
+        return cls(spec, method, wild_type, columns, first_residue)
+
+    @property
+    def cfg(self) -> TrainConfig:
+        return self.spec.cfg
+
+    def read_wild_type(self, local_dp: int = 1) -> Scoring:
+        """Return this with its protein, and pieces for a process with `local_dp` devices."""
+        protein = None if self.wild_type is None else _protein(self.wild_type, self.cfg)
+        tokens = piece_tokens(self.cfg, local_dp)
+        if protein is not None and self.method in ("masked-marginal", "single-site-marginal"):
+            # Room for every site of the protein once: all its single substitutions are then scored in one piece.
+            tokens = max(tokens, len(protein) * (len(protein) + 2))
+        return replace(self, protein=protein, tokens=tokens)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return what decides the scores besides model and settings, in JSON's types."""
+        method = {"method": self.method, "wild_type": self.protein, "first_residue": self.first_residue}
+        return {**method, "piece_tokens": self.tokens}
+
+    def source(self, path: Path) -> VariantTable:
+        """Return the rows of a table in pieces."""
+        compare, cost = self.method != "pseudo-perplexity", Scorer(self.method, self.protein).cost
+        data = self.cfg.data
+        return VariantTable(path, self.columns, data, self.protein, self.first_residue, compare, self.tokens, cost)
+
+    def load(self, backend: Backend) -> LoadedScorer:
+        """Read the model; an error of any rank is raised on all."""
+        return LoadedScorer(self, backend)
+
+
+class LoadedScorer:
+    """The model of a `Scoring` in memory."""
+
+    def __init__(self, work: Scoring, backend: Backend) -> None:
+        task = Likelihood(TaskConfig(name="masked_lm"))
+        built = raise_on_any_rank(backend, lambda: work.spec.load(task, backend))
+        self._work, self._scorer = work, Scorer(work.method, work.protein)
+        self._evaluator = evaluation.Evaluator(built.model, task, backend)
+        self.identity = work.spec.identity(built, command="score", **work.options)
+        """What decides the scores besides the input."""
+
+    def __call__(self, rows: list[Row], advance: Advance = lambda tokens: None) -> Predictions:
+        """Return the rows of a piece with their scores."""
+        work = self._work
+        ask = partial(_log_probabilities, self._evaluator, work.cfg, work.tokens, advance=advance)
+        return _rows(work.columns, work.method, rows, self._scorer(rows, ask))
 
 
 def _language_model(model: str, backend: BackendName | None, settings: Sequence[str]) -> ModelSpec:

@@ -184,7 +184,7 @@ def serve(predictor: Predictor, title: str, host: str, port: int, limits: Limits
     def compute(kind: str, tables: Sequence[ExampleTable]) -> list[Rows]:
         return predictor.embed_tables(tables) if kind == "embed" else predictor.predict_tables(tables)
 
-    most = piece_tokens(predictor.cfg, predictor.evaluators[0].backend, PIECES)
+    most = piece_tokens(predictor.cfg, predictor.evaluators[0].backend.local_dp, PIECES)
     with Batcher(compute, most, limits.waiting) as batcher, bound(host, port) as listener:
         app = make_app(predictor, batcher, limits, title)
         place = "http://{}:{}".format(*listener.getsockname()[:2])

@@ -82,7 +82,9 @@ class Predictor:
         task, cfg = self.task, self.cfg
         check_coverage(task, coverage)
         most = MOST_RESIDUES if task.predictions_per_token else None
-        pieces = table_pieces(InputChunks(source, cfg.data, most=most), piece_tokens(cfg, self.evaluators[0].backend))
+        pieces = table_pieces(
+            InputChunks(source, cfg.data, most=most), piece_tokens(cfg, self.evaluators[0].backend.local_dp)
+        )
         tables = (piece.content for piece in pieces)
         return pa.concat_tables(prediction_table(task, each, self._each(each), coverage) for each in tables)
 

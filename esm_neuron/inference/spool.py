@@ -105,7 +105,7 @@ def scan(folder: Path, source: Source[T], stamp: str | None, resume: bool) -> In
             batch = source.pack(piece.content)
             writer = writer or pa.ipc.new_file(str(folder / SPOOL), batch.schema)
             writer.write_batch(batch)
-            found.append((piece.tokens, piece.rows, _digest(batch)))
+            found.append((piece.tokens, piece.rows, digest_of(batch)))
     finally:
         if writer is not None:
             writer.close()
@@ -142,7 +142,7 @@ class Spool(Generic[T]):
             self._file = self._file or pa.ipc.open_file(pa.memory_map(str(self._path)))
             batch = self._file.get_batch(number)
             batch.validate(full=True)  # before its offsets are followed
-            sound = _digest(batch) == self.scanned.digests[number]
+            sound = digest_of(batch) == self.scanned.digests[number]
         except (pa.ArrowException, OSError):
             sound = False
         if not sound:
@@ -151,7 +151,7 @@ class Spool(Generic[T]):
         return self._source.unpack(batch)
 
 
-def _digest(batch: pa.RecordBatch) -> str:
+def digest_of(batch: pa.RecordBatch) -> str:
     return hashlib.sha256(batch.serialize()).hexdigest()
 
 

@@ -102,6 +102,7 @@ DOORS: dict[str, dict[str, str]] = {
         "data/tokenizer.py": "for transformers' tokenizer",
         "launchers/sagemaker/hosting.py": "beside its output",
         **dict.fromkeys((f"launchers/sagemaker/{name}.py" for name in ("launch", "jobs", "sdk", "tune")), "archives"),
+        "launchers/ray/answers.py": "what goes to a bucket or comes from one, while it is copied",
     },
     "os.open": {"cli.py": "the device that swallows what nobody reads", "files.py": DOOR},
     # moving and deleting
@@ -135,6 +136,7 @@ DOORS: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             (f"launchers/sagemaker/{n}.py" for n in ("hosting", "launch", "jobs", "tune")), "through shown"
         ),
+        "launchers/ray/answers.py": "through shown",
     },
     "sys.stdout.write": {},
 }
