@@ -11,12 +11,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
+from esm_neuron.config.deferred import module
 from esm_neuron.data.alignment import COVERAGE, OTHER, Pairs, Proteins
 from esm_neuron.data.tokenizer import RESIDUES
+
+if TYPE_CHECKING:
+    import tqdm
+else:
+    tqdm = module("tqdm")
 
 GROUPS = ("A", "ST", "C", "DN", "EQ", "FY", "G", "H", "IV", "KR", "LM", "P", "W")
 """Residues that count as one; others (X, B, Z, U, O) end a k-mer."""
@@ -78,7 +84,9 @@ def candidates(queries: Proteins, targets: Proteins, seeds: Seeds) -> Iterator[t
     names, place_of = np.minimum(having[found], most), np.argsort(order)
     total = np.concatenate([[0], np.cumsum(names)])
     ends = np.append(np.flatnonzero(np.diff(query)) + 1, len(query))  # a query's k-mers stay together
-    bar = tqdm(total=len(query), desc="homologs", unit="k-mer", unit_scale=True, delay=5, leave=False, disable=None)
+    bar = tqdm.tqdm(
+        total=len(query), desc="homologs", unit="k-mer", unit_scale=True, delay=5, leave=False, disable=None
+    )
     done = 0
     while done < len(query):
         last = np.searchsorted(total[ends], total[done] + BLOCK, side="right") - 1

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from channels import shape_in, source_in
@@ -85,6 +86,8 @@ class Job:
     """Test file, as `train`."""
     model: str | None = None
     """Hugging Face folder of the pretrained weights, local or s3://. None: from the hub, by the config's name."""
+    input_mode: Literal["File", "FastFile"] = "File"
+    """File: data and weights are copied before the start. FastFile: they are read from S3 as they are asked for."""
     checkpoints: str | None = None
     """s3:// prefix of the checkpoints; give that of an earlier job to resume it. None: under `output` and `name`."""
     compile_cache: str | None = None

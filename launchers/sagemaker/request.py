@@ -24,7 +24,7 @@ def create_training_job(job: Job) -> dict[str, Any]:
         "RoleArn": job.role,
         "AlgorithmSpecification": {
             "TrainingImage": job.image_uri,
-            "TrainingInputMode": "File",
+            "TrainingInputMode": job.input_mode,
             "MetricDefinitions": metric_definitions(),
         },
         "HyperParameters": {name: json.dumps(value) for name, value in hyperparameters(job).items()},

@@ -46,6 +46,7 @@ def estimator(job: Job) -> PyTorch:
         entry_point="entry.py",
         source_dir=job.code_uri,
         image_uri=job.image_uri,
+        input_mode=job.input_mode,
         role=job.role,
         instance_type=job.instance_type,
         instance_count=job.instance_count,
@@ -96,6 +97,7 @@ def model_trainer(job: Job) -> ModelTrainer:
         role=job.role,
         base_job_name=job.name,
         training_image=job.image_uri,
+        training_input_mode=job.input_mode,
         hyperparameters=request["HyperParameters"],
         environment=job.variables or None,
         input_data_config=[

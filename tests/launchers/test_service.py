@@ -44,6 +44,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "compile only": {"compile_only": True, **CACHE},
     "spot": {"spot": True, "max_run": 3600, "max_wait": 7200, "checkpoints": "s3://bucket/earlier"},
     "warm pool": {"keep_alive": 600},
+    "files as they are asked for": {"input_mode": "FastFile"},
     "vpc and keys": {"subnets": ("subnet-1",), "security_groups": ("sg-1", "sg-2"), "output_kms_key": "key"},
     "isolated": {"network_isolation": True, **BAKED},
 }
