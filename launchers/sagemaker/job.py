@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from channels import shape_in, source_in
@@ -225,8 +225,7 @@ class Job:
         """Return the full name of the image."""
         if self.image:
             return self.image
-        known = yaml.safe_load(IMAGES.read_text(encoding="utf-8"))
-        require(self.region in known["accounts"], f"region={self.region} is not in {IMAGES.name}; give --image")
+        known, host = read_images(), registry(self.region)
         regions = known["regions"].get(self.instance.kind, [self.region])
         absent = (
             f"region={self.region} has no {self.instance.kind} image; use one of {', '.join(regions)}, or give --image"
@@ -234,8 +233,7 @@ class Job:
         require(self.region in regions, absent)
         gone = known["gone"].get(self.instance.device)
         require(gone is None, f"instance_type={self.instance_type}: {gone}; give --image, or another instance")
-        domain = known.get("domains", {}).get(self.region, "amazonaws.com")
-        return f"{known['accounts'][self.region]}.dkr.ecr.{self.region}.{domain}/{known[self.instance.kind]}"
+        return f"{host}/{known[self.instance.kind]}"
 
     @property
     def prefix(self) -> str:
@@ -373,6 +371,20 @@ class Job:
             require(there, f"{name}={value}: no such file or folder; give a local path or s3://bucket/prefix")
             if name in SPLITS and os.path.isdir(value):
                 source_in(name, Path(value), getattr(self.run.data, name))  # as the container will
+
+
+def read_images() -> dict[str, Any]:
+    """Return AWS's images, and the accounts of its regions."""
+    found: dict[str, Any] = yaml.safe_load(IMAGES.read_text(encoding="utf-8"))
+    return found
+
+
+def registry(region: str) -> str:
+    """Return the host that serves AWS's images in a region. Raise ConfigError where it is not known."""
+    known = read_images()
+    require(region in known["accounts"], f"region={region} is not in {IMAGES.name}; give --image")
+    domain = known.get("domains", {}).get(region, "amazonaws.com")
+    return f"{known['accounts'][region]}.dkr.ecr.{region}.{domain}"
 
 
 def is_s3(text: str) -> bool:

@@ -128,13 +128,14 @@ DOORS: dict[str, dict[str, str]] = {
         "cli.py": DOOR,
         "launchers/sagemaker/launch.py": "the request, for people and other programs",
         "launchers/sagemaker/tune.py": "the request, for people and other programs",
+        "launchers/sagemaker/deploy.py": "the request, for people and other programs",
         "launchers/sagemaker/jobs.py": "what was asked for, through shown",
         "api.py": "progress in a notebook, through shown",
     },
     "sys.stderr.write": {
         "cli.py": DOOR,
         **dict.fromkeys(
-            (f"launchers/sagemaker/{n}.py" for n in ("hosting", "launch", "jobs", "tune")), "through shown"
+            (f"launchers/sagemaker/{n}.py" for n in ("deploy", "hosting", "launch", "jobs", "tune")), "through shown"
         ),
         "launchers/ray/answers.py": "through shown",
     },
