@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -35,14 +36,15 @@ from esm_neuron.config.flags import CommandParser
 from esm_neuron.data.parquet import write_table
 from esm_neuron.data.validation import save_rejected
 from esm_neuron.errors import ConfigError, EsmNeuronError, one_line
-from esm_neuron.inference.embed import embedding
+from esm_neuron.inference.embed import Pooling, embedding
 from esm_neuron.inference.predict import Work, prediction
-from esm_neuron.inference.score import Scoring
+from esm_neuron.inference.score import Method, Scoring
 from esm_neuron.inference.spool import digest_of
 from esm_neuron.inference.variants import VariantColumns
 from esm_neuron.redact import shown
 
-METHODS = ("wild-type-marginal", "masked-marginal", "single-site-marginal", "pseudo-perplexity")
+OURS = re.compile(r"\d{5}-\d{7}-[0-9a-f]{16}\.parquet(\.tmp)?|_rejected-\d{5}\.tsv(\.tmp)?")
+"""Names of the files that are written."""
 
 
 def make_work(args: argparse.Namespace) -> Work | Scoring:
@@ -97,7 +99,7 @@ def here(system: fs.FileSystem, path: str) -> Iterator[Path]:
 
 def put(local: Path, system: fs.FileSystem, path: str) -> None:
     """Copy a file into a file system; it is seen there whole or not at all."""
-    aside = f"{path}.tmp" if isinstance(system, fs.LocalFileSystem) else path  # an object is there once it is closed
+    aside = path if system.type_name in ("s3", "gcs") else f"{path}.tmp"  # an object is there once it is closed
     fs.copy_files(str(local), aside, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
     if aside != path:
         system.move(aside, path)
@@ -153,15 +155,23 @@ def run(args: argparse.Namespace) -> None:
     make_work(args)  # a wrong model or setting is an error here, not in a task
     files = files_in(args.input)
     system, target = place_of(args.output)
+    inside = f"{target}/".startswith(f"{place_of(args.input)[1]}/")
+    require(not inside, f"--output {args.output}: is in --input, and would be read with it; name a folder elsewhere")
     system.create_dir(target, recursive=True)
     before = [one.path for one in system.get_file_info(fs.FileSelector(target))]
+    other = next((path for path in before if not OURS.fullmatch(PurePosixPath(path).name)), None)
+    cure = "which is no answer of this program; name a folder that has only these, or none yet"
+    require(other is None, f"--output {args.output}: holds {other}, {cure}")
     require(args.resume or not before, f"--output {args.output}: holds {len(before)} files; add --resume to go on")
+    for path in before:
+        if PurePosixPath(path).name.startswith("_"):  # every file is read anew, and says anew what was left out
+            system.delete_file(path)
     written, known = set[str](), 0
     for row in answered(args, files):
         written.add(row["path"])
         known += bool(row["done_before"])
     for path in before:  # of other weights or settings, or of records that have changed
-        if path.endswith((".parquet", ".tmp")) and path not in written:
+        if not PurePosixPath(path).name.startswith("_") and path not in written:
             system.delete_file(path)
     said = f", {known} of them there before" if known else ""
     log(
@@ -230,9 +240,9 @@ def make_parser() -> CommandParser:
         if command == "predict":
             one.add_argument("--coverage", type=float, help="as for esm-neuron predict")
         if command == "embed":
-            one.add_argument("--pooling", choices=["mean", "cls", "residue"], default="mean")
+            one.add_argument("--pooling", choices=get_args(Pooling), default="mean")
         if command == "score":
-            one.add_argument("--method", choices=METHODS, default="masked-marginal")
+            one.add_argument("--method", choices=get_args(Method), default="masked-marginal")
             one.add_argument("--wild-type", type=Path, help="file with the one protein that variants are named after")
             one.add_argument("--variant-column", default="variant")
             one.add_argument("--sequence-column", help="whole sequences, read instead of variants")

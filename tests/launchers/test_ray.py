@@ -146,6 +146,36 @@ def test_scores_and_what_is_refused(
     assert f"--input {tmp_path}/none: " in capsys.readouterr().err
 
 
+def test_only_answers_of_before_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that holds anything else is left alone, whatever was asked; a list of what is right now goes."""
+    proteins, out = tmp_path / "proteins", tmp_path / "out"
+    proteins.mkdir()
+    (proteins / "p.csv").write_text("id,sequence\na,MKTAYIAKQR\nb,MKT1YIAKQR\n")
+    words = ["embed", "--model", "mini", "--input", str(proteins), "--output", str(out), "--resume"]
+
+    def run(*more: str) -> int:
+        monkeypatch.setattr(sys.modules[__name__], "SMALL", (*SMALL, *more))
+        return answer(monkeypatch, words)
+
+    assert run("--data.on_bad_residue", "skip") == 0
+    (old,) = out.glob("*.parquet")
+    assert [path.name for path in out.glob("_*")] == ["_rejected-00000.tsv"]
+    (proteins / "p.csv").write_text("id,sequence\na,MKTAYIAKQR\nb,MKTAYIAKQW\n")
+    assert run() == 0
+    assert not old.exists() and len(rows(out)) == 2 and not list(out.glob("_*"))
+    (out / "mine.parquet").write_bytes(b"something dear")
+    there = set(out.iterdir())
+    capsys.readouterr()
+    assert run() == 2
+    assert f"holds {out}/mine.parquet, which is no answer" in capsys.readouterr().err
+    assert set(out.iterdir()) == there
+    words[-2] = str(proteins / "answers")
+    assert run() == 2
+    assert "is in --input" in capsys.readouterr().err and not (proteins / "answers").exists()
+
+
 def test_the_clusters_files_have_one_version_and_start_what_is_here() -> None:
     job = yaml.safe_load((PROGRAM.parent / "kuberay.yaml").read_text())
     answers = job["spec"]["entrypoint"].split()
