@@ -462,6 +462,8 @@ def _cache_key(cfg: TrainConfig, needs_labels: bool) -> list[object]:
     unused = _UNCACHED_DATA - ({"homologs"} if cfg.data.sample == "clusters" else set())
     data = {name: value for name, value in asdict(cfg.data).items() if name not in unused}
     task = {name: value for name, value in asdict(cfg.task).items() if name not in _UNCACHED_TASK}
+    if cfg.task.mask_rates is not None:  # a label is the place of its region among them
+        task["mask_rates"] = list(cfg.task.mask_rates)
     files = data_files(cfg.data)
     fractions = {"valid": cfg.data.valid_fraction, "test": cfg.data.test_fraction}
     may_sample = any(fraction > 0 and split not in files for split, fraction in fractions.items())

@@ -96,6 +96,17 @@ def test_each_region_has_its_rate_and_specials_have_none(pairs: Path) -> None:
     assert ((shown.tokens == MASK) == (shown.weight > 0)).all()
 
 
+def test_rates_in_another_order_are_those_of_the_same_regions(pairs: Path, tmp_path: Path) -> None:
+    """A cached label is the place of its region among the rates."""
+    for rates in (RATES, dict(reversed(RATES.items())), {**RATES, "F": 0.2}):
+        found = splits(pairs, rates, cache=str(tmp_path / "cache"))
+        task = create_task(found.task, found.labels)
+        assert isinstance(task, MaskedLM)
+        share, letters = task.rates(found.train, slice(1, 46)), frame()["heavy_region"][int(found.train.ids[0][1:])]
+        assert np.asarray(share)[:40].tolist() == [rates[letter] for letter in letters[:40]]
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
+
+
 def test_regions_are_those_of_the_residues_in_any_writing(tmp_path: Path, pairs: Path) -> None:
     found, rows = splits(pairs), frame()
     texts = dict(zip(rows["id"], rows["heavy_region"] + "?" + rows["light_region"], strict=True))
