@@ -30,8 +30,11 @@ def next_steps(cfg: TrainConfig, result: Mapping[str, Any], folder: Path) -> lis
     elif said != BETTER and result["chosen_step"] == result["train"]["steps"]:
         found.append(f"the last step was the best: train longer, {again} --max_steps {3 * result['chosen_step']}")
     if said != BETTER and (cfg.model.name in SHAPES or cfg.model.name == _SMALLEST):
-        layers = " --model.layers auto" if cfg.adapter.kind == "probe" else ""
-        found.append(f"a larger ESM-2 knows more: {again} --model {LARGER}{layers}")
+        own = {"model.revision": cfg.model.revision, "model.sha256": cfg.model.sha256,
+               "adapter.init_from": cfg.adapter.init_from}  # fmt: skip
+        more = [f"--{name} null" for name, value in own.items() if value is not None]  # of the smaller one
+        more += ["--model.layers auto"] if cfg.adapter.kind == "probe" else []
+        found.append(f"a larger ESM-2 knows more: {' '.join([again, '--model', LARGER, *more])}")
     sampled = not (cfg.data.test or cfg.data.split_column or cfg.data.valid_column or cfg.data.fold)
     if sampled and (said == UNDECIDED or units_of(result[split]) < FEW):
         found.append(f"few proteins decide little; test on each once: {again} --test_fraction 0 --folds 5")

@@ -92,17 +92,18 @@ def _check(runs: Runs) -> str:
         require(own.keys() == other.keys(), f"{pair} they have {what}; {cure}")
         require(list(own) == list(other), f"{pair} their {split} proteins are in another order; {cure}")
         wrong = next((key for key in own if own[key] != other[key]), None)
-        require(wrong is None, f"{pair} {wrong!r} has another label in each; {cure}")
+        what = f"{wrong!r} has another label, or other hidden residues, in each"
+        require(wrong is None, f"{pair} {what}; {cure}, and the same task.mask_probability or mask_rates")
         units = [each.result[split].get("n_clusters") for each in (one, run)]
         require(units[0] == units[1], f"{pair} their intervals draw other units; train both with one data.homologs")
     return split
 
 
 def _proteins(run: Finished, split: str) -> dict[str, Any]:
-    """Return the held-out proteins of a run: name -> label."""
+    """Return the held-out proteins of a run: name -> label, or the number of residues that were hidden."""
     table = run.predictions[split]
-    targets = table["target"].to_pylist() if "target" in table.column_names else [None] * len(table)
-    return dict(zip(table["id"].to_pylist(), targets, strict=True))
+    column = next((name for name in ("target", "hidden") if name in table.column_names), "id")
+    return dict(zip(table["id"].to_pylist(), table[column].to_pylist(), strict=True))
 
 
 def _scores(name: str, run: Finished, split: str) -> Scores:

@@ -387,6 +387,20 @@ def test_what_is_to_be_tried_is_a_command_that_can_be(kind: str, runs: dict[str,
         assert changed.output == f"{tmp_path}-2" and changed != cfg
 
 
+def test_a_larger_model_is_tried_without_what_belongs_to_the_smaller_one(runs: dict[str, Path], tmp_path: Path) -> None:
+    """`auto` writes the commit and the sum of the 8M into config.yaml, and a head is of one model."""
+    model = ModelConfig(name="facebook/esm2_t6_8M_UR50D", revision="a" * 40, sha256="b" * 64)
+    adapter = AdapterConfig(kind="lora", init_from="runs/probe")
+    cfg = TrainConfig(data=DataConfig(train="my.csv"), model=model, adapter=adapter)
+    result = json.loads((runs["sequence_classification"] / "result.json").read_text())
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    told = next_steps(cfg, result | {"verdicts": {"test": {"verdict": "worse"}}}, tmp_path)
+    line = next(line for line in told if line.startswith("a larger ESM-2"))
+    changed = settings.parse(shlex.split(line[line.index("esm-neuron") :])[2:])
+    assert changed.model == replace(model, name="facebook/esm2_t12_35M_UR50D", revision=None, sha256=None)
+    assert changed.adapter == replace(adapter, init_from=None)
+
+
 @pytest.mark.parametrize("name", ["sequence_classification", "multi_label", "residue_classification"])
 def test_a_threshold_on_the_curves_gives_the_recall_of_the_predictions(name: str, runs: dict[str, Path]) -> None:
     table = load_predictions(runs[name] / "predictions-test.parquet")
@@ -504,7 +518,7 @@ def test_runs_that_cannot_be_compared_are_refused(
 ) -> None:
     good = runs["sequence_classification"]
 
-    def refused(other: Path, *words: str) -> None:
+    def refused(other: Path, *words: str, good: Path = good) -> None:
         assert cli.main(["compare", str(good), str(other), "--output", str(tmp_path / "c.html")]) == 2
         said = capsys.readouterr().err
         assert all(word in said for word in words) and said.count("\n") == 1
@@ -517,9 +531,13 @@ def test_runs_that_cannot_be_compared_are_refused(
     refused(spoilt, "no resamples.parquet there for test proteins", "--resume auto")
     frame = pd.read_parquet(spoilt / "predictions-test.parquet")
     frame.assign(target=frame["target"].to_numpy()[::-1]).to_parquet(spoilt / "predictions-test.parquet")
-    refused(spoilt, "has another label in each")
+    refused(spoilt, "has another label")
     frame.iloc[:50].to_parquet(spoilt / "predictions-test.parquet")
     refused(spoilt, "60 and 50 test proteins, of which they share 50", "data.test")
+    other = made_run(tmp_path / "masked", "masked_lm")
+    frame = pd.read_parquet(other / "predictions-test.parquet")
+    frame.assign(hidden=frame["hidden"] + 1).to_parquet(other / "predictions-test.parquet")
+    refused(other, "has another label, or other hidden residues", "task.mask_probability", good=runs["masked_lm"])
     (tmp_path / "c.html").write_text("mine")
     assert cli.main(["compare", str(good), str(runs["evil"]), "--output", str(tmp_path / "c.html")]) == 2
     assert (tmp_path / "c.html").read_text() == "mine"
