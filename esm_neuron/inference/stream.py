@@ -8,6 +8,7 @@ every rank must see the folder of the shards.
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -94,7 +95,7 @@ def _claimed_shards(target: Path, resume: bool) -> Iterator[None]:
             yield
         except Exception:
             if not _shards_in(target):
-                remove(folder)
+                _remove_shards(folder)
             raise
 
 
@@ -240,8 +241,17 @@ class Shards:
                     f"{self.folder}: holds {total} predictions for {wanted} records; remove it, start again"
                 )
         note_output(self.target)
-        remove(self.folder)
+        _remove_shards(self.folder)
         return total
+
+
+def _remove_shards(folder: Path) -> None:
+    """Delete the folder of shards; where it lies on NFS, the files in it that are open now go when they are closed."""
+    try:
+        remove(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
 
 
 def shards_folder(target: Path) -> Path:

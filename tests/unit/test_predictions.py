@@ -588,7 +588,7 @@ def test_what_is_not_surely_the_same_is_read_again(
     assert readings == [str(source)] * 2
 
 
-@pytest.mark.parametrize("harm", ["flipped", "cut"])
+@pytest.mark.parametrize("harm", ["flipped", "cut", "fewer"])
 def test_pieces_that_were_changed_are_refused_and_the_cure_cures(
     plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
@@ -599,7 +599,11 @@ def test_pieces_that_were_changed_are_refused_and_the_cure_cures(
     pieces = stream.shards_folder(target) / "input.arrow"
     whole, last = pieces.read_bytes(), pd.read_csv(source)["id"].iloc[-1].encode()
     assert whole.count(last) == 1
-    pieces.write_bytes(whole.replace(last, last[::-1]) if harm == "flipped" else whole[: len(whole) // 2])
+    if harm == "fewer":
+        with pa.ipc.open_file(whole) as made, pa.ipc.new_file(str(pieces), made.schema) as writer:
+            writer.write_batch(made.get_batch(0))
+    else:
+        pieces.write_bytes(whole.replace(last, last[::-1]) if harm == "flipped" else whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"input.arrow: was changed since it was written; go on with --resume"):
         embed(str(plain), source, target, settings=SMALL, resume=True)
     with monkeypatch.context() as patched:
@@ -623,6 +627,27 @@ def test_an_input_that_changes_after_it_was_read_changes_nothing(
     monkeypatch.setattr(stream, "scan", scanned)
     embed(str(plain), source, tmp_path / "x.parquet")
     assert (tmp_path / "x.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_folder_that_nfs_keeps_while_its_lock_is_open_harms_nothing(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS gives an open file that is deleted another name, and its folder cannot be deleted until it is closed."""
+
+    def remove(folder: Path) -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / ".nfs0000000000000001").touch()
+        folder.rmdir()
+
+    monkeypatch.setattr(stream, "remove", remove)
+    source, target = tmp_path / "p.fasta", tmp_path / "x.parquet"
+    source.write_text(">a\nACDE\n>b\nAC!E\n")
+    with pytest.raises(DataError, match="p.fasta:3"):
+        embed(str(plain), source, target)
+    (stream.shards_folder(target) / ".nfs0000000000000001").unlink()  # closed
+    assert embed(str(plain), source, target, settings=["--data.on_bad_residue", "skip"]) == 1
+    assert target.is_file() and (tmp_path / "x.parquet.rejected.tsv").is_file()
 
 
 def test_a_bad_input_leaves_no_folder(plain: Path, tmp_path: Path) -> None:
