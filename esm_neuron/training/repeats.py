@@ -88,10 +88,11 @@ def train_seeds(cfg: TrainConfig, log: Log) -> run.Outcome:
     return run.Outcome(result, None)
 
 
-def shared_data(data: DataConfig, out: Path) -> DataConfig:
+def shared_data(cfg: TrainConfig, out: Path) -> DataConfig:
     """Return the data settings of runs that share tokenized data below `out`, and count no homologs for a reader."""
-    # clusters need homologs to be sampled
-    homologs = data.homologs if data.sample == "clusters" else "off"
+    data = cfg.data
+    # clusters need homologs to be sampled, and the folds of a probe to be made
+    homologs = data.homologs if data.sample == "clusters" or cfg.adapter.kind == "probe" else "off"
     return replace(data, homologs=homologs, cache=data.cache or str(out / CACHE))
 
 
@@ -102,7 +103,7 @@ def _member(cfg: TrainConfig, number: int, folder: Path) -> TrainConfig:
         output=str(folder),
         seed=cfg.seed + number,
         seeds=1,
-        data=replace(shared_data(cfg.data, Path(cfg.output)), sample_seed=cfg.sampling_seed),
+        data=replace(shared_data(cfg, Path(cfg.output)), sample_seed=cfg.sampling_seed),
         log=replace(cfg.log, baselines=False),
     )
 

@@ -276,7 +276,7 @@ def trial_config(search: Search, params: dict[str, Any], folder: int) -> TrainCo
         cfg,
         output=str(search.out / TRIALS / f"{folder:04d}"),
         seeds=1,
-        data=replace(shared_data(cfg.data, search.out), test=None),
+        data=replace(shared_data(cfg, search.out), test=None),
         checkpoint=replace(cfg.checkpoint, every=0, keep=1, resume="auto"),
         log=replace(cfg.log, score_test=False, baselines=False, predictions=False, tensorboard=False),
     )

@@ -261,3 +261,10 @@ def test_the_command(toy: Toy, space: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_search_needs_validation_proteins(toy: Toy) -> None:
     with pytest.raises(ConfigError, match="tune chooses by validation proteins"):
         tune.tune(toy(data={"valid": None, "valid_fraction": 0.0}), log=str)
+
+
+def test_a_trial_with_a_probe_makes_its_folds_by_homologs_as_the_run_does(toy: Toy) -> None:
+    cfg = toy("search", data={"homologs": "kmer", "sample": "proteins"})
+    search = tune.Search(cfg, Space({"adapter.kind": ["lora", "probe"]}), 1, None)
+    found = {kind: tune.trial_config(search, {"adapter.kind": kind}, 0).data.homologs for kind in ("lora", "probe")}
+    assert found == {"lora": "off", "probe": "kmer"}, "nobody reads the leaks of a trial, and a probe is chosen by folds"
