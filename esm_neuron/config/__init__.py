@@ -259,8 +259,8 @@ class AdapterConfig:
     kind: Literal["none", "head", "lora", "qlora", "probe"] = "lora"
     """What is trained: everything, the head alone, or low-rank adapters and the head; `qlora` keeps the frozen linears
     of the blocks quantized, on cpu and cuda. `probe`: a linear head, fitted at once to what the frozen encoder gives,
-    which needs one forward pass per protein and no optimizer steps; its penalty is chosen on the validation proteins,
-    or without any on five folds of the training proteins by cluster."""
+    which needs one forward pass per protein and no optimizer steps; its penalty is chosen on five folds of the training
+    proteins by cluster."""
     init_from: str | None = None
     """Output folder of a run with adapter.kind `probe` or `head`, of the same task and weights: its head is what
     training starts from, and its `model.layers`, `pooling`, `composition` and `head` are taken with it."""

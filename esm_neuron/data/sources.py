@@ -235,7 +235,8 @@ def has_labels(source: str, cfg: DataConfig) -> bool:
 
 
 def _is_table(file: str) -> bool:
-    return is_hub(file) or os.path.isdir(file) or suffix_of(file) in (*DELIMITED, *TABLES)
+    saved = os.path.isdir(file) and not os.path.isfile(os.path.join(file, DATA))
+    return is_hub(file) or saved or suffix_of(file) in (*DELIMITED, *TABLES)
 
 
 def make_rows(columns: Mapping[str, Sequence[object]]) -> pa.Table:

@@ -55,6 +55,8 @@ def test_a_run_and_predictions_take_it(folder: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["data", "check", str(folder), *words]) == 0
     said = capsys.readouterr().out
     assert "12 proteins of 12 rows, 1574 residues" in said and "labels: 2: 0 6, 1 6" in said
+    assert cli.main(["data", "check", str(folder), *words[:2]]) == 0, "labels are looked at where there are any"
+    assert "12 proteins of 12 rows" in (said := capsys.readouterr().out) and "labels:" not in said
     run = ["--data.train", str(folder), *words, "--data.valid_fraction=0.25", "--data.homologs=off", "--optim.lr=1e-3"]
     tiny = ["--model.name=tiny", "--model.init=random", "--loop.max_steps=1", "--data.pack_tokens=2048"]
     out = folder.parent / "out"
