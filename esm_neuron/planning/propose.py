@@ -344,7 +344,7 @@ def _training(check: Check, made: Proposal) -> None:
         made.put("adapter.kind", "lora", "what is trained: small matrices beside frozen weights")
         return
     given = settings.FIRST_STEP | (settings.FIRST_STEP_POOLED if task.pools else {})
-    about = {"model.layers": "all, or the best by folds of training", "model.pooling": "also over both ends of a protein",
+    about = {"model.layers": "found by folds of training", "model.pooling": "also over both ends of a protein",
              "adapter.kind": "a linear head, in minutes; to fine-tune: lora"}  # fmt: skip
     for name in sorted(given.keys() & about.keys(), key=lambda name: not name.startswith("model.")):
         made.put(name, given[name], about[name])

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -369,6 +370,33 @@ def test_a_page_says_when_where_and_of_what_it_was_made_and_what_to_try(spoilt: 
     assert "the last step was the best: train longer" in page.text and "--max_steps 24" in page.text
     assert "few proteins decide little" in page.text and "--model facebook/esm2_t12_35M_UR50D" not in page.text
     assert page.text.index("ALARM") < page.text.index("95 %:"), "alarms and the verdict come before the figures"
+
+
+_SORTED = """
+let click, sorted;
+const none = () => {}, head = { firstChild: { addEventListener: (_, act) => { click = act; } }, getAttribute: none,
+  setAttribute: none, removeAttribute: none };
+const rows = TEXTS.map((text) => ({ cells: [{ textContent: text }], textContent: text }));
+const table = { tBodies: [{ rows, append: (...given) => { sorted = given; } }], tHead: { rows: [{ cells: [head] }] } };
+const box = { querySelector: (name) => (name === "table" ? table : { value: "", addEventListener: none }) };
+globalThis.document = { querySelectorAll: () => [box] };
+SCRIPT
+click();
+console.log(JSON.stringify(sorted.map((row) => row.textContent)));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node, to run the page's script")
+@pytest.mark.parametrize(
+    "texts",
+    [["-2", "-0.5", "+0.25", "+0.3", "+1e+03"], ["perplexity 9.8", "perplexity 10.25", "perplexity 10.3"],
+     ["9.5%", "12.0%"], ["2 of 10 wrong", "10 of 10 wrong"], ["P2", "P10", "Q1"], ["9", "1,000"]],
+)  # fmt: skip
+def test_the_table_of_proteins_is_sorted_by_numbers_where_it_has_them(texts: list[str]) -> None:
+    script = (Path(__file__).parents[2] / "esm_neuron/reports/templates/table.js").read_text()
+    program = _SORTED.replace("TEXTS", json.dumps(texts[::-1])).replace("SCRIPT", script)
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == texts
 
 
 @pytest.mark.parametrize("kind", ["probe", "lora"])

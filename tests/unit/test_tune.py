@@ -267,4 +267,4 @@ def test_a_trial_with_a_probe_makes_its_folds_by_homologs_as_the_run_does(toy: T
     cfg = toy("search", data={"homologs": "kmer", "sample": "proteins"})
     search = tune.Search(cfg, Space({"adapter.kind": ["lora", "probe"]}), 1, None)
     found = {kind: tune.trial_config(search, {"adapter.kind": kind}, 0).data.homologs for kind in ("lora", "probe")}
-    assert found == {"lora": "off", "probe": "kmer"}, "nobody reads the leaks of a trial, and a probe is chosen by folds"
+    assert found == {"lora": "off", "probe": "kmer"}
