@@ -83,6 +83,7 @@ def new(
     from esm_neuron.planning.propose import propose
 
     made = propose(file)
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, made.yaml())
     show(Lines.of(made.yaml().rstrip().split("\n")))
     log(f"written to {output}; next: esm-neuron train --config {output}")

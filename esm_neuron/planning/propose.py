@@ -206,10 +206,11 @@ def _sequence_column(table: _Table, made: Proposal) -> str:
 
 def _label_column(table: _Table, left: Sequence[str], sequence: str, made: Proposal) -> str | None:
     """Return the column with what is to be learned; None where there is none."""
-    some = {name: table.kinds(name) for name in left}
+    some = {name: table.kinds(name) for name in left if DataConfig(label_column=name).label_columns == (name,)}
     # neither one value for all nor, of text, one for each: those are notes and names
     fit = [name for name, kinds in some.items() if len(kinds) > 1 and _teaches(table, name, kinds, sequence)]
     marks = [name for name in fit if set(map(str.lower, some[name])) <= MARKS.keys()]
+    marks = [name for name in marks if DataConfig(label_column=f"[{name}]").label_columns == (name,)]
     named = next((name for wanted in LABELS for name in fit if name.lower() == wanted), None)
     if named is None and len(marks) > 1:
         made.undecided.append(f"{len(marks)} columns hold 0 or 1; they are taken for one class each")

@@ -210,3 +210,16 @@ def test_what_cannot_be_decided_or_used_is_said(
     frame(a=[1, 2], b=["x", "y"]).to_csv("c.csv", index=False)
     assert cli.main(["new", "c.csv"]) == 2
     assert "no column holds residues; the file has 'a', 'b'" in capsys.readouterr().err
+
+
+def test_columns_whose_names_a_list_cannot_have_are_no_classes_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`[A, B]` names two columns; the folder of the file to write is made."""
+    monkeypatch.chdir(tmp_path)
+    ones = [str(number % 2) for number in range(COUNT)]
+    odd: dict[str, list[object]] = {"GO, one": [*ones], "[two]": [*CLASSES], "three": [*ones], "four": [*ones[::-1]]}
+    frame(id=list(range(COUNT)), sequence=SEQUENCES, **odd).to_csv("a.csv", index=False)
+    assert cli.main(["new", "a.csv", "--output", "runs/mine.yaml"]) == 0
+    cfg = settings.read_config(Path("runs/mine.yaml"))
+    assert (cfg.task.name, cfg.data.label_column) == ("multi_label", "[three, four]")
