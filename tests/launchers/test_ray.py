@@ -183,6 +183,7 @@ def test_the_clusters_files_have_one_version_and_start_what_is_here() -> None:
     cluster = yaml.safe_load((PROGRAM.parent / "ec2.yaml").read_text())
     assert cluster["head_node_type"] in cluster["available_node_types"]
     assert f"=={job['spec']['rayClusterSpec']['rayVersion']}" in " ".join(cluster["setup_commands"])
+    assert cluster["setup_commands"][-1].endswith(">> ~/.bashrc"), "where ray submit finds its python"
 
 
 @pytest.mark.launchers
