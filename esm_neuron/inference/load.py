@@ -170,6 +170,11 @@ def find_members(
         f"{command}: the run masks by region (task.mask_rates), and {command} reads no regions; `evaluate` does, and "
         "`embed` and `score` need none",
     )
+    columns = found[0][0].data.sequence_column
+    require(
+        task.keeps_lm_head or len(found[0][0].data.sequence_columns) == 1,
+        f"data.sequence_column={columns} joins chains, which is for masked_lm and `embed`; name one column",
+    )
     if members:
         task = task.read_by(read_calibration(folder, len(task.labels)))
     return [ModelSpec(*each) for each in found], task

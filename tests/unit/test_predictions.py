@@ -629,6 +629,17 @@ def test_an_input_that_changes_after_it_was_read_changes_nothing(
     assert (tmp_path / "x.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
+def test_a_task_without_chains_predicts_none(
+    trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training refuses them, and the model has never seen two proteins in one."""
+    (tmp_path / "pairs.csv").write_text("id,heavy,light\na,MKTAYIAK,MKTAW\n")
+    words = ["--input", str(tmp_path / "pairs.csv"), "--data.sequence_column", "[heavy, light]"]
+    assert cli.main(["predict", "--model", trained.output, *words, "--output", str(tmp_path / "p.csv")]) == 2
+    assert "[heavy, light] joins chains, which is for masked_lm and `embed`" in capsys.readouterr().err
+    assert cli.main(["embed", "--model", trained.output, *words, "--output", str(tmp_path / "e.parquet")]) == 0
+
+
 def test_a_folder_that_nfs_keeps_while_its_lock_is_open_harms_nothing(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
