@@ -410,7 +410,7 @@ def _in_memory(proteins: Proteins | None, column: str) -> pa.Table | None:
     if isinstance(proteins, Path) or proteins is None:
         return None
     if isinstance(proteins, str):
-        if not proteins.isalpha() or Path(proteins).exists():
+        if not proteins.removesuffix("*").isalpha() or Path(proteins).exists():
             return None
         proteins = [proteins]
     if _is_frame(proteins):

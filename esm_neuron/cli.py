@@ -86,7 +86,8 @@ def new(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, made.yaml())
     show(Lines.of(made.yaml().rstrip().split("\n")))
-    log(f"written to {output}; next: esm-neuron train --config {output}")
+    mend = "mend the file as told above, then" if made.faults else "next:"
+    log(f"written to {output}; {mend} esm-neuron train --config {output}")
     return 1 if made.faults else 0
 
 
@@ -325,7 +326,7 @@ def convert(
 def plan(
     *settings: str,
     devices: Annotated[int, "data-parallel devices of the run"] = 1,
-    instance: Annotated[str | None, "add time and cost: ml.trn1.32xlarge (SageMaker), trn1.32xlarge (EC2), ..."] = None,
+    instance: Annotated[str | None, "add time and cost: ml.trn1.32xlarge (SageMaker), trn1.32xlarge (EC2)"] = None,
     nodes: Annotated[int, "instances of the job"] = 1,
     prices: Annotated[Path | None, "price list; default: the one of this package, which is dated"] = None,
     answers: Annotated[int | None, "add what predictions for so many proteins cost on each instance"] = None,
@@ -569,7 +570,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     length = 2 if words[:1] == ["data"] else 1
     name, rest = " ".join(words[:length]), words[length:]
-    if name in ("", "data") or {"-h", "--help"} & set(words[:length]):
+    if name in ("", "data", "help") or {"-h", "--help"} & set(words[:length]):
         print(usage(COMMANDS))
         return 0 if words else 2
     if name == "--version":

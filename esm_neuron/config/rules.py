@@ -214,8 +214,9 @@ def check_budget(cfg: TrainConfig) -> None:
     beside = {"loop.max_steps": cfg.loop.max_steps is not None, "adapter.kind=probe": cfg.adapter.kind == "probe",
               "seeds": cfg.seeds > 1, "data.folds": data.folds is not None and data.fold is None}  # fmt: skip
     other = next((name for name, there in beside.items() if there), None)
-    cure = "leave one of them out; runs that belong together need one loop.max_steps, and a probe takes no steps"
-    require(other is None, f"loop.budget={budget} beside {other}: {cure}")
+    why = {"loop.max_steps": "both say how long training is", "adapter.kind=probe": "a probe takes no steps"}
+    reason = why.get(other or "", "runs that belong together need one loop.max_steps")
+    require(other is None, f"loop.budget={budget} beside {other}: {reason}; leave one of them out")
 
 
 def _texts(name: str, value: object) -> Iterator[tuple[str, str]]:

@@ -54,6 +54,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("per_device_train_batch_size", "per_gpu_train_batch_size"), "loop.packs_per_device"),
     **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "loop.eval_packs_per_device"),
     **dict.fromkeys(("num_train_epochs", "num_epochs"), "loop.epochs"),
+    **dict.fromkeys(("steps", "num_steps"), "loop.max_steps"),
     **dict.fromkeys(("max_length", "max_seq_length", "model_max_length"), "data.max_residues"),
     **dict.fromkeys(("model_id", "model_name_or_path", "pretrained_model_name_or_path", "model_name"), "model.name"),
     **dict.fromkeys(("lora_r", "rank"), "adapter.r"),
@@ -415,7 +416,7 @@ def _suggest(unknown: str) -> str:
         return _NOT_HERE.get(last, _NOT_HERE.get(start, ""))
     renamed = {old.rpartition(".")[2]: new for old, new in RENAMED.items()}
     near = [table[last] for table in (renamed, _ELSEWHERE) if last in table]
-    lasts = {key.rpartition(".")[2]: key for key in keys}
+    lasts = {key.rpartition(".")[2]: key for key in keys} | ({} if "." in unknown else SHORT)
     near += [lasts[each] for each in difflib.get_close_matches(unknown, lasts, n=1)]  # of a short name
     near += difflib.get_close_matches(unknown, keys, n=1, cutoff=0.5)
     near += [key for key in keys if key.rpartition(".")[2] == last]

@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from esm_neuron.data.records import ALSO
 from esm_neuron.errors import DataError
 from esm_neuron.files import parse_json
 
@@ -79,7 +80,8 @@ def _csv(text: str) -> Records:
         raise ValueError("rows of several lengths" if rows else "no rows")
     head = [name.strip().lower() for name in rows[0]]
     if "sequence" in head:
-        place, named = head.index("sequence"), head.index("id") if "id" in head else None
+        place = head.index("sequence")
+        named = next((head.index(name) for name in ("id", *ALSO["id"]) if name in head), None)
         rows = rows[1:]
     elif len(head) <= 2:
         place, named = len(head) - 1, 0 if len(head) == 2 else None

@@ -231,7 +231,7 @@ class VariantTable:
             parts.append(f"{left_out} skipped because they cannot be scored")
         if left_out > WARNED * self.rows:
             parts.append(f"WARNING: what follows is of {1 - left_out / self.rows:.0%} of the rows alone")
-        if self.unmeasured:
+        if self.unmeasured and self.columns.score:
             parts.append(f"{self.unmeasured} without a measured value")
         return f"{self.path}: " + "; ".join(parts)
 

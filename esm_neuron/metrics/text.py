@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 NAMES = {
@@ -62,15 +63,19 @@ MOST_COLUMNS = 3
 """Metrics beside each other at the end of a run."""
 
 
-def ending(result: Mapping[str, Any], unit: str, folder: str) -> list[str]:
+def use(folder: str | Path, needs_labels: bool) -> str:
+    """Return the command that uses a run; one that cannot predict without labels embeds."""
+    command, suffix = ("embed", "parquet") if needs_labels else ("predict", "csv")
+    return f"esm-neuron {command} --model {folder} --input NEW --output FILE.{suffix}"
+
+
+def ending(result: Mapping[str, Any], unit: str, folder: str, needs_labels: bool = False) -> list[str]:
     """Return the lines that a run ends with: the model beside its best baseline, the verdict, what is wrong, what next.
 
     They are of the test proteins, where there are some, else of the validation proteins.
     """
     split = next((split for split in ("test", "valid") if result.get(split)), None)
-    next_ = (
-        f"  {'next':<12}esm-neuron report {folder}; esm-neuron predict --model {folder} --input NEW --output FILE.csv"
-    )
+    next_ = f"  {'next':<12}esm-neuron report {folder}; {use(folder, needs_labels)}"
     if split is None:
         return ["no proteins were held out, so nothing is known of how well it predicts", next_]
     own, found = result[split], (result.get("verdicts") or {}).get(split)

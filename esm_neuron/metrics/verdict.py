@@ -100,19 +100,21 @@ def few_text(scores: Mapping[str, Any]) -> str:
 def alarms(scores: Mapping[str, Any], verdict: Mapping[str, Any] | None = None, probe: bool = False) -> list[str]:
     """Return what is wrong with a model by the metrics of a split, each with what to try; empty where nothing is.
 
-    It answers one thing for every protein or residue; it ranks no better than chance by the interval of AUROC or
-    Spearman; or, for a task without such a metric, `verdict` does not find it better than its best baseline.
+    It answers one thing for every protein or residue; the interval of AUROC or Spearman holds chance; or, for a task
+    without such a metric, `verdict` does not find it better than its best baseline.
     For a `probe` there is no rate and no number of steps to try.
     """
     found = []
     only = scores.get("only_answer")
-    if only is not None:
-        found.append(f"ALARM: it answers {only!r} everywhere; it has learned nothing that tells proteins apart")
     ranking = next((name for name in CHANCE if scores.get(f"{name}_ci") is not None), None)
-    if ranking is not None and scores[f"{ranking}_ci"][0] <= CHANCE[ranking]:
-        shown = show(scores, ranking)
+    ranks = ranking is not None and scores[f"{ranking}_ci"][0] > CHANCE[ranking]
+    told = f"{show(scores, ranking).name} {show(scores, ranking).text}" if ranking is not None else ""
+    if only is not None:
+        learned = f"yet it ranks better than chance: {told}" if ranks else "it shows nothing that tells proteins apart"
+        found.append(f"ALARM: it answers {only!r} everywhere; {learned}")
+    if ranking is not None and not ranks:
         chance = f"chance, which is {number(CHANCE[ranking])}"
-        found.append(f"ALARM: it ranks no better than {chance}: {shown.name} {shown.text}")
+        found.append(f"ALARM: it is not shown to rank better than {chance}: {told}")
     elif ranking is None and only is None and verdict and verdict["verdict"] != BETTER and not _ranks(scores):
         found.append(f"ALARM: it is not better than {verdict['best']}, which knows frequencies alone")
     weights = "task.class_weights=balanced, " if "macro_f1" in scores else ""

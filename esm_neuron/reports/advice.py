@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esm_neuron.config import TrainConfig
+from esm_neuron.metrics.text import use
 from esm_neuron.metrics.verdict import BETTER, FEW, UNDECIDED, units_of
 from esm_neuron.models.shapes import SHAPES
 
@@ -43,5 +44,4 @@ def next_steps(cfg: TrainConfig, result: Mapping[str, Any], folder: Path) -> lis
     leak = (result.get("leaks") or {}).get(split)
     if leak and leak["homologs"] > MANY * leak["proteins"]:
         found.append(f"most {split} proteins have a homolog in training: hold out families, --sample clusters")
-    use = f"esm-neuron predict --model {folder} --input NEW --output FILE.csv"
-    return [*found, f"use it: {use}"]
+    return [*found, f"use it: {use(folder, cfg.task.mask_rates is not None)}"]

@@ -72,5 +72,5 @@ def within_budget(trainer: Trainer, held_out: Mapping[str, EvalLoader], log: Cal
     if not steps:
         least = math.ceil(pace.of(1, loop, epoch))
         raise ConfigError(f"loop.budget={loop.budget}: {told}; give at least {least}s")
-    log(f"{loop.budget} have time for {steps} steps, {steps / epoch:.2g} passes over the proteins: {told}")
+    log(f"loop.budget={loop.budget} is time for {steps} steps, {steps / epoch:.2g} passes over the proteins: {told}")
     return replace(loop, budget=None, max_steps=steps)

@@ -103,7 +103,8 @@ class ProgressConsole(Callback):
     def _expect(self, step: int, total: int, left: float) -> None:
         """Say how many minutes are left once the first steps, which may compile, are over; and when that changes."""
         whole = self.now - self.begun + left
-        if self.origin[0] == step or (self.told and abs(whole - self.told) <= max(60.0, CHANGED * self.told)):
+        as_told = self.told and abs(whole - self.told) <= max(60.0, CHANGED * self.told)
+        if step >= total or self.origin[0] == step or as_told:
             return
         self.told = whole
         self._write(f"expected: {max(1, round(left / 60))} min for the {total - step} steps to come")

@@ -128,7 +128,7 @@ class FrozenEncoder:
             if monotonic() - told > QUIET and done < len(places):
                 told = monotonic()
                 left = format_seconds((told - begun) / done * (len(places) - done))
-                self.log(f"{done:,} of {len(places):,} proteins have passed the encoder, {left} left")
+                self.log(f"{done:,} of {len(places):,} proteins read by the encoder, {left} left")
         return np.concatenate([have[name] for name in names]) if have else np.empty(0, np.float32)
 
     def _pieces(self, table: ExampleTable, places: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -104,7 +104,8 @@ def fit_probe(
     encoder = _encoder(cfg, task, backend, read, log, expect)
     states = encoder.states(table)
     fits = monotonic()
-    log(f"{encoder.passed:,} proteins have passed the encoder; the states of {encoder.found:,} were kept from before")
+    kept = f"; the states of {encoder.found:,} are from an earlier run" if encoder.found else ""
+    log(f"the encoder has read {encoder.passed:,} proteins{kept}")
     expect("the fit of the probe", 1)
     candidates: dict[int | str, Sequence[int]] = {cfg.model.layers: range(len(read))}
     if cfg.model.layers == "auto":

@@ -148,7 +148,7 @@ def _ensemble(cfg: TrainConfig, outcomes: Sequence[run.Outcome], log: Log) -> di
 
         main_rank_only(backend, write)
         log(render_seeds(result))
-        log(Lines.of(ending(result, one.task.unit, cfg.output)))
+        log(Lines.of(ending(result, one.task.unit, cfg.output, one.task.needs_labels)))
     return dict(result)
 
 

@@ -317,7 +317,7 @@ def _finish(job: _Job, leaks: Leaks, found: dict[str, Predictions], log: Callabl
         f"weights of step {chosen} in {written and written.folder}, result in {out / RESULT}, checkpoints in "
         f"{trainer.checkpoints.folder}"
     )
-    log(Lines.of(ending(result, trainer.task.unit, cfg.output)))
+    log(Lines.of(ending(result, trainer.task.unit, cfg.output, trainer.task.needs_labels)))
     return dict(result)
 
 

@@ -91,6 +91,7 @@ def test_predictions_are_those_of_the_command(run: en.Run, frames: dict[str, pd.
         (sequences.set_axis(test["id"]), expected["id"]),
         (dict(zip(test["id"], sequences, strict=True)), expected["id"]),
         (sequences[0], ["0"]),
+        (f"{sequences[0]}*", ["0"]),
     ):
         found = loaded.predict(given)
         assert list(found["id"]) == list(names)

@@ -33,7 +33,7 @@ def test_a_run_with_a_budget_is_the_run_of_its_steps(toy: Toy, monkeypatch: pyte
 
     monkeypatch.setattr(budget, "measure", measure)
     assert run.train(timed, said.append).stopped_by is None
-    assert any("1m have time for 6 steps" in line for line in said)
+    assert any("loop.budget=1m is time for 6 steps" in line for line in said)
     saved = settings.read_config(Path(timed.output) / "config.yaml")
     assert (saved.loop.budget, saved.loop.max_steps) == (None, 6)
     plain = toy("plain", loop={"max_steps": 6, "eval_every": 3})
@@ -55,9 +55,9 @@ def test_no_time_for_a_step_is_refused(toy: Toy, monkeypatch: pytest.MonkeyPatch
     ("words", "said"),
     [
         (["--budget", "soon"], "loop.budget soon: no time; write 90s, 30m or 1h30m"),
-        (["--budget", "1m", "--max_steps", "5"], "beside loop.max_steps"),
-        (["--budget", "1m", "--adapter", "probe"], "beside adapter.kind=probe"),
-        (["--budget", "1m", "--seeds", "3"], "beside seeds"),
+        (["--budget", "1m", "--max_steps", "5"], "beside loop.max_steps: both say how long training is; leave"),
+        (["--budget", "1m", "--adapter", "probe"], "beside adapter.kind=probe: a probe takes no steps; leave"),
+        (["--budget", "1m", "--seeds", "3"], "beside seeds: runs that belong together need one loop.max_steps; leave"),
         (["--budget", "1m", "--folds", "3"], "beside data.folds"),
     ],
 )

@@ -62,11 +62,12 @@ def test_the_time_left_leaves_compilation_out_once_it_can(monkeypatch: pytest.Mo
 def test_the_minutes_to_come_are_told_after_the_first_steps_and_when_they_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    times = [0.0, 300.0, 310.0, 320.0, 330.0, 1530.0]  # the first ten steps compile, the last ten wait for a validation
+    # the first ten steps compile, the last ones wait for validations
+    times = [0.0, 300.0, 310.0, 320.0, 330.0, 1530.0, 99999.0]
     monkeypatch.setattr("esm_neuron.training.callbacks.monotonic", iter(times).__next__)
     stream = Stream(tty=False)
     console = ProgressConsole(stream=stream)
-    for step in (10, 20, 30, 40, 50):
+    for step in (10, 20, 30, 40, 50, 500):  # of the last step nothing is to come
         console.on_log(step, 500, {})
     told = [(number, line) for number, line in enumerate(stream.writes) if line.startswith("expected")]
     assert told == [

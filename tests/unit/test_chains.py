@@ -20,6 +20,7 @@ from esm_neuron.data.splits import Splits, check_settings, load_splits
 from esm_neuron.data.tokenizer import AMINO_ACIDS, EOS, MASK, hf_tokenizer
 from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import read_json
+from esm_neuron.reports.advice import next_steps
 from esm_neuron.tasks import create_task
 from esm_neuron.tasks.masked_lm import MaskedLM
 from esm_neuron.training import run
@@ -285,6 +286,8 @@ def test_a_run_on_pairs_resumes_to_the_same_weights_and_packs_change_nothing(
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
     result = read_json(tmp_path / "whole" / "result.json")
     assert "unigram" in str(result)
+    assert "esm-neuron embed --model" in said[-1] and "esm-neuron predict" not in said[-1], "predict is refused, below"
+    assert "use it: esm-neuron embed --model" in next_steps(config("whole"), result, tmp_path / "whole")[-1]
 
     model = str(tmp_path / "whole")
     for name, packing in (("one", "true"), ("two", "false")):

@@ -204,7 +204,9 @@ def test_what_cannot_be_decided_or_used_is_said(
     assert propose("d.csv").config.task.name == "regression" and len(propose("d.csv").undecided) == 1  # few proteins
     frame(id=[1, 1, *range(2, COUNT)], sequence=SEQUENCES, label=CLASSES).to_csv("b.csv", index=False)
     assert cli.main(["new", "b.csv", "--output", "b.yaml"]) == 1
-    assert "id '1' was used in line 2 already" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "id '1' was used in line 2 already" in said.out
+    assert said.err == "written to b.yaml; mend the file as told above, then esm-neuron train --config b.yaml\n"
     assert cli.main(["new", "a.csv", "--output", "b.yaml"]) == 2
     assert "b.yaml: exists already; name another file" in capsys.readouterr().err
     frame(a=[1, 2], b=["x", "y"]).to_csv("c.csv", index=False)

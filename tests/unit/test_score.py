@@ -201,6 +201,9 @@ def test_every_bad_variant_is_named_with_its_place(plain: Path, wild: Path, tmp_
         "10 rows; 8 skipped because they cannot be scored; WARNING: what follows is of 20% of the rows alone; 1 w"
         in said[0]
     )
+    skip = ("--data.on_bad_residue=skip",)
+    score(str(plain), table, tmp_path / "plain.csv", wild_type=wild, settings=skip, log=said.append)
+    assert not any("measured" in line for line in said[1:]), "no measured values were asked for"
     rejected = (tmp_path / "out.csv.rejected.tsv").read_text().splitlines()
     assert len(rejected) == 9 and "A42G" in rejected[1] and "outside 1 to 40" in rejected[1]
     assert found == {

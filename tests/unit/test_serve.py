@@ -105,8 +105,10 @@ def test_every_form_of_a_request_is_answered_as_by_the_model(
     some = proteins[:5]
     expected = load(folder).predict(some)
     fasta = "".join(f">{name} a note\n{residues[:20]}\n{residues[20:]}\n" for name, residues in some)
+    table = "".join(f"{residues},{name}\n" for name, residues in [("Accession", "Sequence"), *some])
     for path, body, kind in (
-        ("predict", records(some), JSON), ("predict", fasta, TEXT), ("invocations", records(some), JSON)
+        ("predict", records(some), JSON), ("predict", table, "text/csv"), ("predict", fasta, TEXT),
+        ("invocations", records(some), JSON),
     ):  # fmt: skip
         code, said = server.ask(path, body, kind)
         assert code == 200 and list(said) == ["predictions"]

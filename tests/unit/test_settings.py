@@ -132,6 +132,8 @@ def test_an_unknown_key_in_a_file_is_named_with_the_nearest(folder: Path, text: 
         ("--max_residue", "data.max_residues"),
         ("--optim.learning_rate", "optim.lr"),
         ("--model_id", "model.name"),
+        ("--lable", "data.label_column"),
+        ("--steps", "loop.max_steps"),
         ("--per_device_eval_batch_size", "loop.eval_packs_per_device"),
         ("--batch_size", "loop.packs_per_step"),
     ],
