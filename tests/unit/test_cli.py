@@ -94,9 +94,7 @@ def test_settings_that_cannot_be_are_refused(toy: Toy, tmp_path: Path, refused: 
     assert "unknown command 'data get'; its name is python examples/datasets/get.py now; the commands" in refused(
         "data", "get", "scl2205"
     )
-    assert "unknown command 'trian'; did you mean train? the commands are train, new, tune" in refused(
-        "trian"
-    )
+    assert "unknown command 'trian'; did you mean train? the commands are train, new, tune" in refused("trian")
     assert "unknown setting loop.max_step; did you mean loop.max_steps?" in refused(*words, "--loop.max_step=1")
     assert "optim.lr" in refused(*words, "--optim.lr=fast")
     assert "loop.packs_per_step=3 is not a multiple of 4" in refused(*words, "--loop.packs_per_step=3")
