@@ -26,7 +26,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
 """How processes start: with all that this one has imported."""
-TIMING = {"residues_per_second", "graphs", "peak_memory_gb", "seconds"}
+TIMING = {"residues_per_second", "sequences_per_second", "graphs", "peak_memory_gb", "seconds"}
 """Values that depend on the clock, or on what was compiled before."""
 
 

@@ -182,7 +182,7 @@ def _digest(script: str) -> str:
 def _counts(result: dict[str, Any]) -> list[tuple[str, list[int]]]:
     """Return each class with how many proteins, or residues, each split has of it; the most frequent ones."""
     splits = [size.get("classes") or {} for size in result["data"].values()]
-    order = sorted(splits[0], key=lambda name: -int(splits[0][name]))[:MOST_ROWS] if all(splits) else []
+    order = sorted(splits[0], key=lambda name: -int(splits[0][name]))[:MOST_ROWS] if splits and all(splits) else []
     return [(name, [int(split.get(name, 0)) for split in splits]) for name in order]
 
 
