@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -228,8 +229,8 @@ def _composition(proteins: Proteins) -> np.ndarray:
     owner = np.repeat(np.arange(len(proteins)), proteins.lengths)
     known = proteins.residues < OTHER
     counts = np.bincount(owner[known] * OTHER + proteins.residues[known], minlength=len(proteins) * OTHER)
-    counts = counts.reshape(-1, OTHER).astype(np.float32)
-    return np.asarray(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    table = counts.reshape(-1, OTHER).astype(np.float32)
+    return np.asarray(table / np.maximum(table.sum(axis=1, keepdims=True), 1))
 
 
 def _batches(widths: np.ndarray) -> Iterator[np.ndarray]:
@@ -258,7 +259,7 @@ def _band(
     cell is a score, int32, or `packed`: the score above what belongs to its alignment (equal residues, where it began),
     int64, so that the largest of some cells brings that along.
     """
-    kind = np.int64 if packed else np.int32
+    kind: Any = np.int64 if packed else np.int32
     a, b = queries.lengths[pairs.query], targets.lengths[pairs.target]
     width, count = 2 * half + 1, len(pairs)
     rows = np.arange(int(a.max()))

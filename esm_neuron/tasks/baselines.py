@@ -192,7 +192,7 @@ def value_baselines(train: ExampleTable) -> list[Baseline]:
         return np.where(closest >= 0, train.labels[closest], mean)
 
     pooled = Pooled(train, rows, learn(lambda: preprocessing.StandardScaler()), learn(), copied)
-    return [_constant("mean", mean, train), *pooled.baselines()]
+    return [_constant("mean", np.asarray(mean), train), *pooled.baselines()]
 
 
 def _allowed(pooled: Pooled, classes: int) -> list[Baseline]:
