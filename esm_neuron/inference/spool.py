@@ -22,7 +22,7 @@ from esm_neuron.data.records import files_of, is_hub
 from esm_neuron.data.remote import is_remote
 from esm_neuron.data.validation import Rejected, RejectedRows
 from esm_neuron.errors import DataError
-from esm_neuron.files import NOTHING, misfit, parse_json, read_bytes, write_json
+from esm_neuron.files import NOTHING, misfit, parse_json, read_bytes, remove, write_json
 
 T = TypeVar("T")
 
@@ -97,7 +97,8 @@ def scan(folder: Path, source: Source[T], stamp: str | None, resume: bool) -> In
     """
     if resume and stamp is not None and (kept := _kept(folder, stamp)) is not None:
         return kept
-    (folder / FACTS).unlink(missing_ok=True)
+    for name in (FACTS, SPOOL):  # whatever is there: a pipe would be waited for
+        remove(folder / name)
     found: list[tuple[int, int, str]] = []
     writer: pa.RecordBatchFileWriter | None = None
     try:
@@ -120,7 +121,7 @@ def _kept(folder: Path, stamp: str) -> InputScan | None:
     """Return what is known of the pieces in `folder`; None where there are none, or those of another source."""
     try:
         facts = parse_json(read_bytes(folder / FACTS, _FACTS_LIMIT))
-        if misfit(facts, _FORM) or facts["stamp"] != stamp:
+        if misfit(facts, _FORM) or facts["stamp"] != stamp or not (folder / SPOOL).is_file():
             return None
         rejected = RejectedRows(Rejected(*row) for row in facts["rejected"])
         tokens, rows, digests = zip(*facts["pieces"], strict=True) if facts["pieces"] else ((), (), ())

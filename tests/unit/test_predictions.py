@@ -613,6 +613,19 @@ def test_pieces_that_were_changed_are_refused_and_the_cure_cures(
     assert shards[-1].read_bytes() == before and pieces.read_bytes() == whole
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_stands_where_pieces_belong_is_replaced(
+    plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A pipe would be waited for, for ever."""
+    source, target = proteins("many.csv", 130, seed=4), tmp_path / "out.parquet"
+    unfinished(plain, source, target, monkeypatch)
+    pieces = stream.shards_folder(target) / "input.arrow"
+    pieces.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink("nowhere", path)}[kind](pieces)
+    assert embed(str(plain), source, target, settings=SMALL, resume=True) == 130
+
+
 def test_an_input_that_changes_after_it_was_read_changes_nothing(
     plain: Path, proteins: Proteins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
