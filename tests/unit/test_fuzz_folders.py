@@ -187,7 +187,7 @@ DECIDES = {
 
 
 def content(root: Path) -> dict[str, bytes]:
-    """Name -> bytes of each regular file below `root`, or of the one that it is; not of model cards: they quote results."""
+    """Name -> bytes of each regular file below `root`, or of the one that it is; no model cards: they quote results."""
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     files = [path for path in files if path.parent.name != "exported" or path.name != "README.md"]
     return {path.relative_to(root.parent).as_posix(): path.read_bytes() for path in files}
