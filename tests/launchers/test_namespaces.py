@@ -65,7 +65,7 @@ def nodes() -> Iterator[list[Node]]:
     both = [Node(f"esm-{mark}-{n}", f"10.97.0.{n}", f"e{n}-{mark}") for n in (1, 2)]
     made = [ip("ip", "netns", "add", node.name) for node in both]
     if any(one.returncode for one in made):
-        pytest.skip(f"no network namespaces here: {made[0].stderr.strip()}")
+        pytest.skip(f"no network namespaces here: {made[0].stderr.strip()}; where they are: make test-launchers")
     try:
         one, other = both
         commands = [f"ip link add {one.device} type veth peer name {other.device}"]
@@ -155,7 +155,7 @@ def test_a_slow_line_that_loses_packets_changes_nothing(
     shape = f"tc qdisc {{}} dev {node.device} root netem delay 5ms loss 1%"
     made = ip("ip", "netns", "exec", node.name, *shape.format("add").split())
     if made.returncode:
-        pytest.skip(f"this kernel delays nothing: {made.stderr.strip()}")
+        pytest.skip(f"this kernel delays nothing: {made.stderr.strip()}; where it does: make test-launchers")
     try:
         codes = [process.wait(PATIENCE) for process in start(nodes, cfg, tmp_path / "slow")]
     finally:
@@ -164,7 +164,7 @@ def test_a_slow_line_that_loses_packets_changes_nothing(
     assert weights(tmp_path / "slow") == whole
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs apt-get install openmpi-bin")
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="apt-get install openmpi-bin, then make test-launchers")
 def test_open_mpi_starts_a_node_each(nodes: list[Node], cfg: TrainConfig, whole: str, tmp_path: Path) -> None:
     """mpirun on the first node reaches the second as it would by ssh."""
     (tmp_path / "run.yaml").write_text(settings.dump(replace(cfg, output=str(tmp_path / "out"))))

@@ -70,7 +70,7 @@ def plain(proteins: Path, target: Path, *words: str) -> pa.Table:
 @pytest.mark.launchers
 def test_a_killed_worker_loses_and_doubles_nothing(proteins: Path, tmp_path: Path) -> None:
     """The rows are those of the plain command, to the bit; the same command again has nothing to do."""
-    pytest.importorskip("ray", reason='needs pip install "ray[data]", in an environment that sees this one')
+    pytest.importorskip("ray", reason='needs pip install "ray[data]", then make test-launchers')
     out = tmp_path / "answers"
     words = ["embed", "--model", "mini", "--input", str(proteins), "--output", str(out)]
     job = start(words)
@@ -188,7 +188,9 @@ def test_the_clusters_files_have_one_version_and_start_what_is_here() -> None:
 
 @pytest.mark.launchers
 def test_ray_takes_the_file_of_its_cluster() -> None:
-    util = pytest.importorskip("ray.autoscaler._private.util", reason='needs pip install "ray[default]"')
+    util = pytest.importorskip(
+        "ray.autoscaler._private.util", reason='needs pip install "ray[default]", then make test-launchers'
+    )
     cluster = yaml.safe_load((PROGRAM.parent / "ec2.yaml").read_text())
     util.validate_config(util.prepare_config(cluster))
     with pytest.raises(Exception, match="max_wrkers"):

@@ -156,7 +156,7 @@ def test_what_the_schema_allows_and_forbids(server: Server, tmp_path: Path) -> N
 
     A schema cannot say that ids are unique, so good ones may be refused.
     """
-    pytest.importorskip("schemathesis", reason="pip install schemathesis")
+    pytest.importorskip("schemathesis", reason="pip install schemathesis, then make test")
     (tmp_path / "lines.py").write_text(
         "import json, schemathesis\n"
         "@schemathesis.serializer('application/jsonlines')\n"
