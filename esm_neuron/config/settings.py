@@ -348,14 +348,14 @@ def _parsed(words: list[str], command: str, start: TrainConfig | None = None) ->
     except (argparse.ArgumentError, *_NOT_YAML) as error:
         raise ConfigError(_explain(one_line(error))) from error
     cfg = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    for name in _nothing("", plain(cfg), plain(TrainConfig())):
+        raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
     # as `model.name`, in a file as in a flag: a folder of the name `~` is never meant
     places = ("train", "valid", "test", "cache")
     home: dict[str, Any] = {name: os.path.expanduser(getattr(cfg.data, name) or "") or None for name in places}
     cfg = replace(cfg, output=os.path.expanduser(cfg.output), data=replace(cfg.data, **home))
     if cfg.adapter.init_from is not None:
         cfg = replace(cfg, adapter=replace(cfg.adapter, init_from=os.path.expanduser(cfg.adapter.init_from)))
-    for name in _nothing("", plain(cfg), plain(TrainConfig())):
-        raise ConfigError(f"{name} has no value; give one, or leave it out for the default")
     return cfg
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,9 +264,9 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
     if cfg.adapter.kind not in ("lora", "qlora"):
         built = build.build_model(cfg, task, backend, trained=True)
         path = Path(cfg.model.name) / REFERENCE
-        said = read_json(path, {"sha256?": str}, CheckpointError, _AGAIN) if path.is_file() else {}
-        if said.get("sha256") not in (None, built.source.reference.sha256):
-            raise CheckpointError(f"{path.parent}: {_NOT_OURS} `sha256` out of {path}")
+        if path.is_file():
+            said = read_json(path, {"sha256": str}, CheckpointError, _AGAIN)
+            _check_sum(path.parent, path, said, "sha256", built.source.reference.sha256)
         return built
     built = build.build_model(cfg, task, backend)
     folder = Path(cfg.output) / ADAPTER
@@ -288,22 +288,29 @@ def build_trained(cfg: TrainConfig, task: Task, backend: Backend) -> Built:
 
 
 _AGAIN = "copy the run again"
-_NOT_OURS = f"is not what training wrote; {_AGAIN}, or, if you changed it on purpose, take"
+
+
+def _check_sum(changed: Path, path: Path, said: Mapping[str, Any], key: str, now: str) -> None:
+    """Raise CheckpointError where the sum in `path` is not that of the weights now."""
+    if said[key] != now:
+        raise CheckpointError(
+            f"{changed}: is not what training wrote; {_AGAIN}, or, if you changed it on purpose, make {key} in {path} "
+            f"{now}"
+        )
 
 
 def _check_reference(folder: Path, built: Built) -> None:
     """Raise CheckpointError where the adapter or its base's config.json is not as it was when the run ended."""
     path = folder / REFERENCE
-    said = read_json(path, {"adapter?": str, "config?": {"*": (*NUMBER, bool)}}, CheckpointError, _AGAIN)
-    for name, value in said.get("config", {}).items():
+    said = read_json(path, {"adapter": str, "config": {"*": (*NUMBER, bool)}}, CheckpointError, _AGAIN)
+    for name, value in said["config"].items():
         now = getattr(built.config, name, None)
         if now != value:
             raise CheckpointError(
                 f"{folder}: was trained on a base whose config.json had {name} {value!r}, and it has {now!r} now; give "
                 "the base as it was"
             )
-    if said.get("adapter") not in (None, sha256(folder / ADAPTER_WEIGHTS)):
-        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: {_NOT_OURS} `adapter` out of {path}")
+    _check_sum(folder / ADAPTER_WEIGHTS, path, said, "adapter", sha256(folder / ADAPTER_WEIGHTS))
 
 
 DECISIVE = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "rank_pattern", "alpha_pattern")

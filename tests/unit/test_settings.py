@@ -367,3 +367,12 @@ def test_a_home_folder_is_meant_in_files_and_flags(folder: Path, monkeypatch: py
     cfg = parse(["--config", written(folder, text), "--data.valid=~/v.csv"])
     assert (cfg.output, cfg.data.train, cfg.data.valid) == ("/home/me/run", "/home/me/x.csv", "/home/me/v.csv")
     assert (cfg.data.cache, cfg.data.test, cfg.data.label_column) == ("/home/me/c", None, "~x")
+
+
+@pytest.mark.parametrize("name", ["output", "seed", "data", "optim", "optim.lr", "data.label_column"])
+def test_a_setting_without_a_value_is_refused(tmp_path: Path, name: str) -> None:
+    """A value that a cut file or an editor took away: jsonargparse takes null for any type."""
+    section, _, key = name.rpartition(".")
+    (tmp_path / "c.yaml").write_text(f"{section}:\n  {key}:\n" if section else f"{key}:\n")
+    with pytest.raises(ConfigError, match=name):
+        read_config(tmp_path / "c.yaml")
