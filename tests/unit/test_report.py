@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -462,27 +461,49 @@ def test_the_table_of_proteins_is_searched_and_sorted(runs: dict[str, Path], tmp
         assert seen.complaints == []
 
 
+_LAID_OUT = """
+(() => {
+  const boxes = (name, within) => [...(within ?? document).querySelectorAll(name)].map(e => e.getBoundingClientRect());
+  const near = (a, b) => Math.abs(a - b) < 2, faults = [];
+  for (const grid of document.querySelectorAll(".charts, .tiles")) {
+    const [whole, cells] = [grid.getBoundingClientRect(), boxes("figure, .tile", grid)];
+    for (const top of new Set(cells.map(c => Math.round(c.top)))) {
+      const row = cells.filter(c => near(c.top, top));
+      if (!row.every(c => near(c.bottom, row[0].bottom))) faults.push(`cards of several heights at ${top}`);
+      if (!near(row[0].left, whole.left) || !near(row.at(-1).right, whole.right)) faults.push(`a hole at ${top}`);
+    }
+  }
+  for (const each of document.querySelectorAll("p, li, h1, figcaption, caption, figure svg text")) {
+    const box = each.getBoundingClientRect(), parent = each.closest("figure, .table, body").getBoundingClientRect();
+    if (box.right > parent.right + 1 || each.scrollWidth > each.clientWidth + 1 && !each.closest("svg"))
+      faults.push(`cut off: ${each.textContent.slice(0, 60)}`);
+  }
+  for (const box of boxes("figure svg")) if (box.width < 250 || box.height < 60) faults.push("a chart too small");
+  return faults;
+})()
+"""
+"""Faults of a page's layout: rows of cards that do not fill the width, texts that are cut off, charts too small."""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine; apt-get install chromium, then make test")
-def test_a_browser_fetches_nothing_complains_of_nothing_and_never_scrolls_sideways(
-    runs: dict[str, Path], tmp_path: Path, record_property: Callable[[str, object], None]
+def test_a_browser_fetches_nothing_complains_of_nothing_and_lays_pages_out_without_holes(
+    runs: dict[str, Path], tmp_path: Path
 ) -> None:
+    one, other = (runs["sequence_classification"], made_run(tmp_path / "other", "sequence_classification", scatter=9.0))
+    pages = {name: run / "report" / "index.html" for name, run in runs.items()}
+    pages["compare"] = write_comparison([one, other], tmp_path / "compare.html")
     with Browser(tmp_path) as browser:
-        for name, run in runs.items():
-            url = (run / "report" / "index.html").resolve().as_uri()
-            for width in (400, 1200):
-                for dark in (False, True):
-                    seen = browser.open(url, width, dark)
-                    assert seen.requests == [url], (name, width)
-                    assert seen.complaints == [], (name, width)
-                    assert seen.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
-                    background = seen.evaluate("getComputedStyle(document.body).backgroundColor")
-                    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
-            boxes = "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect())"
-            assert seen.evaluate(f"{boxes}.every(b => b.width > 300 && b.height > 60)"), name
-            # texts of charts lie within them: nothing is cut off
-            texts = "[...document.querySelectorAll('figure svg text')]"
-            ends = "t.getBoundingClientRect().right <= t.closest('figure').getBoundingClientRect().right"
-            assert seen.evaluate(f"{texts}.length > 20 && {texts}.every(t => {ends})"), name
+        for name, page in pages.items():
+            url = page.resolve().as_uri()
+            for width, dark in ((1400, False), (1400, True), (800, True), (420, False)):
+                seen = browser.open(url, width, dark)
+                assert seen.requests == [url], (name, width)
+                assert seen.complaints == [], (name, width)
+                assert seen.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
+                background = seen.evaluate("getComputedStyle(document.body).backgroundColor")
+                assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
+                assert seen.evaluate("document.querySelectorAll('figure svg text').length") > 20, name
+                assert seen.evaluate(_LAID_OUT) == [], (name, width)
 
 
 def test_a_small_table_of_predictions_cannot_fill_a_memory(spoilt: Path) -> None:
