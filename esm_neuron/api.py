@@ -31,7 +31,7 @@ from esm_neuron.config.threads import prepare
 from esm_neuron.data.parquet import read_table, write_table
 from esm_neuron.distributed import log_nothing
 from esm_neuron.errors import ConfigError, EsmNeuronError
-from esm_neuron.files import note
+from esm_neuron.files import note, remove
 from esm_neuron.redact import shown
 from esm_neuron.run_dir import (
     CONFIG,
@@ -116,17 +116,29 @@ def train(
             not (out / CONFIG).exists() or cfg.checkpoint.resume == "auto",
             f"output={out} already holds a run; go on with resume='auto', or name another output",
         )
+        new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         note(out, [f"{key}.parquet" for key in frames])
         for key, table in frames.items():
             write_table(out / f"{key}.parquet", table)
             sources[key] = str(out / f"{key}.parquet")
     named = {f"data.{key}": _source(value) for key, value in sources.items() if value is not None}
-    cfg = training_config(words + settings.to_words(named), log)
+    try:
+        cfg = training_config(words + settings.to_words(named), log)
 
-    from esm_neuron.training.run import train as run_training
+        from esm_neuron.training.run import train as run_training
 
-    outcome = run_training(cfg, log)
+        outcome = run_training(cfg, log)
+    except EsmNeuronError as error:
+        if frames and not (out / CONFIG).exists():  # it did not begin: nothing of it is left, and no path to tell
+            text = str(error)
+            for key in frames:
+                text = text.replace(str(out / f"{key}.parquet"), f"the data frame of {key}")
+                remove(out / f"{key}.parquet")
+            error.args = (text, *error.args[1:])
+            if new:
+                remove(out)
+        raise
     if outcome.stopped_by:
         log(f"stopped by {outcome.stopped_by}; the state is saved, go on with resume='auto', output={cfg.output!r}")
     return Run(cfg.output)

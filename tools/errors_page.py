@@ -29,10 +29,11 @@ INTRODUCTION = """# Errors
 Malformed files and the error message of each, made by `make pages`. The exit code is 2. A message says where the fault
 is (file, line or record, column, and the id of the record), what is wrong, and how to fix it.
 
-Bad records of one file (ids, sequences, labels) are listed together: the first 20, and how many there are. A file that
-is malformed as a whole (one value too many, JSON that breaks off, a quote that is never closed) is read no further than
-the first such place, because what follows may not be records at all. `--data.on_bad_residue skip` and `replace` turn
-the error of a bad character into a count and a line in rejected.tsv. Text in parentheses may be a library's wording.
+Bad records of one file (ids, sequences, labels) are listed together: the first three of each kind, and how many there
+are. A file that is malformed as a whole (one value too many, JSON that breaks off, a quote that is never closed) is
+read no further than the first such place, because what follows may not be records at all. `--data.on_bad_residue skip`
+and `replace` turn the error of a bad character into a count and a line in rejected.tsv. Text in parentheses may be a
+library's wording.
 """
 
 

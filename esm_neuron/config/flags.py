@@ -65,6 +65,8 @@ class CommandParser(ArgumentParser):
     """A parser that raises what argparse would print and exit with."""
 
     def error(self, message: str) -> NoReturn:
+        if stray := re.match(r"unrecognized arguments: (?!-)(\S+)", message):
+            raise ConfigError(f"{settings.stray_word(stray[1])}; see {self.prog} --help")
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         hint = instead(unknown[1], self._option_string_actions) if unknown else ""
         raise ConfigError(f"{message}; {hint}see {self.prog} --help")

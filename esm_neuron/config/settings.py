@@ -291,10 +291,10 @@ WHAT = ("--data.", "--task.", "--log.", "--checkpoint.", "--output", "--backend"
 """Settings that say what is learned and where, and nothing of how."""
 
 
-def says_only_what(words: Sequence[str]) -> bool:
-    """Return whether `whole_words` name a file to learn from, and no model or way of training that they ask for."""
-    names = [word for word in words if word.startswith("--")]
-    return bool(names) and all(name.startswith(WHAT) and not name.startswith("--seeds") for name in names)
+def says_how(words: Sequence[str]) -> list[str]:
+    """Return the flags of `whole_words` that name a model or a way of training."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return [flag for flag in flags if not flag.startswith(WHAT) or flag == "--seeds"]
 
 
 def first_step(words: Sequence[str], pools: bool) -> list[str]:
@@ -386,6 +386,14 @@ _UNKNOWN = (
     re.compile(r"Option '(?P<option>[^']+)' is not accepted"),
 )
 """How jsonargparse says that it does not know a setting."""
+_MISFIT = re.compile(
+    r"(?P<name>[\w.]+): (?:.*Subtypes: \[(?P<kinds>.*)\] Errors: .* Given|Expected an? (?P<kind>.*)\. Got) value: "
+    "(?P<value>.*)"
+)
+"""How it says that a value is of no kind that its setting has."""
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list",
+          "dict": "NAME: VALUE of each"}  # fmt: skip
+"""What it calls a kind of value -> what a person does."""
 
 
 def _explain(message: str) -> str:
@@ -395,13 +403,30 @@ def _explain(message: str) -> str:
     found = next(filter(None, (pattern.search(message) for pattern in _UNKNOWN)), None)
     if found is not None:
         unknown = ".".join(filter(None, (found.groupdict().get("group"), found["option"])))
-        return f"unknown setting {unknown}; {_suggest(unknown)}"
+        stray = re.match(r"unrecognized arguments: (?!-)(\S+)", message, re.IGNORECASE)
+        return stray_word(stray[1]) if stray else f"unknown setting {unknown}; {_suggest(unknown)}"
     message = re.sub(r"Parser key \"([\w.]+)\"", r"\1", message)
     for name, cure in REMOVED.items():
         setting, _, value = name.partition("=")
         if value and message.startswith(setting) and message.endswith(f" {value}"):
             return f"{name} is gone; {cure}"
-    return re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", message)
+    message = re.sub(r"<class '(\w+)'>|typing\.(?=Literal)", r"\1", message)
+    if misfit := _MISFIT.fullmatch(message):
+        kinds, value = misfit["kinds"] or misfit["kind"], misfit["value"]
+        choices = [", ".join(re.findall(r"'([^']*)'", kinds))] if "Literal" in kinds else []
+        plain = re.sub(r"(Literal)?\[([^][]|\[[^][]*\])*\]|NoneType", "", kinds)
+        near = difflib.get_close_matches(value, choices[0].split(", "), n=1) if choices else []
+        choices += [_KINDS.get(kind, kind) for kind in filter(None, plain.split(", "))]
+        return f"{misfit['name']}={value}: must be {' or '.join(choices)}" + (
+            f"; did you mean {near[0]}?" if near else ""
+        )
+    return message
+
+
+def stray_word(word: str) -> str:
+    """Return what is wrong with a word that no flag takes."""
+    files = f"several files are one value, '[FILE, {word}]', or '{{CLASS: FILE, CLASS: {word}}}' with a class each"
+    return f"{word} belongs to no flag; {files if '.' in word else 'a setting is --NAME VALUE'}"
 
 
 def _suggest(unknown: str) -> str:

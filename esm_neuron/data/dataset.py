@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from esm_neuron.config import DataConfig
 from esm_neuron.config.deferred import module
 from esm_neuron.data.labels import UNKNOWN, Labels
 from esm_neuron.data.sources import text_bytes
-from esm_neuron.data.tokenizer import encode_residues
+from esm_neuron.data.tokenizer import BREAK, encode_residues
 from esm_neuron.data.validation import Problems, quote
 from esm_neuron.files import open_new, read_json, write_json
 
@@ -293,7 +294,8 @@ def _labelled(
     targets = labels.targets(rows, problems)
     if problems.total or not labels.per_residue:
         return replace(table, labels=targets)
-    report.update(unlabelled_residues=int((targets == UNKNOWN).sum()))
+    joints = pc.sum(pc.count_substring(rows["sequence"], BREAK)).as_py() or 0  # between chains, which are no residues
+    report.update(unlabelled_residues=int((targets == UNKNOWN).sum()) - joints)
     places, _ = table.residue_slots()  # the labels of residues are cut as their sequence is
     return replace(table, labels=np.where(places >= 0, targets[places], np.int16(UNKNOWN)))
 

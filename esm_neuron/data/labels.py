@@ -506,12 +506,14 @@ class Numbers(Labels):
     def __init__(self, task: TaskConfig, column: str, separator: str | None = None) -> None:
         super().__init__(task, column, separator)
         self._numbers = Decimals()
+        self._any = False  # whether a label is a number
 
     def _entries(self, text: str, length: int) -> list[Any]:
         names = listed(text)
         value = self._numbers.read(names[0] if names and len(names) == 1 else text)
         if not math.isfinite(value):
             raise ValueError(f"{quote(text)} is no finite number; write such as 1234.5, or remove the record")
+        self._any = True
         return [value]
 
     def _encode_alike(self, rows: pa.Table, source: str) -> pa.Array | None:
@@ -523,13 +525,18 @@ class Numbers(Labels):
             return None
         if not np.isfinite(values).all():
             return None
+        self._any = self._any or len(values) > 0
         points = np.flatnonzero(pc.match_substring(texts, ".").to_numpy(zero_copy_only=False))
         if len(points):
             self._numbers.read(texts[int(points[-1])].as_py())  # it remembers the last one
         return pa.ListArray.from_arrays(pa.array(np.arange(len(values) + 1), pa.int32()), pa.array(values))
 
     def conclude(self, problems: Problems) -> None:
-        """Note a comma that is a decimal mark in one place and may be another thing elsewhere."""
+        """Note that no label is a number, or a comma that is a decimal mark here and may be another thing elsewhere."""
+        if problems.total > 1 and not self._any:
+            cure = "name a column of numbers with data.label_column, or take words as classes"
+            what = f"column {self.column!r} has no number at all"
+            problems.add(None, f"{what}; {cure}: task.name=sequence_classification")
         if (doubt := self._numbers.doubt()) is not None:
             problems.add(None, f"column {self.column!r}: {doubt}")
 

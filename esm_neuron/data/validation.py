@@ -27,8 +27,10 @@ from esm_neuron.errors import ConfigError, DataError
 from esm_neuron.files import new_file, open_new, parse_json
 from esm_neuron.redact import Lines
 
-MOST_LISTED = 20
-"""Problems that an error lists; the rest is counted."""
+MOST_LISTED, MOST_ALIKE = 20, 3
+"""Problems that an error lists, and how many of one kind; the rest is counted."""
+_VARIES = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+")
+"""In what problems of one kind differ."""
 _BLOCK = 1024
 """Rejected records that are packed together: about 20 bytes each."""
 
@@ -130,22 +132,36 @@ class Problems:
     """Collects what is wrong with a file, so that one error tells it all."""
 
     source: str
-    first: list[str] = field(default_factory=list)
-    """The first MOST_LISTED problems, one line per problem."""
     total: int = 0
+    _lines: list[str] = field(default_factory=list)
+    _kinds: dict[str, list[int]] = field(default_factory=dict)
+    """Kind of problem that has a line -> the place of its last one, how many it has, and how many more were noted."""
 
     def add(self, line: int | None, message: str) -> None:
         """Note a problem of the record that starts in `line`, or has this number; None: of the file as a whole."""
         self.total += 1
-        if len(self.first) < MOST_LISTED:
-            self.first.append(f"{self.source if line is None else place(self.source, line)}: {message}")
+        kind = _VARIES.sub("", message)
+        listed = self._kinds[kind][1] if kind in self._kinds else 0
+        if listed < MOST_ALIKE and len(self._lines) < MOST_LISTED:
+            self._kinds[kind] = [len(self._lines), listed + 1, 0]
+            self._lines.append(f"{self.source if line is None else place(self.source, line)}: {message}")
+        elif listed:
+            self._kinds[kind][2] += 1
+
+    @property
+    def first(self) -> list[str]:
+        """The first problems of each kind, MOST_LISTED at most, a line each; the last one says how many are like it."""
+        lines = list(self._lines)
+        for last, _, more in self._kinds.values():
+            lines[last] += f" (and {more} more like it)" if more else ""
+        return lines
 
     def raise_any(self) -> None:
         """Raise what was noted as DataError: one line for one problem; else their count, then the first of them."""
         if self.total == 1:
             raise DataError(self.first[0])
         if self.total:
-            which = f"the first {len(self.first)}" if self.total > len(self.first) else "all listed"
+            which = "the first of each kind" if self.total > len(self._lines) else "all listed"
             raise DataError(Lines.of([f"{self.source}: {self.total} problems ({which}):", *self.first], "  "))
 
 

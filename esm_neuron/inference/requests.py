@@ -2,10 +2,10 @@
 
 Requests: application/json `{"records": [{"id": "P1", "sequence": "MKT..."}]}`, `{"sequences": ["MKT..."]}` or
 `{"inputs": "MKT..."}` (also a list); application/jsonlines with `id` and `sequence`, or `inputs`, on each line;
-text/csv; FASTA as text/plain. The response is JSON, `{"predictions": [{"id": "P1", "label": "membrane", ...}]}`, or a
-prediction a line where application/jsonlines is asked for, in the order of the request, with the columns of
-`esm-neuron predict`; null where there is no value, as for residues that were cut off. A request that cannot be used is
-an error of one line.
+text/csv; FASTA as text/plain, or a sequence on each line. The response is JSON, `{"predictions": [{"id": "P1", "label":
+"membrane", ...}]}`, or a prediction a line where application/jsonlines is asked for, in the order of the request, with
+the columns of `esm-neuron predict`; null where there is no value, as for residues that were cut off. A request that
+cannot be used is an error of one line.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _csv(text: str) -> Records:
 
 def _fasta(text: str) -> Records:
     before, *records = ("\n" + text).split("\n>")
-    if before.strip() or not records:
+    if not records:
+        return [(str(number), line.strip()) for number, line in enumerate(filter(str.strip, text.splitlines()))]
+    if before.strip():
         raise DataError("request is not FASTA; begin each record with a line >ID")
     parts = [record.partition("\n") for record in records]
     return [(header.split()[0] if header.split() else "", "".join(body.split())) for header, _, body in parts]
@@ -133,6 +135,6 @@ EXAMPLES = {
     "application/json": '{"records": [{"id": "P1", "sequence": "MKT"}]}, {"sequences": ["MKT"]} or {"inputs": "MKT"}',
     LINES: '{"id": "P1", "sequence": "MKT"} or {"inputs": "MKT"} on each line',
     "text/csv": "a sequence, or an id and a sequence, on each line; or columns under a header with `sequence`",
-    "text/plain": "FASTA",
+    "text/plain": "FASTA, or a sequence on each line",
 }
 """Content type -> what such a body looks like."""

@@ -28,6 +28,7 @@ try:
     from fastapi import FastAPI, Request, Response
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import HTMLResponse, JSONResponse
+    from starlette.exceptions import HTTPException  # FastAPI's own is no base of what a missing path raises
     from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise ConfigError(f"{error.name} is not installed; pip install 'esm-neuron[serve]'") from None
@@ -39,7 +40,7 @@ GRACE = 30
 PIECES = 4
 """How many forward passes' worth of tokens are answered in one go."""
 _ANSWERS = {"predict": "predictions", "embed": "embeddings"}
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 _SEQUENCE = {"type": "string", "pattern": f"^[{RESIDUES}{RESIDUES.lower()}]+$"}
 _SEQUENCES = {"type": "array", "minItems": 1, "items": _SEQUENCE, "example": ["MKTAYIAKQRQISFVKSHFSRQ"]}
 _RECORD = {"type": "object", "required": ["id", "sequence"],
@@ -156,6 +157,10 @@ def make_app(predictor: Predictor, batcher: Batcher, limits: Limits, title: str)
     answers = Answers(predictor, batcher, limits)
     told: dict[str, Any] = {"openapi_extra": {"requestBody": _BODY},
                             "responses": {code: {"description": text} for code, text in _ERRORS.items()}}  # fmt: skip
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": f"{error.detail}; see /docs"}, error.status_code, error.headers)
 
     @app.post("/predict", summary="Predict for each protein", **told)
     @app.post("/invocations", summary="As /predict: what SageMaker asks for", **told)

@@ -21,8 +21,9 @@ CHANCE = {"auroc": 0.5, "spearman": 0.0}
 """Metric of ranking -> what it is where nothing was learned."""
 _TRY = (
     "try another optim.lr (ten times higher and lower), more loop.max_steps, {weights}or model.init=pretrained with a "
-    "larger ESM-2; look at the loss in `esm-neuron report`, and at the labels: are they those of these sequences?"
+    "larger ESM-2; look at the loss in `esm-neuron report`{labels}"
 )
+_LABELS = ", and at the labels: are they those of these sequences?"
 _TRY_PROBE = (
     "try a larger ESM-2 (model.name), {weights}or fine-tuning from this probe (adapter.kind=lora, adapter.init_from); "
     "look at the labels: are they those of these sequences?"
@@ -116,9 +117,11 @@ def alarms(scores: Mapping[str, Any], verdict: Mapping[str, Any] | None = None, 
         chance = f"chance, which is {number(CHANCE[ranking])}"
         found.append(f"ALARM: it is not shown to rank better than {chance}: {told}")
     elif ranking is None and only is None and verdict and verdict["verdict"] != BETTER and not _ranks(scores):
-        found.append(f"ALARM: it is not better than {verdict['best']}, which knows frequencies alone")
+        known = "is worse" if verdict["verdict"] == WORSE else "is not shown to be better"
+        found.append(f"ALARM: it {known} than {verdict['best']}, which knows frequencies alone")
     weights = "task.class_weights=balanced, " if "macro_f1" in scores else ""
-    return [f"{text}; {(_TRY_PROBE if probe else _TRY).format(weights=weights)}" for text in found]
+    labels = "" if "perplexity" in scores else _LABELS  # masked LM has none
+    return [f"{text}; {(_TRY_PROBE if probe else _TRY).format(weights=weights, labels=labels)}" for text in found]
 
 
 def _ranks(scores: Mapping[str, Any]) -> bool:

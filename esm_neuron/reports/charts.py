@@ -173,7 +173,7 @@ def class_bars(per_class: Mapping[str, Mapping[str, Any]], unit: str) -> Chart:
     left_out = len(per_class) - len(order)
     more = f" The {left_out} rarest classes are in the table only." if left_out else ""
     caption = f"F1 of each class against the rest, with 95 % intervals; n counts {unit} of the class.{more}"
-    return draw("classes", "Classes", caption, (SIZE[0], 1.0 + 0.3 * len(order)), paint)
+    return draw("classes", "Classes", caption, (SIZE[0], max(SIZE[1], 1.0 + 0.3 * len(order))), paint)
 
 
 def calibration(found: Confidence, several: bool) -> Chart | None:

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from esm_neuron.config import EVERY_LAYER, TaskConfig, TrainConfig, settings
+from esm_neuron.config import EVERY_LAYER, AdapterConfig, TaskConfig, TrainConfig, settings
 from esm_neuron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,7 +76,10 @@ def training_config(words: Sequence[str], log: Callable[[str], None]) -> TrainCo
     """Return what `train` is to do: where `words` tell of nothing but data and task, and where to write, a probe."""
     cfg, words = settings.parse(words), settings.whole_words(words)
     task = task_class(cfg.task.name)
-    if task.keeps_lm_head or not settings.says_only_what(words):
+    how = settings.says_how(words)
+    if task.keeps_lm_head or how or not words:
+        if how and cfg.adapter == AdapterConfig() and "--config" not in how:
+            log(f"LoRA, since {how[0]} is given; told of data, task and output alone, train fits a probe, in minutes")
         return cfg
     log("first a probe, which takes minutes; for another start give a configuration, or adapter.kind")
     return settings.parse(settings.first_step(words, task.pools))

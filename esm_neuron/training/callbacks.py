@@ -85,7 +85,7 @@ class ProgressConsole(Callback):
         self._write(f"eval step={step} {format_record(record)}")
 
     def on_end(self, result: MetricsLine) -> None:
-        """Close the bar; say last what the chosen step reaches, since SageMaker's tuner takes the last value."""
+        """Close the bar; tell last what the chosen step reaches, since SageMaker's tuner takes the last value."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -264,6 +264,8 @@ def _train(
     finally:
         for callback in trainer.callbacks:
             callback.on_end(result)
+    if result:
+        log(Lines.of(ending(result, trainer.task.unit, cfg.output, trainer.task.needs_labels)))
     evidence = Evidence(cfg, trainer.task, job.loaders.tables(), found) if stopped_by is None else None
     return Outcome(result, stopped_by, evidence)
 
@@ -317,7 +319,6 @@ def _finish(job: _Job, leaks: Leaks, found: dict[str, Predictions], log: Callabl
         f"weights of step {chosen} in {written and written.folder}, result in {out / RESULT}, checkpoints in "
         f"{trainer.checkpoints.folder}"
     )
-    log(Lines.of(ending(result, trainer.task.unit, cfg.output, trainer.task.needs_labels)))
     return dict(result)
 
 

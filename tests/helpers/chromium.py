@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE = 120
+COMPLAINTS = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+"""Events of lines on the console, and of errors and warnings of the browser."""
+PATIENCE = 300
 """Seconds without a word from Chromium after which it is given up."""
 
 
@@ -85,7 +87,7 @@ class Browser:
             values = event["params"]
             if event["method"] == "Network.requestWillBeSent" and not values["request"]["url"].startswith("data:"):
                 seen.requests.append(values["request"]["url"])
-            if event["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
+            if event["method"] in COMPLAINTS:
                 seen.complaints.append(json.dumps(values))
         return seen
 

@@ -87,7 +87,7 @@ def test_the_handler_predicts_as_the_command_does(toy: Toy, tmp_path: Path) -> N
         ("{", "application/json", "request: .* send {"),
         ('{"records": [{"id": 1}]}', "application/json", "a record has no sequence"),
         ('{"sequences": [3]}', "application/json", "a sequence is int, not text"),
-        ("MKT", "text/plain", "request is not FASTA"),
+        ("MKT\n>a\nMKT", "text/plain", "request is not FASTA"),
         (
             "a,b",
             "text/html",

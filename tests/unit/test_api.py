@@ -147,6 +147,20 @@ def test_a_run_without_an_output_has_a_folder_of_its_own(
     assert [en.train("my.csv", **quick).folder for _ in range(2)] == [Path("runs/my"), Path("runs/my-2")]
 
 
+def test_a_run_that_does_not_begin_leaves_nothing(
+    frames: dict[str, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for values in ({"label": "loc"}, {"label": "location", "task": "regression"}, {"label": "loc", "output": "mine"}):
+        with pytest.raises(en.EsmNeuronError, match=r"^the data frame of train(: no column|: \d+ problems)") as caught:
+            en.train(frames["train"], model="mini", log=str, **values)
+        assert "parquet" not in str(caught.value)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left - {"mine/.esm-neuron.json", "mine/.lock"} == {"runs", "mine", "mine/notes.txt"}
+
+
 def test_keywords_are_settings_over_a_configuration(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("optim: {lr: 0.5}\nadapter: {r: 3}\n")
     for config in (str(tmp_path / "a.yaml"), {"optim": {"lr": 0.5}, "adapter": {"r": 3}}):

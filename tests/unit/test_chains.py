@@ -91,6 +91,7 @@ def test_each_region_has_its_rate_and_specials_have_none(pairs: Path) -> None:
     assert not chosen[regions == 2].any(), "exactly none where the rate is 0"
     assert not chosen[~np.isin(tokens, AMINO_ACIDS)].any() and (regions[tokens == EOS] == -1).all()
     assert ((regions == -1) == ~np.isin(tokens, AMINO_ACIDS)).all(), "each residue has the region of its place"
+    assert "without a label" not in found.summary(), "what stands between chains is no residue"
     hidden = task.hidden(found.train)
     assert abs(hidden[found.train.labels == 0].mean() - 0.6) < 0.06 and not hidden[found.train.labels == 2].any()
     shown = task.evaluation_target(found.train, 0)

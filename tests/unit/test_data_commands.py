@@ -51,6 +51,15 @@ def test_check_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 are in training, homologs not looked for" in capsys.readouterr().out
 
 
+def test_check_says_that_it_found_no_labels_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "x.csv")
+    path.write_text(path.read_text().replace("label", "place"))
+    said = "NOTE: nothing of labels was checked: no column 'label'; name theirs with --label_column\n"
+    for words, expected in (([], said), (["--label", "place"], ""), (["--task", "masked_lm"], "")):
+        assert cli.main(["data", "check", str(path), *words]) == 0
+        assert capsys.readouterr().err == expected
+
+
 def test_check_looks_for_no_homologs_in_a_file_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,11 +45,13 @@ def test_the_chosen_step_is_validated_once(
     assert again["loss"] == pytest.approx(valid["loss"], rel=1e-5) and result["chosen_step"] <= steps
 
 
-def test_a_run_ends_with_six_lines(toy: Toy) -> None:
+def test_a_run_ends_with_six_lines(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     cfg = toy(optim={"lr": 1e-2})
     result = run.train(cfg, said.append).result
     lines = said[-1].splitlines()
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith(f"eval step={result['chosen_step']} split=valid "), "SageMaker's tuner takes the last"
     assert lines == ending(result, "", cfg.output)
     assert len(lines) == 6 and max(map(len, lines[:-1])) < 120
     assert lines[0] == "test, 20 proteins, 95 % intervals" and lines[1].split()[0] == "MCC"

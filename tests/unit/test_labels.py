@@ -134,6 +134,16 @@ def test_a_label_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, fault:
     assert "\n" not in str(caught.value)
 
 
+def test_words_in_place_of_numbers_are_told_once_with_the_first_rows(tmp_path: Path) -> None:
+    rows = [("MK", ("in", "out")[number % 2]) for number in range(30)]
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, "regression", rows)
+    head, *lines = str(caught.value).splitlines()
+    assert "31 problems (the first of each kind)" in head and len(lines) == 4
+    assert "'in' is no finite number" in lines[0] and lines[2].endswith("(and 27 more like it)")
+    assert "column 'label' has no number at all; name a column of numbers" in lines[3]
+
+
 def test_faults_of_all_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("sources", "parts"):
         monkeypatch.setattr(f"esm_neuron.data.{module}.CHUNK_ROWS", 2)

@@ -377,6 +377,8 @@ def test_train_on_a_file_begins_with_a_probe(
     assert lora.result["data"] == found.result["data"]  # sampled alike
     # a setting of how to train leaves the rest as it is
     start = ["train", "--data.train", str(toy().data.train), "--loop.max_steps", "1"]
+    capfd.readouterr()
     assert cli.main([*start, "--model.name", "tiny", "--model.init", "random", "--output", "other"]) == 0
+    assert "LoRA, since --loop.max_steps is given; told of data" in capfd.readouterr().err
     other = read_finished(tmp_path / "other").cfg
     assert (other.adapter.kind, other.model.layers) == ("lora", "all")

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.chromium import CHROMIUM, COMPLAINTS, Browser
 from helpers.processes import wait_for
 from helpers.toys import make_toys, write_proteins
 
@@ -115,6 +116,7 @@ def test_every_form_of_a_request_is_answered_as_by_the_model(
         same(said["predictions"], expected)
     code, said = server.ask("predict", json.dumps({"sequences": [residues for _, residues in some]}))
     assert [row["id"] for row in said["predictions"]] == ["0", "1", "2", "3", "4"]
+    assert server.ask("predict", "".join(f"{residues}\n" for _, residues in some), TEXT) == (200, said)
     code, said = server.ask("embed", records(some))
     frame = en.embed(dict(some), folder)
     assert [row["id"] for row in said["embeddings"]] == list(frame.index)
@@ -132,7 +134,7 @@ BAD: list[tuple[str | bytes, str, int, str]] = [
     ('{"records": ["MKV"]}', JSON, 400, "str where an object belongs"),
     ('{"sequences": [3]}', JSON, 400, "a sequence is int, not text"),
     ('{"sequences": []}', JSON, 400, "no records; send at least one"),
-    ("MKT", TEXT, 400, "request is not FASTA"),
+    ("MKT\n>a\nMKT", TEXT, 400, "request is not FASTA"),
     ("<a/>", "text/xml", 400, "content type 'text/xml'; send application/json"),
     (b"\xff", TEXT, 400, "request is not UTF-8"),
     (records([(str(n), "MKV") for n in range(201)]), JSON, 413, "201 proteins, and a request may have 200"),
@@ -148,7 +150,8 @@ def test_a_bad_request_is_answered_and_logged_in_one_line(server: Server, path: 
         assert re.search(message, said["error"]) and "\n" not in said["error"]
         line = f"WARNING: {code} /{path}: {said['error']}"
         wait_for(lambda line=line: server.said[-1] == line, processes=[server.process])  # type: ignore[misc]
-    assert server.ask("none", "{}")[0] == 404
+    assert server.ask("none", "{}") == (404, {"error": "Not Found; see /docs"})
+    assert server.ask("predict") == (405, {"error": "Method Not Allowed; see /docs"})
 
 
 def test_what_the_schema_allows_and_forbids(server: Server, tmp_path: Path) -> None:
@@ -238,6 +241,40 @@ def test_the_pages_ask_for_nothing_elsewhere(server: Server) -> None:
     assert set(api["paths"]) == {"/predict", "/invocations", "/embed", "/ping"}
     assert {"200", "400", "413", "503", "504"} <= set(api["paths"]["/predict"]["post"]["responses"])
     assert set(FORMS) == set(api["paths"]["/predict"]["post"]["requestBody"]["content"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine; apt-get install chromium, then make test")
+def test_the_form_shows_answers_and_what_is_wrong_with_a_sequence(
+    server: Server, folder: Path, proteins: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    expected = [row["label"] for row in load(folder).predict(proteins[:3])]
+    fasta = "".join(f">{name} a note\n{residues}\n" for name, residues in proteins[:3])
+    rows = "[...document.querySelectorAll('#rows tr')].map(r => [...r.cells].map(c => c.textContent))"
+    said = "document.getElementById('error').textContent"
+    with Browser(tmp_path) as browser:
+        for width, dark in ((1400, False), (420, True)):
+            seen = browser.open(server.place, width, dark)
+
+            def paste(text: str, until: str, seen: Any = seen) -> None:
+                seen.evaluate(f"document.getElementById('proteins').value = {json.dumps(text)}")
+                seen.evaluate("document.querySelector('#form button').click()")
+                wait_for(lambda: seen.evaluate(until), processes=[server.process])
+
+            paste(fasta, f"{rows}.length === 4")
+            head, *shown = seen.evaluate(rows)
+            assert head[:2] == ["id", "label"] and [row[0] for row in shown] == [name for name, _ in proteins[:3]]
+            assert [row[1] for row in shown] == expected and all(0 <= float(row[2]) <= 1 for row in shown)
+            paste("MK!V", f"{said} !== ''")
+            assert "has '!' at residue 3" in seen.evaluate(said) and seen.evaluate(rows) == []
+            paste(f"{proteins[0][1]}\n\n{proteins[1][1]}", f"{rows}.length === 3")  # one sequence per line
+            assert [row[:2] for row in seen.evaluate(rows)[1:]] == [["0", expected[0]], ["1", expected[1]]]
+            assert seen.evaluate(said) == ""
+            assert seen.evaluate("document.documentElement.scrollWidth") <= width
+            asked = [each["params"]["request"]["url"] for each in browser.events
+                     if each["method"] == "Network.requestWillBeSent"]  # fmt: skip
+            assert set(asked) == {f"{server.place}/", f"{server.place}/predict"}
+            complaints = [each for each in browser.events if each["method"] in COMPLAINTS]
+            assert [each["params"]["entry"]["url"] for each in complaints] == [f"{server.place}/predict"]  # of the 400
 
 
 @pytest.mark.parametrize(

@@ -376,3 +376,31 @@ def test_a_setting_without_a_value_is_refused(tmp_path: Path, name: str) -> None
     (tmp_path / "c.yaml").write_text(f"{section}:\n  {key}:\n" if section else f"{key}:\n")
     with pytest.raises(ConfigError, match=name):
         read_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--adapter", "lorra"], "adapter.kind=lorra: must be none, head, lora, qlora, probe; did you mean lora?"),
+        (["--precision", "fp16"], "loop.precision=fp16: must be fp32, bf16"),
+        (["--layers", "al"], "model.layers=al: must be all, mix, concat, auto or a whole number; did you mean all?"),
+        (["--class_weights", "balancd"], "task.class_weights=balancd: must be none, balanced, auto or NAME: VALUE of"),
+        (["--epochs", "many"], "loop.epochs=many: must be a number"),
+        (["--max_steps", "few"], "loop.max_steps=few: must be a whole number"),
+        (
+            ["b.csv"],
+            "b.csv belongs to no flag; several files are one value, '[FILE, b.csv]', or '{CLASS: FILE, CLASS: b",
+        ),
+        (["now"], "now belongs to no flag; a setting is --NAME VALUE"),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(words: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(["a.csv", *words])
+    assert str(caught.value).startswith(said) and "Literal" not in str(caught.value)
+
+
+def test_a_wrong_value_of_a_file_is_told_in_plain_words(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("adapter: {kind: lorra}\n")
+    with pytest.raises(ConfigError, match=r"adapter.kind=lorra: must be none, .*; did you mean lora\?$"):
+        parse(["--config", str(tmp_path / "a.yaml")])

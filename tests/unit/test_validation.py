@@ -13,7 +13,7 @@ from esm_neuron.config import DataConfig
 from esm_neuron.data import validation
 from esm_neuron.data.records import files_of, row_number
 from esm_neuron.data.sources import make_rows
-from esm_neuron.data.validation import Checker, Rejected, RejectedRows, Report, save_rejected
+from esm_neuron.data.validation import Checker, Problems, Rejected, RejectedRows, Report, save_rejected
 from esm_neuron.errors import DataError
 
 
@@ -82,13 +82,18 @@ def test_other_faults_are_errors_in_every_mode(mode: str) -> None:
             check(["A"], labels=[label], on_bad_residue=mode, label_column="loc")
 
 
-def test_many_problems_are_counted_and_the_first_twenty_listed() -> None:
+def test_many_problems_are_counted_and_the_first_of_each_kind_listed() -> None:
     with pytest.raises(DataError) as caught:
-        check(["M*K"] * 30)
+        check(["M*K", "M-K", ""] + ["M*K"] * 30)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "x.csv: 30 problems (the first 20):"
-    assert len(lines) == 21
-    assert lines[20].startswith("  x.csv:21: the sequence of 'P19'")
+    assert lines[0] == "x.csv: 33 problems (the first of each kind):"
+    places = [line.split(":")[1] for line in lines[1:]]
+    assert places == ["2", "3", "4", "5", "6"]
+    assert lines[5].endswith(" (and 28 more like it)") and "more like" not in "".join(lines[:5])
+    problems = Problems("x.csv")
+    for number in range(100):
+        problems.add(number, "ab"[number % 2] * (1 + number // 2))  # each a kind of its own
+    assert (problems.total, len(problems.first)) == (100, 20) and "more like" not in "".join(problems.first)
     with pytest.raises(DataError, match=r"^x.csv: 2 problems \(all listed\):"):
         check(["M*K", ""])
 

@@ -134,4 +134,6 @@ def test_without_a_ranking_the_verdict_rings() -> None:
     own = {"n": 9, "loss": 2.9, "loss_ci": [2.8, 3.0]}
     assert alarms(own, {"verdict": "better", "best": "unigram"}) == [] == alarms(own)
     (line,) = alarms(own, {"verdict": "undecided", "best": "unigram"})
-    assert line.startswith("ALARM: it is not better than unigram, which knows frequencies alone")
+    assert line.startswith("ALARM: it is not shown to be better than unigram, which knows frequencies alone; try ")
+    (line,) = alarms({**own, "perplexity": 18.0}, {"verdict": "worse", "best": "unigram"})
+    assert line.startswith("ALARM: it is worse than unigram") and "labels" not in line, "masked LM has none"
