@@ -39,7 +39,8 @@ class Pace:
 
     def steps_within(self, time: float, loop: LoopConfig, steps_per_epoch: int) -> int:
         """Return the most steps that take no longer than `time` seconds, 0 where not even one fits."""
-        most = int(max(0.0, time - self.end) / self.step)
+        interval = loop.eval_every or steps_per_epoch  # at most: `min_evals` may make validations denser
+        most = int(max(0.0, time - self.end) / (self.step + self.validation / interval))
         return next((n for n in range(most, 0, -1) if self.of(n, loop, steps_per_epoch) <= time), 0)
 
 

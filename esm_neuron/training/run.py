@@ -233,7 +233,7 @@ def _train(
     watchdog = Watchdog.of(cfg, backend.topology.rank)
     with watchdog:
         watchdog.expect("the start of the run (data, weights, checkpoint)", slow=True)
-        cfg = from_main_rank(backend, lambda: _with_earlier_steps(cfg))
+        cfg = from_main_rank(backend, lambda: _with_earlier_steps(cfg, log))
         job = _Job.of(cfg, backend, log, watchdog)
         if cfg.loop.budget is not None:
             loop_cfg, splits = budget.within_budget(job.trainer, job.loaders.held_out, log), job.splits
@@ -353,12 +353,22 @@ def _earlier_model(cfg: TrainConfig) -> ModelConfig | None:
     return None if saved is None else settings.read_config(saved).model
 
 
-def _with_earlier_steps(cfg: TrainConfig) -> TrainConfig:
-    """Return the settings with the steps that `loop.budget` gave the run which this one goes on with."""
-    saved = Path(cfg.output) / CONFIG
-    if cfg.loop.budget is None or cfg.checkpoint.resume != "auto" or not saved.is_file():
+def _with_earlier_steps(cfg: TrainConfig, log: Callable[[str], None]) -> TrainConfig:
+    """Return the settings with the steps that `loop.budget` gave the run which this one goes on with.
+
+    Raise ConfigError where that run had no budget: its learning rates were set for other steps.
+    """
+    saved, budget = Path(cfg.output) / CONFIG, cfg.loop.budget
+    if budget is None or cfg.checkpoint.resume != "auto" or not saved.is_file():
         return cfg
-    return replace(cfg, loop=replace(cfg.loop, budget=None, max_steps=settings.read_config(saved).loop.max_steps))
+    steps = settings.read_config(saved).loop.max_steps
+    if steps is None:
+        raise ConfigError(
+            f"loop.budget={budget}: the run in {cfg.output} has passes over its proteins (loop.epochs), which no "
+            "budget changes; leave it out to go on, or choose another --output"
+        )
+    log(f"loop.budget={budget}: {cfg.output} goes on with the {steps} steps that it began with")
+    return replace(cfg, loop=replace(cfg.loop, budget=None, max_steps=steps))
 
 
 def _notes(trainer: Trainer) -> Iterator[str]:

@@ -6,10 +6,11 @@
     python launchers/ray/answers.py score --model facebook/esm2_t33_650M_UR50D --wild-type wt.fasta --input ...
 
 A Ray Data pipeline: tasks read the files (FASTA, CSV, TSV, JSONL, Parquet) into the pieces of the command of the same
-name, actors that hold the model answer each piece, and write it as a Parquet file of its own. The file's name has a
-hash of the piece, the weights and the settings. So a piece whose actor or task was lost is answered again under the
-same name, and none is there twice; the same command again with --resume does what is missing. Files are named in the
-order of the input. After `--` come settings, as for the command.
+name, actors that hold the model answer each piece, and write it as a Parquet file of its own. The file's name has the
+number of the input's file, that of the piece in it, and a hash of the piece, the weights and the settings. So a piece
+whose actor or task was lost is answered again under the same name, and none is there twice; the same command again with
+--resume does what is missing, and where files were added to the input, what moved is copied, not answered again. Files
+are named in the order of the input. After `--` come settings, as for the command.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
@@ -43,7 +44,7 @@ from esm_neuron.inference.spool import digest_of
 from esm_neuron.inference.variants import VariantColumns
 from esm_neuron.redact import shown
 
-OURS = re.compile(r"\d{5}-\d{7}-[0-9a-f]{16}\.parquet(\.tmp)?|_rejected-\d{5}\.tsv(\.tmp)?")
+OURS = re.compile(r"\d{5,}-\d{7}-([0-9a-f]{16})\.parquet(\.tmp)?|_rejected-\d{5,}\.tsv(\.tmp)?")
 """Names of the files that are written."""
 
 
@@ -97,10 +98,10 @@ def here(system: fs.FileSystem, path: str) -> Iterator[Path]:
         yield local
 
 
-def put(local: Path, system: fs.FileSystem, path: str) -> None:
-    """Copy a file into a file system; it is seen there whole or not at all."""
+def put(source: str, system: fs.FileSystem, path: str, of: fs.FileSystem | None = None) -> None:
+    """Copy a file, of this machine or `of` a file system, into a file system; it is seen there whole or not at all."""
     aside = path if system.type_name in ("s3", "gcs") else f"{path}.tmp"  # an object is there once it is closed
-    fs.copy_files(str(local), aside, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+    fs.copy_files(source, aside, source_filesystem=of or fs.LocalFileSystem(), destination_filesystem=system)
     if aside != path:
         system.move(aside, path)
 
@@ -120,18 +121,19 @@ class Reader:
             for place, piece in enumerate(records()):
                 held = np.empty(1, object)
                 held[0] = (piece.content, digest_of(records.pack(piece.content)))
-                yield {"name": np.array([f"{number:05d}-{place:07d}"]), "piece": held}
+                yield {"name": np.array([f"{number}-{place:07d}"]), "piece": held}
         if records.rejected:
             with tempfile.TemporaryDirectory() as folder:
                 save_rejected(Path(folder) / "rejected.tsv", records.rejected)
-                put(Path(folder) / "rejected.tsv", system, f"{target}/_rejected-{number:05d}.tsv")
+                put(f"{folder}/rejected.tsv", system, f"{target}/_rejected-{number}.tsv")
 
 
 class Answerer:
     """Holds the model, in an actor, and writes the answers of pieces."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        work = make_work(args)
+    def __init__(self, args: argparse.Namespace, before: Mapping[str, str]) -> None:
+        """`before`: the hash of each file of answers that is there -> its path."""
+        work, self.before = make_work(args), before
         self.loaded = work.load(create_backend(work.cfg))
         self.identity = json.dumps(self.loaded.identity, sort_keys=True).encode()
         self.system, self.target = place_of(args.output)
@@ -139,15 +141,17 @@ class Answerer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Write the answers of a piece, where they are not there yet; return the name of their file and its rows."""
         (name,), ((content, digest),) = batch["name"], batch["piece"]
-        sums = hashlib.sha256(self.identity + name.encode() + digest.encode()).hexdigest()
-        path = f"{self.target}/{name}-{sums[:16]}.parquet"
+        key = hashlib.sha256(self.identity + digest.encode()).hexdigest()[:16]
+        path = f"{self.target}/{name}-{key}.parquet"
         there = self.system.get_file_info(path).type == fs.FileType.File
-        if not there:
+        if not there and key in self.before:  # its file has another number since files were added, or the order is new
+            put(self.before[key], self.system, path, self.system)
+        elif not there:
             table: Any = self.loaded(content)
             with tempfile.TemporaryDirectory() as folder:
                 write_table(Path(folder) / "answers.parquet", table)
-                put(Path(folder) / "answers.parquet", self.system, path)
-        return {"path": np.array([path]), "done_before": np.array([there])}
+                put(f"{folder}/answers.parquet", self.system, path)
+        return {"path": np.array([path]), "done_before": np.array([there or key in self.before])}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -159,7 +163,8 @@ def run(args: argparse.Namespace) -> None:
     require(not inside, f"--output {args.output}: is in --input, and would be read with it; name a folder elsewhere")
     system.create_dir(target, recursive=True)
     before = [one.path for one in system.get_file_info(fs.FileSelector(target))]
-    other = next((path for path in before if not OURS.fullmatch(PurePosixPath(path).name)), None)
+    names = {path: OURS.fullmatch(PurePosixPath(path).name) for path in before}
+    other = next((path for path, ours in names.items() if ours is None), None)
     cure = "which is no answer of this program; name a folder that has only these, or none yet"
     require(other is None, f"--output {args.output}: holds {other}, {cure}")
     require(args.resume or not before, f"--output {args.output}: holds {len(before)} files; add --resume to go on")
@@ -167,7 +172,8 @@ def run(args: argparse.Namespace) -> None:
         if PurePosixPath(path).name.startswith("_"):  # every file is read anew, and says anew what was left out
             system.delete_file(path)
     written, known = set[str](), 0
-    for row in answered(args, files):
+    keys = {ours[1]: path for path, ours in names.items() if ours and path.endswith(".parquet")}
+    for row in answered(args, files, keys):
         written.add(row["path"])
         known += bool(row["done_before"])
     for path in before:  # of other weights or settings, or of records that have changed
@@ -179,7 +185,13 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def answered(args: argparse.Namespace, files: Sequence[str]) -> Iterator[dict[str, Any]]:
+def numbered(files: Sequence[str]) -> list[dict[str, str]]:
+    """Return a row per file with its number, which sorts as the files do."""
+    width = max(5, len(str(len(files) - 1)))
+    return [{"number": f"{number:0{width}d}", "path": path} for number, path in enumerate(files)]
+
+
+def answered(args: argparse.Namespace, files: Sequence[str], before: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield a row for each piece, once it has been written. Raises EsmNeuronError as a task or an actor did."""
     import ray
 
@@ -192,13 +204,12 @@ def answered(args: argparse.Namespace, files: Sequence[str]) -> Iterator[dict[st
         needs["num_gpus"] = args.gpus
     if args.neuron_cores:
         needs["resources"] = {"neuron_cores": args.neuron_cores}
-    named = [{"number": number, "path": path} for number, path in enumerate(files)]
     rows = (
-        ray.data.from_items(named, override_num_blocks=len(named))
+        ray.data.from_items(numbered(files), override_num_blocks=len(files))
         .map_batches(Reader(args), batch_size=1, num_cpus=1)
         .map_batches(
             Answerer,
-            fn_constructor_args=(args,),
+            fn_constructor_args=(args, before),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=args.actors),
             **needs,

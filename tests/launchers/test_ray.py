@@ -95,10 +95,10 @@ def answer(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> int:
     monkeypatch.syspath_prepend(str(PROGRAM.parent))
     import answers
 
-    def here(args: Any, files: list[str]) -> Any:
-        actor = answers.Answerer(args)
-        for number, path in enumerate(files):
-            for piece in answers.Reader(args)({"number": [number], "path": [path]}):
+    def here(args: Any, files: list[str], before: dict[str, str]) -> Any:
+        actor = answers.Answerer(args, before)
+        for file in answers.numbered(files):
+            for piece in answers.Reader(args)({name: [value] for name, value in file.items()}):
                 row = actor(piece)
                 yield {name: values[0] for name, values in row.items()}
 
@@ -124,6 +124,36 @@ def test_embeddings_of_a_bucket_and_back(proteins: Path, tmp_path: Path, monkeyp
     assert answer(monkeypatch, words) == 0
     expected = plain(proteins, tmp_path / "plain", "embed", "--model", "mini")
     assert rows(tmp_path / "bucket" / "out").equals(expected)
+
+
+def test_files_that_are_added_leave_the_answers_of_the_others(
+    proteins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One before all others gives them other numbers: their answers move, and no model is asked for them."""
+    out = tmp_path / "answers"
+    words = ["embed", "--model", "mini", "--input", str(proteins), "--output", str(out), "--resume"]
+    assert answer(monkeypatch, words) == 0
+    before = {path.name[6:] for path in out.iterdir()}
+    (proteins / "one-before.fasta").write_text(">new\nMKTAYIAKQR\n")
+    import answers
+
+    asked: list[int] = []
+    kept = answers.write_table
+    monkeypatch.setattr(answers, "write_table", lambda path, table: asked.append(len(table)) or kept(path, table))
+    assert answer(monkeypatch, words) == 0
+    assert asked == [1] and {path.name[6:] for path in out.iterdir()} > before
+    assert len(list(out.iterdir())) == len(before) + 1
+    expected = plain(proteins, tmp_path / "plain", "embed", "--model", "mini")
+    assert rows(out).equals(expected)
+
+
+def test_a_hundred_thousand_files_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    import answers
+
+    numbers = [row["number"] for row in answers.numbered([""] * 100_001)]
+    assert numbers == sorted(numbers) and len(set(numbers)) == 100_001
+    assert answers.OURS.fullmatch(f"{numbers[-1]}-0000000-0123456789abcdef.parquet")
 
 
 def test_scores_and_what_is_refused(

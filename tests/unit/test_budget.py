@@ -41,8 +41,27 @@ def test_a_run_with_a_budget_is_the_run_of_its_steps(toy: Toy, monkeypatch: pyte
     weights = [(Path(cfg.output) / "adapter" / "adapter_model.safetensors").read_bytes() for cfg in (timed, plain)]
     assert weights[0] == weights[1]
     monkeypatch.setattr(budget, "measure", lambda *words: Pace(1.0, 0.0, 0.0))
-    again = run.train(replace(timed, checkpoint=replace(timed.checkpoint, resume="auto")), str)
+    again = run.train(replace(timed, checkpoint=replace(timed.checkpoint, resume="auto")), said.append)
     assert again.result["train"]["steps"] == 6
+    assert any(line.endswith("timed goes on with the 6 steps that it began with") for line in said)
+
+
+def test_a_budget_changes_no_run_of_passes(toy: Toy) -> None:
+    passes = toy("passes", loop={"max_steps": None, "epochs": 1})
+    run.train(passes, str)
+    resumed = toy("passes", loop={"max_steps": None, "epochs": 1, "budget": "1m"}, checkpoint={"resume": "auto"})
+    with pytest.raises(ConfigError, match="loop.budget=1m: the run in .*passes has passes .* choose another --output"):
+        run.train(resumed, str)
+
+
+def test_a_long_budget_of_short_steps_is_soon_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty years of milliseconds."""
+    counted, of = [], Pace.of
+    monkeypatch.setattr(Pace, "of", lambda self, *words: counted.append(words) or of(self, *words))
+    pace, loop, time = Pace(step=1e-3, validation=0.1, end=1.0), LoopConfig(eval_every=100), 6.3e8
+    steps = pace.steps_within(time, loop, 1000)
+    assert of(pace, steps, loop, 1000) <= time < of(pace, steps + 1, loop, 1000)
+    assert len(counted) < 1000
 
 
 def test_no_time_for_a_step_is_refused(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
