@@ -9,6 +9,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 TRN1 := .venv-trn1
+TRACKERS := .venv-trackers
 # The first interpreter that runs and can make a virtual environment (a pyenv shim may exist and do neither).
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.14 python3.10; do \
 	$$p -c 'import ensurepip, venv' >/dev/null 2>&1 && command -v $$p && break; done)
@@ -44,7 +45,7 @@ TRN1_TESTS := tests/xla $(patsubst %,tests/unit/test_%.py,checkpoint compat conv
 	trainer trn1_report two_processes weights)
 
 .PHONY: help install install-trn1 demo test test-current test-trn1-lane lint type format clean \
-	test-nxd test-peers test-gpu test-trn1 rehearse-trn1 test-launchers test-hub fuzz audit soak faults long-run \
+	test-nxd test-peers test-gpu test-trn1 rehearse-trn1 test-launchers test-hub test-trackers fuzz audit soak faults long-run \
 	pages parity results bench bench-speed bench-scale bench-smoke bench-gpu gpu-day lock dist release-check
 
 ##@ Daily
@@ -95,7 +96,7 @@ format: $(VENV)/.installed ## rewrite the code in the house style
 	$(BIN)/ruff format $(SOURCES)
 
 clean: ## remove the environments, caches and demo runs
-	rm -rf $(VENV) $(TRN1) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRN1) $(TRACKERS) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Suites: other libraries or hardware, a network, or hours
@@ -117,6 +118,10 @@ test-launchers: $(TRN1)/.launchers-tests ## the launchers: nodes on this machine
 
 test-hub: $(VENV)/.installed ## real checkpoints, downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub
+
+test-trackers: $(TRACKERS)/.installed ## wandb offline, an MLflow server on loopback, the Snakemake example: three environments, 0.8 GB
+	MLFLOW=$(CURDIR)/$(TRACKERS)/mlflow/bin/mlflow SNAKEMAKE=$(CURDIR)/$(TRACKERS)/snakemake/bin/snakemake \
+		$(TRACKERS)/bin/python -m pytest -m trackers tests/trackers
 
 test-peers: $(VENV)/.installed $(TRN1)/.installed ## transformers' and PEFT's own common tests on our pooled models and on Hugging Face's: fetches their source archives
 	$(BIN)/python tools/peers.py
@@ -237,6 +242,19 @@ $(TRN1)/.nxd-tests: $(TRN1)/.installed
 
 $(TRN1)/.launchers-tests: $(TRN1)/.installed
 	$(TRN1_PIP) $(TRN1_SET) --extra sagemaker --extra launchers-tests
+	touch $@
+
+# The clients stand beside the packages of .venv; the server and Snakemake pin what they need, so each is on its own.
+$(TRACKERS)/.installed: $(VENV)/.installed
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(TRACKERS)
+	$(BIN)/python -c 'import sys; print(f"import site; site.addsitedir({sys.argv[1]!r})")' \
+		$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		> $$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	VIRTUAL_ENV=$(CURDIR)/$(TRACKERS) $(BIN)/uv pip install --quiet -c constraints/current.txt 'wandb>=0.22,<1' 'mlflow-skinny>=3,<4'
+	for name in mlflow snakemake; do \
+		$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(TRACKERS)/$$name; done
+	VIRTUAL_ENV=$(CURDIR)/$(TRACKERS)/mlflow $(BIN)/uv pip install --quiet 'mlflow>=3,<4'
+	VIRTUAL_ENV=$(CURDIR)/$(TRACKERS)/snakemake $(BIN)/uv pip install --quiet 'snakemake>=9,<10'
 	touch $@
 
 $(DATA)/%.tsv.gz: | $(VENV)/.package

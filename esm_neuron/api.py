@@ -306,7 +306,8 @@ class Run:
 
         With `coverage`, such as 0.9, also the classes or the range that hold the truth that often.
         """
-        with _as_file(proteins) as source:
+        data = self._predictor.cfg.data
+        with _as_file(proteins, data.sequence_column, data.id_column) as source:
             return pd.DataFrame(self._predictor.table(source, coverage).to_pandas())
 
     @_public
@@ -325,14 +326,18 @@ class Run:
             return evaluate(self.folder, source, None, self._backend, log_nothing, words)
 
     @_public
-    def export(self, target: str | Path, **values: Any) -> Path:
+    def export(
+        self, target: str | Path, *, push_to_hub: str | None = None, public: bool = False, **values: Any
+    ) -> Path:
         """Write a plain Hugging Face folder with the adapter merged into its base; return it.
 
-        `values` are settings of a model that another program trained, such as `base`, of an adapter by PEFT.
+        `push_to_hub` names a repository to upload it to, OWNER/NAME, private where it is new unless `public`. `values`
+        are settings of a model that another program trained, such as `base`, of an adapter by PEFT.
         """
         from esm_neuron.inference.export import export
 
-        export(self.folder, Path(target), settings.to_words({**self._given("model.", "task."), **values}))
+        words = settings.to_words({**self._given("model.", "task."), **values})
+        export(self.folder, Path(target), words, push_to_hub, public)
         return Path(target)
 
     @_public
@@ -417,8 +422,8 @@ def _frame_table(frame: pd.DataFrame) -> pa.Table:
     return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata()
 
 
-def _in_memory(proteins: Proteins | None, column: str) -> pa.Table | None:
-    """Return proteins that are no file as a table; None for a path."""
+def _in_memory(proteins: Proteins | None, column: str, name: str) -> pa.Table | None:
+    """Return proteins that are no file as a table, which has these columns where they are no frame; None for a path."""
     if isinstance(proteins, Path) or proteins is None:
         return None
     if isinstance(proteins, str):
@@ -432,13 +437,13 @@ def _in_memory(proteins: Proteins | None, column: str) -> pa.Table | None:
     require(bool(rows), "no proteins were given; give at least one")
     wrong = next((value for _, value in rows if not isinstance(value, str)), None)
     require(wrong is None, f"a sequence is {wrong!r:.60}, a {type(wrong).__name__}; give text, such as 'MKTAYIAK'")
-    return pa.table({"id": [str(name) for name, _ in rows], column: [value for _, value in rows]})
+    return pa.table({name: [str(key) for key, _ in rows], column: [value for _, value in rows]})
 
 
 @contextmanager
-def _as_file(proteins: Proteins | None, column: str = "sequence") -> Iterator[Path]:
+def _as_file(proteins: Proteins | None, column: str = "sequence", name: str = "id") -> Iterator[Path]:
     """Yield a file with proteins; where it is one of ours, errors call it `the input`."""
-    table = _in_memory(proteins, column)
+    table = _in_memory(proteins, column, name)
     if table is None:
         yield Path(str(proteins)).expanduser() if "://" not in str(proteins) else Path(str(proteins))
         return

@@ -38,6 +38,8 @@ Records = Annotated[Path, "FASTA, CSV, TSV, JSONL or Parquet"]
 Table = Annotated[Path, "file to write: CSV, TSV, JSONL or Parquet, by its suffix"]
 Backend = Annotated[BackendName | None, f"where to run: {', '.join(BACKENDS)}; default: where it was trained, else cpu"]
 Resume = Annotated[bool, "go on with the shards that a killed command left"]
+Repository = Annotated[str | None, "OWNER/NAME on the Hugging Face hub to upload it to, private where it is new"]
+Public = Annotated[bool, "with --push-to-hub: everybody may see it"]
 AsJson = Annotated[bool, "print JSON instead of text"]
 
 
@@ -292,17 +294,19 @@ def serve(
     return 0
 
 
-def export(*overrides: str, model: Trained, output: Annotated[Path, "folder to write"]) -> int:
+def export(
+    *overrides: str, model: Trained, output: Annotated[Path, "folder to write"], push_to_hub: Repository = None,
+    public: Public = False,
+) -> int:  # fmt: skip
     """Merge an adapter into its base and write a Hugging Face folder, of a run with a model card.
 
     Examples:
-      esm-neuron export --model runs/mine --output merged
+      esm-neuron export --model runs/mine --output merged --push-to-hub OWNER/NAME
       esm-neuron export --model some/peft-adapter --output merged --base facebook/esm2_t12_35M_UR50D
     """
     from esm_neuron.inference.export import export as run_export
 
-    run_export(model, output, overrides)
-    log(f"Hugging Face folder written to {output}")
+    run_export(model, output, overrides, push_to_hub, public, log)
     return 0
 
 
@@ -437,9 +441,8 @@ def data_check(
     require(kind is not None or not label_given, f"--task {cfg.task.name} reads no labels; leave out --label_column")
     labels = kind.of(cfg.task, cfg.data) if kind and (asked or has_labels(file, cfg.data)) else None
     if kind is not None and labels is None:
-        log(
-            f"NOTE: nothing of labels was checked: no column {cfg.data.label_column!r}; name theirs with --label_column"
-        )
+        column = cfg.data.label_column
+        log(f"NOTE: nothing of labels was checked: no column {column!r}; name theirs with --label_column")
     found = check_file(file, cfg.data, labels, train, None if homologs == "off" else homologs)
     show(as_json(asdict(found)) if json_ else found.render())
     return 1 if found.faults else 0

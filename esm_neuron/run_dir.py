@@ -28,6 +28,7 @@ FOLDS = "folds.json"  # of a cross-validation: mean and spread over its runs, in
 RESAMPLES = "resamples.parquet"  # metrics of every bootstrap resample, by which runs are compared
 MACHINE = "machine.json"  # when and where a run was trained, and with which versions
 METRICS = "metrics.jsonl"  # one line per logged step and per evaluation
+TRACKERS = "trackers.json"  # what W&B and MLflow call this run, so that a resumed one goes on there
 NONFINITE = "nonfinite.jsonl"  # one line per step whose loss or gradient was not finite, with the ids of its records
 REJECTED = "rejected.tsv"  # rows left out or changed for their characters
 ADAPTER, MODEL = "adapter", "model"  # a PEFT adapter, or a whole Hugging Face model
@@ -100,7 +101,7 @@ _RESULT = {
 """The form of result.json, see `files.misfit`."""
 
 FILES = (
-    CONFIG, RESULT, RESAMPLES, MACHINE, METRICS, NONFINITE, REJECTED,
+    CONFIG, RESULT, RESAMPLES, MACHINE, METRICS, TRACKERS, NONFINITE, REJECTED,
     *(name(split) for name in (predictions_name, sampled_name) for split in ("valid", "test")),
 )  # fmt: skip
 """Files that a training run replaces in its output folder; it replaces the folders ADAPTER, MODEL and BASE too."""
@@ -116,6 +117,7 @@ class Finished:
     log: list[dict[str, Any]]  # lines of training steps, and lines of evaluations, which have a `split`
     predictions: dict[str, pa.Table]  # by split, see `save_predictions`; one that was not kept is missing
     made: dict[str, Any]  # what MACHINE holds; empty where there is none
+    trackers: dict[str, dict[str, Any]]  # see `read_trackers`
 
 
 def read_finished(run: Path) -> Finished:
@@ -130,7 +132,14 @@ def read_finished(run: Path) -> Finished:
     form = {"date": str, "hardware": str, "versions": {"*": str}}
     there = (run / MACHINE).is_file()
     made = read_json(run / MACHINE, form, CheckpointError, "remove it") if there else {}
-    return Finished(run, cfg, result, read_log(run), predictions, made)
+    return Finished(run, cfg, result, read_log(run), predictions, made, read_trackers(run))
+
+
+def read_trackers(run: Path) -> dict[str, dict[str, Any]]:
+    """Read what W&B (`wandb`) and MLflow (`mlflow`) call a run: `id`, the project (`to`), `url`; empty without them."""
+    path, text = run / TRACKERS, (str, NOTHING)
+    form = {"*": {"id": str, "to": str, "url": text}}
+    return read_json(path, form, CheckpointError, "remove it: the run begins anew there") if path.is_file() else {}
 
 
 def read_result(run: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ SUITES = {
     "trn1": "make test-trn1, on a trn1 instance",
     "launchers": "make test-launchers",
     "hub": "make test-hub, with a network",
+    "trackers": "make test-trackers, which installs wandb, mlflow and snakemake to an environment of their own",
 }
 """Marker -> how its tests are run. They run where they are asked for by name; elsewhere they are skipped, visibly."""
 
@@ -76,6 +77,10 @@ def _missing(suite: str) -> str | None:
         needed = ("moto", "sagemaker", "sagemaker_training", "sagemaker_pytorch_container", "kubeflow")
         lacking = [name for name in needed if importlib.util.find_spec(name) is None]
         return f"{', '.join(lacking)} not installed (extras sagemaker and launchers-tests)" if lacking else None
+    if suite == "trackers":
+        lacking = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
+        lacking += [name for name in ("MLFLOW", "SNAKEMAKE") if not Path(os.environ.get(name, "")).is_file()]
+        return f"{', '.join(lacking)} not there" if lacking else None
     if suite == "trn1":
         rehearsed = os.environ.get("TRN1_REHEARSAL") == "1"  # tests/trn1/conftest.py
         return None if rehearsed or Path("/dev/neuron0").exists() else "there is no /dev/neuron0"

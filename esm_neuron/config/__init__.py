@@ -412,6 +412,12 @@ class LogConfig:
     class."""
     tensorboard: bool = True
     """Write TensorBoard event files under `output`/tensorboard."""
+    wandb: str | None = None
+    """Project of Weights & Biases, or TEAM/PROJECT, that is told settings, metrics, the result and its report, see
+    docs/trackers.md. WANDB_MODE=offline keeps them under `output`/wandb. None: wandb is not imported."""
+    mlflow: str | None = None
+    """Experiment of MLflow that is told the same, at the server that MLFLOW_TRACKING_URI names. None: mlflow is not
+    imported."""
 
 
 @dataclass(frozen=True, kw_only=True)

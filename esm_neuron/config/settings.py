@@ -88,7 +88,6 @@ _ELSEWHERE = {
     "mlm_probability": "task.mask_probability",
     "fsdp": "parallel.fsdp",
     "tensor_parallel_size": "parallel.tp",
-    "report_to": "log.tensorboard",
 }
 """What Hugging Face's TrainingArguments, PEFT and AWS's sample call a setting -> its name here."""
 _NOT_HERE = {
@@ -100,8 +99,10 @@ _NOT_HERE = {
     "metric_for_best_model": "each task has its metric: docs/tuning.md",
     "load_best_model_at_end": "the best step's weights are exported; loop.eval_every says how often to look",
     "deepspeed": "ZeRO is parallel.zero1 on trn1 and parallel.fsdp on GPUs",
-    "push_to_hub": "export the run, then upload the folder: esm-neuron export, hf upload",
-    "hub_": "export the run, then upload the folder: esm-neuron export, hf upload (its token: HF_TOKEN)",
+    "report_to": "each has a setting: log.tensorboard=true, log.wandb=PROJECT, log.mlflow=EXPERIMENT",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_"), "upload the run when it is done: esm-neuron export --push-to-hub OWNER/NAME"
+    ),
     "do_train": "training, evaluation and prediction are commands: esm-neuron train, evaluate, predict",
     "ddp_": "torchrun starts the ranks, and the backend chooses how they talk",
 }

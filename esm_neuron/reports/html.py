@@ -160,6 +160,7 @@ def _render(finished: Finished, task: Task, split: str | None, found: View | Non
         script=Markup(_script()),  # noqa: S704 - a file of this package
         policy=_digest(_script()),
         made=finished.made,
+        followed=[url for each in finished.trackers.values() if (url := each["url"] or "").startswith("http")],
         counts=_counts(result),
         next_steps=next_steps(finished.cfg, result, finished.folder),
         settings=settings.dump(cfg),

@@ -1,4 +1,4 @@
-"""Callbacks that report on a run: console progress, metrics.jsonl, TensorBoard; and the state of early stopping.
+"""Callbacks that report on a run: console progress, metrics.jsonl; and the state of early stopping.
 
 Callbacks run on the main rank only and get values that are already on the host. Every line is one write, because log
 capture on clusters splits a line that arrives in pieces.
@@ -7,17 +7,15 @@ capture on clusters splits a line that arrives in pieces.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -25,11 +23,6 @@ from esm_neuron.errors import CheckpointError
 from esm_neuron.files import append_line, finite, parse_json, read_bytes, write_text
 from esm_neuron.redact import shown
 from esm_neuron.run_dir import LOG_LIMIT
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-logger = logging.getLogger(__name__)
 
 MetricsLine = Mapping[str, Any]
 """Named values: numbers, None where undefined, strings such as the split, intervals [low, high]."""
@@ -160,50 +153,6 @@ class JsonlLogger(Callback):
 
     def append(self, record: MetricsLine) -> None:
         append_line(self.path, json.dumps(finite(record), allow_nan=False))
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the path into an error of the file system, which does not always name it."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
-class TensorBoardLogger(Callback):
-    """Write scalars for TensorBoard: `train/<name>` per logged step, `<split>/<name>` per evaluation."""
-
-    def __init__(self, folder: Path, start: int = 0) -> None:
-        """Write event files under `folder`; a viewer hides what an earlier run wrote there after step `start`."""
-        self.folder, self._start = folder, start
-
-    @cached_property
-    def writer(self) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter  # a second, which the first step does not wait for
-
-        return SummaryWriter(str(self.folder), purge_step=self._start + 1 if self._start else None)
-
-    def on_log(self, step: int, total: int, record: MetricsLine) -> None:
-        self._scalars("train", step, record)
-
-    def on_eval(self, step: int, record: MetricsLine) -> None:
-        self._scalars(str(record["split"]), step, record)
-
-    def on_end(self, result: MetricsLine) -> None:
-        """Close the event file. A full disk is only logged: the result of the run, or why it ended, matters more."""
-        try:
-            self.writer.close()
-        except OSError as error:
-            logger.warning("%s: the last values could not be written (%s)", self.folder, error.strerror)
-
-    def _scalars(self, group: str, step: int, record: MetricsLine) -> None:
-        with _naming(self.folder):
-            for name, value in record.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{group}/{name}", value, step)
-            self.writer.flush()
 
 
 @dataclass

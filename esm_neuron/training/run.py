@@ -49,8 +49,10 @@ from esm_neuron.run_dir import (
 )
 from esm_neuron.tasks import check_model, check_task, create_task, task_class
 from esm_neuron.tasks.base import Predictions, Task
-from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole, TensorBoardLogger
+from esm_neuron.training.callbacks import Callback, JsonlLogger, ProgressConsole
 from esm_neuron.training.init_from import adopted, starting_head
+from esm_neuron.training.trackers import TensorBoardLogger, trackers
+from esm_neuron.training.trackers import check as check_trackers
 from esm_neuron.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ def check(cfg: TrainConfig) -> None:
     One of several processes looks at no files: another may see them, and has to learn what this one lacks.
     """
     validate(cfg)
+    check_trackers(cfg.log)
     check_task(cfg.task)
     check_model(cfg)
     require(
@@ -247,7 +250,7 @@ def _train(
         main_rank_only(backend, lambda: _write_settings(cfg, job.splits))
         main_rank_only(backend, lambda: write_json(Path(cfg.output) / MACHINE, this_machine(cfg.backend)))
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
-        trainer.callbacks = main_rank_only(backend, lambda: [*_callbacks(cfg, begin, pending), *watchers]) or []
+        trainer.callbacks = main_rank_only(backend, lambda: [*_callbacks(cfg, begin, pending, log), *watchers]) or []
     result: dict[str, Any] = {}
     found: dict[str, Predictions] = {}
     try:
@@ -520,7 +523,7 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
     save_rejected(out / REJECTED, splits.rejected)
 
 
-def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int]) -> list[Callback]:
+def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int], log: Callable[[str], None]) -> list[Callback]:
     """Return the callbacks of a run after step `begin`; its logs are cut there, and `pending` non-finite steps too."""
     out = Path(cfg.output)
     jsonl = JsonlLogger(out / METRICS)
@@ -529,4 +532,4 @@ def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int]) -> list[Cal
     callbacks: list[Callback] = [jsonl, ProgressConsole(begin)]
     if cfg.log.tensorboard:
         callbacks.append(TensorBoardLogger(out / "tensorboard", begin))
-    return callbacks
+    return [*callbacks, *trackers(cfg, log)]

@@ -278,7 +278,9 @@ def trial_config(search: Search, params: dict[str, Any], folder: int) -> TrainCo
         seeds=1,
         data=replace(shared_data(cfg, search.out), test=None),
         checkpoint=replace(cfg.checkpoint, every=0, keep=1, resume="auto"),
-        log=replace(cfg.log, score_test=False, baselines=False, predictions=False, tensorboard=False),
+        log=replace(
+            cfg.log, score_test=False, baselines=False, predictions=False, tensorboard=False, wandb=None, mlflow=None
+        ),
     )
 
 

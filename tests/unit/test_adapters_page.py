@@ -51,7 +51,7 @@ def test_a_run_with_other_settings_is_not_taken(
     other = replace(cfg, optim=replace(cfg.optim, warmup_steps=21), output="moved")
     for found, taken in ((replace(cfg, output="moved"), True), (other, False)):
         monkeypatch.setattr(
-            adapters, "read_finished", lambda folder, found=found: adapters.Finished(folder, found, {}, [], {}, {})
+            adapters, "read_finished", lambda folder, found=found: adapters.Finished(folder, found, {}, [], {}, {}, {})
         )
         if taken:
             assert adapters.finished(cfg).cfg == found

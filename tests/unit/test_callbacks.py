@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from esm_neuron.errors import CheckpointError
-from esm_neuron.training.callbacks import EarlyStopping, JsonlLogger, ProgressConsole, TensorBoardLogger
+from esm_neuron.training.callbacks import EarlyStopping, JsonlLogger, ProgressConsole
+from esm_neuron.training.trackers import TensorBoardLogger
 
 RECORD = {"loss": 0.61234, "lr": 3e-4, "grad_norm": 1.234, "residues_per_second": 1234.4, "graphs": 0}
 

@@ -84,7 +84,7 @@ DOORS: dict[str, dict[str, str]] = {
     ".to_pickle": {},
     ".savefig": {"reports/charts.py": "into memory"},
     ".save_pretrained": {"training/results.py": ASIDE},
-    "SummaryWriter": {"training/callbacks.py": "TensorBoard's own files, in a folder of its own"},
+    "SummaryWriter": {"training/trackers.py": "TensorBoard's own files, in a folder of its own"},
     "shutil.copy": {
         "data/remote.py": "between two open files",
         "inference/stream.py": "between two open files",

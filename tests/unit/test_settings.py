@@ -150,7 +150,7 @@ def test_an_unknown_flag_is_named_with_the_nearest(flag: str, near: str) -> None
     [
         ("--fp16", "mixed precision here is bf16: loop.precision=bf16"),
         ("--gradient_accumulation_steps", "it follows from loop.packs_per_step"),
-        ("--hub_strategy", "export the run, then upload the folder"),
+        ("--hub_strategy", "upload the run when it is done: esm-neuron export"),
         ("--dataloader_num_workers", "there is nothing to set"),
     ],
 )
