@@ -206,7 +206,9 @@ def answered(args: argparse.Namespace, files: Sequence[str], before: Mapping[str
         needs["resources"] = {"neuron_cores": args.neuron_cores}
     rows = (
         ray.data.from_items(numbered(files), override_num_blocks=len(files))
-        .map_batches(Reader(args), batch_size=1, num_cpus=1)
+        # No core of their own: actors may hold all there are. And with other needs than theirs Ray does not read in the
+        # actors, where a file would be the work of one.
+        .map_batches(Reader(args), batch_size=1, num_cpus=0, concurrency=args.actors)
         .map_batches(
             Answerer,
             fn_constructor_args=(args, before),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -86,3 +89,27 @@ def server(credentials: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     boto3.client("s3", region_name="us-west-2").create_bucket(Bucket="bucket", CreateBucketConfiguration=region)
     yield
     started.stop()
+
+
+Shown = Callable[..., None]
+
+
+@pytest.fixture
+def shown(request: pytest.FixtureRequest) -> Shown:
+    """Keeps what a test saw where a file is named: LAUNCHERS_SHOWN=benchmarks/results/nodes.json make test-launchers.
+
+    `shown(weights={"whole": SHA256, ...}, stopped=LOG)`: of a log (text), the lines that say what went wrong or on.
+    """
+
+    def keep(weights: dict[str, str], **logs: str) -> None:
+        path = Path(os.environ.get("LAUNCHERS_SHOWN") or os.devnull)
+        before = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {}
+        lines = {name: filter(TELLING.search, text.splitlines()) for name, text in logs.items()}
+        said = {name: [re.sub(r"/\S*/", "", line)[:240] for line in found] for name, found in lines.items()}
+        before[request.node.name] = {"sha256 of the final weights": weights, "log": said}
+        path.write_text(json.dumps(before, indent=2) + "\n")
+
+    return keep
+
+
+TELLING = re.compile(r"SIGTERM|resumed after|watchdog\)|a peer has|requeue|failure of node|state set|^packets", re.I)

@@ -48,7 +48,7 @@ def proteins(tmp_path: Path) -> Path:
 
 def start(words: list[str]) -> subprocess.Popen[str]:
     env = {**os.environ, **SLOW, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(PROGRAM), *words, "--actors", "2", "--cpus", "0.5", "--", *SMALL]
+    program = [sys.executable, str(PROGRAM), *words, "--actors", "2", "--", *SMALL]
     return subprocess.Popen(program, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
