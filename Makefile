@@ -45,7 +45,7 @@ TRN1_TESTS := tests/xla $(patsubst %,tests/unit/test_%.py,checkpoint compat conv
 	trainer trn1_report two_processes weights)
 
 .PHONY: help install install-trn1 demo test test-current test-trn1-lane lint type format clean \
-	test-nxd test-peers test-gpu test-trn1 rehearse-trn1 test-launchers test-hub test-trackers fuzz audit soak faults long-run \
+	test-nxd test-peers test-gpu test-trn1 rehearse-trn1 test-launchers test-images test-hub test-trackers fuzz audit soak faults long-run \
 	pages parity results bench bench-speed bench-scale bench-smoke bench-gpu gpu-day lock dist release-check
 
 ##@ Daily
@@ -115,6 +115,9 @@ rehearse-trn1: $(TRN1)/.installed ## the hour of test-trn1 on XLA:CPU, with smal
 
 test-launchers: $(TRN1)/.launchers-tests ## the launchers: nodes on this machine, SageMaker's containers, a stand-in for AWS
 	PATH="$(CURDIR)/$(TRN1)/bin:$$PATH" $(TRN1_PYTEST) -m launchers tests/launchers
+
+test-images: $(TRN1)/.launchers-tests ## build the images of launchers/, as root, with Debian's buildah and debootstrap: fetches 5 GB of packages
+	$(TRN1_PYTEST) -m images tests/launchers/test_images.py
 
 test-hub: $(VENV)/.installed ## real checkpoints, downloaded from the Hugging Face hub
 	HF_HUB_OFFLINE=0 $(PYTEST) -m hub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ SUITES = {
     "gpu": "make test-gpu, on a machine with a CUDA GPU",
     "trn1": "make test-trn1, on a trn1 instance",
     "launchers": "make test-launchers",
+    "images": "make test-images, as root, with buildah and debootstrap",
     "hub": "make test-hub, with a network",
     "trackers": "make test-trackers, which installs wandb, mlflow and snakemake to an environment of their own",
 }
@@ -81,6 +83,10 @@ def _missing(suite: str) -> str | None:
         lacking = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
         lacking += [name for name in ("MLFLOW", "SNAKEMAKE") if not Path(os.environ.get(name, "")).is_file()]
         return f"{', '.join(lacking)} not there" if lacking else None
+    if suite == "images":
+        lacking = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
+        lacking += [] if os.geteuid() == 0 else ["root"]
+        return f"{', '.join(lacking)} missing (apt-get install buildah debootstrap)" if lacking else None
     if suite == "trn1":
         rehearsed = os.environ.get("TRN1_REHEARSAL") == "1"  # tests/trn1/conftest.py
         return None if rehearsed or Path("/dev/neuron0").exists() else "there is no /dev/neuron0"
