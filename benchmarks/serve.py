@@ -1,9 +1,10 @@
 """Requests and residues per second of `esm-neuron serve` beside one request per forward pass, and times to answers.
 
-    python benchmarks/serve.py --run runs/mine [--requests 512] [--output benchmarks/results/serve.json]
+    python benchmarks/serve.py --run runs/mine [--requests 512] [--soak 10000] [--output benchmarks/results/serve.json]
 
 Each request holds one protein of the demo. The naive loop predicts for one protein after the other in this process,
-without HTTP; clients are threads of this process, each with its own connection per request.
+without HTTP; clients are threads of this process, each with its own connection per request. `--soak` then sends so many
+requests by 64 clients to one server: its memory at each tenth of them says whether it grows.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def resident(process: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1e3
 
 
-def served(run: Path, proteins: list[tuple[str, str]], clients: int) -> dict[str, float]:
-    """Return the rates of a server with so many clients, the quantiles of its answers' times, and its memory."""
+def served(run: Path, proteins: list[tuple[str, str]], clients: int) -> dict[str, Any]:
+    """Return the rates of a server with so many clients, the quantiles of its answers' times, and its memory in MB, at
+    the start and after each tenth of the requests."""
     command = [sys.executable, "-m", "esm_neuron.cli", "serve", str(run), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
@@ -75,12 +77,16 @@ def served(run: Path, proteins: list[tuple[str, str]], clients: int) -> dict[str
 
         with ThreadPoolExecutor(clients) as pool:
             list(pool.map(ask, proteins[: 2 * clients]))  # warm
-            before, begin = resident(server.pid), time.perf_counter()
-            times = sorted(pool.map(ask, proteins))
-            seconds, after = time.perf_counter() - begin, resident(server.pid)
+            memory, times, begin = [resident(server.pid)], list[float](), time.perf_counter()
+            for number, took in enumerate(pool.map(ask, proteins), 1):
+                times.append(took)
+                if number % max(1, len(proteins) // 10) == 0:
+                    memory.append(resident(server.pid))
+            seconds = time.perf_counter() - begin
         server.terminate()
+    times.sort()
     quantiles = {f"p{q}_seconds": times[min(len(times) - 1, len(times) * q // 100)] for q in (50, 95, 99)}
-    return {**rates(proteins, seconds), **quantiles, "memory_mb_before": before, "memory_mb_after": after}
+    return {**rates(proteins, seconds), **quantiles, "memory_mb": [round(each) for each in memory]}
 
 
 def main() -> None:
@@ -88,12 +94,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of a training run")
     parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--soak", type=int, default=0, help="requests of the look at the memory")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     proteins = demo_proteins(args.requests)
     found: dict[str, Any] = {"requests": args.requests, "naive": naive(args.run, proteins)}
     for clients in CLIENTS:
         found[f"{clients} clients"] = served(args.run, proteins, clients)
+    if args.soak:
+        found[f"{args.soak} requests by 64 clients"] = served(args.run, demo_proteins(args.soak), 64)
     text = json.dumps({name: rounded(value) for name, value in found.items()}, indent=2)
     print(text)
     if args.output is not None:
@@ -101,7 +110,11 @@ def main() -> None:
 
 
 def rounded(value: Any) -> Any:
-    return {name: round(number, 4) for name, number in value.items()} if isinstance(value, dict) else value
+    return (
+        {name: rounded(each) for name, each in value.items()}
+        if isinstance(value, dict)
+        else (round(value, 4) if isinstance(value, float) else value)
+    )
 
 
 if __name__ == "__main__":

@@ -491,7 +491,9 @@ def call(name: str, words: Sequence[str]) -> int:
 
 def log(line: str) -> None:
     """Write a line for a person to stderr, see `redact.shown`, in one write."""
-    with contextlib.suppress(OSError):  # a reader that went away, or a full disk, ends no work
+    from esm_neuron.data.progress import beside_bars
+
+    with contextlib.suppress(OSError), beside_bars():  # a reader that went away, or a full disk, ends no work
         sys.stderr.write(shown(line) + "\n")
         sys.stderr.flush()
 

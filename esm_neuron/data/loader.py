@@ -20,6 +20,7 @@ from esm_neuron.config.deferred import module
 from esm_neuron.config.rules import accumulated_passes
 from esm_neuron.data.dataset import PAD_SEGMENT, Batch, ExampleTable, TargetMaker
 from esm_neuron.data.packing import EpochPlan, plan_epoch
+from esm_neuron.data.progress import bar
 from esm_neuron.data.tokenizer import PAD
 
 if TYPE_CHECKING:
@@ -189,6 +190,9 @@ class EvalLoader(_Loader):
     request. Can be iterated any number of times.
     """
 
+    title = ""
+    """Name of the bar that shows a pass over it on a terminal; empty: there is none."""
+
     def _prepare(self) -> None:
         packs = self._cfg.loop.eval_packs_per_device * self._devices
         self._plan = plan_packs(self._cfg, self._lengths, packs, _EVALUATION)
@@ -198,7 +202,7 @@ class EvalLoader(_Loader):
         return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self._batch(self._plan.step(step), _EVALUATION) for step in range(len(self)))
+        return (self._batch(self._plan.step(step), _EVALUATION) for step in bar(self.title, range(len(self))))
 
 
 def prefetch(iterable: Iterable[T], depth: int) -> Generator[T, None, None]:

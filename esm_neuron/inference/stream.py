@@ -130,7 +130,7 @@ def stream(
     # What is left is dealt out anew: a resumed command may run on another number of ranks.
     mine = todo[topology.dp_rank :: topology.dp]
     total, hidden = sum(scanned.tokens[number] for number in mine), not (topology.is_main and sys.stderr.isatty())
-    bar = tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True, disable=hidden)
+    bar = tqdm(total=total, desc=target.name, unit="token", unit_scale=True, dynamic_ncols=True, disable=hidden)
 
     def work() -> None:
         for number, content in prefetch(((number, spool[number]) for number in mine), 1):

@@ -37,8 +37,11 @@ class Callback:
     def on_eval(self, step: int, record: MetricsLine) -> None:
         """An evaluation after `step` is done; `record` has the split and its metrics."""
 
+    def on_trained(self) -> None:
+        """The last step is done; the evaluation at the end is still to come."""
+
     def on_end(self, result: MetricsLine) -> None:
-        """Training is over, also when it stopped early; `result` is what result.json gets."""
+        """The run is over, also when it stopped early; `result` is what result.json gets."""
 
 
 CHANGED = 0.25
@@ -70,18 +73,22 @@ class ProgressConsole(Callback):
             self._write(f"step={step}/{total} {_on_console(record)} eta={format_seconds(left)}")
             return
         if self.bar is None:
-            self.bar = tqdm(total=total, initial=self.start, file=self.stream, unit="step", dynamic_ncols=True)
-        self.bar.set_postfix_str(_on_console(record), refresh=False)
+            options: dict[str, Any] = {"file": self.stream, "unit": "step", "dynamic_ncols": True}
+            self.bar = tqdm(total=total, initial=self.start, desc="training", **options)
+        self.bar.set_postfix_str(format_record({"loss": record["loss"]}) if "loss" in record else "", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def on_eval(self, step: int, record: MetricsLine) -> None:
         self._write(f"eval step={step} {format_record(record)}")
 
-    def on_end(self, result: MetricsLine) -> None:
-        """Close the bar; tell last what the chosen step reaches, since SageMaker's tuner takes the last value."""
+    def on_trained(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def on_end(self, result: MetricsLine) -> None:
+        """Tell last what the chosen step reaches, since SageMaker's tuner takes the last value."""
+        self.on_trained()  # where it failed
         if result.get("valid"):
             self.on_eval(result["chosen_step"], {"split": "valid", **result["valid"]})
 

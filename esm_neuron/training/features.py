@@ -22,6 +22,7 @@ from esm_neuron.config import TrainConfig
 from esm_neuron.data.cache import content_key
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.loader import EvalLoader
+from esm_neuron.data.progress import bar
 from esm_neuron.distributed import from_main_rank, main_rank_only
 from esm_neuron.files import read_bytes, write_bytes
 from esm_neuron.training.callbacks import format_seconds
@@ -116,7 +117,7 @@ class FrozenEncoder:
         self.passed, self.found = self.passed + len(places), self.found + len(have)
         begun = told = monotonic()
         done = 0
-        for part in self._pieces(table, places):
+        for part in bar("encoder" if backend.topology.is_main else "", list(self._pieces(table, places))):
             made = dict(zip([names[place] for place in part], self._run(table, part), strict=True))
 
             def keep(made: dict[bytes, np.ndarray] = made) -> None:

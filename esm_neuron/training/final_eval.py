@@ -22,6 +22,7 @@ from esm_neuron.data.cache import cached, content_key
 from esm_neuron.data.dataset import ExampleTable, select_records
 from esm_neuron.data.families import independent_units
 from esm_neuron.data.homology import MOST, Method, homolog_rows, too_short
+from esm_neuron.data.progress import bar
 from esm_neuron.distributed import from_main_rank, main_rank_only
 from esm_neuron.files import read_bytes, write_bytes
 from esm_neuron.metrics import Scores
@@ -232,4 +233,4 @@ def _fitted(cfg: TrainConfig, task: Task, train: ExampleTable, log: Log) -> Iter
         return
     if capped(fitted):
         log(capped(fitted))
-    yield from fitted
+    yield from bar("baselines", fitted)

@@ -259,6 +259,8 @@ def _train(
             stopped_by = trainer.fit()
         else:
             probe.keep(trainer, job.probe)
+        for callback in trainer.callbacks:
+            callback.on_trained()
         if stopped_by is None:
             with watchdog:
                 passes = sum(map(len, job.loaders.held_out.values()))
@@ -429,6 +431,8 @@ class Loaders:
         }
         tables = {"valid": splits.valid, "test": splits.test}
         held_out = {name: EvalLoader(table, task, cfg, **share) for name, table in tables.items() if table is not None}
+        for name, loader in held_out.items():
+            loader.title = f"predictions, {name} split" if backend.topology.is_main else ""
         return cls(TrainLoader(splits.train, task, cfg, **share), held_out)
 
     def tables(self) -> dict[str, ExampleTable]:

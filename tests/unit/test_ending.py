@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,26 @@ def test_the_chosen_step_is_validated_once(
     assert cli.main(input) == 0
     again = json.loads(Path(f"{cfg.output}.json").read_text())
     assert again["loss"] == pytest.approx(valid["loss"], rel=1e-5) and result["chosen_step"] <= steps
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_each_phase_has_a_bar_with_its_name_on_a_terminal(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a line that is written meanwhile has a line of its own."""
+    monkeypatch.setattr("esm_neuron.data.progress.DELAY", 0)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    run.train(toy(), cli.log)
+    text = terminal.getvalue()
+    order = [text.index(f"\r{name}: ") for name in ("training", "predictions, valid split", "baselines")]
+    assert order == sorted(order) and "\rpredictions, test split: " in text
+    assert re.search(r"training: +100%\|.*8/8 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d", text)
+    after = text[text.rindex("training: ") :]
+    assert "baselines: " in after, "the bar of training ends before what follows"
+    lines = [line.rpartition("\r")[2] for line in text.split("\n")]
+    assert any(line.startswith("test, composition baseline: ") for line in lines)
 
 
 def test_a_run_ends_with_six_lines(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
