@@ -28,6 +28,7 @@ from esm_neuron.config import BackendName, DataConfig, TaskConfig, TrainConfig, 
 from esm_neuron.config.backends import BACKENDS
 from esm_neuron.config.flags import RENAMED, command_parser, help_of, instead, usage
 from esm_neuron.config.threads import prepare
+from esm_neuron.data.progress import beside_bars
 from esm_neuron.errors import EsmNeuronError
 from esm_neuron.redact import Lines, RedactedRecord, RedactingFormatter, redact, shown
 from esm_neuron.training.signals import EXIT_STOPPED
@@ -136,8 +137,7 @@ def evaluate(
     """
     from esm_neuron.inference.evaluate import evaluate as run_evaluation
 
-    found = run_evaluation(model, input, output, backend, log, overrides)
-    _on_main(show, as_json(found))
+    _on_main(show, as_json(run_evaluation(model, input, output, backend, log, overrides)))
     return 0
 
 
@@ -491,8 +491,6 @@ def call(name: str, words: Sequence[str]) -> int:
 
 def log(line: str) -> None:
     """Write a line for a person to stderr, see `redact.shown`, in one write."""
-    from esm_neuron.data.progress import beside_bars
-
     with contextlib.suppress(OSError), beside_bars():  # a reader that went away, or a full disk, ends no work
         sys.stderr.write(shown(line) + "\n")
         sys.stderr.flush()
