@@ -175,6 +175,7 @@ def pip_settings(python: Path, root: Path) -> str:
     if "cert" in found:
         shutil.copy2(found["cert"], root / "etc" / "pip-cert.pem")
         found["cert"] = "/etc/pip-cert.pem"
+    found["retries"] = "0"  # the Neuron SDK's index, which its pins name, may be out of reach: not five times a package
     return "\n".join(["[global]", *(f"{name} = {value}" for name, value in found.items()), ""])
 
 
@@ -319,7 +320,6 @@ def test_the_neuron_image_keeps_its_bases_packages(neuron: Image) -> None:
     before = {canonicalize_name(n): v for n, v in (one.split("==") for one in IMAGES["neuron"].read_text().split())}
     after = versions(neuron)
     changed = {name: (version, after.get(name)) for name, version in before.items() if after.get(name) != version}
-    print(changed)
     assert not {"torch", "torch-xla", "torchvision", "protobuf", "boto3", "sagemaker-training"} & set(changed)
     assert {one.split("==")[0] for one in neuron_packages()} <= set(after)
 
@@ -328,7 +328,8 @@ def test_a_host_keeps_its_name_where_the_image_starts_and_nowhere_else(neuron: I
     """The entrypoint is the base's; from another folder it does not find its file, and all hosts share a name."""
     (tmp_path / "resourceconfig.json").write_text('{"current_host": "algo-7"}')
     volume = f"{tmp_path}:/opt/ml/input/config"
-    assert neuron.run("train", volume=volume, folder="/opt/esm-neuron") == f"host {socket.gethostname()}"
+    elsewhere = neuron.run("train", volume=volume, folder="/opt/esm-neuron")
+    assert elsewhere.startswith("host ") and elsewhere != "host algo-7"
     assert neuron.run("train", volume=volume) == "host algo-7"
 
 
