@@ -106,10 +106,11 @@ def _as_probe(cfg: TrainConfig) -> TrainConfig:
     """Return a run by configs/probe.yaml, which reads proteins of any length, as `esm-neuron train` does by default."""
     probe, whole = settings.read_config(CONFIGS / "probe.yaml"), DataConfig(train=cfg.data.train)
     lengths = {name: getattr(whole, name) for name in ("max_residues", "long_sequences", "pack_tokens")}
+    shared = str(Path(cfg.output).parent / "cache")  # of the states: proteins are in several tasks
     return replace(
         cfg,
         model=replace(probe.model, name=cfg.model.name),
-        data=replace(cfg.data, **lengths),
+        data=replace(cfg.data, cache=shared, **lengths),
         adapter=probe.adapter,
         optim=probe.optim,
         loop=probe.loop,
