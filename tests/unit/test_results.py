@@ -16,7 +16,7 @@ from esm_neuron.config.rules import validate
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.data.tokenizer import encode_many
 from esm_neuron.run_dir import as_table
-from esm_neuron.tasks import TASKS, create_task
+from esm_neuron.tasks import TASKS, check_model, create_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +77,7 @@ def test_every_experiment_has_a_legal_configuration(results: ModuleType, tmp_pat
             if cfg is None:
                 continue
             validate(cfg)
+            check_model(cfg)
             assert (cfg.model.init == "random") == (way == "random")
             assert way == "random" or cfg.adapter.kind == {"full": "none"}.get(way, way)
             assert (
