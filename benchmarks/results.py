@@ -103,19 +103,18 @@ def configured(experiment: Experiment, way: str, data: Path, runs: Path) -> Trai
 
 
 def _as_probe(cfg: TrainConfig) -> TrainConfig:
-    """Return a run by configs/probe.yaml, which reads proteins of any length, as `esm-neuron train` does by default."""
+    """Return a run by configs/probe.yaml, which reads longer proteins, as `esm-neuron train` does by default."""
     probe, whole = settings.read_config(CONFIGS / "probe.yaml"), DataConfig(train=cfg.data.train)
-    pooling = probe.model.pooling if task_class(cfg.task.name).pools else "mean"  # of a residue there is none
-    lengths = {name: getattr(whole, name) for name in ("max_residues", "long_sequences", "pack_tokens")}
-    shared = str(Path(cfg.output).parent / "cache")  # of the states: proteins are in several tasks
-    return replace(
-        cfg,
-        model=replace(probe.model, name=cfg.model.name, pooling=pooling),
-        data=replace(cfg.data, cache=shared, **lengths),
-        adapter=probe.adapter,
-        optim=probe.optim,
-        loop=probe.loop,
-    )
+    model = replace(probe.model, name=cfg.model.name)
+    data = replace(
+        cfg.data, cache=str(Path(cfg.output).parent / "cache")
+    )  # of the states: proteins are in several tasks
+    if task_class(cfg.task.name).pools:
+        lengths = {name: getattr(whole, name) for name in ("max_residues", "long_sequences", "pack_tokens")}
+        data = replace(data, **lengths)
+    else:
+        model = replace(model, pooling="mean")  # of a residue there is none; windows, so that each is predicted
+    return replace(cfg, model=model, data=data, adapter=probe.adapter, optim=probe.optim, loop=probe.loop)
 
 
 def train(cfg: TrainConfig) -> None:
