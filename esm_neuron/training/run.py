@@ -247,10 +247,12 @@ def _train(
         if begin:
             log(f"resumed after step {begin} of {trainer.total_steps}")
         leaks = from_main_rank(backend, lambda: final_eval.find_leaks(cfg, job.loaders.tables(), log))
+        # before there is a config.yaml: a run that is refused for want of a key has not begun
+        told = main_rank_only(backend, lambda: list(trackers(cfg, log))) or []
         main_rank_only(backend, lambda: _write_settings(cfg, job.splits))
         main_rank_only(backend, lambda: write_json(Path(cfg.output) / MACHINE, this_machine(cfg.backend)))
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]
-        trainer.callbacks = main_rank_only(backend, lambda: [*_callbacks(cfg, begin, pending, log), *watchers]) or []
+        trainer.callbacks = main_rank_only(backend, lambda: [*_callbacks(cfg, begin, pending), *told, *watchers]) or []
     result: dict[str, Any] = {}
     found: dict[str, Predictions] = {}
     try:
@@ -527,7 +529,7 @@ def _write_settings(cfg: TrainConfig, splits: Splits) -> None:
     save_rejected(out / REJECTED, splits.rejected)
 
 
-def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int], log: Callable[[str], None]) -> list[Callback]:
+def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int]) -> list[Callback]:
     """Return the callbacks of a run after step `begin`; its logs are cut there, and `pending` non-finite steps too."""
     out = Path(cfg.output)
     jsonl = JsonlLogger(out / METRICS)
@@ -536,4 +538,4 @@ def _callbacks(cfg: TrainConfig, begin: int, pending: Sequence[int], log: Callab
     callbacks: list[Callback] = [jsonl, ProgressConsole(begin)]
     if cfg.log.tensorboard:
         callbacks.append(TensorBoardLogger(out / "tensorboard", begin))
-    return [*callbacks, *trackers(cfg, log)]
+    return callbacks

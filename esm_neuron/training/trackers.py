@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from esm_neuron.config import LogConfig, TrainConfig, require
 from esm_neuron.config.settings import plain
 from esm_neuron.errors import ConfigError, first_line
-from esm_neuron.files import write_json
+from esm_neuron.files import note, write_json
 from esm_neuron.redact import redact
 from esm_neuron.run_dir import CONFIG, REPORT, RESULT, TRACKERS, read_trackers
 from esm_neuron.training.callbacks import Callback, MetricsLine
@@ -95,13 +95,14 @@ def check(cfg: LogConfig) -> None:
 
 
 def _has(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None  # W&B's own folder ./wandb is found too, and has no origin
 
 
 def trackers(cfg: TrainConfig, log: Callable[[str], None]) -> Iterator[Tracker]:
     """Yield the trackers that `cfg` asks for, as far as they can be reached; they go on with the run in its folder.
 
-    Raise ConfigError where one refuses its settings or has no key.
+    Raise ConfigError where one refuses its settings, has no key or cannot be imported.
     """
     known = read_trackers(Path(cfg.output)) if cfg.checkpoint.resume == "auto" else {}
     for kind in (WandbTracker, MlflowTracker):
@@ -110,12 +111,23 @@ def trackers(cfg: TrainConfig, log: Callable[[str], None]) -> Iterator[Tracker]:
             continue
         earlier = known.get(kind.name, {})
         tracker = kind(cfg, to)
-        tracker.attempt(partial(tracker.begin, earlier.get("id") if earlier.get("to") == to else None))
+        tracker.attempt(partial(_begin, tracker, earlier.get("id") if earlier.get("to") == to else None))
         if tracker.id is not None:
             known[kind.name] = {"id": tracker.id, "to": to, "url": tracker.url}
+            note(Path(cfg.output), [TRACKERS])
             write_json(Path(cfg.output) / TRACKERS, known)
             log(f"log.{kind.name}: {tracker.place()}")
             yield tracker
+
+
+def _begin(tracker: Tracker, known: str | None) -> None:
+    try:
+        tracker.begin(known)
+    except ImportError as error:
+        cure = f"install {tracker.name} anew, or leave the setting out"
+        raise ConfigError(
+            f"log.{tracker.name}={tracker.to}: cannot be imported ({first_line(error)}); {cure}"
+        ) from error
 
 
 class Tracker(Callback):
@@ -164,9 +176,9 @@ class Tracker(Callback):
         except ConfigError:
             raise
         except Exception as error:
-            if not self.failed:
-                where = f"log.{self.name}={self.to}"
-                logger.warning("%s failed (%s); the run goes on, metrics.jsonl has it all", where, first_line(error))
+            if not self.failed:  # the address in its text may hold a password, and Python's own log hides none
+                where, why = f"log.{self.name}={self.to}", redact(first_line(error))
+                logger.warning("%s failed (%s); the run goes on, metrics.jsonl has it all", where, why)
             self.failed = True
 
     def run_name(self) -> str:
@@ -218,6 +230,7 @@ class WandbTracker(Tracker):
                 settings=wandb.Settings(**given),
             )
         except (AuthenticationError, UsageError) as error:
+            wandb.teardown()  # else this process never reads WANDB_MODE again, as a notebook that takes the cure needs
             cure = "wandb login, or WANDB_MODE=offline"
             raise ConfigError(f"log.wandb={self.to}: {first_line(error)}; run: {cure}") from error
         self.id, self.url = self.run.id, None if self.run.offline else self.run.url

@@ -12,7 +12,7 @@ from helpers.toys import Toy
 
 from esm_neuron.config import LogConfig
 from esm_neuron.errors import CheckpointError, ConfigError
-from esm_neuron.run_dir import TRACKERS, read_trackers
+from esm_neuron.run_dir import CONFIG, TRACKERS, read_trackers
 from esm_neuron.training import run, trackers
 from esm_neuron.training.callbacks import MetricsLine
 
@@ -69,6 +69,39 @@ def test_a_tracker_that_fails_is_one_warning(
     assert warned == ["log.wandb=team/proteins failed (gone); the run goes on, metrics.jsonl has it all"]
     assert Failing.asked == 10
     assert read_trackers(Path(cfg.output)) == {"wandb": {"id": "first", "to": "team/proteins", "url": None}}
+
+
+def test_a_folder_of_that_name_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B keeps its runs in ./wandb, which Python takes for a package without files."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"log\.wandb=proteins needs wandb; run: "):
+        trackers.check(LogConfig(wandb="proteins"))
+
+
+def test_a_package_that_cannot_be_imported_is_refused_and_the_run_has_not_begun(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Failing):
+        def begin(self, known: str | None) -> None:
+            raise ImportError("no protobuf")
+
+    monkeypatch.setattr(trackers, "_has", lambda name: True)
+    monkeypatch.setattr(trackers, "WandbTracker", Broken)
+    cfg = toy("out", log={"wandb": "proteins"})
+    with pytest.raises(
+        ConfigError, match=r"log\.wandb=proteins: cannot be imported \(no protobuf\); install wandb anew"
+    ):
+        run.train(cfg)
+    assert not (Path(cfg.output) / CONFIG).exists()
+
+
+def test_a_password_in_the_server_s_address_is_not_told(toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
+    def ask() -> None:
+        raise ConnectionError("request to http://me:secret@127.0.0.1:5000/api failed")
+
+    Failing(toy("out"), "proteins").attempt(ask)
+    assert "http://***@127.0.0.1:5000/api failed" in caplog.text and "secret" not in caplog.text
 
 
 def test_nothing_is_imported_or_written_that_nobody_asked_for(toy: Toy) -> None:
