@@ -30,7 +30,7 @@ def check(repo: str) -> None:
 def push(folder: Path, repo: str, public: bool, log: Callable[[str], None]) -> None:
     """Upload all files of `folder`, which is complete and stays; a new `repo` is private unless `public`.
 
-    Raise ConfigError where the hub refuses or does not answer, or where `repo` is public and `public` is false.
+    Raise ConfigError where the hub refuses or does not answer, or where `repo` is there and not as `public` says.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -38,14 +38,18 @@ def push(folder: Path, repo: str, public: bool, log: Callable[[str], None]) -> N
     if not sys.stderr.isatty():
         disable_progress_bars()
     api, kind = HfApi(), "public" if public else "private"
-    again = f"the folder is complete: hf upload {repo} {quote(str(folder))} .{'' if public else ' --private'}"
+    where = "" if public else " and, if the repository is new or private"  # to a public one it would upload too
+    again = f"the folder is complete{where}: hf upload {repo} {quote(str(folder))} .{'' if public else ' --private'}"
     sizes = [f"{path.name} {path.stat().st_size / 1e6:,.1f} MB" for path in sorted(folder.iterdir())]
     log(f"uploading to {api.endpoint}/{repo} ({kind}): {', '.join(sizes)}")
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
-        seen = public or api.model_info(repo).private
-        url = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="esm-neuron export") if seen else None
+        private = api.model_info(repo).private
+        as_asked = private is not public
+        message = "esm-neuron export"
+        url = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message) if as_asked else None
     except Exception as error:  # what it raises differs between its versions, and so does what is under it
         raise ConfigError(f"--push-to-hub {repo} failed ({first_line(error)}); {again}") from error
-    require(url is not None, f"--push-to-hub {repo}: it is there and public; give --public, or name another")
+    there, cure = ("private", "leave out --public") if public else ("public", "give --public")
+    require(url is not None, f"--push-to-hub {repo}: it is there and {there}; {cure}, or name another")
     log(f"uploaded: {url}")

@@ -99,6 +99,14 @@ def test_public_only_where_it_is_asked_for(folder: Path, upload_hub: UploadHub) 
     assert upload_hub.files[NAME] == {}
 
 
+def test_public_is_not_said_of_a_repository_that_is_private(folder: Path, upload_hub: UploadHub) -> None:
+    assert called("-c", PUSH, str(folder), NAME)[0] == 0
+    upload_hub.files[NAME].clear()
+    code, said = called("-c", PUSH, str(folder), NAME, "public")
+    assert code == 1 and f"--push-to-hub {NAME}: it is there and private; leave out --public, or name another" in said
+    assert upload_hub.files[NAME] == {}
+
+
 @pytest.mark.parametrize("mode", ["full", "forbidden"])
 def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(
     folder: Path, upload_hub: UploadHub, mode: str
@@ -107,7 +115,10 @@ def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(
     code, said = called("-c", PUSH, str(folder), NAME)
     assert code == 1 and files(folder) == before
     assert said.splitlines()[-1].startswith(f"--push-to-hub {NAME} failed (")
-    assert f"the folder is complete: hf upload {NAME} {folder} . --private" in said.splitlines()[-1]
+    assert (
+        f"the folder is complete and, if the repository is new or private: hf upload {NAME} {folder} . --private"
+        in said.splitlines()[-1]
+    )
     upload_hub.mode = "whole"
     code, said = called("-m", "huggingface_hub.cli.hf", "upload", NAME, str(folder), ".", "--private")
     assert code == 0, said
