@@ -440,10 +440,10 @@ def data_check(
     asked = cfg.data.label_column != DataConfig.label_column or label_given or cfg.task != TaskConfig()
     require(kind is not None or not label_given, f"--task {cfg.task.name} reads no labels; leave out --label_column")
     labels = kind.of(cfg.task, cfg.data) if kind and (asked or has_labels(file, cfg.data)) else None
+    found = check_file(file, cfg.data, labels, train, None if homologs == "off" else homologs)
     if kind is not None and labels is None:
         column = cfg.data.label_column
         log(f"NOTE: nothing of labels was checked: no column {column!r}; name theirs with --label_column")
-    found = check_file(file, cfg.data, labels, train, None if homologs == "off" else homologs)
     show(as_json(asdict(found)) if json_ else found.render())
     return 1 if found.faults else 0
 
