@@ -97,7 +97,7 @@ def configured(experiment: Experiment, way: str, data: Path, runs: Path) -> Trai
     kind = {"lora": "lora", "full": "none"}[way]
     if kind == own.adapter.kind:
         return cfg
-    rates = {"lora": 2e-3, "full": 5e-4}  # as in the files whose own way it is
+    rates = {"lora": 2e-3, "full": 5e-4}
     adapter = AdapterConfig(kind="lora", r=16, alpha=32) if way == "lora" else AdapterConfig(kind="none")
     return replace(cfg, adapter=adapter, optim=replace(own.optim, lr=rates[way]))
 
