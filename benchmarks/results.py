@@ -47,7 +47,7 @@ WAYS = {
     "probe": "probe", "lora": "LoRA", "full": "all weights", "random": "newly initialized",
 }  # fmt: skip
 """Ways of training -> their names on the page; `random` is the file's own way, without the checkpoint's weights."""
-SHOWN = ("model", "chosen_step", "adapter", "parameters", "train")
+SHOWN = ("model", "chosen_step", "adapter", "parameters", "train", "coverage")
 """What the page shows of a run."""
 
 
