@@ -206,7 +206,7 @@ def thresholds_of(saved: Mapping[str, Any] | None) -> Calibration:
 
 
 def judged(scores: Mapping[str, Scores], metric: str) -> dict[str, Any]:
-    """Return the verdict on each way of training beside the baselines; `random` is beside them for all others."""
+    """Return the verdict on each way of training beside the baselines."""
     others = {name: of for name, of in scores.items() if name not in WAYS}
     better = metric not in LOWER_IS_BETTER
     return {way: verdict(own, others, metric, better) for way, own in scores.items() if way in WAYS}
