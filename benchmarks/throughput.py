@@ -192,9 +192,9 @@ def plot(table: pd.DataFrame, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
-    """Run everything; exit code 1 if a setting failed."""
-    args = arguments()
+def main(words: list[str] | None = None) -> int:
+    """Run everything that `words`, by default the command line, ask for; exit code 1 if a setting failed."""
+    args = arguments(words)
     names = [OURS if name == "ours" else f"HF {name}" for name in args.settings]
     ways = product(args.precision, args.adapters, args.checkpointing, names, args.compile)
     contestants = [
@@ -226,6 +226,8 @@ def main() -> int:
                 table = summary(contestants, runs)
                 # now, so that an interruption loses one run
                 write_record(record, described, settings, skipped, table, runs)
+    if "residues_per_second" not in table:
+        sys.exit(f"no run came to its end; {record} says why")
     print(table.round(3).to_string(index=False))
     title = f"Fine-tuning, {args.shape} on {args.backend}, {args.threads} threads, {args.rows} proteins"
     plot(table, title, record.with_suffix(".png"))

@@ -27,9 +27,9 @@ def watch(target: Path) -> None:
     build_model, fit = build.build_model, Trainer.fit
     began: list[float] = []
 
-    def build_watched(*args: Any) -> Any:
+    def build_watched(*args: Any, **named: Any) -> Any:
         began.append(time.perf_counter())
-        return build_model(*args)
+        return build_model(*args, **named)
 
     def fit_watched(self: Trainer) -> Any:
         target.write_text(json.dumps({"setup_seconds": time.perf_counter() - began[0]}))

@@ -51,6 +51,18 @@ def test_different_measurements_have_different_files(throughput: ModuleType) -> 
     assert throughput.stem_of(throughput.arguments([])) == "cpu-esm2_t6_8M-fp32+bf16-lora-192rows"
 
 
+def test_our_side_is_timed_and_what_fails_is_said(throughput: ModuleType, tmp_path: Path) -> None:
+    words = (
+        "--shape tiny --rows 40 --batch 4 --max-residues 62 --max-steps 4 --precision fp32 --settings ours --threads 1"
+    )
+    asked = [*words.split(), "--output", str(tmp_path)]
+    assert throughput.main(asked) == 0
+    (found,) = json.loads((tmp_path / f"{throughput.stem_of(throughput.arguments(asked))}.json").read_text())["runs"]
+    assert found["steps"] == 2 and found["residues_per_second"] > 0 < found["peak_rss_mb"]
+    with pytest.raises(SystemExit, match="no run came to its end"):
+        throughput.main([*asked, "--lr", "nan"])
+
+
 def test_our_flags_are_settings_and_validation_rows_have_training_classes(
     throughput: ModuleType, tmp_path: Path
 ) -> None:
