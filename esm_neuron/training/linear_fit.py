@@ -9,7 +9,7 @@ needs about ten steps for a squared error, and some tens for a cross entropy, ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,11 @@ class LinearHead:
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Return float32 [n, outputs] of features [n, F]."""
         return features @ self.weight.T + self.bias
+
+    def parted(self, heads: int) -> list[LinearHead]:
+        """Return this many heads whose outputs, as many of each, are side by side here."""
+        parts = zip(np.split(self.weight, heads), np.split(self.bias, heads), strict=True)
+        return [LinearHead(self.penalty, weight, bias) for weight, bias in parts]
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,13 @@ def fit_path(
     variance: np.ndarray,
     outputs: int,
     loss: Callable[[Tensor], Tensor],
-    tolerance: float = TOLERANCE,
-    penalties: tuple[float, ...] = PENALTIES,
+    penalties: Sequence[float],
+    tolerance: float,
 ) -> Iterator[LinearHead]:
     """Yield the head that minimizes `loss` and each penalty, in their order; each begins at the one before.
 
     `along` and `variance` are those of `Axes`, or of some of its rows; `loss` gives the mean loss of outputs, float32
-    [n, outputs].
+    [n, outputs]. `tolerance` is the relative fall of the loss in one step that ends a fit.
     """
     weight, bias, values = np.zeros((len(variance), outputs)), np.zeros(outputs), torch.from_numpy(along)
     for penalty in penalties:

@@ -9,7 +9,6 @@ one that was chosen. What follows is a run like any other: the head is part of a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -42,7 +41,7 @@ from esm_neuron.training.build import build_model, model_config
 from esm_neuron.training.callbacks import EarlyStopping
 from esm_neuron.training.evaluation import Evaluator
 from esm_neuron.training.features import FrozenEncoder, folder_of
-from esm_neuron.training.linear_fit import ROUGH, TOLERANCE, Axes, LinearHead, fit_path
+from esm_neuron.training.linear_fit import PENALTIES, ROUGH, TOLERANCE, Axes, LinearHead, fit_path
 from esm_neuron.training.monitors import Clock
 from esm_neuron.training.trainer import Trainer
 
@@ -208,36 +207,54 @@ class _Fit:
     def __init__(self, task: Task, rows: _Rows, axes: Axes, outputs: int) -> None:
         self.task, self.axes, self.outputs = task, axes, outputs
         self.known = rows.weights > 0
-        self._labels, self._weights = (torch.from_numpy(array) for array in (rows.labels, rows.weights))
+        self._along = axes.along if self.known.all() else axes.along[self.known]
+        self._labels = torch.from_numpy(rows.labels[self.known])
+        self._weights = torch.from_numpy(rows.weights[self.known])
 
-    def path(self, used: np.ndarray, tolerance: float = TOLERANCE) -> Iterator[LinearHead]:
-        """Yield heads fitted to the rows `used`, bool [n], see `fit_path`."""
-        used = used & self.known
-        along, variance = self.axes.along[used], self.axes.variance
-        return fit_path(along, variance, self.outputs, lambda logits: self.loss(logits, used), tolerance)
-
-    def loss(self, logits: Tensor, used: np.ndarray) -> Tensor:
-        """Return the mean loss of logits of the rows `used`."""
-        rows = torch.from_numpy(np.flatnonzero(used))
-        # what a loss reads of a batch
-        targets = SimpleNamespace(labels=self._labels[rows], weights=self._weights[rows])
-        total, weight = self.task.loss(logits, cast(Batch, targets))
-        return total / weight
+    def head(self, penalty: float) -> LinearHead:
+        """Return the head of the features as they are, fitted to all rows."""
+        ((head,),) = self._heads([self._weights], (penalty,), TOLERANCE)
+        return self.axes.of_features(head)
 
     def by_folds(self, fold: np.ndarray) -> tuple[EarlyStopping, np.ndarray]:
         """Return the losses by penalty, counted from 0, and with the best one the logits [n, outputs] for each `fold`,
         int64 [n], by heads fitted to the others. Weak penalties, which take the most time, are left out if worse."""
         inside = [fold == number for number in np.unique(fold)]
+        others = [self._weights * torch.from_numpy(~own[self.known]) for own in inside]
         gains, best = EarlyStopping(PATIENCE, greater_is_better=False), np.zeros((len(fold), self.outputs), np.float32)
-        for step, heads in enumerate(zip(*(self.path(~own, ROUGH) for own in inside), strict=True)):
+        for step, heads in enumerate(self._heads(others, PENALTIES, ROUGH)):
             logits = np.empty_like(best)
             for own, head in zip(inside, heads, strict=True):
                 logits[own] = head(self.axes.along[own])
-            if gains.update(self.loss(torch.from_numpy(logits[self.known]), self.known).item(), step):
+            if gains.update(self._loss(torch.from_numpy(logits[self.known]), self._weights).item(), step):
                 best = logits
             if gains.stop:
                 break
         return gains, best
+
+    def _heads(
+        self, weights: Sequence[Tensor], penalties: Sequence[float], tolerance: float
+    ) -> Iterator[list[LinearHead]]:
+        """Yield, penalty by penalty, a head for each weighting of the rows.
+
+        They are fitted as one problem whose parts share nothing: most of the time goes into reading the features, which
+        serves all of them.
+        """
+
+        def loss(logits: Tensor) -> Tensor:
+            own = zip(logits.split(self.outputs, dim=1), weights, strict=True)
+            return torch.stack([self._loss(part, weight) for part, weight in own]).sum()
+
+        outputs = self.outputs * len(weights)
+        for joint in fit_path(self._along, self.axes.variance, outputs, loss, penalties, tolerance):
+            yield joint.parted(len(weights))
+
+    def _loss(self, logits: Tensor, weights: Tensor) -> Tensor:
+        """Return the mean loss of logits of the known rows."""
+        # what a loss reads of a batch
+        targets = SimpleNamespace(labels=self._labels, weights=weights)
+        total, weight = self.task.loss(logits, cast(Batch, targets))
+        return total / weight
 
 
 def _chosen(
@@ -254,7 +271,7 @@ def _chosen(
         if best.update(gains.best, 0) or not found:
             found = [layers, config, fit, gains.best_step or 0, logits]
     layers, config, fit, step, logits = found
-    head = fit.axes.of_features(next(itertools.islice(fit.path(fold >= 0), step, None)))
+    head = fit.head(PENALTIES[step])
     predictions = task.predictions(torch.from_numpy(logits), cast(Batch, None))
     name = task.linear_head(config)
     return Probe(
