@@ -248,7 +248,7 @@ def _train(
             log(f"resumed after step {begin} of {trainer.total_steps}")
         leaks = from_main_rank(backend, lambda: final_eval.find_leaks(cfg, job.loaders.tables(), log))
         # before there is a config.yaml: a run that is refused for want of a key has not begun
-        told = main_rank_only(backend, lambda: list(trackers(cfg, log))) or []
+        told = main_rank_only(backend, lambda: trackers(cfg, log)) or []
         main_rank_only(backend, lambda: _write_settings(cfg, job.splits))
         main_rank_only(backend, lambda: write_json(Path(cfg.output) / MACHINE, this_machine(cfg.backend)))
         pending = [step["step"] for step in trainer.monitors.losses.nonfinite]

@@ -99,25 +99,35 @@ def _has(name: str) -> bool:
     return found is not None and found.origin is not None  # W&B's own folder ./wandb is found too, and has no origin
 
 
-def trackers(cfg: TrainConfig, log: Callable[[str], None]) -> Iterator[Tracker]:
-    """Yield the trackers that `cfg` asks for, as far as they can be reached; they go on with the run in its folder.
+def trackers(cfg: TrainConfig, log: Callable[[str], None]) -> list[Tracker]:
+    """Return the trackers that `cfg` asks for, as far as they can be reached; they go on with the run in its folder.
 
-    Raise ConfigError where one refuses its settings, has no key or cannot be imported.
+    Raise ConfigError where one refuses its settings, has no key or cannot be imported; what has begun is ended then.
     """
-    known = read_trackers(Path(cfg.output)) if cfg.checkpoint.resume == "auto" else {}
-    for kind in (WandbTracker, MlflowTracker):
-        to = getattr(cfg.log, kind.name)
-        if not to:
-            continue
-        earlier = known.get(kind.name, {})
-        tracker = kind(cfg, to)
-        tracker.attempt(partial(_begin, tracker, earlier.get("id") if earlier.get("to") == to else None))
-        if tracker.id is not None:
+    path = Path(cfg.output) / TRACKERS
+    known = read_trackers(path.parent) if cfg.checkpoint.resume == "auto" else {}
+    begun: list[Tracker] = []
+    try:
+        for kind in (WandbTracker, MlflowTracker):
+            if not (to := getattr(cfg.log, kind.name)):
+                continue
+            begun.append(tracker := kind(cfg, to))
+            earlier = known.get(kind.name, {})
+            goes_on = earlier.get("id") if earlier.get("to") == to else None
+            cure = f"to begin a new run there when it is resumed, take {kind.name!r} out of {path}" if goes_on else ""
+            tracker.attempt(partial(_begin, tracker, goes_on), cure)
+            if tracker.failed:
+                begun.pop().abandon()
+                continue
             known[kind.name] = {"id": tracker.id, "to": to, "url": tracker.url}
-            note(Path(cfg.output), [TRACKERS])
-            write_json(Path(cfg.output) / TRACKERS, known)
+            note(path.parent, [TRACKERS])
+            write_json(path, known)
             log(f"log.{kind.name}: {tracker.place()}")
-            yield tracker
+    except BaseException:
+        for each in begun:
+            each.abandon()
+        raise
+    return begun
 
 
 def _begin(tracker: Tracker, known: str | None) -> None:
@@ -144,7 +154,7 @@ class Tracker(Callback):
         self.failed = False
 
     def begin(self, known: str | None) -> None:
-        """Make a run there, or go on with the one whose id is `known`; set `id` and `url`."""
+        """Make a run there, or go on with the one whose id is `known`; set `id`, as soon as there is one, and `url`."""
         raise NotImplementedError
 
     def put(self, numbers: Mapping[str, float], step: int) -> None:
@@ -169,7 +179,14 @@ class Tracker(Callback):
         stopped = "KILLED" if sys.exc_info()[0] is None else "FAILED"  # by a signal; by an error that is on its way
         self.attempt(lambda: self.finish(result, "FINISHED" if result else stopped))
 
-    def attempt(self, action: Callable[[], None]) -> None:
+    def abandon(self) -> None:
+        """End a run there that has begun, as far as it has, as FAILED."""
+        if self.id is not None:
+            self.failed = False  # what is left to do is tried
+            with suppress(Exception):
+                self.finish({}, "FAILED")
+
+    def attempt(self, action: Callable[[], None], cure: str = "") -> None:
         """Do something there; whatever fails is a warning, the first time, and no end of the run."""
         try:
             action()
@@ -178,7 +195,8 @@ class Tracker(Callback):
         except Exception as error:
             if not self.failed:  # the address in its text may hold a password, and Python's own log hides none
                 where, why = f"log.{self.name}={self.to}", redact(first_line(error))
-                logger.warning("%s failed (%s); the run goes on, metrics.jsonl has it all", where, why)
+                more = f"; {cure}" if cure else ""
+                logger.warning("%s failed (%s); the run goes on, metrics.jsonl has it all%s", where, why, more)
             self.failed = True
 
     def run_name(self) -> str:
@@ -287,15 +305,16 @@ class MlflowTracker(Tracker):
         self.client = mlflow.MlflowClient()
         if known is not None:
             self.client.update_run(known, status="RUNNING")
+            self.id = known
             found = self.client.get_run(known)
         else:
             experiment = self.client.get_experiment_by_name(self.to)
             number = experiment.experiment_id if experiment else self.client.create_experiment(self.to)
             found = self.client.create_run(number, run_name=self.run_name(), tags={"mlflow.source.name": "esm-neuron"})
+            self.id = found.info.run_id
             params = [Param(name, value[: self.LENGTH]) for name, value in _flat(plain(self.cfg))]
             for start in range(0, len(params), self.PARAMS):
-                self.client.log_batch(found.info.run_id, params=params[start : start + self.PARAMS])
-        self.id = found.info.run_id
+                self.client.log_batch(self.id, params=params[start : start + self.PARAMS])
         address = mlflow.get_tracking_uri()
         if address.startswith("http"):
             self.url = redact(f"{address.rstrip('/')}/#/experiments/{found.info.experiment_id}/runs/{self.id}")

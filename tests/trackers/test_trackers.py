@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import struct
@@ -19,9 +20,10 @@ from helpers.toys import Toy
 from esm_neuron.config import TrainConfig
 from esm_neuron.errors import ConfigError
 from esm_neuron.reports import write_report
-from esm_neuron.run_dir import read_trackers
+from esm_neuron.run_dir import TRACKERS, read_trackers
 from esm_neuron.training import run
 from esm_neuron.training.callbacks import Callback
+from esm_neuron.training.trackers import MlflowTracker
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -208,6 +210,62 @@ def test_mlflow_has_settings_metrics_result_and_report_and_a_resumed_run_goes_on
     assert "report/index.html" in {each.path for each in client.list_artifacts(found.info.run_id, "report")}
     assert named["url"] in write_report(Path(cfg.output)).read_text()
     assert asked == [] and server.address not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gone", ["deleted", "of another server"])
+def test_a_run_that_is_not_there_any_more_is_told_with_the_cure_which_begins_a_new_one(
+    toy: Toy, server: Server, caplog: pytest.LogCaptureFixture, gone: str
+) -> None:
+    cfg, path = toy("out", log={"mlflow": "again"}), Path(toy("out").output, TRACKERS)
+    with stopping_after(3):
+        run.train(cfg)
+    first = json.loads(path.read_text())
+    if gone == "deleted":
+        of(server, cfg)[0].delete_run(first["mlflow"]["id"])
+    else:
+        path.write_text(json.dumps({"mlflow": {**first["mlflow"], "id": "0" * 32}}))
+    with stopping_after(5):
+        run.train(resumed(cfg))
+    [warned] = warnings(caplog)
+    assert warned.startswith("log.mlflow=again failed (") and f"take 'mlflow' out of {path}" in warned
+    path.write_text("{}")  # the cure
+    assert run.train(resumed(cfg)).stopped_by is None and warnings(caplog) == [warned]
+    client, found = of(server, cfg)
+    assert found.info.run_id != first["mlflow"]["id"] and found.info.status == "FINISHED"
+    assert [step for step, _ in steps(client, found, "train/loss")] == [6, 7, 8]
+    assert found.data.metrics["final/test/mcc"] == result(cfg)["test"]["mcc"]
+
+
+def test_a_run_that_is_half_begun_is_ended_there(
+    toy: Toy, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import mlflow
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no parameters")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", refuse)
+    cfg = toy("out", log={"mlflow": "half"})
+    assert run.train(cfg).stopped_by is None
+    assert warnings(caplog) == ["log.mlflow=half failed (no parameters); the run goes on, metrics.jsonl has it all"]
+    client = mlflow.MlflowClient(server.address)
+    [found] = client.search_runs([client.get_experiment_by_name("half").experiment_id])
+    assert found.info.status == "FAILED" and not Path(cfg.output, TRACKERS).exists()
+
+
+def test_wandb_s_run_is_ended_where_mlflow_is_refused_after_it(
+    toy: Toy, offline: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(MlflowTracker, "begin", mock.Mock(side_effect=ImportError("no protobuf")))
+    cfg = toy("out", log={"wandb": "proteins", "mlflow": "proteins"})
+    with pytest.raises(ConfigError, match=r"log\.mlflow=proteins: cannot be imported"):
+        run.train(cfg)
+    import wandb
+
+    assert wandb.run is None
+    [folder] = Path(cfg.output, "wandb").glob("offline-run-*")
+    assert [r.exit.exit_code for r in kept(folder) if r.WhichOneof("record_type") == "exit"] == [1]
 
 
 def test_what_a_server_that_came_back_has_missed_is_sent(
