@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -66,11 +67,16 @@ def test_a_csv_and_a_fasta_to_a_report_and_answers_once(place: Path) -> None:
     assert [row["id"] for row in answers(place, "location")] == ["other"]
 
 
-def test_an_interrupted_training_goes_on(place: Path) -> None:
-    settings = {"adapter.kind": "lora", "loop.max_steps": 4, "checkpoint.every": 1, "loop.packs_per_step": 4}
+def set_up(place: Path, **settings: Any) -> None:
+    """Train four steps of LoRA, with a checkpoint after each."""
     cfg = yaml.safe_load((place / "config.yaml").read_text())
-    cfg["settings"] |= {**settings, "loop.packs_per_device": 4}
+    more = {"adapter.kind": "lora", "loop.max_steps": 4, "checkpoint.every": 1, "loop.packs_per_step": 4}
+    cfg["settings"] |= {**more, "loop.packs_per_device": 4, **settings}
     (place / "config.yaml").write_text(yaml.safe_dump(cfg))
+
+
+def test_an_interrupted_training_goes_on(place: Path) -> None:
+    set_up(place)
     program = place / "bin" / "esm-neuron"
     whole = program.read_text()
     program.write_text(
@@ -96,3 +102,25 @@ def test_rows_of_the_configuration_with_spaces_and_settings_of_their_own(place: 
         for path in place.glob("runs/*/config.yaml")
     }
     assert kinds == {"probe": "probe", "lora": "lora"}
+
+
+def test_a_finished_training_whose_rule_was_killed_is_kept_and_one_of_other_settings_is_not(place: Path) -> None:
+    set_up(place)
+    program, run = place / "bin" / "esm-neuron", place / "runs" / "location"
+    whole = program.read_text()
+    program.write_text(f"{whole.replace('exec ', '')}[ $1 = train ] && exit 75\n")  # behind result.json
+    snakemake(place, fails=True)
+    weights = run / "checkpoints" / Path(CHECKPOINT).name / "model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    program.write_text(whole)
+    snakemake(place)
+    log = place / "logs" / "train-location.log"
+    assert "resumed after step 4 of 4" in log.read_text() and weights.stat().st_mtime_ns == trained
+
+    set_up(place, **{"optim.lr": "fast"})
+    snakemake(place, fails=True)
+    assert weights.stat().st_mtime_ns == trained, "what is mistyped removes nothing"
+    set_up(place, **{"optim.lr": 5e-3})
+    assert "rule train" in snakemake(place)
+    assert "resumed" not in log.read_text() and weights.stat().st_mtime_ns > trained
+    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["lr"] == 5e-3
