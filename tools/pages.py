@@ -3,8 +3,8 @@
     python tools/pages.py            # write them all (make pages)
     python tools/pages.py --check    # name those that are not current, and exit with 1 if there are any (make lint)
 
-Two kinds of pages are written elsewhere: docs/dev/parity*.md by the runs that they report (`make parity`), and
-docs/performance.md by hand.
+Three kinds are written elsewhere: docs/dev/parity*.md by the runs that they report (`make parity`), the pictures of a
+run by `tools/screens.py`, and docs/performance.md by hand.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+import screens
 
 os.environ.setdefault("USE_TORCH_XLA", "0")  # accelerate, which peft imports, would import torch_xla: half a minute
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +74,8 @@ def rooms_picture() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "docs/settings.md": settings,
     "docs/api.md": api,
+    "docs/commands.md": screens.page,
+    **{f"docs/{screens.file(name)}": partial(screens.help_picture, name) for name in screens.cli.COMMANDS},
     "docs/errors.md": errors,
     "docs/neuron-environment.md": neuron_environment,
     "docs/results.md": results,

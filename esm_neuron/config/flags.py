@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, wrap
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from esm_neuron.config import TrainConfig, settings
 from esm_neuron.errors import ConfigError
@@ -25,28 +25,28 @@ RENAMED = {"data get": "python examples/datasets/get.py", "--relatives": "--homo
 """Earlier name of a command or of a flag -> its name today."""
 FIRST = {
     "data": {
-        "data.train": "proteins: CSV, TSV, FASTA, JSONL, Parquet, a folder, hf://owner/name",
-        "data.label_column": "column with the label",
-        "data.split_column": "column that says train, valid or test; none: proteins are sampled",
-        "data.test_fraction": "share of the proteins that is sampled for the test",
+        "data.train": ("FILE", "proteins: CSV, TSV, FASTA, JSONL, Parquet, a folder, hf://owner/name"),
+        "data.label_column": ("COLUMN", "column with the label"),
+        "data.split_column": ("COLUMN", "column that says train, valid or test; none: proteins are sampled"),
+        "data.test_fraction": ("SHARE", "share of the proteins that is sampled for the test"),
     },
     "model": {
-        "model.name": "hub id or folder of an ESM-2; mini: a small one in this package",
-        "adapter.kind": "what is trained: probe, lora, qlora, head, or none (all weights)",
-        "task.name": "what is learned; others: multi_label, regression, residue_classification, masked_lm",
+        "model.name": ("NAME", "hub id or folder of an ESM-2; mini: a small one in this package"),
+        "adapter.kind": ("KIND", "what is trained: probe (of a file alone), lora, qlora, head, none (all weights)"),
+        "task.name": ("NAME", "what is learned: multi_label, regression, residue_classification, masked_lm"),
     },
     "training": {
-        "loop.epochs": "passes over the training proteins",
-        "loop.budget": "time for training in place of passes, such as 30m",
-        "optim.lr": "peak learning rate",
-        "checkpoint.resume": "auto: go on with the run that is in --output",
+        "loop.epochs": ("NUMBER", "passes over the training proteins"),
+        "loop.budget": ("TIME", "time for training in place of passes, such as 30m"),
+        "optim.lr": ("NUMBER", "peak learning rate"),
+        "checkpoint.resume": ("WORD", "auto: go on with the run that is in --output"),
     },
     "where": {
-        "backend": "cpu, cuda (NVIDIA), xla (TPU) or neuron (trn1)",
-        "output": "folder for all that the run writes",
+        "backend": ("NAME", "cpu, cuda (NVIDIA), xla (TPU) or neuron (trn1)"),
+        "output": ("FOLDER", "folder for all that the run writes"),
     },
 }
-"""Group of the help of `train` -> the settings that most runs need, with what they mean in a line."""
+"""Group of the help of `train` -> the settings that most runs need, with their value in a word and what they mean."""
 TRAIN_ALONE = ("loop.budget",)
 """Those of them that other commands with the settings of a run have no use for."""
 WIDTH = 100
@@ -80,8 +80,13 @@ def usage(commands: Mapping[str, Callable[..., int]]) -> str:
     return "\n".join(["usage: esm-neuron COMMAND ...", "", *lines, "", "esm-neuron COMMAND --help tells more."])
 
 
+class _Formatter(RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrap(text, width, break_on_hyphens=False)  # pseudo-perplexity is a word to type
+
+
 def _formatter(prog: str) -> RawDescriptionHelpFormatter:
-    return RawDescriptionHelpFormatter(prog, max_help_position=28, width=WIDTH)
+    return _Formatter(prog, max_help_position=28, width=WIDTH)
 
 
 def command_parser(name: str, command: Callable[..., int], documented: bool = False) -> CommandParser:
@@ -106,7 +111,10 @@ def command_parser(name: str, command: Callable[..., int], documented: bool = Fa
     for key, parameter in parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             continue
-        kind, told = get_args(hints[key])
+        hint = hints[key]
+        if get_origin(hint) is not Annotated:  # Python 3.10 adds `| None` where that is the default
+            hint = get_args(hint)[0]
+        kind, told = get_args(hint)
         kind = get_args(kind)[0] if get_origin(kind) in (Union, UnionType) else kind  # of `KIND | None`
         options: dict[str, Any] = {"help": told}
         if kind is bool:
@@ -114,7 +122,7 @@ def command_parser(name: str, command: Callable[..., int], documented: bool = Fa
         elif get_origin(kind) is Literal:
             options |= {"choices": get_args(kind), "help": f"{', '.join(get_args(kind))}: {told}", "metavar": "WORD"}
         else:
-            options |= {"type": kind, "metavar": {Path: "FILE", int: "N", float: "NUMBER"}.get(kind, "NAME")}
+            options |= {"type": kind, "metavar": _value(kind, told)}
         if get_origin(kind) is list:
             options |= {"type": get_args(kind)[0], "nargs": "+"}
         if parameter.kind is not parameter.KEYWORD_ONLY:
@@ -132,6 +140,12 @@ def command_parser(name: str, command: Callable[..., int], documented: bool = Fa
     return parser
 
 
+def _value(kind: type, told: str) -> str:
+    """Return the word for what a flag takes, by its type and the first word of its meaning."""
+    named = {"folder": "FOLDER", "time": "TIME"}.get(told.split()[0])
+    return named or {Path: "FILE", int: "N", float: "NUMBER"}.get(kind, "NAME")
+
+
 def _usage(name: str, parameters: Any) -> str:
     needed = [
         f"--{key} ..." if each.kind is each.KEYWORD_ONLY else key.upper()
@@ -139,8 +153,9 @@ def _usage(name: str, parameters: Any) -> str:
         if each.default is each.empty and each.kind is not each.VAR_POSITIONAL
     ]
     run = ["[FILE]", "[--config FILE]"] if "settings" in parameters and "file" not in parameters else []
+    free = any(each.kind is each.KEYWORD_ONLY and each.default is not each.empty for each in parameters.values())
     more = ["[--SETTING VALUE ...]"] if {"settings", "overrides"} & set(parameters) else []
-    return " ".join([f"esm-neuron {name}", *run, *needed, *(["[options]"] if not run else []), *more])
+    return " ".join([f"esm-neuron {name}", *run, *needed, *(["[options]"] if free and not run else []), *more])
 
 
 def _about_settings(name: str, parameters: Any) -> str:
@@ -157,12 +172,12 @@ def _add_first(parser: CommandParser, without: Sequence[str]) -> None:
     short = {whole: name for name, whole in settings.SHORT.items()}
     for title, rows in FIRST.items():
         group = parser.add_argument_group(title)
-        for name, told in ((name, told) for name, told in rows.items() if name not in without):
+        for name, (value, told) in ((name, row) for name, row in rows.items() if name not in without):
             last = name.rpartition(".")[2]
             flag = short.get(name, last if lasts[last] == 1 else name)
             default = attrgetter(name)(TrainConfig())
             told = told if default is None else f"{told}; default: {default}"
-            group.add_argument(f"--{flag}", metavar=last.upper().replace("_COLUMN", ""), help=told)
+            group.add_argument(f"--{flag}", metavar=value, help=told)
 
 
 def help_of(

@@ -15,15 +15,13 @@ else:
     tqdm = module("tqdm")
 
 T = TypeVar("T")
-DELAY = 1.0
-"""Seconds after which a bar is shown: what is over sooner has none."""
 
 
 def bar(name: str, items: Iterable[T]) -> Iterable[T]:
     """Return the items, with a bar while they are taken; an empty name has none."""
     if not name or not sys.stderr.isatty():
         return items
-    return tqdm.tqdm(items, desc=name, delay=DELAY, leave=False, dynamic_ncols=True)
+    return tqdm.tqdm(items, desc=name, leave=False, dynamic_ncols=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import numpy as np
 import pandas as pd
@@ -187,6 +187,15 @@ def test_help_is_a_screen_with_two_examples(call: Callable[..., Said], command: 
         assert len(whole.splitlines()) > len(lines) + 20
     else:
         assert whole == said.out
+
+
+def test_a_flag_without_a_default_has_its_help_on_python_3_10() -> None:
+    """Which makes its annotation an optional one, as this is on any version."""
+
+    def command(*, input: Optional[Annotated[Path | None, "what is read"]] = None) -> int:  # noqa: UP045
+        return 0
+
+    assert "--input FILE  what is read" in command_parser("one", command).format_help()
 
 
 def test_the_settings_in_the_help_are_flags_of_training() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from screens import Screen
 
 from esm_neuron import cli
 from esm_neuron.config import TrainConfig
@@ -55,7 +56,6 @@ class Terminal(io.StringIO):
 
 def test_each_phase_has_a_bar_with_its_name_on_a_terminal(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a line that is written meanwhile has a line of its own."""
-    monkeypatch.setattr("esm_neuron.data.progress.DELAY", 0)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     run.train(toy(), cli.log)
     text = terminal.getvalue()
@@ -64,8 +64,11 @@ def test_each_phase_has_a_bar_with_its_name_on_a_terminal(toy: Toy, monkeypatch:
     assert re.search(r"training: +100%\|.*8/8 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d", text)
     after = text[text.rindex("training: ") :]
     assert "baselines: " in after, "the bar of training ends before what follows"
-    lines = [line.rpartition("\r")[2] for line in text.split("\n")]
+    screen = Screen()
+    screen.feed(text.replace("\n", "\r\n"))
+    lines = screen.text()
     assert any(line.startswith("test, composition baseline: ") for line in lines)
+    assert [line.partition(":")[0] for line in lines if "%|" in line] == ["training"], "the others leave nothing"
 
 
 def test_a_run_ends_with_six_lines(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:

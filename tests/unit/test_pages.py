@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +13,7 @@ import neuron_page
 import pages
 import pytest
 import rooms
+import screens
 import settings_page
 
 from esm_neuron.backends.neuron_env import SETTINGS
@@ -91,3 +94,13 @@ def test_an_arrow_passes_the_rooms_of_the_floors_between() -> None:
     found = rooms.Rooms({room: {"m": ""} for room in imports}, {room: frozenset(to) for room, to in imports.items()})
     assert ["a", "a>c", "c"] in found.ways
     assert [set(floor) for floor in found.floors] == [{"a"}, {"b", "a>c"}, {"c", "d"}, {"e"}]
+
+
+def test_a_terminal_s_screen_is_what_a_command_leaves_there(tmp_path: Path) -> None:
+    write = "import sys; sys.stderr.write(sys.argv[1].encode().decode('unicode_escape')); assert sys.stderr.isatty()"
+    words = [sys.executable, "-c", write, r"first\nbar: 1\rbar: 22\n\nup\x1b[A\x1b[A\rgone\x1b[K\n\nlast" + "x" * 120]
+    then, end = screens.recorded(words, tmp_path, os.environ, "last")
+    assert end == ["first", "gone", "", "lastx" + "x" * 115, "xxxx"] and then[0] == "first"
+    drawing = ElementTree.fromstring(screens.picture(["  a < b", ""]))
+    [text] = drawing.iter("{http://www.w3.org/2000/svg}text")
+    assert text.text == "  a < b"
