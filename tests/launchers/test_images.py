@@ -16,10 +16,15 @@ import signal
 import socket
 import subprocess
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 from helpers.processes import wait_for
@@ -33,13 +38,17 @@ from esm_neuron.data.parquet import read_table
 pytestmark = pytest.mark.images
 
 ROOT = Path(__file__).parents[2]
+LOCK = ROOT / "constraints" / "current.txt"
 PATIENCE = 3600
 """Seconds that a step may take on a busy machine with a slow line."""
 LIBRARIES = "ca-certificates,libssl3,libffi8,libsqlite3-0,liblzma5,libbz2-1.0,libreadline8,zlib1g,libncursesw6,libuuid1"
 """What a Python needs."""
+(PYTHON,) = re.findall(r"BASE=python:([\d.]+)", (ROOT / "launchers" / "Dockerfile.general").read_text())
 COMPILER = "gcc,libc6-dev,jq"
 SOMEBODY = 4321
 """A user that no image knows."""
+TRAIN_ONCE = ["train", "my.csv", "--model", "mini", "--adapter", "lora", "--max_steps", "1", "--output", "runs/mine"]
+EMBED = ["embed", "--model", "mini", "--input", "p.fasta", "--output", "vectors.parquet"]
 PROTEIN = ">p1\nMKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVVHSLAKWKRQ\n"
 HOSTNAME = r"""#define _GNU_SOURCE
 #include <string.h>
@@ -79,18 +88,20 @@ class Image:
         found: dict[str, object] = json.loads(buildah("inspect", "--type", "image", self.name))["Docker"]["config"]
         return found
 
-    def command(self, *words: object, volume: str = "", user: int = 0, folder: str = "") -> list[str]:
-        """`docker run --user USER -v VOLUME -w FOLDER IMAGE WORDS`, its entrypoint first; with a user HOME is /."""
+    def command(
+        self, *words: object, volume: str = "", user: int = 0, folder: str = "", entrypoint: str = ""
+    ) -> list[str]:
+        """`docker run --user USER -v VOLUME -w FOLDER --entrypoint ENTRYPOINT IMAGE WORDS`; with a user HOME is /."""
         more = ["--user", f"{user}:{user}", "--env", "HOME=/"] if user else []
         more += [word for one in volume.split() for word in ("--volume", one)]
         more += ["--workingdir", folder] if folder else []
-        start = self.config()["Entrypoint"] or []
+        start = [entrypoint] if entrypoint else self.config()["Entrypoint"] or []
         assert isinstance(start, list)
         return ["run", "--isolation", "chroot", *more, self.container, "--", *start, *map(str, words)]
 
-    def run(self, *words: object, volume: str = "", user: int = 0, folder: str = "", fails: bool = False) -> str:
+    def run(self, *words: object, fails: bool = False, **how: Any) -> str:
         """Run `command`; return what it prints."""
-        return buildah(*self.command(*words, volume=volume, user=user, folder=folder), fails=fails)
+        return buildah(*self.command(*words, **how), fails=fails)
 
 
 @pytest.fixture(scope="module")
@@ -179,19 +190,24 @@ def pip_settings(python: Path, root: Path) -> str:
     return "\n".join(["[global]", *(f"{name} = {value}" for name, value in found.items()), ""])
 
 
-def build(file: str, base: str, *words: str) -> Image:
+def build(name: str, file: str, base: str, *words: str) -> Image:
     """Build one of our files over a base."""
-    name = f"localhost/{file.lower()}"
+    name = f"localhost/{name}"
     args = [word for one in (f"BASE={base}", *words) for word in ("--build-arg", one)]
     buildah("bud", "--isolation", "chroot", "-f", ROOT / "launchers" / file, "-t", name, *args, ROOT)
     return Image(name, buildah("from", name))
 
 
 @pytest.fixture(scope="module")
-def general(debian: str) -> Image:
+def python(debian: str) -> str:
+    """The name of a stand-in for Docker's python:3.13-slim."""
+    return committed(with_python(debian, PYTHON)[0], "python")
+
+
+@pytest.fixture(scope="module")
+def general(python: str) -> Image:
     """The image for CPUs and GPUs, with the server."""
-    container, _ = with_python(debian, "3.13")
-    return build("Dockerfile.general", committed(container, "python"), "EXTRA=serve")
+    return build("general", "Dockerfile.general", python, "EXTRA=serve")
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +231,7 @@ def neuron(debian: str) -> Image:
         (root / "usr" / "local" / "bin" / name).chmod(0o755)
     entrypoint = json.dumps(["bash", "-m", "start_with_right_hostname.sh"])
     buildah("config", "--workingdir", "/", "--entrypoint", entrypoint, "--cmd", "/bin/bash", container)
-    return build("Dockerfile", committed(container, "neuron"))
+    return build("trn1", "Dockerfile", committed(container, "neuron"))
 
 
 def neuron_packages() -> list[str]:
@@ -238,7 +254,7 @@ def closure(package: str, seen: set[str] | None = None) -> set[str]:
 
 def of_torch(name: str) -> bool:
     """Whether it comes with torch: too large to be fetched once more."""
-    return name in ("torch", "torch-xla", "triton") or name.startswith("nvidia-")
+    return name in ("torch", "torch-xla", "triton") or name.startswith(("nvidia-", "cuda-"))
 
 
 def torch_of_this_environment() -> str:
@@ -265,33 +281,80 @@ def proteins(folder: Path, owner: int) -> Path:
     return folder
 
 
+def assert_embedded(folder: Path) -> None:
+    """The vector of the one protein, as wide as the model."""
+    table = read_table(folder / "vectors.parquet")
+    assert table["id"].to_pylist() == ["p1"] and len(table["embedding"][0]) == 192
+
+
 def test_the_version_and_an_answer_for_a_user_that_the_image_does_not_know(general: Image, tmp_path: Path) -> None:
     """By `--user`, as the page says, so that files belong to who asked; nothing but the volume can be written."""
     assert general.run("--version") == esm_neuron.__version__
     volume = f"{proteins(tmp_path / 'mine', SOMEBODY)}:/work"
-    words = ["embed", "--model", "mini", "--input", "p.fasta", "--output", "vectors.parquet"]
-    general.run(*words, volume=volume, user=SOMEBODY)
-    table = read_table(tmp_path / "mine" / "vectors.parquet")
-    assert table["id"].to_pylist() == ["p1"] and len(table["embedding"][0]) == 192
+    general.run(*EMBED, volume=volume, user=SOMEBODY)
+    assert_embedded(tmp_path / "mine")
     assert {path.stat().st_uid for path in (tmp_path / "mine").glob("vectors.*")} == {SOMEBODY}
 
 
 def test_a_volume_of_somebody_else_is_named_in_one_line(general: Image, tmp_path: Path) -> None:
     volume = f"{proteins(tmp_path / 'theirs', SOMEBODY)}:/work"
-    words = ["embed", "--model", "mini", "--input", "p.fasta", "--output", "vectors.parquet"]
-    said = general.run(*words, volume=volume, user=SOMEBODY + 1, fails=True)
+    said = general.run(*EMBED, volume=volume, user=SOMEBODY + 1, fails=True)
     assert "error: output=vectors.parquet" in said and "Permission denied" in said and "Traceback" not in said
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["p.fasta"]
 
 
-def test_the_server_answers_in_its_container(general: Image, tmp_path: Path) -> None:
-    """Trained, started and asked in the image, by a user that it does not know."""
-    folder = proteins(tmp_path / "served", SOMEBODY)
+def labelled(folder: Path) -> Path:
+    """A folder of somebody's with a table of proteins and labels."""
+    proteins(folder, SOMEBODY)
     rows = [f"p{n},{'ACDEFGHIKLMNPQRSTVWY' * 2},{'ab'[n % 2]}" for n in range(40)]
     (folder / "my.csv").write_text("\n".join(["id,sequence,label", *rows, ""]))
-    volume = f"{folder}:/work"
-    words = ["train", "my.csv", "--model", "mini", "--adapter", "lora", "--max_steps", "1", "--output", "runs/mine"]
-    general.run(*words, volume=volume, user=SOMEBODY)
+    return folder
+
+
+def test_several_processes_train_in_one_container(general: Image, tmp_path: Path) -> None:
+    """By torchrun as the entrypoint, as the page says: two ranks of one run, whose main rank alone writes."""
+    folder = labelled(tmp_path / "several")
+    words = ["--nproc_per_node=2", "-m", "esm_neuron.cli", *TRAIN_ONCE, "--loop.packs_per_device"]
+    how: dict[str, Any] = {"volume": f"{folder}:/work", "user": SOMEBODY, "entrypoint": "torchrun"}
+    assert "on 2 data-parallel ranks" in general.run(*words, 8, **how, fails=True)
+    general.run(*words, 4, **how)
+    lines = [json.loads(line) for line in (folder / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "grad_norm" in line] == [1]
+    assert (folder / "runs" / "mine" / "result.json").stat().st_uid == SOMEBODY
+
+
+@pytest.fixture
+def cpu_index(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """An index like PyTorch's of CPU wheels, with an empty torch of the lock's version; its address, the version."""
+    requirements = map(Requirement, re.findall(r"^torch==[^\\\n]*", LOCK.read_text(), re.M))
+    here = {"python_full_version": f"{PYTHON}.0", "python_version": PYTHON}
+    (locked,) = [str(one.specifier) for one in requirements if one.marker is None or one.marker.evaluate(here)]
+    version = f"{locked.removeprefix('==')}+cpu"
+    (tmp_path / "torch").mkdir()
+    with zipfile.ZipFile(tmp_path / "torch" / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        info = f"torch-{version}.dist-info"
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", version
+        server.shutdown()
+
+
+def test_an_index_of_cpu_wheels_leaves_cudas_libraries_out(python: str, cpu_index: tuple[str, str]) -> None:
+    """pip takes the lock's torch from INDEX, all else from where it finds packages."""
+    address, version = cpu_index
+    found = versions(build("cpu", "Dockerfile.general", python, f"INDEX={address}"))
+    assert found["torch"] == version and found["esm-neuron"] == esm_neuron.__version__
+    assert not [name for name in found if of_torch(name) and name != "torch"]
+
+
+def test_the_server_answers_in_its_container(general: Image, tmp_path: Path) -> None:
+    """Trained, started and asked in the image, by a user that it does not know."""
+    volume = f"{labelled(tmp_path / 'served')}:/work"
+    general.run(*TRAIN_ONCE, volume=volume, user=SOMEBODY)
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -336,19 +399,7 @@ def test_a_host_keeps_its_name_where_the_image_starts_and_nowhere_else(neuron: I
 def test_the_neuron_image_answers_and_finds_what_pods_run(neuron: Image, tmp_path: Path) -> None:
     """On the CPU, with the torch of this lane, which is the base's version."""
     volume = f"{proteins(tmp_path / 'in', 0)}:/in {torch_of_this_environment()}"
-    words = [
-        "esm-neuron",
-        "embed",
-        "--model",
-        "mini",
-        "--backend",
-        "cpu",
-        "--input",
-        "/in/p.fasta",
-        "--output",
-        "/in/v.csv",
-    ]
-    neuron.run(*words, volume=volume)
-    assert len((tmp_path / "in" / "v.csv").read_text().splitlines()) == 2
+    neuron.run("esm-neuron", *EMBED, "--backend", "cpu", volume=volume, folder="/in")
+    assert_embedded(tmp_path / "in")
     words = ["launchers/torchrun.sh", "--dry-run", "--config", "configs/localization_650m_trn1.yaml"]
     assert "esm_neuron" in neuron.run(*words, folder="/opt/esm-neuron")
