@@ -92,7 +92,8 @@ class Image:
         self, *words: object, volume: str = "", user: int = 0, folder: str = "", entrypoint: str = ""
     ) -> list[str]:
         """`docker run --user USER -v VOLUME -w FOLDER --entrypoint ENTRYPOINT IMAGE WORDS`; with a user HOME is /."""
-        more = ["--user", f"{user}:{user}", "--env", "HOME=/"] if user else []
+        more = ["--hostname", "localhost"]  # Docker gives a container's name an address, for which torchrun asks
+        more += ["--user", f"{user}:{user}", "--env", "HOME=/"] if user else []
         more += [word for one in volume.split() for word in ("--volume", one)]
         more += ["--workingdir", folder] if folder else []
         start = [entrypoint] if entrypoint else self.config()["Entrypoint"] or []
