@@ -116,7 +116,7 @@ rehearse-trn1: $(TRN1)/.installed ## the hour of test-trn1 on XLA:CPU, with smal
 test-launchers: $(TRN1)/.launchers-tests ## the launchers: nodes on this machine, SageMaker's containers, a stand-in for AWS
 	PATH="$(CURDIR)/$(TRN1)/bin:$$PATH" $(TRN1_PYTEST) -m launchers tests/launchers
 
-test-images: $(TRN1)/.launchers-tests ## build the images of launchers/, as root, with Debian's buildah and debootstrap: fetches 5 GB of packages
+test-images: $(TRN1)/.launchers-tests ## build the images of launchers/, as root, with Debian's buildah and debootstrap: fetches 9 GB of packages, needs 30 GB of disk
 	$(TRN1_PYTEST) -m images tests/launchers/test_images.py
 
 test-hub: $(VENV)/.installed ## real checkpoints, downloaded from the Hugging Face hub

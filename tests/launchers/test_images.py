@@ -2,7 +2,7 @@
 
 Their bases are stood in for by Debian (debootstrap) with a Python of this machine. The Neuron base has what pip and our
 file see of the real one: the names and versions of its packages, and its entrypoint, which makes a host's name by
-compiling a file whose name is relative to `/`. Packages come from the index that pip uses here, some 5 GB, and 15 GB of
+compiling a file whose name is relative to `/`. Packages come from the index that pip uses here, some 9 GB, and 30 GB of
 disk are needed for a while.
 """
 
