@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeGuard, TypeVar, U
 
 import pyarrow as pa
 
-from esm_neuron.config import TrainConfig, require, settings
+from esm_neuron.config import DataConfig, TrainConfig, require, settings
 from esm_neuron.config.deferred import module
 from esm_neuron.config.threads import prepare
 from esm_neuron.data.parquet import read_table, write_table
@@ -109,7 +109,7 @@ def train(
     words += settings.to_words(values) + ([] if folder is None else [f"--output={folder}"])
     cfg = settings.parse(words)
     sources = {"train": data, "valid": valid, "test": test}
-    frames = {key: _frame_table(value) for key, value in sources.items() if _is_frame(value)}
+    frames = {key: _frame_table(value, cfg.data.id_column) for key, value in sources.items() if _is_frame(value)}
     if frames:
         out = Path(cfg.output)
         require(
@@ -178,11 +178,13 @@ def embed(
         log: called with lines about what was read, left out or cut.
         **values: settings, such as `max_residues=2000`.
     """
-    from esm_neuron.inference.embed import embed as run_embedding
+    from esm_neuron.inference.embed import embedding
+    from esm_neuron.inference.predict import predict_file
 
-    with _as_file(proteins) as source, tempfile.TemporaryDirectory() as folder:
-        target, words = Path(folder) / "embeddings.parquet", settings.to_words(values)
-        run_embedding(str(model), source, target, pooling, backend=backend, settings=words, log=log)
+    work = embedding(str(model), pooling, backend, settings.to_words(values))
+    with _as_file(proteins, work.cfg.data) as source, tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "embeddings.parquet"
+        predict_file(work, source, target, False, log)
         table = read_table(target)
     ids, vectors = table["id"].to_pylist(), table["embedding"].combine_chunks()
     if pooling != "residue":
@@ -219,15 +221,22 @@ def score(
         backend: where to run.
         **values: settings, as for `embed`.
     """
+    from esm_neuron.inference.load import find_model
     from esm_neuron.inference.score import score as run_scoring
     from esm_neuron.inference.variants import VariantColumns
 
-    with _as_file(variants, "variant") as source, _as_file(wild_type) as wild, tempfile.TemporaryDirectory() as folder:
+    words = settings.to_words(values)
+    given, data = DataConfig(sequence_column="variant"), find_model(str(model), backend, words, "score").cfg.data
+    with (
+        _as_file(variants, given) as source,
+        _as_file(wild_type, data) as wild,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         target = Path(folder) / "scores.parquet"
         run_scoring(
             str(model), source, target, method, wild_type=wild if wild_type is not None else None,
             columns=VariantColumns("variant", sequence_column, None), first_residue=first_residue, backend=backend,
-            settings=settings.to_words(values),
+            settings=words,
         )  # fmt: skip
         return pd.DataFrame(read_table(target).to_pandas())
 
@@ -306,8 +315,7 @@ class Run:
 
         With `coverage`, such as 0.9, also the classes or the range that hold the truth that often.
         """
-        data = self._predictor.cfg.data
-        with _as_file(proteins, data.sequence_column, data.id_column) as source:
+        with _as_file(proteins, self._predictor.cfg.data) as source:
             return pd.DataFrame(self._predictor.table(source, coverage).to_pandas())
 
     @_public
@@ -320,9 +328,11 @@ class Run:
     def evaluate(self, proteins: Proteins, **values: Any) -> dict[str, Any]:
         """Return the metrics of proteins with labels, with 95 % intervals; `values` are settings such as `label`."""
         from esm_neuron.inference.evaluate import evaluate
+        from esm_neuron.inference.load import find_members
 
-        with _as_file(proteins) as source:
-            words = [*self._words, *settings.to_words(values)]
+        words = [*self._words, *settings.to_words(values)]
+        [first, *_], _ = find_members(self.folder, self._backend, words, "evaluate")
+        with _as_file(proteins, first.cfg.data) as source:
             return evaluate(self.folder, source, None, self._backend, log_nothing, words)
 
     @_public
@@ -415,15 +425,15 @@ def _is_frame(value: Any) -> TypeGuard[pd.DataFrame]:
     return hasattr(value, "columns") and hasattr(value, "to_dict")
 
 
-def _frame_table(frame: pd.DataFrame) -> pa.Table:
-    """Return a data frame as a table; its index becomes `id` where there is no such column and it is no mere count."""
-    if "id" not in frame.columns and not isinstance(frame.index, pd.RangeIndex):
-        frame = frame.rename_axis("id").reset_index()
+def _frame_table(frame: pd.DataFrame, name: str) -> pa.Table:
+    """Return a data frame as a table; its index becomes the column of ids where that is missing and it is no count."""
+    if name not in frame.columns and not isinstance(frame.index, pd.RangeIndex):
+        frame = frame.rename_axis(name).reset_index()
     return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata()
 
 
-def _in_memory(proteins: Proteins | None, column: str, name: str) -> pa.Table | None:
-    """Return proteins that are no file as a table, which has these columns where they are no frame; None for a path."""
+def _in_memory(proteins: Proteins | None, data: DataConfig) -> pa.Table | None:
+    """Return proteins that are no file as a table with the columns that `data` names; None for a path."""
     if isinstance(proteins, Path) or proteins is None:
         return None
     if isinstance(proteins, str):
@@ -431,19 +441,20 @@ def _in_memory(proteins: Proteins | None, column: str, name: str) -> pa.Table | 
             return None
         proteins = [proteins]
     if _is_frame(proteins):
-        return _frame_table(proteins)
+        return _frame_table(proteins, data.id_column)
     named = hasattr(proteins, "items")  # a mapping or a series
     rows = list(proteins.items()) if named else list(enumerate(proteins))  # type: ignore[union-attr]
     require(bool(rows), "no proteins were given; give at least one")
     wrong = next((value for _, value in rows if not isinstance(value, str)), None)
     require(wrong is None, f"a sequence is {wrong!r:.60}, a {type(wrong).__name__}; give text, such as 'MKTAYIAK'")
-    return pa.table({name: [str(key) for key, _ in rows], column: [value for _, value in rows]})
+    ids, sequences = [str(key) for key, _ in rows], [value for _, value in rows]
+    return pa.table({data.id_column: ids, data.sequence_column: sequences})
 
 
 @contextmanager
-def _as_file(proteins: Proteins | None, column: str = "sequence", name: str = "id") -> Iterator[Path]:
+def _as_file(proteins: Proteins | None, data: DataConfig) -> Iterator[Path]:
     """Yield a file with proteins; where it is one of ours, errors call it `the input`."""
-    table = _in_memory(proteins, column, name)
+    table = _in_memory(proteins, data)
     if table is None:
         yield Path(str(proteins)).expanduser() if "://" not in str(proteins) else Path(str(proteins))
         return

@@ -115,6 +115,33 @@ def test_settings_given_to_load_hold_for_all_that_a_model_does(run: en.Run, fram
     assert loaded.embed(test).equals(run.embed(frames["test"])) and len(loaded.predict(test)) == 20
 
 
+def test_columns_of_other_names_are_those_of_training_for_all_that_a_model_does(
+    run: en.Run, frames: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    """Given as a list, a mapping, a frame with the column of ids, or with ids as its index."""
+    other = {
+        split: frame.rename(columns={"id": "ACC", "sequence": "Sequence", "location": "kind"})
+        for split, frame in frames.items()
+    }
+    names = {"id_column": "ACC", "sequence_column": "Sequence", "label": "kind"}
+    made = en.train(
+        other["train"].set_index("ACC"), valid=other["valid"], test=other["test"], output=tmp_path / "other", log=str,
+        **names, **SMALL,
+    )  # fmt: skip
+    assert made.result["test"]["mcc"] == run.result["test"]["mcc"]
+    test, plain = other["test"], run.embed(frames["test"])
+    assert list(test["ACC"]) == list(plain.index)
+    by_name = dict(zip(test["ACC"], test["Sequence"], strict=True))
+    for given in (test, test.set_index("ACC"), by_name, list(by_name.values())):
+        found = made.embed(given)
+        assert list(found.index) == ([str(n) for n in range(20)] if isinstance(given, list) else list(plain.index))
+        assert found.to_numpy() == pytest.approx(plain.to_numpy(), abs=1e-5)
+        assert en.embed(given, made.folder, pooling="residue").notna().all(axis=None)
+        assert list(made.predict(given)["id"]) == list(found.index)
+    for given in (test, test.set_index("ACC")):
+        assert made.evaluate(given)["mcc"] == made.result["test"]["mcc"]
+
+
 def test_a_metric_of_zero_is_shown_and_folds_are_told_from_a_run(run: en.Run, tmp_path: Path) -> None:
     shutil.copytree(run.folder, tmp_path / "zero")
     result = {**run.result, "test": {**run.result["test"], "mcc": 0.0}}
@@ -136,6 +163,8 @@ def test_embeddings_have_a_row_per_protein_or_per_residue() -> None:
 def test_variants_are_scored() -> None:
     found = en.score(["K2A", "K2R:A4G"], model="mini", wild_type="MKTAYIAK")
     assert list(found["variant"]) == ["K2A", "K2R:A4G"] and np.isfinite(found.iloc[:, -1].astype(float)).all()
+    named = {"id_column": "ACC", "data_sequence_column": "Sequence"}  # as of a run with such columns
+    assert en.score(["M1A", "K2R"], "mini", wild_type="MKTAYIAK", **named).notna().all(axis=None)
 
 
 def test_a_run_without_an_output_has_a_folder_of_its_own(
