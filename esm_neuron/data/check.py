@@ -16,7 +16,7 @@ from esm_neuron.config import DataConfig
 from esm_neuron.data.dataset import ExampleTable, TableWriter, select_records
 from esm_neuron.data.filters import passes
 from esm_neuron.data.homology import MOST, Method, find_homologs, too_short
-from esm_neuron.data.labels import Labels, flatten
+from esm_neuron.data.labels import Labels, alike, flatten
 from esm_neuron.data.looks import count_letters
 from esm_neuron.data.sources import check_sheet, read_chunks, text_bytes
 from esm_neuron.data.tokenizer import RESIDUES, encode_residues
@@ -92,6 +92,7 @@ class Check:
         if self.labels is not None:
             shown = ", ".join(f"{name} {count}" for name, count in list(self.labels.items())[:SHOWN])
             lines.append(f"labels: {len(self.labels)}: {shown}" + (", ..." if len(self.labels) > SHOWN else ""))
+            lines += [f"NOTE: {remark}" for remark in alike(self.labels)]
         if self.labels is not None or self.values is not None:
             lines.append(f"conflicts: {self.conflicting} proteins have a sequence with another label elsewhere")
         if self.splits is not None:

@@ -54,6 +54,13 @@ _DATE = re.compile(r"[0-9]{1,2}-(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|D
 BINS = 10  # quantiles of a regression's values that a sample of rows is spread over
 
 
+def alike(names: Iterable[str]) -> list[str]:
+    """Return a remark about names that a careless writer takes for one, if there are any."""
+    plain = Counter(map(loosely, names := sorted(names)))
+    found = [quote(name) for name in names if plain[loosely(name)] > 1]
+    return [f"{', '.join(found[:4])} differ in capital letters, blanks or marks alone"] if found else []
+
+
 class Labels:
     """One class per protein; subclasses read other labels."""
 
@@ -240,10 +247,7 @@ class Labels:
         line = f"classes: {len(labels)} (training {unit}): {shown}{more}"
         rare = sum(counts[name] < 2 for name in labels)
         notes = [f"{rare} of {len(labels)} classes have at most one training protein"] if 2 * rare > len(labels) else []
-        plain = Counter(map(loosely, labels))
-        alike = [name for name in labels if plain[loosely(name)] > 1]
-        what = "differ in capital letters, blanks or marks alone"
-        notes += [f"{', '.join(map(quote, alike[:4]))} {what}"] if alike else []
+        notes += alike(labels)
         date = next(filter(_DATE.fullmatch, labels), None)
         notes += [f"{quote(date)} is a date, which spreadsheets make of names such as SEPT2"] if date else []
         tagged = next((name for name in labels if "{ECO:" in name), None)

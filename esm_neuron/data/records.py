@@ -242,10 +242,11 @@ def no_column(source: str, column: Column, there: Sequence[str]) -> NoReturn:
     """Raise DataError for a column that is not there, with the nearest name that is."""
     shown = ", ".join(repr(name[:60]) for name in there[:20]) + (", ..." if len(there) > 20 else "")
     # longer or later names are no typing errors, and comparing a million of them takes minutes
-    by_lower = {name.lower(): name for name in there[:_COMPARED] if len(name) <= _COMPARED}
-    near = difflib.get_close_matches(column.source.lower(), by_lower, n=1)
+    by_lower = {re.sub(r"\W+", "_", name.lower()): name for name in there[:_COMPARED] if len(name) <= _COMPARED}
+    near = difflib.get_close_matches(re.sub(r"\W+", "_", column.source.lower()), by_lower, n=1)
     near = near or [name for name in SEQUENCES if name in by_lower and column.name == "sequence"]
-    cure = f"did you mean {by_lower[near[0]]!r}?" if near else "name one of these or add it"
+    cure = f"name one of these as {column.setting}, or add it" if there else "add it"
+    cure = f"did you mean {by_lower[near[0]]!r}?" if near else cure
     what = f"no column {column.source!r} ({column.setting})"
     raise MissingColumnError(f"{source}: {what}; the file has {shown or 'none'}; {cure}", there)
 

@@ -51,6 +51,13 @@ def test_check_says_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 are in training, homologs not looked for" in capsys.readouterr().out
 
 
+def test_check_says_which_labels_are_nearly_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.csv")
+    path.write_text(path.read_text().replace(",in,", ",In,", 1))
+    assert cli.main(["data", "check", str(path)]) == 0
+    assert "NOTE: 'In', 'in' differ in capital letters, blanks or marks alone" in capsys.readouterr().out
+
+
 def test_check_says_that_it_found_no_labels_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "x.csv")
     path.write_text(path.read_text().replace("label", "place"))
