@@ -31,7 +31,7 @@ COMMANDS = {
     "predict": "predict --model run --input one.fasta --output out.csv",
     "embed": "embed --model mini --input one.fasta --output out.parquet",
     "score": "score --model mini --input variants.csv --wild-type one.fasta --output out.csv",
-    "train to its first step": "train --model.name mini --data.train train.csv --output new --log.every 1",
+    "train to its first step": "train --model mini --adapter lora --data.train train.csv --output new --log.every 1",
     "report": "report run",
     "--help": "--help",
     "train --help": "train --help",

@@ -47,7 +47,7 @@ AsJson = Annotated[bool, "print JSON instead of text"]
 def train(*settings: str) -> int:
     """Fine-tune an ESM-2 on proteins with labels; write weights, metrics and predictions to --output.
 
-    Told of nothing but data, task and output, it fits a probe, in minutes.
+    Told of nothing but data, task, model and output, it fits a probe, in minutes.
 
     Examples:
       esm-neuron train my.csv --label location --model facebook/esm2_t12_35M_UR50D --output runs/mine
@@ -58,13 +58,13 @@ def train(*settings: str) -> int:
     cfg = training_config(settings, lambda line: _on_main(log, line))
     from esm_neuron.training.run import train as run_training
 
-    outcome = run_training(cfg, log)
-    if outcome.stopped_by:
-        log(f"stopped by {outcome.stopped_by}; the state is saved, go on with --checkpoint.resume auto")
+    if stopped := run_training(cfg, log).stopped_by:
+        log(f"stopped by {stopped}; the state is saved, go on with --checkpoint.resume auto")
         return EXIT_STOPPED
     if cfg.adapter.kind == "probe" and (cfg.data.folds is None or cfg.data.fold is not None):
-        again = f"esm-neuron train --config {cfg.output}/config.yaml --output {cfg.output}-lora"
-        _on_main(log, f"to fine-tune from here: {again} --adapter.kind lora --adapter.init_from {cfg.output}")
+        from esm_neuron.reports.advice import fine_tuning
+
+        _on_main(log, f"to fine-tune from here: {fine_tuning(Path(cfg.output), f'{cfg.output}-lora')}")
     return 0
 
 

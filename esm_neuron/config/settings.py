@@ -288,12 +288,13 @@ FIRST_STEP_POOLED = {"model.pooling": "mean+termini"}
 """Those for tasks with one vector per protein."""
 
 
-WHAT = ("--data.", "--task.", "--log.", "--checkpoint.", "--output", "--backend", "--seed")
-"""Settings that say what is learned and where, and nothing of how."""
+WHAT = ("--data.", "--task.", "--log.", "--checkpoint.", "--output", "--backend", "--seed",
+        "--model.name", "--model.base", "--model.revision", "--model.sha256")  # fmt: skip
+"""Settings that say what is learned, with which weights and where, and nothing of how."""
 
 
 def says_how(words: Sequence[str]) -> list[str]:
-    """Return the flags of `whole_words` that name a model or a way of training."""
+    """Return the flags of `whole_words` that name a way of training."""
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     return [flag for flag in flags if not flag.startswith(WHAT) or flag == "--seeds"]
 

@@ -18,6 +18,16 @@ MANY = 0.5
 """Share of held-out proteins with a homolog in training from which a split tells little."""
 
 
+def fine_tuning(probe: Path, output: str) -> str:
+    """Return the command that fine-tunes from a probe.
+
+    Its head has large weights along axes of small variance: at the usual rates the first steps of LoRA undo what it
+    knows (docs/tuning.md).
+    """
+    start = f"--adapter.kind lora --optim.lr 3e-5 --adapter.init_from {probe}"
+    return f"esm-neuron train --config {probe}/config.yaml --output {output} {start}"
+
+
 def next_steps(cfg: TrainConfig, result: Mapping[str, Any], folder: Path) -> list[str]:
     """Return what its metrics suggest, the most promising first."""
     split = next((split for split in ("test", "valid") if result.get(split)), None)
@@ -27,7 +37,7 @@ def next_steps(cfg: TrainConfig, result: Mapping[str, Any], folder: Path) -> lis
     found: list[str] = []
     said = (result.get("verdicts") or {}).get(split, {}).get("verdict")
     if cfg.adapter.kind == "probe":
-        found.append(f"fine-tune from this probe: {again} --adapter.kind lora --adapter.init_from {folder}")
+        found.append(f"fine-tune from this probe: {fine_tuning(folder, f'{folder}-2')}")
     elif said != BETTER and result["chosen_step"] == result["train"]["steps"]:
         found.append(f"the last step was the best: train longer, {again} --max_steps {3 * result['chosen_step']}")
     if said != BETTER and (cfg.model.name in SHAPES or cfg.model.name == _SMALLEST):

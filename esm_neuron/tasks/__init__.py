@@ -73,13 +73,13 @@ def check_model(cfg: TrainConfig) -> None:
 
 
 def training_config(words: Sequence[str], log: Callable[[str], None]) -> TrainConfig:
-    """Return what `train` is to do: where `words` tell of nothing but data and task, and where to write, a probe."""
+    """Return what `train` is to do: a probe where `words` name only data, task, weights and output."""
     cfg, words = settings.parse(words), settings.whole_words(words)
     task = task_class(cfg.task.name)
     how = settings.says_how(words)
     if task.keeps_lm_head or how or not words:
         if how and cfg.adapter == AdapterConfig() and "--config" not in how:
-            log(f"LoRA, since {how[0]} is given; told of data, task and output alone, train fits a probe, in minutes")
+            log(f"LoRA, since {how[0]} is given; told of data, task, model and output alone, train fits a probe")
         return cfg
     log("first a probe, which takes minutes; for another start give a configuration, or adapter.kind")
     return settings.parse(settings.first_step(words, task.pools))

@@ -30,7 +30,7 @@ from esm_neuron.inference.evaluate import evaluate
 from esm_neuron.inference.export import export
 from esm_neuron.inference.predict import predict
 from esm_neuron.run_dir import read_finished
-from esm_neuron.tasks import TASKS, task_class
+from esm_neuron.tasks import TASKS, task_class, training_config
 from esm_neuron.training import features, linear_fit, probe, run
 from esm_neuron.training.evaluation import Evaluator
 
@@ -384,12 +384,13 @@ def test_train_on_a_file_begins_with_a_probe(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["train", "--data.train", str(toy().data.train), "--output", "mine", "--log.tensorboard", "false"]
-    assert cli.main(words) == 0
+    assert training_config(words[1:], str).adapter.kind == "probe"
+    assert cli.main([*words, "--model", "mini"]) == 0, "which weights is no way of training"
     found = read_finished(tmp_path / "mine")
     assert found.cfg.adapter.kind == "probe" and found.cfg.model.name == "mini" and found.result["test"]["n"] > 0
     said = capfd.readouterr().err
     assert "first a probe" in said
-    again = ["--config", "mine/config.yaml", "--output", "mine-lora", "--adapter.kind", "lora"]
+    again = ["--config", "mine/config.yaml", "--output", "mine-lora", "--adapter.kind", "lora", "--optim.lr", "3e-5"]
     assert f"esm-neuron train {' '.join(again)} --adapter.init_from mine" in said
     assert cli.main(["train", *again, "--adapter.init_from", "mine", "--loop.max_steps", "1"]) == 0
     lora = read_finished(tmp_path / "mine-lora")
