@@ -27,6 +27,7 @@ SUITES = {
     "gpu": "make test-gpu, on a machine with a CUDA GPU",
     "trn1": "make test-trn1, on a trn1 instance",
     "launchers": "make test-launchers",
+    "ray": "python -m pytest -m ray, where ray[default,data] is installed beside ours",
     "images": "make test-images, as root, with buildah and debootstrap",
     "hub": "make test-hub, with a network",
     "trackers": "make test-trackers, which installs wandb, mlflow and snakemake to an environment of their own",
@@ -71,6 +72,8 @@ def _missing(suite: str) -> str | None:
         return None if found else f"NXD_SRC={source!r} holds no neuronx_distributed folder"
     if suite == "xla":
         return None if importlib.util.find_spec("torch_xla") else "torch_xla is not installed"
+    if suite == "ray":
+        return None if importlib.util.find_spec("ray") else "ray is not installed"
     if suite == "gpu":
         import torch
 
