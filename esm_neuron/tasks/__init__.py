@@ -81,7 +81,7 @@ def training_config(words: Sequence[str], log: Callable[[str], None]) -> TrainCo
         if how and cfg.adapter == AdapterConfig() and "--config" not in how:
             log(f"LoRA, since {how[0]} is given; told of data, task, model and output alone, train fits a probe")
         return cfg
-    log("first a probe, which takes minutes; for another start give a configuration, or adapter.kind")
+    log("first a probe, in minutes; to fine-tune give adapter.kind=lora, or a configuration")
     return settings.parse(settings.first_step(words, task.pools))
 
 
