@@ -171,7 +171,7 @@ def embed(
     *overrides: str,
     model: AnyModel,
     input: Records,
-    output: Annotated[Path, "file to write: Parquet or safetensors, by its suffix"],
+    output: Annotated[Path, "file to write: .parquet, .safetensors or .h5"],
     pooling: Annotated[
         Literal["mean", "cls", "residue"],
         "one vector per protein, the mean of its residues or the state of <cls>; or one per residue",

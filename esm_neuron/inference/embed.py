@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from esm_neuron.config import BackendName
+from esm_neuron.config import BackendName, require
 from esm_neuron.config.deferred import module
 from esm_neuron.data.dataset import ExampleTable
 from esm_neuron.errors import DataError
 from esm_neuron.inference.load import find_model
 from esm_neuron.inference.predict import BATCHES, Work, predict_file
-from esm_neuron.inference.stream import SAFETENSORS, Predictions, check_target
+from esm_neuron.inference.stream import H5, JOIN_EMBEDDINGS, SAFETENSORS, Predictions, check_target
 from esm_neuron.tasks.base import record_mean
 from esm_neuron.tasks.embedding import Embedding
 from esm_neuron.tasks.residues import residue_mean
@@ -28,7 +29,6 @@ else:
     esm2 = module("esm_neuron.models.esm2")
 
 Pooling = Literal["mean", "cls", "residue"]
-SUFFIXES = (".parquet", SAFETENSORS)
 RESERVED = "__metadata__"  # by the safetensors format
 
 logger = logging.getLogger(__name__)
@@ -81,11 +81,15 @@ def embed(
 
     Args:
         model: output folder of a training run, a Hugging Face folder of ESM-2, or a hub id.
-        target: Parquet (columns `id`, `embedding`) or safetensors (id -> array).
+        target: Parquet (columns `id`, `embedding`), safetensors or HDF5 (id -> array; needs h5py).
         pooling: the mean over residues, the state of <cls>, or one vector per residue, in the protein's own
             numbering (NaN for residues that were cut off). Windows are averaged.
     """
-    check_target(target, SUFFIXES, model, {"--input": source}, settings)
+    require(
+        target.suffix.lower() != H5 or find_spec("h5py") is not None,
+        f"--output {target}: {H5} needs h5py; run: pip install 'esm-neuron[h5]'",
+    )
+    check_target(target, JOIN_EMBEDDINGS, model, {"--input": source}, settings)
     return predict_file(
         embedding(model, pooling, backend, settings, target.suffix.lower()), source, target, resume, log
     )

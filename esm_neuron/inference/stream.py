@@ -51,11 +51,12 @@ from esm_neuron.files import (
 from esm_neuron.inference.spool import FACTS, SPOOL, InputScan, Source, Spool, scan
 
 if TYPE_CHECKING:
+    import h5py
     import pandas as pd
 
     from esm_neuron.backends.base import Backend
 else:
-    pd = module("pandas")
+    h5py, pd = module("h5py"), module("pandas")
 
 T = TypeVar("T")
 
@@ -110,7 +111,7 @@ def stream(
     """Predict every piece and write `target`; return the number of rows, on every rank. A failure leaves it unchanged.
 
     Args:
-        target: the output; its suffix is a key of `JOIN` or `.safetensors`.
+        target: the output; its suffix is a key of `JOIN` or `JOIN_EMBEDDINGS`.
         spool: what `spooled` gives for it; shards of it that are there already are used.
         identity: model and settings that decide the predictions; a resumed command must have the same.
         predict: returns the rows of a piece, in its order; called on all ranks of a tensor-parallel group.
@@ -147,7 +148,7 @@ def stream(
     return from_main_rank(backend, shards.join)
 
 
-SAFETENSORS = ".safetensors"
+SAFETENSORS, H5 = ".safetensors", ".h5"
 HEADER_LIMIT = 100_000_000
 """Longest header in bytes that readers of safetensors accept."""
 LEAST_ENTRY = 66
@@ -234,7 +235,7 @@ class Shards:
         if missing:
             raise DataError(f"{self.folder}: {len(missing)} shards are missing, first {missing[0]}; use --resume")
         with new_file(self.target) as aside:
-            join = _join_arrays if self._suffix == SAFETENSORS else JOIN[self.target.suffix.lower()]
+            join = {**JOIN, **JOIN_EMBEDDINGS}[self.target.suffix.lower()]
             total = join(paths, aside)
             if total != wanted:
                 raise DataError(
@@ -365,6 +366,31 @@ JOIN: dict[str, Callable[[Sequence[Path], Path], int]] = {
     ".jsonl": _join_jsonl,
 }
 """Suffix of a table -> function of (shards, target) that writes it and returns its rows."""
+
+
+def _join_h5(paths: Sequence[Path], target: Path) -> int:
+    """Write embeddings as files of UniProt, bio_embeddings and biotrainer have them: a dataset of float32 per protein.
+
+    Its name is the id, in which a slash, which would make groups, is `_`; its attribute `original_id` is the id.
+    """
+    rows = 0
+    with h5py.File(target, "w", track_order=True) as file:
+        for table in _tables(paths):
+            for name, vector in zip(table["id"].to_pylist(), table["embedding"], strict=True):
+                key = name.replace("/", "_") if name != "." else "_"
+                if key in file:
+                    raise DataError(f"{target}: {name!r} and another id are both {key!r} there; write .parquet")
+                lists = vector.values
+                flat = lists.flatten() if pa.types.is_fixed_size_list(lists.type) else lists
+                array = flat.to_numpy(zero_copy_only=False).astype(np.float32)
+                array = array if flat is lists else array.reshape(len(lists), -1)
+                file.create_dataset(key, data=array).attrs["original_id"] = name
+            rows += table.num_rows
+    return rows
+
+
+JOIN_EMBEDDINGS = {".parquet": _join_parquet, SAFETENSORS: _join_arrays, H5: _join_h5}
+"""The same of embeddings."""
 
 
 def check_target(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -162,7 +163,7 @@ def alone(folder: Path, sequences: list[str]) -> list[np.ndarray]:
         return [model(**tokenizer(each, return_tensors="pt")).last_hidden_state[0].numpy() for each in sequences]
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".parquet", ".safetensors", ".h5"])
 def test_embeddings_are_those_of_transformers_alone(
     plain: Path, proteins: Proteins, tmp_path: Path, suffix: str
 ) -> None:
@@ -181,12 +182,35 @@ def test_embeddings_are_those_of_transformers_alone(
             assert list(frame["id"]) == list(rows["id"])
             found = [np.stack(each) if pooling == "residue" else each for each in frame["embedding"]]
         else:
-            arrays = load_file(target)
+            arrays = load_file(target) if suffix == ".safetensors" else by_original_id(target)
             assert set(arrays) == set(rows["id"])
             found = [arrays[name] for name in rows["id"]]
         for one, other in zip(found, expected, strict=True):
             assert one.shape == other.shape and one.dtype == np.float32
             assert np.abs(one - other).max() < 2e-6
+
+
+def by_original_id(path: Path) -> dict[str, np.ndarray]:
+    """Read a file of embeddings as biotrainer does."""
+    with h5py.File(path, "r") as file:
+        return {entry.attrs["original_id"]: np.array(entry) for entry in file.values()}
+
+
+def test_ids_with_a_slash_are_no_groups_of_h5(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "pfam.fasta", tmp_path / "pfam.h5"
+    source.write_text(">P1/1-9\nMKVACDEFG\n>.\nMKV\n>b\nACD\n>a\nMKVA\n")
+    embed(str(plain), source, target)
+    with h5py.File(target, "r") as file:
+        assert list(file) == ["P1_1-9", "_", "b", "a"], "in the order of the input"
+        assert file["P1_1-9"].shape == file["a"].shape and file["a"].dtype == np.float32
+    assert list(by_original_id(target)) == ["P1/1-9", ".", "b", "a"]
+    source.write_text(">P1/1\nMKV\n>P1_1\nMKV\n")
+    with pytest.raises(DataError, match="'P1_1' and another id are both 'P1_1' there; write .parquet"):
+        embed(str(plain), source, tmp_path / "two.h5")
+    assert not (tmp_path / "two.h5").exists()
+    monkeypatch.setattr("esm_neuron.inference.embed.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs h5py; run: pip install 'esm-neuron\[h5\]'"):
+        embed(str(plain), source, target)
 
 
 def test_a_residue_in_two_windows_gets_the_mean_of_both(plain: Path, tmp_path: Path) -> None:
@@ -469,7 +493,7 @@ def test_what_cannot_be_predicted_is_one_line(trained: TrainConfig, plain: Path,
     source = Path(str(trained.data.test))
     cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: predict(trained.output, source, tmp_path / "x.xls"), ConfigError, "unknown format '.xls'; name the"),
-        (lambda: embed(str(plain), source, tmp_path / "x.csv"), ConfigError, "one of .parquet .safetensors"),
+        (lambda: embed(str(plain), source, tmp_path / "x.csv"), ConfigError, "one of .parquet .safetensors .h5"),
         (lambda: predict(trained.output, source, tmp_path), ConfigError, "unknown format ''"),
         (lambda: predict("mini", source, tmp_path / "x.csv"), ConfigError, "predict needs the output folder"),
         (lambda: embed("tiny", source, tmp_path / "x.parquet"), ConfigError, "tiny is a bare shape, without weights"),
