@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,9 @@ def test_a_link_that_leads_nowhere_is_set_aside_too(root: Path) -> None:
     checkpoint.save(root, snapshot(13))
 
 
+@pytest.mark.xfail(
+    sys.version_info >= (3, 14), reason="there Path.is_file says False of a disk that fails", strict=True
+)
 def test_a_folder_that_cannot_be_looked_at_is_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a disk that fails, or of another user's on NFS; a test that runs as root may look at all of its own."""
     stat = Path.stat
