@@ -22,6 +22,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch_xla's import would start a pool of compilers
 os.environ.setdefault("USE_TORCH_XLA", "0")  # accelerate, under peft, would import torch_xla: half a minute
 
+if importlib.util.find_spec("hypothesis") is not None:  # which not every suite's environment has
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)  # a busy machine fails no test
+    settings.load_profile("no deadline")
+
 SUITES = {
     "nxd": "make test-nxd NXD_SRC=<folder with neuronx_distributed's sources>",
     "gpu": "make test-gpu, on a machine with a CUDA GPU",
