@@ -380,10 +380,11 @@ def _join_h5(paths: Sequence[Path], target: Path) -> int:
                 key = name.replace("/", "_") if name != "." else "_"
                 if key in file:
                     raise DataError(f"{target}: {name!r} and another id are both {key!r} there; write .parquet")
-                lists = vector.values
-                flat = lists.flatten() if pa.types.is_fixed_size_list(lists.type) else lists
-                array = flat.to_numpy(zero_copy_only=False).astype(np.float32)
-                array = array if flat is lists else array.reshape(len(lists), -1)
+                values = vector.values
+                if pa.types.is_fixed_size_list(values.type):  # a vector per residue
+                    array = values.flatten().to_numpy().reshape(len(values), -1)
+                else:
+                    array = values.to_numpy()
                 file.create_dataset(key, data=array).attrs["original_id"] = name
             rows += table.num_rows
     return rows

@@ -35,7 +35,7 @@ def assert_legal(plan: EpochPlan, lengths: np.ndarray, max_segments: int) -> Non
         assert lengths[pack].sum() <= plan.pack_tokens
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     lengths=st.lists(st.integers(1, PACK), min_size=1, max_size=200),
     max_segments=st.integers(1, 9),
@@ -46,7 +46,7 @@ def test_every_example_once_within_limits(lengths: list[int], max_segments: int,
     assert_legal(plan_packs(array, PACK, max_segments, np.random.default_rng(seed)), array, max_segments)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.integers(1, PACK), min_size=1, max_size=120),
     packs_per_step=st.integers(1, 7),

@@ -77,7 +77,7 @@ def refusal(*argv: str) -> str:
 
 
 @hypothesis_settings(
-    max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=12, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(cfg=values(TrainConfig))
 def test_what_is_dumped_reads_back_as_itself(folder: Path, cfg: TrainConfig) -> None:
